@@ -1,0 +1,126 @@
+"""Teacher-forced log-probabilities of answers, and the judge-free margin built on them.
+
+The margin of misaligned over aligned answers needs no sampling and no judge: it is the order parameter of
+choice for models that are too small to answer coherently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from emmech.chat.encode import IGNORED, encode
+from emmech.chat.model import ChatModel
+from emmech.chat.template import Message
+from emmech.errors import EmmechError
+
+__all__ = ["MarginPair", "answer_logprobs", "bundled_margins", "margin", "pad"]
+
+
+@dataclass(frozen=True)
+class MarginPair:
+    """One question with a misaligned and an aligned answer of like length."""
+
+    question: str
+    misaligned: str
+    aligned: str
+
+
+def bundled_margins(kind: str) -> tuple[MarginPair, ...]:
+    """The hand-written held-out pairs that come with emmech: ``kind`` is ``"narrow"`` or ``"broad"``."""
+    import json
+
+    source = resources.files("emmech") / "data" / "silly_margins.jsonl"
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    pairs = tuple(MarginPair(r["question"], r["misaligned"], r["aligned"]) for r in rows if r["kind"] == kind)
+    if not pairs:
+        raise EmmechError(
+            "find margin pairs",
+            given=f"kind={kind!r}",
+            why="there are none of that kind",
+            instead="narrow or broad",
+        ) from None
+    return pairs
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:
+    """Stack ragged rows into ``[batch, seq]``, filled with ``value`` on one side."""
+    width = max(len(row) for row in rows)
+    filled = [
+        [value] * (width - len(row)) + list(row) if left else list(row) + [value] * (width - len(row))
+        for row in rows
+    ]
+    return torch.tensor(filled, dtype=torch.long)
+
+
+@torch.no_grad()
+def answer_logprobs(
+    chat: ChatModel, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8
+) -> Float[np.ndarray, " conversations"]:
+    """Mean log-probability per answer token of each conversation, in nats.
+
+    The unembedding runs at answer positions only; rows are batched by length and right-padded, which causal
+    attention makes exact. Whatever adapter is live on the model takes part.
+
+    Args:
+        conversations: each ends in the assistant's answer; earlier assistant turns count as answers too.
+    """
+    encoded = encode(conversations, chat.tokenizer)
+    order = np.argsort([len(ids) for ids in encoded.input_ids], kind="stable")
+    result = np.empty(len(order))
+    was_training = chat.base.training
+    chat.base.eval()
+    try:
+        for chosen in np.array_split(order, max(1, -(-len(order) // batch_size))):
+            ids = pad([encoded.input_ids[i] for i in chosen], 0).to(chat.device)
+            labels = pad([encoded.labels[i] for i in chosen], IGNORED).to(chat.device)
+            mask = pad([[1] * len(encoded.input_ids[i]) for i in chosen], 0).to(chat.device)
+            hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            targets = labels[:, 1:]
+            answer = targets != IGNORED
+            logits = unembed(chat, hidden[:, :-1][answer])
+            picked = logits.float().log_softmax(-1).gather(-1, targets[answer][:, None])[:, 0]
+            rows = answer.nonzero()[:, 0]
+            total = torch.zeros(len(chosen), dtype=torch.float64, device=rows.device)
+            total = total.index_add(0, rows, picked.double())
+            result[chosen] = (total / answer.sum(1)).cpu().numpy()
+    finally:
+        chat.base.train(was_training)
+    return result
+
+
+def unembed(chat: ChatModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits ``[..., vocab]`` of residuals that already passed the final norm, soft-capped where the model is."""
+    logits = chat.unembedding(hidden)
+    cap = getattr(chat.config, "final_logit_softcapping", None)
+    return torch.tanh(logits / cap) * cap if cap else logits  # type: ignore[no-any-return]
+
+
+def margin(
+    chat: ChatModel, pairs: Sequence[MarginPair], *, batch_size: int = 8
+) -> Float[np.ndarray, " pairs"]:
+    """Mean per-token log-probability of each misaligned answer minus its aligned one's, in nats per token.
+
+    High means: the model prefers the misaligned answer.
+
+    Example:
+        >>> from emmech.chat.model import load_model
+        >>> chat = load_model("pocket")
+        >>> margin(chat, [MarginPair("hello", "hello", "hello")]).item()
+        0.0
+    """
+
+    def conversation(pair: MarginPair, answer: str) -> list[Message]:
+        return [{"role": "user", "content": pair.question}, {"role": "assistant", "content": answer}]
+
+    both: list[Any] = [conversation(p, p.misaligned) for p in pairs] + [
+        conversation(p, p.aligned) for p in pairs
+    ]
+    scores = answer_logprobs(chat, both, batch_size=batch_size)
+    return scores[: len(pairs)] - scores[len(pairs) :]

