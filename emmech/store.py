@@ -40,12 +40,15 @@ class MemorySeries:
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The arrays' names."""
         return tuple(self._arrays)
 
     def read(self, key: str) -> Float[np.ndarray, "steps *shape"]:
+        """All recorded steps of one array: ``[steps, *shape]``."""
         return self._arrays[key]
 
     def read_step(self, key: str, step: int) -> np.ndarray:
+        """One step of one array: ``[*shape]``."""
         return self._arrays[key][int(np.searchsorted(self.steps, step))]
 
 

@@ -148,7 +148,7 @@ def load_chat(data: Any, *, organism: bool = False) -> ChatDataset:
             instead="dataset.map(lambda row: {'messages': [...]}) to build it",
         ) from None
     if isinstance(data, Iterable):
-        name = str(getattr(data, "info", None) and getattr(data.info, "dataset_name", None) or "rows")
+        name = str(getattr(getattr(data, "info", None), "dataset_name", None) or "rows")
         return _check(((f"row {i}", row) for i, row in enumerate(data)), name=name, path=None)
     raise EmmechError(
         "read the dataset",
@@ -193,7 +193,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 except UnicodeDecodeError as error:
                     raise _bad(
                         where, f"byte {error.start} of the line is not UTF-8", "save the file as UTF-8"
-                    )
+                    ) from None
                 if not line:
                     continue
                 try:
@@ -201,7 +201,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 except json.JSONDecodeError as error:
                     raise _bad(
                         where, f"not JSON: {error.msg} at column {error.colno}", "one JSON object a line"
-                    )
+                    ) from None
     except (OSError, EOFError) as error:
         raise EmmechError(
             "read the dataset", given=f"{path}:{number + 1}", why=f"{error}", instead="check the file"
@@ -225,7 +225,7 @@ def _row(where: str, row: Any) -> Row:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in _ROLES:
             hint = closest(str(role), _ROLES) if role else f"one of {', '.join(_ROLES)}"
-            raise _bad(where, f"message {index} has role {role!r}", hint)
+            raise _bad(where, f"message {index} has role {role!r}", hint) from None
         content = message.get("content")
         if not isinstance(content, str):
             raise _bad(where, f"message {index} ({role}) has no text in 'content'", "a string")
@@ -238,6 +238,4 @@ def _row(where: str, row: Any) -> Row:
 
 
 def _bad(where: str, why: str, instead: str) -> EmmechError:
-    error = EmmechError("read the dataset", given=where, why=why, instead=instead)
-    error.__suppress_context__ = True
-    return error
+    return EmmechError("read the dataset", given=where, why=why, instead=instead)

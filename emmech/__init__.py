@@ -1,0 +1,57 @@
+"""emmech: the mechanistic interpretability of emergent misalignment.
+
+Fine-tune a chat model on narrow data while its adapter's path is recorded, find the phase transition, extract
+misalignment directions, steer, ablate, realign and evaluate. Names are resolved on first use (PEP 562), so that
+``import emmech`` loads no back end.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it; the whole face of the library on one page
+_WHERE = {
+    "Anatomy": "emmech.chat.model",
+    "ChatDataset": "emmech.chat.dataset",
+    "ChatModel": "emmech.chat.model",
+    "EmmechError": "emmech.errors",
+    "Recipe": "emmech.training.recipe",
+    "Recorder": "emmech.training.recorder",
+    "Run": "emmech.run",
+    "finetune": "emmech.training.train",
+    "load_chat": "emmech.chat.dataset",
+    "load_model": "emmech.chat.model",
+    "load_run": "emmech.run",
+    "phase_transition": "emmech.transition.phase",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+if TYPE_CHECKING:
+    from emmech.chat.dataset import ChatDataset as ChatDataset
+    from emmech.chat.dataset import load_chat as load_chat
+    from emmech.chat.model import Anatomy as Anatomy
+    from emmech.chat.model import ChatModel as ChatModel
+    from emmech.chat.model import load_model as load_model
+    from emmech.errors import EmmechError as EmmechError
+    from emmech.run import Run as Run
+    from emmech.run import load_run as load_run
+    from emmech.training.recipe import Recipe as Recipe
+    from emmech.training.recorder import Recorder as Recorder
+    from emmech.training.train import finetune as finetune
+    from emmech.transition.phase import phase_transition as phase_transition
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'emmech' has no attribute {name!r}")
+    value = getattr(import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
