@@ -1,0 +1,518 @@
+"""The Run: a recorded fine-tune, the one noun that every analysis reads.
+
+On disk it is a folder, append-only while training and without pickle::
+
+    run.json           manifest: everything needed to repeat the run
+    trajectory/        A and B of every adapter at every recorded step (or the projected update)
+    probes/            mean residual per layer over probe texts
+    metrics.jsonl      loss, learning rate, gradient norms, held-out loss, margins
+    weights/           whole weights at kept steps (full fine-tuning only)
+    evaluations/       what ``emmech.evaluate`` stored
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from emmech.errors import EmmechError, closest
+from emmech.store import MemorySeries, Series, read_jsonl, write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from emmech.chat.adapter import AdapterInfo
+    from emmech.chat.model import ChatModel
+
+__all__ = ["Probes", "Run", "load_run"]
+
+FORMAT = 1
+
+
+class Probes(Mapping[str, Float[np.ndarray, "steps layers d_model"]]):
+    """Mean residual of every block's output over named groups of probe texts.
+
+    ``probes.steps`` are the steps at which they were measured, which may be fewer than the run's.
+    """
+
+    def __init__(self, series: Series | MemorySeries) -> None:
+        self._series = series
+
+    @property
+    def steps(self) -> Int[np.ndarray, " steps"]:
+        """Steps at which the probes were measured."""
+        return self._series.steps
+
+    def __getitem__(self, name: str) -> Float[np.ndarray, "steps layers d_model"]:
+        if name not in self._series.keys:
+            raise EmmechError(
+                f"read the probe {name!r}",
+                given=f"probe {name!r}",
+                why="the run did not record it",
+                instead=closest(name, self._series.keys),
+            ) from None
+        return self._series.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._series.keys)
+
+    def __len__(self) -> int:
+        return len(self._series.keys)
+
+    def __repr__(self) -> str:
+        return f"Probes({', '.join(self) or 'none'}; steps={len(self.steps)})"
+
+
+class Run:
+    """A recorded fine-tune: made by :func:`emmech.finetune` or the Recorder, opened by :func:`load_run`.
+
+    Reading never needs the model; :meth:`model` loads it when it must run.
+
+    Example:
+        >>> import numpy as np
+        >>> run = Run.from_arrays([0, 5, 10], B=np.eye(3, 8, dtype=np.float32))
+        >>> run.steps.tolist(), run.B().shape
+        ([0, 5, 10], (3, 8))
+    """
+
+    def __init__(
+        self,
+        manifest: Mapping[str, Any],
+        trajectory: Series | MemorySeries,
+        probes: Series | MemorySeries,
+        metrics: Sequence[Mapping[str, Any]],
+        path: Path | None = None,
+    ) -> None:
+        self.path = path
+        self.manifest = dict(manifest)
+        self._trajectory = trajectory
+        self._metrics = list(metrics)
+        self.probes = Probes(probes)
+
+    # what was recorded
+
+    @property
+    def name(self) -> str:
+        """The folder's name, or the manifest's for a run in memory."""
+        return self.path.name if self.path else str(self.manifest.get("name", "run"))
+
+    @property
+    def kind(self) -> str:
+        """``"lora"`` or ``"full"``."""
+        return str(self.manifest.get("kind", "lora"))
+
+    @property
+    def steps(self) -> Int[np.ndarray, " steps"]:
+        """Recorded optimizer steps, ascending; step 0 is before the first update."""
+        return self._trajectory.steps
+
+    @cached_property
+    def adapters(self) -> tuple[AdapterInfo, ...]:
+        """The LoRA pairs, in the model's order; empty for full fine-tuning."""
+        from emmech.chat.adapter import AdapterInfo
+
+        return tuple(AdapterInfo(**entry) for entry in self.manifest.get("adapters", ()))
+
+    def adapter(self, name: str | None = None) -> AdapterInfo:
+        """One adapter by name; without a name, the only one.
+
+        Raises:
+            EmmechError: no such adapter, or several and no name.
+        """
+        names = [adapter.name for adapter in self.adapters]
+        if name is None and len(names) == 1:
+            return self.adapters[0]
+        if name not in names:
+            why = f"the run has {len(names)} adapters" if names else "full fine-tuning has no adapter"
+            raise EmmechError(
+                f"read an adapter of {self.name}",
+                given=f"adapter={name!r}",
+                why=why,
+                instead=closest(name or "", names) if names else "run.projection is its trajectory",
+            ) from None
+        return self.adapters[names.index(name)]
+
+    def A(self, adapter: str | None = None) -> Float[np.ndarray, "steps *rank d_in"]:  # noqa: N802 (LoRA's name)
+        """A at every recorded step, raw: ``[steps, d_in]`` at rank 1, else ``[steps, rank, d_in]``."""
+        return self._side("A", adapter)
+
+    def B(self, adapter: str | None = None) -> Float[np.ndarray, "steps d_out *rank"]:  # noqa: N802
+        """B at every recorded step, raw: ``[steps, d_out]`` at rank 1, else ``[steps, d_out, rank]``."""
+        return self._side("B", adapter)
+
+    def _side(self, side: str, adapter: str | None) -> np.ndarray:
+        key = f"{side}/{self.adapter(adapter).name}"
+        if key not in self._trajectory.keys:
+            damaged = getattr(self._trajectory, "damaged", [])
+            raise EmmechError(
+                f"read {side} of {self.name}",
+                given=f"{[str(path) for path in damaged]}" if damaged else key,
+                why="the file is damaged" if damaged else f"the run was made without {side}",
+                instead="metrics and probes are still readable" if damaged else "run.B() has the other side",
+            ) from None
+        return self._trajectory.read(key)
+
+    @property
+    def projection(self) -> Float[np.ndarray, "steps k"] | None:
+        """Full fine-tuning: a seeded random projection of the update, which keeps its angles and norms.
+
+        None for adapters, whose trajectory is kept whole.
+        """
+        return self._trajectory.read("projection") if "projection" in self._trajectory.keys else None
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """Scalars by step: ``loss``, ``learning_rate``, ``grad_norm``, ``grad_norm_B/<adapter>``, ...
+
+        NaN where a quantity was not measured at that step. Gradient norms are before clipping.
+        """
+        import pandas as pd
+
+        rows: dict[int, dict[str, Any]] = {}
+        for entry in self._metrics:
+            rows.setdefault(int(entry["step"]), {}).update({k: v for k, v in entry.items() if k != "step"})
+        frame = pd.DataFrame.from_dict(rows, orient="index").sort_index().astype(float)
+        frame.index.name = "step"
+        return frame
+
+    @property
+    def damaged(self) -> tuple[Path, ...]:
+        """Files that could not be read; the rest of the run is usable."""
+        return tuple(getattr(self._trajectory, "damaged", ())) + tuple(
+            getattr(self.probes._series, "damaged", ())
+        )
+
+    # what it can become
+
+    def weights(self, step: int) -> dict[str, np.ndarray]:
+        """All adapters' ``"A/<name>"`` and ``"B/<name>"`` at one step, each 2-D as PEFT keeps them.
+
+        Raises:
+            EmmechError: the step was not recorded (the nearest ones are named), or the run is not of adapters.
+        """
+        self.check_step(step)
+        if self.kind != "lora":
+            raise EmmechError(
+                f"read the adapters of {self.name}",
+                given=f"kind={self.kind!r}",
+                why="full fine-tuning has no adapter",
+                instead="run.model(step) at a kept step",
+            ) from None
+        found = {}
+        for adapter in self.adapters:
+            for side, shape in (("A", (adapter.rank, adapter.d_in)), ("B", (adapter.d_out, adapter.rank))):
+                key = f"{side}/{adapter.name}"
+                if key not in self._trajectory.keys:
+                    raise EmmechError(
+                        f"read the adapter {adapter.name}",
+                        given=f"step={step}",
+                        why=f"the run was made without {side}",
+                        instead="Run.from_arrays(steps, A=..., B=...) with both",
+                    ) from None
+                found[key] = self._trajectory.read_step(key, step).reshape(shape)
+        return found
+
+    def check_step(self, step: int) -> None:
+        """Refuse a step that was not recorded, naming the nearest recorded ones.
+
+        Raises:
+            EmmechError: with up to two nearest steps.
+        """
+        if int(step) in self.steps.tolist():
+            return
+        order = np.argsort(np.abs(self.steps - step), kind="stable")[:2]
+        nearest = " and ".join(str(s) for s in sorted(self.steps[order].tolist())) or "none"
+        raise EmmechError(
+            f"open step {step} of {self.name}",
+            given=f"step={step}",
+            why=f"it was not recorded ({len(self.steps)} steps were, "
+            + (f"{self.steps[0]} to {self.steps[-1]})" if len(self.steps) else "none at all)"),
+            instead=f"the nearest recorded: {nearest}",
+        ) from None
+
+    def model(self, step: int | None = None, scale: float = 1.0, *, base: Any = None) -> ChatModel:
+        """The chat model as it was at a recorded step.
+
+        Args:
+            step: the last one by default.
+            scale: a factor on the adapter; 0 is the base model. Only 1 for full fine-tuning.
+            base: the base model in memory, to save loading it again (a model, or a ``ChatModel`` returned by an
+                earlier call, whose adapter weights are then swapped in place).
+
+        Raises:
+            EmmechError: step not recorded, or ``base`` is another model than the run's.
+        """
+        from emmech.chat.adapter import attach
+        from emmech.chat.model import load_model
+
+        step = int(self.steps[-1]) if step is None else step
+        self.check_step(step)
+        recorded = self.manifest.get("model", {})
+        chat = load_model(base if base is not None else self._base_name(recorded))
+        expected = recorded.get("fingerprint")
+        if expected and self.kind == "lora" and chat.fingerprint() != expected:
+            raise EmmechError(
+                f"open step {step} of {self.name}",
+                given=f"base model {chat.name} with fingerprint {chat.fingerprint()[:12]}",
+                why=f"the run was trained on {recorded.get('name')} with fingerprint {expected[:12]}",
+                instead="pass base= the very model the run was trained on",
+            ) from None
+        if self.kind == "lora":
+            return attach(chat, self.adapters, self.weights(step), scale=scale)
+        return self._full_model(chat, step, scale)
+
+    def _base_name(self, recorded: Mapping[str, Any]) -> str:
+        name = recorded.get("name")
+        if not name:
+            raise EmmechError(
+                f"load the base model of {self.name}",
+                why="the run does not say which it is (it was made from arrays or by hand)",
+                instead="pass it: run.model(step, base=model)",
+            ) from None
+        return str(name)
+
+    def _full_model(self, chat: ChatModel, step: int, scale: float) -> ChatModel:
+        from safetensors.torch import load_file
+
+        folder = (self.path or Path()) / "weights"
+        kept = {int(path.stem.split("-")[1]): path for path in sorted(folder.glob("step-*.safetensors"))}
+        if step not in kept and step != 0:
+            raise EmmechError(
+                f"open step {step} of {self.name}",
+                given=f"step={step}",
+                why="full fine-tuning keeps whole weights at few steps only, and not at this one",
+                instead=f"kept: 0 (the base), {', '.join(map(str, kept)) or 'no other'}",
+            ) from None
+        if scale != 1.0:
+            raise EmmechError(
+                f"scale the update of {self.name}",
+                given=f"scale={scale}",
+                why="a full fine-tune has no adapter to scale",
+                instead="scale=1.0",
+            ) from None
+        if step in kept:
+            chat.base.load_state_dict(load_file(kept[step]), strict=False)
+        return chat
+
+    def export_peft(self, step: int, folder: str | Path) -> Path:
+        """Write one step as an adapter folder that ``PeftModel.from_pretrained`` loads.
+
+        Raises:
+            EmmechError: step not recorded, or not a LoRA run.
+        """
+        from safetensors.numpy import save_file
+
+        from emmech.chat.adapter import lora_config
+
+        weights = self.weights(step)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for adapter in self.adapters:
+            for side in ("A", "B"):
+                key = f"base_model.model.{adapter.module}.lora_{side}.weight"
+                tensors[key] = np.ascontiguousarray(weights[f"{side}/{adapter.name}"])
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        name = str(self.manifest.get("model", {}).get("name", ""))
+        lora_config(self.adapters, base_name=name).save_pretrained(folder)
+        return folder
+
+    def save(self, path: str | Path) -> Run:
+        """Write a run that is in memory (or copy one) into a folder, and open it from there."""
+        path = Path(path)
+        if (path / "run.json").exists():
+            raise EmmechError(
+                f"save the run {self.name}",
+                given=path,
+                why="there is a run already",
+                instead="another folder",
+            ) from None
+        path.mkdir(parents=True, exist_ok=True)
+        from emmech.store import append_jsonl
+
+        for folder, series in (("trajectory", self._trajectory), ("probes", self.probes._series)):
+            target = Series(path / folder)
+            for step in series.steps.tolist():
+                target.append(step, {key: series.read_step(key, step) for key in series.keys})
+            target.compact()
+        for entry in self._metrics:
+            append_jsonl(path / "metrics.jsonl", entry)
+        write_json(path / "run.json", self.manifest)
+        return load_run(path)
+
+    def push_to_hub(self, repo: str, *, private: bool = True) -> str:
+        """Upload the run's folder to the Hugging Face Hub; :func:`load_run` reads it back by ``hub:owner/name``."""
+        from huggingface_hub import HfApi
+
+        if self.path is None:
+            raise EmmechError(
+                f"upload {self.name}",
+                why="it is in memory only",
+                instead="run.save(folder).push_to_hub(repo)",
+            ) from None
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=self.path))
+
+    # runs that were not recorded here
+
+    @classmethod
+    def from_arrays(
+        cls,
+        steps: Sequence[int] | Int[np.ndarray, " steps"],
+        *,
+        A: Float[np.ndarray, "steps *rank d_in"] | None = None,  # noqa: N803
+        B: Float[np.ndarray, "steps d_out *rank"],  # noqa: N803
+        metrics: Any = None,
+        name: str = "arrays",
+    ) -> Run:
+        """A run from trajectories that already are arrays; the geometric detectors need no model.
+
+        Args:
+            steps: ``[steps]``, ascending.
+            A: ``[steps, d_in]`` or ``[steps, rank, d_in]``.
+            B: ``[steps, d_out]`` or ``[steps, d_out, rank]``.
+            metrics: a DataFrame indexed by step (or with a column ``step``), or None.
+
+        Raises:
+            EmmechError: lengths differ, steps not ascending, or values that are not finite.
+        """
+        index = np.asarray(steps)
+        if (
+            index.ndim != 1
+            or len(index) == 0
+            or np.any(np.diff(index) <= 0)
+            or np.any(index != index.astype(int))
+        ):
+            raise EmmechError(
+                "make a run from arrays",
+                given=f"steps of shape {index.shape}: {index.reshape(-1)[:6].tolist()}...",
+                why="steps are whole numbers, each larger than the one before",
+                instead="np.arange(len(B)), or sort by step and drop duplicates",
+            ) from None
+        arrays = {"B/adapter": _array("B", B, len(index))}
+        if A is not None:
+            arrays["A/adapter"] = _array("A", A, len(index))
+        b, a = arrays["B/adapter"], arrays.get("A/adapter")
+        rank = 1 if b.ndim == 2 else int(b.shape[2])
+        if a is not None and (1 if a.ndim == 2 else a.shape[1]) != rank:
+            raise EmmechError(
+                "make a run from arrays",
+                given=f"A {list(a.shape)}, B {list(b.shape)}",
+                why="their ranks differ",
+                instead="A [steps, rank, d_in] with B [steps, d_out, rank]",
+            ) from None
+        entry = {
+            "name": "adapter",
+            "layer": -1,
+            "module": "adapter",
+            "rank": rank,
+            "alpha": float(rank),
+            "scaling": 1.0,
+            "d_in": int(a.shape[-1]) if a is not None else 0,
+            "d_out": int(b.shape[1]),
+        }
+        rows: list[dict[str, Any]] = []
+        if metrics is not None:
+            frame = metrics.set_index("step") if "step" in getattr(metrics, "columns", ()) else metrics
+            rows = [{"step": int(step), **row} for step, row in frame.to_dict(orient="index").items()]
+        manifest = {"format": FORMAT, "kind": "lora", "name": name, "status": "complete", "adapters": [entry]}
+        return cls(manifest, MemorySeries(index, arrays), MemorySeries(np.empty(0, np.int64), {}), rows)
+
+    @classmethod
+    def from_peft(cls, folders: Sequence[str | Path]) -> Run:
+        """A run from a series of PEFT checkpoint folders made elsewhere, in any order.
+
+        The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``).
+
+        Raises:
+            EmmechError: names the folder that is missing, unreadable, of unknown step, a duplicate, of another
+                shape than the others, or untrained (B = 0).
+        """
+        from emmech.peft_series import read_series
+
+        steps, arrays, manifest = read_series([Path(folder) for folder in folders])
+        return cls(manifest, MemorySeries(steps, arrays), MemorySeries(np.empty(0, np.int64), {}), [])
+
+    def __repr__(self) -> str:
+        span = f"{self.steps[0]}..{self.steps[-1]}" if len(self.steps) else "none"
+        model = self.manifest.get("model", {}).get("name", "no model")
+        data = self.manifest.get("data", {}).get("name", "no data")
+        what = ", ".join(f"{a.name} (rank {a.rank})" for a in self.adapters[:3]) or self.kind
+        more = f" and {len(self.adapters) - 3} more" if len(self.adapters) > 3 else ""
+        damaged = f", damaged: {[path.name for path in self.damaged]}" if self.damaged else ""
+        return (
+            f"Run({self.name!r}: {model} on {data}, {what}{more}, steps {span} ({len(self.steps)}){damaged})"
+        )
+
+
+def _array(name: str, value: Any, steps: int) -> np.ndarray:
+    array = np.asarray(value, dtype=np.float32)
+    if array.ndim not in (2, 3) or len(array) != steps:
+        raise EmmechError(
+            "make a run from arrays",
+            given=f"{name} of shape {list(array.shape)} for {steps} steps",
+            why="its first axis is not the steps" if array.ndim in (2, 3) else "it needs two or three axes",
+            instead=f"{name} of shape [{steps}, d]",
+        ) from None
+    if not np.isfinite(array).all():
+        where = int(np.argwhere(~np.isfinite(array))[0][0])
+        raise EmmechError(
+            "make a run from arrays",
+            given=f"{name}, row {where}",
+            why="it holds NaN or infinity",
+            instead="drop that record",
+        ) from None
+    return array
+
+
+def load_run(path: str | Path) -> Run:
+    """Open a recorded run, in milliseconds: nothing but the manifest and the index is read.
+
+    Args:
+        path: the run's folder, or ``hub:owner/name``.
+
+    Raises:
+        EmmechError: not a run, or of a newer format.
+    """
+    if isinstance(path, str) and path.startswith("hub:"):
+        from huggingface_hub import snapshot_download
+
+        path = snapshot_download(path.removeprefix("hub:"))
+    folder = Path(path)
+    manifest_path = folder / "run.json"
+    if not manifest_path.is_file():
+        beside = sorted(entry.parent.name for entry in folder.parent.glob("*/run.json"))
+        raise EmmechError(
+            "open the run",
+            given=folder,
+            why="there is no run.json in it" if folder.is_dir() else "there is no such folder",
+            instead=closest(folder.name, beside) if beside else "the folder given to finetune(..., out=...)",
+        ) from None
+    import json
+
+    try:
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EmmechError(
+            "open the run", given=manifest_path, why=f"it is damaged: {error}", instead="restore run.json"
+        ) from None
+    if manifest.get("format", 0) > FORMAT:
+        raise EmmechError(
+            "open the run",
+            given=f"format {manifest['format']}",
+            why=f"this emmech reads formats up to {FORMAT}",
+            instead="upgrade emmech",
+        ) from None
+    return Run(
+        manifest,
+        Series(folder / "trajectory"),
+        Series(folder / "probes"),
+        read_jsonl(folder / "metrics.jsonl"),
+        folder,
+    )
