@@ -137,11 +137,11 @@ class Run:
             ) from None
         return self.adapters[names.index(name)]
 
-    def A(self, adapter: str | None = None) -> Float[np.ndarray, "steps *rank d_in"]:  # noqa: N802 (LoRA's name)
+    def A(self, adapter: str | None = None) -> Float[np.ndarray, "steps *rank d_in"]:
         """A at every recorded step, raw: ``[steps, d_in]`` at rank 1, else ``[steps, rank, d_in]``."""
         return self._side("A", adapter)
 
-    def B(self, adapter: str | None = None) -> Float[np.ndarray, "steps d_out *rank"]:  # noqa: N802
+    def B(self, adapter: str | None = None) -> Float[np.ndarray, "steps d_out *rank"]:
         """B at every recorded step, raw: ``[steps, d_out]`` at rank 1, else ``[steps, d_out, rank]``."""
         return self._side("B", adapter)
 
@@ -366,8 +366,8 @@ class Run:
         cls,
         steps: Sequence[int] | Int[np.ndarray, " steps"],
         *,
-        A: Float[np.ndarray, "steps *rank d_in"] | None = None,  # noqa: N803
-        B: Float[np.ndarray, "steps d_out *rank"],  # noqa: N803
+        A: Float[np.ndarray, "steps *rank d_in"] | None = None,
+        B: Float[np.ndarray, "steps d_out *rank"],
         metrics: Any = None,
         name: str = "arrays",
     ) -> Run:
