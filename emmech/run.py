@@ -382,47 +382,13 @@ class Run:
         Raises:
             EmmechError: lengths differ, steps not ascending, or values that are not finite.
         """
-        index = np.asarray(steps)
-        if (
-            index.ndim != 1
-            or len(index) == 0
-            or np.any(np.diff(index) <= 0)
-            or np.any(index != index.astype(int))
-        ):
-            raise EmmechError(
-                "make a run from arrays",
-                given=f"steps of shape {index.shape}: {index.reshape(-1)[:6].tolist()}...",
-                why="steps are whole numbers, each larger than the one before",
-                instead="np.arange(len(B)), or sort by step and drop duplicates",
-            ) from None
-        arrays = {"B/adapter": _array("B", B, len(index))}
-        if A is not None:
-            arrays["A/adapter"] = _array("A", A, len(index))
-        b, a = arrays["B/adapter"], arrays.get("A/adapter")
-        rank = 1 if b.ndim == 2 else int(b.shape[2])
-        if a is not None and (1 if a.ndim == 2 else a.shape[1]) != rank:
-            raise EmmechError(
-                "make a run from arrays",
-                given=f"A {list(a.shape)}, B {list(b.shape)}",
-                why="their ranks differ",
-                instead="A [steps, rank, d_in] with B [steps, d_out, rank]",
-            ) from None
-        entry = {
-            "name": "adapter",
-            "layer": -1,
-            "module": "adapter",
-            "rank": rank,
-            "alpha": float(rank),
-            "scaling": 1.0,
-            "d_in": int(a.shape[-1]) if a is not None else 0,
-            "d_out": int(b.shape[1]),
-        }
+        from emmech.elsewhere import read_arrays
+
         rows: list[dict[str, Any]] = []
         if metrics is not None:
             frame = metrics.set_index("step") if "step" in getattr(metrics, "columns", ()) else metrics
             rows = [{"step": int(step), **row} for step, row in frame.to_dict(orient="index").items()]
-        manifest = {"format": FORMAT, "kind": "lora", "name": name, "status": "complete", "adapters": [entry]}
-        return cls(manifest, MemorySeries(index, arrays), MemorySeries(np.empty(0, np.int64), {}), rows)
+        return cls._elsewhere(read_arrays(steps, A, B), name, rows)
 
     @classmethod
     def from_peft(cls, folders: Sequence[str | Path]) -> Run:
@@ -434,10 +400,26 @@ class Run:
             EmmechError: names the folder that is missing, unreadable, of unknown step, a duplicate, of another
                 shape than the others, or untrained (B = 0).
         """
-        from emmech.peft_series import read_series
+        from emmech.elsewhere import read_peft
 
-        steps, arrays, manifest = read_series([Path(folder) for folder in folders])
-        return cls(manifest, MemorySeries(steps, arrays), MemorySeries(np.empty(0, np.int64), {}), [])
+        contents, base = read_peft([Path(folder) for folder in folders])
+        run = cls._elsewhere(contents, "peft", [])
+        run.manifest["model"] = {"name": base or None}
+        return run
+
+    @classmethod
+    def _elsewhere(
+        cls, contents: tuple[np.ndarray, Mapping[str, np.ndarray], list[Any]], name: str, rows: list[Any]
+    ) -> Run:
+        steps, arrays, adapters = contents
+        manifest = {
+            "format": FORMAT,
+            "kind": "lora",
+            "name": name,
+            "status": "complete",
+            "adapters": adapters,
+        }
+        return cls(manifest, MemorySeries(steps, arrays), MemorySeries(np.empty(0, np.int64), {}), rows)
 
     def __repr__(self) -> str:
         span = f"{self.steps[0]}..{self.steps[-1]}" if len(self.steps) else "none"
@@ -449,26 +431,6 @@ class Run:
         return (
             f"Run({self.name!r}: {model} on {data}, {what}{more}, steps {span} ({len(self.steps)}){damaged})"
         )
-
-
-def _array(name: str, value: Any, steps: int) -> np.ndarray:
-    array = np.asarray(value, dtype=np.float32)
-    if array.ndim not in (2, 3) or len(array) != steps:
-        raise EmmechError(
-            "make a run from arrays",
-            given=f"{name} of shape {list(array.shape)} for {steps} steps",
-            why="its first axis is not the steps" if array.ndim in (2, 3) else "it needs two or three axes",
-            instead=f"{name} of shape [{steps}, d]",
-        ) from None
-    if not np.isfinite(array).all():
-        where = int(np.argwhere(~np.isfinite(array))[0][0])
-        raise EmmechError(
-            "make a run from arrays",
-            given=f"{name}, row {where}",
-            why="it holds NaN or infinity",
-            instead="drop that record",
-        ) from None
-    return array
 
 
 def load_run(path: str | Path) -> Run:
