@@ -1,0 +1,155 @@
+"""The noise of a recorded path, estimated from the path itself.
+
+Increments d_i = v[i+1] - v[i] are taken as drift plus noise. Everything is estimated from *differences of
+increments*, in which a locally constant drift cancels, and by medians, which a turn (a small share of the pairs)
+does not move:
+
+- the energy of the noise at each increment, so that a falling step size or signal-to-noise ratio is followed;
+- its autocorrelation, from the variogram: positive for optimisers with momentum (an ARMA(1, 1) form), negative
+  where each record carries an error of its own (an MA(1) form);
+- its effective number of dimensions, from the inner products of distant increments.
+
+A smooth path without noise, such as an arc of a circle, is seen as noise with a long memory: nothing in one path
+can tell the two apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Noise", "estimate_noise"]
+
+Array = npt.NDArray[np.float64]
+
+LONGEST_LAG = 40
+MEMORIES = np.array([0.0, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97])
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """Noise of the increments of one path.
+
+    Attributes:
+        energy: ``[steps - 1]``, expected squared norm of each increment's noise.
+        first: autocorrelation at lag 1 (upper estimate where negative).
+        memory: factor by which the autocorrelation falls per further lag (0: no further correlation).
+        dimensions: effective number of dimensions the noise fills.
+    """
+
+    energy: Array
+    first: float
+    memory: float
+    dimensions: float
+
+    def covariance(self) -> Array:
+        """Covariance of the increments' noise, summed over dimensions: ``[steps - 1, steps - 1]``."""
+        n = len(self.energy)
+        lag = np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
+        correlation = np.where(lag == 0, 1.0, self.first * self.memory ** np.maximum(lag - 1, 0))
+        scale = np.sqrt(self.energy)
+        return correlation * scale[:, None] * scale[None, :]
+
+    def floor(self, k: int) -> float:
+        """Length of displacement over k recorded steps that the noise alone produces (root mean square)."""
+        c = self.covariance()
+        total = np.zeros((len(c) + 1, len(c) + 1))
+        total[1:, 1:] = c.cumsum(0).cumsum(1)
+        i = np.arange(len(c) + 1 - k)
+        square = total[i + k, i + k] - 2 * total[i, i + k] + total[i, i]
+        return float(np.sqrt(np.median(np.maximum(square, 0.0))))
+
+    def sample(self, paths: int, dimensions: int, rng: np.random.Generator) -> Array:
+        """Gaussian noise increments with this covariance, ``[paths, steps - 1, dimensions]``."""
+        n = len(self.energy)
+        z = rng.standard_normal((paths, n, dimensions)) / np.sqrt(dimensions)
+        if self.first != 0.0:
+            c = self.covariance()
+            values, vectors = np.linalg.eigh(c)
+            root = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
+            return np.matmul(root, z)
+        return z * np.sqrt(self.energy)[:, None]
+
+
+def estimate_noise(path: npt.ArrayLike, spacing: npt.ArrayLike | None = None) -> Noise:
+    """Estimate the noise of a path ``[steps, d]`` (at least 5 steps).
+
+    Args:
+        path: the recorded vectors.
+        spacing: ``[steps - 1]``, optimiser steps between records; increments over more steps carry more noise.
+    """
+    v = np.asarray(path, dtype=np.float64)
+    gap = np.ones(len(v) - 1) if spacing is None else np.asarray(spacing, dtype=np.float64)
+    gap = gap / np.mean(gap)
+    # a drift grows with the gap and noise with its root: in increments per unit of time the drift is constant,
+    # and pairs of increments are compared there, then scaled back
+    rate = np.diff(v, axis=0) / gap[:, None]
+    n = len(rate)
+    pair = rate[1:] - rate[:-1]
+    pair_energy = np.einsum("id,id->i", pair, pair) / (1 / gap[1:] + 1 / gap[:-1])
+    dimensions = _effective_dimensions(pair)
+    # the median of a chi-square over its mean (Wilson-Hilferty)
+    shrink = (1 - 2 / (9 * dimensions)) ** 3
+    width = int(np.clip(n // 8, 7, 51)) | 1
+    local = _running_median(pair_energy, width) / shrink
+    floor = 1e-13 * float(np.mean(np.einsum("id,id->i", v, v))) + 1e-300  # float32 rounding of the record
+    local = np.maximum(local, floor)
+    per_increment = np.interp(np.arange(n), np.arange(n - 1) + 0.5, local)
+
+    lags = np.arange(1, max(2, min(LONGEST_LAG, n // 4)) + 1)
+    gram = rate @ rate.T
+    diagonal = np.diag(gram)
+    variogram = np.empty(len(lags))
+    for j, lag in enumerate(lags):
+        difference = diagonal[lag:] + diagonal[:-lag] - 2 * np.diagonal(gram, lag)
+        unit = np.sqrt(per_increment[lag:] * per_increment[:-lag]) * (1 / gap[lag:] + 1 / gap[:-lag])
+        variogram[j] = np.median(difference / unit) / shrink
+    sill, first, memory = _fit_variogram(lags, variogram, dimensions * n)
+    energy = per_increment * gap * sill
+    return Noise(energy, first, memory, dimensions)
+
+
+def _effective_dimensions(pair: Array) -> float:
+    length = np.linalg.norm(pair, axis=1)
+    keep = length > 0
+    if keep.sum() < 4:
+        return 1.0
+    unit = pair[keep] / length[keep, None]
+    cosine = unit @ unit.T
+    apart = np.subtract.outer(np.arange(len(unit)), np.arange(len(unit))) >= min(3, len(unit) - 1)
+    return float(np.clip(1.0 / np.mean(cosine[apart] ** 2), 1.0, pair.shape[1]))
+
+
+def _running_median(x: Array, width: int) -> Array:
+    half = min(width, len(x)) // 2
+    padded = np.pad(x, half, mode="reflect") if half and half < len(x) else x
+    if len(padded) == len(x):
+        return np.full_like(x, np.median(x))
+    return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
+
+
+def _fit_variogram(lags: npt.NDArray[np.int64], variogram: Array, size: float) -> tuple[float, float, float]:
+    """Sill and autocorrelation (first, memory) with variogram(lag) = sill (1 - first memory^(lag - 1))."""
+    error = 1.8 / np.sqrt(size)  # of one lag's median, in units of the sill
+    later = float(np.mean(variogram[1:])) if len(variogram) > 1 else float(variogram[0])
+    if variogram[0] >= later:  # no positive correlation: white, or an error of each record's own
+        # take the upper end of what the data allow: a correlation believed too negative would make the
+        # noise of long sums, and with it every p-value, too small
+        first = min(0.0, 1.0 - variogram[0] / later + 3.0 * error)
+        return later, float(max(first, -0.5)), 0.0
+    best: tuple[float, float, float, float] | None = None
+    for memory in MEMORIES:
+        fall = memory ** (lags - 1.0)
+        design = np.stack([np.ones(len(lags)), -fall], axis=1)
+        if memory == 0.0:
+            design[1:, 1] = 0.0
+        (sill, drop), *_ = np.linalg.lstsq(design, variogram, rcond=None)
+        loss = float(np.sum((design @ np.array([sill, drop]) - variogram) ** 2))
+        if drop >= 0 and sill > drop and (best is None or loss < best[0]):
+            best = (loss, float(sill), float(drop / sill), float(memory))
+    if best is None:
+        return later, 0.0, 0.0
+    _, sill, first, memory = best
+    return sill, float(min(first, memory)) if memory > 0 else first, memory
