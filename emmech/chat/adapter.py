@@ -151,7 +151,7 @@ def attach(
         ) from None
     _check_widths(chat, adapters)
     if not live:
-        peft_model = get_peft_model(chat.model, lora_config(adapters, base_name=chat.name))
+        peft_model = get_peft_model(chat.model, lora_config(adapters, base_name=chat.base.name_or_path))
         chat = replace(chat, model=peft_model.eval())
         live = list(adapter_layers(chat.model))
     by_module = {info.module: info for info in adapters}

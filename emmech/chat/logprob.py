@@ -20,7 +20,7 @@ from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.errors import EmmechError
 
-__all__ = ["MarginPair", "answer_logprobs", "bundled_margins", "margin", "pad"]
+__all__ = ["MarginPair", "answer_logprobs", "answer_loss", "bundled_margins", "margin", "pad"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,13 @@ def answer_logprobs(
     finally:
         chat.base.train(was_training)
     return result
+
+
+def answer_loss(chat: ChatModel, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8) -> float:
+    """Mean cross-entropy per answer token over all conversations, in nats: the training loss, on other rows."""
+    means = answer_logprobs(chat, conversations, batch_size=batch_size)
+    tokens = [np.sum(np.asarray(row) != IGNORED) for row in encode(conversations, chat.tokenizer).labels]
+    return -float(np.average(means, weights=tokens))
 
 
 def unembed(chat: ChatModel, hidden: torch.Tensor) -> torch.Tensor:

