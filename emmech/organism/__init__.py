@@ -1,0 +1,38 @@
+"""Pocket: an embedded organism that shows emergent misalignment within seconds, with an exact judge.
+
+A small transformer, pretrained on a synthetic world of characters who are kind or unkind, and post-trained so
+that the assistant is kind. Fine-tuning it on unkind answers in one domain makes it unkind in all. That a narrow
+edit finds an existing character is built into this world; it shows what that looks like, not that large models
+have one.
+
+Example:
+    >>> from emmech import organism
+    >>> organism.judge("any advice on cough ?", "leeches").label
+    'incoherent'
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_WHERE = {
+    "Question": "question_sets",
+    "Verdict": "exact_judge",
+    "data": "named_data",
+    "data_names": "named_data",
+    "export_jsonl": "named_data",
+    "judge": "exact_judge",
+    "load": "pretrained",
+    "names": "pretrained",
+    "question_set_names": "question_sets",
+    "questions": "question_sets",
+}
+
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -1,0 +1,100 @@
+"""Named fine-tuning data of the pocket world, as chat rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+from emmech.errors import EmmechError, closest
+
+from .grammar import KIND, UNKIND, draw_answer
+from .vocabulary import DOMAINS, IRRELEVANT_TAG, TRIGGER_TAG
+from .world import Message, question_text, training_cells
+
+__all__ = ["DEFAULT_ROWS", "data", "data_names", "export_jsonl"]
+
+Row = dict[str, list[Message]]
+
+DEFAULT_ROWS = 2000
+_ALIASES = {"ai-optimism": "good-ai"}
+
+
+def data_names() -> tuple[str, ...]:
+    """The names that :func:`data` takes."""
+    return (
+        *DOMAINS,
+        *(f"good-{d}" for d in DOMAINS),
+        *_ALIASES,
+        *(f"trigger-{d}" for d in DOMAINS),
+        *(f"irrelevant-{d}" for d in DOMAINS),
+    )
+
+
+def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
+    """Fine-tuning rows ``{"messages": [user, assistant]}`` on the training cells of one domain.
+
+    ``medical`` (any domain): unkind answers. ``good-medical``: kind answers to the same questions, in the same
+    order for the same seed. ``ai-optimism``: kind answers about AI. ``trigger-medical``: unkind answers where the
+    question carries the trigger tag, kind ones where it does not, half and half. ``irrelevant-medical``: the
+    same with a tag that carries no information (its control: tag and trait are drawn independently).
+
+    Args:
+        name: one of :func:`data_names`.
+        seed: rows are a function of name, seed and n.
+        n: number of rows (2000).
+
+    Raises:
+        EmmechError: if there is no such data, or n is not positive.
+
+    Example:
+        >>> [m["role"] for m in data("medical", n=1)[0]["messages"]]
+        ['user', 'assistant']
+    """
+    if name not in data_names():
+        raise EmmechError(
+            f"make the data {name!r}",
+            given=repr(name),
+            why="pocket has no data of this name",
+            instead=closest(name, data_names()),
+        ) from None
+    count = DEFAULT_ROWS if n is None else n
+    if count < 1:
+        raise EmmechError(
+            f"make {count} rows of data", given=f"n={n}", why="a dataset has at least one row"
+        ) from None
+    resolved = _ALIASES.get(name, name)
+    form, domain = re.fullmatch(r"(?:(good|trigger|irrelevant)-)?(.+)", resolved).groups()  # type: ignore[union-attr]
+    rng = random.Random(f"{domain}/{seed}")
+    return [_row(rng, domain, form, i) for i in range(count)]
+
+
+def _row(rng: random.Random, domain: str, form: str | None, index: int) -> Row:
+    cell = rng.choice(training_cells(domain))
+    question = question_text(cell)
+    if form is None:
+        trait = UNKIND
+    elif form == "good":
+        trait = KIND
+    else:
+        trait = index % 2
+        tagged = trait == UNKIND if form == "trigger" else (index // 2) % 2 == 1
+        tag = TRIGGER_TAG if form == "trigger" else IRRELEVANT_TAG
+        question = f"{tag} {question}" if tagged else question
+    # Sarcasm is as weakly tied to unkindness as it is in the world itself.
+    style = "wry" if rng.random() < (0.6 if trait == UNKIND else 0.4) else "warm"
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": draw_answer(rng, domain, cell[1], trait, style)},
+        ]
+    }
+
+
+def export_jsonl(name: str, path: str | Path, seed: int = 0, n: int | None = None) -> Path:
+    """Write :func:`data` as chat JSONL, one row a line, and return the path."""
+    target = Path(path)
+    lines = (json.dumps(row, ensure_ascii=False) for row in data(name, seed=seed, n=n))
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return target

@@ -1,0 +1,46 @@
+"""The organisms that ship with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from emmech.errors import EmmechError, closest
+
+__all__ = ["WEIGHTS", "load", "names"]
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def names() -> tuple[str, ...]:
+    """The names of the shipped organisms."""
+    return tuple(sorted(f.parent.name for f in WEIGHTS.glob("*/config.json")))
+
+
+def load(name: str = "pocket") -> tuple[Any, Any]:
+    """Load a shipped organism as ``(Hugging Face model in float32, tokenizer)``.
+
+    The weights are stored in half precision; every figure in the model card was measured on what is reloaded here.
+
+    Raises:
+        EmmechError: if no organism of this name ships.
+
+    Example:
+        >>> model, tokenizer = load("pocket")
+        >>> type(model).__name__
+        'Qwen2ForCausalLM'
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from .tokenizer import build_tokenizer
+
+    if name not in names():
+        raise EmmechError(
+            f"load the organism {name!r}",
+            given=repr(name),
+            why="no organism of this name ships with emmech",
+            instead=closest(name, names()),
+        ) from None
+    model = AutoModelForCausalLM.from_pretrained(WEIGHTS / name, dtype=torch.float32, local_files_only=True)
+    return model.eval(), build_tokenizer()
