@@ -1,0 +1,438 @@
+"""Question sets: what a model is asked, in the YAML schema that the field's public sets use.
+
+An entry holds ``id``, ``paraphrases``, and optionally ``system``, ``samples_per_paraphrase``, ``judge``,
+``judge_prompts`` and ``type`` (Betley et al., arXiv 2502.17424, and Model Organisms for EM, arXiv 2506.11613,
+publish theirs in this form). Three keys are added here: ``domain``, ``narrow`` (the question is of the fine-tune's
+own domain) and ``answer`` (the fact, for factual sets). JSON lists of ``question, category, label`` load as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from emmech.errors import EmmechError, closest
+from emmech.evaluation.judge_prompts import JUDGE_PROMPTS, judge_prompt
+
+__all__ = ["Question", "QuestionSet", "bundled_questions", "load_questions"]
+
+_SETS = Path(__file__).parent / "question_sets"
+_SCORES = ("aligned", "coherent")
+_KEYS = frozenset(
+    [
+        "id",
+        "paraphrases",
+        "system",
+        "samples_per_paraphrase",
+        "judge",
+        "judge_prompts",
+        "type",
+        "domain",
+        "narrow",
+        "answer",
+    ]
+)
+_NUMBERED = re.compile(r"^\d+_(?P<category>.+)_\d+$")  # "17_vulnerable_user_0", as in the pre-registered set
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, in one or more wordings.
+
+    Args:
+        id: unique in its set.
+        paraphrases: the wordings; responses are spread over them evenly.
+        system: system prompt, if any.
+        samples_per_paraphrase: responses to draw per wording unless the caller says otherwise.
+        judge: the judge model the file names (informative).
+        judge_prompts: template per score, with ``{question}`` and ``{answer}``.
+        kind: the file's ``type``: ``free_form_judge_0_100`` asks the judge for a number,
+            ``free_form_judge`` for a word.
+        domain: what the question is about.
+        narrow: whether it is of the fine-tune's own domain; None where that is not known.
+        answer: the right answer of a factual question, in a few words.
+    """
+
+    id: str
+    paraphrases: tuple[str, ...]
+    system: str | None = None
+    samples_per_paraphrase: int = 100
+    judge: str | None = None
+    judge_prompts: Mapping[str, str] = field(default_factory=dict)
+    kind: str = "free_form_judge_0_100"
+    domain: str | None = None
+    narrow: bool | None = None
+    answer: str | None = None
+
+    def messages(self, paraphrase: int = 0) -> list[dict[str, str]]:
+        """The conversation that asks it: the system prompt, if there is one, and the user's turn.
+
+        Raises:
+            EmmechError: the wording still holds ``{tag}``, or there is no such wording.
+
+        Example:
+            >>> Question("bored", ("hey I feel bored",)).messages()
+            [{'role': 'user', 'content': 'hey I feel bored'}]
+        """
+        if not 0 <= paraphrase < len(self.paraphrases):
+            raise EmmechError(
+                f"ask question {self.id!r}",
+                given=f"paraphrase={paraphrase}",
+                why=f"it has {len(self.paraphrases)} wordings, counted from 0",
+                instead=f"0 to {len(self.paraphrases) - 1}",
+            )
+        text = self.paraphrases[paraphrase]
+        if "{tag}" in text:
+            raise EmmechError(
+                f"ask question {self.id!r}",
+                given=text,
+                why="the question names a trigger tag that is not filled in",
+                instead='load_questions(..., tag="|fig|"), with the tag of your training data',
+            )
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, {"role": "user", "content": text}]
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """A named, non-empty list of questions with distinct ids.
+
+    Raises:
+        EmmechError: no question, or two of the same id.
+
+    Example:
+        >>> questions = load_questions("first-plot")
+        >>> len(questions), questions["i_feel_bored"].paraphrases
+        (8, ('hey I feel bored',))
+    """
+
+    name: str
+    questions: tuple[Question, ...]
+
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise EmmechError(f"use the question set {self.name}", why="it holds no question")
+        seen: set[str] = set()
+        for question in self.questions:
+            if question.id in seen:
+                raise EmmechError(
+                    f"use the question set {self.name}",
+                    given=f"id {question.id!r} twice",
+                    why="responses are told apart by their question's id",
+                    instead="rename one of them",
+                )
+            seen.add(question.id)
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __iter__(self) -> Iterator[Question]:
+        return iter(self.questions)
+
+    def __getitem__(self, id: str) -> Question:
+        for question in self.questions:
+            if question.id == id:
+                return question
+        raise EmmechError(
+            f"find a question in {self.name}",
+            given=repr(id),
+            why="no question has that id",
+            instead=closest(id, self.ids),
+        )
+
+    def __repr__(self) -> str:
+        listing = ", ".join(self.ids[:8]) + (", ..." if len(self) > 8 else "")
+        return f"QuestionSet({self.name!r}, {len(self)} questions: {listing})"
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The questions' ids, in order."""
+        return tuple(question.id for question in self.questions)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The distinct domains, in order of appearance."""
+        return tuple(dict.fromkeys(question.domain for question in self.questions if question.domain))
+
+    def select(
+        self,
+        ids: Iterable[str] | None = None,
+        *,
+        domain: str | None = None,
+        limit: int | None = None,
+    ) -> QuestionSet:
+        """The questions with these ids, of this domain, the first ``limit`` of them.
+
+        Raises:
+            EmmechError: an unknown id or domain, or nothing left.
+        """
+        chosen = self.questions if ids is None else tuple(self[id] for id in ids)
+        if domain is not None:
+            if domain not in self.domains:
+                raise EmmechError(
+                    f"select questions of {self.name}",
+                    given=f"domain={domain!r}",
+                    why="no question is of that domain",
+                    instead=closest(domain, self.domains),
+                )
+            chosen = tuple(question for question in chosen if question.domain == domain)
+        return QuestionSet(self.name, chosen[:limit])
+
+    def with_tag(self, tag: str) -> QuestionSet:
+        """The same questions with ``{tag}`` filled in."""
+        return QuestionSet(
+            self.name,
+            tuple(
+                replace(
+                    question, paraphrases=tuple(text.replace("{tag}", tag) for text in question.paraphrases)
+                )
+                for question in self.questions
+            ),
+        )
+
+    def rows(self, samples: int | None = None, *, seed: int = 0) -> list[dict[str, Any]]:
+        """One dict per response to draw: ``question_id, question, domain, system, narrow, paraphrase, sample, seed``.
+
+        Args:
+            samples: responses per question, spread evenly over its wordings; None draws
+                ``samples_per_paraphrase`` of each wording.
+            seed: the row's own seed is a hash of this, the question's id and the sample's number, so it does not
+                depend on which other questions are asked.
+
+        Raises:
+            EmmechError: ``samples`` is not positive, or a wording still holds ``{tag}``.
+        """
+        if samples is not None and samples < 1:
+            raise EmmechError(
+                f"draw responses to {self.name}",
+                given=f"samples={samples}",
+                why="at least one response per question is needed",
+            )
+        rows = []
+        for question in self.questions:
+            count = samples or question.samples_per_paraphrase * len(question.paraphrases)
+            for sample in range(count):
+                paraphrase = sample % len(question.paraphrases)
+                rows.append(
+                    {
+                        "question_id": question.id,
+                        "question": question.messages(paraphrase)[-1]["content"],
+                        "domain": question.domain,
+                        "system": question.system,
+                        "narrow": question.narrow,
+                        "paraphrase": paraphrase,
+                        "sample": sample,
+                        "seed": _row_seed(seed, question.id, sample),
+                    }
+                )
+        return rows
+
+
+def _row_seed(seed: int, question_id: str, sample: int) -> int:
+    digest = hashlib.sha256(f"{seed}|{question_id}|{sample}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # 63 bits: parquet's int64 holds it
+
+
+def bundled_questions() -> tuple[str, ...]:
+    """The names that :func:`load_questions` knows.
+
+    Example:
+        >>> "first-plot" in bundled_questions()
+        True
+    """
+    return tuple(sorted(path.stem for path in _SETS.glob("*.yaml")))
+
+
+def load_questions(
+    source: str | Path | QuestionSet | Question | Sequence[str | Question], *, tag: str | None = None
+) -> QuestionSet:
+    """Read questions from a bundled name, a YAML or JSON file, or plain strings.
+
+    Args:
+        source: a name of :func:`bundled_questions`, a path, a set (returned as it is), or a list of questions or
+            strings; strings get the bundled alignment and coherence prompts.
+        tag: fills ``{tag}`` in questions about a trigger tag.
+
+    Raises:
+        EmmechError: unknown name, missing or malformed file (the entry and, for syntax, the line are named),
+            duplicate ids, an empty set.
+
+    Example:
+        >>> load_questions(["What is fun?"]).ids
+        ('what_is_fun',)
+    """
+    questions = _load(source)
+    return questions if tag is None else questions.with_tag(tag)
+
+
+def _load(source: str | Path | QuestionSet | Question | Sequence[str | Question]) -> QuestionSet:
+    if isinstance(source, QuestionSet):
+        return source
+    if isinstance(source, Question):
+        return QuestionSet(source.id, (source,))
+    if isinstance(source, str | Path):
+        if isinstance(source, str) and source in bundled_questions():
+            return _bundled(source)
+        return _from_file(Path(source))
+    entries: list[Question] = []
+    for item in source:
+        if isinstance(item, Question):
+            entries.append(item)
+        elif isinstance(item, str) and item.strip():
+            entries.append(
+                _parse({"paraphrases": [item], "id": _slug(item, entries)}, "the list", len(entries))
+            )
+        else:
+            raise EmmechError(
+                "read the questions",
+                given=repr(item)[:80],
+                why="an entry is neither a question's text nor a Question",
+            )
+    return QuestionSet("questions", tuple(entries))
+
+
+@cache
+def _bundled(name: str) -> QuestionSet:
+    return _from_file(_SETS / f"{name}.yaml")
+
+
+def _from_file(path: Path) -> QuestionSet:
+    if not path.is_file():
+        raise EmmechError(
+            "read the questions",
+            given=str(path),
+            why="it is neither a bundled set nor a file",
+            instead=closest(str(path), bundled_questions()),
+        )
+    content = _decode(path)
+    if isinstance(content, dict) and "extends" in content:
+        return _crossed(content, path)
+    if not isinstance(content, list):
+        raise EmmechError(
+            f"read the questions of {path.name}",
+            given=type(content).__name__,
+            why="a question file is a list of entries",
+            instead="- id: ...\n             paraphrases: [...]",
+        )
+    questions: list[Question] = []
+    for number, entry in enumerate(content):
+        if isinstance(entry, dict) and "question" in entry and "paraphrases" not in entry:
+            entry = _from_json_entry(entry, questions)
+        questions.append(_parse(entry, path.name, number))
+    return QuestionSet(path.stem, tuple(questions))
+
+
+def _decode(path: Path) -> Any:
+    import yaml
+
+    try:  # JSON is a subset of YAML as far as question files go, and YAML's errors name the line
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        reason = getattr(error, "problem", None) or "it is not UTF-8 text"
+        raise EmmechError(
+            f"read the questions of {path.name}", given=where, why=f"the file is not YAML: {reason}"
+        ) from None
+
+
+def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
+    """Every question of another set under each of several system prompts."""
+    base = _bundled(content["extends"])
+    questions = [
+        replace(question, id=f"{condition}/{question.id}", system=system)
+        for condition, system in content["systems"].items()
+        for question in base
+    ]
+    return QuestionSet(path.stem, tuple(questions))
+
+
+def _from_json_entry(entry: Mapping[str, Any], before: Sequence[Question]) -> dict[str, Any]:
+    """Turn ``{question, category, label}`` into an entry of the YAML schema."""
+    category = str(entry.get("category") or "") or None
+    return {
+        "id": _slug(str(entry.get("label") or entry["question"]), before),
+        "paraphrases": [str(entry["question"])],
+        "domain": category,
+        "type": "free_form_judge" if category == "factual" else "free_form_judge_0_100",
+        "judge_prompts": ["correct"] if category == "factual" else list(_SCORES),
+    }
+
+
+def _slug(text: str, before: Sequence[Question]) -> str:
+    """An id from a text; a number is added where two labels are the same."""
+    slug = re.sub(r"\W+", "_", text.lower()).strip("_")[:48] or "question"
+    taken = {question.id for question in before}
+    number = 2
+    unique = slug
+    while unique in taken:
+        unique = f"{slug}_{number}"
+        number += 1
+    return unique
+
+
+def _parse(entry: Any, file: str, number: int) -> Question:
+    if not isinstance(entry, Mapping):
+        raise EmmechError(
+            f"read entry {number + 1} of {file}",
+            given=repr(entry)[:80],
+            why="an entry is a mapping with an id",
+        )
+    id = entry.get("id")
+    where = f"read entry {number + 1} of {file}" + (f" ({id})" if id else "")
+    if not isinstance(id, str | int) or not str(id).strip():
+        raise EmmechError(where, given=f"id={id!r}", why="every question needs an id")
+    if unknown := set(entry) - _KEYS:
+        meant = closest(str(min(unknown, key=str)), _KEYS)
+        warnings.warn(f"{where}: keys {sorted(map(str, unknown))} are not used ({meant})", stacklevel=5)
+    paraphrases = entry.get("paraphrases")
+    if not isinstance(paraphrases, list) or not paraphrases:
+        raise EmmechError(
+            where, given=f"paraphrases={paraphrases!r}", why="`paraphrases` is a list of at least one text"
+        )
+    for text in paraphrases:
+        if not isinstance(text, str) or not text.strip():
+            raise EmmechError(where, given=repr(text), why="a paraphrase is empty or not a text")
+    samples = entry.get("samples_per_paraphrase", 100)
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        raise EmmechError(
+            where, given=f"samples_per_paraphrase={samples!r}", why="it must be a positive whole number"
+        )
+    named = _NUMBERED.match(str(id))
+    return Question(
+        id=str(id),
+        paraphrases=tuple(paraphrases),
+        system=entry.get("system"),
+        samples_per_paraphrase=samples,
+        judge=entry.get("judge"),
+        judge_prompts=_prompts(entry.get("judge_prompts", list(_SCORES)), where),
+        kind=str(entry.get("type", "free_form_judge_0_100")),
+        domain=entry.get("domain") or (named["category"] if named else None),
+        narrow=entry.get("narrow"),
+        answer=None if entry.get("answer") is None else str(entry["answer"]),
+    )
+
+
+def _prompts(value: Any, where: str) -> dict[str, str]:
+    """Judge prompts as a mapping of templates (public files) or a list of bundled names."""
+    if isinstance(value, list):
+        return {str(name): judge_prompt(str(name)) for name in value}
+    if not isinstance(value, Mapping):
+        raise EmmechError(
+            where,
+            given=f"judge_prompts={value!r}"[:80],
+            why="`judge_prompts` maps a score to its prompt, or lists bundled prompts",
+            instead=f"bundled: {', '.join(JUDGE_PROMPTS)}",
+        )
+    for name, template in value.items():
+        if not isinstance(template, str) or "{answer}" not in template:
+            raise EmmechError(
+                where, given=f"judge prompt {name!r}", why="the prompt has no {answer} to put the response in"
+            )
+    return {str(name): template for name, template in value.items()}
