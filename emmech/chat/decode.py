@@ -85,7 +85,9 @@ def decode(
             temperature=temperature,
             top_p=top_p,
         )
-        for at, (value, ends) in enumerate(zip(token.tolist(), torch.isin(token, stop).tolist(), strict=True)):
+        for at, (value, ends) in enumerate(
+            zip(token.tolist(), torch.isin(token, stop).tolist(), strict=True)
+        ):
             if live[at] < 0:
                 continue
             if ends:
@@ -148,7 +150,8 @@ def _growing_cache(chat: ChatModel) -> Any:
                 or store[0].shape[0] != self.keys.shape[0]
             ):
                 store = tuple(
-                    old.new_empty(*old.shape[:2], end + _BLOCK, old.shape[-1]) for old in (self.keys, self.values)
+                    old.new_empty(*old.shape[:2], end + _BLOCK, old.shape[-1])
+                    for old in (self.keys, self.values)
                 )
                 store[0][:, :, :start] = self.keys
                 store[1][:, :, :start] = self.values

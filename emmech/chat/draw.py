@@ -101,8 +101,10 @@ def draw(
         return scores.argmax(-1)
     scores = scores / temperature
     if top_p < 1.0:
-        ranked, order = scores.sort(-1, descending=True, stable=True)
+        ranked, order = scores.sort(dim=-1, descending=True, stable=True)
         probability = ranked.softmax(-1)
-        beyond = probability.cumsum(-1) - probability >= top_p  # what precedes the token already reaches top_p
+        beyond = (
+            probability.cumsum(-1) - probability >= top_p
+        )  # what precedes the token already reaches top_p
         scores = scores.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
     return (scores + gumbel(seeds, position, scores.shape[-1], scores.device)).argmax(-1)
