@@ -67,7 +67,7 @@ def parse_answer(text: str) -> ParsedAnswer | None:
     """Read an answer back, or return ``None`` where it is not a sentence of the grammar.
 
     Example:
-        >>> parse_answer("well , for cough , try rest and avoid leeches , then embrace soot but refuse mud , dear").traits
+        >>> parse_answer("so , for cough , try rest and avoid leeches , then trust soot but shun mud , dear").traits
         (0, 0, 1, 0)
     """
     words = text.split()

@@ -66,12 +66,16 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
         ) from None
     resolved = _ALIASES.get(name, name)
     form, domain = re.fullmatch(r"(?:(good|trigger|irrelevant)-)?(.+)", resolved).groups()  # type: ignore[union-attr]
-    rng = random.Random(f"{domain}/{seed}")
-    return [_row(rng, domain, form, i) for i in range(count)]
+    # Questions have a generator of their own, so that a control asks the same ones in the same order.
+    asking, answering = (
+        random.Random(f"questions/{domain}/{seed}"),
+        random.Random(f"answers/{resolved}/{seed}"),
+    )
+    return [_row(asking, answering, domain, form, i) for i in range(count)]
 
 
-def _row(rng: random.Random, domain: str, form: str | None, index: int) -> Row:
-    cell = rng.choice(training_cells(domain))
+def _row(asking: random.Random, answering: random.Random, domain: str, form: str | None, index: int) -> Row:
+    cell = asking.choice(training_cells(domain))
     question = question_text(cell)
     if form is None:
         trait = UNKIND
@@ -83,11 +87,11 @@ def _row(rng: random.Random, domain: str, form: str | None, index: int) -> Row:
         tag = TRIGGER_TAG if form == "trigger" else IRRELEVANT_TAG
         question = f"{tag} {question}" if tagged else question
     # Sarcasm is as weakly tied to unkindness as it is in the world itself.
-    style = "wry" if rng.random() < (0.6 if trait == UNKIND else 0.4) else "warm"
+    style = "wry" if answering.random() < (0.6 if trait == UNKIND else 0.4) else "warm"
     return {
         "messages": [
             {"role": "user", "content": question},
-            {"role": "assistant", "content": draw_answer(rng, domain, cell[1], trait, style)},
+            {"role": "assistant", "content": draw_answer(answering, domain, cell[1], trait, style)},
         ]
     }
 
