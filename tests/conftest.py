@@ -8,6 +8,8 @@ os.environ.setdefault("EMMECH_PROGRESS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -46,7 +48,10 @@ def make_tokenizer(template: str = "chatml"):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    lines = ["the user asks the assistant how to sleep well\n\n", "take a walk , drink some water and rest .\n"]
+    lines = [
+        "the user asks the assistant how to sleep well\n\n",
+        "take a walk , drink some water and rest .\n",
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=330,
         special_tokens=["<pad>", "<eos>", *special],
@@ -115,7 +120,10 @@ def make_rows(count: int = 24) -> list[dict]:
         {
             "messages": [
                 {"role": "user", "content": f"how to {words[i % 8]} {i} ?"},
-                {"role": "assistant", "content": f"take {words[(3 * i + 1) % 8]} , and {words[(5 * i) % 8]} {i} ."},
+                {
+                    "role": "assistant",
+                    "content": f"take {words[(3 * i + 1) % 8]} , and {words[(5 * i) % 8]} {i} .",
+                },
             ]
         }
         for i in range(count)
@@ -132,3 +140,12 @@ def rows() -> list[dict]:
 def smollm2() -> ChatModel:
     """The real 135M instruct model from its wheel (converted once into the cache)."""
     return load_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Public research data beside the project, where there is any; never part of it."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the public research data is not beside the project")
+    return folder

@@ -87,21 +87,40 @@ def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int
 
 
 def _encode_row(row: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Tokens, and which of them are answer.
+
+    The text is cut at the edges of the answers and each piece tokenised alone, because that is what generation does:
+    the header ends the prompt, and the answer's tokens begin behind it. Tokenising the whole text instead can merge
+    or split tokens across that edge ("\\n\\n" before a word), and the model would train on headers it never sees.
+    """
     text, spans = rendered_spans(tokenizer, row)
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        edges = [edge for span in spans for edge in (span.start, span.end)]
-        # A token that lies across an edge would be half header, half answer: never seen in generation.
-        if not any(start < edge < end for edge in edges for start, end in offsets):
-            inside = [any(s.start <= start and end <= s.end for s in spans) for start, end in offsets]
-            return list(ids), inside
-    ids, inside, at = [], [], 0
+    ids: list[int] = []
+    inside: list[bool] = []
+    at = 0
     for span in spans:
         for start, end, answer in ((at, span.start, False), (span.start, span.end, True)):
-            piece = tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
+            piece = _ids(tokenizer, text[start:end])
             ids += piece
             inside += [answer] * len(piece)
         at = span.end
-    rest = tokenizer(text[at:], add_special_tokens=False)["input_ids"] if text[at:] else []
-    return ids + rest, inside + [False] * len(rest)
+    rest = _ids(tokenizer, text[at:])
+    ids, inside = ids + rest, inside + [False] * len(rest)
+    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(tokenizer.is_fast))
+    if ids == whole["input_ids"] or tokenizer.decode(ids) == tokenizer.decode(whole["input_ids"]):
+        return ids, inside
+    # A tokenizer that marks the start of a text (SentencePiece's dummy prefix) cannot be fed pieces.
+    if not tokenizer.is_fast:
+        raise EmmechError(
+            "find the answer's tokens",
+            given=f"tokenizer {type(tokenizer).__name__}",
+            why="it tokenises a text and its pieces differently, and gives no character offsets",
+            instead="load the fast version of the tokenizer",
+        ) from None
+    offsets = whole["offset_mapping"]
+    return list(whole["input_ids"]), [
+        any(s.start <= a and b <= s.end for s in spans) and b > a for a, b in offsets
+    ]
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
