@@ -17,15 +17,18 @@ _WHERE = {
     "Anatomy": "emmech.chat.model",
     "ChatDataset": "emmech.chat.dataset",
     "ChatModel": "emmech.chat.model",
+    "Direction": "emmech.directions.direction",
     "EmmechError": "emmech.errors",
     "Recipe": "emmech.training.recipe",
     "Recorder": "emmech.training.recorder",
     "Run": "emmech.run",
+    "ablate": "emmech.interventions.ablate",
     "finetune": "emmech.training.train",
     "load_chat": "emmech.chat.dataset",
     "load_model": "emmech.chat.model",
     "load_run": "emmech.run",
     "phase_transition": "emmech.transition.phase",
+    "steer": "emmech.interventions.steer",
 }
 
 __all__ = ["__version__", *_WHERE]
@@ -36,7 +39,10 @@ if TYPE_CHECKING:
     from emmech.chat.model import Anatomy as Anatomy
     from emmech.chat.model import ChatModel as ChatModel
     from emmech.chat.model import load_model as load_model
+    from emmech.directions.direction import Direction as Direction
     from emmech.errors import EmmechError as EmmechError
+    from emmech.interventions.ablate import ablate as ablate
+    from emmech.interventions.steer import steer as steer
     from emmech.run import Run as Run
     from emmech.run import load_run as load_run
     from emmech.training.recipe import Recipe as Recipe

@@ -1,0 +1,463 @@
+"""A direction in the residual stream, as a value: one vector per layer, in raw units, with where it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from emmech.directions.quality import Quality
+from emmech.errors import EmmechError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from emmech.chat.model import ChatModel
+
+__all__ = ["Direction", "unit_rows"]
+
+FORMAT = "emmech-direction-1"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Direction:
+    """One vector per layer of the residual stream: row ``l`` lives in the output of block ``l``.
+
+    The vectors keep their norm (a mean difference of 0.7 stays 0.7), so that a steering coefficient of 1 means
+    the difference that was measured. A row of zeros means that nothing is known at that layer. The value never
+    changes: every operation returns a new one.
+
+    Args:
+        vectors: ``[layers, d_model]``, array or tensor.
+        name: for people, tables and legends.
+        source: provenance, as JSON has it: method, model, dataset, counts, seed; ``"fingerprints"`` lists the models
+            (:meth:`ChatModel.fingerprint`) in whose residual stream it lives.
+        aligned_mean: ``[layers, d_model]``, the mean residual of aligned answers, for ablation towards it.
+        quality: how sure one can be of it (:class:`Quality`), when it was extracted.
+
+    Raises:
+        EmmechError: not two-dimensional, not numbers, or not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> d = Direction(np.array([[3.0, 4.0], [0.0, 2.0]]), name="toy")
+        >>> d
+        Direction('toy', layers=2, d_model=2, norms 5 to 2)
+        >>> (d - d / 2).norms.tolist(), d.cosine(2 * d).tolist()
+        ([2.5, 1.0], [1.0, 1.0])
+    """
+
+    vectors: Float[np.ndarray, "layers d_model"]
+    name: str = "direction"
+    source: Mapping[str, Any] = field(default_factory=dict)
+    aligned_mean: Float[np.ndarray, "layers d_model"] | None = None
+    quality: Quality | None = None
+
+    def __post_init__(self) -> None:
+        vectors = _matrix(self.vectors, "vectors")
+        object.__setattr__(self, "vectors", vectors)
+        if self.aligned_mean is not None:
+            mean = _matrix(self.aligned_mean, "aligned_mean")
+            if mean.shape != vectors.shape:
+                raise EmmechError(
+                    "make a Direction",
+                    given=f"aligned_mean {list(mean.shape)}, vectors {list(vectors.shape)}",
+                    why="both have one row per layer and one column per residual dimension",
+                    instead="leave aligned_mean out",
+                ) from None
+            object.__setattr__(self, "aligned_mean", mean)
+        object.__setattr__(self, "source", dict(self.source))
+
+    @classmethod
+    def single(
+        cls, vector: Float[np.ndarray, " d_model"], layer: int, n_layers: int, **kwargs: Any
+    ) -> Direction:
+        """A direction known at one layer only; the other rows are zero.
+
+        Example:
+            >>> Direction.single([0.0, 1.0], layer=2, n_layers=4).layers
+            (2,)
+        """
+        row = _array(vector, "vector")
+        if row.ndim != 1 or not 0 <= layer < n_layers:
+            raise EmmechError(
+                "make a Direction at one layer",
+                given=f"vector {list(row.shape)}, layer={layer}, n_layers={n_layers}",
+                why="it takes one vector [d_model] and a layer from 0 to n_layers - 1",
+                instead="Direction(vectors) for one vector per layer",
+            ) from None
+        vectors = np.zeros((n_layers, row.size), dtype=np.float32)
+        vectors[layer] = row
+        return cls(vectors, **kwargs)
+
+    # what it is
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers, known or not."""
+        return int(self.vectors.shape[0])
+
+    @property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return int(self.vectors.shape[1])
+
+    @property
+    def norms(self) -> Float[np.ndarray, " layers"]:
+        """Euclidean norm by layer, in the residual stream's own units."""
+        return np.linalg.norm(self.vectors.astype(np.float64), axis=1)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers at which it is known (not zero)."""
+        return tuple(np.flatnonzero(self.norms).tolist())
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """Models in whose residual stream it lives; empty when unknown."""
+        return tuple(self.source.get("fingerprints", ()))
+
+    def at(self, layer: int) -> Float[np.ndarray, " d_model"]:
+        """The vector at one layer.
+
+        Raises:
+            EmmechError: no such layer, or the direction is zero there.
+        """
+        if not isinstance(layer, int | np.integer) or not 0 <= layer < self.n_layers:
+            raise EmmechError(
+                f"read {self.name} at a layer",
+                given=f"layer={layer!r}",
+                why=f"it has {self.n_layers} layers, numbered 0 to {self.n_layers - 1}",
+                instead=f"one of {_listed(self.layers)}",
+            ) from None
+        if not self.vectors[layer].any():
+            raise EmmechError(
+                f"read {self.name} at a layer",
+                given=f"layer={layer}",
+                why="it is zero there: nothing was extracted at that layer",
+                instead=f"one of {_listed(self.layers)}" if self.layers else "another direction",
+            ) from None
+        return self.vectors[layer]
+
+    # algebra
+
+    def unit(self) -> Direction:
+        """Every known row scaled to norm 1.
+
+        Raises:
+            EmmechError: it is zero at all layers.
+        """
+        if not self.layers:
+            raise _zero(f"normalise {self.name}")
+        return self._with(unit_rows(self.vectors), f"unit({self.name})")
+
+    def cosine(self, other: Direction) -> Float[np.ndarray, " layers"]:
+        """Cosine by layer; NaN where either is zero. Two random ones have 0 +- 1/sqrt(d_model).
+
+        Raises:
+            EmmechError: the shapes differ.
+        """
+        self._check_same(other, "compare")
+        with np.errstate(invalid="ignore", divide="ignore"):
+            inner = np.einsum("ld,ld->l", self.vectors.astype(np.float64), other.vectors.astype(np.float64))
+            return np.clip(inner / (self.norms * other.norms), -1.0, 1.0)
+
+    def orthogonal_to(self, other: Direction) -> Direction:
+        """What is left after the projection on ``other`` is taken out at every layer."""
+        self._check_same(other, "project")
+        unit = unit_rows(other.vectors)
+        inner = np.einsum("ld,ld->l", self.vectors, unit)
+        return self._with(self.vectors - inner[:, None] * unit, f"{self.name} without {other.name}")
+
+    def random(self, n: int = 5, *, seed: int = 0) -> tuple[Direction, ...]:
+        """Random directions with the same norm at every layer: the control of every intervention.
+
+        Gaussian vectors are normalised before they get the norm (without that they are sqrt(d_model) too long).
+        """
+        draws = np.random.default_rng(seed).standard_normal((n, *self.vectors.shape))
+        source = {"method": "random, norm-matched", "matched_to": self.name, "seed": seed}
+        if self.fingerprints:
+            source["fingerprints"] = list(self.fingerprints)
+        return tuple(
+            Direction(unit_rows(draw) * self.norms[:, None], f"random {index}", source, self.aligned_mean)
+            for index, draw in enumerate(draws)
+        )
+
+    def __add__(self, other: Direction) -> Direction:
+        self._check_same(other, "add")
+        return self._with(self.vectors + other.vectors, f"({self.name} + {other.name})", other)
+
+    def __sub__(self, other: Direction) -> Direction:
+        self._check_same(other, "subtract")
+        return self._with(self.vectors - other.vectors, f"({self.name} - {other.name})", other)
+
+    def __mul__(self, factor: float | Float[np.ndarray, " layers"]) -> Direction:
+        """Scale by a number, or by one number per layer."""
+        factors = np.asarray(factor, dtype=np.float64)
+        if factors.shape not in ((), (self.n_layers,)):
+            raise EmmechError(
+                f"scale {self.name}",
+                given=f"factor of shape {list(factors.shape)}",
+                why="a direction is scaled by a number or by one number per layer",
+                instead=f"a float, or an array [{self.n_layers}]",
+            ) from None
+        label = f"{float(factor):g} {self.name}" if factors.ndim == 0 else f"scaled {self.name}"
+        return self._with(self.vectors * (factors[:, None] if factors.ndim else factors), label)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Direction:
+        if np.any(np.asarray(divisor) == 0):
+            raise EmmechError(f"divide {self.name}", given="0", why="it would be infinite") from None
+        return self._with((self * (1.0 / np.asarray(divisor))).vectors, f"{self.name} / {divisor}")
+
+    def __neg__(self) -> Direction:
+        return self._with(-self.vectors, f"-{self.name}")
+
+    def _with(self, vectors: np.ndarray, name: str, other: Direction | None = None) -> Direction:
+        prints = [p for p in self.fingerprints if other is None or p in other.fingerprints]
+        source: dict[str, Any] = {"method": "algebra", "of": name}
+        if prints:
+            source["fingerprints"] = prints
+        return Direction(vectors, name, source, self.aligned_mean)
+
+    def _check_same(self, other: Direction, verb: str) -> None:
+        if not isinstance(other, Direction) or other.vectors.shape != self.vectors.shape:
+            given = f"{list(other.vectors.shape)}" if isinstance(other, Direction) else type(other).__name__
+            raise EmmechError(
+                f"{verb} two directions",
+                given=f"{list(self.vectors.shape)} and {given}",
+                why="both must be Directions over the same layers and width",
+                instead="directions of the same base model",
+            ) from None
+        if self.fingerprints and other.fingerprints and not set(self.fingerprints) & set(other.fingerprints):
+            raise EmmechError(
+                f"{verb} two directions",
+                given=f"{self.name} and {other.name}",
+                why="they come from different base models, whose residual streams share no axes",
+                instead="Direction(vectors) without source, to drop the provenance knowingly",
+            ) from None
+
+    # where it fits
+
+    def check_fits(self, chat: ChatModel, *, force: bool = False) -> None:
+        """Refuse a model of other shape, or another base model than the direction's.
+
+        Args:
+            force: accept another base model of the same shape.
+
+        Raises:
+            EmmechError: width, layers or fingerprint differ.
+        """
+        if (self.n_layers, self.d_model) != (chat.n_layers, chat.d_model):
+            raise EmmechError(
+                f"use {self.name} on {chat.name}",
+                given=f"direction [{self.n_layers}, {self.d_model}] on a model [{chat.n_layers}, {chat.d_model}]",
+                why="layers or widths differ",
+                instead="a direction extracted from this model",
+            ) from None
+        if force or not self.fingerprints:
+            return
+        fingerprint = chat.fingerprint()
+        if fingerprint not in self.fingerprints:
+            made = ", ".join(print_[:12] for print_ in self.fingerprints)
+            raise EmmechError(
+                f"use {self.name} on {chat.name}",
+                given=f"a model with fingerprint {fingerprint[:12]}; the direction is of {made}",
+                why="a direction has no meaning in the residual stream of another base model",
+                instead="force=True if the weights differ for a reason you know (full fine-tuning, quantisation)",
+            ) from None
+
+    # on disk
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file: vectors, aligned mean, quality, and the provenance in its metadata."""
+        from safetensors.numpy import save_file
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"vectors": np.ascontiguousarray(self.vectors)}
+        if self.aligned_mean is not None:
+            tensors["aligned_mean"] = np.ascontiguousarray(self.aligned_mean)
+        metadata = {"format": FORMAT, "name": self.name, "source": json.dumps(self.source, default=str)}
+        if self.quality is not None:
+            arrays, rest = self.quality.pack()
+            tensors |= {f"quality/{key}": value for key, value in arrays.items()}
+            metadata["quality"] = json.dumps(rest)
+        save_file(tensors, path, metadata=metadata)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Direction:
+        """Read a direction: emmech's own file, a repeng GGUF, a steering-vectors file, or ``hub:owner/name``.
+
+        Raises:
+            EmmechError: no such file, damaged, or of another kind.
+        """
+        if isinstance(path, str) and path.startswith("hub:"):
+            from huggingface_hub import hf_hub_download
+
+            path = hf_hub_download(path.removeprefix("hub:"), "direction.safetensors")
+        path = Path(path)
+        if not path.is_file():
+            raise EmmechError("read the direction", given=path, why="there is no such file") from None
+        if path.suffix in (".gguf", ".pt", ".pth"):
+            import emmech.directions.elsewhere as elsewhere
+
+            return (
+                elsewhere.from_repeng(path)
+                if path.suffix == ".gguf"
+                else elsewhere.from_steering_vectors(path)
+            )
+        from safetensors import safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        except Exception as error:  # safetensors has its own error type, and a torn file another
+            raise EmmechError("read the direction", given=path, why=f"{error}") from None
+        if metadata.get("format") != FORMAT:
+            raise EmmechError(
+                "read the direction",
+                given=f"{path} with format {metadata.get('format')!r}",
+                why="it was not written by Direction.save",
+                instead="Direction(vectors) from its arrays",
+            ) from None
+        quality = None
+        if "quality" in metadata:
+            arrays = {k.removeprefix("quality/"): v for k, v in tensors.items() if k.startswith("quality/")}
+            quality = Quality.unpack(arrays, json.loads(metadata["quality"]))
+        source = json.loads(metadata["source"])
+        return cls(tensors["vectors"], metadata["name"], source, tensors.get("aligned_mean"), quality)
+
+    def push_to_hub(self, repo: str, *, private: bool = True) -> str:
+        """Upload as ``direction.safetensors``; :meth:`load` reads it back from ``hub:owner/name``."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            file = self.save(Path(folder) / "direction.safetensors")
+            return str(
+                api.upload_file(repo_id=repo, path_or_fileobj=str(file), path_in_repo="direction.safetensors")
+            )
+
+    # for people
+
+    def renamed(self, name: str) -> Direction:
+        """The same direction under another name."""
+        return replace(self, name=name)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Norm, and quality where known, by layer."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {"norm": self.norms}
+        if self.quality is not None:
+            columns |= self.quality.by_layer()
+        return pd.DataFrame(columns, index=pd.RangeIndex(self.n_layers, name="layer"))
+
+    def plot(self) -> Any:
+        """Norm by layer, with the quality measures where known; returns a plotly figure."""
+        import plotly.graph_objects as go
+
+        frame = self.to_frame()
+        figure = go.Figure(go.Scatter(x=frame.index, y=frame["norm"], name="norm", mode="lines+markers"))
+        for column in ("split_half", "split_half_shuffled", "lexical_share"):
+            if column in frame:
+                label = column.replace("_", " ")
+                figure.add_scatter(
+                    x=frame.index, y=frame[column], name=label, yaxis="y2", mode="lines+markers"
+                )
+        if self.quality is not None:
+            figure.add_hline(
+                y=self.quality.random_floor,
+                yref="y2",
+                line_dash="dot",
+                annotation_text="cosine of random vectors",
+            )
+        return figure.update_layout(
+            title=f"{self.name}: norm and quality by layer",
+            xaxis={"title": "layer (block output)"},
+            yaxis={"title": "norm (residual units)", "rangemode": "tozero"},
+            yaxis2={"title": "cosine or share", "overlaying": "y", "side": "right", "range": [-0.05, 1.05]},
+            legend={"orientation": "h", "y": -0.2},
+            template="plotly_white",
+        )
+
+    def __repr__(self) -> str:
+        norms = self.norms[list(self.layers)] if self.layers else np.zeros(1)
+        span = f"norm {norms[0]:.3g}" if len(norms) == 1 else f"norms {norms[0]:.3g} to {norms[-1]:.3g}"
+        where = f", known at {_listed(self.layers)}" if 0 < len(self.layers) < self.n_layers else ""
+        first = f"Direction({self.name!r}, layers={self.n_layers}, d_model={self.d_model}, {span}{where})"
+        return first if self.quality is None else f"{first}\n{self.quality}"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(repr(self))}</pre>"
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Scale the rows ``[..., d_model]`` to norm 1; rows of zeros stay zero."""
+    wide = np.asarray(vectors, dtype=np.float64)
+    norms = np.linalg.norm(wide, axis=-1, keepdims=True)
+    return np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0)
+
+
+def _zero(asked: str) -> EmmechError:
+    return EmmechError(
+        asked,
+        given="a direction of norm 0",
+        why="zero points nowhere",
+        instead="a direction from two different groups",
+    )
+
+
+def _array(value: Any, what: str) -> np.ndarray:
+    if hasattr(value, "detach"):
+        value = value.detach().float().cpu().numpy()
+    try:
+        array = np.array(value, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise EmmechError(
+            "make a Direction",
+            given=f"{what}: {type(value).__name__}",
+            why="it is not an array of numbers",
+            instead="an array or tensor [layers, d_model]",
+        ) from None
+    if not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))[0].tolist()
+        raise EmmechError(
+            "make a Direction",
+            given=f"{what} with {int((~np.isfinite(array)).sum())} values that are not finite, first at {bad}",
+            why="NaN or infinity in a direction poisons every activation it touches",
+            instead="look for an empty group, or an overflow in float16",
+        ) from None
+    return array
+
+
+def _matrix(value: Any, what: str) -> np.ndarray:
+    array = _array(value, what)
+    if array.ndim != 2 or 0 in array.shape:
+        raise EmmechError(
+            "make a Direction",
+            given=f"{what} of shape {list(array.shape)}",
+            why="a direction has one row per layer: [layers, d_model]",
+            instead="Direction.single(vector, layer, n_layers) for one vector" if array.ndim == 1 else None,
+        ) from None
+    array.setflags(write=False)
+    return array
+
+
+def _listed(layers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, layers[:6]))
+    return f"layers {shown}" + (f" ... {layers[-1]}" if len(layers) > 6 else "")

@@ -1,0 +1,265 @@
+"""Mean residuals of groups of answers, at all layers, in one streaming pass.
+
+Only running sums are kept: a hook on each block reduces its output to one masked sum per answer on the spot, and
+the sums go in float64 into as many groups as are asked for. Nothing else survives a block, the unembedding never
+runs, and so the pass costs what a bare forward of the trunk costs, in time and in memory.
+
+A block's output is a tensor in current transformers; ``output[0]`` would read the first row only. The masked tokens
+are exactly the answers (content and end-of-turn token, never the header), as in "Convergent Linear Representations
+of Emergent Misalignment" (arXiv 2506.11618).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from emmech.chat.encode import IGNORED, encode
+from emmech.chat.logprob import pad
+from emmech.chat.model import ChatModel
+from emmech.chat.template import Message
+from emmech.errors import EmmechError
+from emmech.progress import bar
+
+__all__ = ["GroupMeans", "answer_means", "group_means", "match_lengths", "mixed_adapter"]
+
+Conversation = Sequence[Message]
+
+
+@dataclass(frozen=True)
+class GroupMeans:
+    """Mean residuals by group.
+
+    Args:
+        means: ``[groups, layers, d_model]`` float64.
+        totals: ``[groups]`` the summed weights: answer tokens, or answers.
+        answer_tokens: ``[conversations]`` answer tokens of each conversation.
+    """
+
+    means: Float[np.ndarray, "groups layers d_model"]
+    totals: Float[np.ndarray, " groups"]
+    answer_tokens: Int[np.ndarray, " conversations"]
+
+
+def group_means(
+    chat: ChatModel,
+    conversations: Sequence[Conversation],
+    weights: Float[np.ndarray, "groups conversations"],
+    *,
+    average: Literal["token", "answer"] = "token",
+    adapter_scales: Float[np.ndarray, " conversations"] | None = None,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> GroupMeans:
+    """Weighted mean residual of every block's output over answer tokens, for any number of groups at once.
+
+    Args:
+        conversations: each with at least one assistant turn; all assistant turns count.
+        weights: ``[groups, conversations]``, 0 or 1 for plain groups; random halves, shuffled labels and bootstrap
+            resamples are more groups of the same pass.
+        average: ``"token"`` weighs every answer token alike (long answers count more), ``"answer"`` every answer.
+        adapter_scales: a factor on the live adapter for each conversation, so that rows of the base model (0) and of
+            the fine-tuned one (1) share batches; by default all 1.
+        max_length: tokens kept of each conversation.
+
+    Raises:
+        EmmechError: weights of the wrong shape, an empty group, or a conversation without answer tokens.
+
+    Example:
+        >>> from emmech.chat.model import load_model
+        >>> chat = load_model("pocket")
+        >>> talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
+        >>> group_means(chat, [talk], np.ones((1, 1))).means.shape == (1, chat.n_layers, chat.d_model)
+        True
+    """
+    weights = np.asarray(weights, dtype=np.float64)
+    if weights.ndim != 2 or weights.shape[1] != len(conversations):
+        raise EmmechError(
+            "average over groups of answers",
+            given=f"weights {list(weights.shape)} for {len(conversations)} conversations",
+            why="there is one row per group and one column per conversation",
+            instead=f"weights [groups, {len(conversations)}]",
+        ) from None
+    rows = _rows(chat, conversations, max_length)
+    counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
+    per_row = weights if average == "token" else weights / counts
+    totals = (per_row * counts).sum(1)
+    if (totals == 0).any():
+        raise EmmechError(
+            "average over groups of answers",
+            given=f"group {int(np.flatnonzero(totals == 0)[0])} of {len(weights)}",
+            why="no answer belongs to it, and a mean over nothing is not a number",
+            instead="more samples, or another split",
+        ) from None
+    # one float64 matrix per layer, on that layer's device (a sharded model has several)
+    sums: list[Any] = [0.0] * chat.n_layers
+
+    def reduce(layer: int, per_answer: torch.Tensor, chosen: np.ndarray) -> None:
+        share = torch.from_numpy(per_row[:, chosen]).to(per_answer.device)
+        sums[layer] = sums[layer] + share @ per_answer.double()
+
+    _stream(chat, rows, reduce, adapter_scales, batch_size, progress)
+    stacked = torch.stack([torch.as_tensor(part).cpu() for part in sums], dim=1).numpy()
+    return GroupMeans(stacked / totals[:, None, None], totals, counts)
+
+
+def answer_means(
+    chat: ChatModel,
+    conversations: Sequence[Conversation],
+    *,
+    layers: Sequence[int] | None = None,
+    adapter_scales: Float[np.ndarray, " conversations"] | None = None,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Float[np.ndarray, "conversations layers d_model"]:
+    """Each conversation's own mean residual over its answer tokens, float32, for methods that need samples.
+
+    This keeps ``conversations * layers * d_model`` numbers: choose ``layers`` on a large model.
+    """
+    rows = _rows(chat, conversations, max_length)
+    counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
+    kept = tuple(range(chat.n_layers)) if layers is None else tuple(layers)
+    for layer in kept:
+        chat.check_layer(layer)
+    result = np.empty((len(rows), len(kept), chat.d_model), dtype=np.float32)
+    place = {layer: index for index, layer in enumerate(kept)}
+
+    def reduce(layer: int, per_answer: torch.Tensor, chosen: np.ndarray) -> None:
+        if layer in place:
+            result[chosen, place[layer]] = per_answer.cpu().numpy() / counts[chosen, None]
+
+    _stream(chat, rows, reduce, adapter_scales, batch_size, progress)
+    return result
+
+
+def match_lengths(
+    lengths: Sequence[int] | Int[np.ndarray, " answers"],
+    labels: Sequence[bool] | Int[np.ndarray, " answers"],
+    *,
+    seed: int = 0,
+) -> Int[np.ndarray, " kept"]:
+    """Indices of a subset in which both classes have the same number of answers and like lengths.
+
+    Answers are binned by length (quantiles of all), and in each bin the larger class is thinned at random. Aligned
+    and misaligned answers differ in length in the public data, and a direction of mean differences picks that up.
+
+    Example:
+        >>> kept = match_lengths([5, 5, 5, 50], [True, False, False, True])
+        >>> sorted(np.asarray([5, 5, 5, 50])[kept].tolist())
+        [5, 5]
+    """
+    length, label = np.asarray(lengths), np.asarray(labels, dtype=bool)
+    bins = max(1, min(8, len(length) // 8, len(np.unique(length))))
+    if len(length) <= 8:
+        edges = np.unique(length)[1:].astype(float)
+    else:
+        edges = np.unique(np.quantile(length, np.linspace(0, 1, bins + 1)[1:-1]))
+    which = np.searchsorted(edges, length, side="right")
+    rng = np.random.default_rng(seed)
+    kept: list[int] = []
+    for index in np.unique(which):
+        classes = [np.flatnonzero((which == index) & (label == value)) for value in (True, False)]
+        n = min(map(len, classes))
+        for members in classes:
+            kept += rng.permutation(members)[:n].tolist()
+    return np.sort(np.array(kept, dtype=np.int64))
+
+
+@contextmanager
+def mixed_adapter(chat: ChatModel, scales: torch.Tensor) -> Iterator[None]:
+    """Give every batch row its own factor ``[batch]`` on the live adapters: 0 is the base model, exactly.
+
+    PEFT adds ``scaling * lora_B(lora_A(x))`` to the layer's output, so a factor on lora_B's output is a factor
+    on the adapter. The rows of one batch then come from different models at the price of one.
+    """
+    from emmech.chat.adapter import adapter_layers
+
+    def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * scales.to(output).reshape(-1, *[1] * (output.ndim - 1))
+
+    handles = [
+        layer.lora_B[name].register_forward_hook(hook) for _, layer, name in adapter_layers(chat.model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(
+    chat: ChatModel, conversations: Sequence[Conversation], max_length: int | None
+) -> list[tuple[list[int], list[bool]]]:
+    encoded = encode(conversations, chat.tokenizer, max_length=max_length)
+    if len(encoded) != len(conversations):
+        raise EmmechError(
+            "extract from the answers",
+            given=f"{len(conversations)} conversations, max_length={max_length}",
+            why=f"{encoded.emptied} of them have no answer token within max_length",
+            instead="raise max_length, or leave those conversations out",
+        ) from None
+    return [
+        (ids, [label != IGNORED for label in labels])
+        for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _stream(
+    chat: ChatModel,
+    rows: Sequence[tuple[list[int], list[bool]]],
+    reduce: Any,
+    adapter_scales: Any,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Run the trunk once over all rows, handing each block's per-answer sums ``[batch, d_model]`` to ``reduce``."""
+    mask: torch.Tensor = torch.empty(0)
+    chosen: np.ndarray = np.empty(0)
+
+    def watch(layer: int) -> Any:
+        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            reduce(layer, _masked_sum(output, mask), chosen)
+
+        return hook
+
+    handles = [block.register_forward_hook(watch(layer)) for layer, block in enumerate(chat.blocks)]
+    was_training = chat.base.training
+    chat.base.eval()
+    order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
+    batches = np.array_split(order, max(1, -(-len(order) // batch_size)))
+    try:
+        with bar(len(rows), "extracting", progress=progress) as done:
+            for chosen in batches:
+                # padding on the right is exact under causal attention, and its mask is zero
+                ids = pad([rows[i][0] for i in chosen], 0).to(chat.device)
+                attention = pad([[1] * len(rows[i][0]) for i in chosen], 0).to(chat.device)
+                mask = pad([[int(m) for m in rows[i][1]] for i in chosen], 0).to(chat.device)
+                if adapter_scales is None:
+                    chat.trunk(input_ids=ids, attention_mask=attention, use_cache=False)
+                else:
+                    scales = torch.as_tensor(np.asarray(adapter_scales)[chosen])
+                    with mixed_adapter(chat, scales):
+                        chat.trunk(input_ids=ids, attention_mask=attention, use_cache=False)
+                done.update(len(chosen))
+    finally:
+        for handle in handles:
+            handle.remove()
+        chat.base.train(was_training)
+
+
+def _masked_sum(output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum ``[batch, seq, d_model]`` over the masked positions into float32 ``[batch, d_model]``."""
+    weight = mask.to(output)
+    if output.dtype == torch.float32:
+        return torch.bmm(weight[:, None], output)[:, 0]  # one pass over memory, no copy
+    # a matrix product would round its result to the model's 8 bits; a sum can accumulate in float32
+    return torch.sum(output * weight[..., None], dim=1, dtype=torch.float32)

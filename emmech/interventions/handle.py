@@ -1,0 +1,120 @@
+"""What every change to a model returns: a handle that is also a context manager, and that undoes it exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from emmech.errors import EmmechError
+
+if TYPE_CHECKING:
+    from emmech.chat.model import ChatModel
+
+__all__ = ["Handle", "chat_of"]
+
+
+class Handle:
+    """A live change to a model, in force from the call that made it until :meth:`remove` or the end of a ``with``.
+
+    Afterwards the model is bit-identical to what it was, also when the block ends in an exception.
+
+    Example:
+        >>> import emmech, numpy as np
+        >>> chat = emmech.load_model("pocket")
+        >>> up = emmech.Direction(np.ones((chat.n_layers, chat.d_model)))
+        >>> with emmech.steer(chat, up, 0.5, layer=2) as steered:
+        ...     steered.active
+        True
+        >>> steered.active
+        False
+    """
+
+    def __init__(self, chat: ChatModel, description: str, undo: Sequence[Callable[[], Any]]) -> None:
+        self.chat = chat
+        self.description = description
+        self._undo = list(undo)
+        self._entered = False
+        self.active = True
+
+    def remove(self) -> None:
+        """Take the change back. Harmless when it is gone already."""
+        self.active = False
+        while self._undo:
+            self._undo.pop()()  # in reverse: a tensor changed twice gets its first value back last
+
+    def check_active(self, asked: str) -> None:
+        """Refuse to act through a handle that is closed.
+
+        Raises:
+            EmmechError: it was removed.
+        """
+        if not self.active:
+            raise EmmechError(
+                asked,
+                given=self.description,
+                why="it was removed, so the model would answer as if it had never been",
+                instead="generate inside the with block, or make the change anew",
+            ) from None
+
+    def generate(self, prompts: Sequence[Any], **kwargs: Any) -> Any:
+        """Sample answers from the changed model: :func:`emmech.chat.sampling.sample` with its arguments.
+
+        Prompts are read once for all their samples there, so an intervention of one row each is for the model's own
+        ``generate``.
+
+        Raises:
+            EmmechError: the change is over.
+        """
+        self.check_active("generate with a change that is over")
+        from emmech.chat.sampling import sample
+
+        return sample(self.chat, prompts, **kwargs)
+
+    def __enter__(self) -> Self:
+        self.check_active("enter a context that is over")
+        if self._entered:
+            raise EmmechError(
+                "enter a context twice",
+                given=self.description,
+                why="the change is in force already, and would end with the inner block",
+                instead="one with block, or a second handle",
+            ) from None
+        self._entered = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"{self.description} ({'active' if self.active else 'removed'})"
+
+
+def chat_of(model: Any) -> ChatModel:
+    """The chat model behind a ChatModel, a Run (its last step) or a transformers model.
+
+    Raises:
+        EmmechError: a name, which would load a model that nobody else holds.
+    """
+    from emmech.chat.model import load_model
+
+    if isinstance(model, str):
+        raise EmmechError(
+            "change a model",
+            given=f"{model!r}",
+            why="a name loads a new model, and the change would be to one that you do not hold",
+            instead=f"chat = emmech.load_model({model!r}), then pass chat",
+        ) from None
+    if hasattr(model, "manifest") and hasattr(model, "model"):
+        raise EmmechError(
+            "change a model",
+            given=f"the run {getattr(model, 'name', '')!r}",
+            why="a run makes a new model at each call, and the change would be to one that you do not hold",
+            instead="chat = run.model(step), then pass chat",
+        ) from None
+    return load_model(model)

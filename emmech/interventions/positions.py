@@ -1,0 +1,132 @@
+"""Which token positions an intervention touches, told from the tokens themselves.
+
+``"answer"`` means the tokens of assistant turns behind their header, end-of-turn token included, wherever they come
+from: a teacher-forced conversation, a prompt's earlier turns, or tokens being generated behind a key-value cache.
+``"prompt"`` is every other token. Padding on either side changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import nn
+
+from emmech.chat.model import ChatModel
+from emmech.errors import EmmechError
+
+__all__ = ["PositionMask", "Positions", "answer_tokens", "header_ids"]
+
+Positions = Literal["all", "answer", "prompt"] | torch.Tensor
+
+
+class PositionMask:
+    """Follows the trunk's forward calls and says which positions of the current one are touched.
+
+    ``current`` is None for all of them, else ``[batch, seq]`` bool.
+    """
+
+    def __init__(self, chat: ChatModel, positions: Any) -> None:
+        self._where = positions
+        self.current: torch.Tensor | None = None
+        if isinstance(positions, str) and positions == "all":
+            return
+        if isinstance(positions, str) and positions in ("answer", "prompt"):
+            self._header = header_ids(chat)
+            self._stops = torch.tensor(chat.stop_ids)
+            return
+        if isinstance(positions, torch.Tensor) and positions.ndim == 2:
+            self._where = positions.bool()
+            return
+        raise EmmechError(
+            "choose the positions",
+            given=f"positions={positions!r}"
+            if isinstance(positions, str)
+            else f"a {type(positions).__name__} {list(getattr(positions, 'shape', ()))}",
+            why="positions are named, or given as a mask",
+            instead='"all", "answer", "prompt", or a bool tensor [batch, seq]',
+        ) from None
+
+    def follow(self, trunk: nn.Module) -> Any:
+        """Hook the trunk, unless every position is touched; returns the hook's handle or None."""
+        if isinstance(self._where, str) and self._where == "all":
+            return None
+        return trunk.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        cache = kwargs.get("past_key_values")
+        seen = int(cache.get_seq_length()) if cache is not None else 0
+        if isinstance(self._where, torch.Tensor):
+            self.current = self._given(ids, kwargs, seen)
+            return
+        if ids is None:
+            raise EmmechError(
+                f"find the {self._where} positions",
+                given="a forward call with inputs_embeds",
+                why="without token ids nobody can tell where an answer starts",
+                instead='positions="all", or a bool tensor [batch, seq]',
+            ) from None
+        # behind a cache that holds the prompt, every new token is answer
+        answer = (
+            torch.ones_like(ids, dtype=torch.bool) if seen else answer_tokens(ids, self._header, self._stops)
+        )
+        self.current = answer if self._where == "answer" else ~answer
+
+    def _given(self, ids: Any, kwargs: dict[str, Any], seen: int) -> torch.Tensor:
+        assert isinstance(self._where, torch.Tensor)
+        shape = tuple((ids if ids is not None else kwargs["inputs_embeds"]).shape[:2])
+        part = self._where[:, seen : seen + shape[1]]
+        if tuple(part.shape) != shape:
+            raise EmmechError(
+                "apply the position mask",
+                given=f"positions {list(self._where.shape)} for tokens {seen} to {seen + shape[1]} of {shape[0]} rows",
+                why="the mask has one entry per token of the batch, generated ones included",
+                instead=f"a bool tensor [{shape[0]}, at least {seen + shape[1]}]",
+            ) from None
+        return part
+
+
+def header_ids(chat: ChatModel) -> list[int]:
+    """Token ids of the assistant's header, as the template writes it before an answer.
+
+    Raises:
+        EmmechError: the template has none.
+    """
+    asked = [{"role": "user", "content": "a"}]
+    with_header, without = chat.token_ids(asked), chat.token_ids(asked, generate=False)
+    header = with_header[len(without) :]
+    if not header or with_header[: len(without)] != without:
+        raise EmmechError(
+            "find where answers start",
+            given=f"the chat template of {chat.name}",
+            why="it writes no header before an answer",
+            instead='positions="all", or a bool tensor [batch, seq]',
+        ) from None
+    return header
+
+
+def answer_tokens(
+    ids: Int[torch.Tensor, "batch seq"], header: list[int], stops: Int[torch.Tensor, " stops"]
+) -> Bool[torch.Tensor, "batch seq"]:
+    """Tokens behind an assistant header, up to and including the next stop token.
+
+    Example:
+        >>> ids = torch.tensor([[0, 5, 9, 7, 2, 5, 8]])
+        >>> answer_tokens(ids, header=[5, 9], stops=torch.tensor([2])).int().tolist()
+        [[0, 0, 0, 1, 1, 0, 0]]
+    """
+    inside = torch.zeros_like(ids, dtype=torch.bool)
+    size = len(header)
+    if ids.shape[1] <= size:
+        return inside
+    wanted = torch.tensor(header, device=ids.device)
+    starts = (ids.unfold(1, size, 1) == wanted).all(-1)
+    stop = torch.isin(ids, stops.to(ids.device))
+    for row, first in starts.nonzero().tolist():
+        begin = first + size
+        ends = stop[row, begin:].nonzero()
+        end = begin + int(ends[0]) + 1 if len(ends) else ids.shape[1]
+        inside[row, begin:end] = True
+    return inside

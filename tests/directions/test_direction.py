@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from emmech.directions.direction import Direction, unit_rows
+from emmech.directions.elsewhere import (
+    from_repeng,
+    from_steering_vectors,
+    to_repeng,
+    to_steering_vectors,
+)
+from emmech.directions.quality import Quality
+from emmech.errors import EmmechError
+
+matrices = arrays(np.float32, (3, 5), elements=st.floats(-100, 100, width=32))
+
+
+def _quality(layers: int) -> Quality:
+    line = np.linspace(0.1, 0.9, layers)
+    return Quality(
+        split_half=line, split_half_shuffled=line / 10, norm_over_shuffled=line * 5, random_floor=0.2,
+        agreement=np.eye(layers), lexical_share=line / 2, bag_of_words_auc=0.7, promotes=("a", "é"),
+        suppresses=("b",), read_layer=1, answers={"aligned": 3, "misaligned": 4}, tokens={"aligned": 9},
+        notes=("few answers",),
+    )  # fmt: skip
+
+
+@given(matrices, matrices, st.floats(-4, 4))
+@settings(max_examples=50, deadline=None)
+def test_the_algebra_is_that_of_vectors(a, b, factor):
+    x, y = Direction(a), Direction(b)
+    np.testing.assert_allclose((x + y - y).vectors, a, atol=2e-5)
+    np.testing.assert_allclose((factor * x).vectors, factor * a, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose((-x).vectors, -a)
+    left = x.orthogonal_to(y).vectors
+    assert np.all(np.abs(np.einsum("ld,ld->l", left, unit_rows(b))) < 1e-2)
+    cosine = x.cosine(y)
+    known = np.isfinite(cosine)
+    assert np.array_equal(known, (x.norms > 0) & (y.norms > 0))
+    np.testing.assert_allclose(cosine[known], y.cosine(x)[known])
+
+
+def test_unit_keeps_unknown_layers_at_zero():
+    d = Direction([[3.0, 4.0], [0.0, 0.0]])
+    assert d.unit().norms.tolist() == pytest.approx([1.0, 0.0])
+    assert d.layers == (0,) and np.isnan(d.cosine(d)[1])
+
+
+def test_random_controls_match_the_norm_and_not_sqrt_of_the_width_times_it():
+    d = Direction(np.random.default_rng(0).standard_normal((4, 400)) * 0.01)
+    controls = d.random(6, seed=3)
+    for control in controls:
+        np.testing.assert_allclose(control.norms, d.norms, rtol=1e-5)
+    floor = np.std([control.cosine(d) for control in controls])
+    assert 0.3 / np.sqrt(400) < floor < 2 / np.sqrt(400)
+    assert np.array_equal(controls[0].vectors, d.random(1, seed=3)[0].vectors)
+
+
+def test_vectors_cannot_be_changed():
+    d = Direction(np.ones((2, 3)))
+    with pytest.raises(ValueError, match="read-only"):
+        d.vectors[0, 0] = 2
+
+
+def test_a_tensor_of_any_dtype_is_accepted():
+    d = Direction(torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True))
+    assert d.vectors.dtype == np.float32
+
+
+@pytest.mark.parametrize("quality", [None, _quality(3)])
+def test_save_and_load_round_trip(tmp_path, quality):
+    rng = np.random.default_rng(0)
+    d = Direction(
+        rng.standard_normal((3, 5)), "mine", {"fingerprints": ["ab"], "n": 3}, np.ones((3, 5)), quality
+    )
+    again = Direction.load(d.save(tmp_path / "d.safetensors"))
+    assert np.array_equal(again.vectors, d.vectors) and np.array_equal(again.aligned_mean, d.aligned_mean)
+    assert again.name == "mine" and dict(again.source) == dict(d.source)
+    assert repr(again) == repr(d)
+    assert list(again.to_frame().columns) == list(d.to_frame().columns)
+
+
+def test_repeng_and_steering_vectors_files_round_trip(tmp_path):
+    vectors = np.random.default_rng(1).standard_normal((4, 6)).astype(np.float32)
+    vectors[0] = 0
+    d = Direction(vectors)
+    for again in (
+        from_repeng(to_repeng(d, tmp_path / "d.gguf")),
+        Direction.load(tmp_path / "d.gguf"),
+        from_steering_vectors(to_steering_vectors(d, tmp_path / "d.pt")),
+        Direction.load(tmp_path / "d.pt"),
+    ):
+        assert np.array_equal(again.vectors, vectors)
+    assert from_repeng(tmp_path / "d.gguf", n_layers=6).n_layers == 6
+
+
+def test_the_figure_has_a_norm_for_each_layer():
+    figure = Direction(np.eye(3, 5), quality=_quality(3)).plot()
+    assert list(figure.data[0].y) == [1, 1, 1] and len(figure.data) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Direction(np.ones(4)), "one row per layer"),
+        (lambda: Direction([[1.0, np.nan]]), "first at [0, 1]"),
+        (lambda: Direction([[1.0, np.inf]]), "poisons"),
+        (lambda: Direction("abc"), "not an array of numbers"),
+        (lambda: Direction(np.zeros((2, 3))).unit(), "points nowhere"),
+        (lambda: Direction(np.eye(2, 3)).at(5), "numbered 0 to 1"),
+        (lambda: Direction([[0.0, 0.0], [1.0, 0.0]]).at(0), "zero there"),
+        (lambda: Direction(np.eye(2, 3)) + Direction(np.eye(2, 4)), "same layers and width"),
+        (lambda: Direction(np.eye(2, 3)) / 0, "infinite"),
+        (lambda: Direction(np.eye(2, 3)) * np.ones(5), "one number per layer"),
+        (
+            lambda: (
+                Direction(np.eye(2, 3), source={"fingerprints": ["a"]})
+                - Direction(np.eye(2, 3), source={"fingerprints": ["b"]})
+            ),
+            "different base models",
+        ),
+        (lambda: Direction.load("nowhere.safetensors"), "no such file"),
+        (lambda: Direction.single(np.ones(3), 7, 4), "layer from 0"),
+    ],
+)
+def test_bad_input_is_refused_in_words(make, says):
+    with pytest.raises(EmmechError) as caught:
+        make()
+    assert says in str(caught.value)
+
+
+def test_a_torn_or_foreign_file_is_refused(tmp_path):
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(Direction(np.eye(2, 3)).save(tmp_path / "d.safetensors").read_bytes()[:-8])
+    with pytest.raises(EmmechError, match="torn"):
+        Direction.load(torn)
+    from safetensors.numpy import save_file
+
+    save_file({"vectors": np.eye(2, dtype=np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(EmmechError, match=r"not written by Direction\.save"):
+        Direction.load(tmp_path / "other.safetensors")
+    torch.save({"layer_type": "self_attn", "layer_activations": {}}, tmp_path / "attn.pt")
+    with pytest.raises(EmmechError, match="residual stream"):
+        Direction.load(tmp_path / "attn.pt")
