@@ -71,8 +71,9 @@ def test_same_losses_and_weights_with_and_without(tmp_path):
 
 
 def test_what_a_plain_trainer_leaves(tmp_path):
-    model, losses = plain_training(tmp_path, emmech.Recorder(tmp_path / "run", every=3, measure_every=6,
-                                                             probes={"narrow": ["how"], "broad": ["the user"]}))  # fmt: skip
+    texts = {"narrow": ["how"], "broad": ["the user"]}
+    recorder = emmech.Recorder(tmp_path / "run", every=3, measure_every=6, probes=texts)
+    model, losses = plain_training(tmp_path, recorder)
     run = emmech.load_run(tmp_path / "run")
     assert run.steps.tolist() == [0, 3, 6, 8]  # every third, and the last
     assert [a.name for a in run.adapters] == ["layers.1.mlp.down_proj", "layers.2.mlp.down_proj"]
@@ -105,9 +106,7 @@ def test_gradient_norms_are_those_before_clipping(tmp_path, rank):
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_rank_r_on_several_modules(tmp_path, family):
     recorder = emmech.Recorder(tmp_path / "run")
-    plain_training(
-        tmp_path, recorder, family=family, rank=3, modules=("q_proj", "down_proj"), steps=2
-    )
+    plain_training(tmp_path, recorder, family=family, rank=3, modules=("q_proj", "down_proj"), steps=2)
     run = emmech.load_run(tmp_path / "run")
     assert len(run.adapters) == 4
     assert run.A("layers.1.mlp.down_proj").shape == (3, 3, 80)
