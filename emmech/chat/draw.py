@@ -9,27 +9,15 @@ each other. The same seed under two checkpoints also gives common random numbers
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-__all__ = ["draw", "gumbel", "row_seed"]
+__all__ = ["draw", "gumbel"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def row_seed(*parts: object) -> int:
-    """A 62-bit seed that is a function of its parts alone, on every machine.
-
-    Example:
-        >>> row_seed(0, "prompt", 1) == row_seed(0, "prompt", 1) != row_seed(0, "prompt", 2)
-        True
-    """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2  # fits int64, so that data frames keep it whole
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:

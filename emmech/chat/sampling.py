@@ -9,48 +9,23 @@ interrupted and resumed with the same batch size on the same machine gives bit-i
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from emmech.chat.decode import decode
-from emmech.chat.draw import row_seed
 from emmech.chat.model import ChatModel
+from emmech.chat.responses import Response, ResponseLog, check_request, digest, row_seeds
 from emmech.chat.template import Message
 from emmech.errors import EmmechError
 from emmech.progress import bar
-from emmech.store import append_jsonl, read_jsonl
 
-__all__ = ["Response", "sample"]
+__all__ = ["Response", "live_state", "sample"]
 
 _CACHE_BYTES = 2 << 30  # keys and values of one batch on a CPU
 _LOGIT_BYTES = 512 << 20
 _MOST_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Response:
-    """One sampled answer.
-
-    Args:
-        conversation: index into the conversations given.
-        sample: which answer to it, from 0.
-        seed: the row's own seed; ``sample(chat, [conversation], seed=[seed])`` draws the same text again.
-        text: the answer, without the token that ended it.
-        finish: ``"stop"``, or ``"length"`` when it was cut at ``max_new_tokens`` (or at the end of the context).
-        tokens: its length in tokens.
-    """
-
-    conversation: int
-    sample: int
-    seed: int
-    text: str
-    finish: str
-    tokens: int
 
 
 def sample(
@@ -97,10 +72,11 @@ def sample(
         >>> alone[0].text == second.text
         True
     """
-    _check(conversations, samples, max_new_tokens, temperature, top_p, seed, batch_size)
+    check_request(conversations, samples, max_new_tokens, temperature, top_p, seed)
+    _check_batch_size(batch_size)
     prompts = [tuple(chat.token_ids(messages)) for messages in conversations]
     _check_context(chat, prompts)
-    seeds = _row_seeds(prompts, samples, seed)
+    seeds = row_seeds(prompts, samples, seed)
     rows = [(conversation, number) for conversation in range(len(prompts)) for number in range(samples)]
     size = _auto(chat, max(map(len, prompts)), max_new_tokens) if batch_size == "auto" else int(batch_size)
     # longest first: what does not fit in memory fails at once, and batches are alike in length
@@ -108,21 +84,20 @@ def sample(
     batches = [order[start : start + size] for start in range(0, len(order), size)]
 
     settings = {
-        "request": _digest(prompts, seeds, _state(chat)),
+        "request": digest(prompts, seeds, live_state(chat)),
         "rows": len(rows),
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_p": top_p,
     }
-    path = Path(out) if out is not None else None
-    done = _resume(path, settings) if path is not None else {}
+    log = ResponseLog(out, settings)
     was_training = chat.base.training
     chat.base.eval()
     try:
         with bar(len(rows), "sampling", progress=progress) as steps:
-            steps.update(len(done))
+            steps.update(len(log.done))
             for batch in batches:
-                if all(row in done for row in batch):
+                if all(row in log.done for row in batch):
                     continue
                 # a batch of which some rows are known is decoded whole, so that its rows are those of a run
                 # that was never interrupted
@@ -137,39 +112,17 @@ def sample(
                     top_p=top_p,
                 )
                 for row, answer in zip(batch, decoded, strict=True):
-                    if row in done:
+                    if row in log.done:
                         continue
                     text = chat.tokenizer.decode(answer.ids, skip_special_tokens=True)
-                    done[row] = Response(*rows[row], seeds[row], text, answer.finish, len(answer.ids))
-                    if path is not None:
-                        append_jsonl(path, {"row": row, **asdict(done[row])})
+                    log.add(row, Response(*rows[row], seeds[row], text, answer.finish, len(answer.ids)))
                     steps.update()
     finally:
         chat.base.train(was_training)
-    return [done[row] for row in range(len(rows))]
+    return log.responses(len(rows))
 
 
-def _row_seeds(prompts: Sequence[tuple[int, ...]], samples: int, seed: int | Sequence[int]) -> list[int]:
-    if not isinstance(seed, int):
-        return [
-            int(own) if number == 0 else row_seed(int(own), number)
-            for own in seed
-            for number in range(samples)
-        ]
-    seen: Counter[tuple[int, ...]] = Counter()
-    found = []
-    for prompt in prompts:
-        for _ in range(samples):
-            found.append(row_seed(seed, prompt, seen[prompt]))
-            seen[prompt] += 1  # the same conversation given twice is answered anew
-    return found
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _state(chat: ChatModel) -> str:
+def live_state(chat: ChatModel) -> str:
     """The model as it answers now: base weights, and every adapter's weights and factor."""
     digest = hashlib.sha256(chat.fingerprint().encode())
     for name, module in chat.base.named_modules():
@@ -181,30 +134,6 @@ def _state(chat: ChatModel) -> str:
         if ".lora_" in name:
             digest.update(value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _resume(path: Path, settings: dict[str, Any]) -> dict[int, Response]:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        append_jsonl(path, settings)
-        return {}
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):  # the process died while writing a line; it is drawn again
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
-    stored = read_jsonl(path)
-    if not stored:
-        append_jsonl(path, settings)
-        return {}
-    if stored[0] != settings:
-        differing = [key for key in settings if stored[0].get(key) != settings[key]]
-        raise EmmechError(
-            f"continue sampling into {path.name}",
-            given=f"{path}",
-            why="it was begun with other arguments: "
-            + ", ".join("conversations, seed or model" if key == "request" else key for key in differing),
-            instead="repeat the arguments it was begun with, or give another file",
-        ) from None
-    return {int(entry.pop("row")): Response(**entry) for entry in stored[1:]}
 
 
 def _auto(chat: ChatModel, longest: int, max_new_tokens: int) -> int:
@@ -236,54 +165,11 @@ def _check_context(chat: ChatModel, prompts: Sequence[Sequence[int]]) -> None:
             ) from None
 
 
-def _check(
-    conversations: Sequence[Sequence[Message]],
-    samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | Sequence[int],
-    batch_size: int | str,
-) -> None:
-    def refuse(given: str, why: str, instead: str) -> None:
-        raise EmmechError("sample answers", given=given, why=why, instead=instead) from None
-
-    if isinstance(conversations, str) or (conversations and isinstance(conversations[0], str | dict)):
-        refuse(
-            f"conversations={conversations!r}"[:120],
-            "each conversation is a list of messages",
-            'sample(chat, [[{"role": "user", "content": "..."}]])',
-        )
-    if not conversations or any(not messages for messages in conversations):
-        refuse(
-            f"{len(conversations)} conversations",
-            "there is nothing to answer",
-            "at least one message in each",
-        )
-    for index, messages in enumerate(conversations):
-        if messages[-1].get("role") == "assistant":
-            refuse(
-                f"conversations[{index}] ends in an assistant turn",
-                "the model answers the last user turn",
-                "leave the assistant's turn out",
-            )
-    if not isinstance(samples, int) or samples < 1:
-        refuse(f"samples={samples!r}", "it counts the answers per conversation", "samples=1 or more")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        refuse(f"max_new_tokens={max_new_tokens!r}", "an answer has at least one token", "max_new_tokens=600")
-    if not 0 <= temperature < float("inf"):
-        refuse(
-            f"temperature={temperature}",
-            "it divides the logits",
-            "temperature=1.0, or 0 for the likeliest token",
-        )
-    if not 0 < top_p <= 1:
-        refuse(f"top_p={top_p}", "it is a probability", "top_p=1.0 keeps every token")
-    if not isinstance(seed, int) and len(seed) != len(conversations):
-        refuse(
-            f"{len(seed)} seeds for {len(conversations)} conversations",
-            "a sequence of seeds has one for each conversation",
-            "seed=0 derives one for every row",
-        )
+def _check_batch_size(batch_size: int | str) -> None:
     if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
-        refuse(f"batch_size={batch_size!r}", "it counts rows", 'batch_size="auto"')
+        raise EmmechError(
+            "sample answers",
+            given=f"batch_size={batch_size!r}",
+            why="it counts rows decoded together",
+            instead='batch_size="auto"',
+        ) from None

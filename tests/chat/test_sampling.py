@@ -10,8 +10,9 @@ import torch
 from scipy.stats import chisquare
 
 from emmech.chat.decode import decode
-from emmech.chat.draw import draw, gumbel, row_seed
+from emmech.chat.draw import draw, gumbel
 from emmech.chat.model import load_model
+from emmech.chat.responses import row_seed
 from emmech.chat.sampling import sample
 from emmech.errors import EmmechError
 
