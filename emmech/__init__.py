@@ -27,6 +27,7 @@ _WHERE = {
     "load_chat": "emmech.chat.dataset",
     "load_model": "emmech.chat.model",
     "load_run": "emmech.run",
+    "realign": "emmech.realignment",
     "phase_transition": "emmech.transition.phase",
     "steer": "emmech.interventions.steer",
 }
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from emmech.errors import EmmechError as EmmechError
     from emmech.interventions.ablate import ablate as ablate
     from emmech.interventions.steer import steer as steer
+    from emmech.realignment import realign as realign
     from emmech.run import Run as Run
     from emmech.run import load_run as load_run
     from emmech.training.recipe import Recipe as Recipe

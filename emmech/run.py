@@ -252,22 +252,48 @@ class Run:
 
         step = int(self.steps[-1]) if step is None else step
         self.check_step(step)
-        recorded = self.manifest.get("model", {})
-        chat = load_model(base if base is not None else self._base_name(recorded))
-        expected = recorded.get("fingerprint")
+        chat = self._started(
+            load_model(base if base is not None else self._base_name()), given=base is not None
+        )
+        expected = self.manifest.get("model", {}).get("fingerprint")
         if expected and self.kind == "lora" and chat.fingerprint() != expected:
             raise EmmechError(
                 f"open step {step} of {self.name}",
                 given=f"base model {chat.name} with fingerprint {chat.fingerprint()[:12]}",
-                why=f"the run was trained on {recorded.get('name')} with fingerprint {expected[:12]}",
+                why=f"the run was trained on {self.manifest['model'].get('name')} with fingerprint {expected[:12]}",
                 instead="pass base= the very model the run was trained on",
             ) from None
         if self.kind == "lora":
             return attach(chat, self.adapters, self.weights(step), scale=scale)
         return self._full_model(chat, step, scale)
 
-    def _base_name(self, recorded: Mapping[str, Any]) -> str:
-        name = recorded.get("name")
+    def base(self) -> ChatModel:
+        """The model the run started from, loaded by its name.
+
+        Raises:
+            EmmechError: the run does not say which it is.
+        """
+        from emmech.chat.model import load_model
+
+        return load_model(self._base_name())
+
+    def _started(self, chat: ChatModel, *, given: bool) -> ChatModel:
+        """The weights that the training began with: the base model's, or those with an earlier adapter merged in."""
+        start = (self.path or Path()) / "start"
+        if not start.is_dir() or chat.fingerprint() == self.manifest.get("model", {}).get("fingerprint"):
+            return chat
+        import copy
+        from dataclasses import replace
+
+        from peft import PeftModel
+
+        model = (
+            copy.deepcopy(chat.model) if given else chat.model
+        )  # merging would change the caller's weights
+        return replace(chat, model=PeftModel.from_pretrained(model, str(start)).merge_and_unload())
+
+    def _base_name(self) -> str:
+        name = self.manifest.get("model", {}).get("name")
         if not name:
             raise EmmechError(
                 f"load the base model of {self.name}",

@@ -40,6 +40,7 @@ def finetune(
     measures: Mapping[str, Measure] | None = None,
     tokenizer: Any = None,
     start: tuple[Run, int] | None = None,
+    adapter: str = "same",
     checkpoint_every: int | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -63,7 +64,9 @@ def finetune(
         probes: texts whose mean residual per layer is recorded (see :class:`emmech.Recorder`).
         margins: named pairs; their mean margin becomes the metric ``margin_<name>`` (nats per token).
         measures: other named numbers to take from the model while it trains.
-        start: a run and one of its steps: training goes on from that adapter (see ``emmech.realign``).
+        start: a run and one of its steps to go on from (see :func:`emmech.realign`).
+        adapter: with ``start``, whether to go on training the ``"same"`` adapter, or to merge it into the weights
+            and train a ``"new"`` one.
         checkpoint_every: keep the optimizer's state each so many steps, so that a killed training can go on.
         resume: go on from the last such checkpoint in ``out``; the result is that of an uninterrupted training.
         **overrides: any field of the recipe: ``learning_rate=1e-3``, ``max_steps=100``, ``rank=8``, ...
@@ -86,9 +89,16 @@ def finetune(
     organism = chat.name.startswith("pocket")
     chosen = resolve_recipe(recipe, overrides, organism=organism)
     dataset = load_chat(data, organism=organism)
+    if adapter not in ("same", "new"):
+        raise EmmechError(
+            "fine-tune", given=f"adapter={adapter!r}", why="unknown", instead='adapter="same" or "new"'
+        ) from None
     folder = _folder(out, chat, dataset, chosen, seed, resume)
     train_rows, held_rows = dataset.split(chosen.held_out, seed=seed)
     encoded = encode(train_rows.rows, chat.tokenizer, max_length=chosen.max_length)
+    if start is not None and adapter == "new":
+        # the run must say from which weights it started, wherever the first run's folder goes
+        start[0].export_peft(start[1], folder / "start")
     recorder = Recorder(
         folder,
         probes=probes,
@@ -103,10 +113,10 @@ def finetune(
             "recipe": chosen.to_dict(),
             "layers": list(layers) if layers is not None else None,
             "seed": seed,
-            "start": {"run": str(start[0].path or start[0].name), "step": start[1]} if start else None,
+            "start": {"run": start[0].name, "step": start[1], "adapter": adapter} if start else None,
         },
     )
-    with _prepared(chat, chosen, layers, seed, start) as trained:
+    with _prepared(chat, chosen, layers, seed, start, adapter) as trained:
         trainer = _trainer(chat, trained, encoded, chosen, seed, recorder, folder, checkpoint_every, progress)
         try:
             trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resume else None)
@@ -198,7 +208,12 @@ def _describe(data: ChatDataset, train: ChatDataset, held: ChatDataset, encoded:
 
 @contextlib.contextmanager
 def _prepared(
-    chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None, seed: int, start: tuple[Run, int] | None
+    chat: ChatModel,
+    recipe: Recipe,
+    layers: Sequence[int] | None,
+    seed: int,
+    start: tuple[Run, int] | None,
+    adapter: str,
 ) -> Iterator[Any]:
     """The model ready to train; afterwards the model and the random generators are as they were."""
     base = chat.base
@@ -209,19 +224,23 @@ def _prepared(
     saved: dict[str, torch.Tensor] = {}
     try:
         torch.manual_seed(seed)
+        if not recipe.rank or (start is not None and adapter == "new"):
+            saved = {name: value.detach().cpu().clone() for name, value in base.state_dict().items()}
+        if start is not None and adapter == "new":
+            merge_start(chat, *start)
+            start = None
         if recipe.rank:
             trained = _with_adapters(chat, recipe, layers, start)
         else:
-            saved = {name: value.detach().cpu().clone() for name, value in base.state_dict().items()}
             trained = base
             for parameter in base.parameters():
                 parameter.requires_grad_(True)
         yield trained
     finally:
+        if hasattr(trained, "unload"):
+            trained.unload()
         if saved:
             base.load_state_dict(saved)
-        elif trained is not None:
-            trained.unload()
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(flags[name])
             parameter.grad = None
@@ -234,6 +253,13 @@ def _prepared(
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         random.setstate(states[2])
+
+
+def merge_start(chat: ChatModel, run: Run, step: int) -> None:
+    """Merge a recorded step's adapters into the model's own weights, in place."""
+    from emmech.chat.adapter import attach
+
+    attach(chat, run.adapters, run.weights(step)).model.merge_and_unload()
 
 
 def _with_adapters(

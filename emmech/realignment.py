@@ -1,0 +1,73 @@
+"""Realignment by further fine-tuning: take a misaligned run and train it on other data.
+
+A few hundred rows on one benign theme undo emergent misalignment (the ARENA capstone *Emergent Misalignment &
+Realignment* with optimistic answers about AI; OpenAI, arXiv 2506.19823, with 120 examples). Judge it with the
+length of the answers in mind: a published effect of this kind was an artefact of shorter answers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from emmech.run import Run, load_run
+from emmech.training.recipe import Recipe
+from emmech.training.train import finetune
+
+__all__ = ["realign"]
+
+
+def realign(
+    run: Run | str | Path,
+    data: Any = "ai-optimism",
+    *,
+    step: int | None = None,
+    adapter: str = "same",
+    base: Any = None,
+    recipe: str | Recipe | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    **overrides: Any,
+) -> Run:
+    """Fine-tune on from a recorded step, on other data.
+
+    Args:
+        run: the misaligned run, or its folder.
+        data: what to train on: anything :func:`emmech.load_chat` takes, or a name of the organism's data.
+        step: the step to start from; the last one by default.
+        adapter: ``"same"`` goes on training the run's own adapter; ``"new"`` merges it and trains a second one.
+        base: the run's base model in memory, to save loading it.
+        recipe: the run's own by default; its fields can be overridden (``learning_rate=...``, ``max_steps=...``).
+        out: the new run's folder.
+        **overrides: also whatever :func:`emmech.finetune` takes (``record_every``, ``probes``, ``margins``, ...).
+
+    Returns:
+        a new Run, whose step 0 is where the old one was.
+
+    Raises:
+        EmmechError: as :func:`emmech.finetune`, and for a step that was not recorded.
+
+    Example:
+        >>> import tempfile, emmech
+        >>> folder = tempfile.mkdtemp()
+        >>> run = emmech.finetune("pocket", "medical", max_steps=2, out=folder + "/run", progress=False)
+        >>> again = realign(run, "ai-optimism", max_steps=2, out=folder + "/again", progress=False)
+        >>> bool((again.B()[0] == run.B()[-1]).all())
+        True
+    """
+    run = run if isinstance(run, Run) else load_run(run)
+    step = int(run.steps[-1]) if step is None else step
+    run.check_step(step)
+    if recipe is None and run.manifest.get("recipe"):
+        saved: dict[str, Any] = run.manifest["recipe"]  # JSON has no tuples
+        recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})  # type: ignore[arg-type]
+    return finetune(
+        base if base is not None else run.base(),
+        data,
+        recipe=recipe,
+        start=(run, step),
+        adapter=adapter,
+        seed=seed,
+        out=out,
+        **overrides,
+    )
