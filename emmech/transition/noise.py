@@ -25,7 +25,8 @@ __all__ = ["Noise", "estimate_noise"]
 Array = npt.NDArray[np.float64]
 
 LONGEST_LAG = 40
-MEMORIES = np.array([0.0, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97])
+MEMORIES = np.array([0.0, 0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98])
+DOUBT = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,11 @@ class Noise:
         correlation = np.where(lag == 0, 1.0, self.first * self.memory ** np.maximum(lag - 1, 0))
         scale = np.sqrt(self.energy)
         return correlation * scale[:, None] * scale[None, :]
+
+    @property
+    def memory_time(self) -> float:
+        """Records over which the noise remembers itself: variance of a long sum over that of white noise."""
+        return max(1.0, 1 + 2 * self.first / (1 - self.memory))
 
     def floor(self, k: int) -> float:
         """Length of displacement over k recorded steps that the noise alone produces (root mean square)."""
@@ -81,6 +87,7 @@ def estimate_noise(path: npt.ArrayLike, spacing: npt.ArrayLike | None = None) ->
         spacing: ``[steps - 1]``, optimiser steps between records; increments over more steps carry more noise.
     """
     v = np.asarray(path, dtype=np.float64)
+    v = v - v[0]
     gap = np.ones(len(v) - 1) if spacing is None else np.asarray(spacing, dtype=np.float64)
     gap = gap / np.mean(gap)
     # a drift grows with the gap and noise with its root: in increments per unit of time the drift is constant,
@@ -99,13 +106,14 @@ def estimate_noise(path: npt.ArrayLike, spacing: npt.ArrayLike | None = None) ->
     per_increment = np.interp(np.arange(n), np.arange(n - 1) + 0.5, local)
 
     lags = np.arange(1, max(2, min(LONGEST_LAG, n // 4)) + 1)
-    gram = rate @ rate.T
+    # scaled to one energy first, so that pairs of early and late increments compare under a decaying step size
+    scaled = rate * np.sqrt(gap / per_increment)[:, None]
+    gram = scaled @ scaled.T
     diagonal = np.diag(gram)
     variogram = np.empty(len(lags))
     for j, lag in enumerate(lags):
         difference = diagonal[lag:] + diagonal[:-lag] - 2 * np.diagonal(gram, lag)
-        unit = np.sqrt(per_increment[lag:] * per_increment[:-lag]) * (1 / gap[lag:] + 1 / gap[:-lag])
-        variogram[j] = np.median(difference / unit) / shrink
+        variogram[j] = np.median(difference) / (2 * shrink)
     sill, first, memory = _fit_variogram(lags, variogram, dimensions * n)
     energy = per_increment * gap * sill
     return Noise(energy, first, memory, dimensions)
@@ -139,17 +147,21 @@ def _fit_variogram(lags: npt.NDArray[np.int64], variogram: Array, size: float) -
         # noise of long sums, and with it every p-value, too small
         first = min(0.0, 1.0 - variogram[0] / later + 3.0 * error)
         return later, float(max(first, -0.5)), 0.0
-    best: tuple[float, float, float, float] | None = None
+    fits = []
     for memory in MEMORIES:
         fall = memory ** (lags - 1.0)
-        design = np.stack([np.ones(len(lags)), -fall], axis=1)
-        if memory == 0.0:
-            design[1:, 1] = 0.0
-        (sill, drop), *_ = np.linalg.lstsq(design, variogram, rcond=None)
-        loss = float(np.sum((design @ np.array([sill, drop]) - variogram) ** 2))
-        if drop >= 0 and sill > drop and (best is None or loss < best[0]):
-            best = (loss, float(sill), float(drop / sill), float(memory))
-    if best is None:
-        return later, 0.0, 0.0
-    _, sill, first, memory = best
-    return sill, float(min(first, memory)) if memory > 0 else first, memory
+        (sill, drop), *_ = np.linalg.lstsq(
+            np.stack([np.ones(len(lags)), -fall], axis=1), variogram, rcond=None
+        )
+        if drop >= 0 and sill > drop:
+            loss = float(np.mean((sill - drop * fall - variogram) ** 2))
+            first = float(drop / sill) if memory == 0.0 else float(min(drop / sill, memory))
+            fits.append((loss, float(sill), first, float(memory)))
+    best = min((loss for loss, *_ in fits), default=np.inf)
+    if np.mean((variogram - variogram.mean()) ** 2) - best < (4.0 * error * later) ** 2 / len(lags):
+        return later, 0.0, 0.0  # no memory beyond what chance shows
+    # of the memories that fit about as well take the one with the most noise in long sums: a path of n records
+    # with a memory of m records holds n / m pieces of evidence about it, and too short a memory would call turns
+    likely = [f for f in fits if f[0] <= best + (DOUBT * error * f[1]) ** 2 * (1 + f[3]) / (1 - f[3])]
+    _, sill, first, memory = max(likely, key=lambda f: f[1] * (1 + 2 * f[2] / (1 - f[3])))
+    return sill, first, memory

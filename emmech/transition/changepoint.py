@@ -1,0 +1,305 @@
+"""Is there a turn in a path, and where: a broken line against a straight path and against a random walk.
+
+A local cosine alone cannot tell a turn from diffusion: a random walk has peaks too. What sets a turn apart is that
+the path is *straight on both sides over many records*. For a split at t let L = v[t] - v[0] and R = v[T] - v[t] be
+the two chords, each divided by the length that noise alone would give it (see :mod:`emmech.transition.noise`). The
+**bend energy** is the energy that the best single direction leaves unexplained, the smaller eigenvalue of their
+2 x 2 Gram matrix; where the chords point against each other, one direction with forward speeds explains only the
+larger one. It does not depend on the speed along the path. On a straight path and on a random walk alike it is
+about 1 (noise); at a turn it grows with the length of the straight parts.
+
+The p-value is the larger of two, one for each null hypothesis:
+
+- *straight path*: the fitted speed along one direction plus resampled noise with the energy at each record, the
+  autocorrelation and the effective dimensions of the run;
+- *random walk*: the same noise with no direction at all.
+
+Both count the maximum over all splits, and both are granted more noise than was estimated: ``GRANTED``
+times, and the more so the longer its memory is against the path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from emmech.transition.noise import Noise, estimate_noise
+
+__all__ = [
+    "Location",
+    "Nulls",
+    "accumulate",
+    "bend_energy",
+    "chord_noise",
+    "drift_speed",
+    "locate",
+    "noise_around_drift",
+    "simulate_nulls",
+    "upper_tail",
+]
+
+Array = npt.NDArray[np.float64]
+
+GRANTED = 1.25  # the nulls' noise energy over the estimate: covers the error of estimating it on short paths
+DIMENSIONS = (
+    48  # of simulated nulls at most: fewer dimensions fluctuate more, so the cap errs to the safe side
+)
+SHORTEST = 3  # increments on either side of a split
+
+
+def chord_noise(noise: Noise) -> tuple[Array, Array]:
+    """Expected squared length, from noise alone, of the chords before and after each of the ``steps`` records."""
+    c = noise.covariance()
+    n = len(c)
+    total = np.zeros((n + 1, n + 1))
+    total[1:, 1:] = c.cumsum(0).cumsum(1)
+    i = np.arange(n + 1)
+    before = total[i, i]
+    after = total[n, n] - 2 * total[i, n] + total[i, i]
+    tiny = 1e-12 * max(total[n, n], float(noise.energy.max()))
+    return np.maximum(before, tiny), np.maximum(after, tiny)
+
+
+def bend_energy(paths: npt.ArrayLike, before: Array, after: Array) -> Array:
+    """Energy in units of noise that one direction leaves unexplained, for a split at each record.
+
+    Args:
+        paths: ``[..., steps, d]``.
+        before: ``[steps]``, squared length of the chord up to each record expected from noise alone.
+        after: ``[steps]``, the same for the chord from there on.
+
+    Returns:
+        ``[..., steps]``, about 1 where the path is straight or diffuses, NaN within 3 records of an end;
+        high means a turn.
+    """
+    v = np.asarray(paths, dtype=np.float64)
+    v = v - v[..., :1, :]
+    n = v.shape[-2]
+    chord = v[..., -1, :]
+    ll = np.einsum("...td,...td->...t", v, v)
+    lc = np.einsum("...td,...d->...t", v, chord)
+    cc = np.einsum("...d,...d->...", chord, chord)[..., None]
+    inside = slice(SHORTEST, n - SHORTEST)
+    left = (ll / before)[..., inside]
+    right = ((cc - 2 * lc + ll) / after)[..., inside]
+    cross = ((lc - ll) / np.sqrt(before * after))[..., inside]
+    smaller = 0.5 * (left + right - np.sqrt((left - right) ** 2 + 4 * cross**2))
+    values = np.where(cross > 0, smaller, np.minimum(left, right))
+    out = np.full(ll.shape, np.nan)
+    out[..., inside] = np.maximum(values, 0.0)
+    return out
+
+
+def drift_speed(path: npt.ArrayLike, split: int, clock: Array) -> Array:
+    """Drift of each increment along its side's chord, a quadratic in time: ``[steps - 1]``, never negative.
+
+    ``clock`` is ``[steps]``, the optimiser step of each record; the quadratic covers constant, linear and cosine
+    schedules well enough, and three numbers cannot follow the noise.
+    """
+    v = np.asarray(path, dtype=np.float64)
+    increments = np.diff(v, axis=0)
+    gap = np.diff(clock) / np.mean(np.diff(clock))
+    middle = 0.5 * (clock[1:] + clock[:-1])
+    middle = (middle - middle.mean()) / max(float(np.ptp(middle)), 1e-12)
+    along = np.empty(len(increments))
+    for side in (slice(0, split), slice(split, None)):
+        chord = increments[side].sum(axis=0)
+        length = float(np.linalg.norm(chord))
+        along[side] = increments[side] @ chord / length if length > 0 else 0.0
+    coefficients = np.polyfit(middle, along / gap, 2)
+    speed = np.maximum(np.polyval(coefficients, middle), 0.02 * np.mean(np.abs(along / gap)))
+    return np.maximum(speed, 1e-300) * gap
+
+
+def noise_around_drift(path: npt.ArrayLike, clock: Array) -> tuple[Noise, Array]:
+    """Noise of a path and the speed of its drift, ``[steps - 1]``.
+
+    A speed that changes along the path looks, in the variogram, like noise with a long memory. So the noise is
+    estimated twice: first to find the split with the most bend energy, then around the drift on either side of it.
+    """
+    v = np.asarray(path, dtype=np.float64)
+    gap = np.diff(clock)
+    first = estimate_noise(v, gap)
+    white = Noise(first.energy, 0.0, 0.0, first.dimensions)
+    split = int(np.nanargmax(bend_energy(v, *chord_noise(white))))
+    speed = drift_speed(v, split, clock)
+    increments = np.diff(v, axis=0)
+    for side in (slice(0, split), slice(split, None)):
+        chord = increments[side].sum(axis=0)
+        length = float(np.linalg.norm(chord))
+        if length > 0:
+            increments[side] -= speed[side, None] * chord / length
+    around = np.vstack([np.zeros(v.shape[1]), np.cumsum(increments, axis=0)])
+    return estimate_noise(around, gap), speed
+
+
+@dataclass(frozen=True, eq=False)
+class Nulls:
+    """Simulated paths under the two null hypotheses, each ``[n_null, steps, dimensions]``.
+
+    Example:
+        ``nulls.p_value(observed, statistic)`` is the larger of the two hypotheses' p-values.
+    """
+
+    straight: Array
+    random_walk: Array
+
+    def p_value(self, observed: float, statistic: Callable[[Array], Array]) -> tuple[float, str]:
+        """Larger of the two p-values of a statistic of paths ``[n_null, ...] -> [n_null]``, and whose it is."""
+        if not np.isfinite(observed):
+            return float("nan"), ""
+        values = {
+            name: upper_tail(observed, statistic(paths))
+            for name, paths in (("straight path", self.straight), ("random walk", self.random_walk))
+        }
+        worst = max(values, key=lambda name: values[name])
+        return values[worst], worst
+
+
+def upper_tail(observed: float, null: npt.ArrayLike) -> float:
+    """(1 + number of null values at least as high) / (1 + number of null values)."""
+    values = np.asarray(null, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    return float((1 + np.count_nonzero(values >= observed)) / (1 + len(values)))
+
+
+def simulate_nulls(noise: Noise, speed: Array, n_null: int, rng: np.random.Generator) -> Nulls:
+    """Draw paths with the run's noise: along one direction at the run's speed, and without any direction."""
+    m = int(np.clip(round(noise.dimensions), 1, DIMENSIONS))
+    # a path of n records holds n / m pieces of evidence on a memory of m records
+    excess = GRANTED * (1 + np.sqrt((noise.memory_time - 1) / len(speed)))
+    granted = Noise(excess * noise.energy, noise.first, noise.memory, noise.dimensions)
+    straight = granted.sample(n_null, m, rng)
+    straight[..., 0] += speed
+    walk = granted.sample(n_null, m, rng)
+    return Nulls(accumulate(straight), accumulate(walk))
+
+
+def accumulate(increments: Array) -> Array:
+    """Paths ``[n, steps, d]`` from zero with these increments ``[n, steps - 1, d]``."""
+    paths = np.zeros((increments.shape[0], increments.shape[1] + 1, increments.shape[2]))
+    np.cumsum(increments, axis=1, out=paths[:, 1:])
+    return paths
+
+
+@dataclass(frozen=True, eq=False)
+class Location:
+    """Where a path turns, given that it does.
+
+    Attributes:
+        record: index of the recorded step at the middle of the turn.
+        low, high: 95 % interval of the middle (indices), from the likelihood over middles and widths.
+        width: records over which the direction changes (0: from one record to the next).
+        angle: turn angle between the two directions in degrees, corrected for noise.
+        angle_low, angle_high: its 95 % interval.
+    """
+
+    record: int
+    low: int
+    high: int
+    width: int
+    angle: float
+    angle_low: float
+    angle_high: float
+
+
+def locate(path: npt.ArrayLike, noise: Noise, speed: Array, rng: np.random.Generator) -> Location:
+    """Fit two directions joined by a ramp of unknown middle and width, by generalised least squares.
+
+    The increments' covariance is the noise's, so that errors shared by neighbouring records (an error of each
+    record's own, momentum) do not pass for information. Where the fit leaves more than noise, the likelihood is
+    flattened by the excess.
+    """
+    increments = np.diff(np.asarray(path, dtype=np.float64), axis=0)
+    n = len(increments)
+    # a record that hardly moved (a step size near zero) must not outweigh all others
+    energy = np.maximum(noise.energy, 0.01 * np.median(noise.energy))
+    noise = Noise(energy, noise.first, noise.memory, noise.dimensions)
+    values, vectors = np.linalg.eigh(noise.covariance())
+    values = np.maximum(values, 1e-9 * values[-1])
+    precision = (vectors / values) @ vectors.T
+    gram = precision @ (increments @ increments.T) @ precision
+    weighted_precision = precision * speed[:, None] * speed[None, :]
+    weighted_gram = gram * speed[:, None] * speed[None, :]
+    middles = np.arange(1, n)
+    widths = [0, *(w for w in (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512) if w <= n)]
+    reduction = np.full((len(widths), len(middles)), -np.inf)
+    for row, width in enumerate(widths):
+        ahead = _ramp(n, middles, width)
+        fitted = _reduction(weighted_precision, weighted_gram, ahead)
+        # a ramp that leaves the path would be a turn of which only a part is seen
+        inside = (middles >= width / 2) & (middles <= n - width / 2)
+        reduction[row, inside] = fitted[inside]
+    best_row, best_column = np.unravel_index(int(np.argmax(reduction)), reduction.shape)
+    total = float(np.sum(precision * (increments @ increments.T)))
+    excess = max((total - float(reduction.max())) / max(n - 2, 1), 1.0)
+    log_likelihood = 0.5 * noise.dimensions * (reduction - reduction.max()) / excess
+    marginal = np.exp(log_likelihood).sum(axis=0)
+    mass = np.cumsum(marginal) / marginal.sum()
+    record = int(middles[best_column])
+    low = int(middles[min(np.searchsorted(mass, 0.025), n - 2)])
+    high = int(middles[min(np.searchsorted(mass, 0.975), n - 2)])
+    ahead = _ramp(n, np.array([record]), widths[best_row])[:, 0]
+    design = speed[:, None] * np.stack([1 - ahead, ahead], axis=1)
+    angle, angle_low, angle_high = _angle(design, precision, increments, noise.dimensions, excess, rng)
+    return Location(
+        record, min(low, record), max(high, record), widths[best_row], angle, angle_low, angle_high
+    )
+
+
+def _ramp(n: int, middles: npt.NDArray[np.int64], width: int) -> Array:
+    """Share of the second direction in each increment, ``[steps - 1, middles]``."""
+    position = np.arange(n)[:, None] + 0.5 - middles[None, :]
+    return (position > 0).astype(np.float64) if width == 0 else np.clip(position / width + 0.5, 0.0, 1.0)
+
+
+def _reduction(weighted_precision: Array, weighted_gram: Array, ahead: Array) -> Array:
+    """Trace of (X'PX)^-1 X'PKPX for X = speed * [1 - ahead, ahead], for every column of ``ahead``."""
+
+    def forms(matrix: Array) -> tuple[Array, Array, Array]:
+        product = matrix @ ahead
+        bb = np.einsum("im,im->m", ahead, product)
+        ab = product.sum(axis=0) - bb
+        aa = matrix.sum() - 2 * product.sum(axis=0) + bb
+        return aa, ab, bb
+
+    paa, pab, pbb = forms(weighted_precision)
+    gaa, gab, gbb = forms(weighted_gram)
+    determinant = np.maximum(paa * pbb - pab**2, 1e-12 * np.abs(paa * pbb) + 1e-300)
+    return (pbb * gaa - 2 * pab * gab + paa * gbb) / determinant
+
+
+def _angle(
+    design: Array,
+    precision: Array,
+    increments: Array,
+    dimensions: float,
+    excess: float,
+    rng: np.random.Generator,
+) -> tuple[float, float, float]:
+    normal = np.linalg.pinv(design.T @ precision @ design)
+    coefficients = normal @ (design.T @ precision @ increments)
+    normal = excess * normal
+    angle = _between(coefficients @ coefficients.T - normal)
+    m = int(np.clip(round(dimensions), 2, DIMENSIONS))
+    plane = np.linalg.svd(coefficients, full_matrices=False)
+    known = (plane[0] * plane[1])[:, : min(2, plane[0].shape[1])]
+    root = np.linalg.cholesky(normal + 1e-12 * np.trace(normal) * np.eye(2))
+    draws = np.zeros((400, 2, max(m, known.shape[1])))
+    draws[:, :, : known.shape[1]] = known
+    draws += np.matmul(root, rng.standard_normal(draws.shape)) / np.sqrt(draws.shape[-1])
+    # the drawn coefficients carry the noise twice: once from the data, once from the draw
+    grams = np.matmul(draws, np.swapaxes(draws, -1, -2)) - 2 * normal
+    spread = np.array([_between(gram) for gram in grams])
+    low, high = np.quantile(spread, [0.025, 0.975])
+    return angle, float(min(low, angle)), float(max(high, angle))
+
+
+def _between(gram: Array) -> float:
+    size = gram[0, 0] * gram[1, 1]
+    if gram[0, 0] <= 0 or gram[1, 1] <= 0:
+        return 90.0  # a side without direction of its own is as likely on either hand of the other
+    return float(np.degrees(np.arccos(np.clip(gram[0, 1] / np.sqrt(size), -1.0, 1.0))))

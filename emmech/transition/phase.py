@@ -1,0 +1,272 @@
+"""``phase_transition``: every detector on one run, with its benign control beside it.
+
+There is no single transition. The detectors see the path (mechanistic) and the metrics (behavioural); each has its
+own step, interval and null model, and the lag between the two kinds is a result of its own. The direction of B
+turns in benign fine-tunes as well (Model Organisms for Emergent Misalignment, arXiv 2506.11613, describes the turn;
+the control is what says whether a turn has anything to do with misalignment).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emmech.errors import EmmechError, closest
+from emmech.transition.behaviour import fit_sigmoid
+from emmech.transition.detectors import Detector, analyse, comp_detector, subspace_detector
+from emmech.transition.result import PhaseTransition, Side
+from emmech.transition.series import find_peak
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["phase_transition"]
+
+Array = npt.NDArray[np.float64]
+
+GRADIENT_MEANS = "height of the gradient norm's peak over its base (ratio; 1 = no peak)"
+GRADIENT_NULL = "monotone trend with the series' own noise"
+MARGIN_MEANS = "change of the misaligned-over-aligned margin, nats per token; positive means more misaligned"
+MARGIN_NULL = "no change (F test)"
+
+
+def phase_transition(
+    run: Any,
+    control: Any = None,
+    *,
+    k: int | Sequence[int] | None = None,
+    adapter: str | None = None,
+    centre: str = "adapters",
+    seed: int = 0,
+    n_null: int = 199,
+) -> PhaseTransition:
+    """Find the phase transition of a recorded fine-tune, and whether its control turns as well.
+
+    The trajectory is B of the adapter (all adapters' B side by side if there are several and none is named; the
+    random projection of the update for full fine-tuning).
+
+    Args:
+        run: a :class:`emmech.Run`; :meth:`emmech.Run.from_arrays` needs no model.
+        control: a benign run with the same seed and batch order, analysed in the same way.
+        k: half-width or half-widths of the local cosine in recorded steps; default 5, 10, 20, 40 as they fit.
+        adapter: analyse this adapter only.
+        centre: axis of the comp score's mean, ``"adapters"`` (the paper) or ``"steps"``.
+        seed: of the simulated null paths.
+        n_null: null paths per hypothesis; the smallest possible p-value is 1 / (n_null + 1).
+
+    Returns:
+        :class:`PhaseTransition`. With fewer than 10 recorded steps, or an adapter that never moved, its rows say
+        "not measurable" and why.
+
+    Raises:
+        EmmechError: steps not ascending, fewer than three records, NaN in the trajectory, an unknown adapter, k that
+            does not fit, or n_null under 19 (no p-value could fall under 0.05).
+
+    Example:
+        >>> import numpy as np, emmech
+        >>> rng = np.random.default_rng(0)
+        >>> along = np.repeat(np.eye(64)[:2], [60, 60], axis=0)  # a right angle after 60 records
+        >>> B = np.cumsum(along + rng.standard_normal((120, 64)) / 8, axis=0)
+        >>> t = emmech.phase_transition(emmech.Run.from_arrays(np.arange(120), B=B.astype("float32")))
+        >>> t.mechanistic.step, bool(t.detectors.p_value["turn"] < 0.05)
+        (59, True)
+    """
+    if not isinstance(n_null, int | np.integer) or n_null < 19:
+        raise EmmechError(
+            "give p-values",
+            given=f"n_null={n_null!r}",
+            why="the smallest p-value is 1 / (n_null + 1), so fewer than 19 null paths never reach 0.05",
+            instead="n_null=199",
+        ) from None
+    sides = [
+        _analyse(one, k=k, adapter=adapter, centre=centre, seed=seed, n_null=int(n_null))
+        for one in (run, control)
+        if one is not None
+    ]
+    return PhaseTransition(run=sides[0], control=sides[1] if len(sides) > 1 else None)
+
+
+def _analyse(
+    run: Any, *, k: int | Sequence[int] | None, adapter: str | None, centre: str, seed: int, n_null: int
+) -> Side:
+    name = str(getattr(run, "name", "run"))
+    steps, stacks = _trajectories(run, adapter, name)
+    windows = _windows(k, len(steps))
+    vectors = [stack.reshape(len(steps), -1) for stack in stacks.values()]
+    rng = np.random.default_rng(seed)
+    path = analyse(np.concatenate(vectors, axis=1), steps, windows, n_null, rng)
+    rows = list(path.detectors)
+    ranked = [(key, stack) for key, stack in stacks.items() if stack.ndim == 3]
+    if len(ranked) == 1:
+        rows.append(subspace_detector(ranked[0][1], steps, windows, n_null, rng))
+    elif ranked:
+        # several adapters of rank r: the one whose subspace turns most clearly, counted for all of them
+        found = [subspace_detector(stack, steps, windows, n_null, rng) for _, stack in ranked]
+        best = min(found, key=lambda row: np.nan_to_num(row.p_value, nan=2.0))
+        rows.append(_corrected(best, len(found), ranked[found.index(best)][0]))
+    comp: Array | None = None
+    if len(stacks) > 1 and len({v.shape for v in vectors}) == 1:
+        row, comp = comp_detector(np.stack(vectors), steps, centre, n_null, rng)
+        rows.append(row)
+    metrics = getattr(run, "metrics", None)
+    gradient, gradient_series = _gradient(metrics, list(stacks), n_null, rng)
+    rows.append(gradient)
+    behaviour, curves = _behaviour(metrics)
+    return Side(name, path, (*rows, *behaviour), gradient_series, curves, comp)
+
+
+def _trajectories(run: Any, adapter: str | None, name: str) -> tuple[npt.NDArray[np.int64], dict[str, Array]]:
+    """Recorded steps, and the vectors ``[steps, d]`` or matrices ``[steps, d, r]`` by adapter."""
+    steps = np.asarray(run.steps, dtype=np.int64)
+    if len(steps) < 3:
+        raise EmmechError(
+            f"look for a turn in {name}",
+            given=f"{len(steps)} recorded steps",
+            why="a turn needs a point before, a point at and a point after it",
+            instead="record more often (record_every=1)",
+        ) from None
+    if np.any(np.diff(steps) <= 0):
+        at = int(np.flatnonzero(np.diff(steps) <= 0)[0])
+        raise EmmechError(
+            f"look for a turn in {name}",
+            given=f"step {steps[at + 1]} after step {steps[at]}",
+            why="recorded steps must ascend without duplicates",
+            instead="sort the records and keep one per step",
+        ) from None
+    names = [info.name for info in (getattr(run, "adapters", None) or ())]
+    if adapter is not None and adapter not in names:
+        raise EmmechError(
+            f"look for a turn in {name}",
+            given=f"adapter={adapter!r}",
+            why="the run has no such adapter",
+            instead=closest(adapter, names),
+        ) from None
+    if names:
+        chosen = [adapter] if adapter is not None else names
+        stacks = {key: np.asarray(run.B(key), dtype=np.float64) for key in chosen}
+    elif getattr(run, "projection", None) is not None:
+        stacks = {"projection": np.asarray(run.projection, dtype=np.float64)}
+    else:
+        raise EmmechError(
+            f"look for a turn in {name}",
+            given="a run without adapters and without a projection of the update",
+            why="there is no trajectory to look at",
+            instead="emmech.finetune records one, and Run.from_arrays takes one",
+        ) from None
+    for key, stack in stacks.items():
+        if stack.ndim not in (2, 3) or len(stack) != len(steps):
+            raise EmmechError(
+                f"look for a turn in {name}",
+                given=f"B of {key} with shape {stack.shape} for {len(steps)} steps",
+                why="a trajectory is [steps, d_out] or [steps, d_out, rank]",
+                instead="one record per step",
+            ) from None
+        bad = ~np.isfinite(stack).reshape(len(steps), -1).all(axis=1)
+        if bad.any():
+            raise EmmechError(
+                f"look for a turn in {name}",
+                given=f"NaN or infinity in B of {key} at step {steps[int(np.argmax(bad))]}",
+                why=f"{int(bad.sum())} of {len(steps)} records are not finite numbers",
+                instead="end the trajectory before training diverged",
+            ) from None
+        if stack.ndim == 3 and stack.shape[2] == 1:
+            stacks[key] = stack[:, :, 0]
+    return steps, stacks
+
+
+def _windows(k: int | Sequence[int] | None, n: int) -> tuple[int, ...] | None:
+    if k is None:
+        return None
+    windows = (k,) if isinstance(k, int | np.integer) else tuple(k)
+    for window in windows:
+        if (
+            isinstance(window, bool)
+            or not isinstance(window, int | np.integer)
+            or not 1 <= window <= (n - 1) // 2
+        ):
+            raise EmmechError(
+                "look k recorded steps back and ahead",
+                given=f"k={window!r}",
+                why=f"the run has {n} recorded steps, so k is an integer from 1 to {(n - 1) // 2}",
+                instead="leave k out for windows that fit",
+            ) from None
+    return tuple(int(window) for window in windows) or None
+
+
+def _corrected(row: Detector, count: int, which: str) -> Detector:
+    from dataclasses import replace
+
+    note = f"{which}; p times {count} adapters; {row.note}"
+    return replace(row, p_value=min(1.0, row.p_value * count), note=note)
+
+
+def _gradient(
+    metrics: pd.DataFrame | None, adapters: list[str], n_null: int, rng: np.random.Generator
+) -> tuple[Detector, tuple[Array, Array] | None]:
+    def unmeasured(note: str) -> Detector:
+        return Detector.unmeasured("gradient-norm", "gradient", GRADIENT_MEANS, GRADIENT_NULL, note)
+
+    columns = [] if metrics is None else list(metrics.columns)
+    own = [f"grad_norm_B/{name}" for name in adapters if f"grad_norm_B/{name}" in columns]
+    used = own or [c for c in ("grad_norm",) if c in columns]
+    if metrics is None or not used:
+        return unmeasured("not measurable: the run recorded no gradient norms"), None
+    # several adapters: the norm of their gradients taken together
+    series = np.sqrt((metrics[used].astype(float) ** 2).sum(axis=1, skipna=False)).dropna()
+    steps, values = series.index.to_numpy(dtype=np.float64), series.to_numpy()
+    if len(values) < 10 or not np.any(values > 0):
+        return unmeasured(
+            f"not measurable: {len(values)} gradient norms, at least 10 above zero are needed"
+        ), None
+    peak = find_peak(values, n_null, rng)
+    if peak is None:
+        return unmeasured("no peak: the smoothed gradient norm is monotone"), (steps, values)
+    row = Detector(
+        "gradient-norm",
+        "gradient",
+        float(steps[peak.index]),
+        float(steps[peak.low]),
+        float(steps[peak.high]),
+        peak.ratio,
+        peak.p_value,
+        GRADIENT_MEANS,
+        GRADIENT_NULL,
+        "B, before clipping" if own else "all trained parameters, before clipping",
+    )
+    return row, (steps, values)
+
+
+def _behaviour(metrics: pd.DataFrame | None) -> tuple[list[Detector], dict[str, tuple[Array, Array]]]:
+    rows: list[Detector] = []
+    curves: dict[str, tuple[Array, Array]] = {}
+    for column in ("margin_narrow", "margin_broad"):
+        if metrics is None or column not in metrics.columns:
+            continue
+        series = metrics[column].astype(float).dropna()
+        steps, values = series.index.to_numpy(dtype=np.float64), series.to_numpy()
+        name = column.replace("_", "-")
+        fit, why = fit_sigmoid(steps, values)
+        curves[name] = (steps, values)
+        if fit is None:
+            rows.append(Detector.unmeasured(name, "behaviour", MARGIN_MEANS, MARGIN_NULL, why))
+            continue
+        note = f"half of the change; 10 to 90 % in about {4.4 * fit.width:.0f} steps"
+        change = fit.end - fit.start
+        rows.append(
+            Detector(
+                name,
+                "behaviour",
+                fit.middle,
+                fit.low,
+                fit.high,
+                change,
+                fit.p_value,
+                MARGIN_MEANS,
+                MARGIN_NULL,
+                note,
+            )
+        )
+    return rows, curves

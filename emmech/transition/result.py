@@ -1,0 +1,296 @@
+"""What ``phase_transition`` returns: the table of detectors and what may be concluded from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emmech.transition.detectors import Detector, Trajectory
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Comparison", "Lag", "PhaseTransition", "Side", "Transition"]
+
+Array = npt.NDArray[np.float64]
+
+LEVEL = 0.05
+GRADUAL = 0.5  # a bend spread over more than this share of the path singles out no step
+COLUMNS = ("kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model", "note")
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A step with a 95 % interval, or None with the reason why nothing can be said.
+
+    ``bool()`` of it is True where it was measured.
+    """
+
+    step: int | None
+    low: int | None
+    high: int | None
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.step is not None
+
+    def __str__(self) -> str:
+        if self.step is None:
+            return self.reason
+        return f"step {self.step} (95 % interval {self.low} to {self.high}; {self.reason})"
+
+
+@dataclass(frozen=True)
+class Lag:
+    """Steps from the mechanistic to the behavioural transition, with an interval; None where either is missing."""
+
+    steps: float | None
+    low: float | None
+    high: float | None
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.steps is not None
+
+    def __str__(self) -> str:
+        if self.steps is None:
+            return self.reason
+        return f"{self.steps:.0f} steps ({self.low:.0f} to {self.high:.0f}; {self.reason})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Is the turn specific to the run, or does the control turn as well?
+
+    Attributes:
+        verdict: ``"specific"`` (only the run turns, and by significantly more), ``"shared"`` (both turn),
+            ``"undecided"`` (the control's turn is not significant, but neither is the difference), or
+            ``"not measurable"``.
+        step, control_step: optimiser steps of the two fitted turns.
+        strength, control_strength: turn angles in degrees.
+        difference, low, high: run minus control in degrees, with a 95 % interval.
+        control_p_value: of the control's turn.
+        text: one sentence.
+    """
+
+    verdict: str
+    step: float
+    control_step: float
+    strength: float
+    control_strength: float
+    difference: float
+    low: float
+    high: float
+    control_p_value: float
+    text: str
+
+    def __bool__(self) -> bool:
+        return self.verdict == "specific"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """All that was measured on one run."""
+
+    name: str
+    path: Trajectory
+    rows: tuple[Detector, ...]
+    gradient: tuple[Array, Array] | None
+    margins: dict[str, tuple[Array, Array]]
+    comp: Array | None
+
+    def row(self, name: str) -> Detector | None:
+        """The row of one detector, if it ran."""
+        return next((row for row in self.rows if row.name == name), None)
+
+    @property
+    def turns(self) -> bool:
+        """Whether the turn is significant and localised."""
+        row = self.row("turn")
+        return row is not None and row.p_value < LEVEL and self.path.width_share <= GRADUAL
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PhaseTransition:
+    """The transition of a run as seen by every detector; ``run`` and ``control`` keep what was measured."""
+
+    run: Side
+    control: Side | None = None
+
+    @cached_property
+    def detectors(self) -> pd.DataFrame:
+        """One row per detector: kind, step, low, high, strength, p_value, high_means, null_model, note."""
+        return _frame(self.run)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The detectors of the run and, under ``run`` = its name, of the control, in one table."""
+        import pandas as pd
+
+        frames = [_frame(side).reset_index().assign(run=side.name, role=role) for role, side in self._sides()]
+        return pd.concat(frames, ignore_index=True)
+
+    def _sides(self) -> list[tuple[str, Side]]:
+        return [("run", self.run)] + ([("control", self.control)] if self.control is not None else [])
+
+    @cached_property
+    def mechanistic(self) -> Transition:
+        """The step at which the path turns, where the turn is significant and localised.
+
+        The turn detector decides, because it is the one calibrated against random walks; the other significant
+        detectors of the path that agree with it, by overlapping intervals, are named.
+        """
+        turn = self.run.row("turn")
+        if turn is None or not np.isfinite(turn.p_value):
+            return Transition(None, None, None, turn.note if turn else "not measurable")
+        if turn.p_value >= LEVEL:
+            why = f"no turn beyond a straight path or a random walk, p = {turn.p_value:.2g}"
+            return Transition(None, None, None, f"not measurable: {why}")
+        if not self.run.turns:
+            why = f"the path bends over {100 * self.run.path.width_share:.0f} % of its length and singles out no step"
+            return Transition(None, None, None, f"not measurable: {why}")
+        agree = [
+            row.name
+            for row in self.run.rows
+            if row.name != "turn"
+            and row.kind != "behaviour"
+            and row.p_value < LEVEL
+            and row.low <= turn.high
+            and turn.low <= row.high
+        ]
+        reason = f"turn of {turn.strength:.0f} degrees, p = {turn.p_value:.2g}"
+        reason += f"; agreed by {', '.join(agree)}" if agree else "; no other detector agrees"
+        return Transition(int(turn.step), int(turn.low), int(turn.high), reason)
+
+    @cached_property
+    def behavioural(self) -> Transition:
+        """The step of half the change of the broad margin, or of the narrow one where only that was recorded."""
+        reasons = []
+        for name in ("margin-broad", "margin-narrow"):
+            row = self.run.row(name)
+            if row is None:
+                continue
+            if np.isfinite(row.step):
+                return Transition(
+                    round(row.step), round(row.low), round(row.high), f"half the change of {name}"
+                )
+            reasons.append(f"{name} {row.note}")
+        return Transition(
+            None, None, None, "; ".join(reasons) or "not measurable: the run recorded no margins"
+        )
+
+    @cached_property
+    def lag(self) -> Lag:
+        """Behavioural minus mechanistic step; the interval holds every difference the two intervals allow."""
+        m, b = self.mechanistic, self.behavioural
+        if m.step is None or m.low is None or m.high is None:
+            return Lag(None, None, None, "not measurable: no mechanistic step")
+        if b.step is None or b.low is None or b.high is None:
+            return Lag(None, None, None, "not measurable: no behavioural step")
+        return Lag(float(b.step - m.step), float(b.low - m.high), float(b.high - m.low), b.reason)
+
+    @cached_property
+    def specific(self) -> Comparison | None:
+        """The run's turn against the control's; None without a control."""
+        if self.control is None:
+            return None
+        return _compare(self.run, self.control)
+
+    def summary(self) -> str:
+        """The findings in plain words."""
+        lines = [f"Phase transition of {self.run.name}"]
+        lines.append(f"  mechanistic: {self.mechanistic}")
+        lines.append(f"  behavioural: {self.behavioural}")
+        lines.append(f"  lag: {self.lag}")
+        lines.append(
+            f"  control: {self.specific if self.control is not None else 'none given; benign runs turn too'}"
+        )
+        lines.append("  detectors:")
+        for row in self.run.rows:
+            if not np.isfinite(row.step):
+                lines.append(f"    {row.name}: {row.note}")
+                continue
+            where = f"step {row.step:.0f} ({row.low:.0f} to {row.high:.0f})"
+            lines.append(f"    {row.name}: {where}, strength {row.strength:.3g}, p = {row.p_value:.2g}")
+            lines.append(
+                f"      strength is the {row.high_means}" if row.name != "comp" else f"      {row.high_means}"
+            )
+        return "\n".join(lines)
+
+    def plot(self) -> Any:
+        """Plotly figure: local cosine by k with its null band, gradient norm, principal components, norms."""
+        from emmech.transition.figure import draw
+
+        return draw(self)
+
+    def __repr__(self) -> str:
+        control = f", control={self.control.name}" if self.control is not None else ""
+        return f"PhaseTransition({self.run.name}{control}: mechanistic {self.mechanistic}; lag {self.lag})"
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<div>{escape(line.strip())}</div>" for line in self.summary().split("\n")[:5])
+        shown = self.detectors[["kind", "step", "low", "high", "strength", "p_value", "high_means", "note"]]
+        return f"<div>{head}{shown.to_html(float_format='{:.3g}'.format)}</div>"
+
+
+def _frame(side: Side) -> pd.DataFrame:
+    import pandas as pd
+
+    rows = [{column: getattr(row, column) for column in COLUMNS} for row in side.rows]
+    return pd.DataFrame(rows, index=pd.Index([row.name for row in side.rows], name="detector"))
+
+
+def _compare(run: Side, control: Side) -> Comparison:
+    mine, other = run.row("turn"), control.row("turn")
+    nan = float("nan")
+    if mine is None or other is None or not (np.isfinite(mine.p_value) and np.isfinite(other.p_value)):
+        text = "not measurable: the turn could not be looked for in both runs"
+        return Comparison("not measurable", nan, nan, nan, nan, nan, nan, nan, nan, text)
+    here, there = run.path.location, control.path.location
+    assert here is not None and there is not None  # a finite p-value comes with a location
+    difference = mine.strength - other.strength
+    low = difference - float(np.hypot(here.angle - here.angle_low, there.angle_high - there.angle))
+    high = difference + float(np.hypot(here.angle_high - here.angle, there.angle - there.angle_low))
+    both = f"{mine.strength:.0f} degrees at step {mine.step:.0f} here, {other.strength:.0f} at {other.step:.0f} there"
+    measured = f"difference {difference:.0f} degrees, 95 % interval {low:.0f} to {high:.0f}"
+    if not run.turns:
+        verdict, text = "not measurable", "the run itself shows no turn, so there is nothing to compare"
+        if control.turns:
+            text += f"; the control turns ({other.strength:.0f} degrees at step {other.step:.0f})"
+    elif control.turns:
+        more = (
+            "by as much as the run"
+            if low <= 0 <= high
+            else ("less than the run" if low > 0 else "more than the run")
+        )
+        verdict, text = (
+            "shared",
+            f"the control turns as well, {more}: {both} ({measured}). Not specific to this data",
+        )
+    elif low > 0:
+        verdict, text = (
+            "specific",
+            f"the control does not turn (p = {other.p_value:.2g}): {both} ({measured})",
+        )
+    else:
+        verdict = "undecided"
+        text = f"the control's turn is not significant (p = {other.p_value:.2g}), but nor is the {measured}"
+    return Comparison(
+        verdict,
+        mine.step,
+        other.step,
+        mine.strength,
+        other.strength,
+        difference,
+        low,
+        high,
+        other.p_value,
+        text,
+    )
