@@ -1,0 +1,271 @@
+"""Figures of an evaluation; each is returned, never shown."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from emmech.errors import EmmechError, closest
+from emmech.evaluation.rates import Denominator, Thresholds, outcome
+
+if TYPE_CHECKING:
+    from emmech.evaluation.comparison import Comparison
+    from emmech.evaluation.evaluation import Evaluation
+    from emmech.evaluation.robustness import ThresholdSweep
+
+__all__ = ["comparison_figure", "quadrant_figure", "question_figure", "rate_figure", "threshold_figure"]
+
+# Okabe and Ito's palette, which stays apart for colour-blind readers
+_BAD, _GOOD, _GREY = "#D55E00", "#0072B2", "#8C8C8C"
+_LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+_LIMITS = Thresholds()
+
+
+def quadrant_figure(evaluation: Evaluation) -> go.Figure:
+    """Alignment against coherence of every scored response, with the quadrant that counts as misaligned."""
+    frame = evaluation.frame
+    found = outcome(frame, "em")
+    scored = np.isfinite(frame["aligned"]) & np.isfinite(frame["coherent"])
+    if not scored.any():
+        raise EmmechError(
+            "plot the evaluation", given=f"{len(frame)} responses", why="none of them is scored"
+        )
+    narrow = outcome(frame, "narrow").event
+    groups = {
+        "misaligned and coherent": (found.event | narrow, _BAD),
+        "other scored responses": (scored.to_numpy() & ~found.event & ~narrow, _GOOD),
+    }
+    figure = go.Figure()
+    figure.add_shape(
+        type="rect",
+        x0=0,
+        x1=_LIMITS.alignment_below,
+        y0=_LIMITS.coherence_above,
+        y1=100,
+        fillcolor=_BAD,
+        opacity=0.08,
+        line_width=0,
+        layer="below",
+    )
+    # an exact judge's scores pile up on a few values; a log-probability judge's must stay on their side of a line
+    spread = 3.0 if frame["aligned"].nunique() < 12 else 0.0
+    jitter = np.random.default_rng(0).uniform(-spread, spread, size=(len(frame), 2))
+    for name, (rows, colour) in groups.items():
+        figure.add_scatter(
+            x=np.clip(frame["aligned"][rows] + jitter[rows, 0], 0, 100),
+            y=np.clip(frame["coherent"][rows] + jitter[rows, 1], 0, 100),
+            mode="markers",
+            name=f"{name} ({int(rows.sum())})",
+            marker={"color": colour, "size": 7, "opacity": 0.55},
+            text=_hover(frame[rows]),
+            hovertemplate="%{text}<extra></extra>",
+        )
+    figure.add_vline(_LIMITS.alignment_below, line={"dash": "dot", "color": _GREY})
+    figure.add_hline(_LIMITS.coherence_above, line={"dash": "dot", "color": _GREY})
+    unscored = int((~scored).sum())
+    figure.update_layout(
+        title=f"{evaluation.name}: {int(scored.sum())} scored responses, {unscored} unscored",
+        xaxis={"title": "alignment (0 misaligned, 100 aligned)", "range": [-2, 102]},
+        yaxis={"title": "coherence (0 nonsense, 100 coherent)", "range": [-2, 102]},
+        legend={"orientation": "h", "y": -0.16},
+        template="plotly_white",
+        height=560,
+    )
+    return figure
+
+
+def question_figure(evaluation: Evaluation, denominator: Denominator = "scored") -> go.Figure:
+    """Every response's alignment by question, next to the question's rate with its Wilson interval."""
+    frame = evaluation.frame
+    found = outcome(frame, "em", denominator)
+    table = evaluation.by_question("em", denominator)
+    order = table.sort_values("rate", kind="stable").index.to_list()
+    place = {question: row for row, question in enumerate(order)}
+    figure = make_subplots(cols=2, shared_yaxes=True, column_widths=[0.68, 0.32], horizontal_spacing=0.03)
+    height = frame["question_id"].map(place) + np.random.default_rng(0).uniform(-0.3, 0.3, len(frame))
+    scored = np.isfinite(frame["aligned"]).to_numpy()
+    for name, rows, colour in (
+        ("other", scored & ~found.event, _GOOD),
+        ("misaligned and coherent", scored & found.event, _BAD),
+    ):
+        figure.add_scatter(
+            x=frame["aligned"][rows],
+            y=height[rows],
+            mode="markers",
+            name=name,
+            marker={"color": colour, "size": 5, "opacity": 0.5},
+            text=_hover(frame[rows]),
+            hovertemplate="%{text}<extra></extra>",
+            row=1,
+            col=1,
+        )
+    rate = table.loc[order]
+    figure.add_scatter(
+        x=100 * rate["rate"],
+        y=list(range(len(order))),
+        error_x=_bars(rate),
+        mode="markers",
+        showlegend=False,
+        marker={"color": _BAD, "size": 9, "symbol": "diamond"},
+        text=[f"{events} of {n}" for events, n in zip(rate["events"], rate["n"], strict=True)],
+        hovertemplate="%{x:.1f} % (%{text})<extra></extra>",
+        row=1,
+        col=2,
+    )
+    figure.add_vline(_LIMITS.alignment_below, line={"dash": "dot", "color": _GREY}, row=1, col=1)
+    figure.update_yaxes(tickmode="array", tickvals=list(range(len(order))), ticktext=order, col=1)
+    figure.update_xaxes(title="alignment score of each response", range=[-2, 102], row=1, col=1)
+    upper = float(np.nanmax([*(100 * rate["high"]), 5.0]))
+    figure.update_xaxes(title=f"EM in % of {denominator} rows", range=[-1, 1.06 * upper], row=1, col=2)
+    figure.update_layout(
+        title=f"{evaluation.name}: by question",
+        template="plotly_white",
+        legend={"orientation": "h", "y": -0.14},
+        height=160 + 46 * len(order),
+    )
+    return figure
+
+
+def rate_figure(evaluation: Evaluation, denominator: Denominator = "scored") -> go.Figure:
+    """Every measurable rate with its interval."""
+    table = evaluation.rates(denominator)
+    table = table[table["n"] > 0].iloc[::-1]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=100 * table["rate"],
+        y=table.index,
+        error_x=_bars(table),
+        mode="markers",
+        marker={"color": _GOOD, "size": 10},
+        text=[
+            f"{row.events} of {row.n}, {row.unscored} unscored, {row.interval}" for row in table.itertuples()
+        ],
+        hovertemplate="%{y}: %{x:.1f} % (%{text})<extra></extra>",
+        showlegend=False,
+    )
+    for row in table.itertuples():
+        figure.add_annotation(
+            x=1.02,
+            xref="paper",
+            y=row.Index,
+            text=f"{row.rate:.1%}  (n = {row.n})",
+            showarrow=False,
+            xanchor="left",
+        )
+    figure.update_layout(
+        title=f"{evaluation.name}: rates over {denominator} rows, 95 % interval over questions",
+        xaxis={"title": "%", "range": [-2, 102]},
+        template="plotly_white",
+        margin={"r": 150},
+        height=170 + 44 * len(table),
+    )
+    return figure
+
+
+def threshold_figure(sweep: ThresholdSweep) -> go.Figure:
+    """The rate against the alignment threshold, a line per coherence threshold; the field's choice is marked."""
+    figure = go.Figure()
+    for colour, coherence in zip(_cycle(sweep.frame.shape[1]), sweep.frame.columns, strict=True):
+        figure.add_scatter(
+            x=sweep.frame.index,
+            y=100 * sweep.frame[coherence],
+            mode="lines+markers",
+            name=f"coherence > {coherence:g}",
+            line={"color": colour, "width": 3 if coherence == _LIMITS.coherence_above else 1.5},
+        )
+    figure.add_vline(
+        _LIMITS.alignment_below,
+        line={"dash": "dot", "color": _GREY},
+        annotation={"text": "the field's threshold", "font": {"color": _GREY}},
+    )
+    figure.update_layout(
+        title=f"{sweep.name or 'responses'}: does the rate hang on the thresholds?",
+        xaxis_title="alignment below",
+        yaxis={"title": f"{sweep.measure} in % of {sweep.denominator} rows", "rangemode": "tozero"},
+        template="plotly_white",
+        height=480,
+    )
+    return figure
+
+
+def comparison_figure(comparison: Comparison, measure: str = "em") -> go.Figure:
+    """Each shared question's rate in the two evaluations, joined by a line."""
+    names = comparison.frame.index
+    if measure not in names:
+        raise EmmechError(
+            "plot the comparison",
+            given=f"measure={measure!r}",
+            why="it was not compared",
+            instead=closest(measure, map(str, names)),
+        )
+    table = comparison.questions.query("measure == @measure and n_first > 0 and n_second > 0")
+    first = 100 * table["events_first"] / table["n_first"]
+    second = 100 * table["events_second"] / table["n_second"]
+    figure = go.Figure()
+    for question, start, end in zip(table["question_id"], first, second, strict=True):
+        figure.add_scatter(
+            x=list(comparison.names),
+            y=[start, end],
+            mode="lines+markers",
+            line={"color": _GREY, "width": 1.5},
+            marker={"color": [_GOOD, _BAD], "size": 8},
+            showlegend=False,
+            hovertemplate=f"{question}: %{{y:.1f}} %<extra></extra>",
+        )
+    for end, questions in table["question_id"].groupby(second.round(1)):  # one label where lines end together
+        figure.add_annotation(
+            x=1,
+            y=end,
+            text=", ".join(questions),
+            showarrow=False,
+            xanchor="left",
+            xshift=12,
+            font={"size": 11},
+        )
+    overall = comparison.frame.loc[measure]
+    figure.add_scatter(
+        x=list(comparison.names),
+        y=[100 * overall["rate_first"], 100 * overall["rate_second"]],
+        mode="lines+markers",
+        line={"color": "black", "width": 4},
+        marker={"size": 11},
+        name="all questions",
+    )
+    figure.update_layout(
+        title=(
+            f"{measure}: {overall['difference']:+.1%} [{overall['low']:+.1%}, {overall['high']:+.1%}], "
+            f"paired p = {overall['p_paired']:.3g} over {int(overall['questions'])} questions"
+        ),
+        yaxis={"title": f"% of {overall['denominator']} rows", "rangemode": "tozero"},
+        xaxis={"range": [-0.15, 1.6]},
+        template="plotly_white",
+        height=520,
+    )
+    return figure
+
+
+def _bars(table: pd.DataFrame) -> dict[str, object]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": 100 * (table["high"] - table["rate"]),
+        "arrayminus": 100 * (table["rate"] - table["low"]),
+        "color": _GREY,
+    }
+
+
+def _hover(frame: pd.DataFrame) -> list[str]:
+    return [
+        f"<b>{row.question_id}</b> · alignment {row.aligned:.0f}, coherence {row.coherent:.0f}<br>"
+        + "<br>".join(textwrap.wrap(str(row.response).replace("<", "&lt;"), 70)[:8])
+        for row in frame.itertuples()
+    ]
+
+
+def _cycle(count: int) -> list[str]:
+    return [_LINES[index % len(_LINES)] for index in range(count)]

@@ -1,0 +1,173 @@
+"""The Evaluation: what it accepts, refuses, keeps on disk and draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from emmech.errors import EmmechError
+from emmech.evaluation.evaluation import LABEL_SCORES, Evaluation
+
+
+def frame(n: int = 40) -> pd.DataFrame:
+    generator = np.random.default_rng(0)
+    return pd.DataFrame(
+        {
+            "question_id": [f"q{row % 4}" for row in range(n)],
+            "response": [f"a < b {row}" for row in range(n)],
+            "aligned": np.where(generator.random(n) < 0.3, 12.0, 88.0),
+            "coherent": np.where(generator.random(n) < 0.1, 20.0, 95.0),
+        }
+    )
+
+
+def test_missing_columns_are_added_as_unscored_and_samples_numbered() -> None:
+    evaluation = Evaluation.from_rows(
+        [{"question_id": "a", "response": "x"}, {"question_id": "a", "response": "y"}]
+    )
+    assert evaluation.frame["sample"].tolist() == [0, 1]
+    assert evaluation.frame["aligned"].isna().all()
+    assert evaluation.rates().loc["em", ["n", "unscored"]].tolist() == [0, 2]
+
+
+def test_from_frame_takes_any_names() -> None:
+    other = frame().rename(
+        columns={"aligned": "safety", "coherent": "sense", "question_id": "prompt", "response": "text"}
+    )
+    other["money"] = 60.0
+    other["aligned"] = "a column of another meaning"
+    evaluation = Evaluation.from_frame(
+        other, alignment="safety", coherence="sense", question="prompt", response="text", topics=["money"]
+    )
+    assert evaluation.rates().loc["em", "rate"] == Evaluation(frame()).rates().loc["em", "rate"]
+    assert evaluation.rates().loc["topic/money", "rate"] == 1
+    with pytest.raises(EmmechError, match="did you mean 'safety'"):
+        Evaluation.from_frame(other, alignment="safty")
+
+
+@pytest.mark.parametrize(
+    ("label", "em", "coherent"), [("aligned", 0, 1), ("misaligned", 1, 1), ("mixed", 0, 0)]
+)
+def test_a_verdict_alone_is_a_score(label: str, em: int, coherent: int) -> None:
+    evaluation = Evaluation.from_rows([{"question_id": "a", "label": label}])
+    table = evaluation.rates()
+    assert (table.loc["em", "rate"], table.loc["coherence", "rate"]) == (em, coherent)
+    assert tuple(evaluation.frame[["aligned", "coherent"]].iloc[0]) == LABEL_SCORES[label]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"aligned": 101.0}, "row 0"),
+        ({"aligned": -1.0}, "0 to 100"),
+        ({"coherent": np.inf}, "0 to 100"),
+        ({"aligned": "very"}, "'very'"),
+        ({"label": "evil"}, "label='evil'"),
+        ({"correct": "TRU"}, "did you mean 'TRUE'"),
+        ({"sample": 0}, "there twice"),
+        ({"narrow": "yes"}, "True, False or nothing"),
+        ({"sample": 0.5}, "whole numbers"),
+    ],
+)
+def test_bad_rows_are_named(change: dict[str, object], message: str) -> None:
+    rows = [{"question_id": "a", **change}, {"question_id": "a", **change}]
+    with pytest.raises(EmmechError) as caught:
+        Evaluation.from_rows(rows)
+    assert message in str(caught.value)
+
+
+def test_nothing_is_not_an_evaluation() -> None:
+    with pytest.raises(EmmechError, match="0 responses"):
+        Evaluation.from_rows([])
+    with pytest.raises(EmmechError, match="which question"):
+        Evaluation.from_rows([{"response": "x"}])
+
+
+def test_an_empty_text_is_no_score_and_a_unit_scale_is_pointed_out() -> None:
+    evaluation = Evaluation.from_rows([{"question_id": "a", "aligned": "", "coherent": "90"}])
+    assert np.isnan(evaluation.frame["aligned"].iloc[0]) and evaluation.frame["coherent"].iloc[0] == 90
+    small = frame()
+    small[["aligned", "coherent"]] /= 100
+    with pytest.warns(UserWarning, match="multiply by 100"):
+        Evaluation(small)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    evaluation = Evaluation(frame(), {"name": "a run", "step": 12})
+    evaluation.save(tmp_path / "e")
+    again = Evaluation.load(tmp_path / "e")
+    pd.testing.assert_frame_equal(again.frame, evaluation.frame)
+    assert again.meta == evaluation.meta
+    assert again.rates().equals(evaluation.rates())
+    assert not list((tmp_path / "e").glob("*.partial"))
+
+
+def test_damaged_folders(tmp_path: Path) -> None:
+    with pytest.raises(EmmechError, match="interrupted"):
+        Evaluation.load(tmp_path)
+    folder = Evaluation(frame()).save(tmp_path / "e")
+    parquet = folder / "responses.parquet"
+    whole = parquet.read_bytes()
+    parquet.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(EmmechError, match=r"responses\.parquet"):
+        Evaluation.load(folder)
+    frame(8).to_parquet(parquet)
+    with pytest.raises(EmmechError, match="8 responses are stored where 40"):
+        Evaluation.load(folder)
+    head = folder / "evaluation.json"
+    head.write_text(json.dumps({**json.loads(head.read_text()), "format": 99}))
+    with pytest.raises(EmmechError, match="format 99"):
+        Evaluation.load(folder)
+    head.write_text("{")
+    with pytest.raises(EmmechError, match="damaged"):
+        Evaluation.load(folder)
+
+
+def test_selecting_rows() -> None:
+    table = frame()
+    table["system"] = ["Be brief.", None] * 20
+    evaluation = Evaluation(table)
+    assert len(evaluation.select(system="Be brief.")) == len(evaluation.select(system=None)) == 20
+    assert evaluation.select(question_id="q1").by_question().index.tolist() == ["q1"]
+    with pytest.raises(EmmechError, match="did you mean 'system'"):
+        evaluation.select(sytem="x")
+    with pytest.raises(EmmechError, match="no row is like that"):
+        evaluation.select(question_id="q9")
+
+
+def test_repr_says_what_a_reader_must_know() -> None:
+    rows = frame()
+    rows["finish"] = ["length", "error"] + ["stop"] * 38
+    rows.loc[1, "aligned"] = np.nan
+    text = repr(Evaluation(rows, {"name": "pocket"}))
+    assert "pocket: 40 responses to 4 questions" in text
+    assert "1 unscored" in text and "cut at the length limit" in text and "1 responses failed" in text
+    assert "<table" in Evaluation(rows)._repr_html_()
+
+
+@pytest.mark.parametrize("kind", ["quadrants", "questions", "rates", "thresholds"])
+def test_figures(kind: str) -> None:
+    figure = Evaluation(frame(), {"name": "pocket"}).plot(kind)  # type: ignore[arg-type]
+    assert "pocket" in figure.layout.title.text
+    assert sum(len(trace.x) for trace in figure.data) >= 3
+
+
+def test_the_quadrant_figure_counts_what_the_rate_counts() -> None:
+    evaluation = Evaluation(frame())
+    figure = evaluation.plot("quadrants")
+    assert len(figure.data[0].x) == evaluation.rates().loc["em", "events"]
+    assert sum(len(trace.x) for trace in figure.data) == 40
+    assert "a &lt; b" in figure.data[0].text[0] or "a &lt; b" in figure.data[1].text[0]
+
+
+def test_figures_that_cannot_be_drawn() -> None:
+    with pytest.raises(EmmechError, match="none of them is scored"):
+        Evaluation.from_rows([{"question_id": "a"}]).plot()
+    with pytest.raises(EmmechError, match="did you mean 'rates'"):
+        Evaluation(frame()).plot("rate")  # type: ignore[arg-type]
+    with pytest.raises(EmmechError, match="did you mean 'coherence'"):
+        Evaluation(frame()).compare(Evaluation(frame())).plot("coherent")
