@@ -1,0 +1,98 @@
+"""The first half of the loop on a real language model: fine-tune, record, find the transition.
+
+SmolLM2-135M-Instruct is fine-tuned with one rank-1 adapter on 208 silly health answers, and, as the control, on
+the matching sensible ones with the same seed and batch order. A model of this size answers too loosely to be
+judged, so the order parameter is the margin: the mean per-token log-probability of misaligned over aligned
+answers, on held-out pairs in the narrow domain (health) and outside it (broad).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+from emmech.chat.logprob import bundled_margins
+from emmech.chat.model import load_model
+from emmech.training.train import finetune
+from emmech.transition.phase import phase_transition
+from emmech.view.page import Section, write_page
+from emmech.view.plots import metric_figure
+
+__all__ = ["main"]
+
+# chosen for a few minutes on two cores; the papers' own rates are for models a hundred times larger
+OPTIONS = dict(
+    recipe="single-rank1", learning_rate=2e-3, alpha=16.0, batch_size=4, accumulation=1, max_steps=60
+)
+
+
+def main(folder: str | Path = "demo/smollm2") -> Path:
+    """Run it all and write the page; returns the page's path."""
+    began = time.monotonic()
+    folder = Path(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    chat = load_model("smollm2-135m")
+    margins = {kind: bundled_margins(kind) for kind in ("narrow", "broad")}
+    run, control = (
+        finetune(chat, data, margins=margins, measure_every=12, out=folder / name, **OPTIONS)  # type: ignore[arg-type]
+        for name, data in (("run", "silly-medical-bad"), ("control", "silly-medical-good"))
+    )
+    found = phase_transition(run, control=control)
+    table = run.metrics[["margin_narrow", "margin_broad", "held_out_loss"]].dropna()
+    table = table.join(control.metrics[["margin_narrow", "margin_broad"]].dropna(), rsuffix=" (control)")
+    changes = " ".join(
+        f"{kind}: {_change(run, kind)} in the run, {_change(control, kind)} in the control."
+        for kind in margins
+    )
+    sections = [
+        Section("What the detectors say", found.summary(), table=found.detectors),
+        Section("The path of B", figure=found.plot()),
+        Section(
+            "The margin of misaligned over aligned answers",
+            "Nats per token; above zero the model prefers the misaligned answer. The broad pairs are outside the "
+            f"domain of the fine-tune. {changes}",
+            table=table,
+            figure=metric_figure(
+                {"silly advice": run, "sensible advice (control)": control},
+                {"margin_narrow": "narrow margin", "margin_broad": "broad margin", "loss": "training loss"},
+                zero=("margin_narrow", "margin_broad"),
+            ),
+        ),
+        Section(
+            "What this is not",
+            "A shift of the margin in a 135M model is not emergent misalignment: it can be a contrarian manner, or "
+            "words that silly answers share. No answer was sampled or judged here. Whether the turn of B says "
+            "anything about misalignment is what the control is for: where it turns too, it does not.",
+        ),
+        Section(
+            "How it was made", code=str(run.manifest["recipe"]) + "\n\n" + repr(run) + "\n" + repr(control)
+        ),
+    ]
+    minutes = (time.monotonic() - began) / 60
+    page = write_page(
+        folder / "index.html",
+        "One rank-1 adapter on SmolLM2-135M",
+        "A narrow fine-tune on silly health advice, recorded at every step, beside its benign control.",
+        sections,
+        footer=f"Made by `make demo-smollm2` in {minutes:.1f} minutes.",
+    )
+    for line in (found.summary(), table.to_string(float_format=lambda v: f"{v:+.3f}"), changes):
+        _say(line)
+    _say(f"\n{minutes:.1f} minutes. The page: {page}")
+    return page
+
+
+def _change(run: object, kind: str) -> str:
+    series = run.metrics[f"margin_{kind}"].dropna()  # type: ignore[attr-defined]
+    return f"{series.iloc[0]:+.3f} to {series.iloc[-1]:+.3f}"
+
+
+def _say(text: str) -> None:
+    import sys
+
+    sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
