@@ -47,6 +47,7 @@ GRANTED = 1.25  # the nulls' noise energy over the estimate: covers the error of
 DIMENSIONS = (
     48  # of simulated nulls at most: fewer dimensions fluctuate more, so the cap errs to the safe side
 )
+LEAST_SIDE = 0.01  # length of a side over the path's extent, below which its direction is not worth a name
 SHORTEST = 3  # increments on either side of a split
 
 
@@ -88,8 +89,10 @@ def bend_energy(paths: npt.ArrayLike, before: Array, after: Array) -> Array:
     cross = ((lc - ll) / np.sqrt(before * after))[..., inside]
     smaller = 0.5 * (left + right - np.sqrt((left - right) ** 2 + 4 * cross**2))
     values = np.where(cross > 0, smaller, np.minimum(left, right))
+    longest = LEAST_SIDE**2 * ll.max(axis=-1, keepdims=True)
+    short = np.minimum(ll, cc - 2 * lc + ll)[..., inside] < longest
     out = np.full(ll.shape, np.nan)
-    out[..., inside] = np.maximum(values, 0.0)
+    out[..., inside] = np.where(short, 0.0, np.maximum(values, 0.0))
     return out
 
 
@@ -133,7 +136,9 @@ def noise_around_drift(path: npt.ArrayLike, clock: Array) -> tuple[Noise, Array]
         if length > 0:
             increments[side] -= speed[side, None] * chord / length
     around = np.vstack([np.zeros(v.shape[1]), np.cumsum(increments, axis=0)])
-    return estimate_noise(around, gap), speed
+    noise = estimate_noise(around, gap)
+    rounding = 1e-13 * float(np.mean(np.einsum("td,td->t", v - v[0], v - v[0])))  # of a float32 record
+    return Noise(np.maximum(noise.energy, rounding), noise.first, noise.memory, noise.dimensions), speed
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,19 +211,26 @@ class Location:
     angle_high: float
 
 
-def locate(path: npt.ArrayLike, noise: Noise, speed: Array, rng: np.random.Generator) -> Location:
-    """Fit two directions joined by a ramp of unknown middle and width, by generalised least squares.
+def locate(
+    path: npt.ArrayLike,
+    noise: Noise,
+    speed: Array,
+    rng: np.random.Generator,
+    at: tuple[int, int] | None = None,
+) -> Location:
+    """Fit two directions joined by a ramp of unknown middle and width, by weighted least squares.
 
-    The increments' covariance is the noise's, so that errors shared by neighbouring records (an error of each
-    record's own, momentum) do not pass for information. Where the fit leaves more than noise, the likelihood is
-    flattened by the excess.
+    Errors of each record's own, which neighbouring increments share with opposite signs, enter the weights. A
+    memory of the noise does not: a slow bend would pass for noise and a small kink for the turn; it flattens the
+    likelihood instead, as does whatever else the fit leaves beyond the noise. With ``at`` = (record, width) only the
+    angle there is fitted.
     """
     increments = np.diff(np.asarray(path, dtype=np.float64), axis=0)
     n = len(increments)
     # a record that hardly moved (a step size near zero) must not outweigh all others
     energy = np.maximum(noise.energy, 0.01 * np.median(noise.energy))
-    noise = Noise(energy, noise.first, noise.memory, noise.dimensions)
-    values, vectors = np.linalg.eigh(noise.covariance())
+    weights = Noise(energy, min(noise.first, 0.0), 0.0, noise.dimensions)
+    values, vectors = np.linalg.eigh(weights.covariance())
     values = np.maximum(values, 1e-9 * values[-1])
     precision = (vectors / values) @ vectors.T
     gram = precision @ (increments @ increments.T) @ precision
@@ -235,19 +247,20 @@ def locate(path: npt.ArrayLike, noise: Noise, speed: Array, rng: np.random.Gener
         reduction[row, inside] = fitted[inside]
     best_row, best_column = np.unravel_index(int(np.argmax(reduction)), reduction.shape)
     total = float(np.sum(precision * (increments @ increments.T)))
-    excess = max((total - float(reduction.max())) / max(n - 2, 1), 1.0)
+    excess = max((total - float(reduction.max())) / max(n - 2, 1), noise.memory_time)
     log_likelihood = 0.5 * noise.dimensions * (reduction - reduction.max()) / excess
     marginal = np.exp(log_likelihood).sum(axis=0)
-    mass = np.cumsum(marginal) / marginal.sum()
+    mass: Array = np.cumsum(marginal) / marginal.sum()
     record = int(middles[best_column])
-    low = int(middles[min(np.searchsorted(mass, 0.025), n - 2)])
-    high = int(middles[min(np.searchsorted(mass, 0.975), n - 2)])
-    ahead = _ramp(n, np.array([record]), widths[best_row])[:, 0]
+    low, high = (int(middles[min(int(np.searchsorted(mass, q)), n - 2)]) for q in (0.025, 0.975))
+    width = widths[best_row]
+    if at is not None:
+        record, width = int(np.clip(at[0], 1, n - 1)), at[1]
+        low = high = record
+    ahead = _ramp(n, np.array([record]), width)[:, 0]
     design = speed[:, None] * np.stack([1 - ahead, ahead], axis=1)
     angle, angle_low, angle_high = _angle(design, precision, increments, noise.dimensions, excess, rng)
-    return Location(
-        record, min(low, record), max(high, record), widths[best_row], angle, angle_low, angle_high
-    )
+    return Location(record, min(low, record), max(high, record), width, angle, angle_low, angle_high)
 
 
 def _ramp(n: int, middles: npt.NDArray[np.int64], width: int) -> Array:

@@ -72,6 +72,7 @@ class Trajectory:
         explained: ``[components]``.
         location: the fitted turn, or None where nothing could be fitted.
         width_share: share of the path over which the fitted turn is spread.
+        opposite: of a control, the angle at the step and width of the run's own turn.
         detectors: the rows.
     """
 
@@ -83,6 +84,7 @@ class Trajectory:
     band: dict[int, tuple[Array, Array]] = field(default_factory=dict)
     location: Location | None = None
     width_share: float = float("nan")
+    opposite: Location | None = None
     detectors: tuple[Detector, ...] = ()
 
 
@@ -116,19 +118,23 @@ def analyse(
     windows: Sequence[int] | None,
     n_null: int,
     rng: np.random.Generator,
+    beside: Trajectory | None = None,
 ) -> Trajectory:
-    """Run the detectors of a vector trajectory ``[steps, d]``."""
+    """Run the detectors of a vector trajectory ``[steps, d]``.
+
+    ``beside`` is the run that this one is the control of: the angle at that run's turn is measured here too.
+    """
     n = len(path)
     coordinates = compact(path)
     scores, explained = _components(coordinates)
     norm = norms(path)
     reason = unmeasurable(path)
     if reason:
-        rows = tuple(
+        none = tuple(
             Detector.unmeasured(name, KIND[name], MEANS[name], NULL, reason)
             for name in ("turn", "local-cosine", "pca-turn", "norm-growth")
         )
-        return Trajectory(steps, norm, scores, explained, detectors=rows)
+        return Trajectory(steps, norm, scores, explained, detectors=none)
     clock = steps.astype(np.float64)
     noise, speed = noise_around_drift(coordinates, clock)
     before, after = chord_noise(noise)
@@ -138,6 +144,10 @@ def analyse(
     where = locate(coordinates, noise, speed, rng)
     bent = _simulate_turn(noise, speed, where, rng)
     width_share = where.width / (n - 1)
+    opposite = None
+    if beside is not None and beside.location is not None:
+        target = int(np.abs(steps - beside.steps[beside.location.record]).argmin())
+        opposite = locate(coordinates, noise, speed, rng, at=(target, beside.location.width))
     note = f"bend energy {observed:.3g} times the noise; nearest null: {worst}"
     if where.width:
         note += f"; spread over about {where.width} records"
@@ -163,7 +173,9 @@ def analyse(
     rows.append(_cosine_row(cosines, straight, nulls, bent, steps))
     rows.append(_pca_row(coordinates, explained, nulls, bent, steps))
     rows.append(_norm_row(norm, clock, nulls, bent, steps))
-    return Trajectory(steps, norm, scores, explained, cosines, band, where, width_share, tuple(rows))
+    return Trajectory(
+        steps, norm, scores, explained, cosines, band, where, width_share, opposite, tuple(rows)
+    )
 
 
 def unmeasurable(path: Array) -> str:
@@ -342,7 +354,7 @@ def subspace_detector(
     k = [w for w in (windows or default_windows(n)) if 4 * w < n][-1:] or [max(1, n // 5)]
     clock = steps.astype(np.float64)
     models = [noise_around_drift(compact(matrices[:, :, j]), clock) for j in range(r)]
-    m = max(r + 1, min(DIMENSIONS // 2, round(min(model[0].dimensions for model in models))))
+    m = max(r + 1, min(DIMENSIONS, round(min(model[0].dimensions for model in models))))
     # columns keep their mutual angles, so that a subspace that is nearly flat stays so under the null
     drift = matrices[-1] - matrices[0]
     unit = drift / np.maximum(norms(drift.T), 1e-300)

@@ -101,8 +101,8 @@ def estimate_noise(path: npt.ArrayLike, spacing: npt.ArrayLike | None = None) ->
     shrink = (1 - 2 / (9 * dimensions)) ** 3
     width = int(np.clip(n // 8, 7, 51)) | 1
     local = _running_median(pair_energy, width) / shrink
-    floor = 1e-13 * float(np.mean(np.einsum("id,id->i", v, v))) + 1e-300  # float32 rounding of the record
-    local = np.maximum(local, floor)
+    rounding = 1e-13 * float(np.mean(np.einsum("id,id->i", v, v)))  # of a float32 record
+    local = np.maximum(local, max(rounding, 1e-290))
     per_increment = np.interp(np.arange(n), np.arange(n - 1) + 0.5, local)
 
     lags = np.arange(1, max(2, min(LONGEST_LAG, n // 4)) + 1)

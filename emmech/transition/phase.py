@@ -81,23 +81,33 @@ def phase_transition(
             why="the smallest p-value is 1 / (n_null + 1), so fewer than 19 null paths never reach 0.05",
             instead="n_null=199",
         ) from None
-    sides = [
-        _analyse(one, k=k, adapter=adapter, centre=centre, seed=seed, n_null=int(n_null))
-        for one in (run, control)
-        if one is not None
-    ]
-    return PhaseTransition(run=sides[0], control=sides[1] if len(sides) > 1 else None)
+
+    def side(one: Any, beside: Side | None) -> Side:
+        return _analyse(one, beside, k=k, adapter=adapter, centre=centre, seed=seed, n_null=int(n_null))
+
+    first = side(run, None)
+    return PhaseTransition(run=first, control=side(control, first) if control is not None else None)
 
 
 def _analyse(
-    run: Any, *, k: int | Sequence[int] | None, adapter: str | None, centre: str, seed: int, n_null: int
+    run: Any,
+    beside: Side | None,
+    *,
+    k: int | Sequence[int] | None,
+    adapter: str | None,
+    centre: str,
+    seed: int,
+    n_null: int,
 ) -> Side:
     name = str(getattr(run, "name", "run"))
     steps, stacks = _trajectories(run, adapter, name)
+    steps, stacks = _moving(steps, stacks)
     windows = _windows(k, len(steps))
     vectors = [stack.reshape(len(steps), -1) for stack in stacks.values()]
     rng = np.random.default_rng(seed)
-    path = analyse(np.concatenate(vectors, axis=1), steps, windows, n_null, rng)
+    path = analyse(
+        np.concatenate(vectors, axis=1), steps, windows, n_null, rng, beside.path if beside else None
+    )
     rows = list(path.detectors)
     ranked = [(key, stack) for key, stack in stacks.items() if stack.ndim == 3]
     if len(ranked) == 1:
@@ -175,6 +185,20 @@ def _trajectories(run: Any, adapter: str | None, name: str) -> tuple[npt.NDArray
         if stack.ndim == 3 and stack.shape[2] == 1:
             stacks[key] = stack[:, :, 0]
     return steps, stacks
+
+
+def _moving(
+    steps: npt.NDArray[np.int64], stacks: dict[str, Array]
+) -> tuple[npt.NDArray[np.int64], dict[str, Array]]:
+    """Without the records before the first and after the last movement: a rest has no direction to turn to."""
+    moved = np.zeros(len(steps) - 1, dtype=bool)
+    for stack in stacks.values():
+        moved |= np.any(np.diff(stack, axis=0) != 0, axis=tuple(range(1, stack.ndim)))
+    if not moved.any():
+        return steps, stacks
+    at = np.flatnonzero(moved)
+    keep = slice(int(at[0]), int(at[-1]) + 2)
+    return steps[keep], {key: stack[keep] for key, stack in stacks.items()}
 
 
 def _windows(k: int | Sequence[int] | None, n: int) -> tuple[int, ...] | None:

@@ -71,7 +71,8 @@ class Comparison:
         verdict: ``"specific"`` (only the run turns, and by significantly more), ``"shared"`` (both turn),
             ``"undecided"`` (the control's turn is not significant, but neither is the difference), or
             ``"not measurable"``.
-        step, control_step: optimiser steps of the two fitted turns.
+        step, control_step: optimiser steps of the turn, and of the control's turn or, where it has none, of the
+            place in it where the run turns.
         strength, control_strength: turn angles in degrees.
         difference, low, high: run minus control in degrees, with a 95 % interval.
         control_p_value: of the control's turn.
@@ -253,12 +254,15 @@ def _compare(run: Side, control: Side) -> Comparison:
     if mine is None or other is None or not (np.isfinite(mine.p_value) and np.isfinite(other.p_value)):
         text = "not measurable: the turn could not be looked for in both runs"
         return Comparison("not measurable", nan, nan, nan, nan, nan, nan, nan, nan, text)
-    here, there = run.path.location, control.path.location
+    here = run.path.location
+    # a control that turns is compared at its own turn, one that does not at the step of the run's turn
+    there = control.path.location if control.turns else control.path.opposite
     assert here is not None and there is not None  # a finite p-value comes with a location
-    difference = mine.strength - other.strength
+    step = float(control.path.steps[there.record])
+    difference = here.angle - there.angle
     low = difference - float(np.hypot(here.angle - here.angle_low, there.angle_high - there.angle))
     high = difference + float(np.hypot(here.angle_high - here.angle, there.angle - there.angle_low))
-    both = f"{mine.strength:.0f} degrees at step {mine.step:.0f} here, {other.strength:.0f} at {other.step:.0f} there"
+    both = f"{here.angle:.0f} degrees at step {mine.step:.0f} here, {there.angle:.0f} at {step:.0f} there"
     measured = f"difference {difference:.0f} degrees, 95 % interval {low:.0f} to {high:.0f}"
     if not run.turns:
         verdict, text = "not measurable", "the run itself shows no turn, so there is nothing to compare"
@@ -285,9 +289,9 @@ def _compare(run: Side, control: Side) -> Comparison:
     return Comparison(
         verdict,
         mine.step,
-        other.step,
-        mine.strength,
-        other.strength,
+        step,
+        here.angle,
+        there.angle,
         difference,
         low,
         high,
