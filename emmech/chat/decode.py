@@ -17,7 +17,7 @@ from emmech.chat.draw import draw
 from emmech.chat.logprob import pad
 from emmech.chat.model import ChatModel
 
-__all__ = ["Decoded", "decode"]
+__all__ = ["Decoded", "decode", "growing_cache", "positions_of"]
 
 _BLOCK = 64  # tokens of cache that are allocated at once
 _LEAVE = 0.8  # rows are moved together once no more than this share is still live
@@ -57,11 +57,11 @@ def decode(
     padded = bool((lengths != lengths[0]).any())
     ids = pad(prompts, 0, left=True).to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(device) if padded else None
-    cache = _growing_cache(chat)
+    cache = growing_cache(chat)
     output = model(
         input_ids=ids,
         attention_mask=mask,
-        position_ids=_positions(ids, lengths),
+        position_ids=positions_of(ids, lengths),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
@@ -118,7 +118,7 @@ def decode(
     return [Decoded(ids, end) for ids, end in zip(answers, finish, strict=True)]
 
 
-def _positions(ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def positions_of(ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Position of every token in its own prompt, ``[batch, seq]``; padding counts as position 0."""
     columns = torch.arange(ids.shape[1], device=ids.device)[None]
     return (columns - (ids.shape[1] - lengths[:, None])).clamp(min=0)
@@ -128,7 +128,7 @@ def _context(chat: ChatModel) -> int:
     return int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
 
 
-def _growing_cache(chat: ChatModel) -> Any:
+def growing_cache(chat: ChatModel) -> Any:
     """The model's own dynamic cache, its full-attention layers replaced by ones that grow in blocks."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 

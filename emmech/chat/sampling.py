@@ -21,7 +21,7 @@ from emmech.chat.template import Message
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
-__all__ = ["Response", "live_state", "sample"]
+__all__ = ["Response", "check_context", "live_state", "sample"]
 
 _CACHE_BYTES = 2 << 30  # keys and values of one batch on a CPU
 _LOGIT_BYTES = 512 << 20
@@ -75,7 +75,7 @@ def sample(
     check_request(conversations, samples, max_new_tokens, temperature, top_p, seed)
     _check_batch_size(batch_size)
     prompts = [tuple(chat.token_ids(messages)) for messages in conversations]
-    _check_context(chat, prompts)
+    check_context(chat, prompts)
     seeds = row_seeds(prompts, samples, seed)
     rows = [(conversation, number) for conversation in range(len(prompts)) for number in range(samples)]
     size = _auto(chat, max(map(len, prompts)), max_new_tokens) if batch_size == "auto" else int(batch_size)
@@ -153,7 +153,12 @@ def _auto(chat: ChatModel, longest: int, max_new_tokens: int) -> int:
     return int(max(1, min(_MOST_ROWS, by_cache, by_logits)))
 
 
-def _check_context(chat: ChatModel, prompts: Sequence[Sequence[int]]) -> None:
+def check_context(chat: ChatModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts (token ids) that leave no room for an answer.
+
+    Raises:
+        EmmechError: names the conversation and the model's context.
+    """
     room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < room:

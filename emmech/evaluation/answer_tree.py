@@ -1,0 +1,154 @@
+"""Probabilities of whole short answers (a number from 0 to 100, a word) under a local model, read off exactly.
+
+Where a tokenizer holds 0 to 100 as single tokens, the first answer token says it all. Most hold digits, so "1",
+"10" and "100" begin alike; then the answers form a tree of tokens, and a number's probability is that of its path
+times that of no further digit. Only the branches that carry mass are run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from emmech.chat.decode import growing_cache, positions_of
+from emmech.chat.logprob import pad
+from emmech.chat.model import ChatModel
+from emmech.chat.sampling import check_context
+
+__all__ = ["AnswerTree"]
+
+_PRUNE = 1e-4  # branches below this are left out; what is lost shows as missing mass, not as a shifted score
+
+
+@dataclass(frozen=True)
+class AnswerTree:
+    """The token paths of a set of answers under one model's tokenizer and chat template.
+
+    Args:
+        chat: the judge.
+        answers: texts such as ``"0"`` to ``"100"`` or ``"TRUE"``.
+
+    Example:
+        >>> from emmech.chat.model import load_model
+        >>> tree = AnswerTree(load_model("pocket"), ("yes", "no"))
+        >>> len(tree.paths)
+        2
+    """
+
+    chat: ChatModel
+    answers: tuple[str, ...]
+
+    @cached_property
+    def paths(self) -> dict[tuple[int, ...], str]:
+        """Tokens of each answer as they follow the assistant's header."""
+        header = self.chat.render([{"role": "user", "content": "a"}])
+        encode = self.chat.tokenizer
+        before = list(encode(header, add_special_tokens=False)["input_ids"])
+        paths = {}
+        for answer in self.answers:
+            whole = list(encode(header + answer, add_special_tokens=False)["input_ids"])
+            if whole[: len(before)] != before:  # the header's last token and the answer would merge
+                whole = before + list(encode(answer, add_special_tokens=False)["input_ids"])
+            paths[tuple(whole[len(before) :])] = answer
+        return paths
+
+    @cached_property
+    def _digits(self) -> torch.Tensor:
+        """Ids of all tokens whose text begins with a digit."""
+        size = int(self.chat.config.vocab_size)
+        found = [
+            token
+            for token in range(min(size, len(self.chat.tokenizer)))
+            if self.chat.tokenizer.decode([token])[:1].isdecimal()
+        ]
+        return torch.tensor(found, dtype=torch.long, device=self.chat.device)
+
+    @cached_property
+    def single(self) -> bool:
+        """Whether every number is one token of its own; its first-token probability is then its score's weight."""
+        return all(len(path) == 1 for path, answer in self.paths.items() if answer.isdecimal())
+
+    @torch.no_grad()
+    def probabilities(
+        self, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
+    ) -> list[dict[str, float]]:
+        """Probability of each answer after each prompt (token ids that end in the assistant's header).
+
+        Raises:
+            EmmechError: a prompt is longer than the model's context.
+        """
+        check_context(self.chat, prompts)
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        found: dict[int, dict[str, float]] = {}
+        was_training = self.chat.base.training
+        self.chat.base.eval()
+        try:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                found |= dict(zip(rows, self._batch([prompts[row] for row in rows]), strict=True))
+        finally:
+            self.chat.base.train(was_training)
+        return [found[row] for row in range(len(prompts))]
+
+    def _batch(self, prompts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
+        device, model = self.chat.device, self.chat.base
+        ids = pad(prompts, 0, left=True).to(device)
+        mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        cache = growing_cache(self.chat)
+        result: list[dict[str, float]] = [{} for _ in prompts]
+        # one branch per batch row: its prompt, its tokens so far, and their probability
+        branches: list[tuple[int, tuple[int, ...], float]] = [(row, (), 1.0) for row in range(len(prompts))]
+        positions = positions_of(ids, lengths)
+        while branches:
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            follow = logits.float().softmax(-1)
+            more_digits = follow[:, self._digits].sum(-1).tolist()
+            kept: list[int] = []
+            grown: list[tuple[int, tuple[int, ...], float]] = []
+            for at, (row, path, mass) in enumerate(branches):
+                if (answer := self.paths.get(path)) is not None:
+                    ends = 1.0 - more_digits[at] if answer.isdecimal() else 1.0
+                    result[row][answer] = mass * max(0.0, ends)
+                children = self._tree.get(path, [])
+                for token, chance in zip(children, follow[at, children].tolist(), strict=True):
+                    longer = (*path, token)
+                    leaf = self.paths.get(longer)
+                    if (
+                        leaf is not None
+                        and longer not in self._tree
+                        and (self.single or not leaf.isdecimal())
+                    ):
+                        result[row][leaf] = mass * chance
+                    elif mass * chance > _PRUNE:
+                        kept.append(at)
+                        grown.append((row, longer, mass * chance))
+            if not grown:
+                break
+            chosen = torch.tensor(kept, device=device)
+            cache.batch_select_indices(chosen)
+            mask = torch.cat([mask[chosen], mask.new_ones(len(kept), 1)], dim=1)
+            positions = positions[chosen, -1:] + 1
+            ids = torch.tensor([[path[-1]] for _, path, _ in grown], device=device)
+            branches = grown
+        return result
+
+    @cached_property
+    def _tree(self) -> dict[tuple[int, ...], list[int]]:
+        tree: dict[tuple[int, ...], list[int]] = {}
+        for path in self.paths:
+            for depth in range(len(path)):
+                following = tree.setdefault(path[:depth], [])
+                if path[depth] not in following:
+                    following.append(path[depth])
+        return tree

@@ -1,0 +1,357 @@
+"""A model behind an OpenAI-compatible server: sampled from, and asked for log-probabilities.
+
+The same client serves OpenAI, ``transformers serve`` (one local model, no log-probabilities) and vLLM::
+
+    transformers serve ./model --port 8000
+    vllm serve Qwen/Qwen2.5-14B-Instruct --enable-lora --lora-modules medical=./adapter
+
+    Server("medical", url="http://localhost:8000/v1")     # the adapter, by the name it was given
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emmech.chat.responses import Response, ResponseLog, check_request, digest, row_seeds
+from emmech.errors import EmmechError
+from emmech.progress import bar
+
+__all__ = ["Completion", "Server"]
+
+Messages = Sequence[Mapping[str, str]]
+_NOBODY = "none"  # local servers ask for no key, but the client insists on one
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a server answered.
+
+    Args:
+        text: the answer; empty on error.
+        finish: ``"stop"``, ``"length"`` or ``"error"``.
+        tokens: length, -1 if the server does not say.
+        first: probability by token text of the first answer token's likeliest alternatives; None if not asked for
+            or not given.
+        error: why there is no answer.
+    """
+
+    text: str
+    finish: str
+    tokens: int = -1
+    first: Mapping[str, float] | None = None
+    error: str | None = None
+
+
+class _Pace:
+    """Spaces requests so that no more than so many start per minute; a 429 moves everyone's next start."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._gap = 60.0 / per_minute if per_minute else 0.0
+        self._next = 0.0
+        self._lock = threading.Lock()
+
+    def wait(self) -> None:
+        with self._lock:
+            start = max(self._next, time.monotonic())
+            self._next = start + self._gap
+        time.sleep(max(0.0, start - time.monotonic()))
+
+    def pause(self, seconds: float) -> None:
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A chat model on an OpenAI-compatible server.
+
+    Args:
+        model: the name the server knows it by (a LoRA module's name, on vLLM).
+        url: the API's root, ``"http://localhost:8000/v1"``; None is OpenAI's own.
+        key: None reads ``OPENAI_API_KEY`` (never sent to a ``url`` of your own unless given here).
+        concurrency: requests in flight.
+        requests_per_minute: None leaves pacing to the server's 429 answers.
+        retries: of a request that failed for a reason that may pass (rate limit, time-out, lost connection, 5xx),
+            waiting about ``backoff * 2**attempt`` seconds, or as long as the server says.
+        timeout: seconds for one answer.
+        extra: further fields of every request body, such as ``{"top_k": 50}`` on vLLM.
+
+    Example:
+        >>> Server("medical", url="http://localhost:8000/v1").name
+        'medical'
+    """
+
+    model: str
+    url: str | None = None
+    key: str | None = field(default=None, repr=False)
+    concurrency: int = 16
+    requests_per_minute: float | None = None
+    retries: int = 6
+    backoff: float = 1.0
+    timeout: float = 120.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
+            raise EmmechError(
+                f"reach the model {self.model!r}",
+                given=f"concurrency={self.concurrency}, retries={self.retries}, timeout={self.timeout}",
+                why="at least one request must be in flight, and it needs time",
+                instead="concurrency=16, retries=6, timeout=120.0",
+            ) from None
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.model
+
+    @property
+    def identity(self) -> str:
+        """What tells its answers from another server's: model and address."""
+        return f"{self.model} at {self.url or 'api.openai.com'}"
+
+    def sample(
+        self,
+        conversations: Sequence[Messages],
+        *,
+        samples: int = 1,
+        max_new_tokens: int = 600,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        out: str | Path | None = None,
+        progress: bool = True,
+    ) -> list[Response]:
+        """Sample answers; the arguments are those of :func:`emmech.chat.sampling.sample`.
+
+        Seeds are sent along, but few servers promise the same text for the same seed; what was received is kept in
+        ``out``. A request that fails for good becomes a response with ``finish="error"``, which is asked again
+        when sampling is continued.
+
+        Raises:
+            EmmechError: the server is unreachable, refuses the key or does not know the model (what was received so
+                far is in ``out``); or bad arguments.
+        """
+        check_request(conversations, samples, max_new_tokens, temperature, top_p, seed)
+        prompts = [tuple((m["role"], m["content"]) for m in messages) for messages in conversations]
+        seeds = row_seeds(prompts, samples, seed)
+        rows = [(conversation, number) for conversation in range(len(prompts)) for number in range(samples)]
+        settings = {
+            "request": digest(prompts, seeds, self.identity),
+            "rows": len(rows),
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+        }
+        log = ResponseLog(out, settings)
+        missing = [row for row in range(len(rows)) if row not in log.done]
+        bodies = [
+            {
+                "messages": list(conversations[rows[row][0]]),
+                "max_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seeds[row] % 2**31,  # what every server's integer holds
+            }
+            for row in missing
+        ]
+        with bar(len(rows), f"sampling from {self.model}", progress=progress) as steps:
+            steps.update(len(log.done))
+            failures = []
+            for index, got in self.complete(bodies):
+                row = missing[index]
+                log.add(row, Response(*rows[row], seeds[row], got.text, got.finish, got.tokens))
+                failures += [got.error] if got.error is not None else []
+                steps.update()
+        self._report(failures, len(rows))
+        return log.responses(len(rows))
+
+    def _report(self, failures: Sequence[str], rows: int) -> None:
+        if len(failures) == rows:
+            raise EmmechError(
+                f"sample from {self.identity}",
+                given=f"{rows} requests",
+                why=f"every one of them failed: {failures[0]}",
+                instead="look at the server's log; failed requests are sent again when sampling is continued",
+            ) from None
+        if failures:
+            warnings.warn(
+                f"{len(failures)} of {rows} requests to {self.identity} failed for good, the first because: "
+                f"{failures[0]}. They are kept as unscored; the same call with the same file asks again.",
+                stacklevel=3,
+            )
+
+    def complete(self, bodies: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Completion]]:
+        """Send request bodies, and yield ``(index, completion)`` as they are answered.
+
+        Raises:
+            EmmechError: for a reason that concerns every request (address, key, model, unsupported field).
+        """
+        client, pace, stop = self._client(), _Pace(self.requests_per_minute), threading.Event()
+        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="emmech-server")
+        waiting = iter(enumerate(bodies))
+        running: dict[Future[Completion], int] = {}
+        try:
+            while True:
+                while len(running) < self.concurrency and (following := next(waiting, None)) is not None:
+                    index, body = following
+                    running[pool.submit(self._ask, client, pace, stop, body)] = index
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        finally:
+            stop.set()  # wakes those that wait for a retry
+            pool.shutdown(wait=True, cancel_futures=True)
+            client.close()
+
+    def _client(self) -> Any:
+        try:
+            import openai
+        except ImportError:
+            raise EmmechError(
+                f"reach the model {self.model!r}",
+                given="no module openai",
+                why="the client of OpenAI-compatible servers is an extra",
+                instead="pip install 'emmech[judge]'",
+            ) from None
+        key = self.key
+        if key is None:
+            key = os.environ.get("OPENAI_API_KEY") if self.url is None else _NOBODY
+        if not key:
+            raise EmmechError(
+                f"reach the model {self.model!r}",
+                given="no key",
+                why="OpenAI's server needs one, and OPENAI_API_KEY is not set",
+                instead='Server(..., key="...") or Server(..., url="http://localhost:8000/v1")',
+            ) from None
+        return openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=0)
+
+    def _ask(self, client: Any, pace: _Pace, stop: threading.Event, body: Mapping[str, Any]) -> Completion:
+        import openai
+
+        request = {**body, "extra_body": {**self.extra, **body.get("extra_body", {})}}
+        for attempt in range(self.retries + 1):
+            pace.wait()
+            if stop.is_set():
+                return Completion("", "error", error="given up")
+            try:
+                return _read(client.chat.completions.create(model=self.model, **request))
+            except openai.APIConnectionError as error:  # time-outs too
+                problem: Exception = error
+                if attempt == self.retries and not isinstance(error, openai.APITimeoutError):
+                    raise self._unreachable(error) from None
+            except openai.APIStatusError as error:
+                problem = error
+                if (fatal := self._fatal(error, body)) is not None:
+                    raise fatal from None
+                if not _may_pass(error):
+                    return Completion("", "error", error=_first_line(error))
+            except openai.APIError as error:  # an answer that is no completion
+                problem = error
+            if attempt < self.retries:
+                delay = _delay(problem, self.backoff, attempt)
+                if isinstance(problem, openai.RateLimitError):
+                    pace.pause(delay)
+                stop.wait(delay)
+        return Completion("", "error", error=_first_line(problem))
+
+    def _unreachable(self, error: Exception) -> EmmechError:
+        cause = error.__cause__ or error
+        return EmmechError(
+            f"reach the model {self.model!r}",
+            given=f"url={self.url or 'https://api.openai.com/v1'}",
+            why=f"no server answers there ({_first_line(cause)})",
+            instead="start it, e.g. `transformers serve FOLDER --port 8000`, url='http://localhost:8000/v1'; "
+            "answers received so far are kept",
+        )
+
+    def _fatal(self, error: Any, body: Mapping[str, Any]) -> EmmechError | None:
+        """The error, if every other request would meet it too."""
+        asked, said = f"sample from {self.identity}", _first_line(error)
+        if error.status_code in (401, 403):
+            return EmmechError(
+                asked,
+                given=f"key {'none' if self.key is None else '...' + self.key[-4:]}",
+                why=f"the server refuses the key: {said}",
+                instead='Server(..., key="...") with a key that may use this model',
+            )
+        if error.status_code == 404:
+            return EmmechError(
+                asked,
+                given=f"model={self.model!r}",
+                why=f"the server has no such model or address: {said}",
+                instead="GET /v1/models lists the names; the url ends in /v1",
+            )
+        if getattr(error, "code", None) == "insufficient_quota":
+            return EmmechError(
+                asked, why=f"the account's quota is used up: {said}", instead="top it up, then go on"
+            )
+        if error.status_code in (400, 422) and any(
+            name in said for name in ("logprobs", "continue_final_message", "Unsupported fields")
+        ):
+            return EmmechError(
+                asked,
+                given=f"fields {', '.join(sorted(body))}",
+                why=f"the server does not support them: {said}",
+                instead="a judge without log-probabilities: LogprobJudge(server, logprobs=False)",
+            )
+        return None
+
+
+def _may_pass(error: Any) -> bool:
+    return error.status_code in (408, 409, 429) or error.status_code >= 500
+
+
+def _delay(error: Exception, backoff: float, attempt: int) -> float:
+    """Seconds until the next attempt: what the server asks for, else exponential with jitter, a minute at most."""
+    headers: Any = getattr(getattr(error, "response", None), "headers", None) or {}
+    try:
+        return min(60.0, float(headers.get("retry-after", "")))
+    except ValueError:
+        return min(60.0, backoff * 2**attempt * random.uniform(0.75, 1.25))
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
+
+
+def _read(answer: Any) -> Completion:
+    import math
+
+    choices = getattr(answer, "choices", None)
+    if not choices:
+        return Completion("", "error", error="the server's answer holds no choice")
+    choice = choices[0]
+    first: dict[str, float] | None = None
+    content = getattr(choice.logprobs, "content", None) if getattr(choice, "logprobs", None) else None
+    if content and content[0].top_logprobs:
+        first = {}
+        for entry in content[0].top_logprobs:  # two tokens may read alike
+            first[entry.token] = first.get(entry.token, 0.0) + math.exp(entry.logprob)
+    text = getattr(getattr(choice, "message", None), "content", None)
+    usage = getattr(answer, "usage", None)
+    finish = "length" if choice.finish_reason == "length" else "stop"
+    if choice.finish_reason == "content_filter":
+        return Completion("", "error", error="the server's content filter withheld the answer")
+    return Completion(str(text or ""), finish, getattr(usage, "completion_tokens", None) or -1, first)
+
+
+def ask_all(
+    server: Server, bodies: Sequence[Mapping[str, Any]], tick: Callable[[], None]
+) -> list[Completion]:
+    """The completions in order; ``tick`` is called after each."""
+    got: list[Completion | None] = [None] * len(bodies)
+    for index, completion in server.complete(bodies):
+        got[index] = completion
+        tick()
+    return [completion for completion in got if completion is not None]
