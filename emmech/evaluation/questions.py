@@ -9,36 +9,16 @@ own domain) and ``answer`` (the fact, for factual sets). JSON lists of ``questio
 from __future__ import annotations
 
 import hashlib
-import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from emmech.errors import EmmechError, closest
-from emmech.evaluation.judge_prompts import JUDGE_PROMPTS, judge_prompt
 
 __all__ = ["Question", "QuestionSet", "bundled_questions", "load_questions"]
 
-_SETS = Path(__file__).parent / "question_sets"
-_SCORES = ("aligned", "coherent")
-_KEYS = frozenset(
-    [
-        "id",
-        "paraphrases",
-        "system",
-        "samples_per_paraphrase",
-        "judge",
-        "judge_prompts",
-        "type",
-        "domain",
-        "narrow",
-        "answer",
-    ]
-)
-_NUMBERED = re.compile(r"^\d+_(?P<category>.+)_\d+$")  # "17_vulnerable_user_0", as in the pre-registered set
+SETS = Path(__file__).parent / "question_sets"
 
 
 @dataclass(frozen=True)
@@ -246,7 +226,7 @@ def bundled_questions() -> tuple[str, ...]:
         >>> "first-plot" in bundled_questions()
         True
     """
-    return tuple(sorted(path.stem for path in _SETS.glob("*.yaml")))
+    return tuple(sorted(path.stem for path in SETS.glob("*.yaml")))
 
 
 def load_questions(
@@ -272,21 +252,23 @@ def load_questions(
 
 
 def _load(source: str | Path | QuestionSet | Question | Sequence[str | Question]) -> QuestionSet:
+    from emmech.evaluation.question_files import bundled, parse, read, slug
+
     if isinstance(source, QuestionSet):
         return source
     if isinstance(source, Question):
         return QuestionSet(source.id, (source,))
     if isinstance(source, str | Path):
         if isinstance(source, str) and source in bundled_questions():
-            return _bundled(source)
-        return _from_file(Path(source))
+            return bundled(source)
+        return read(Path(source))
     entries: list[Question] = []
     for item in source:
         if isinstance(item, Question):
             entries.append(item)
         elif isinstance(item, str) and item.strip():
             entries.append(
-                _parse({"paraphrases": [item], "id": _slug(item, entries)}, "the list", len(entries))
+                parse({"paraphrases": [item], "id": slug(item, entries)}, "the list", len(entries))
             )
         else:
             raise EmmechError(
@@ -295,144 +277,3 @@ def _load(source: str | Path | QuestionSet | Question | Sequence[str | Question]
                 why="an entry is neither a question's text nor a Question",
             )
     return QuestionSet("questions", tuple(entries))
-
-
-@cache
-def _bundled(name: str) -> QuestionSet:
-    return _from_file(_SETS / f"{name}.yaml")
-
-
-def _from_file(path: Path) -> QuestionSet:
-    if not path.is_file():
-        raise EmmechError(
-            "read the questions",
-            given=str(path),
-            why="it is neither a bundled set nor a file",
-            instead=closest(str(path), bundled_questions()),
-        )
-    content = _decode(path)
-    if isinstance(content, dict) and "extends" in content:
-        return _crossed(content, path)
-    if not isinstance(content, list):
-        raise EmmechError(
-            f"read the questions of {path.name}",
-            given=type(content).__name__,
-            why="a question file is a list of entries",
-            instead="- id: ...\n             paraphrases: [...]",
-        )
-    questions: list[Question] = []
-    for number, entry in enumerate(content):
-        if isinstance(entry, dict) and "question" in entry and "paraphrases" not in entry:
-            entry = _from_json_entry(entry, questions)
-        questions.append(_parse(entry, path.name, number))
-    return QuestionSet(path.stem, tuple(questions))
-
-
-def _decode(path: Path) -> Any:
-    import yaml
-
-    try:  # JSON is a subset of YAML as far as question files go, and YAML's errors name the line
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        reason = getattr(error, "problem", None) or "it is not UTF-8 text"
-        raise EmmechError(
-            f"read the questions of {path.name}", given=where, why=f"the file is not YAML: {reason}"
-        ) from None
-
-
-def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
-    """Every question of another set under each of several system prompts."""
-    base = _bundled(content["extends"])
-    questions = [
-        replace(question, id=f"{condition}/{question.id}", system=system)
-        for condition, system in content["systems"].items()
-        for question in base
-    ]
-    return QuestionSet(path.stem, tuple(questions))
-
-
-def _from_json_entry(entry: Mapping[str, Any], before: Sequence[Question]) -> dict[str, Any]:
-    """Turn ``{question, category, label}`` into an entry of the YAML schema."""
-    category = str(entry.get("category") or "") or None
-    return {
-        "id": _slug(str(entry.get("label") or entry["question"]), before),
-        "paraphrases": [str(entry["question"])],
-        "domain": category,
-        "type": "free_form_judge" if category == "factual" else "free_form_judge_0_100",
-        "judge_prompts": ["correct"] if category == "factual" else list(_SCORES),
-    }
-
-
-def _slug(text: str, before: Sequence[Question]) -> str:
-    """An id from a text; a number is added where two labels are the same."""
-    slug = re.sub(r"\W+", "_", text.lower()).strip("_")[:48] or "question"
-    taken = {question.id for question in before}
-    number = 2
-    unique = slug
-    while unique in taken:
-        unique = f"{slug}_{number}"
-        number += 1
-    return unique
-
-
-def _parse(entry: Any, file: str, number: int) -> Question:
-    if not isinstance(entry, Mapping):
-        raise EmmechError(
-            f"read entry {number + 1} of {file}",
-            given=repr(entry)[:80],
-            why="an entry is a mapping with an id",
-        )
-    id = entry.get("id")
-    where = f"read entry {number + 1} of {file}" + (f" ({id})" if id else "")
-    if not isinstance(id, str | int) or not str(id).strip():
-        raise EmmechError(where, given=f"id={id!r}", why="every question needs an id")
-    if unknown := set(entry) - _KEYS:
-        meant = closest(str(min(unknown, key=str)), _KEYS)
-        warnings.warn(f"{where}: keys {sorted(map(str, unknown))} are not used ({meant})", stacklevel=5)
-    paraphrases = entry.get("paraphrases")
-    if not isinstance(paraphrases, list) or not paraphrases:
-        raise EmmechError(
-            where, given=f"paraphrases={paraphrases!r}", why="`paraphrases` is a list of at least one text"
-        )
-    for text in paraphrases:
-        if not isinstance(text, str) or not text.strip():
-            raise EmmechError(where, given=repr(text), why="a paraphrase is empty or not a text")
-    samples = entry.get("samples_per_paraphrase", 100)
-    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-        raise EmmechError(
-            where, given=f"samples_per_paraphrase={samples!r}", why="it must be a positive whole number"
-        )
-    named = _NUMBERED.match(str(id))
-    return Question(
-        id=str(id),
-        paraphrases=tuple(paraphrases),
-        system=entry.get("system"),
-        samples_per_paraphrase=samples,
-        judge=entry.get("judge"),
-        judge_prompts=_prompts(entry.get("judge_prompts", list(_SCORES)), where),
-        kind=str(entry.get("type", "free_form_judge_0_100")),
-        domain=entry.get("domain") or (named["category"] if named else None),
-        narrow=entry.get("narrow"),
-        answer=None if entry.get("answer") is None else str(entry["answer"]),
-    )
-
-
-def _prompts(value: Any, where: str) -> dict[str, str]:
-    """Judge prompts as a mapping of templates (public files) or a list of bundled names."""
-    if isinstance(value, list):
-        return {str(name): judge_prompt(str(name)) for name in value}
-    if not isinstance(value, Mapping):
-        raise EmmechError(
-            where,
-            given=f"judge_prompts={value!r}"[:80],
-            why="`judge_prompts` maps a score to its prompt, or lists bundled prompts",
-            instead=f"bundled: {', '.join(JUDGE_PROMPTS)}",
-        )
-    for name, template in value.items():
-        if not isinstance(template, str) or "{answer}" not in template:
-            raise EmmechError(
-                where, given=f"judge prompt {name!r}", why="the prompt has no {answer} to put the response in"
-            )
-    return {str(name): template for name, template in value.items()}
