@@ -12,21 +12,21 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from emmech.transition.changepoint import (
-    DIMENSIONS,
-    Location,
-    Nulls,
-    accumulate,
-    bend_energy,
-    chord_noise,
-    locate,
-    noise_around_drift,
-    simulate_nulls,
-)
-from emmech.transition.geometry import comp_score, local_cosine, norms, peak_height, principal_cosines
-from emmech.transition.noise import Noise
+from emmech.transition.changepoint import Nulls
+from emmech.transition.geometry import local_cosine, norms, pca, peak_height
+from emmech.transition.turn import Location, find_turn, locate
 
-__all__ = ["Detector", "Trajectory", "analyse", "comp_detector", "subspace_detector"]
+__all__ = [
+    "KIND",
+    "MEANS",
+    "NULL",
+    "Detector",
+    "Trajectory",
+    "analyse",
+    "compact",
+    "default_windows",
+    "unmeasurable",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -126,7 +126,8 @@ def analyse(
     """
     n = len(path)
     coordinates = compact(path)
-    scores, explained = _components(coordinates)
+    components = pca(coordinates)
+    scores, explained = components.scores, components.explained
     norm = norms(path)
     reason = unmeasurable(path)
     if reason:
@@ -136,19 +137,15 @@ def analyse(
         )
         return Trajectory(steps, norm, scores, explained, detectors=none)
     clock = steps.astype(np.float64)
-    noise, speed = noise_around_drift(coordinates, clock)
-    before, after = chord_noise(noise)
-    nulls = simulate_nulls(noise, speed, n_null, rng)
-    observed = float(np.nanmax(bend_energy(coordinates, before, after)))
-    p_turn, worst = nulls.p_value(observed, lambda x: np.nanmax(bend_energy(x, before, after), axis=-1))
-    where = locate(coordinates, noise, speed, rng)
-    bent = _simulate_turn(noise, speed, where, rng)
+    turn = find_turn(coordinates, clock, n_null, rng)
+    where, noise, nulls = turn.location, turn.noise, turn.nulls
+    bent = turn.simulate(100, rng)
     width_share = where.width / (n - 1)
     opposite = None
     if beside is not None and beside.location is not None:
         target = int(np.abs(steps - beside.steps[beside.location.record]).argmin())
-        opposite = locate(coordinates, noise, speed, rng, at=(target, beside.location.width))
-    note = f"bend energy {observed:.3g} times the noise; nearest null: {worst}"
+        opposite = locate(coordinates, noise, turn.speed, rng, at=(target, beside.location.width))
+    note = f"bend energy {turn.energy:.3g} times the noise; nearest null: {turn.nearest_null}"
     if where.width:
         note += f"; spread over about {where.width} records"
     rows = [
@@ -159,7 +156,7 @@ def analyse(
             float(steps[where.low]),
             float(steps[where.high]),
             where.angle,
-            p_turn,
+            turn.p_value,
             MEANS["turn"],
             NULL,
             note,
@@ -197,26 +194,6 @@ def compact(path: Array) -> Array:
         return v
     values, vectors = np.linalg.eigh(v @ v.T)
     return vectors * np.sqrt(np.maximum(values, 0.0))
-
-
-def _components(path: Array, count: int = 3) -> tuple[Array, Array]:
-    from emmech.transition.geometry import pca
-
-    found = pca(path, count)
-    return found.scores, found.explained
-
-
-def _simulate_turn(
-    noise: Noise, speed: Array, where: Location, rng: np.random.Generator, count: int = 100
-) -> Array:
-    m = int(np.clip(round(noise.dimensions), 2, DIMENSIONS))
-    increments = noise.sample(count, m, rng)
-    position = np.arange(len(speed)) + 0.5 - where.record
-    ahead = (position > 0).astype(float) if where.width == 0 else np.clip(position / where.width + 0.5, 0, 1)
-    angle = np.radians(where.angle)
-    increments[..., 0] += speed * (1 - ahead + ahead * np.cos(angle))
-    increments[..., 1] += speed * ahead * np.sin(angle)
-    return accumulate(increments)
 
 
 def _interval(steps: npt.NDArray[np.int64], record: int, simulated: Array) -> tuple[float, float, float]:
@@ -336,112 +313,3 @@ def _norm_row(norm: Array, clock: Array, nulls: Nulls, bent: Array, steps: npt.N
         NULL,
         "broken line against a smooth parabola",
     )
-
-
-def subspace_detector(
-    matrices: Array,
-    steps: npt.NDArray[np.int64],
-    windows: Sequence[int] | None,
-    n_null: int,
-    rng: np.random.Generator,
-) -> Detector:
-    """Principal angles of B ``[steps, d, r]`` at the largest window that leaves a peak its flanks."""
-    name = "subspace"
-    n, d, r = matrices.shape
-    reason = unmeasurable(matrices.reshape(n, d * r))
-    if reason or d < r:
-        return Detector.unmeasured(name, KIND[name], MEANS[name], NULL, reason or "more columns than rows")
-    k = [w for w in (windows or default_windows(n)) if 4 * w < n][-1:] or [max(1, n // 5)]
-    clock = steps.astype(np.float64)
-    models = [noise_around_drift(compact(matrices[:, :, j]), clock) for j in range(r)]
-    m = max(r + 1, min(DIMENSIONS, round(min(model[0].dimensions for model in models))))
-    # columns keep their mutual angles, so that a subspace that is nearly flat stays so under the null
-    drift = matrices[-1] - matrices[0]
-    unit = drift / np.maximum(norms(drift.T), 1e-300)
-    values, vectors = np.linalg.eigh(unit.T @ unit)
-    axes = np.zeros((m, r))
-    axes[:r] = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
-
-    def paths(straight: bool) -> Array:
-        columns = []
-        for j, (noise, speed) in enumerate(models):
-            increments = noise.sample(n_null, m, rng)
-            if straight:
-                increments += speed[:, None] * axes[:, j]
-            columns.append(accumulate(increments))
-        return np.stack(columns, axis=-1)
-
-    def statistic(b: Array) -> tuple[Array, Array, Array]:
-        mean = principal_cosines(b, k[0]).mean(axis=-1)
-        height = np.where(np.isfinite(h := peak_height(mean, k[0])), h, -np.inf)
-        return height.max(axis=-1), height.argmax(axis=-1), mean
-
-    value, record, mean = statistic(matrices)
-    if not np.isfinite(value):
-        why = "not measurable: no displacement of full rank away from the ends"
-        return Detector.unmeasured(name, KIND[name], MEANS[name], NULL, why)
-    p, _ = Nulls(paths(True), paths(False)).p_value(float(value), lambda x: statistic(x)[0])
-    at = int(record)
-    height = peak_height(mean, k[0])
-    # half of the peak's height: a peak of width k has no sharper location than that
-    above = np.flatnonzero(np.nan_to_num(height, nan=-np.inf) >= 0.5 * float(value))
-    run = above[(above >= at - k[0]) & (above <= at + k[0])]
-    low, high = float(steps[run.min()]), float(steps[run.max()])
-    note = f"rank {r}, k = {k[0]} records; interval: half height of the peak"
-    return Detector(
-        name, KIND[name], float(steps[at]), low, high, float(mean[at]), p, MEANS[name], NULL, note
-    )
-
-
-def comp_detector(
-    vectors: Array,
-    steps: npt.NDArray[np.int64],
-    centre: str,
-    n_null: int,
-    rng: np.random.Generator,
-) -> tuple[Detector, Array]:
-    """The comp score of several adapters ``[adapters, steps, d]`` and the step across which it rises most."""
-    name = "comp"
-    score = comp_score(vectors, centre)
-    n = vectors.shape[1]
-    reason = unmeasurable(np.moveaxis(vectors, 0, 1).reshape(n, -1))
-    if reason:
-        return Detector.unmeasured(name, KIND[name], MEANS[name], NULL, reason), score
-    clock = steps.astype(np.float64)
-    models = [noise_around_drift(compact(v), clock) for v in vectors]
-    count = len(models)
-    m = max(count + 1, min(DIMENSIONS // 2, round(min(model[0].dimensions for model in models))))
-    drift = vectors[:, -1] - vectors[:, 0]
-    unit = drift / np.maximum(norms(drift), 1e-300)[:, None]
-    values, basis = np.linalg.eigh(unit @ unit.T)
-    axes = np.zeros((count, m))
-    axes[:, :count] = basis * np.sqrt(np.maximum(values, 0.0)) @ basis.T
-    k = max(2, n // 10)
-
-    def paths(straight: bool) -> Array:
-        found = []
-        for axis, (noise, speed) in zip(axes, models, strict=True):
-            increments = noise.sample(n_null, m, rng)
-            if straight:
-                increments += speed[:, None] * axis
-            found.append(accumulate(increments))
-        return np.stack(found, axis=1)
-
-    def statistic(values: Array) -> tuple[Array, Array]:
-        rise = values[..., 2 * k :] - values[..., : -2 * k]
-        rise = np.where(np.isfinite(rise), rise, -np.inf)
-        return rise.max(axis=-1), rise.argmax(axis=-1) + k
-
-    value, record = statistic(score)
-    if not np.isfinite(value):
-        why = "not measurable: the adapters have no arrangement to compare"
-        return Detector.unmeasured(name, KIND[name], MEANS[name], NULL, why), score
-    p, _ = Nulls(paths(True), paths(False)).p_value(
-        float(value), lambda x: statistic(comp_score(x, centre))[0]
-    )
-    at = int(record)
-    low, high = float(steps[at - k]), float(steps[at + k])
-    note = f"de-meaned over {centre}; rise over {2 * k} records, which is the interval"
-    return Detector(
-        name, KIND[name], float(steps[at]), low, high, float(value), p, MEANS[name], NULL, note
-    ), score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,19 @@ __all__ = ["draw"]
 
 COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#8e6bbf", "#b8860b", "#444444")
 CONTROL = "#888888"
+TITLES = {  # title, x axis, y axis
+    "cosine": ("Local cosine (-1 straight, +1 reversal)", "step", "c_k"),
+    "gradient": ("Gradient norm before clipping", "step", "gradient norm"),
+    "components": ("Principal components of B", "PC1", "PC2"),
+    "norm": ("Norm of B", "step", "||B||"),
+    "margin": ("Misaligned over aligned answers", "step", "nats per token"),
+    "comp": ("Similarity to the last step", "step", "comp score"),
+}
+_RECORDED: dict[str, Callable[[Side], bool]] = {
+    "gradient": lambda side: side.gradient is not None,
+    "margin": lambda side: bool(side.margins),
+    "comp": lambda side: side.comp is not None,
+}
 
 
 def draw(transition: PhaseTransition) -> Any:
@@ -21,55 +35,40 @@ def draw(transition: PhaseTransition) -> Any:
     from plotly.subplots import make_subplots
 
     run, control = transition.run, transition.control
-    titles = [
-        "Local cosine (-1 straight, +1 reversal)",
-        "Gradient norm",
-        "Principal components of B",
-        "Norm of B",
-    ]
-    extra = [
-        name for name, there in (("Margin", bool(run.margins)), ("Comp score", run.comp is not None)) if there
-    ]
-    rows = 2 + (len(extra) + 1) // 2
-    figure = make_subplots(rows=rows, cols=2, subplot_titles=titles + extra, vertical_spacing=0.36 / rows)
-    largest = max(run.path.cosines, default=None)
-    for side in (run, control):
-        if side is None:
-            continue
-        _cosines(figure, go, side, is_control=side is control, only=largest if control is not None else None)
-        _gradient(figure, go, side, is_control=side is control)
-        _components(figure, go, side, is_control=side is control)
-        _line(figure, go, side, side.path.steps, side.path.norm, "norm", side is control, 2, 1 + 1)
-    for position, name in enumerate(extra):
-        row, column = 3 + position // 2, 1 + position % 2
-        for side in (run, control):
-            if side is None:
-                continue
-            if name == "Margin":
-                for i, (label, (steps, values)) in enumerate(side.margins.items()):
-                    _line(figure, go, side, steps, values, label, side is control, row, column, COLOURS[i])
-            elif side.comp is not None:
-                _line(figure, go, side, side.path.steps, side.comp, "comp", side is control, row, column)
-        figure.update_xaxes(title_text="step", row=row, col=column)
-        figure.update_yaxes(
-            title_text="nats per token" if name == "Margin" else "comp score", row=row, col=column
-        )
-    _mark(figure, transition, rows, len(extra))
-    for row, column, x, y in (
-        (1, 1, "step", "local cosine c_k"),
-        (1, 2, "step", "gradient norm"),
-        (2, 1, "PC1", "PC2"),
-        (2, 2, "step", "||B||"),
-    ):
-        figure.update_xaxes(title_text=x, row=row, col=column)
-        figure.update_yaxes(title_text=y, row=row, col=column)
+    panels = ["cosine", "components", "norm"]
+    sides = [side for side in (run, control) if side is not None]
+    panels += [name for name, there in _RECORDED.items() if any(there(side) for side in sides)]
+    rows = (len(panels) + 1) // 2
+    figure = make_subplots(
+        rows=rows,
+        cols=2,
+        subplot_titles=[TITLES[panel][0] for panel in panels],
+        vertical_spacing=0.3 / rows,
+        horizontal_spacing=0.1,
+    )
+    place = {panel: (1 + i // 2, 1 + i % 2) for i, panel in enumerate(panels)}
+    largest = max(run.path.cosines, default=None) if control is not None else None
+    for side in sides:
+        other = side is control
+        _cosines(figure, go, side, is_control=other, only=largest)
+        _components(figure, go, side, place["components"], is_control=other)
+        _line(figure, go, side, side.path.steps, side.path.norm, "norm", other, place["norm"])
+        if side.gradient is not None:
+            _line(figure, go, side, *side.gradient, "gradient norm", other, place["gradient"])
+        for i, (label, (steps, values)) in enumerate(side.margins.items()):
+            _line(figure, go, side, steps, values, label, other, place["margin"], COLOURS[i])
+        if side.comp is not None:
+            _line(figure, go, side, side.path.steps, side.comp, "comp", other, place["comp"])
+    for panel, (row, column) in place.items():
+        figure.update_xaxes(title_text=TITLES[panel][1], row=row, col=column)
+        figure.update_yaxes(title_text=TITLES[panel][2], row=row, col=column)
+    _mark(figure, transition, [where for panel, where in place.items() if panel != "components"])
     subject = run.name if control is None else f"{run.name} (solid) and control {control.name} (dashed)"
     figure.update_layout(
         title={"text": f"Phase transition of {subject}", "y": 0.985, "yanchor": "top"},
         template="plotly_white",
-        height=370 * rows + 120,
+        height=340 * rows + 130,
         margin={"t": 90, "b": 60, "l": 70, "r": 20},
-        legend={"orientation": "v"},
     )
     return figure
 
@@ -82,8 +81,7 @@ def _line(
     y: Any,
     label: str,
     is_control: bool,
-    row: int,
-    column: int,
+    place: tuple[int, int],
     colour: str = COLOURS[0],
 ) -> None:
     figure.add_trace(
@@ -95,8 +93,8 @@ def _line(
             line={"color": CONTROL if is_control else colour, "dash": "dash" if is_control else "solid"},
             hovertemplate=f"{side.name}<br>%{{x}}: %{{y:.4g}}<extra></extra>",
         ),
-        row=row,
-        col=column,
+        row=place[0],
+        col=place[1],
     )
 
 
@@ -124,26 +122,25 @@ def _cosines(figure: Any, go: Any, side: Side, *, is_control: bool, only: int | 
         if is_control and k != only:
             continue
         _line(
-            figure, go, side, side.path.steps, values, f"k = {k}", is_control, 1, 1, COLOURS[i % len(COLOURS)]
+            figure,
+            go,
+            side,
+            side.path.steps,
+            values,
+            f"k = {k}",
+            is_control,
+            (1, 1),
+            COLOURS[i % len(COLOURS)],
         )
 
 
-def _gradient(figure: Any, go: Any, side: Side, *, is_control: bool) -> None:
-    if side.gradient is not None:
-        _line(figure, go, side, *side.gradient, "gradient norm", is_control, 1, 2)
-    elif not is_control:
-        figure.add_annotation(
-            text="not recorded", showarrow=False, xref="x2 domain", yref="y2 domain", x=0.5, y=0.5
-        )
-
-
-def _components(figure: Any, go: Any, side: Side, *, is_control: bool) -> None:
+def _components(figure: Any, go: Any, side: Side, place: tuple[int, int], *, is_control: bool) -> None:
     scores = side.path.scores
     if scores.shape[1] < 2:
         return
     share = side.path.explained
     label = f"PC1 {100 * share[0]:.0f} %, PC2 {100 * share[1]:.0f} %"
-    _line(figure, go, side, scores[:, 0], scores[:, 1], label, is_control, 2, 1)
+    _line(figure, go, side, scores[:, 0], scores[:, 1], label, is_control, place)
     where = side.path.location
     if where is not None and side.turns:
         figure.add_trace(
@@ -154,19 +151,16 @@ def _components(figure: Any, go: Any, side: Side, *, is_control: bool) -> None:
                 marker={"size": 10, "color": CONTROL if is_control else COLOURS[1]},
                 name=f"turn, {'control' if is_control else 'run'} (step {side.path.steps[where.record]})",
             ),
-            row=2,
-            col=1,
+            row=place[0],
+            col=place[1],
         )
 
 
-def _mark(figure: Any, transition: PhaseTransition, rows: int, extra: int) -> None:
+def _mark(figure: Any, transition: PhaseTransition, places: list[tuple[int, int]]) -> None:
     found = transition.mechanistic
     if not found:
         return
-    panels = [(1, 1), (1, 2), (2, 2)] + [(3 + i // 2, 1 + i % 2) for i in range(extra)]
-    for row, column in panels:
-        if (row, column) == (1, 2) and transition.run.gradient is None:
-            continue
+    for row, column in places:
         if found.high != found.low:
             figure.add_vrect(
                 x0=found.low,

@@ -142,6 +142,8 @@ def _fit_variogram(lags: npt.NDArray[np.int64], variogram: Array, size: float) -
     """Sill and autocorrelation (first, memory) with variogram(lag) = sill (1 - first memory^(lag - 1))."""
     error = 1.8 / np.sqrt(size)  # of one lag's median, in units of the sill
     later = float(np.mean(variogram[1:])) if len(variogram) > 1 else float(variogram[0])
+    if later <= 0:  # a path without noise
+        return 1.0, 0.0, 0.0
     if variogram[0] >= later:  # no positive correlation: white, or an error of each record's own
         # take the upper end of what the data allow: a correlation believed too negative would make the
         # noise of long sums, and with it every p-value, too small

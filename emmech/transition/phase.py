@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from emmech.errors import EmmechError, closest
+from emmech.transition.arrangement import comp_detector, subspace_detector
 from emmech.transition.behaviour import fit_sigmoid
-from emmech.transition.detectors import Detector, analyse, comp_detector, subspace_detector
+from emmech.transition.detectors import Detector, analyse
 from emmech.transition.result import PhaseTransition, Side
 from emmech.transition.series import find_peak
 

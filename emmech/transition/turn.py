@@ -1,0 +1,212 @@
+"""The turn of a path: whether there is one, at which record, how wide, and by what angle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from emmech.transition.changepoint import (
+    DIMENSIONS,
+    Nulls,
+    accumulate,
+    bend_energy,
+    chord_noise,
+    noise_around_drift,
+    simulate_nulls,
+)
+from emmech.transition.noise import Noise
+
+__all__ = ["Location", "Turn", "find_turn", "locate"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """The test for a turn and its location; noise, speed and null paths serve the other detectors.
+
+    Attributes:
+        p_value: larger of the p-values against a straight path and a random walk, for the best of all splits.
+        nearest_null: the hypothesis that it belongs to.
+        energy: largest bend energy, in units of noise.
+        location: where and by how much, given that the path turns.
+        noise: of the increments.
+        speed: ``[steps - 1]``, drift of each increment.
+        nulls: simulated null paths.
+    """
+
+    p_value: float
+    nearest_null: str
+    energy: float
+    location: Location
+    noise: Noise
+    speed: Array
+    nulls: Nulls
+
+    def simulate(self, count: int, rng: np.random.Generator) -> Array:
+        """Paths with the fitted turn and the run's noise, ``[count, steps, dimensions]``."""
+        where = self.location
+        m = int(np.clip(round(self.noise.dimensions), 2, DIMENSIONS))
+        increments = self.noise.sample(count, m, rng)
+        ahead = _ramp(len(self.speed), np.array([where.record]), where.width)[:, 0]
+        angle = np.radians(where.angle)
+        increments[..., 0] += self.speed * (1 - ahead + ahead * np.cos(angle))
+        increments[..., 1] += self.speed * ahead * np.sin(angle)
+        return accumulate(increments)
+
+
+def find_turn(path: npt.ArrayLike, clock: npt.ArrayLike, n_null: int, rng: np.random.Generator) -> Turn:
+    """Test a path ``[steps, d]`` of at least 10 records for a turn, and locate it.
+
+    Args:
+        path: the recorded vectors; only their inner products matter.
+        clock: ``[steps]``, ascending: the optimiser step of each record.
+        n_null: null paths per hypothesis.
+        rng: draws them.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> increments = np.repeat(np.eye(64)[:2], 50, axis=0) + rng.standard_normal((100, 64)) / 8
+        >>> path = np.vstack([np.zeros(64), np.cumsum(increments, axis=0)])
+        >>> turn = find_turn(path, np.arange(101.0), 99, rng)
+        >>> turn.p_value, turn.location.record
+        (0.01, 50)
+    """
+    v = np.asarray(path, dtype=np.float64)
+    noise, speed = noise_around_drift(v, np.asarray(clock, dtype=np.float64))
+    before, after = chord_noise(noise)
+    nulls = simulate_nulls(noise, speed, n_null, rng)
+    energy = float(np.nanmax(bend_energy(v, before, after)))
+    p_value, nearest = nulls.p_value(energy, lambda x: np.nanmax(bend_energy(x, before, after), axis=-1))
+    return Turn(p_value, nearest, energy, locate(v, noise, speed, rng), noise, speed, nulls)
+
+
+@dataclass(frozen=True, eq=False)
+class Location:
+    """Where a path turns, given that it does.
+
+    Attributes:
+        record: index of the recorded step at the middle of the turn.
+        low, high: 95 % interval of the middle (indices), from the likelihood over middles and widths.
+        width: records over which the direction changes (0: from one record to the next).
+        angle: turn angle between the two directions in degrees, corrected for noise.
+        angle_low, angle_high: its 95 % interval.
+    """
+
+    record: int
+    low: int
+    high: int
+    width: int
+    angle: float
+    angle_low: float
+    angle_high: float
+
+
+def locate(
+    path: npt.ArrayLike,
+    noise: Noise,
+    speed: Array,
+    rng: np.random.Generator,
+    at: tuple[int, int] | None = None,
+) -> Location:
+    """Fit two directions joined by a ramp of unknown middle and width, by weighted least squares.
+
+    Errors of each record's own, which neighbouring increments share with opposite signs, enter the weights. A
+    memory of the noise does not: a slow bend would pass for noise and a small kink for the turn; it flattens the
+    likelihood instead, as does whatever else the fit leaves beyond the noise. With ``at`` = (record, width) only the
+    angle there is fitted.
+    """
+    increments = np.diff(np.asarray(path, dtype=np.float64), axis=0)
+    n = len(increments)
+    # a record that hardly moved (a step size near zero) must not outweigh all others
+    energy = np.maximum(noise.energy, 0.01 * np.median(noise.energy))
+    weights = Noise(energy, min(noise.first, 0.0), 0.0, noise.dimensions)
+    values, vectors = np.linalg.eigh(weights.covariance())
+    values = np.maximum(values, 1e-9 * values[-1])
+    precision = (vectors / values) @ vectors.T
+    gram = precision @ (increments @ increments.T) @ precision
+    weighted_precision = precision * speed[:, None] * speed[None, :]
+    weighted_gram = gram * speed[:, None] * speed[None, :]
+    middles = np.arange(1, n)
+    widths = [0, *(w for w in (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512) if w <= n)]
+    reduction = np.full((len(widths), len(middles)), -np.inf)
+    for row, width in enumerate(widths):
+        ahead = _ramp(n, middles, width)
+        fitted = _reduction(weighted_precision, weighted_gram, ahead)
+        # a ramp that leaves the path would be a turn of which only a part is seen
+        inside = (middles >= width / 2) & (middles <= n - width / 2)
+        reduction[row, inside] = fitted[inside]
+    best_row, best_column = np.unravel_index(int(np.argmax(reduction)), reduction.shape)
+    total = float(np.sum(precision * (increments @ increments.T)))
+    excess = max((total - float(reduction.max())) / max(n - 2, 1), noise.memory_time)
+    log_likelihood = 0.5 * noise.dimensions * (reduction - reduction.max()) / excess
+    marginal = np.exp(log_likelihood).sum(axis=0)
+    mass: Array = np.cumsum(marginal) / marginal.sum()
+    record = int(middles[best_column])
+    low, high = (int(middles[min(int(np.searchsorted(mass, q)), n - 2)]) for q in (0.025, 0.975))
+    width = widths[best_row]
+    if at is not None:
+        record, width = int(np.clip(at[0], 1, n - 1)), at[1]
+        low = high = record
+    ahead = _ramp(n, np.array([record]), width)[:, 0]
+    design = speed[:, None] * np.stack([1 - ahead, ahead], axis=1)
+    angle, angle_low, angle_high = _angle(design, precision, increments, noise.dimensions, excess, rng)
+    return Location(record, min(low, record), max(high, record), width, angle, angle_low, angle_high)
+
+
+def _ramp(n: int, middles: npt.NDArray[np.int64], width: int) -> Array:
+    """Share of the second direction in each increment, ``[steps - 1, middles]``."""
+    position = np.arange(n)[:, None] + 0.5 - middles[None, :]
+    return (position > 0).astype(np.float64) if width == 0 else np.clip(position / width + 0.5, 0.0, 1.0)
+
+
+def _reduction(weighted_precision: Array, weighted_gram: Array, ahead: Array) -> Array:
+    """Trace of (X'PX)^-1 X'PKPX for X = speed * [1 - ahead, ahead], for every column of ``ahead``."""
+
+    def forms(matrix: Array) -> tuple[Array, Array, Array]:
+        product = matrix @ ahead
+        bb = np.einsum("im,im->m", ahead, product)
+        ab = product.sum(axis=0) - bb
+        aa = matrix.sum() - 2 * product.sum(axis=0) + bb
+        return aa, ab, bb
+
+    paa, pab, pbb = forms(weighted_precision)
+    gaa, gab, gbb = forms(weighted_gram)
+    determinant = np.maximum(paa * pbb - pab**2, 1e-12 * np.abs(paa * pbb) + 1e-300)
+    return (pbb * gaa - 2 * pab * gab + paa * gbb) / determinant
+
+
+def _angle(
+    design: Array,
+    precision: Array,
+    increments: Array,
+    dimensions: float,
+    excess: float,
+    rng: np.random.Generator,
+) -> tuple[float, float, float]:
+    normal = np.linalg.pinv(design.T @ precision @ design)
+    coefficients = normal @ (design.T @ precision @ increments)
+    normal = excess * normal
+    angle = _between(coefficients @ coefficients.T - normal)
+    m = int(np.clip(round(dimensions), 2, DIMENSIONS))
+    plane = np.linalg.svd(coefficients, full_matrices=False)
+    known = (plane[0] * plane[1])[:, : min(2, plane[0].shape[1])]
+    root = np.linalg.cholesky(normal + 1e-12 * np.trace(normal) * np.eye(2))
+    draws = np.zeros((400, 2, max(m, known.shape[1])))
+    draws[:, :, : known.shape[1]] = known
+    draws += np.matmul(root, rng.standard_normal(draws.shape)) / np.sqrt(draws.shape[-1])
+    # the drawn coefficients carry the noise twice: once from the data, once from the draw
+    grams = np.matmul(draws, np.swapaxes(draws, -1, -2)) - 2 * normal
+    spread = np.array([_between(gram) for gram in grams])
+    low, high = np.quantile(spread, [0.025, 0.975])
+    return angle, float(min(low, angle)), float(max(high, angle))
+
+
+def _between(gram: Array) -> float:
+    size = gram[0, 0] * gram[1, 1]
+    if gram[0, 0] <= 0 or gram[1, 1] <= 0:
+        return 90.0  # a side without direction of its own is as likely on either hand of the other
+    return float(np.degrees(np.arccos(np.clip(gram[0, 1] / np.sqrt(size), -1.0, 1.0))))

@@ -1,0 +1,81 @@
+"""Does the turn detector find what is there and nothing else? Seeds here were never used while it was written.
+
+The default suite runs the stated figures: 100 turned, 200 straight and 200 diffusing paths, each also under a
+decaying step size. ``slow`` adds dimensions, lengths and kinds of noise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from paths import make_path
+
+from emmech.transition.detectors import compact
+from emmech.transition.turn import find_turn
+
+TEST_SEEDS = 900_000
+N_NULL = 39  # the smallest p-value is 0.025
+
+
+def decide(path: np.ndarray, seed: int, n_null: int = N_NULL) -> tuple[float, int]:
+    v = compact(path.astype(np.float64))
+    turn = find_turn(v, np.arange(float(len(v))), n_null, np.random.default_rng(seed))
+    return turn.p_value, turn.location.record
+
+
+def found(count: int, **kinds: object) -> int:
+    hits = 0
+    for i in range(count):
+        path, record = make_path("turn", TEST_SEEDS + i, **kinds)  # type: ignore[arg-type]
+        p, where = decide(path, i)
+        hits += p < 0.05 and abs(where - record) <= 1
+    return hits
+
+
+def called(kind: str, count: int, **kinds: object) -> int:
+    offset = {"straight": 10_000, "walk": 20_000}[kind]
+    paths = (make_path(kind, TEST_SEEDS + offset + i, **kinds)[0] for i in range(count))  # type: ignore[arg-type]
+    return sum(decide(path, i)[0] < 0.05 for i, path in enumerate(paths))
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_a_planted_turn_of_60_degrees_is_found_within_one_record(decay: bool) -> None:
+    assert found(100, decay=decay) >= 95
+
+
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("kind", ["straight", "walk"])
+def test_at_most_5_percent_of_paths_without_a_turn_are_called(kind: str, decay: bool) -> None:
+    assert called(kind, 200, decay=decay) <= 10
+
+
+@pytest.mark.parametrize("kind", ["straight", "walk"])
+@pytest.mark.parametrize("noise", ["ar0.5", "record"])
+def test_correlated_noise_is_not_called_either(kind: str, noise: str) -> None:
+    assert called(kind, 60, noise=noise) <= 6  # 5 % with a chance of 3 % to see more
+
+
+@pytest.mark.parametrize("noise", ["ar0.5", "record"])
+def test_a_turn_is_found_under_correlated_noise(noise: str) -> None:
+    assert found(20, noise=noise) >= 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [100, 400])
+@pytest.mark.parametrize("d", [64, 2048])
+@pytest.mark.parametrize("decay", [False, True])
+def test_calibration_by_size(d: int, steps: int, decay: bool) -> None:
+    assert found(100, d=d, steps=steps, decay=decay) >= 95
+    assert called("straight", 200, d=d, steps=steps, decay=decay) <= 10
+    assert called("walk", 200, d=d, steps=steps, decay=decay) <= 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", ["ar0.5", "ar0.9", "record"])
+@pytest.mark.parametrize("noise_decays", [False, True])
+def test_calibration_by_noise(noise: str, noise_decays: bool) -> None:
+    options = {"noise": noise, "decay": True, "noise_decays": noise_decays, "steps": 200}
+    assert called("straight", 200, **options) <= 10
+    assert called("walk", 200, **options) <= 10
+    if noise_decays or noise == "record":  # constant noise over a fading step hides the turn in long memory
+        assert found(100, **options) >= 80
