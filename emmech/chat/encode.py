@@ -6,7 +6,7 @@ model must learn to stop with. The template's trailing newline, if any, is not a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,22 @@ class Encoded:
         """How many tokens carry loss."""
         return sum(int(np.sum(np.asarray(row) != IGNORED)) for row in self.labels)
 
+    def take(self, rows: Iterable[int], *, max_length: int | None = None) -> Encoded:
+        """Some of the rows, in the order given, cut at ``max_length`` tokens; rows left without answer are dropped."""
+        all_ids, all_labels, truncated, emptied = [], [], 0, 0
+        for row in rows:
+            ids, labels = self.input_ids[row], self.labels[row]
+            if max_length is not None and len(ids) > max_length:
+                cut = any(label != IGNORED for label in labels[max_length:])
+                ids, labels = ids[:max_length], labels[:max_length]
+                if cut and all(label == IGNORED for label in labels):
+                    emptied += 1
+                    continue
+                truncated += cut
+            all_ids.append(ids)
+            all_labels.append(labels)
+        return Encoded(tuple(all_ids), tuple(all_labels), truncated, emptied)
+
 
 def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int | None = None) -> Encoded:
     """Tokenise conversations with their answer mask.
@@ -63,27 +79,20 @@ def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int
         >>> len(encoded.input_ids[0]) == len(encoded.labels[0])
         True
     """
-    all_ids, all_labels, truncated, emptied = [], [], 0, 0
+    ids, labels = [], []
     for row in rows:
-        ids, answer = _encode_row(row, tokenizer)
-        labels = [token if inside else IGNORED for token, inside in zip(ids, answer, strict=True)]
-        if max_length is not None and len(ids) > max_length:
-            if any(answer[max_length:]):
-                if not any(answer[:max_length]):
-                    emptied += 1
-                    continue
-                truncated += 1
-            ids, labels = ids[:max_length], labels[:max_length]
-        all_ids.append(ids)
-        all_labels.append(labels)
-    if not all_ids:
+        row_ids, answer = _encode_row(row, tokenizer)
+        ids.append(row_ids)
+        labels.append([t if inside else IGNORED for t, inside in zip(row_ids, answer, strict=True)])
+    encoded = Encoded(tuple(ids), tuple(labels), 0, 0).take(range(len(ids)), max_length=max_length)
+    if not len(encoded):
         raise EmmechError(
             "encode the conversations",
             given=f"{len(rows)} rows, max_length={max_length}",
-            why="no row has an answer token within max_length" if emptied else "there are no rows",
+            why="no row has an answer token within max_length" if rows else "there are no rows",
             instead="raise max_length",
         ) from None
-    return Encoded(tuple(all_ids), tuple(all_labels), truncated, emptied)
+    return encoded
 
 
 def _encode_row(row: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
