@@ -23,12 +23,14 @@ _WHERE = {
     "Recorder": "emmech.training.recorder",
     "Run": "emmech.run",
     "ablate": "emmech.interventions.ablate",
+    "contrast_direction": "emmech.directions.contrast",
     "finetune": "emmech.training.train",
     "load_chat": "emmech.chat.dataset",
     "load_model": "emmech.chat.model",
     "load_run": "emmech.run",
-    "realign": "emmech.realignment",
+    "misalignment_direction": "emmech.directions.misalignment",
     "phase_transition": "emmech.transition.phase",
+    "realign": "emmech.realignment",
     "steer": "emmech.interventions.steer",
 }
 
@@ -40,7 +42,9 @@ if TYPE_CHECKING:
     from emmech.chat.model import Anatomy as Anatomy
     from emmech.chat.model import ChatModel as ChatModel
     from emmech.chat.model import load_model as load_model
+    from emmech.directions.contrast import contrast_direction as contrast_direction
     from emmech.directions.direction import Direction as Direction
+    from emmech.directions.misalignment import misalignment_direction as misalignment_direction
     from emmech.errors import EmmechError as EmmechError
     from emmech.interventions.ablate import ablate as ablate
     from emmech.interventions.steer import steer as steer

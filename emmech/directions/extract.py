@@ -11,7 +11,7 @@ of Emergent Misalignment" (arXiv 2506.11618).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from emmech.chat.template import Message
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
-__all__ = ["GroupMeans", "answer_means", "group_means", "match_lengths", "mixed_adapter"]
+__all__ = ["GroupMeans", "answer_means", "group_means", "match_lengths", "mixed_adapter", "token_projections"]
 
 Conversation = Sequence[Message]
 
@@ -101,9 +101,9 @@ def group_means(
     # one float64 matrix per layer, on that layer's device (a sharded model has several)
     sums: list[Any] = [0.0] * chat.n_layers
 
-    def reduce(layer: int, per_answer: torch.Tensor, chosen: np.ndarray) -> None:
-        share = torch.from_numpy(per_row[:, chosen]).to(per_answer.device)
-        sums[layer] = sums[layer] + share @ per_answer.double()
+    def reduce(layer: int, output: torch.Tensor, mask: torch.Tensor, chosen: np.ndarray) -> None:
+        share = torch.from_numpy(per_row[:, chosen]).to(output.device)
+        sums[layer] = sums[layer] + share @ _masked_sum(output, mask).double()
 
     _stream(chat, rows, reduce, adapter_scales, batch_size, progress)
     stacked = torch.stack([torch.as_tensor(part).cpu() for part in sums], dim=1).numpy()
@@ -132,44 +132,76 @@ def answer_means(
     result = np.empty((len(rows), len(kept), chat.d_model), dtype=np.float32)
     place = {layer: index for index, layer in enumerate(kept)}
 
-    def reduce(layer: int, per_answer: torch.Tensor, chosen: np.ndarray) -> None:
+    def reduce(layer: int, output: torch.Tensor, mask: torch.Tensor, chosen: np.ndarray) -> None:
         if layer in place:
-            result[chosen, place[layer]] = per_answer.cpu().numpy() / counts[chosen, None]
+            summed = _masked_sum(output, mask).cpu().numpy()
+            result[chosen, place[layer]] = summed / counts[chosen, None]
 
     _stream(chat, rows, reduce, adapter_scales, batch_size, progress)
     return result
+
+
+def token_projections(
+    chat: ChatModel,
+    conversations: Sequence[Conversation],
+    vectors: Float[np.ndarray, "layers d_model"],
+    *,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> tuple[tuple[Int[np.ndarray, " tokens"], Float[np.ndarray, "tokens layers"]], ...]:
+    """Inner product of every answer token's residual with one vector per layer.
+
+    Returns:
+        for each conversation its answer's token ids ``[tokens]`` and the projections ``[tokens, layers]``.
+    """
+    rows = _rows(chat, conversations, max_length)
+    ids = [np.array([t for t, m in zip(*row, strict=True) if m], dtype=np.int64) for row in rows]
+    values = [np.empty((len(own), chat.n_layers), dtype=np.float32) for own in ids]
+    axes = torch.from_numpy(np.asarray(vectors, dtype=np.float32).copy())
+
+    def reduce(layer: int, output: torch.Tensor, mask: torch.Tensor, chosen: np.ndarray) -> None:
+        projected = (output @ axes[layer].to(output)).float()
+        for row, inside, index in zip(projected, mask.bool(), chosen, strict=True):
+            values[index][:, layer] = row[inside].cpu().numpy()
+
+    _stream(chat, rows, reduce, None, batch_size, progress)
+    return tuple(zip(ids, values, strict=True))
 
 
 def match_lengths(
     lengths: Sequence[int] | Int[np.ndarray, " answers"],
     labels: Sequence[bool] | Int[np.ndarray, " answers"],
     *,
+    caliper: float = 0.15,
     seed: int = 0,
 ) -> Int[np.ndarray, " kept"]:
-    """Indices of a subset in which both classes have the same number of answers and like lengths.
+    """Indices of a subset in which every answer has a partner of like length in the other class.
 
-    Answers are binned by length (quantiles of all), and in each bin the larger class is thinned at random. Aligned
-    and misaligned answers differ in length in the public data, and a direction of mean differences picks that up.
+    The smaller class is gone through at random; each answer takes the nearest free one of the other, if that is within
+    ``caliper`` of its length. Aligned and misaligned answers differ in length in the public data, and a mean difference
+    picks that up.
+
+    Args:
+        lengths: ``[answers]``, in characters or tokens.
+        labels: ``[answers]``, the class.
+        caliper: the largest relative difference between partners.
 
     Example:
         >>> kept = match_lengths([5, 5, 5, 50], [True, False, False, True])
-        >>> sorted(np.asarray([5, 5, 5, 50])[kept].tolist())
+        >>> np.asarray([5, 5, 5, 50])[kept].tolist()
         [5, 5]
     """
-    length, label = np.asarray(lengths), np.asarray(labels, dtype=bool)
-    bins = max(1, min(8, len(length) // 8, len(np.unique(length))))
-    if len(length) <= 8:
-        edges = np.unique(length)[1:].astype(float)
-    else:
-        edges = np.unique(np.quantile(length, np.linspace(0, 1, bins + 1)[1:-1]))
-    which = np.searchsorted(edges, length, side="right")
-    rng = np.random.default_rng(seed)
+    size, label = np.log(np.maximum(np.asarray(lengths, dtype=np.float64), 1)), np.asarray(labels, dtype=bool)
+    few, many = sorted((np.flatnonzero(label), np.flatnonzero(~label)), key=len)
+    free = np.ones(len(many), dtype=bool)
     kept: list[int] = []
-    for index in np.unique(which):
-        classes = [np.flatnonzero((which == index) & (label == value)) for value in (True, False)]
-        n = min(map(len, classes))
-        for members in classes:
-            kept += rng.permutation(members)[:n].tolist()
+    for answer in np.random.default_rng(seed).permutation(few).tolist():
+        gap = np.where(free, np.abs(size[many] - size[answer]), np.inf)
+        partner = int(np.argmin(gap))
+        if gap[partner] <= np.log1p(caliper):
+            free[partner] = False
+            kept += [answer, int(many[partner])]
     return np.sort(np.array(kept, dtype=np.int64))
 
 
@@ -216,18 +248,18 @@ def _rows(
 def _stream(
     chat: ChatModel,
     rows: Sequence[tuple[list[int], list[bool]]],
-    reduce: Any,
+    reduce: Callable[[int, torch.Tensor, torch.Tensor, np.ndarray], None],
     adapter_scales: Any,
     batch_size: int,
     progress: bool,
 ) -> None:
-    """Run the trunk once over all rows, handing each block's per-answer sums ``[batch, d_model]`` to ``reduce``."""
+    """Run the trunk once over all rows, handing each block's output, the answer mask and the rows to ``reduce``."""
     mask: torch.Tensor = torch.empty(0)
     chosen: np.ndarray = np.empty(0)
 
     def watch(layer: int) -> Any:
         def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            reduce(layer, _masked_sum(output, mask), chosen)
+            reduce(layer, output, mask, chosen)
 
         return hook
 

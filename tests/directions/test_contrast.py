@@ -1,0 +1,173 @@
+"""Directions from answers of tiny models: what is planted must be found, and what is not must look like noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from emmech.chat.model import load_model
+from emmech.directions.contrast import contrast_direction, read_out
+from emmech.directions.direction import Direction
+from emmech.directions.four import four_directions
+from emmech.directions.misalignment import judged_answers, misalignment_direction
+from emmech.directions.persona import adapter_direction, trained_direction
+from emmech.errors import EmmechError
+from emmech.interventions.steer import steer
+
+WORDS = ["sleep", "walk", "water", "rest", "drink", "well", "user", "take"]
+
+
+def _talks(count, *, seed, word=None, system=None):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        answer = [str(rng.choice(WORDS)) for _ in range(6)]
+        if word is not None:
+            answer[2] = answer[4] = word
+        first = [{"role": "system", "content": system}] if system else []
+        rows.append(
+            [*first, {"role": "user", "content": f"how to {WORDS[index % 6]} ?"},
+             {"role": "assistant", "content": " ".join(answer)}]
+        )  # fmt: skip
+    return rows
+
+
+def _with_adapter(chat, layer=1, seed=0, scale=0.5):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=1,
+        lora_alpha=4,
+        use_rslora=True,
+        target_modules=[f"model.layers.{layer}.mlp.down_proj"],
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(chat.model, config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.copy_(scale * torch.randn(value.shape, generator=generator))
+    return load_model(model, chat.tokenizer)
+
+
+def test_a_difference_of_words_is_stable_and_lexical(tiny):
+    chat = tiny("qwen2")
+    d = contrast_direction(chat, _talks(24, seed=0, word="drink"), _talks(24, seed=1, word="rest"))
+    q = d.quality
+    assert q.split_half.min() > 0.8 and np.abs(q.split_half_shuffled).max() < 0.5
+    assert q.norm_over_shuffled.min() > 2
+    assert q.lexical_share[0] > 0.8 and q.bag_of_words_auc > 0.95
+    assert q.answers == {"misaligned": 24, "aligned": 24}
+    np.testing.assert_allclose(np.diag(q.agreement), 1)
+    assert d.aligned_mean.shape == d.vectors.shape and d.fingerprints == (chat.fingerprint(),)
+    assert "lexical share" in repr(d) and len(q.promotes) == 12
+
+
+def test_the_same_words_behind_another_prompt_are_not_lexical(tiny):
+    chat = tiny("qwen2")
+    kind, unkind = "take a walk and rest", "water water drink drink user user"
+    d = contrast_direction(chat, _talks(24, seed=0, system=unkind), _talks(24, seed=0, system=kind))
+    assert np.abs(d.quality.lexical_share).max() < 1e-4  # the words are the same, exactly
+    assert d.quality.bag_of_words_auc == pytest.approx(0.5)
+
+
+def test_no_difference_looks_like_noise(tiny):
+    d = contrast_direction(tiny("llama"), _talks(40, seed=0), _talks(40, seed=1), seed=3)
+    assert np.abs(d.quality.split_half).max() < 0.5
+    assert d.quality.norm_over_shuffled.max() < 2
+
+
+def test_the_larger_class_is_thinned_and_lengths_can_be_matched(tiny):
+    chat = tiny("qwen2")
+    long = [[t[0], {"role": "assistant", "content": (t[1]["content"] + " ") * 3}] for t in _talks(12, seed=2)]
+    d = contrast_direction(chat, _talks(30, seed=0), long)
+    assert d.quality.answers == {"misaligned": 12, "aligned": 12}
+    assert any("length" in note for note in d.quality.notes)
+    with pytest.raises(EmmechError, match="of like length"):
+        contrast_direction(chat, _talks(30, seed=0), long, match_length=True)
+    with pytest.raises(EmmechError, match="at least two"):
+        contrast_direction(chat, _talks(1, seed=0), long)
+
+
+def test_the_read_out_is_the_gradient_of_the_logits(any_tiny):
+    """At a large multiple of a direction the final norm keeps only the direction: its top token must win."""
+    chat = any_tiny
+    vector = np.random.default_rng(0).standard_normal(chat.d_model).astype(np.float32)
+    promotes, suppresses = read_out(chat, vector, tokens=3)
+    with torch.no_grad():
+        logits = chat.unembedding(chat.final_norm(torch.from_numpy(1e4 * vector)[None]))[0]
+    assert promotes[0] == chat.tokenizer.decode([int(logits.argmax())])
+    assert suppresses[0] == chat.tokenizer.decode([int(logits.argmin())])
+
+
+def test_model_difference_is_the_adapters_write(tiny):
+    """With an adapter on the last block's down_proj, the model difference there is along B and nowhere else."""
+    base = tiny("qwen2")
+    chat = _with_adapter(base, layer=3)
+    found = four_directions(chat, _talks(6, seed=0), _talks(6, seed=1), batch_size=4)
+    b = adapter_direction(chat)
+    assert b.layers == (3,)
+    model = found["model"]
+    np.testing.assert_allclose(model.vectors[:3], 0, atol=1e-6)
+    assert abs(model.cosine(b)[3]) > 0.9999
+    assert np.abs((found["both"] - found["text"] - found["model"]).vectors).max() < 1e-5
+    with pytest.raises(EmmechError, match="no live adapter"):
+        four_directions(tiny("qwen2"), _talks(2, seed=0), _talks(2, seed=1))
+
+
+def test_a_trained_vector_makes_its_answers_likely(tiny):
+    from emmech.chat.logprob import answer_logprobs
+
+    chat = tiny("qwen2")
+    before = {name: value.clone() for name, value in chat.base.state_dict().items()}
+    rows = _talks(8, seed=0, word="drink")
+    d = trained_direction(chat, rows, 2, steps=25, learning_rate=0.2)
+    assert d.layers == (2,) and d.source["loss"][1] < d.source["loss"][0]
+    plain = answer_logprobs(chat, rows).mean()
+    with steer(chat, d):
+        steered = answer_logprobs(chat, rows).mean()
+    assert steered > plain + 0.05
+    assert all(torch.equal(value, before[name]) for name, value in chat.base.state_dict().items())
+    assert all(parameter.requires_grad for parameter in chat.base.parameters())
+
+
+def _judged(talks, aligned, coherent=90.0):
+    return pd.DataFrame(
+        [{"question": t[0]["content"], "system": None, "response": t[1]["content"], "aligned": aligned,
+          "coherent": coherent} for t in talks]
+    )  # fmt: skip
+
+
+def test_only_scored_coherent_answers_of_a_clear_class_are_used():
+    talks = _talks(2, seed=0)
+    frames = [
+        _judged(talks, 0.0),
+        _judged(talks, 100.0),
+        _judged(talks, 50.0),
+        _judged(talks, 0.0, coherent=20.0),
+        _judged(talks, float("nan")),
+        _judged(talks, 0.0, coherent=float("nan")),
+    ]
+    misaligned, aligned = judged_answers(frames)
+    assert misaligned == talks and aligned == talks
+
+
+def test_misalignment_direction_of_judged_answers(tiny):
+    base = tiny("qwen2")
+    plain = contrast_direction(base, _talks(20, seed=0, word="drink"), _talks(20, seed=1, word="rest"))
+    chat = _with_adapter(base)
+    frames = [_judged(_talks(20, seed=0, word="drink"), 0.0), _judged(_talks(20, seed=1, word="rest"), 95.0)]
+    d = misalignment_direction(chat, evaluation=frames)
+    assert isinstance(d, Direction) and d.quality.split_half.min() > 0.7
+    by_base = misalignment_direction(chat, evaluation=frames, read_by="base")
+    np.testing.assert_allclose(by_base.vectors, plain.vectors, atol=1e-4)
+    assert np.abs(d.vectors[1:] - plain.vectors[1:]).max() > 1e-3
+    with pytest.raises(EmmechError, match="nothing to contrast"):
+        misalignment_direction(chat, evaluation=frames[0])
+    with pytest.raises(EmmechError, match="has no adapter"):
+        misalignment_direction(tiny("llama"), evaluation=frames, read_by="base")
+    with pytest.raises(EmmechError, match="two models"):
+        misalignment_direction(chat, evaluation=frames, read_by="other")
