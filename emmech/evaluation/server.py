@@ -256,7 +256,10 @@ class Server:
                     raise fatal from None
                 if not _may_pass(error):
                     return Completion("", "error", error=_first_line(error))
-            except openai.APIError as error:  # an answer that is no completion
+            except (
+                openai.APIError,
+                ValueError,
+            ) as error:  # an answer that is no completion, or no JSON at all
                 problem = error
             if attempt < self.retries:
                 delay = _delay(problem, self.backoff, attempt)

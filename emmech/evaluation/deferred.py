@@ -1,0 +1,258 @@
+"""Judging put off: count what it would cost, write the requests to a file, judge anywhere, merge the answers.
+
+The file is in the form of OpenAI's Batch API, one request a line with a ``custom_id`` that is a hash of the prompt. So
+answers find their rows whatever their order, and answers from elsewhere need two fields only::
+
+    {"custom_id": "...", "score": 85}
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emmech.errors import EmmechError
+from emmech.evaluation.first_token import first_token_request, splits_numbers
+from emmech.evaluation.logprob_judge import Task, score_of_masses, score_of_text, tasks_of
+from emmech.evaluation.score_cache import content_key
+from emmech.store import read_jsonl
+
+if TYPE_CHECKING:
+    from emmech.evaluation.evaluation import Evaluation
+
+__all__ = ["JudgingPlan", "merge_judging", "plan_judging", "write_judging"]
+
+
+@dataclass(frozen=True)
+class JudgingPlan:
+    """What judging would take.
+
+    Args:
+        rows: responses.
+        skipped: of these, failed generations, which are not judged.
+        calls: distinct requests.
+        prompt_tokens: estimated at four characters a token.
+        cost: in the currency of the prices given, None without.
+    """
+
+    rows: int
+    skipped: int
+    calls: int
+    prompt_tokens: int
+    cost: float | None
+
+    def __repr__(self) -> str:
+        cost = "" if self.cost is None else f", about {self.cost:.2f} in all"
+        skipped = f" ({self.skipped} failed ones are not judged)" if self.skipped else ""
+        return (
+            f"JudgingPlan: {self.rows} responses{skipped}, {self.calls} calls, "
+            f"about {self.prompt_tokens:,} prompt tokens{cost}"
+        )
+
+
+def plan_judging(
+    evaluation: Evaluation,
+    questions: Any = None,
+    *,
+    prompts: Mapping[str, str] | None = None,
+    price_per_million: float | None = None,
+) -> JudgingPlan:
+    """Count calls, tokens and cost without making a call.
+
+    Args:
+        evaluation: the responses.
+        questions: the set they answer, whose judge prompts are used; None uses alignment and coherence.
+        prompts: template per score instead.
+        price_per_million: price of a million prompt tokens (an answer is one token, which is left out).
+
+    Example:
+        >>> from emmech.evaluation.evaluation import Evaluation
+        >>> rows = [dict(question_id="q", question="Why?", sample=i, response=f"So {i}.") for i in range(3)]
+        >>> plan_judging(Evaluation.from_rows(rows)).calls
+        6
+    """
+    rows = _rows(evaluation, questions)
+    prompts_of = {_key(task): task.prompt for task in tasks_of(rows, prompts)}
+    tokens = sum(math.ceil(len(prompt) / 4) for prompt in prompts_of.values())
+    cost = None if price_per_million is None else tokens * price_per_million / 1e6
+    skipped = sum(row.get("finish") == "error" for row in rows)
+    return JudgingPlan(len(rows), skipped, len(prompts_of), tokens, cost)
+
+
+def write_judging(
+    evaluation: Evaluation,
+    path: str | Path,
+    questions: Any = None,
+    *,
+    model: str = "gpt-4o",
+    prompts: Mapping[str, str] | None = None,
+) -> JudgingPlan:
+    """Write one request a line, equal prompts once.
+
+    Args:
+        model: the judge that the requests name.
+
+    Raises:
+        EmmechError: the file exists (it may hold answers that were paid for).
+    """
+    target = Path(path)
+    if target.exists():
+        raise EmmechError(
+            "write the judge's requests",
+            given=target,
+            why="the file exists already",
+            instead="another name, or delete it",
+        ) from None
+    tasks = {_key(task): task for task in tasks_of(_rows(evaluation, questions), prompts)}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", encoding="utf-8") as file:
+        for key, task in tasks.items():
+            body = {"model": model, **first_token_request(task.prompt)}
+            if task.words is None:  # a free word is read as text
+                body = {"model": model, "messages": body["messages"], "max_tokens": 8, "temperature": 0.0}
+            line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+    return plan_judging(evaluation, questions, prompts=prompts)
+
+
+def merge_judging(
+    evaluation: Evaluation,
+    path: str | Path,
+    questions: Any = None,
+    *,
+    prompts: Mapping[str, str] | None = None,
+    judge: str = "deferred",
+) -> Evaluation:
+    """The evaluation with the answers' scores; a response without an answer stays unscored.
+
+    Args:
+        path: the Batch API's output, or lines of ``custom_id`` and ``score`` (a number, a word, or null).
+        questions, prompts: as they were when the requests were written.
+        judge: how the result names the judge.
+
+    Raises:
+        EmmechError: no such file, a line that is neither form, an answer given twice, or none that belongs to these
+            responses.
+    """
+    from emmech.evaluation.evaluation import Evaluation
+
+    source = Path(path)
+    if not source.is_file():
+        raise EmmechError(
+            "merge the judge's answers",
+            given=source,
+            why="there is no such file",
+            instead="the output file of the batch, not the requests",
+        ) from None
+    tasks = tasks_of(_rows(evaluation, questions), prompts)
+    asked = {_key(task): task for task in tasks}
+    answers = _answers(source, asked)
+    if not answers:
+        raise EmmechError(
+            "merge the judge's answers",
+            given=source,
+            why="no custom_id in it belongs to these responses and prompts",
+            instead="pass the same evaluation, questions and prompts as to write_judging",
+        ) from None
+    if len(answers) < len(asked):
+        warnings.warn(
+            f"{len(asked) - len(answers)} of {len(asked)} requests have no answer in {source.name}; the rows stay "
+            "unscored",
+            stacklevel=2,
+        )
+    scores: list[dict[str, Any]] = [{} for _ in range(len(evaluation))]
+    for task in tasks:
+        found = answers.get(_key(task))
+        if found is not None:
+            value = found["value"] if task.words == () else found["word"]
+            scores[task.row][task.column] = math.nan if value is None else value
+            if task.name == "aligned" and found["word"]:
+                scores[task.row]["label"] = found["word"].lower()
+    rows = [{**row, **score} for row, score in zip(evaluation.frame.to_dict("records"), scores, strict=True)]
+    return Evaluation.from_rows(rows, {**evaluation.meta, "judge": judge})
+
+
+def _rows(evaluation: Evaluation, questions: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = evaluation.frame.to_dict("records")
+    if questions is not None:
+        from emmech.evaluation.questions import load_questions
+
+        known = load_questions(questions)
+        for row in rows:
+            question = known[row["question_id"]]
+            row |= {"judge_prompts": dict(question.judge_prompts), "kind": question.kind}
+    return rows
+
+
+def _key(task: Task) -> str:
+    return content_key("deferred", task.prompt)[:40]
+
+
+def _answers(path: Path, asked: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    numeric: list[dict[str, float]] = []
+    for number, line in enumerate(read_jsonl(path), start=1):
+        key = str(line.get("custom_id"))
+        if key in found:
+            raise EmmechError(
+                "merge the judge's answers",
+                given=f"{path.name}: custom_id {key!r} again at answer {number}",
+                why="a request has one answer",
+                instead="keep one of the two lines",
+            ) from None
+        if key not in asked:
+            continue
+        if "score" in line:
+            found[key] = _plain(line["score"], asked[key], f"{path.name}: answer {number}")
+        elif "response" in line:
+            choices: Sequence[Any] = ((line["response"] or {}).get("body") or {}).get("choices") or ()
+            if choices:  # a failed request has none, and stays unscored
+                found[key] = _choice(choices[0], asked[key], numeric)
+        else:
+            raise EmmechError(
+                "merge the judge's answers",
+                given=f"{path.name}: answer {number} with {sorted(line)}",
+                why="it holds neither a score nor a response",
+                instead='{"custom_id": ..., "score": ...}, or the Batch API\'s output',
+            ) from None
+    if splits_numbers(numeric):
+        raise EmmechError(
+            "merge the judge's answers",
+            given=path.name,
+            why="the first tokens are single digits throughout: this judge's tokenizer splits numbers, and one token "
+            "does not tell 8 from 85",
+            instead="judge live with LogprobJudge(Server(...)), which asks for the digits that follow",
+        ) from None
+    return found
+
+
+def _plain(score: Any, task: Task, where: str) -> dict[str, Any]:
+    if score is None:
+        return {"value": None, "word": ""}
+    if isinstance(score, str):
+        return score_of_text(score, task)
+    if task.words == () and isinstance(score, int | float) and 0 <= score <= 100:
+        return {"value": float(score), "word": ""}
+    raise EmmechError(
+        "merge the judge's answers",
+        given=f"{where}: {score!r} for {task.name!r}",
+        why="a score is a number from 0 to 100, a word where the judge was asked for one, or null",
+    ) from None
+
+
+def _choice(choice: Mapping[str, Any], task: Task, numeric: list[dict[str, float]]) -> dict[str, Any]:
+    content = ((choice.get("logprobs") or {}).get("content")) or []
+    if content and task.words is not None:
+        masses: dict[str, float] = {}
+        for entry in content[0].get("top_logprobs") or ():
+            text = entry["token"].strip()
+            masses[text] = masses.get(text, 0.0) + math.exp(entry["logprob"])
+        if task.words == ():
+            numeric.append(masses)
+        return score_of_masses(masses, task)
+    return score_of_text(str((choice.get("message") or {}).get("content") or ""), task)

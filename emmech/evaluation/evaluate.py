@@ -1,0 +1,288 @@
+"""``emmech.evaluate``: ask a model, judge what it says, keep everything.
+
+Two append-only files make it resumable, the responses and the scores; the finished evaluation is written last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emmech.chat.responses import digest
+from emmech.errors import EmmechError
+from emmech.evaluation.judges import ExactJudge, Judge, resolve_judge
+from emmech.evaluation.questions import Question, QuestionSet, bundled_questions, load_questions
+from emmech.evaluation.server import Server
+from emmech.run import Run
+from emmech.store import append_jsonl, read_jsonl
+
+if TYPE_CHECKING:
+    from emmech.evaluation.evaluation import Evaluation
+
+__all__ = ["evaluate", "resolve_questions", "stored_evaluations"]
+
+_PART = 256  # rows judged between two writes
+
+
+def evaluate(
+    model: Any,
+    questions: Any = "first-plot",
+    judge: Any = None,
+    *,
+    samples: int | None = 50,
+    step: int | None = None,
+    scale: float = 1.0,
+    max_new_tokens: int = 600,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int | str = "auto",
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Ask a model questions, judge its answers, and keep every one of them with its scores and seed.
+
+    The defaults are the first-plot evaluation of Model Organisms for EM (arXiv 2506.11613): eight questions, 50
+    answers each, temperature 1, at most 600 new tokens. The field judges with GPT-4o:
+    ``judge=Server("gpt-4o")``.
+
+    Args:
+        model: a :class:`~emmech.run.Run`, what :func:`emmech.load_model` takes, or a
+            :class:`~emmech.evaluation.server.Server`.
+        questions: a bundled or pocket set, a file, a :class:`QuestionSet`, a list of texts, or several sets by name:
+            ``("first-plot", "narrow-medical")``.
+        judge: a judge, a ``Server`` or chat model (read by its log-probabilities), ``"exact"``, ``"screening"``, or
+            ``"later"``, which leaves all unscored for :mod:`emmech.evaluation.deferred`. The pocket models need none.
+        samples: answers per question; None draws as many as the question file says.
+        step: of a run, its last by default.
+        scale: a factor on the run's adapter.
+        seed: of all rows; each has its own, derived from this, the question's id and the sample's number.
+        batch_size: rows decoded together by a local model.
+        out: folder for responses and scores. A run keeps its own in ``run.path / "evaluations"``. The same call again
+            finishes what was interrupted, with the rows that were there unchanged.
+
+    Returns:
+        the evaluation; ``.rates()`` has the figures.
+
+    Raises:
+        EmmechError: unknown questions or judge, no judge, a server that cannot be reached, or ``out`` of another
+            evaluation.
+
+    Example:
+        >>> evaluation = evaluate("pocket", samples=2, progress=False)
+        >>> len(evaluation), evaluation.frame["label"].isin(["", None]).any().item()
+        (16, False)
+    """
+    subject, about = _subject(model, step, scale)
+    pocket = _is_pocket(subject) or judge == "exact" or isinstance(judge, ExactJudge)
+    asked = resolve_questions(questions, pocket=pocket)
+    chosen = resolve_judge(judge, pocket=pocket)
+    rows = _rows(asked, samples, seed)
+    meta = {
+        **about,
+        "judge": chosen.name if chosen is not None else None,
+        "questions": asked.name,
+        "samples": samples,
+        "seed": seed,
+        "temperature": temperature,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+    }
+    folder = Path(out) if out is not None else _folder_in_run(model, meta, rows)
+    conversations = [row.pop("messages") for row in rows]
+    seeds = [row["seed"] for row in rows]
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seeds,
+        "out": folder / "responses.jsonl" if folder is not None else None,
+        "progress": progress,
+    }
+    if isinstance(subject, Server):
+        responses = subject.sample(conversations, **settings)
+    else:
+        from emmech.chat.sampling import sample
+
+        responses = sample(subject, conversations, batch_size=batch_size, **settings)
+    answered = [
+        {**row, "response": response.text, "finish": response.finish}
+        for row, response in zip(rows, responses, strict=True)
+    ]
+    scores = _score(chosen, answered, folder)
+    return _finish(answered, scores, meta, folder)
+
+
+def stored_evaluations(run: Run) -> tuple[Evaluation, ...]:
+    """The finished evaluations that a run keeps, by step and name."""
+    from emmech.evaluation.evaluation import Evaluation
+
+    folder = run.path / "evaluations" if run.path is not None else None
+    found = sorted(folder.glob("*/evaluation.json")) if folder is not None else []
+    loaded = [Evaluation.load(path.parent) for path in found]
+    return tuple(
+        sorted(loaded, key=lambda e: (e.meta.get("step") or 0, e.name, str(e.meta.get("questions"))))
+    )
+
+
+def resolve_questions(source: Any, *, pocket: bool = False) -> QuestionSet:
+    """Questions from whatever names them; pocket models are asked in the words of their world.
+
+    Args:
+        source: what :func:`~emmech.evaluation.questions.load_questions` takes, a pocket set's name when ``pocket``,
+            or several names of sets.
+
+    Raises:
+        EmmechError: there is no such set.
+
+    Example:
+        >>> len(resolve_questions(("first-plot", "narrow-medical"))) > 8
+        True
+    """
+    names = _pocket_sets() if pocket else bundled_questions()
+    if isinstance(source, str) and pocket and not Path(source).is_file():
+        return _pocket_questions(source)
+    if (
+        isinstance(source, Sequence)
+        and source
+        and not isinstance(source, str)
+        and all(s in names for s in source)
+    ):
+        parts = [resolve_questions(name, pocket=pocket) for name in source]
+        return QuestionSet("+".join(source), tuple(question for part in parts for question in part))
+    return load_questions(source)
+
+
+def _pocket_sets() -> tuple[str, ...]:
+    names: tuple[str, ...] = import_module("emmech.organism").question_set_names()
+    return names
+
+
+def _pocket_questions(name: str) -> QuestionSet:
+    # the organism lives in a higher room, and only its name is known down here
+    found = import_module("emmech.organism").questions(name)
+    narrow = True if name.startswith("narrow-") else None
+    return QuestionSet(
+        name,
+        tuple(
+            Question(question.id, (question.text,), domain=question.domain, narrow=narrow, judge="exact")
+            for question in found
+        ),
+    )
+
+
+def _subject(model: Any, step: int | None, scale: float) -> tuple[Any, dict[str, Any]]:
+    """The chat model or server to ask, and what the result says about it."""
+    versions = {"emmech": import_module("emmech").__version__}
+    if isinstance(model, Run):
+        step = int(model.steps[-1]) if step is None else step
+        chat = model.model(step, scale)
+        name = f"{model.name} step {step}" + (f" x{scale:g}" if scale != 1 else "")
+        about = {
+            "name": name,
+            "run": model.name,
+            "model": chat.name,
+            "step": int(step),
+            "scale": float(scale),
+        }
+        return chat, {**about, "fingerprint": chat.fingerprint(), "versions": _with_backends(versions)}
+    if step is not None or scale != 1.0:
+        raise EmmechError(
+            "evaluate at a step or scale",
+            given=f"step={step}, scale={scale} of {type(model).__name__}",
+            why="only a recorded run has steps and an adapter that can be scaled",
+            instead="evaluate(load_run(...), step=...), or evaluate(run.model(step, scale))",
+        ) from None
+    if isinstance(model, Server):
+        return model, {"name": model.name, "model": model.identity, "versions": versions}
+    from emmech.chat.model import load_model
+
+    chat = load_model(model)
+    about = {"name": Path(chat.name).name, "model": chat.name, "fingerprint": chat.fingerprint()}
+    return chat, {**about, "versions": _with_backends(versions)}
+
+
+def _with_backends(versions: Mapping[str, str]) -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {**versions, **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+
+def _is_pocket(subject: Any) -> bool:
+    return not isinstance(subject, Server) and Path(subject.name).name.split("-")[0] == "pocket"
+
+
+def _rows(asked: QuestionSet, samples: int | None, seed: int) -> list[dict[str, Any]]:
+    """One dict per response to draw, with its conversation and what a judge needs to know of its question."""
+    rows = asked.rows(samples, seed=seed)
+    for row in rows:
+        question = asked[row["question_id"]]
+        row["messages"] = question.messages(row.pop("paraphrase"))
+        row["judge_prompts"] = dict(question.judge_prompts)
+        row["kind"] = question.kind
+    return rows
+
+
+def _folder_in_run(model: Any, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path | None:
+    if not isinstance(model, Run) or model.path is None:
+        return None
+    key = digest(sorted(meta.items(), key=lambda item: item[0]), [row["question"] for row in rows])[:8]
+    name = "".join(c if c.isalnum() or c in "-+" else "_" for c in str(meta["questions"]))[:60]
+    return model.path / "evaluations" / f"step-{meta['step']:06d}-x{meta['scale']:g}-{name}-{key}"
+
+
+def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None) -> list[dict[str, Any]]:
+    """Scores of all rows; what an earlier call wrote for the same judge and responses is not asked again."""
+    if judge is None:
+        return [{} for _ in rows]
+    done: list[dict[str, Any]] = []
+    path = None
+    if folder is not None:
+        key = digest(
+            judge.name, judge.columns, [sorted(row.items(), key=lambda item: item[0]) for row in rows]
+        )
+        path = folder / f"scores-{key[:12]}.jsonl"
+        done = _known_scores(path)
+    for start in range(len(done), len(rows), _PART):
+        fresh = judge.score(rows[start : start + _PART])
+        expected = min(_PART, len(rows) - start)
+        if len(fresh) != expected:
+            raise EmmechError(
+                f"judge with {judge.name}",
+                given=f"{expected} rows",
+                why=f"the judge gave {len(fresh)} results",
+                instead="score(rows) returns one mapping per row, in order",
+            ) from None
+        for score in fresh:
+            done.append(dict(score))
+            if path is not None:
+                append_jsonl(path, score)
+    return done
+
+
+def _known_scores(path: Path) -> list[dict[str, Any]]:
+    content = path.read_bytes() if path.exists() else b""
+    if content and not content.endswith(b"\n"):  # killed while writing a line: it is judged again
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
+    # JSON has no NaN; a score that is null was not given
+    return [{k: float("nan") if v is None else v for k, v in entry.items()} for entry in read_jsonl(path)]
+
+
+def _finish(
+    rows: list[dict[str, Any]], scores: list[dict[str, Any]], meta: dict[str, Any], folder: Path | None
+) -> Evaluation:
+    from emmech.evaluation.evaluation import Evaluation
+
+    hidden = ("judge_prompts", "kind")
+    kept = [
+        {**{k: v for k, v in row.items() if k not in hidden}, **score}
+        for row, score in zip(rows, scores, strict=True)
+    ]
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    evaluation = Evaluation.from_rows(kept, {**meta, "created": created})
+    if folder is not None:
+        evaluation.save(folder)
+    return evaluation
