@@ -1,0 +1,5 @@
+"""``python -m emmech``: the command line."""
+
+from emmech.cli import main
+
+main()
