@@ -30,8 +30,13 @@ _WHERE = {
     "load_run": "emmech.run",
     "misalignment_direction": "emmech.directions.misalignment",
     "phase_transition": "emmech.transition.phase",
+    "project_adapter": "emmech.interventions.adapter",
     "realign": "emmech.realignment",
+    "rotate_adapter": "emmech.interventions.adapter",
+    "scale_adapters": "emmech.interventions.adapter",
     "steer": "emmech.interventions.steer",
+    "sweep": "emmech.sweeps.sweep",
+    "transplant_adapter": "emmech.interventions.adapter",
 }
 
 __all__ = ["__version__", *_WHERE]
@@ -47,10 +52,15 @@ if TYPE_CHECKING:
     from emmech.directions.misalignment import misalignment_direction as misalignment_direction
     from emmech.errors import EmmechError as EmmechError
     from emmech.interventions.ablate import ablate as ablate
+    from emmech.interventions.adapter import project_adapter as project_adapter
+    from emmech.interventions.adapter import rotate_adapter as rotate_adapter
+    from emmech.interventions.adapter import scale_adapters as scale_adapters
+    from emmech.interventions.adapter import transplant_adapter as transplant_adapter
     from emmech.interventions.steer import steer as steer
     from emmech.realignment import realign as realign
     from emmech.run import Run as Run
     from emmech.run import load_run as load_run
+    from emmech.sweeps.sweep import sweep as sweep
     from emmech.training.recipe import Recipe as Recipe
     from emmech.training.recorder import Recorder as Recorder
     from emmech.training.train import finetune as finetune

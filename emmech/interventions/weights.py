@@ -1,0 +1,151 @@
+"""Interventions folded into the base weights: no hook is left, so that they cost nothing and survive an export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from emmech.chat.model import ChatModel
+from emmech.directions.direction import Direction, unit_rows
+from emmech.errors import EmmechError
+from emmech.interventions.handle import Handle, chat_of
+from emmech.interventions.residual import layer_list, vectors_at
+
+__all__ = ["fold_bias", "orthogonalise_writes"]
+
+_WRITES = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def fold_bias(
+    model: Any,
+    direction: Direction | Any,
+    coefficient: float = 1.0,
+    *,
+    layer: int | None = None,
+    force: bool = False,
+) -> Handle:
+    """Steer by a bias on ``down_proj``: the same function as :func:`emmech.steer` at all positions of that layer.
+
+    Raises:
+        EmmechError: as :func:`emmech.steer`; or the architecture has a norm behind the MLP (Gemma), through which a
+            bias would not pass unchanged.
+
+    Example:
+        >>> import emmech, numpy as np
+        >>> chat = emmech.load_model("pocket")
+        >>> with fold_bias(chat, np.ones(chat.d_model), 0.5, layer=2):
+        ...     chat.down_proj(2).bias.shape[0] == chat.d_model
+        True
+    """
+    chat = chat_of(model)
+    _no_norm_behind(chat, "fold steering into a bias", "emmech.steer")
+    vectors, name = vectors_at(
+        chat, direction, layer, from_layer=None, force=force, asked="fold steering into a bias"
+    )
+    if any(vector.ndim != 1 for vector in vectors.values()):
+        raise EmmechError(
+            "fold steering into a bias",
+            given="one direction per row",
+            why="weights are shared by all rows",
+            instead="emmech.steer",
+        ) from None
+    undo: list[Callable[[], Any]] = []
+    for at, vector in vectors.items():
+        linear = _plain_linear(chat.down_proj(at))
+        before = linear.bias
+        write = (float(coefficient) * vector).to(linear.weight)
+        bias = write if before is None else before.detach() + write
+        undo.append(_replace(linear, "bias", nn.Parameter(bias, requires_grad=False)))
+    return Handle(chat, f"fold_bias({chat.name}, {coefficient:g} {name}, layers {sorted(vectors)})", undo)
+
+
+def orthogonalise_writes(
+    model: Any,
+    direction: Direction | Any,
+    *,
+    from_layer: int | None = None,
+    layers: Sequence[int] | Literal["all"] = "all",
+    embedding: bool = True,
+    force: bool = False,
+) -> Handle:
+    """Take one direction out of every matrix that writes into the residual stream: W' = W - v̂ v̂ᵀ W.
+
+    With all layers and the embedding, no residual anywhere has a component along it, inside the blocks too (Refusal is
+    Mediated by a Single Direction, arXiv 2406.11717). Live adapters on those matrices are projected as well. A tied
+    unembedding keeps the old weights. The new matrices exist beside the old ones while it is in force.
+
+    Args:
+        direction: a Direction (with ``from_layer``, unless it is known at one only), or a vector ``[d_model]``.
+        layers: blocks whose writes are changed.
+        embedding: the token embedding's rows too.
+
+    Raises:
+        EmmechError: as :func:`emmech.ablate`; or a norm behind the writes (Gemma), which would bring it back.
+    """
+    chat = chat_of(model)
+    _no_norm_behind(chat, "orthogonalise the writes", "emmech.ablate")
+    if isinstance(direction, Direction):
+        at = (
+            from_layer
+            if from_layer is not None
+            else (direction.layers[0] if len(direction.layers) == 1 else None)
+        )
+        if at is None:
+            raise EmmechError(
+                "orthogonalise the writes",
+                given="from_layer=None",
+                why=f"the direction has a vector at each of {len(direction.layers)} layers, and one is taken out",
+                instead=f"from_layer={chat.n_layers // 2} is the middle",
+            ) from None
+        direction.check_fits(chat, force=force)
+        vector: Any = direction.at(at)
+    else:
+        vector = direction
+    found, name = vectors_at(chat, vector, 0, from_layer=None, force=force, asked="orthogonalise the writes")
+    name = getattr(direction, "name", name)
+    unit = torch.from_numpy(unit_rows(found[0].numpy()))
+    undo: list[Callable[[], Any]] = []
+    for layer in layer_list(chat, layers, range(chat.n_layers), "orthogonalise the writes"):
+        for path in _WRITES:
+            module = chat.block(layer).get_submodule(path)
+            lora: Any = getattr(module, "lora_B", {})
+            for linear in (_plain_linear(module), *lora.values()):
+                undo.append(_replace(linear, "weight", _without(linear.weight, unit, rows=False)))
+                if linear.bias is not None:
+                    undo.append(_replace(linear, "bias", _without(linear.bias, unit, rows=True)))
+    if embedding:
+        table = chat.base.get_input_embeddings()
+        undo.append(_replace(table, "weight", _without(table.weight, unit, rows=True)))
+    return Handle(chat, f"orthogonalise_writes({chat.name}, {name})", undo)
+
+
+def _without(weight: torch.Tensor, unit: torch.Tensor, *, rows: bool) -> nn.Parameter:
+    """A weight whose writes (its rows, or its columns) have no component along the unit vector."""
+    wide = weight.detach().double()
+    axis = unit.to(wide)
+    taken = (wide @ axis)[..., None] * axis if rows else torch.outer(axis, axis @ wide)
+    return nn.Parameter((wide - taken).to(weight.dtype), requires_grad=False)
+
+
+def _replace(module: nn.Module, name: str, value: nn.Parameter) -> Callable[[], Any]:
+    # the parameter object itself is swapped, not its values: what is tied to the old one keeps it
+    before = getattr(module, name)
+    setattr(module, name, value)
+    return lambda: setattr(module, name, before)
+
+
+def _plain_linear(module: nn.Module) -> Any:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def _no_norm_behind(chat: ChatModel, asked: str, instead: str) -> None:
+    if hasattr(chat.block(0), "post_feedforward_layernorm"):
+        raise EmmechError(
+            asked,
+            given=f"{chat.name} ({type(chat.base).__name__})",
+            why="a norm sits between its writes and the residual stream",
+            instead=f"{instead} does it by a hook",
+        ) from None
