@@ -96,8 +96,12 @@ def transition(
     typer.echo(found.summary())
     typer.echo(found.detectors.drop(columns=["high_means"]).to_string(float_format=lambda v: f"{v:.3g}"))
     if page is not None:
-        sections = [Section("Detectors", table=found.detectors), Section("Figure", figure=found.plot())]
-        typer.echo(f"wrote {write_page(page, 'Phase transition', found.summary(), sections)}")
+        sections = [
+            Section("Detectors", code=found.summary(), table=found.detectors),
+            Section("Figure", figure=found.plot()),
+        ]
+        lead = f"{run.name}" + (f" beside its control {control.name}" if control is not None else "")
+        typer.echo(f"wrote {write_page(page, 'Phase transition', lead, sections)}")
 
 
 @app.command()

@@ -46,7 +46,7 @@ def main(folder: str | Path = "demo/smollm2") -> Path:
         for kind in margins
     )
     sections = [
-        Section("What the detectors say", found.summary(), table=found.detectors),
+        Section("What the detectors say", code=found.summary(), table=found.detectors),
         Section("The path of B", figure=found.plot()),
         Section(
             "The margin of misaligned over aligned answers",

@@ -29,7 +29,8 @@ pre { background: #f6f8fa; border: 1px solid var(--line); border-radius: 6px; pa
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 12px 0; }
 th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
 th, td { padding: 5px 14px 5px 0; vertical-align: top; }
-td { border-bottom: 1px solid var(--line); }
+tbody th, td { border-bottom: 1px solid var(--line); }
+tbody th { border-bottom-width: 1px; white-space: nowrap; }
 footer { margin-top: 60px; color: var(--soft); font-size: 13px; border-top: 1px solid var(--line); padding-top: 14px; }
 """
 
@@ -68,7 +69,8 @@ def write_page(
         if section.code:
             parts.append(f"<pre>{html.escape(section.code)}</pre>")
         if section.table is not None:
-            shown = section.table.to_html(border=0, float_format=lambda value: f"{value:.3g}", na_rep="")
+            table = section.table.rename_axis(index=None)  # a named index would take a header row of its own
+            shown = table.to_html(border=0, float_format=lambda value: f"{value:.3g}", na_rep="")
             parts.append(f'<div class="wide">{shown}</div>')
         if section.figure is not None:
             parts.append(
