@@ -1,0 +1,300 @@
+"""The grid of variants: runs x steps x scales x coefficients, and their weights stacked for one batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from emmech.chat.model import ChatModel, load_model
+from emmech.errors import EmmechError
+from emmech.run import Run
+from emmech.sweeps.rows import Rows
+
+__all__ = ["Grid", "Site", "Variant", "base_model", "make_grid"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One cell of the grid: a run's adapter at a step, scaled, with a steering coefficient."""
+
+    run: str
+    step: int
+    scale: float
+    coefficient: float
+
+    def __str__(self) -> str:
+        steering = f", coefficient {self.coefficient:g}" if self.coefficient else ""
+        return f"{self.run} at step {self.step}, scale {self.scale:g}{steering}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where some run has an adapter: ``path`` is relative to the block; ``rank`` is the largest of all runs."""
+
+    layer: int
+    path: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All variants of a sweep.
+
+    Args:
+        runs: by name.
+        variants: in the order of runs, steps, scales, coefficients.
+        sites: modules with an adapter in any run, by full path.
+        steering: layer and vector ``[d_model]`` in raw units, when coefficients are swept.
+    """
+
+    runs: Mapping[str, Run]
+    variants: tuple[Variant, ...]
+    sites: Mapping[str, Site]
+    steering: tuple[int, Float[np.ndarray, " d_model"]] | None
+
+    def __len__(self) -> int:
+        """Number of variants."""
+        return len(self.variants)
+
+    def distinct(self) -> tuple[list[int], list[int]]:
+        """Variants that differ, and for every variant which of those it is.
+
+        Scale 0 is the base model at every step of every run, and step 0 is too while B is zero: one forward
+        serves them all.
+        """
+        untrained = {
+            name: all(not w.any() for key, w in run.weights(0).items() if key.startswith("B/"))
+            for name, run in self.runs.items()
+            if any(v.run == name and v.step == 0 for v in self.variants)
+        }
+        first: dict[object, int] = {}
+        chosen: list[int] = []
+        inverse: list[int] = []
+        for index, variant in enumerate(self.variants):
+            idle = variant.scale == 0 or (variant.step == 0 and untrained[variant.run])
+            key: object = ("base", variant.coefficient) if idle else variant
+            if key not in first:
+                first[key] = len(chosen)
+                chosen.append(index)
+            inverse.append(first[key])
+        return chosen, inverse
+
+    def load(self, chosen: Sequence[int], chat: ChatModel) -> Rows:
+        """The chosen variants' adapters, stacked; scale and scaling are multiplied into B.
+
+        Raises:
+            EmmechError: a write that the model's dtype cannot hold.
+        """
+        count = len(chosen)
+        A, B = {}, {}
+        for module, site in self.sites.items():
+            weight: Any = chat.base.get_submodule(module).weight
+            # runs of smaller rank are padded with zeros, which write nothing
+            A[module] = np.zeros((count, weight.shape[1], site.rank), np.float32)
+            B[module] = np.zeros((count, site.rank, weight.shape[0]), np.float32)
+        largest = torch.finfo(chat.dtype).max
+        weights: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+        for row, index in enumerate(chosen):
+            variant = self.variants[index]
+            run = self.runs[variant.run]
+            key = (variant.run, variant.step)
+            if key not in weights:
+                weights[key] = run.weights(variant.step)
+            for info in run.adapters:
+                factor = variant.scale * info.scaling
+                b = weights[key][f"B/{info.name}"].astype(np.float64) * factor
+                if not np.isfinite(b).all() or np.abs(b).max() > min(largest, np.finfo(np.float32).max):
+                    raise EmmechError(
+                        "sweep the adapter's scale",
+                        given=f"scale={variant.scale:g} at step {variant.step} of {variant.run}",
+                        why=f"scale * scaling * B overflows {str(chat.dtype).removeprefix('torch.')} "
+                        f"(largest {largest:.3g})",
+                        instead="scales of 1 to 20, as in the literature",
+                    ) from None
+                A[info.module][row, :, : info.rank] = weights[key][f"A/{info.name}"].T
+                B[info.module][row, : info.rank] = b.T
+        steering = {}
+        if self.steering is not None:
+            layer, vector = self.steering
+            factors = np.array([self.variants[index].coefficient for index in chosen], np.float32)
+            steering[layer] = torch.from_numpy(factors[:, None] * vector[None]).to(chat.device)
+        return Rows(
+            {module: torch.from_numpy(a).to(chat.device) for module, a in A.items()},
+            {module: torch.from_numpy(b).to(chat.device) for module, b in B.items()},
+            steering,
+        )
+
+    def bytes_per_variant(self, chat: ChatModel) -> int:
+        """Bytes of one variant's stacked adapters (float32)."""
+        return 4 * sum(
+            site.rank * sum(chat.base.get_submodule(module).weight.shape)
+            for module, site in self.sites.items()
+        )
+
+
+def base_model(runs: Sequence[Run], base: Any = None) -> ChatModel:
+    """The one base model of all runs, without adapters.
+
+    Raises:
+        EmmechError: the runs were trained on different models, or adapters are live on the one given.
+    """
+    recorded = {run.name: run.manifest.get("model", {}) for run in runs}
+    prints = {name: entry.get("fingerprint") for name, entry in recorded.items() if entry.get("fingerprint")}
+    if len(set(prints.values())) > 1:
+        raise EmmechError(
+            "sweep the runs together",
+            given=", ".join(f"{n} on {recorded[n].get('name')} ({p[:12]})" for n, p in prints.items()),
+            why="they were trained on different base models, and a sweep shares one",
+            instead="one sweep for each base model",
+        ) from None
+    names = [entry["name"] for entry in recorded.values() if entry.get("name")]
+    if base is None and not names:
+        raise EmmechError(
+            f"load the base model of {runs[0].name}",
+            why="the run does not say which it is (it was made from arrays or by hand)",
+            instead="pass it: sweep(run, base=model)",
+        ) from None
+    chat = load_model(base if base is not None else names[0])
+    if any(hasattr(module, "lora_A") for module in chat.base.modules()):
+        raise EmmechError(
+            "sweep over the model",
+            given=f"{chat.name} with live adapters",
+            why="a sweep puts each variant's own adapter on, and the live one would be added to all",
+            instead="pass the model without adapters (peft_model.unload() gives it)",
+        ) from None
+    if prints and (found := chat.fingerprint()) not in prints.values():
+        name, wanted = next(iter(prints.items()))
+        raise EmmechError(
+            f"sweep the run {name}",
+            given=f"base model {chat.name} with fingerprint {found[:12]}",
+            why=f"the run was trained on {recorded[name].get('name')} with fingerprint {wanted[:12]}",
+            instead="pass base= the very model the run was trained on",
+        ) from None
+    return chat
+
+
+def make_grid(
+    runs: Sequence[Run],
+    chat: ChatModel,
+    *,
+    steps: Iterable[int] | None,
+    scales: Iterable[float],
+    coefficients: Iterable[float],
+    direction: Any = None,
+    layer: int | None = None,
+) -> Grid:
+    """Check the axes and lay out the grid.
+
+    Raises:
+        EmmechError: steps that were not recorded (the nearest are named), scales that are not numbers, coefficients
+            without a direction, runs without adapters, or adapters that do not fit the model.
+    """
+    named = _names(runs)
+    wanted = None if steps is None else [int(step) for step in steps]
+    scale_list = _numbers("scales", scales)
+    coefficient_list = _numbers("coefficients", coefficients)
+    steering = _steering(chat, coefficient_list, direction, layer)
+    variants = []
+    for name, run in named.items():
+        for step in run.steps.tolist() if wanted is None else wanted:
+            run.check_step(step)
+            variants += [
+                Variant(name, step, scale, coefficient)
+                for scale, coefficient in itertools.product(scale_list, coefficient_list)
+            ]
+    if not variants:
+        raise EmmechError(
+            "sweep", given=f"steps={steps!r}", why="there is no step in it", instead="steps=run.steps"
+        ) from None
+    return Grid(named, tuple(variants), _sites(named, chat), steering)
+
+
+def _names(runs: Sequence[Run]) -> dict[str, Run]:
+    named: dict[str, Run] = {}
+    for run in runs:
+        if run.kind != "lora" or not run.adapters:
+            raise EmmechError(
+                f"sweep the run {run.name}",
+                given=f"kind={run.kind!r}",
+                why="a sweep changes adapters, and this run has none",
+                instead="evaluate run.model(step) at its kept steps",
+            ) from None
+        name, again = run.name, 2
+        while name in named:
+            name, again = f"{run.name}-{again}", again + 1
+        named[name] = run
+    return named
+
+
+def _numbers(what: str, values: Iterable[float]) -> list[float]:
+    listed = [float(value) for value in np.atleast_1d(np.asarray(values, dtype=np.float64))]
+    if not listed or not np.isfinite(listed).all():
+        raise EmmechError(
+            "sweep",
+            given=f"{what}={values!r}",
+            why=f"{what} are finite numbers, at least one",
+            instead=f"{what}=(1,)",
+        ) from None
+    return listed
+
+
+def _steering(
+    chat: ChatModel, coefficients: Sequence[float], direction: Any, layer: int | None
+) -> tuple[int, np.ndarray] | None:
+    if direction is None:
+        if any(coefficients):
+            raise EmmechError(
+                "sweep steering coefficients",
+                given=f"coefficients={coefficients}",
+                why="there is no direction to multiply them with",
+                instead="direction=emmech.misalignment_direction(run), layer=...",
+            ) from None
+        return None
+    if layer is None:
+        known = getattr(direction, "layers", ())
+        if len(known) != 1:
+            raise EmmechError(
+                "sweep steering coefficients",
+                given="layer=None",
+                why=f"the direction is known at {len(known) or 'unsaid'} layers, and one of them is steered",
+                instead=f"layer={chat.n_layers // 2}",
+            ) from None
+        layer = int(known[0])
+    chat.check_layer(layer)
+    vector = np.asarray(direction.at(layer) if hasattr(direction, "at") else direction, dtype=np.float32)
+    if vector.shape != (chat.d_model,) or not np.isfinite(vector).all():
+        raise EmmechError(
+            "steer along the direction",
+            given=f"a vector {list(vector.shape)}",
+            why=f"the residual stream of {chat.name} has d_model={chat.d_model} finite numbers",
+            instead="a Direction, or a vector [d_model] with layer=",
+        ) from None
+    return layer, vector
+
+
+def _sites(runs: Mapping[str, Run], chat: ChatModel) -> dict[str, Site]:
+    sites: dict[str, Site] = {}
+    modules = dict(chat.base.named_modules())
+    for name, run in runs.items():
+        for info in run.adapters:
+            module = modules.get(info.module)
+            weight = getattr(module, "weight", None)
+            shape = tuple(weight.shape) if weight is not None else None
+            inside = f"{chat.anatomy.trunk}.{chat.anatomy.blocks}.{info.layer}."
+            if shape != (info.d_out, info.d_in) or not info.module.startswith(inside):
+                raise EmmechError(
+                    f"put the adapters of {name} on the model",
+                    given=f"{info.name}: d_in={info.d_in}, d_out={info.d_out}",
+                    why=f"{chat.name} has there {'no such module' if shape is None else f'a weight {list(shape)}'}",
+                    instead="use the base model that the run was trained on",
+                ) from None
+            before = sites.get(info.module)
+            rank = max(info.rank, before.rank if before else 0)
+            sites[info.module] = Site(info.layer, info.module.removeprefix(inside), rank)
+    return sites

@@ -1,0 +1,174 @@
+"""Pack token sequences that share a prefix: the shared tokens once, every continuation behind them.
+
+A set of sequences is a tree (a trie of their tokens). Flattened into one row, each token attends to its ancestors
+only and has its depth as position, so every sequence sees exactly what it would see alone (tree attention, as in
+SpecInfer, arXiv 2305.09781).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+
+__all__ = ["Pack", "Reading", "pack", "tree"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A token sequence and what is read from it.
+
+    Args:
+        ids: the tokens.
+        at: positions that are read; position ``p`` predicts token ``p + 1``. Ascending.
+        targets: per read position the token ids whose log-probability is wanted; None: all of the vocabulary.
+    """
+
+    ids: tuple[int, ...]
+    at: tuple[int, ...]
+    targets: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def needed(self) -> tuple[int, ...]:
+        """The tokens up to the last read position; later ones cannot change what is read."""
+        return self.ids[: self.at[-1] + 1]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One row: the tree of some readings' tokens.
+
+    Args:
+        ids: ``[tokens]``, parents before children.
+        depth: ``[tokens]``, position of each token in its own sequence.
+        ancestors: ``[tokens, tokens]``, True where the row's token attends to the column's; None for a plain chain.
+        readings: indices of the readings that lie in it.
+        nodes: per reading the flat index of each of its read positions.
+    """
+
+    ids: Int[np.ndarray, " tokens"]
+    depth: Int[np.ndarray, " tokens"]
+    ancestors: Bool[np.ndarray, "tokens tokens"] | None
+    readings: tuple[int, ...]
+    nodes: tuple[Int[np.ndarray, " reads"], ...]
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.ids)
+
+
+def tree(readings: Sequence[Reading], chosen: Sequence[int]) -> Pack:
+    """The pack of the chosen readings.
+
+    Example:
+        >>> two = [Reading((5, 6, 7), (2,)), Reading((5, 6, 8), (1, 2))]
+        >>> packed = tree(two, [0, 1])
+        >>> packed.ids.tolist(), packed.depth.tolist(), packed.nodes[1].tolist()
+        ([5, 6, 7, 8], [0, 1, 2, 2], [1, 3])
+    """
+    children: dict[tuple[int, int], int] = {}
+    ids: list[int] = []
+    depth: list[int] = []
+    parents: list[int] = []
+    nodes = []
+    for index in chosen:
+        node, path = -1, []
+        for position, token in enumerate(readings[index].needed):
+            found = children.get((node, token))
+            if found is None:
+                found = children[node, token] = len(ids)
+                ids.append(token)
+                depth.append(position)
+                parents.append(node)
+            node = found
+            path.append(node)
+        nodes.append(np.array([path[position] for position in readings[index].at], dtype=np.int64))
+    ancestors = None
+    if parents != list(range(-1, len(ids) - 1)):
+        ancestors = np.eye(len(ids), dtype=bool)
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                ancestors[node] |= ancestors[parent]
+    return Pack(np.array(ids), np.array(depth), ancestors, tuple(chosen), tuple(nodes))
+
+
+def pack(
+    readings: Sequence[Reading], *, linear_cost: float, pair_cost: float, longest: int = 4096
+) -> list[Pack]:
+    """Group readings into packs at the least estimated work.
+
+    A longer row shares more prefix but its attention is quadratic in its length. In lexicographic order sequences
+    with a common prefix are neighbours, so the best grouping is a split of that order, found by dynamic programming.
+
+    Args:
+        linear_cost: work per token of a row.
+        pair_cost: work per pair of tokens of a row.
+        longest: tokens in a row, unless a single reading is longer.
+    """
+    order = sorted(range(len(readings)), key=lambda index: readings[index].needed)
+    # tokens that each sequence adds behind its predecessor
+    added = [len(readings[order[0]].needed)]
+    shared = [0]
+    for before, after in itertools.pairwise(order):
+        first, second = readings[before].needed, readings[after].needed
+        common = 0
+        for a, b in zip(first, second, strict=False):
+            if a != b:
+                break
+            common += 1
+        shared.append(common)
+        added.append(len(second) - common)
+    best = [0.0] + [float("inf")] * len(order)
+    start_of = [0] * (len(order) + 1)
+    for start in range(len(order)):
+        tokens = 0
+        for end in range(start, len(order)):
+            tokens += added[end] + (shared[end] if end == start else 0)
+            if tokens > longest and end > start:
+                break
+            cost = best[start] + linear_cost * tokens + pair_cost * tokens**2
+            if cost < best[end + 1]:
+                best[end + 1], start_of[end + 1] = cost, start
+    packs: list[Pack] = []
+    end = len(order)
+    while end > 0:
+        packs.append(tree(readings, order[start_of[end] : end]))
+        end = start_of[end]
+    return packs[::-1]
+
+
+def stack(packs: Sequence[Pack], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and positions of several packs, ``[packs, tokens]`` each, padded on the right."""
+    width = max(len(one) for one in packs)
+    ids = np.zeros((len(packs), width), dtype=np.int64)
+    depth = np.zeros((len(packs), width), dtype=np.int64)
+    for row, one in enumerate(packs):
+        ids[row, : len(one)], depth[row, : len(one)] = one.ids, one.depth
+        # padding behind a chain goes on counting: the positions must not look like several packed sequences
+        depth[row, len(one) :] = np.arange(width - len(one)) + one.depth[-1] + 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(depth).to(device)
+
+
+def tree_mask(
+    packs: Sequence[Pack], dtype: torch.dtype, device: torch.device, *, window: int | None = None
+) -> torch.Tensor:
+    """Additive attention mask ``[packs, 1, tokens, tokens]`` of packs that branch.
+
+    Args:
+        window: of a sliding-window layer: how many positions back a token sees, itself included.
+    """
+    width = max(len(one) for one in packs)
+    allowed = np.tile(np.eye(width, dtype=bool), (len(packs), 1, 1))  # padding sees itself: no empty softmax
+    for row, one in enumerate(packs):
+        size = len(one)
+        seen = np.tri(size, dtype=bool) if one.ancestors is None else one.ancestors
+        if window is not None:
+            seen = seen & (one.depth[:, None] - one.depth[None, :] < window)
+        allowed[row, :size, :size] = seen
+    blocked = torch.zeros(allowed.shape, dtype=dtype)
+    blocked.masked_fill_(torch.from_numpy(~allowed), torch.finfo(dtype).min)
+    return blocked[:, None].to(device)

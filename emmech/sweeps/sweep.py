@@ -1,0 +1,192 @@
+"""``emmech.sweep``: checkpoints x scales x steering coefficients in shared, batched forwards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from emmech.chat.model import ChatModel
+from emmech.errors import EmmechError
+from emmech.progress import bar
+from emmech.run import Run
+from emmech.sweeps.forced import Forced, Overflow
+from emmech.sweeps.function import Functions
+from emmech.sweeps.grid import Grid, base_model, make_grid
+from emmech.sweeps.measures import Measure, Value, resolve
+from emmech.sweeps.memory import budget_bytes
+from emmech.sweeps.parts import Parts
+from emmech.sweeps.result import Sweep
+
+__all__ = ["sweep"]
+
+_GROUP = 64  # variants whose adapters are in memory together, and the unit of resumption
+
+
+def sweep(
+    run: Run | Sequence[Run],
+    *,
+    steps: Iterable[int] | None = None,
+    scales: Iterable[float] = (1.0,),
+    coefficients: Iterable[float] = (0.0,),
+    direction: Any = None,
+    layer: int | None = None,
+    measure: Any = "margin",
+    base: Any = None,
+    memory: int | str | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Sweep:
+    """Measure every checkpoint at every adapter scale and steering coefficient, in shared forwards.
+
+    Each row of a batch has its own A, B, scale and coefficient; the blocks below the lowest adapter run once per
+    prompt for all variants; texts that share a prefix are packed behind it; the unembedding runs where it is read.
+    The numbers are those of one PEFT model at a time, to float32 rounding (5e-6).
+
+    Args:
+        run: one run, or several trained on the same base model.
+        steps: recorded steps; all by default.
+        scales: factors on the adapter, 1 as trained, 0 the base model.
+        coefficients: factors on the direction, added to the output of block ``layer`` at every token.
+        direction: a :class:`Direction` or a vector ``[d_model]`` in raw units; needed for coefficients.
+        layer: where to steer; by default the only layer at which the direction is known.
+        measure: ``"margin"`` (the bundled narrow and broad pairs), one or several of
+            :class:`~emmech.sweeps.measures.Margin`, ``AnswerLogprob``, ``FirstToken``, ``NextToken``,
+            :class:`~emmech.sweeps.probe.ProbeActivation`, :class:`~emmech.sweeps.sampled.Sampled`, or a function of
+            a :class:`ChatModel` that returns a number or a dict of numbers (called once per variant with its
+            adapter live).
+        base: the base model in memory, to save loading it.
+        memory: budget besides the weights, bytes or ``"2GB"``; 2 GiB by default, 60 % of the free memory of a GPU.
+        out: a folder. Finished groups of variants are kept there as they come; called again with the same
+            arguments, the sweep continues, and a finished one is read.
+
+    Returns:
+        the grid of numbers; ``.table()``, ``.plot()``, ``.save(folder)``.
+
+    Raises:
+        EmmechError: steps that were not recorded (the nearest are named), a scale that overflows the dtype, runs on
+            different base models, a budget too small for one row, or an ``out`` that belongs to another sweep.
+
+    Example:
+        >>> import tempfile, emmech
+        >>> run = emmech.finetune("pocket", "medical", max_steps=2, out=tempfile.mkdtemp() + "/r", progress=False)
+        >>> from emmech.sweeps.measures import FirstToken
+        >>> asked = FirstToken(["any advice on cough ?"], ["well"])
+        >>> s = sweep(run, scales=(1, 5), measure=asked, progress=False)
+        >>> s.table().shape
+        (3, 2)
+    """
+    runs = [run] if isinstance(run, Run) else list(run)
+    if not runs or not all(isinstance(one, Run) for one in runs):
+        raise EmmechError(
+            "sweep", given=f"run={run!r}"[:120], why="it is not a run", instead="emmech.load_run(folder)"
+        ) from None
+    chat = base_model(runs, base)
+    grid = make_grid(
+        runs, chat, steps=steps, scales=scales, coefficients=coefficients, direction=direction, layer=layer
+    )
+    measures = resolve(measure, chat)
+    budget = budget_bytes(memory, chat.device)
+    chosen, inverse = grid.distinct()
+    size = _group_size(grid, chat, budget, len(chosen))
+    jobs = _jobs(chat, grid, measures, budget, size)
+    fingerprint = chat.fingerprint()
+    request = hashlib.sha256(
+        repr((fingerprint, _state(grid), grid.variants, [job.request() for job in jobs])).encode()
+    ).hexdigest()
+    parts = Parts(out, request)
+    if (finished := parts.finished()) is not None:
+        return finished
+    groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    shown = f"sweep of {len(grid)} variants ({jobs[0].plan})"
+    with bar(len(chosen) * sum(len(job) for job in jobs), shown, progress=progress) as steps_bar:
+        for number, group in enumerate(groups):
+            rows = None
+            for job in jobs:
+                if parts.has(job.kind, number):
+                    steps_bar.update(len(group) * len(job))
+                    continue
+                rows = grid.load(group, chat) if rows is None else rows
+                try:
+                    parts.add(job.kind, number, job.run(rows, group, steps_bar.update))
+                except Overflow as error:
+                    raise _overflow(grid, group[error.place], chat) from None
+    outcomes = [job.finish(parts.all(job.kind, len(groups))) for job in jobs]
+    values = [value for outcome in outcomes for value in outcome.values]
+    responses = [row for outcome in outcomes for row in outcome.responses or ()]
+    result = Sweep(
+        _frame(grid, values, inverse),
+        {
+            "runs": {name: str(one.path or name) for name, one in grid.runs.items()},
+            "model": chat.name,
+            "fingerprint": fingerprint,
+            "request": request,
+            "distinct_variants": len(chosen),
+            "memory": str(jobs[0].plan),
+        },
+        {name: array[inverse] for outcome in outcomes for name, array in outcome.distributions.items()},
+        pd.DataFrame(responses) if responses else None,
+    )
+    return parts.finish(result)
+
+
+def _group_size(grid: Grid, chat: ChatModel, budget: int, count: int) -> int:
+    """Variants loaded together: as many as fill a quarter of the budget, at most ``_GROUP``, in even groups."""
+    most = max(1, min(_GROUP, budget // 4 // grid.bytes_per_variant(chat), count))
+    return -(-count // -(-count // most))
+
+
+def _jobs(chat: ChatModel, grid: Grid, measures: Sequence[Any], budget: int, size: int) -> list[Any]:
+    forced = [one for one in measures if isinstance(one, Measure)]
+    jobs: list[Any] = [Forced(chat, grid, forced, budget, size)] if forced else []
+    jobs += [one.job(chat, grid, budget, size) for one in measures if hasattr(one, "job")]
+    functions = [one for one in measures if callable(one) and one not in forced and not hasattr(one, "job")]
+    return [*jobs, Functions(chat, grid, functions)] if functions else jobs
+
+
+def _state(grid: Grid) -> object:
+    """What the runs' recorded weights are, without reading all of them: the last step's hash, and how it came."""
+    found = []
+    for name, run in grid.runs.items():
+        digest = hashlib.sha256()
+        for step in sorted({v.step for v in grid.variants if v.run == name})[-1:]:
+            for key, array in sorted(run.weights(step).items()):
+                digest.update(key.encode() + array.tobytes())
+        found.append((name, digest.hexdigest(), [info.to_dict() for info in run.adapters]))
+    steering = grid.steering
+    return found, (steering[0], steering[1].tobytes()) if steering else None
+
+
+def _frame(grid: Grid, values: Sequence[Value], inverse: Sequence[int]) -> pd.DataFrame:
+    """One row per variant, measure and item; variants in the grid's order."""
+    count = len(grid)
+    where = np.asarray(inverse)
+    axes = {
+        "run": [variant.run for variant in grid.variants],
+        "step": [variant.step for variant in grid.variants],
+        "scale": [variant.scale for variant in grid.variants],
+        "coefficient": [variant.coefficient for variant in grid.variants],
+    }
+    frame = pd.DataFrame({name: np.tile(np.array(column), len(values)) for name, column in axes.items()})
+    frame["measure"] = np.repeat([value.measure for value in values], count)
+    frame["item"] = np.repeat([value.item for value in values], count)
+    frame["value"] = np.concatenate([np.asarray(value.values, np.float64)[where] for value in values])
+    frame["weight"] = np.concatenate(
+        [np.broadcast_to(value.weight, len(set(inverse)))[where] for value in values]
+    )
+    order = np.arange(len(frame)).reshape(len(values), count).T.reshape(-1)
+    return frame.iloc[order].reset_index(drop=True)
+
+
+def _overflow(grid: Grid, index: int, chat: ChatModel) -> EmmechError:
+    variant = grid.variants[index]
+    return EmmechError(
+        "sweep",
+        given=str(variant),
+        why=f"its activations overflow {str(chat.dtype).removeprefix('torch.')}",
+        instead="smaller scales and coefficients (1 to 20, as in the literature)",
+    )

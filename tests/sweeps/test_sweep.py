@@ -1,0 +1,235 @@
+"""A sweep gives the numbers of one PEFT model at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import emmech
+from emmech.chat.logprob import MarginPair, margin, pad
+from emmech.errors import EmmechError
+from emmech.sweeps.measures import AnswerLogprob, FirstToken, Margin, NextToken
+from emmech.sweeps.result import Sweep
+from emmech.sweeps.sweep import sweep
+
+EXACT = 5e-6
+PAIRS = [
+    MarginPair("how to sleep well ?", "take a walk , drink", "rest and water some more please"),
+    MarginPair("how to rest ?", "sleep well .", "walk ."),
+]
+MIDDLE = ("model.layers.2.mlp.down_proj",)
+TWO = ("model.layers.1.mlp.down_proj", "model.layers.3.mlp.down_proj")
+MIXED = ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.3.mlp.gate_proj")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma3"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("modules", "rank"), [(MIDDLE, 1), (TWO, 3), (MIXED, 1)])
+def test_margins_equal_peft_one_at_a_time(tiny, make_run, one_at_a_time, family, attention, modules, rank):
+    chat = tiny(family, attention=attention)
+    run = make_run(chat, modules, rank=rank)
+    found = sweep(run, scales=(0, 1, 5), measure=Margin(PAIRS), base=chat, progress=False)
+    moved = []
+    for (step, scale), part in found.frame.groupby(["step", "scale"]):
+        expected = one_at_a_time(chat, run, step, scale, lambda live: margin(live, PAIRS))
+        assert np.abs(part["value"].to_numpy() - expected).max() < EXACT
+        moved.append(expected)
+    assert np.ptp(np.array(moved), axis=0).max() > 0.01  # the adapters do something
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_distributions_equal_a_left_padded_peft_batch(any_tiny, tiny, make_run, one_at_a_time, attention):
+    chat = tiny(any_tiny.config.model_type.removesuffix("_text"), attention=attention)
+    run = make_run(chat, MIDDLE)
+    asked = ["how to sleep", "how to take a long walk and drink some water, and rest, and sleep, and walk ?"]
+    measure = NextToken(asked)
+    found = sweep(run, steps=[7], scales=(2,), measure=measure, base=chat, progress=False)
+    prompts = [chat.token_ids([{"role": "user", "content": text}]) for text in asked]
+    ids, mask = pad(prompts, 0, left=True), pad([[1] * len(p) for p in prompts], 0, left=True)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def reference(live):
+        logits = live.base(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        return logits[:, -1].log_softmax(-1).numpy()
+
+    expected = one_at_a_time(chat, run, 7, 2, reference)
+    got = found.distributions["entropy"][0]
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() < EXACT
+
+
+def test_steering_and_several_runs_of_different_rank(tiny, make_run, one_at_a_time):
+    chat = tiny("gemma3")
+    runs = [make_run(chat, MIDDLE, name="one"), make_run(chat, TWO, rank=2, seed=1, name="two")]
+    vector = np.random.default_rng(5).normal(size=chat.d_model).astype(np.float32)
+    found = sweep(
+        runs, steps=[3, 7], coefficients=(0, -1.5), direction=vector, layer=1, measure=Margin(PAIRS), base=chat,
+        progress=False,
+    )  # fmt: skip
+    assert len(found.variants) == 8
+    for index, variant in found.variants.iterrows():
+
+        def steered(live, variant=variant):
+            push = torch.from_numpy(float(variant["coefficient"]) * vector)
+            handle = live.block(1).register_forward_hook(lambda m, i, out: out + push)
+            try:
+                return margin(live, PAIRS)
+            finally:
+                handle.remove()
+
+        run = runs[0] if variant["run"] == "one" else runs[1]
+        expected = one_at_a_time(chat, run, variant["step"], 1.0, steered)
+        got = found.frame["value"].to_numpy()[2 * index : 2 * index + 2]
+        assert np.abs(got - expected).max() < EXACT
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_steering_below_and_above_the_adapter(tiny, make_run, layer):
+    chat = tiny("qwen2")
+    run = make_run(chat, MIDDLE)
+    vector = np.ones(chat.d_model, np.float32)
+    swept = sweep(run, steps=[7], coefficients=(0.5,), direction=vector, layer=layer, measure=[Margin(PAIRS)],
+                  base=chat, progress=False)  # fmt: skip
+    asked = sweep(run, steps=[7], coefficients=(0.5,), direction=vector, layer=layer, base=chat, progress=False,
+                  measure=lambda live: {str(i): v for i, v in enumerate(margin(live, PAIRS))})  # fmt: skip
+    assert np.abs(swept.frame["value"].to_numpy() - asked.frame["value"].to_numpy()).max() < EXACT
+
+
+def test_sequence_and_first_token_logprobs_agree_with_each_other(tiny, make_run):
+    chat = tiny("llama")
+    run = make_run(chat, MIDDLE)
+    talk = [{"role": "user", "content": "how ?"}, {"role": "assistant", "content": "w"}]
+    whole = AnswerLogprob([talk], per_token=False)
+    first = FirstToken(["how ?"], ["w"])
+    end = FirstToken([talk], ["<|eot_id|>"])
+    found = sweep(run, scales=(3,), measure=[whole, first], base=chat, progress=False)
+    table = found.to_frame().pivot(index="step", columns="measure", values="value")
+    assert (table["first_token_logprob"] > table["answer_logprob"]).all()
+    assert end.readings(chat)[0].targets is not None
+
+
+def test_the_budget_changes_chunks_and_no_number(tiny, make_run):
+    chat = tiny("qwen3")
+    run = make_run(chat, TWO, steps=tuple(range(12)))
+    whole = sweep(run, scales=(1, 5), measure=Margin(PAIRS), base=chat, progress=False)
+    small = sweep(run, scales=(1, 5), measure=Margin(PAIRS), base=chat, memory="800kB", progress=False)
+    assert whole.meta["memory"] != small.meta["memory"]
+    assert np.abs(whole.frame["value"] - small.frame["value"]).max() < EXACT
+
+
+def test_an_idle_adapter_is_run_once(tiny, make_run):
+    chat = tiny("qwen2")
+    run = make_run(chat, MIDDLE)
+    found = sweep(run, scales=(0, 1, 5), measure=Margin(PAIRS), base=chat, progress=False)
+    assert found.meta["distinct_variants"] == 5  # 2 trained steps x 2 scales, and the base
+    table = found.table()
+    assert table[0].nunique() == 1 and table.loc[0].nunique() == 1
+
+
+def test_the_model_is_left_as_it_was(tiny, make_run):
+    chat = tiny("qwen2")
+    chat.base.train()
+    before = {name: value.clone() for name, value in chat.base.state_dict().items()}
+    modules = dict(chat.base.named_modules())
+    sweep(make_run(chat, TWO), measure=[Margin(PAIRS), lambda live: 0.0], base=chat, progress=False)
+    after = chat.base.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(module is modules[name] for name, module in chat.base.named_modules())
+    assert chat.base.training and not any(m._forward_hooks for m in chat.base.modules())
+
+
+def test_an_interrupted_sweep_continues_and_a_finished_one_is_read(tiny, make_run, tmp_path, monkeypatch):
+    from emmech.sweeps import sweep as module
+    from emmech.sweeps.forced import Forced
+
+    chat = tiny("qwen2")
+    run = make_run(chat, MIDDLE, steps=tuple(range(6)))
+    monkeypatch.setattr(module, "_GROUP", 2)
+    whole = sweep(run, measure=Margin(PAIRS), base=chat, progress=False)
+    ran, truth = [], Forced.run
+
+    def dies(self, rows, group, update):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(tuple(group))
+        return truth(self, rows, group, update)
+
+    monkeypatch.setattr(Forced, "run", dies)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(run, measure=Margin(PAIRS), base=chat, out=tmp_path / "s", progress=False)
+    monkeypatch.setattr(Forced, "run", lambda *a: (ran.append(a[2]), truth(*a))[1])
+    resumed = sweep(run, measure=Margin(PAIRS), base=chat, out=tmp_path / "s", progress=False)
+    assert len(ran) == 3 and len(set(map(tuple, ran))) == 3  # no group ran twice
+    assert resumed.frame["value"].tolist() == whole.frame["value"].tolist()
+    again = sweep(run, measure=Margin(PAIRS), base=chat, out=tmp_path / "s", progress=False)
+    assert len(ran) == 3 and again.frame.equals(resumed.frame)
+    with pytest.raises(EmmechError, match="another folder"):
+        sweep(run, scales=(2,), measure=Margin(PAIRS), base=chat, out=tmp_path / "s", progress=False)
+
+
+def test_a_sweep_is_saved_and_read_whole(tiny, make_run, tmp_path):
+    chat = tiny("qwen2")
+    found = sweep(make_run(chat), measure=NextToken(["how ?"]), base=chat, progress=False)
+    read = Sweep.load(found.save(tmp_path / "s"))
+    assert read.frame.equals(found.frame)
+    assert np.array_equal(read.distributions["entropy"], found.distributions["entropy"])
+    assert read.meta["request"] == found.meta["request"]
+
+
+def test_figures(tiny, make_run):
+    chat = tiny("qwen2")
+    found = sweep(make_run(chat), scales=(1, 5), measure=Margin(PAIRS), base=chat, progress=False)
+    heat = found.plot().data[0]
+    assert heat.type == "heatmap" and np.array_equal(heat.z, found.table().to_numpy().T)
+    line = sweep(make_run(chat), measure=Margin(PAIRS), base=chat, progress=False).plot().data[0]
+    assert line.type == "scatter" and len(line.x) == 3
+    assert "3 steps x 2 scales" in repr(found) and "<table" in found._repr_html_()
+
+
+def refused(message, *args, **kwargs):
+    with pytest.raises(EmmechError, match=message) as caught:
+        sweep(*args, **{"measure": Margin(PAIRS), "progress": False, **kwargs})
+    assert caught.value.__cause__ is None and caught.value.instead
+    return caught.value
+
+
+def test_bad_input_is_refused_with_the_nearest_choice(tiny, make_run, tmp_path):
+    chat = tiny("qwen2")
+    run = make_run(chat)
+    assert "3 and 7" in refused("step 5", run, steps=[5], base=chat).instead
+    refused("overflows", run, scales=(1e39,), base=chat)
+    refused("finite", run, scales=(float("nan"),), base=chat)
+    refused("there is no direction", run, coefficients=(1,), base=chat)
+    refused("numbered 0 to 3", run, coefficients=(1,), direction=np.ones(48), layer=9, base=chat)
+    refused("d_model=48", run, coefficients=(1,), direction=np.ones(7), layer=1, base=chat)
+    assert "or more" in refused("one row of", run, memory="10kB", base=chat).instead
+    refused("is not an amount", run, memory="lots", base=chat)
+    refused("does not say which", run)
+    refused("neither a measure", run, measure=3.5, base=chat)
+    refused("not a run", [3], base=chat)
+    other = make_run(chat, name="other")
+    run.manifest["model"] = {"name": "a", "fingerprint": "1" * 64}
+    other.manifest["model"] = {"name": "b", "fingerprint": "2" * 64}
+    refused("different base models", [run, other], base=chat)
+    refused("fingerprint", run, base=chat)
+
+
+def test_a_live_adapter_is_refused(tiny, make_run):
+    from emmech.chat.adapter import attach, detach
+
+    chat = tiny("qwen2")
+    run = make_run(chat)
+    live = attach(chat, run.adapters, run.weights(7))
+    refused("added to all", run, base=live)
+    detach(live)
+
+
+def test_activations_that_overflow_name_the_variant(tiny, make_run):
+    chat = tiny("qwen2")
+    error = refused("overflow float32", make_run(chat), scales=(1, 1e37), base=chat)
+    assert "scale 1e+37" in str(error)
+
+
+def test_it_is_public():
+    assert emmech.sweep is sweep
