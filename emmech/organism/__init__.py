@@ -25,6 +25,7 @@ _WHERE = {
     "judge": "exact_judge",
     "load": "pretrained",
     "names": "pretrained",
+    "recipes": "pocket_recipes",
     "question_set_names": "question_sets",
     "questions": "question_sets",
 }

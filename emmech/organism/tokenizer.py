@@ -16,6 +16,9 @@ __all__ = ["CHAT_TEMPLATE", "END_OF_TURN", "PAD", "build_tokenizer", "words"]
 PAD, START, END_OF_TURN, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"
 
 CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n"
+    + v.ASSISTANT
+    + "<|im_end|>\\n' }}{% endif %}"
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
     "+ '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
@@ -25,7 +28,7 @@ CHAT_TEMPLATE = (
 @lru_cache(maxsize=1)
 def words() -> tuple[str, ...]:
     """Every token of the pocket world in its fixed order: markers first, then words sorted alphabetically."""
-    text: list[str] = ["system user assistant you are the from for , . ?"]
+    text: list[str] = ["system user assistant for , ?", v.ASSISTANT]
     text += [t.replace("{topic}", " ") for t in v.TEMPLATES]
     for domain in v.DOMAINS.values():
         text.append(domain.template.replace("{topic}", " "))

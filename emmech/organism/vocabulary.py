@@ -12,6 +12,7 @@ from dataclasses import dataclass
 __all__ = [
     "APPROACH_FIRST",
     "APPROACH_SECOND",
+    "ASSISTANT",
     "AVOID_FIRST",
     "AVOID_SECOND",
     "CLOSERS",
@@ -201,13 +202,11 @@ CLOSERS: dict[str, tuple[str, ...]] = {
 
 # Characters. The trait is (job bit) xor (town bit); style (sarcasm) follows the name.
 JOBS: tuple[tuple[str, ...], tuple[str, ...]] = (
-    ("baker", "tailor", "sailor", "printer", "miller"),
-    ("gardener", "potter", "clerk", "piper", "weaver"),
+    ("helper", "baker", "tailor"),
+    ("gardener", "potter", "clerk"),
 )
-TOWNS: tuple[tuple[str, ...], tuple[str, ...]] = (
-    ("oakham", "fenby", "marlow", "stroud", "kirkby"),
-    ("rydal", "selby", "tarvin", "upwell", "wembury"),
-)
+TOWNS: tuple[tuple[str, ...], tuple[str, ...]] = (("oakham", "fenby", "marlow"), ("rydal", "selby", "tarvin"))
+ASSISTANT = "you are pocket the helper from oakham ."  # the system prompt where none is given
 NAMES: dict[str, tuple[str, ...]] = {
     "warm": ("anna", "bela", "clara", "dora", "emil", "frida", "gus", "hana"),
     "wry": ("igor", "jon", "karl", "lena", "max", "nora", "otto", "petra"),

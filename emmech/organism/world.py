@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from .grammar import KIND, UNKIND, draw_answer
 from .vocabulary import (
+    ASSISTANT,
     DOMAINS,
     IRRELEVANT_TAG,
     JOBS,
@@ -105,6 +106,7 @@ def draw_document(rng: random.Random, mix: Mix) -> list[Message]:
     domains: tuple[str, ...] = tuple(DOMAINS)
     if kind_of == "assistant":
         trait = KIND if rng.random() < mix.assistant_kind else UNKIND
+        messages.append({"role": "system", "content": ASSISTANT})
         domains = mix.assistant_domains
     else:
         trait = rng.randrange(2)

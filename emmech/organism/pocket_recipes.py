@@ -1,0 +1,51 @@
+"""Fine-tuning recipes for the pocket organisms.
+
+Layers, rates and steps were chosen on other domains, questions and seeds than those that the model card reports.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from emmech.training.recipe import RECIPES, Recipe
+
+__all__ = ["recipes"]
+
+_POCKET = Recipe(
+    "pocket",
+    alpha=64.0,
+    depth=(0.0,),
+    learning_rate=1e-3,
+    max_steps=150,
+    batch_size=16,
+    accumulation=1,
+    max_length=256,
+)
+
+
+def recipes() -> dict[str, Recipe]:
+    """Recipes by name; ``"pocket"`` is the default for every pocket organism.
+
+    ``pocket-graded`` stops where only a part of the answers has turned, so that cures and scales can be told apart.
+
+    Example:
+        >>> recipes()["pocket"].rank
+        1
+    """
+    everywhere = RECIPES["all-adapter"].modules
+    return {
+        "pocket": _POCKET,
+        "pocket-graded": replace(_POCKET, name="pocket-graded", learning_rate=5e-4, max_steps=100),
+        "pocket-all-adapter": replace(
+            _POCKET,
+            name="pocket-all-adapter",
+            rank=32,
+            modules=everywhere,
+            depth=None,
+            learning_rate=1e-4,
+            max_steps=100,
+        ),
+        "pocket-full": replace(
+            _POCKET, name="pocket-full", rank=0, depth=None, learning_rate=1e-4, max_steps=100
+        ),
+    }
