@@ -77,7 +77,7 @@ def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | 
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", OptimizeWarning)
-                found, covariance = curve_fit(curve, t, y, p0=guess, bounds=bounds, maxfev=4000)
+                found, covariance = curve_fit(curve, t, y, p0=guess, bounds=bounds, maxfev=300)
         except RuntimeError:
             continue
         loss = float(np.sum((curve(t, *found) - y) ** 2))

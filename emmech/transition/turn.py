@@ -190,7 +190,7 @@ def _angle(
     normal = np.linalg.pinv(design.T @ precision @ design)
     coefficients = normal @ (design.T @ precision @ increments)
     normal = excess * normal
-    angle = _between(coefficients @ coefficients.T - normal)
+    angle = float(_between(coefficients @ coefficients.T - normal))
     m = int(np.clip(round(dimensions), 2, DIMENSIONS))
     plane = np.linalg.svd(coefficients, full_matrices=False)
     known = (plane[0] * plane[1])[:, : min(2, plane[0].shape[1])]
@@ -200,13 +200,16 @@ def _angle(
     draws += np.matmul(root, rng.standard_normal(draws.shape)) / np.sqrt(draws.shape[-1])
     # the drawn coefficients carry the noise twice: once from the data, once from the draw
     grams = np.matmul(draws, np.swapaxes(draws, -1, -2)) - 2 * normal
-    spread = np.array([_between(gram) for gram in grams])
-    low, high = np.quantile(spread, [0.025, 0.975])
+    low, high = np.quantile(_between(grams), [0.025, 0.975])
     return angle, float(min(low, angle)), float(max(high, angle))
 
 
-def _between(gram: Array) -> float:
-    size = gram[0, 0] * gram[1, 1]
-    if gram[0, 0] <= 0 or gram[1, 1] <= 0:
-        return 90.0  # a side without direction of its own is as likely on either hand of the other
-    return float(np.degrees(np.arccos(np.clip(gram[0, 1] / np.sqrt(size), -1.0, 1.0))))
+def _between(gram: Array) -> Array:
+    """Angle in degrees between two vectors from their Gram matrix ``[..., 2, 2]``.
+
+    A side whose length is all noise has no direction, and is as likely on either hand of the other: 90 degrees.
+    """
+    first, second = gram[..., 0, 0], gram[..., 1, 1]
+    known = (first > 0) & (second > 0)
+    size = np.sqrt(np.where(known, first * second, 1.0))
+    return np.degrees(np.arccos(np.clip(np.where(known, gram[..., 0, 1] / size, 0.0), -1.0, 1.0)))

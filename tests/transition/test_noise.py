@@ -1,0 +1,53 @@
+"""The noise of a path is recovered from the path, whatever its drift does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from paths import make_path
+
+from emmech.transition.changepoint import noise_around_drift
+from emmech.transition.noise import Noise, estimate_noise
+
+
+def around(path: np.ndarray) -> Noise:
+    return noise_around_drift(path.astype(np.float64), np.arange(float(len(path))))[0]
+
+
+@pytest.mark.parametrize("kind", ["straight", "turn", "walk"])
+@pytest.mark.parametrize("sigma", [0.1, 1.0, 3.0])
+def test_white_noise_is_measured_around_any_drift(kind: str, sigma: float) -> None:
+    noise = around(make_path(kind, 31, steps=200, sigma=sigma)[0])
+    assert noise.energy.mean() == pytest.approx(sigma**2, rel=0.1)
+    assert noise.memory_time < 1.3
+    assert noise.dimensions == pytest.approx(64, rel=0.15)
+
+
+@pytest.mark.parametrize(("rho", "low", "high"), [(0.5, 2.2, 4.5), (0.9, 10.0, 45.0)])
+def test_the_memory_of_the_noise_is_found(rho: float, low: float, high: float) -> None:
+    noise = around(make_path("turn", 32, steps=300, noise=f"ar{rho}")[0])
+    assert low < noise.memory_time < high  # (1 + rho) / (1 - rho) is 3 and 19
+
+
+def test_an_error_of_each_record_is_told_from_diffusion() -> None:
+    noise = around(make_path("straight", 33, steps=300, noise="record")[0])
+    assert -0.5 <= noise.first < -0.3
+    assert noise.floor(40) < 3 * noise.floor(1)  # diffusion would give 6.3 times
+
+
+def test_falling_energy_is_followed() -> None:
+    path, _ = make_path("straight", 34, steps=300, decay=True, noise_decays=True)
+    energy = around(path).energy
+    assert energy[:30].mean() > 30 * energy[-30:].mean()
+
+
+def test_sampled_noise_has_the_stated_covariance() -> None:
+    noise = Noise(np.linspace(1, 2, 12), 0.6, 0.7, 40.0)
+    drawn = noise.sample(2000, 40, np.random.default_rng(0))
+    measured = np.einsum("pid,pjd->ij", drawn, drawn) / 2000
+    np.testing.assert_allclose(measured, noise.covariance(), atol=0.05)
+
+
+def test_a_path_without_noise_has_none() -> None:
+    line = np.arange(50.0)[:, None] * np.eye(3)[:1]
+    assert estimate_noise(line).energy.max() < 1e-9

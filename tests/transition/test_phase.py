@@ -1,0 +1,287 @@
+"""phase_transition as a user meets it: results, controls, odd trajectories and errors."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from paths import make_path
+
+from emmech import EmmechError, Run, phase_transition
+
+COLUMNS = {"kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model"}
+
+
+def run_of(path: np.ndarray, steps: Any = None, metrics: Any = None, name: str = "made") -> Run:
+    steps = np.arange(len(path)) if steps is None else steps
+    return Run.from_arrays(steps, B=path.astype(np.float32), metrics=metrics, name=name)
+
+
+def several(paths: list[np.ndarray]) -> Any:
+    """A run of several adapters, as far as phase_transition looks at one."""
+    names = [f"layers.{i}.mlp.down_proj" for i in range(len(paths))]
+    return SimpleNamespace(
+        name="several",
+        steps=np.arange(len(paths[0])),
+        adapters=tuple(SimpleNamespace(name=name) for name in names),
+        B=lambda name: paths[names.index(name)],
+        metrics=None,
+        projection=None,
+    )
+
+
+def test_a_turn_is_reported_in_every_form() -> None:
+    path, turn = make_path("turn", 800_001)
+    t = phase_transition(run_of(path))
+    assert t.mechanistic.step == turn and t.mechanistic.low <= turn <= t.mechanistic.high
+    assert set(t.detectors.columns) >= COLUMNS
+    assert list(t.detectors.index) == ["turn", "local-cosine", "pca-turn", "norm-growth", "gradient-norm"]
+    row = t.detectors.loc["turn"]
+    assert row.p_value < 0.05 and row.strength == pytest.approx(60, abs=8)
+    assert abs(t.detectors.step["pca-turn"] - turn) <= 4
+    assert t.detectors.strength["local-cosine"] > -0.75
+    for text in (t.summary(), repr(t), t._repr_html_()):
+        assert f"step {turn}" in text
+    assert "high" in t.detectors.high_means["pca-turn"] and "180 a reversal" in t.detectors.high_means["turn"]
+    assert not t.behavioural and "no margins" in t.behavioural.reason and not t.lag
+    assert t.specific is None and "none given" in t.summary()
+
+
+def test_the_same_seed_gives_the_same_numbers() -> None:
+    run = run_of(make_path("turn", 800_002)[0])
+    first, second = (phase_transition(run, seed=3, n_null=39).detectors for _ in range(2))
+    pd.testing.assert_frame_equal(first, second)
+
+
+def test_optimiser_steps_need_not_be_evenly_recorded() -> None:
+    rng = np.random.default_rng(800_003)
+    steps = np.cumsum(rng.integers(1, 20, 120))
+    gap = np.diff(steps)
+    u = np.zeros((119, 64))
+    u[:50, 0], u[50:, 0], u[50:, 1] = 1, 0.5, np.sqrt(0.75)
+    noise = 3 * np.sqrt(gap)[:, None] * rng.standard_normal((119, 64)) / 8
+    path = np.vstack([np.zeros(64), np.cumsum(gap[:, None] * u + noise, axis=0)])
+    assert abs(np.searchsorted(steps, phase_transition(run_of(path, steps)).mechanistic.step) - 50) <= 1
+
+
+@pytest.mark.parametrize("kind", ["straight", "walk"])
+def test_without_a_turn_the_answer_is_not_measurable(kind: str) -> None:
+    t = phase_transition(run_of(make_path(kind, 800_004)[0]))
+    assert t.mechanistic.step is None and str(t.mechanistic).startswith("not measurable")
+    assert t.detectors.p_value["turn"] > 0.05
+
+
+def test_a_control_that_turns_as_well_is_said_to() -> None:
+    run, control = (run_of(make_path("turn", s)[0], name=n) for s, n in ((800_005, "bad"), (800_006, "good")))
+    t = phase_transition(run, control)
+    assert t.specific is not None and t.specific.verdict == "shared" and not t.specific
+    assert t.specific.low <= 0 <= t.specific.high
+    assert "the control turns as well" in t.summary()
+    assert set(t.to_frame().role) == {"run", "control"}
+
+
+def test_a_turn_that_the_control_has_not_is_specific() -> None:
+    t = phase_transition(run_of(make_path("turn", 800_007)[0]), run_of(make_path("straight", 800_008)[0]))
+    assert t.specific is not None and t.specific.verdict == "specific" and t.specific
+    assert t.specific.difference == pytest.approx(60, abs=12) and t.specific.low > 20
+
+
+def test_a_run_without_a_turn_has_nothing_to_compare() -> None:
+    t = phase_transition(run_of(make_path("straight", 800_009)[0]), run_of(make_path("turn", 800_010)[0]))
+    assert t.specific is not None and t.specific.verdict == "not measurable"
+    assert "the control turns" in t.specific.text
+
+
+def test_metrics_give_gradient_peak_behaviour_and_lag() -> None:
+    path, turn = make_path("turn", 800_011)
+    rng = np.random.default_rng(800_011)
+    s = np.arange(120)
+    metrics = pd.DataFrame(
+        {
+            "grad_norm": np.exp(0.15 * rng.standard_normal(120) + 1.5 * np.exp(-(((s - 45) / 14) ** 2))),
+            "margin_narrow": 1 / (1 + np.exp(-(s - 70) / 5)) + 0.02 * rng.standard_normal(120),
+            "margin_broad": 0.4 / (1 + np.exp(-(s - 85) / 5)) + 0.02 * rng.standard_normal(120),
+        },
+        index=s,
+    )
+    metrics.loc[s % 4 != 0, ["margin_narrow", "margin_broad"]] = np.nan
+    t = phase_transition(run_of(path, metrics=metrics))
+    assert t.detectors.p_value["gradient-norm"] < 0.05 and abs(t.detectors.step["gradient-norm"] - 45) <= 8
+    assert "all trained parameters" in t.detectors.note["gradient-norm"]
+    assert t.behavioural.step == pytest.approx(85, abs=3)
+    assert t.detectors.step["margin-narrow"] == pytest.approx(70, abs=3)
+    assert t.lag.steps == pytest.approx(85 - turn, abs=4) and t.lag.low < t.lag.steps < t.lag.high
+
+
+def test_rank_above_one_adds_the_subspace_and_rank_one_with_an_axis_does_not() -> None:
+    columns = [make_path("turn", 800_012 + i, sigma=0.7)[0] for i in range(2)]
+    b = np.stack([columns[0], columns[1][:, ::-1]], axis=-1)
+    t = phase_transition(run_of(b))
+    assert abs(t.detectors.step["subspace"] - 54) <= 3 and t.detectors.p_value["subspace"] < 0.05
+    assert "subspace" not in phase_transition(run_of(b[:, :, :1]), n_null=19).detectors.index
+
+
+@pytest.mark.parametrize("kind", ["straight", "walk"])
+def test_the_subspace_of_a_path_without_a_turn_is_rarely_called(kind: str) -> None:
+    called = 0
+    for i in range(20):
+        columns = [make_path(kind, 801_000 + 2 * i + j, steps=80)[0] for j in range(2)]
+        b = np.stack([columns[0], columns[1][:, ::-1]], axis=-1)
+        called += phase_transition(run_of(b), n_null=19).detectors.p_value["subspace"] < 0.05
+    assert called <= 3  # n_null = 19 has its smallest p-value, 0.05, at the limit
+
+
+def test_adapters_that_rearrange_raise_comp_and_parallel_ones_do_not() -> None:
+    rng = np.random.default_rng(800_020)
+    axes = np.linalg.qr(rng.standard_normal((64, 6)))[0].T
+    early, late = axes[:3], axes[3:]
+    steps = np.where(np.arange(120)[None, :, None] < 50, early[:, None], 3 * late[:, None])
+    rearranged = np.cumsum(steps + 0.5 * rng.standard_normal(steps.shape) / 8, axis=1)
+    t = phase_transition(several(list(rearranged)))
+    assert (
+        t.detectors.p_value["comp"] < 0.05
+        and t.detectors.low["comp"] <= 60
+        and t.detectors.high["comp"] >= 50
+    )
+    straight = [make_path("straight", 800_021 + i)[0][:, rng.permutation(64)] for i in range(3)]
+    assert phase_transition(several(straight)).detectors.p_value["comp"] > 0.05
+    steps_centred = phase_transition(several(straight), centre="steps", n_null=19)
+    assert "de-meaned over steps" in steps_centred.detectors.note["comp"]
+
+
+def test_one_adapter_of_several_can_be_chosen() -> None:
+    paths = [make_path("straight", 800_030)[0], make_path("turn", 800_031)[0]]
+    name = "layers.1.mlp.down_proj"
+    t = phase_transition(several(paths), adapter=name)
+    assert t.mechanistic.step == 54 and "comp" not in t.detectors.index
+    with pytest.raises(EmmechError, match="did you mean 'layers.1.mlp.down_proj'"):
+        phase_transition(several(paths), adapter="layers.1.mlp.down_prj")
+
+
+def test_full_fine_tuning_is_seen_through_its_projection() -> None:
+    path, turn = make_path("turn", 800_032)
+    run = SimpleNamespace(name="full", steps=np.arange(120), adapters=(), projection=path, metrics=None)
+    assert phase_transition(run).mechanistic.step == turn
+
+
+def arc(noise: float) -> np.ndarray:
+    a = np.linspace(0, np.pi / 2, 150)
+    u = np.zeros((150, 64))
+    u[:, 0], u[:, 1] = np.cos(a), np.sin(a)
+    return np.cumsum(u + noise * np.random.default_rng(0).standard_normal(u.shape) / 8, axis=0)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 1.0])
+def test_an_arc_bends_everywhere_and_singles_out_no_step(noise: float) -> None:
+    t = phase_transition(run_of(arc(noise)))
+    assert t.mechanistic.step is None
+    assert "singles out no step" in t.mechanistic.reason or "no turn beyond" in t.mechanistic.reason
+
+
+def test_a_smooth_turn_has_its_width_reported() -> None:
+    a = np.clip((np.arange(200) - 80) / 40, 0, 1) * np.pi / 3
+    u = np.zeros((200, 64))
+    u[:, 0], u[:, 1] = np.cos(a), np.sin(a)
+    noise = np.random.default_rng(1).standard_normal(u.shape) / 8
+    t = phase_transition(run_of(np.cumsum(u + noise, axis=0)))
+    assert t.mechanistic.step == pytest.approx(99, abs=4)
+    assert 0.08 < t.run.path.width_share < 0.35 and "spread over about" in t.detectors.note["turn"]
+
+
+@pytest.mark.parametrize("angle", [90, 180])
+def test_exact_lines_without_noise(angle: int) -> None:
+    path, turn = make_path("turn", 0, sigma=0.0, angle=angle)
+    t = phase_transition(run_of(path))
+    assert t.mechanistic.step == turn and t.detectors.strength["turn"] == pytest.approx(angle, abs=0.5)
+
+
+def test_an_exact_straight_line_does_not_turn() -> None:
+    assert not phase_transition(run_of(make_path("straight", 0, sigma=0.0)[0])).mechanistic
+
+
+@pytest.mark.parametrize("at", [0.06, 0.94])
+def test_a_turn_near_an_end_is_found_or_not_called_but_never_misplaced(at: float) -> None:
+    for seed in range(10):
+        path, turn = make_path("turn", 802_000 + seed, at=at, steps=200)
+        step = phase_transition(run_of(path), n_null=39).mechanistic.step
+        assert step is None or abs(step - turn) <= 2
+
+
+def test_a_rest_after_training_is_no_turn() -> None:
+    path = make_path("straight", 800_040)[0]
+    assert not phase_transition(run_of(np.vstack([path, np.repeat(path[-1:], 60, axis=0)]))).mechanistic
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        (np.zeros((50, 8)), "never moved"),
+        (np.ones((50, 8)), "never moved"),
+        (make_path("turn", 1)[0][:9], "at least 10"),
+        (
+            np.vstack([make_path("turn", 1)[0][:6], np.repeat(make_path("turn", 1)[0][5:6], 60, 0)]),
+            "at least 10",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_says_why(path: np.ndarray, why: str) -> None:
+    t = phase_transition(run_of(path))
+    assert why in str(t.mechanistic) and why in t.summary()
+    assert t.detectors.step.isna().all() and t.plot() is not None
+
+
+@pytest.mark.parametrize("d", [1, 2, 3])
+def test_few_dimensions(d: int) -> None:
+    path = make_path("turn", 800_050, d=max(d, 2), sigma=0.3)[0][:, :d]
+    t = phase_transition(run_of(path))
+    assert (t.mechanistic.step is None) == (d == 1)  # in one dimension 60 degrees is only a change of speed
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"steps": np.r_[0, 0, 2:120]}, "step 0 after step 0"),
+        ({"steps": np.arange(120)[::-1]}, "must ascend"),
+        ({"steps": np.arange(119)}, "for 119 steps"),
+        ({"adapters": ()}, "no trajectory"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_refused(change: dict[str, Any], match: str) -> None:
+    run = several([make_path("turn", 1)[0]])
+    with pytest.raises(EmmechError, match=match):
+        phase_transition(SimpleNamespace(**{**vars(run), **change}))
+
+
+def test_nan_is_refused_with_its_step() -> None:
+    path = make_path("turn", 1)[0]
+    path[70, 3] = np.nan
+    with pytest.raises(EmmechError, match="at step 70"):
+        phase_transition(several([path]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"k": 60}, {"k": 0}, {"k": (5, 2.5)}, {"n_null": 10}, {"n_null": "many"}]
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(EmmechError, match="instead"):
+        phase_transition(run_of(make_path("turn", 1)[0]), **options)
+
+
+def test_the_figure_has_the_run_the_control_and_the_step() -> None:
+    t = phase_transition(
+        run_of(make_path("turn", 800_060)[0]), run_of(make_path("turn", 800_061)[0]), n_null=19
+    )
+    figure = t.plot()
+    names = [trace.name for trace in figure.data]
+    assert any(n.endswith("run") for n in names) and any(n.endswith("control") for n in names)
+    assert any("straight path" in n for n in names)
+    assert [shape.x0 for shape in figure.layout.shapes if shape.type == "line"] == [54, 54]
+    assert figure.layout.yaxis.title.text == "c_k"
+
+
+def test_windows_can_be_chosen() -> None:
+    t = phase_transition(run_of(make_path("turn", 800_062)[0]), k=(3, 12), n_null=19)
+    assert list(t.run.path.cosines) == [3, 12]
