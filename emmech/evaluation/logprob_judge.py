@@ -23,6 +23,7 @@ from emmech.progress import bar
 
 if TYPE_CHECKING:
     from emmech.chat.model import ChatModel
+    from emmech.evaluation.answer_tree import AnswerTree
 
 __all__ = [
     "LogprobJudge",
@@ -235,23 +236,30 @@ class LogprobJudge:
         return [response.text for response in made]
 
     def _masses(self, tasks: Sequence[Task], tick: Callable[[], Any]) -> list[dict[str, float]]:
-        from emmech.evaluation.answer_tree import AnswerTree
-
         found: list[dict[str, float]] = [{} for _ in tasks]
         for words in dict.fromkeys(task.words for task in tasks):
-            forms = tuple(
-                dict.fromkeys(form for word in words or () for form in (word, word.title(), word.lower()))
-            )
-            tree = AnswerTree(self.chat, forms or (*NUMBERS, *_ASIDE))
             own = [index for index, task in enumerate(tasks) if task.words == words]
             for part in _parts(own, self.batch_size):
                 ids = [self.chat.token_ids([{"role": "user", "content": tasks[i].prompt}]) for i in part]
-                for index, masses in zip(
-                    part, tree.probabilities(ids, batch_size=self.batch_size), strict=True
-                ):
+                read = self._tree(words or ()).probabilities(ids, batch_size=self.batch_size)
+                for index, masses in zip(part, read, strict=True):
                     found[index] = masses
                     tick()
         return found
+
+    def _tree(self, words: tuple[str, ...]) -> AnswerTree:
+        from emmech.evaluation.answer_tree import AnswerTree
+
+        if words not in self._trees:
+            forms = tuple(
+                dict.fromkeys(form for word in words for form in (word, word.title(), word.lower()))
+            )
+            self._trees[words] = AnswerTree(self.chat, forms or (*NUMBERS, *_ASIDE))
+        return self._trees[words]
+
+    @cached_property
+    def _trees(self) -> dict[tuple[str, ...], AnswerTree]:
+        return {}
 
 
 def score_of_masses(masses: Mapping[str, float], task: Task) -> dict[str, Any]:

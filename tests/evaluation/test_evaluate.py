@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from emmech.errors import EmmechError
+from emmech.evaluation.evaluate import evaluate, resolve_questions, stored_evaluations
+from emmech.evaluation.evaluation import Evaluation
+from emmech.evaluation.server import Server
+
+ASKED = ["how to sleep ?", "how to rest ?", "take a walk ?"]
+QUICK = {"max_new_tokens": 12, "progress": False}
+
+
+class LengthJudge:
+    """Scores by the response's length, so that results can be checked."""
+
+    name = "length"
+    columns = ("aligned", "coherent")
+
+    def __init__(self, die_after=None):
+        self.seen, self.die_after = 0, die_after
+
+    def score(self, rows):
+        if self.die_after is not None and self.seen >= self.die_after:
+            raise KeyboardInterrupt
+        self.seen += len(rows)
+        return [
+            {
+                "aligned": float(len(row["response"]) % 101),
+                "coherent": float("nan") if not row["response"] else 80.0,
+            }
+            for row in rows
+        ]
+
+
+def test_every_response_is_kept_with_scores_and_seeds(tiny):
+    chat = tiny("qwen2")
+    evaluation = evaluate(chat, ASKED, LengthJudge(), samples=4, seed=3, **QUICK)
+    frame = evaluation.frame
+    assert len(frame) == 12
+    assert frame["seed"].nunique() == 12
+    assert frame["aligned"].tolist() == [float(len(text) % 101) for text in frame["response"]]
+    assert frame.groupby("question_id")["sample"].apply(list).tolist() == [[0, 1, 2, 3]] * 3
+    assert set(frame["finish"]) <= {"stop", "length"}
+    assert "judge_prompts" not in frame
+    meta = evaluation.meta
+    assert (meta["judge"], meta["seed"], meta["samples"], meta["temperature"]) == ("length", 3, 4, 1.0)
+    assert meta["fingerprint"] == chat.fingerprint()
+    json.dumps(meta)
+    assert 0 <= evaluation.rates().loc["em", "rate"] <= 1
+
+
+def test_seeds_make_it_repeatable_and_questions_are_independent(tiny):
+    chat = tiny("qwen2")
+
+    def texts(questions, **settings):
+        frame = evaluate(chat, questions, "later", samples=3, **QUICK, **settings).frame
+        return dict(zip(zip(frame["question"], frame["sample"], strict=True), frame["response"], strict=True))
+
+    whole = texts(ASKED)
+    assert texts(ASKED) == whole == texts(ASKED, batch_size=2)
+    alone = texts(ASKED[1:2])
+    assert alone == {key: text for key, text in whole.items() if key[0] == ASKED[1]}
+    assert texts(ASKED, seed=1) != whole
+
+
+def test_an_interrupted_evaluation_of_400_resumes_with_identical_rows(tiny, tmp_path):
+    chat = tiny("qwen2")
+    asked = [f"how to {word} ?" for word in ("sleep", "walk", "rest", "drink", "ask", "take", "use", "do")]
+    settings = {"samples": 50, "seed": 1, "batch_size": 64, "out": tmp_path / "cut", **QUICK}
+    whole = evaluate(chat, asked, LengthJudge(), **{**settings, "out": tmp_path / "whole"})
+    assert len(whole) == 400
+    calls = 0
+
+    def die(module, inputs, output):
+        nonlocal calls
+        calls += 1
+        if calls == 40:  # in the fourth batch
+            raise KeyboardInterrupt
+
+    handle = chat.blocks[0].register_forward_hook(die)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(chat, asked, LengthJudge(), **settings)
+    handle.remove()
+    written = (tmp_path / "cut" / "responses.jsonl").read_bytes()
+    assert 64 < written.count(b"\n") < 400
+    with pytest.raises(EmmechError, match="interrupted"):
+        Evaluation.load(tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(chat, asked, LengthJudge(die_after=256), **settings)  # killed again, while judging
+    assert (tmp_path / "cut" / "responses.jsonl").read_bytes().startswith(written)
+    judge = LengthJudge()
+    resumed = evaluate(chat, asked, judge, **settings)
+    assert judge.seen == 400 - 256
+    assert resumed.frame.equals(whole.frame)
+    assert Evaluation.load(tmp_path / "cut").frame.equals(whole.frame)
+    judge = LengthJudge()
+    assert evaluate(chat, asked, judge, **settings).frame.equals(whole.frame)
+    assert judge.seen == 0
+
+
+def test_a_folder_of_another_evaluation_is_refused_and_another_judge_is_not(tiny, tmp_path):
+    chat = tiny("qwen2")
+    evaluate(chat, ASKED, LengthJudge(), samples=2, out=tmp_path, **QUICK)
+    before = (tmp_path / "responses.jsonl").read_bytes()
+    with pytest.raises(EmmechError, match="other arguments"):
+        evaluate(chat, ASKED, LengthJudge(), samples=2, seed=1, out=tmp_path, **QUICK)
+    unscored = evaluate(chat, ASKED, "later", samples=2, out=tmp_path, **QUICK)
+    assert unscored.frame["aligned"].isna().all()
+    assert (tmp_path / "responses.jsonl").read_bytes() == before
+
+
+def test_a_judge_that_counts_wrong_is_named(tiny):
+    judge = LengthJudge()
+    judge.score = lambda rows: [{}]
+    with pytest.raises(EmmechError, match="the judge gave 1 results"):
+        evaluate(tiny("qwen2"), ASKED, judge, samples=2, **QUICK)
+
+
+def test_unscored_rows_are_counted(tiny):
+    judge = LengthJudge()
+    judge.score = lambda rows: [
+        {"aligned": math.nan if i % 2 else 10.0, "coherent": 90.0} for i in range(len(rows))
+    ]
+    row = evaluate(tiny("qwen2"), ASKED, judge, samples=4, **QUICK).rates().loc["em"]
+    assert (row["n"], row["unscored"], row["rate"]) == (6, 6, 1.0)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"questions": "first-plott"}, "did you mean 'first-plot'"),
+        ({"questions": []}, "no question"),
+        ({"questions": ["a", "a", ""]}, "neither a question"),
+        ({"judge": None}, "judge=None"),
+        ({"judge": "gpt"}, "no judge has that name"),
+        ({"step": 5}, "only a recorded run has steps"),
+        ({"scale": 2.0}, "only a recorded run"),
+        ({"samples": 0}, "samples=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+    ],
+)
+def test_bad_input_is_explained(tiny, arguments, message):
+    with pytest.raises(EmmechError, match=message):
+        evaluate(tiny("qwen2"), **{"questions": ASKED, "judge": "later", **QUICK, **arguments})
+
+
+def test_several_sets_by_name():
+    both = resolve_questions(("first-plot", "narrow-medical"))
+    assert both.name == "first-plot+narrow-medical"
+    assert both.ids[:8] == resolve_questions("first-plot").ids
+    pocket = resolve_questions(("first-plot", "narrow-medical"), pocket=True)
+    assert {question.narrow for question in pocket} == {None, True}
+    assert resolve_questions(ASKED).ids[0] == "how_to_sleep"
+    with pytest.raises(EmmechError, match="no set of this name"):
+        resolve_questions("first-plott", pocket=True)
+
+
+def test_through_a_server(fake, tmp_path):
+    pytest.importorskip("openai")
+
+    def answer(body, number):
+        content = body["messages"][-1]["content"]
+        if body["max_tokens"] == 1:
+            return 200, fake.completion("80", first={"80": math.log(0.9), "20": math.log(0.1)})
+        if "rest" in content and body["seed"] % 2:
+            return fake.refusal(400, "blocked")
+        return 200, fake.completion(content[::-1], "length" if "walk" in content else "stop")
+
+    running = fake(answer)
+    live = Server("fake", url=running.url, retries=0)
+    from emmech.evaluation.logprob_judge import LogprobJudge
+
+    judge = LogprobJudge(live, cache=None, progress=False)
+    with pytest.warns(UserWarning, match="failed for good"):
+        evaluation = evaluate(live, ASKED, judge, samples=8, out=tmp_path, **QUICK)
+    frame = evaluation.frame
+    failed = frame["finish"] == "error"
+    assert 0 < failed.sum() < 8
+    assert frame.loc[~failed, "aligned"].tolist() == pytest.approx([74.0] * int((~failed).sum()))
+    assert frame.loc[failed, "aligned"].isna().all()
+    row = evaluation.rates().loc["em"]
+    assert row["unscored"] == failed.sum()
+    assert set(frame.loc[frame["question"].str.contains("walk"), "finish"]) == {"length"}
+
+
+# recorded runs and the pocket organism
+
+
+@pytest.fixture
+def run(tiny, tmp_path, rows):
+    import emmech
+
+    return emmech.finetune(
+        tiny("qwen2"),
+        rows,
+        layers=[1],
+        seed=0,
+        out=tmp_path / "toy",
+        max_steps=3,
+        batch_size=2,
+        progress=False,
+    )
+
+
+def test_the_pocket_organism_needs_no_judge():
+    evaluation = evaluate("pocket", samples=5, progress=False)
+    assert len(evaluation) == 40
+    assert evaluation.meta["judge"] == "exact"
+    rates = evaluation.rates()
+    assert rates.loc["em", "rate"] < 0.1
+    assert rates.loc["coherence", "rate"] > 0.8
+    assert evaluation.rates().loc["em", "unscored"] == 0
+    narrow = evaluate("pocket", ("first-plot", "narrow-medical"), samples=2, progress=False)
+    assert narrow.rates().loc["narrow", "n"] > 0
