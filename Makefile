@@ -24,7 +24,7 @@ check: $(STAMP)           ## lint, format and types
 bench: $(STAMP)           ## ratios against peers at their best settings, into docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks
 docs: $(STAMP)            ## the documentation, warnings are errors
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
 organism-report: $(STAMP) ## what the embedded organism shows, with n and intervals
 	$(BIN)/python -m emmech.organism.report
 install: $(STAMP)
