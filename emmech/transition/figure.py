@@ -82,15 +82,16 @@ def _line(
     label: str,
     is_control: bool,
     place: tuple[int, int],
-    colour: str = COLOURS[0],
+    colour: str | None = None,
 ) -> None:
+    colour = colour or (CONTROL if is_control else COLOURS[0])
     figure.add_trace(
         go.Scatter(
             x=x,
             y=y,
             mode="lines",
             name=f"{label}, {'control' if is_control else 'run'}",
-            line={"color": CONTROL if is_control else colour, "dash": "dash" if is_control else "solid"},
+            line={"color": colour, "dash": "dash" if is_control else "solid"},
             hovertemplate=f"{side.name}<br>%{{x}}: %{{y:.4g}}<extra></extra>",
         ),
         row=place[0],

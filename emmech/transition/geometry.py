@@ -179,7 +179,9 @@ def comp_score(vectors: npt.ArrayLike, centre: str = "adapters") -> Array:
     """Similarity of several adapters' vectors at each step to those at the last step.
 
     comp(X, Y) = ||X^T Y||_F / (||X||_F ||Y||_F), with X the vectors at a step and Y those at the last step, as in
-    Convergent Linear Representations of Emergent Misalignment (arXiv 2506.11618).
+    Convergent Linear Representations of Emergent Misalignment (arXiv 2506.11618). X and Y are ``[adapters, d]``, so the
+    score compares which adapters agree with which, ||X^T Y||_F^2 = <X X^T, Y Y^T>: a rotation common to all adapters
+    leaves it as it is (the turn sees that one).
 
     Args:
         vectors: ``[..., adapters, steps, d]``.
@@ -187,7 +189,9 @@ def comp_score(vectors: npt.ArrayLike, centre: str = "adapters") -> Array:
             adapter's mean over the steps, as one public implementation does.
 
     Returns:
-        ``[..., steps]`` in [0, 1]; high means that the adapters are arranged as at the end. NaN where X is zero.
+        ``[..., steps]`` in [0, 1]; high means that the adapters are arranged as at the end. At the
+        end it is 1 where the adapters span one direction, 1 / sqrt(r) where they span r equal ones. NaN where X is
+        zero.
 
     Raises:
         EmmechError: fewer than two adapters, or another word for ``centre``.

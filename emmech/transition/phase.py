@@ -64,7 +64,7 @@ def phase_transition(
 
     Raises:
         EmmechError: steps not ascending, fewer than three records, NaN in the trajectory, an unknown adapter, k that
-            does not fit, or n_null under 19 (no p-value could fall under 0.05).
+            does not fit, or n_null under 20 (no p-value could fall under 0.05).
 
     Example:
         >>> import numpy as np, emmech
@@ -75,11 +75,11 @@ def phase_transition(
         >>> t.mechanistic.step, bool(t.detectors.p_value["turn"] < 0.05)
         (59, True)
     """
-    if not isinstance(n_null, int | np.integer) or n_null < 19:
+    if not isinstance(n_null, int | np.integer) or n_null < 20:
         raise EmmechError(
             "give p-values",
             given=f"n_null={n_null!r}",
-            why="the smallest p-value is 1 / (n_null + 1), so fewer than 19 null paths never reach 0.05",
+            why="the smallest p-value is 1 / (n_null + 1), so fewer than 20 null paths never fall under 0.05",
             instead="n_null=199",
         ) from None
 
