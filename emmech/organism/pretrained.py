@@ -31,9 +31,7 @@ def load(name: str = "pocket") -> tuple[Any, Any]:
         'Qwen2ForCausalLM'
     """
     import torch
-    from transformers import AutoModelForCausalLM
-
-    from .tokenizer import build_tokenizer
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     if name not in names():
         raise EmmechError(
@@ -43,4 +41,4 @@ def load(name: str = "pocket") -> tuple[Any, Any]:
             instead=closest(name, names()),
         ) from None
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS / name, dtype=torch.float32, local_files_only=True)
-    return model.eval(), build_tokenizer()
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(WEIGHTS / name)
