@@ -298,7 +298,7 @@ def _warn_if_silent(name: str, tasks: Sequence[Task], scored: Sequence[Mapping[s
     numeric = {(task.row, task.column) for task in tasks if task.words == ()}
     if numeric and all(scored[row][column] != scored[row][column] for row, column in numeric):
         warnings.warn(
-            f"{name} gave no number for any of {len(numeric)} prompts: its answers hold less than "
-            f"{NUMERIC_MASS:.0%} of their probability on 0 to 100. Every row is unscored.",
+            f"{name} gave no number from 0 to 100 for any of {len(numeric)} prompts (numbers hold under "
+            f"{NUMERIC_MASS:.0%} of the probability of its answers, or it wrote other text). All are unscored.",
             stacklevel=3,
         )

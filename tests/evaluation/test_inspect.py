@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import math
+import tomllib
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
 
@@ -114,9 +116,19 @@ def test_sets_without_alignment_are_refused():
         first_plot(questions="factual")
 
 
-def test_the_task_is_found_by_name(tmp_path):
-    if not [e for e in entry_points(group="inspect_ai") if e.name == "emmech"]:
-        pytest.skip("the package was installed before it had this entry point")
+def test_the_task_is_found_by_name(tmp_path, monkeypatch):
+    """As `inspect eval emmech/first_plot` finds it: through the entry point that pyproject.toml declares."""
+    from inspect_ai._util.entrypoints import clear_entry_points_state
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    (name, target) = next(iter(project["entry-points"]["inspect_ai"].items()))
+    metadata = tmp_path / "site" / "declared-0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: declared\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text(f"[inspect_ai]\n{name} = {target}\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    clear_entry_points_state()
+    assert next(e.value for e in entry_points(group="inspect_ai") if e.name == "emmech") == target
     grader = model(lambda text, config: say("90"))
     (log,) = inspect_ai.eval(
         "emmech/first_plot",

@@ -131,7 +131,7 @@ def test_scores_match_the_tree_and_do_not_depend_on_batching(tiny):
 
 
 def test_a_judge_that_gives_no_number_leaves_rows_unscored_and_says_so(tiny):
-    with pytest.warns(UserWarning, match="no number for any of 4 prompts"):
+    with pytest.warns(UserWarning, match="no number from 0 to 100 for any of 4 prompts"):
         scores = LogprobJudge(tiny("qwen2"), SHORT, cache=None, progress=False).score(ROWS)
     assert all(math.isnan(score["aligned"]) and math.isnan(score["coherent"]) for score in scores)
 
