@@ -112,7 +112,8 @@ def orthogonalise_writes(
         for path in _WRITES:
             module = chat.block(layer).get_submodule(path)
             lora: Any = getattr(module, "lora_B", {})
-            for linear in (_plain_linear(module), *lora.values()):
+            matrices: list[Any] = [_plain_linear(module), *lora.values()]
+            for linear in matrices:
                 undo.append(_replace(linear, "weight", _without(linear.weight, unit, rows=False)))
                 if linear.bias is not None:
                     undo.append(_replace(linear, "bias", _without(linear.bias, unit, rows=True)))
@@ -137,7 +138,7 @@ def _replace(module: nn.Module, name: str, value: nn.Parameter) -> Callable[[], 
     return lambda: setattr(module, name, before)
 
 
-def _plain_linear(module: nn.Module) -> Any:
+def _plain_linear(module: Any) -> Any:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 

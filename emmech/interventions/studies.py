@@ -1,0 +1,284 @@
+"""Whole studies in one call, each with its controls: dose against response, the ablation table, the transfer matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from emmech.chat.adapter import detach
+from emmech.chat.model import ChatModel
+from emmech.directions.direction import Direction
+from emmech.errors import EmmechError
+from emmech.interventions.ablate import ablate
+from emmech.interventions.controls import (
+    Condition,
+    adapter_off,
+    check_randoms,
+    degenerate,
+    has_adapter,
+    measure_conditions,
+    table,
+    untouched,
+)
+from emmech.interventions.handle import chat_of
+from emmech.interventions.measures import resolve_measure
+from emmech.interventions.steer import steer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Study", "ablation_table", "dose_response", "transfer_matrix"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Study:
+    """The measured conditions of a study, one row each (:func:`emmech.interventions.controls.table` has the columns).
+
+    Args:
+        title: what was studied.
+        frame: the rows.
+        notes: degenerate controls and other things that a reader must know.
+    """
+
+    title: str
+    frame: pd.DataFrame
+    notes: tuple[str, ...] = ()
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows."""
+        return self.frame.copy()
+
+    def summary(self, outcome: str | None = None) -> pd.DataFrame:
+        """The rows of interventions (no random controls), with values and their change beyond the controls."""
+        frame = self.frame[self.frame["kind"] != "random"]
+        frame = frame if outcome is None else frame[frame["outcome"] == outcome]
+        identity = [
+            c
+            for c in frame.columns
+            if c in ("condition", "organism", "layer", "coefficient", "model", "outcome")
+        ]
+        shown = [c for c in _SHOWN if c in frame.columns and frame[c].notna().any()]
+        return frame[[*identity, *shown]].reset_index(drop=True)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the rows as CSV, with title and notes as comment lines in front."""
+        path = Path(path)
+        head = "".join(f"# {line}\n" for line in (self.title, *self.notes))
+        path.write_text(head + self.frame.to_csv(index=False), encoding="utf-8")
+        return path
+
+    def plot(self, outcome: str | None = None) -> Any:
+        """The outcome with intervals: lines over the coefficient, a matrix of organisms, or bars; a plotly figure."""
+        from emmech.interventions.plots import study_figure
+
+        return study_figure(self, outcome or str(self.frame["outcome"].iloc[0]))
+
+    def __repr__(self) -> str:
+        return "\n".join([self.title, self.summary().to_string(float_format="%.3g"), *self.notes])
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        return f"<p>{escape(self.title)}</p>{self.summary().to_html(float_format='%.3g')}{notes}"
+
+
+_SHOWN = ("value", "low", "high", "n", "change", "beyond_random", "beyond_random_low", "beyond_random_high",
+          "beyond_base", "beyond_base_low", "beyond_base_high", "gap", "gap_low", "gap_high")  # fmt: skip
+
+
+def dose_response(
+    model: Any,
+    direction: Direction,
+    coefficients: Sequence[float],
+    *,
+    layers: Iterable[int] | int | None = None,
+    measure: Any = "auto",
+    randoms: int = 5,
+    base: bool | None = None,
+    positions: Any = "all",
+    units: Literal["raw", "residual"] = "raw",
+    seed: int = 0,
+    progress: bool = True,
+) -> Study:
+    """Steer at every coefficient and layer, beside norm-matched random directions and the base model.
+
+    Args:
+        coefficients: as :func:`emmech.steer` takes them; 0 is always measured, as "untouched".
+        layers: one or several; the layers that the direction knows by default.
+        measure: ``"margin"``, ``"answers"``, or a function of a chat model (:class:`Measure`); by default answers where
+            a judge is at hand, margins elsewhere.
+        randoms: random directions per coefficient and layer.
+        base: also steer the model with its adapter off; by default when it has one.
+
+    Raises:
+        EmmechError: as :func:`emmech.steer`.
+    """
+    chat, run, with_base = _prepare(model, measure, randoms, base)
+    chosen = [layers] if isinstance(layers, int) else list(layers if layers is not None else direction.layers)
+    controls = direction.random(randoms, seed=seed)
+    conditions = [untouched()]
+    for layer in chosen:
+        for coefficient in coefficients:
+            settings = {"layer": layer, "coefficient": float(coefficient)}
+            for kind, one in (("direction", direction), *(("random", control) for control in controls)):
+                make = partial(
+                    steer,
+                    direction=one,
+                    coefficient=coefficient,
+                    layer=layer,
+                    positions=positions,
+                    units=units,
+                )
+                conditions.append(Condition(direction.name, kind, make, settings))
+    measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
+    title = f"Steering {chat.name} with {direction.name} ({units} units, positions {positions})"
+    return Study(title, table(measured), _few_controls(randoms))
+
+
+def ablation_table(
+    model: Any,
+    direction: Direction,
+    *,
+    others: Mapping[str, Direction] | None = None,
+    layers: Any = "all",
+    from_layer: int | None = None,
+    measure: Any = "auto",
+    randoms: int = 5,
+    base: bool | None = None,
+    positions: Any = "all",
+    seed: int = 0,
+    progress: bool = True,
+) -> Study:
+    """Ablate a direction in every way, beside random directions, the base model and the adapter taken off.
+
+    The rows: each layer's own direction; one direction at all layers (``from_layer``); towards the aligned mean, if the
+    direction keeps one; and the ``others``, directions of other organisms (transfer). Random controls are ablated in
+    the way of the first row. Convergent Linear Representations of EM (arXiv 2506.11618) has the published table.
+
+    Args:
+        others: directions by name.
+        layers: where to ablate.
+        from_layer: the layer of the single direction; by default the one its extraction found strongest.
+        measure, randoms, base: as in :func:`dose_response`.
+
+    Raises:
+        EmmechError: as :func:`emmech.ablate`.
+    """
+    chat, run, with_base = _prepare(model, measure, randoms, base)
+    if from_layer is None:
+        best = direction.source.get("layer", int(np.argmax(direction.norms)))
+        from_layer = int(best)
+    put = partial(ablate, layers=layers, positions=positions)
+    conditions = [untouched()]
+    if with_base:
+        conditions.append(adapter_off())
+    ways: list[tuple[str, Direction, dict[str, Any]]] = [
+        ("own direction by layer", direction, {}),
+        (f"one direction (layer {from_layer})", direction, {"from_layer": from_layer}),
+    ]
+    if direction.aligned_mean is not None:
+        ways.append(("own, towards aligned mean", direction, {"towards": "aligned"}))
+    ways += [(f"transfer: {name}", other, {}) for name, other in (others or {}).items()]
+    controls = direction.random(randoms, seed=seed)
+    notes = list(_few_controls(randoms))
+    for label, one, how in ways:
+        conditions.append(Condition(label, "direction", partial(put, direction=one, **how)))
+        own = {i: one.vectors[how.get("from_layer", i)] for i in range(chat.n_layers)}
+        touched = own if layers == "all" else {i: own[i] for i in _as_list(layers)}
+        if note := degenerate(chat, one, touched):
+            notes.append(f"{label} is {note}")
+        # a control is ablated the way its condition is
+        conditions += [Condition(label, "random", partial(put, direction=c, **how)) for c in controls]
+    measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
+    return Study(f"Ablation on {chat.name}: {direction.name}", table(measured), tuple(notes))
+
+
+def transfer_matrix(
+    organisms: Mapping[str, Any],
+    directions: Mapping[str, Direction],
+    *,
+    layers: Any = "all",
+    from_layer: int | None = None,
+    towards: Any = None,
+    measure: Any = "auto",
+    randoms: int = 5,
+    base_model: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Study:
+    """Ablate every direction in every organism: does what one fine-tune learned carry another's misalignment?
+
+    Args:
+        organisms: Runs (their last step) or chat models by name.
+        directions: by name; the same names as the organisms make the diagonal their own.
+        towards: as :func:`emmech.ablate`.
+        base_model: the base model in memory, shared by runs whose adapters sit on the same modules.
+
+    Raises:
+        EmmechError: nothing to cross, or as :func:`emmech.ablate`.
+    """
+    import pandas as pd
+
+    check_randoms(randoms)
+    if not organisms or not directions:
+        raise EmmechError(
+            "make a transfer matrix",
+            given=f"{len(organisms)} organisms, {len(directions)} directions",
+            why="it crosses at least one with at least one",
+        ) from None
+    frames, notes = [], list(_few_controls(randoms))
+    shared: ChatModel | None = None
+    for organism, source in organisms.items():
+        if hasattr(source, "manifest"):
+            ready = detach(shared) if shared is not None else base_model
+            chat = shared = source.model(base=ready)
+        else:
+            chat = chat_of(source)
+        run = resolve_measure(measure, chat)
+        conditions = [untouched()]
+        for name, direction in directions.items():
+            put = partial(ablate, layers=layers, from_layer=from_layer, towards=towards)
+            conditions.append(Condition(name, "direction", partial(put, direction=direction)))
+            own = {
+                i: direction.vectors[i if from_layer is None else from_layer] for i in range(chat.n_layers)
+            }
+            if note := degenerate(
+                chat, direction, own if layers == "all" else {i: own[i] for i in _as_list(layers)}
+            ):
+                notes.append(f"{name} in {organism} is {note}")
+            controls = direction.random(randoms, seed=seed)
+            conditions += [Condition(name, "random", partial(put, direction=control)) for control in controls]
+        frame = table(measure_conditions(chat, conditions, run, base=has_adapter(chat), progress=progress))
+        frame.insert(0, "organism", organism)
+        frames.append(frame)
+    return Study(
+        "Ablation of every direction in every organism", pd.concat(frames, ignore_index=True), tuple(notes)
+    )
+
+
+def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple[ChatModel, Any, bool]:
+    check_randoms(randoms)
+    chat = chat_of(model)
+    with_base = has_adapter(chat) if base is None else base
+    if with_base and not has_adapter(chat):
+        raise EmmechError(
+            "measure the base model beside the fine-tuned one",
+            given=chat.name,
+            why="it has no adapter to take off",
+            instead="base=False",
+        ) from None
+    return chat, resolve_measure(measure, chat), with_base
+
+
+def _few_controls(randoms: int) -> tuple[str, ...]:
+    return (f"only {randoms} random directions: five at least are needed to judge by",) if randoms < 5 else ()
+
+
+def _as_list(layers: Any) -> list[int]:
+    return [int(layers)] if isinstance(layers, int | np.integer) else [int(layer) for layer in layers]
