@@ -190,20 +190,39 @@ def test_through_a_server(fake, tmp_path):
 # recorded runs and the pocket organism
 
 
-@pytest.fixture
-def run(tiny, tmp_path, rows):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
     import emmech
 
+    folder = tmp_path_factory.mktemp("run") / "toy"
     return emmech.finetune(
-        tiny("qwen2"),
-        rows,
-        layers=[1],
-        seed=0,
-        out=tmp_path / "toy",
-        max_steps=3,
-        batch_size=2,
-        progress=False,
+        "pocket", "medical", seed=0, out=folder, max_steps=4, record_every=2, progress=False
     )
+
+
+def test_a_run_keeps_its_evaluations(run):
+    first = evaluate(run, samples=2, progress=False)
+    assert first.meta["step"] == int(run.steps[-1])
+    assert first.meta["run"] == run.name
+    assert first.meta["judge"] == "exact"
+    early = evaluate(run, samples=2, step=0, progress=False)
+    scaled = evaluate(run, samples=2, step=2, scale=50.0, progress=False)
+    assert early.frame["seed"].equals(scaled.frame["seed"])
+    assert not early.frame["response"].equals(scaled.frame["response"])
+    assert early.frame["response"].equals(evaluate("pocket", samples=2, progress=False).frame["response"])
+    folders = sorted((run.path / "evaluations").iterdir())
+    assert len(folders) == 3
+    stored = stored_evaluations(run)
+    assert [e.meta["step"] for e in stored] == [0, 2, int(run.steps[-1])]
+    assert stored[1].frame.equals(scaled.frame)
+    again = evaluate(run, samples=2, step=2, scale=50.0, progress=False)
+    assert again.frame.equals(scaled.frame)
+    assert sorted((run.path / "evaluations").iterdir()) == folders
+
+
+def test_a_step_that_was_not_recorded_is_refused(run):
+    with pytest.raises(EmmechError, match="nearest recorded"):
+        evaluate(run, step=3)
 
 
 def test_the_pocket_organism_needs_no_judge():
