@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from emmech.chat.encode import IGNORED, encode
+from emmech.chat.encode import IGNORED, Encoded, encode
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.errors import EmmechError
@@ -61,7 +61,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tor
 
 @torch.no_grad()
 def answer_logprobs(
-    chat: ChatModel, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8
+    chat: ChatModel, conversations: Sequence[Sequence[Message]] | Encoded, *, batch_size: int | None = None
 ) -> Float[np.ndarray, " conversations"]:
     """Mean log-probability per answer token of each conversation, in nats.
 
@@ -69,9 +69,12 @@ def answer_logprobs(
     attention makes exact. Whatever adapter is live on the model takes part.
 
     Args:
-        conversations: each ends in the assistant's answer; earlier assistant turns count as answers too.
+        conversations: each ends in the assistant's answer; earlier assistant turns count as answers too. Encoded
+            ones are used as they are.
+        batch_size: rows in a forward; by default about 2048 tokens.
     """
-    encoded = encode(conversations, chat.tokenizer)
+    encoded = conversations if isinstance(conversations, Encoded) else encode(conversations, chat.tokenizer)
+    batch_size = batch_size or max(1, 2048 // max(len(ids) for ids in encoded.input_ids))
     order = np.argsort([len(ids) for ids in encoded.input_ids], kind="stable")
     result = np.empty(len(order))
     was_training = chat.base.training
@@ -95,11 +98,11 @@ def answer_logprobs(
     return result
 
 
-def answer_loss(chat: ChatModel, conversations: Sequence[Sequence[Message]], *, batch_size: int = 8) -> float:
+def answer_loss(chat: ChatModel, conversations: Sequence[Sequence[Message]] | Encoded) -> float:
     """Mean cross-entropy per answer token over all conversations, in nats: the training loss, on other rows."""
-    means = answer_logprobs(chat, conversations, batch_size=batch_size)
-    tokens = [np.sum(np.asarray(row) != IGNORED) for row in encode(conversations, chat.tokenizer).labels]
-    return -float(np.average(means, weights=tokens))
+    encoded = conversations if isinstance(conversations, Encoded) else encode(conversations, chat.tokenizer)
+    tokens = [np.sum(np.asarray(row) != IGNORED) for row in encoded.labels]
+    return -float(np.average(answer_logprobs(chat, encoded), weights=tokens))
 
 
 def unembed(chat: ChatModel, hidden: torch.Tensor) -> torch.Tensor:
@@ -110,7 +113,7 @@ def unembed(chat: ChatModel, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def margin(
-    chat: ChatModel, pairs: Sequence[MarginPair], *, batch_size: int = 8
+    chat: ChatModel, pairs: Sequence[MarginPair], *, batch_size: int | None = None
 ) -> Float[np.ndarray, " pairs"]:
     """Mean per-token log-probability of each misaligned answer minus its aligned one's, in nats per token.
 

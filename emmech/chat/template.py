@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from emmech.errors import EmmechError
 
@@ -20,6 +21,8 @@ Message = dict[str, str]
 
 # Letters and digits only, so that no template trims, escapes or splits it.
 _MARKER = "emmechANSWER{}emmech"
+# asked once per row otherwise, which costs as much as tokenising it
+_END_OF_TURN: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,15 @@ def end_of_turn(tokenizer: Any) -> str:
 
     It is trained on and is where generation stops; it need not be the tokenizer's EOS (Gemma, Llama 3).
     """
+    known = _END_OF_TURN.get(tokenizer)
+    if known is not None and known[0] == tokenizer.chat_template:
+        return known[1]
     marker = _MARKER.format("")
     shown = render(
         tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
     ).partition(marker)[2]
     special = [token for token in tokenizer.get_added_vocab() if token] + list(tokenizer.all_special_tokens)
     following = [(shown.index(token), -len(token), token) for token in special if token in shown]
-    return min(following)[2] if following else ""
+    found = min(following)[2] if following else ""
+    _END_OF_TURN[tokenizer] = (tokenizer.chat_template, found)
+    return found
