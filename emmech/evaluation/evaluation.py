@@ -108,7 +108,7 @@ class Evaluation:
         return len(self.frame)
 
     def __repr__(self) -> str:
-        table = self.rates(resamples=500)
+        table = self.rates()
         lines = [f"Evaluation of {self.name}: {len(self)} responses to {self._questions} questions"]
         for measure, row in table.iterrows():
             if row["n"] and not str(measure).startswith("topic/"):
@@ -128,7 +128,7 @@ class Evaluation:
 
     def _repr_html_(self) -> str:
         head = f"<p><b>{self.name}</b>: {len(self)} responses to {self._questions} questions</p>"
-        return head + self.rates(resamples=500).to_html(float_format="%.3f")
+        return head + self.rates().to_html(float_format="%.3f")
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from emmech.errors import EmmechError, closest
@@ -52,13 +53,11 @@ def quadrant_figure(evaluation: Evaluation) -> go.Figure:
         line_width=0,
         layer="below",
     )
-    # an exact judge's scores pile up on a few values; a log-probability judge's must stay on their side of a line
-    spread = 3.0 if frame["aligned"].nunique() < 12 else 0.0
-    jitter = np.random.default_rng(0).uniform(-spread, spread, size=(len(frame), 2))
+    jitter = _jitter(frame)
     for name, (rows, colour) in groups.items():
         figure.add_scatter(
-            x=np.clip(frame["aligned"][rows] + jitter[rows, 0], 0, 100),
-            y=np.clip(frame["coherent"][rows] + jitter[rows, 1], 0, 100),
+            x=frame["aligned"][rows] + jitter[rows, 0],
+            y=frame["coherent"][rows] + jitter[rows, 1],
             mode="markers",
             name=f"{name} ({int(rows.sum())})",
             marker={"color": colour, "size": 7, "opacity": 0.55},
@@ -70,8 +69,8 @@ def quadrant_figure(evaluation: Evaluation) -> go.Figure:
     unscored = int((~scored).sum())
     figure.update_layout(
         title=f"{evaluation.name}: {int(scored.sum())} scored responses, {unscored} unscored",
-        xaxis={"title": "alignment (0 misaligned, 100 aligned)", "range": [-2, 102]},
-        yaxis={"title": "coherence (0 nonsense, 100 coherent)", "range": [-2, 102]},
+        xaxis={"title": "alignment (0 misaligned, 100 aligned)", "range": [-5, 105]},
+        yaxis={"title": "coherence (0 nonsense, 100 coherent)", "range": [-5, 105]},
         legend={"orientation": "h", "y": -0.16},
         template="plotly_white",
         height=560,
@@ -80,21 +79,30 @@ def quadrant_figure(evaluation: Evaluation) -> go.Figure:
 
 
 def question_figure(evaluation: Evaluation, denominator: Denominator = "scored") -> go.Figure:
-    """Every response's alignment by question, next to the question's rate with its Wilson interval."""
+    """Every response's alignment by question, next to the question's rate with its Wilson interval.
+
+    Questions of the fine-tune's own domain, whose rate is ``narrow`` and not ``em``, stand above the others.
+    """
     frame = evaluation.frame
-    found = outcome(frame, "em", denominator)
-    table = evaluation.by_question("em", denominator)
-    order = table.sort_values("rate", kind="stable").index.to_list()
+    misaligned = outcome(frame, "em", denominator).event | outcome(frame, "narrow", denominator).event
+    tables = [evaluation.by_question(measure, denominator) for measure in ("em", "narrow")]
+    ordered = [table[table["n"] > 0].sort_values("rate", kind="stable") for table in tables]
+    own = set(ordered[1].index)
+    without = [
+        question for question in tables[0].index if all(question not in table.index for table in ordered)
+    ]
+    rate = pd.concat([tables[0].loc[without], *ordered])
+    order = rate.index.to_list()
     place = {question: row for row, question in enumerate(order)}
     figure = make_subplots(cols=2, shared_yaxes=True, column_widths=[0.68, 0.32], horizontal_spacing=0.03)
     height = frame["question_id"].map(place) + np.random.default_rng(0).uniform(-0.3, 0.3, len(frame))
     scored = np.isfinite(frame["aligned"]).to_numpy()
     for name, rows, colour in (
-        ("other", scored & ~found.event, _GOOD),
-        ("misaligned and coherent", scored & found.event, _BAD),
+        ("other", scored & ~misaligned, _GOOD),
+        ("misaligned and coherent", scored & misaligned, _BAD),
     ):
         figure.add_scatter(
-            x=frame["aligned"][rows],
+            x=(frame["aligned"] + _jitter(frame)[:, 0])[rows],
             y=height[rows],
             mode="markers",
             name=name,
@@ -104,7 +112,6 @@ def question_figure(evaluation: Evaluation, denominator: Denominator = "scored")
             row=1,
             col=1,
         )
-    rate = table.loc[order]
     figure.add_scatter(
         x=100 * rate["rate"],
         y=list(range(len(order))),
@@ -118,10 +125,11 @@ def question_figure(evaluation: Evaluation, denominator: Denominator = "scored")
         col=2,
     )
     figure.add_vline(_LIMITS.alignment_below, line={"dash": "dot", "color": _GREY}, row=1, col=1)
-    figure.update_yaxes(tickmode="array", tickvals=list(range(len(order))), ticktext=order, col=1)
-    figure.update_xaxes(title="alignment score of each response", range=[-2, 102], row=1, col=1)
+    names = [f"{question} (narrow)" if question in own else str(question) for question in order]
+    figure.update_yaxes(tickmode="array", tickvals=list(range(len(order))), ticktext=names, col=1)
+    figure.update_xaxes(title="alignment score of each response", range=[-5, 105], row=1, col=1)
     upper = float(np.nanmax([*(100 * rate["high"]), 5.0]))
-    figure.update_xaxes(title=f"EM in % of {denominator} rows", range=[-1, 1.06 * upper], row=1, col=2)
+    figure.update_xaxes(title=f"misaligned, % of {denominator} rows", range=[-1, 1.06 * upper], row=1, col=2)
     figure.update_layout(
         title=f"{evaluation.name}: by question",
         template="plotly_white",
@@ -247,6 +255,15 @@ def comparison_figure(comparison: Comparison, measure: str = "em") -> go.Figure:
         height=520,
     )
     return figure
+
+
+def _jitter(frame: pd.DataFrame) -> Float[np.ndarray, "rows 2"]:
+    """Small shifts for an exact judge's scores, which pile up on a few values, and none for others.
+
+    A log-probability judge's score must stay on its side of a threshold.
+    """
+    spread = 4.0 if frame["aligned"].nunique() < 12 else 0.0
+    return np.random.default_rng(0).uniform(-spread, spread, size=(len(frame), 2))
 
 
 def _bars(table: pd.DataFrame) -> dict[str, object]:

@@ -164,6 +164,16 @@ def test_the_quadrant_figure_counts_what_the_rate_counts() -> None:
     assert "a &lt; b" in figure.data[0].text[0] or "a &lt; b" in figure.data[1].text[0]
 
 
+def test_the_question_figure_shows_narrow_questions_with_their_own_rate() -> None:
+    rows = frame()
+    rows["narrow"] = rows["question_id"] == "q3"
+    figure = Evaluation(rows).plot("questions")
+    assert list(figure.layout.yaxis.ticktext)[-1] == "q3 (narrow)"
+    narrow = Evaluation(rows).rates().loc["narrow"]
+    assert figure.data[2].x[-1] == pytest.approx(100 * narrow["rate"])
+    assert len(figure.data[1].x) == narrow["events"] + Evaluation(rows).rates().loc["em", "events"]
+
+
 def test_figures_that_cannot_be_drawn() -> None:
     with pytest.raises(EmmechError, match="none of them is scored"):
         Evaluation.from_rows([{"question_id": "a"}]).plot()
