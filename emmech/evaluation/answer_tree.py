@@ -17,6 +17,7 @@ from emmech.chat.decode import growing_cache, positions_of
 from emmech.chat.logprob import pad
 from emmech.chat.model import ChatModel
 from emmech.chat.sampling import check_context
+from emmech.errors import EmmechError
 
 __all__ = ["AnswerTree"]
 
@@ -33,7 +34,7 @@ class AnswerTree:
 
     Example:
         >>> from emmech.chat.model import load_model
-        >>> tree = AnswerTree(load_model("pocket"), ("yes", "no"))
+        >>> tree = AnswerTree(load_model("pocket"), ("rest", "sleep"))
         >>> len(tree.paths)
         2
     """
@@ -43,7 +44,11 @@ class AnswerTree:
 
     @cached_property
     def paths(self) -> dict[tuple[int, ...], str]:
-        """Tokens of each answer as they follow the assistant's header."""
+        """Tokens of each answer as they follow the assistant's header.
+
+        Raises:
+            EmmechError: the tokenizer cannot write an answer.
+        """
         header = self.chat.render([{"role": "user", "content": "a"}])
         encode = self.chat.tokenizer
         before = list(encode(header, add_special_tokens=False)["input_ids"])
@@ -52,7 +57,18 @@ class AnswerTree:
             whole = list(encode(header + answer, add_special_tokens=False)["input_ids"])
             if whole[: len(before)] != before:  # the header's last token and the answer would merge
                 whole = before + list(encode(answer, add_special_tokens=False)["input_ids"])
-            paths[tuple(whole[len(before) :])] = answer
+            path = tuple(whole[len(before) :])
+            if path and self.chat.tokenizer.unk_token_id not in path:
+                paths[path] = answer
+        # a word that cannot be written cannot be said; a number that cannot would bend the scale
+        lost = [answer for answer in self.answers if answer.isdecimal() and answer not in paths.values()]
+        if lost or not paths:
+            raise EmmechError(
+                f"judge with {self.chat.name}",
+                given=f"answer {(lost or self.answers)[0]!r}",
+                why="its tokenizer has no tokens for that answer",
+                instead="a judge that can write numbers and words; the pocket world has judge='exact'",
+            ) from None
         return paths
 
     @cached_property

@@ -220,3 +220,8 @@ def test_written_mode_on_a_local_model(tiny):
 def test_a_prompt_beyond_the_context_is_refused(tiny):
     with pytest.raises(EmmechError, match="reads up to 512 tokens"):
         LogprobJudge(tiny("qwen2"), cache=None, progress=False).score(ROWS)
+
+
+def test_a_judge_that_cannot_write_numbers_is_refused():
+    with pytest.raises(EmmechError, match="no tokens for that answer"):
+        LogprobJudge("pocket", SHORT, cache=None, progress=False).score(ROWS)
