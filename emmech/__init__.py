@@ -19,20 +19,26 @@ _WHERE = {
     "ChatModel": "emmech.chat.model",
     "Direction": "emmech.directions.direction",
     "EmmechError": "emmech.errors",
+    "Evaluation": "emmech.evaluation.evaluation",
+    "LogprobJudge": "emmech.evaluation.logprob_judge",
     "Recipe": "emmech.training.recipe",
     "Recorder": "emmech.training.recorder",
     "Run": "emmech.run",
+    "Server": "emmech.evaluation.server",
     "ablate": "emmech.interventions.ablate",
     "contrast_direction": "emmech.directions.contrast",
+    "evaluate": "emmech.evaluation.evaluate",
     "finetune": "emmech.training.train",
     "load_chat": "emmech.chat.dataset",
     "load_model": "emmech.chat.model",
+    "load_questions": "emmech.evaluation.questions",
     "load_run": "emmech.run",
     "misalignment_direction": "emmech.directions.misalignment",
     "phase_transition": "emmech.transition.phase",
     "project_adapter": "emmech.interventions.adapter",
     "realign": "emmech.realignment",
     "rotate_adapter": "emmech.interventions.adapter",
+    "sample": "emmech.chat.sampling",
     "scale_adapters": "emmech.interventions.adapter",
     "steer": "emmech.interventions.steer",
     "sweep": "emmech.sweeps.sweep",
@@ -47,10 +53,16 @@ if TYPE_CHECKING:
     from emmech.chat.model import Anatomy as Anatomy
     from emmech.chat.model import ChatModel as ChatModel
     from emmech.chat.model import load_model as load_model
+    from emmech.chat.sampling import sample as sample
     from emmech.directions.contrast import contrast_direction as contrast_direction
     from emmech.directions.direction import Direction as Direction
     from emmech.directions.misalignment import misalignment_direction as misalignment_direction
     from emmech.errors import EmmechError as EmmechError
+    from emmech.evaluation.evaluate import evaluate as evaluate
+    from emmech.evaluation.evaluation import Evaluation as Evaluation
+    from emmech.evaluation.logprob_judge import LogprobJudge as LogprobJudge
+    from emmech.evaluation.questions import load_questions as load_questions
+    from emmech.evaluation.server import Server as Server
     from emmech.interventions.ablate import ablate as ablate
     from emmech.interventions.adapter import project_adapter as project_adapter
     from emmech.interventions.adapter import rotate_adapter as rotate_adapter
