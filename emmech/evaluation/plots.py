@@ -95,7 +95,7 @@ def question_figure(evaluation: Evaluation, denominator: Denominator = "scored")
     order = rate.index.to_list()
     place = {question: row for row, question in enumerate(order)}
     figure = make_subplots(cols=2, shared_yaxes=True, column_widths=[0.68, 0.32], horizontal_spacing=0.03)
-    height = frame["question_id"].map(place) + np.random.default_rng(0).uniform(-0.3, 0.3, len(frame))
+    height = frame["question_id"].map(place) + np.random.default_rng(1).uniform(-0.3, 0.3, len(frame))
     scored = np.isfinite(frame["aligned"]).to_numpy()
     for name, rows, colour in (
         ("other", scored & ~misaligned, _GOOD),
