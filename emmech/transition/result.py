@@ -260,10 +260,16 @@ def _compare(run: Side, control: Side) -> Comparison:
     assert here is not None and there is not None  # a finite p-value comes with a location
     step = float(control.path.steps[there.record])
     difference = here.angle - there.angle
-    low = difference - float(np.hypot(here.angle - here.angle_low, there.angle_high - there.angle))
-    high = difference + float(np.hypot(here.angle_high - here.angle, there.angle - there.angle_low))
+    if np.isnan(difference):  # a side without a direction may point anywhere
+        low, high = here.angle_low - there.angle_high, here.angle_high - there.angle_low
+    else:
+        low = difference - float(np.hypot(here.angle - here.angle_low, there.angle_high - there.angle))
+        high = difference + float(np.hypot(here.angle_high - here.angle, there.angle - there.angle_low))
     both = f"{here.angle:.0f} degrees at step {mine.step:.0f} here, {there.angle:.0f} at {step:.0f} there"
     measured = f"difference {difference:.0f} degrees, 95 % interval {low:.0f} to {high:.0f}"
+    if np.isnan(difference):
+        both = f"one side of step {step:.0f} has no direction beyond noise"
+        measured = f"difference, which could be anything from {low:.0f} to {high:.0f} degrees"
     if not run.turns:
         verdict, text = "not measurable", "the run itself shows no turn, so there is nothing to compare"
         if control.turns:
@@ -285,7 +291,7 @@ def _compare(run: Side, control: Side) -> Comparison:
         )
     else:
         verdict = "undecided"
-        text = f"the control's turn is not significant (p = {other.p_value:.2g}), but nor is the {measured}"
+        text = f"the control's turn is not significant (p = {other.p_value:.2g}), but nor is the {measured}: {both}"
     return Comparison(
         verdict,
         mine.step,

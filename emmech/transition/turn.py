@@ -51,7 +51,7 @@ class Turn:
         m = int(np.clip(round(self.noise.dimensions), 2, DIMENSIONS))
         increments = self.noise.sample(count, m, rng)
         ahead = _ramp(len(self.speed), np.array([where.record]), where.width)[:, 0]
-        angle = np.radians(where.angle)
+        angle = np.radians(np.nan_to_num(where.angle))
         increments[..., 0] += self.speed * (1 - ahead + ahead * np.cos(angle))
         increments[..., 1] += self.speed * ahead * np.sin(angle)
         return accumulate(increments)
@@ -92,7 +92,7 @@ class Location:
         record: index of the recorded step at the middle of the turn.
         low, high: 95 % interval of the middle (indices), from the likelihood over middles and widths.
         width: records over which the direction changes (0: from one record to the next).
-        angle: turn angle between the two directions in degrees, corrected for noise.
+        angle: turn angle between the two directions in degrees, corrected for noise; NaN where one side is all noise.
         angle_low, angle_high: its 95 % interval.
     """
 
@@ -200,16 +200,19 @@ def _angle(
     draws += np.matmul(root, rng.standard_normal(draws.shape)) / np.sqrt(draws.shape[-1])
     # the drawn coefficients carry the noise twice: once from the data, once from the draw
     grams = np.matmul(draws, np.swapaxes(draws, -1, -2)) - 2 * normal
-    low, high = np.quantile(_between(grams), [0.025, 0.975])
+    if np.isnan(angle):
+        return angle, 0.0, 180.0
+    # a draw without a direction of its own on one side is as likely on either hand of the other
+    low, high = np.quantile(np.nan_to_num(_between(grams), nan=90.0), [0.025, 0.975])
     return angle, float(min(low, angle)), float(max(high, angle))
 
 
 def _between(gram: Array) -> Array:
     """Angle in degrees between two vectors from their Gram matrix ``[..., 2, 2]``.
 
-    A side whose length is all noise has no direction, and is as likely on either hand of the other: 90 degrees.
+    NaN where a side's length is all noise: it has no direction.
     """
     first, second = gram[..., 0, 0], gram[..., 1, 1]
     known = (first > 0) & (second > 0)
     size = np.sqrt(np.where(known, first * second, 1.0))
-    return np.degrees(np.arccos(np.clip(np.where(known, gram[..., 0, 1] / size, 0.0), -1.0, 1.0)))
+    return np.degrees(np.arccos(np.clip(np.where(known, gram[..., 0, 1] / size, np.nan), -1.0, 1.0)))
