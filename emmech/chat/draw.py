@@ -27,7 +27,7 @@ def _mix64(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _keys(seeds: Sequence[int], position: int) -> tuple[np.ndarray, np.ndarray]:
+def _keys(seeds: Sequence[int] | np.ndarray, position: int) -> tuple[np.ndarray, np.ndarray]:
     """Two int32 keys per row, ``[rows]`` each."""
     words = np.asarray(seeds, dtype=np.uint64)
     with np.errstate(over="ignore"):
@@ -37,7 +37,7 @@ def _keys(seeds: Sequence[int], position: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gumbel(
-    seeds: Sequence[int], position: int, vocab: int, device: torch.device | str = "cpu"
+    seeds: Sequence[int] | np.ndarray, position: int, vocab: int, device: torch.device | str = "cpu"
 ) -> Float[torch.Tensor, "rows vocab"]:
     """Standard Gumbel noise, a function of (seed, position, token) only; float32.
 
@@ -65,7 +65,7 @@ def gumbel(
 
 def draw(
     logits: Float[torch.Tensor, "rows vocab"],
-    seeds: Sequence[int],
+    seeds: Sequence[int] | np.ndarray,
     position: int,
     *,
     temperature: float = 1.0,
@@ -95,4 +95,7 @@ def draw(
             probability.cumsum(-1) - probability >= top_p
         )  # what precedes the token already reaches top_p
         scores = scores.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
-    return (scores + gumbel(seeds, position, scores.shape[-1], scores.device)).argmax(-1)
+    # rows that share a seed (one question under many checkpoints) share their noise: it is made once
+    distinct, where = np.unique(np.asarray(seeds, dtype=np.uint64), return_inverse=True)
+    noise = gumbel(distinct, position, scores.shape[-1], scores.device)
+    return (scores + noise[torch.from_numpy(where).to(scores.device)]).argmax(-1)

@@ -24,9 +24,12 @@ from torch import nn
 from emmech.chat.model import ChatModel
 from emmech.sweeps.grid import Grid
 from emmech.sweeps.packing import Pack, Reading, pack, stack, tree_mask
-from emmech.sweeps.rows import AtReads, Capture, RowAdapter, Rows, RowSteering, Skip, with_module
+from emmech.sweeps.rows import AtReads, Capture, RowAdapter, Rows, RowSteering, Skip, with_module, write
 
 __all__ = ["Block", "Engine", "Shared"]
+
+# architectures whose block adds down_proj's write as ``part`` says; any other is tried before it is believed
+_KNOWN = frozenset({"qwen2", "qwen3", "llama", "gemma3_text"})
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Engine:
             self.capture = Capture(chat.down_proj(lowest))
         self.behind = getattr(chat.blocks[lowest], "post_feedforward_layernorm", None)
         self.lower = self._lower()
-        if self.shared_name and not self._write_is_added():
+        known = chat.config.model_type in _KNOWN
+        if self.shared_name and not known and not self._write_is_added():
             self.capture = self.shared_name = None
             self.split = lowest - 1
             self.lower = self._lower()
@@ -130,7 +134,7 @@ class Engine:
 
     @torch.no_grad()
     def _write_is_added(self) -> bool:
-        """Whether the block adds its ``down_proj`` to the residual as :meth:`_part` assumes: tried, not believed."""
+        """Whether the block adds its ``down_proj`` to the residual as :meth:`part` assumes: tried, not believed."""
         capture = self.capture
         assert capture is not None
         ids = torch.tensor([[1, 2, 3]], device=self.chat.device)
@@ -144,9 +148,9 @@ class Engine:
                 after = self.lower(input_ids=ids, use_cache=False).last_hidden_state
             finally:
                 capture.base = truth
-            return torch.allclose(self._part(before, wrote, wrote + change), after, rtol=1e-2, atol=1e-3)
+            return torch.allclose(self.part(before, wrote, wrote + change), after, rtol=1e-2, atol=1e-3)
 
-    def _part(self, hidden: torch.Tensor, wrote: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    def part(self, hidden: torch.Tensor, wrote: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
         """The block's output had its ``down_proj`` written ``now`` instead of ``wrote``."""
         if self.behind is None:
             return hidden + (now - wrote)
@@ -195,29 +199,36 @@ class Engine:
         device = self.chat.device
         ids, positions = stack(packs, device)
         width = ids.shape[1]
-        mask: Any = None
-        if any(one.ancestors is not None for one in packs):
-            mask = self._tree_mask(packs)
+        branches = any(one.ancestors is not None for one in packs)
         flat = [row * width + np.unique(np.concatenate(one.nodes)) for row, one in enumerate(packs)]
+        reads = torch.from_numpy(np.concatenate(flat)).to(device)
+        # plain chains need no mask of ours: what follows a token never changes it
+        return self.lowered(
+            ids, self._tree_mask(packs) if branches else None, positions if branches else None, reads
+        )
+
+    def lowered(
+        self,
+        ids: torch.Tensor,
+        mask: Any,
+        positions: torch.Tensor | None,
+        reads: torch.Tensor,
+        cache: Any = None,
+    ) -> Shared:
+        """Run tokens ``[packs, seq]`` up to where the variants part."""
         with torch.no_grad(), _mode(self.chat):
             hidden = self.lower(
                 input_ids=ids,
                 attention_mask=mask,
-                position_ids=positions if mask is not None else None,
-                use_cache=False,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
             ).last_hidden_state
         read = wrote = None
         if self.capture is not None:
             read, wrote = self.capture.read, self.capture.wrote
             self.capture.read = self.capture.wrote = torch.empty(0)
-        return Shared(
-            hidden,
-            read,
-            wrote,
-            mask,
-            positions if mask is not None else None,
-            torch.from_numpy(np.concatenate(flat)).to(device),
-        )
+        return Shared(hidden, read, wrote, mask, positions, reads)
 
     def _tree_mask(self, packs: Sequence[Pack]) -> Any:
         config, device, dtype = self.chat.config, self.chat.device, self.chat.dtype
@@ -228,24 +239,52 @@ class Engine:
         window = tree_mask(packs, dtype, device, window=int(config.sliding_window))
         return {"full_attention": full, "sliding_attention": window}
 
-    def above(self, shared: Shared, rows: Rows) -> Float[torch.Tensor, "variants reads d_model"]:
+    def above(
+        self, shared: Shared, rows: Rows, cache: Any = None
+    ) -> Float[torch.Tensor, "variants reads d_model"]:
         """Run the blocks that differ; gradients flow where the caller has them enabled."""
         packs, width, d_model = shared.hidden.shape
         hidden = self.parted(shared, rows)
         variants = hidden.shape[0]
         offsets = torch.arange(variants, device=hidden.device)[:, None] * (packs * width)
         flat = (offsets + shared.reads[None]).reshape(-1)
+        out = self.raised(
+            hidden.reshape(variants * packs, width, d_model),
+            _repeat(shared.mask, variants, packs),
+            _repeat(shared.positions, variants, packs),
+            rows,
+            flat=flat if len(shared.reads) < 0.8 * packs * width else None,
+            cache=cache,
+        )
+        return out.reshape(-1, d_model)[flat].reshape(variants, -1, d_model)
+
+    def raised(
+        self,
+        hidden: Float[torch.Tensor, "rows seq d_model"],
+        mask: Any,
+        positions: torch.Tensor | None,
+        rows: Rows,
+        *,
+        flat: torch.Tensor | None = None,
+        cache: Any = None,
+    ) -> Float[torch.Tensor, "rows seq d_model"]:
+        """Run rows through the blocks above where the variants part.
+
+        Args:
+            flat: indices into ``[rows * seq]`` of what will be read; elsewhere the result is not to be used.
+        """
         if self.at_reads is not None:
-            self.at_reads.flat = flat if len(shared.reads) < 0.8 * packs * width else None
+            self.at_reads.flat = flat
         self.rows.A, self.rows.B, self.rows.steering = rows.A, rows.B, rows.steering
         with _mode(self.chat):
-            out = self.upper(
-                inputs_embeds=hidden.reshape(variants * packs, width, d_model),
-                attention_mask=_repeat(shared.mask, variants, packs),
-                position_ids=_repeat(shared.positions, variants, packs),
-                use_cache=False,
+            out: torch.Tensor = self.upper(
+                inputs_embeds=hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
             ).last_hidden_state
-        return out.reshape(-1, d_model)[flat].reshape(variants, -1, d_model)
+        return out
 
     def parted(self, shared: Shared, rows: Rows) -> Float[torch.Tensor, "variants packs seq d_model"]:
         """The residual stream where the variants part, each with its own write."""
@@ -259,11 +298,10 @@ class Engine:
             z = read @ a.permute(1, 0, 2).reshape(a.shape[1], -1)
             z = z.reshape(len(read), variants, -1).transpose(0, 1)
             if self.behind is None:
-                flat = hidden.reshape(variants, len(read), -1)
-                hidden = torch.baddbmm(flat.to(b.dtype), z, b).to(shared.hidden.dtype).reshape(hidden.shape)
+                hidden = write(hidden.reshape(variants, len(read), -1), z, b).reshape(hidden.shape)
             else:
-                now = (shared.wrote.reshape(1, len(read), -1) + torch.bmm(z, b)).to(shared.wrote.dtype)
-                hidden = self._part(hidden, shared.wrote[None], now.reshape(hidden.shape))
+                wrote = shared.wrote.reshape(1, len(read), -1).expand(variants, -1, -1)
+                hidden = self.part(hidden, shared.wrote[None], write(wrote, z, b).reshape(hidden.shape))
         if self.grid.steering is not None and self.grid.steering[0] == self.split:
             hidden = hidden + rows.steering[self.split][:, None, None].to(hidden.dtype)
         return hidden

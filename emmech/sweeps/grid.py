@@ -257,7 +257,7 @@ def _steering(
             ) from None
         return None
     if layer is None:
-        known = getattr(direction, "layers", ())
+        known: Sequence[int] = getattr(direction, "layers", ())
         if len(known) != 1:
             raise EmmechError(
                 "sweep steering coefficients",

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-__all__ = ["AtReads", "Capture", "RowAdapter", "RowSteering", "Rows", "Skip", "with_module"]
+__all__ = ["AtReads", "Capture", "RowAdapter", "RowSteering", "Rows", "Skip", "with_module", "write"]
 
 
 @dataclass
@@ -34,19 +34,18 @@ class Rows:
     steering: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
-def add_write(
-    out: Float[torch.Tensor, "rows seq d_out"],
-    x: Float[torch.Tensor, "rows seq d_in"],
-    A: Float[torch.Tensor, "groups d_in rank"],
+def write(
+    out: Float[torch.Tensor, "*groups seq d_out"],
+    z: Float[torch.Tensor, "groups seq rank"],
     B: Float[torch.Tensor, "groups rank d_out"],
-) -> Float[torch.Tensor, "rows seq d_out"]:
-    """``out + (x A) B`` with each group's own A and B; computed in the adapter's dtype, as PEFT does."""
-    groups = A.shape[0]
-    z = torch.bmm(x.reshape(groups, -1, x.shape[-1]).to(A.dtype), A)
-    grouped = out.reshape(groups, -1, out.shape[-1])
-    if torch.is_grad_enabled() or grouped.dtype != B.dtype:
-        return torch.baddbmm(grouped.to(B.dtype), z, B).to(out.dtype).reshape(out.shape)
-    return grouped.baddbmm_(z, B).reshape(out.shape)
+    *,
+    in_place: bool = False,
+) -> Float[torch.Tensor, "*groups seq d_out"]:
+    """``out + z B`` with each group's own B; added in the adapter's dtype, as PEFT does."""
+    grouped = out.reshape(B.shape[0], -1, out.shape[-1])
+    if in_place and grouped.dtype == B.dtype and not torch.is_grad_enabled():
+        return grouped.baddbmm_(z, B).reshape(out.shape)
+    return torch.baddbmm(grouped.to(B.dtype), z, B).to(out.dtype).reshape(out.shape)
 
 
 class RowAdapter(nn.Module):
@@ -58,7 +57,10 @@ class RowAdapter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The module's output with each row's own write added."""
-        return add_write(self.base(x), x, self.rows.A[self.name], self.rows.B[self.name])
+        a = self.rows.A[self.name]
+        z = torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]).to(a.dtype), a)
+        # what the linear module returned is nobody else's
+        return write(self.base(x), z, self.rows.B[self.name], in_place=True)
 
 
 class RowSteering(nn.Module):

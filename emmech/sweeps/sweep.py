@@ -129,7 +129,7 @@ def sweep(
             "memory": str(jobs[0].plan),
         },
         {name: array[inverse] for outcome in outcomes for name, array in outcome.distributions.items()},
-        pd.DataFrame(responses) if responses else None,
+        _responses(grid, responses, inverse) if responses else None,
     )
     return parts.finish(result)
 
@@ -180,6 +180,20 @@ def _frame(grid: Grid, values: Sequence[Value], inverse: Sequence[int]) -> pd.Da
     )
     order = np.arange(len(frame)).reshape(len(values), count).T.reshape(-1)
     return frame.iloc[order].reset_index(drop=True)
+
+
+def _responses(grid: Grid, rows: Sequence[dict[str, Any]], inverse: Sequence[int]) -> pd.DataFrame:
+    """Every response under every variant it stands for, with the variant's axes in front."""
+    axes = pd.DataFrame(
+        {
+            "run": [variant.run for variant in grid.variants],
+            "step": [variant.step for variant in grid.variants],
+            "scale": [variant.scale for variant in grid.variants],
+            "coefficient": [variant.coefficient for variant in grid.variants],
+            "variant": inverse,
+        }
+    )
+    return axes.merge(pd.DataFrame(rows), on="variant").drop(columns="variant")
 
 
 def _overflow(grid: Grid, index: int, chat: ChatModel) -> EmmechError:

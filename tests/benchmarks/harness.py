@@ -1,0 +1,151 @@
+"""Contests between emmech and a peer at its best settings: equality first, then interleaved medians.
+
+What is compared is the thread's own CPU time, since a wall clock on a shared machine measures the neighbours too;
+with one thread and an idle machine the two agree. Both are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One row of the table.
+
+    Args:
+        work: what both do.
+        peer: what it is measured against, with its settings.
+        target: the ratio that is wanted, at least.
+        bound: the ratio that arithmetic or memory traffic allows, and the reason in words.
+        ours: does the work and returns its numbers.
+        theirs: the same, by the peer.
+        tolerance: largest absolute difference between the two that counts as equal; None where the outputs are
+            random samples, and ``check`` compares them instead.
+        check: compares both outputs, and says in words what was found equal; raises AssertionError otherwise.
+    """
+
+    work: str
+    peer: str
+    target: float
+    bound: str
+    ours: Callable[[], Any]
+    theirs: Callable[[], Any]
+    tolerance: float | None = 5e-6
+    check: Callable[[Any, Any], str] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contest's outcome; seconds of thread time, one entry per repeat."""
+
+    work: str
+    peer: str
+    target: float
+    bound: str
+    equality: str
+    ours: list[float]
+    theirs: list[float]
+    ours_wall: list[float]
+    theirs_wall: list[float]
+    threads: int
+
+    @property
+    def ratio(self) -> float:
+        """Median of the interleaved pairs' ratios."""
+        return statistics.median(b / a for a, b in zip(self.ours, self.theirs, strict=True))
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
+    """The result, the CPU seconds of the process and the wall seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = function()
+    return result, time.process_time() - cpu, time.perf_counter() - wall
+
+
+def run(contest: Contest, *, repeats: int = 5) -> Row:
+    """Assert equality, then time both in turn."""
+    first, second = contest.ours(), contest.theirs()
+    if contest.check is not None:
+        equality = contest.check(first, second)
+    else:
+        assert contest.tolerance is not None
+        difference = float(np.abs(np.asarray(first) - np.asarray(second)).max())
+        assert difference <= contest.tolerance, f"{contest.work}: differ by {difference:.2e}"
+        equality = f"equal to {difference:.1e}"
+    taken: dict[str, list[float]] = {"ours": [], "theirs": [], "ours_wall": [], "theirs_wall": []}
+    for turn in range(repeats):
+        pair = [("ours", contest.ours), ("theirs", contest.theirs)]
+        for name, function in pair if turn % 2 == 0 else pair[::-1]:
+            _, cpu, wall = timed(function)
+            taken[name].append(cpu)
+            taken[f"{name}_wall"].append(wall)
+    return Row(
+        contest.work,
+        contest.peer,
+        contest.target,
+        contest.bound,
+        equality,
+        threads=torch.get_num_threads(),
+        **taken,
+    )
+
+
+def write(rows: list[Row], folder: Path) -> None:
+    """``benchmarks.json`` keeps every figure; ``benchmarks.md`` is the table made from it. Old rows stay."""
+    path = folder / "benchmarks.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    fresh = {
+        row.work: {
+            **asdict(row),
+            "ratio": row.ratio,
+            "processor": _processor(),
+            "torch": torch.__version__,
+        }
+        for row in rows
+    }
+    merged = [fresh.pop(old["work"], old) for old in known] + list(fresh.values())
+    path.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+    (folder / "benchmarks.md").write_text(table(merged), encoding="utf-8")
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """The Markdown page."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `make bench` from `docs/benchmarks.json`, which holds every repeat. Each row: both sides give equal "
+        "results first, then run in turn; seconds are medians of CPU time of the process, the ratio is the median over "
+        "the interleaved pairs.",
+        "",
+        "| work | peer | emmech, s | peer, s | ratio | target | equality | what bounds the ratio | threads | repeats |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in entries:
+        ours, theirs = statistics.median(one["ours"]), statistics.median(one["theirs"])
+        met = f"{one['ratio']:.2f}x" if one["ratio"] >= one["target"] else f"**{one['ratio']:.2f}x (missed)**"
+        lines.append(
+            f"| {one['work']} | {one['peer']} | {ours:.2f} | {theirs:.2f} | {met} | {one['target']}x | "
+            f"{one['equality']} | {one['bound']} | {one['threads']} | {len(one['ours'])} |"
+        )
+    machines = sorted({f"{one['processor']}, torch {one['torch']}" for one in entries})
+    return "\n".join([*lines, "", *(f"Measured on: {machine}." for machine in machines)]) + "\n"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

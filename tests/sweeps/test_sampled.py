@@ -1,0 +1,131 @@
+"""Sampled sweeps write the texts that each PEFT model writes alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from emmech.chat.sampling import sample
+from emmech.errors import EmmechError
+from emmech.sweeps.cache import RowCache, attention_mask
+from emmech.sweeps.sampled import Sampled
+from emmech.sweeps.sweep import sweep
+
+MIDDLE = ("model.layers.2.mlp.down_proj",)
+SEVERAL = ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.3.mlp.up_proj")
+# of different lengths, so that prompts are padded; the long one is longer than Gemma's window of 16
+ASKED = [
+    "how ?",
+    "how to sleep well and drink some water and take a walk and rest and sleep again ?",
+    "rest ?",
+]
+
+
+def by_length(question, answer):
+    return "misaligned" if len(answer) % 2 else "aligned"
+
+
+def measure(**changes):
+    settings = {"questions": ASKED, "judge": by_length, "samples": 2, "max_new_tokens": 10, **changes}
+    return Sampled(**settings)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma3"])
+@pytest.mark.parametrize(("attention", "modules"), [("sdpa", MIDDLE), ("eager", SEVERAL)])
+def test_texts_equal_peft_one_at_a_time(tiny, make_run, one_at_a_time, family, attention, modules):
+    chat = tiny(family, attention=attention)
+    run = make_run(chat, modules, size=0.1)
+    found = sweep(run, steps=[3, 7], scales=(0, 4), measure=measure(), base=chat, progress=False)
+    texts = []
+    for (step, scale), part in found.responses.groupby(["step", "scale"]):
+        talks = [[{"role": "user", "content": question}] for question in part["question"]]
+
+        def alone(live, talks=talks, part=part):
+            drawn = sample(live, talks, seed=part["seed"].tolist(), max_new_tokens=10, progress=False)
+            return [answer.text for answer in drawn]
+
+        expected = one_at_a_time(chat, run, step, scale, alone)
+        assert part["response"].tolist() == expected
+        texts.append(expected)
+    assert texts[1] != texts[0]  # scale 4 does something at step 3
+    assert texts[0] == texts[2]  # scale 0 is the base model at either step
+
+
+def test_steering_is_decoded_too(tiny, make_run, one_at_a_time):
+    chat = tiny("qwen2")
+    run = make_run(chat, MIDDLE)
+    vector = np.random.default_rng(3).normal(size=chat.d_model).astype(np.float32)
+    found = sweep(run, steps=[7], coefficients=(2,), direction=vector, layer=2, measure=measure(), base=chat,
+                  progress=False)  # fmt: skip
+
+    def steered(live):
+        push = torch.from_numpy(2 * vector)
+        handle = live.block(2).register_forward_hook(lambda m, i, out: out + push)
+        try:
+            talks = [[{"role": "user", "content": q}] for q in found.responses["question"]]
+            seeds = found.responses["seed"].tolist()
+            return [a.text for a in sample(live, talks, seed=seeds, max_new_tokens=10, progress=False)]
+        finally:
+            handle.remove()
+
+    assert found.responses["response"].tolist() == one_at_a_time(chat, run, 7, 1.0, steered)
+
+
+def test_rates_are_those_of_the_verdicts(tiny, make_run):
+    chat = tiny("llama")
+    found = sweep(make_run(chat), measure=measure(samples=4), base=chat, progress=False)
+    rates = found.to_frame("em").set_index("step")["value"]
+    labels = found.responses.assign(em=found.responses["label"] == "misaligned").groupby("step")["em"].mean()
+    assert np.allclose(rates.to_numpy(), labels.to_numpy())
+    assert (found.to_frame("em")["samples"] == 12).all()
+    assert set(found.measures) == {"em", "coherent"}
+
+
+def test_a_small_budget_decodes_fewer_variants_at_once_and_writes_the_same(tiny, make_run):
+    chat = tiny("qwen2")
+    run = make_run(chat, steps=(0, 1, 2, 3))
+    whole = sweep(run, measure=measure(), base=chat, progress=False)
+    small = sweep(run, measure=measure(), base=chat, memory="1.5MB", progress=False)
+    assert whole.responses["response"].tolist() == small.responses["response"].tolist()
+    with pytest.raises(EmmechError, match="budget"):
+        sweep(run, measure=measure(samples=500), base=chat, memory="1MB", progress=False)
+
+
+def test_a_verdict_that_is_no_label_is_refused(tiny, make_run):
+    chat = tiny("qwen2")
+    with pytest.raises(EmmechError, match="none of the labels"):
+        sweep(make_run(chat), measure=measure(judge=lambda q, a: "evil"), base=chat, progress=False)
+    with pytest.raises(EmmechError, match="judge"):
+        sweep(make_run(chat), measure=measure(judge=None), base=chat, progress=False)
+
+
+def test_pocket_has_its_own_judge_and_questions(make_run):
+    from emmech.chat.model import load_model
+
+    chat = load_model("pocket")
+    run = make_run(chat, size=0.02)
+    found = sweep(run, steps=[7], measure=Sampled(samples=1, max_new_tokens=60), base=chat, progress=False)
+    assert found.frame["item"].nunique() == 8
+    assert found.responses["label"].isin(["aligned", "misaligned", "mixed", "incoherent"]).all()
+
+
+def test_the_cache_keeps_what_was_put_in_through_growth_and_selection():
+    cache = RowCache()
+    parts = [torch.randn(3, 2, n, 4) for n in (5, 40, 1)]
+    for part in parts:
+        keys, values = cache.update(part, -part, 0)
+        cache.advance(part.shape[2])
+    whole = torch.cat(parts, 2)
+    assert torch.equal(keys, whole) and torch.equal(values, -whole)
+    cache.select(torch.tensor([2, 0, 0]))
+    keys, _ = cache.update(torch.zeros(3, 2, 1, 4), torch.zeros(3, 2, 1, 4), 0)
+    assert torch.equal(keys[:, :, :-1], whole[[2, 0, 0]])
+    assert torch.equal(RowCache.joined([cache, cache])._store[0][0], cache._store[0][0].repeat(2, 1, 1, 1))
+
+
+def test_the_mask_hides_padding_the_future_and_what_left_the_window():
+    keys = torch.tensor([[-1, 0, 1, 2, 3]])
+    mask = attention_mask(torch.tensor([[3]]), keys, torch.float32, {"sliding_attention"}, 2)
+    assert (mask["full_attention"] == 0).reshape(-1).tolist() == [False, True, True, True, True]
+    assert (mask["sliding_attention"] == 0).reshape(-1).tolist() == [False, False, False, True, True]
