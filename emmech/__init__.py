@@ -21,12 +21,17 @@ _WHERE = {
     "EmmechError": "emmech.errors",
     "Evaluation": "emmech.evaluation.evaluation",
     "LogprobJudge": "emmech.evaluation.logprob_judge",
+    "MarginPair": "emmech.chat.logprob",
     "Recipe": "emmech.training.recipe",
     "Recorder": "emmech.training.recorder",
     "Run": "emmech.run",
+    "ScreeningJudge": "emmech.evaluation.screening",
     "Server": "emmech.evaluation.server",
     "ablate": "emmech.interventions.ablate",
+    "ablation_table": "emmech.interventions.studies",
     "contrast_direction": "emmech.directions.contrast",
+    "detach": "emmech.chat.adapter",
+    "dose_response": "emmech.interventions.studies",
     "evaluate": "emmech.evaluation.evaluate",
     "finetune": "emmech.training.train",
     "load_chat": "emmech.chat.dataset",
@@ -42,14 +47,19 @@ _WHERE = {
     "scale_adapters": "emmech.interventions.adapter",
     "steer": "emmech.interventions.steer",
     "sweep": "emmech.sweeps.sweep",
+    "to_nnsight": "emmech.interop.nnsight",
+    "to_transformer_lens": "emmech.interop.transformer_lens",
+    "transfer_matrix": "emmech.interventions.studies",
     "transplant_adapter": "emmech.interventions.adapter",
 }
 
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
+    from emmech.chat.adapter import detach as detach
     from emmech.chat.dataset import ChatDataset as ChatDataset
     from emmech.chat.dataset import load_chat as load_chat
+    from emmech.chat.logprob import MarginPair as MarginPair
     from emmech.chat.model import Anatomy as Anatomy
     from emmech.chat.model import ChatModel as ChatModel
     from emmech.chat.model import load_model as load_model
@@ -62,13 +72,19 @@ if TYPE_CHECKING:
     from emmech.evaluation.evaluation import Evaluation as Evaluation
     from emmech.evaluation.logprob_judge import LogprobJudge as LogprobJudge
     from emmech.evaluation.questions import load_questions as load_questions
+    from emmech.evaluation.screening import ScreeningJudge as ScreeningJudge
     from emmech.evaluation.server import Server as Server
+    from emmech.interop.nnsight import to_nnsight as to_nnsight
+    from emmech.interop.transformer_lens import to_transformer_lens as to_transformer_lens
     from emmech.interventions.ablate import ablate as ablate
     from emmech.interventions.adapter import project_adapter as project_adapter
     from emmech.interventions.adapter import rotate_adapter as rotate_adapter
     from emmech.interventions.adapter import scale_adapters as scale_adapters
     from emmech.interventions.adapter import transplant_adapter as transplant_adapter
     from emmech.interventions.steer import steer as steer
+    from emmech.interventions.studies import ablation_table as ablation_table
+    from emmech.interventions.studies import dose_response as dose_response
+    from emmech.interventions.studies import transfer_matrix as transfer_matrix
     from emmech.realignment import realign as realign
     from emmech.run import Run as Run
     from emmech.run import load_run as load_run

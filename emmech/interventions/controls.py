@@ -75,15 +75,16 @@ def measure_conditions(
     chat: ChatModel, conditions: Sequence[Condition], measure: Measure, *, base: bool, progress: bool = True
 ) -> tuple[Measured, ...]:
     """Measure every condition on the model, and (``base``) on the same model without its adapter."""
-    models = ["tuned", "base"] if base else ["tuned"]
+    # a model without an adapter is called base: there is nothing tuned about it
+    models = ["tuned", "base"] if base else ["tuned" if has_adapter(chat) else "base"]
     found = []
     with bar(len(models) * len(conditions), "measuring", progress=progress) as done:
         for model in models:
             for condition in conditions:
-                if model == "base" and condition.kind == "positive":
+                if base and model == "base" and condition.kind == "positive":
                     done.update()
                     continue
-                with _model(chat, model), condition.make(chat):
+                with _model(chat, model if base else "tuned"), condition.make(chat):
                     found.append(Measured(condition, model, measure(chat)))
                 done.update()
     return tuple(found)
@@ -155,6 +156,8 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
                 row[f"{name}_high" if name else "high"] = estimate.high
                 if not name:
                     row["n"] = estimate.n
+                    if np.isin(items.values[outcome][np.isfinite(items.values[outcome])], (0.0, 1.0)).all():
+                        row["low"], row["high"] = max(row["low"], 0.0), min(row["high"], 1.0)
             rows.append(row)
     return pd.DataFrame(rows)
 

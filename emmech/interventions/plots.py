@@ -31,7 +31,7 @@ def _doses(study: Study, frame: pd.DataFrame, outcome: str) -> Any:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    frame = frame[frame["model"] == "tuned"]
+    frame = frame[frame["model"] == frame["model"].iloc[0]]
     plain = frame[frame["kind"] == "untouched"]
     layers = sorted(frame["layer"].dropna().unique())
     for index, layer in enumerate(layers):
