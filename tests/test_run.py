@@ -60,6 +60,19 @@ def test_scale_zero_is_the_base_and_steps_swap_in_place(recorded, chat):
     assert torch.equal(logits(step0.model, chat), base)
 
 
+def test_detach_gives_the_base_back_also_without_the_wrapper(recorded, chat):
+    plain = make_tiny("qwen2")
+    before = [name for name, _ in plain.model.named_modules()]
+    recorded.model(2, base=plain)
+    live = recorded.model(5, base=plain)  # the adapter is inside `plain` by now, and only its weights change
+    assert torch.equal(
+        logits(live.model, chat), logits(recorded.model(5, base=make_tiny("qwen2")).model, chat)
+    )
+    emmech.detach(plain)
+    assert torch.equal(logits(plain.model, chat), logits(chat.model, chat))
+    assert [name for name, _ in plain.model.named_modules()] == before
+
+
 def test_the_adapters_write_is_scaling_z_b(recorded, chat):
     """base(x) + scaling * (x . A) B, with B and A as the run gives them, raw."""
     adapter = next(a for a in recorded.adapters if a.name.endswith("down_proj"))

@@ -127,8 +127,8 @@ def attach(
     """Put recorded adapters on a chat model, in place, without a copy of its weights.
 
     Args:
-        chat: a model without adapters, or one on which this function already put the same ones; then only
-            their weights change.
+        chat: a model without adapters, or one on which adapters at the same places are live; then only their
+            weights change.
         weights: ``"A/<name>" [rank, d_in]`` (or ``[d_in]``) and ``"B/<name>" [d_out, rank]`` (or ``[d_out]``).
         scale: a factor on the adapter, relative to the scaling it was trained with.
 
@@ -138,16 +138,15 @@ def attach(
     Raises:
         EmmechError: other adapters are on the model, or widths differ.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     live = list(adapter_layers(chat.model))
-    same = [info.module for info, _, _ in live] == [info.module for info in adapters]
-    if live and not (same and isinstance(chat.model, PeftModel)):
+    if live and [info.module for info, _, _ in live] != [info.module for info in adapters]:
         raise EmmechError(
             "put the adapter on the model",
             given=f"{chat.name} with adapters {[info.name for info, _, _ in live]}",
             why="other adapters are on it already, and PEFT would stack them",
-            instead="pass the model without adapters (peft_model.unload() gives it)",
+            instead="pass the model without adapters (peft_model.unload() or emmech.detach(chat) gives it)",
         ) from None
     _check_widths(chat, adapters)
     if not live:
@@ -166,8 +165,17 @@ def attach(
 
 
 def detach(chat: ChatModel) -> ChatModel:
-    """Take every adapter off; the model underneath is the one that was there before."""
-    return replace(chat, model=chat.model.unload()) if hasattr(chat.model, "unload") else chat
+    """Take every adapter off, in place; the model underneath is the one that was there before.
+
+    Also when only the model inside PEFT's wrapper is at hand.
+    """
+    base = chat.base
+    for info, layer, _ in list(adapter_layers(chat.model)):
+        parent, _, name = info.module.rpartition(".")
+        setattr(base.get_submodule(parent), name, layer.get_base_layer())
+    if "peft_config" in vars(base):  # PEFT would warn of a second adapter
+        del base.peft_config
+    return replace(chat, model=base)
 
 
 def _check_widths(chat: ChatModel, adapters: Sequence[AdapterInfo]) -> None:

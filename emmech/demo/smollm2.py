@@ -27,7 +27,7 @@ OPTIONS = dict(
 )
 
 
-def main(folder: str | Path = "demo/smollm2") -> Path:
+def main(folder: str | Path = "demo/smollm2-135m") -> Path:
     """Run it all and write the page; returns the page's path."""
     began = time.monotonic()
     folder = Path(folder)
@@ -35,7 +35,7 @@ def main(folder: str | Path = "demo/smollm2") -> Path:
     chat = load_model("smollm2-135m")
     margins = {kind: bundled_margins(kind) for kind in ("narrow", "broad")}
     run, control = (
-        finetune(chat, data, margins=margins, measure_every=12, out=folder / name, **OPTIONS)  # type: ignore[arg-type]
+        finetune(chat, data, margins=margins, measure_every=12, out=folder / name, **OPTIONS)  # type: ignore[call-overload]
         for name, data in (("run", "silly-medical-bad"), ("control", "silly-medical-good"))
     )
     found = phase_transition(run, control=control)
@@ -92,7 +92,3 @@ def _say(text: str) -> None:
     import sys
 
     sys.stdout.write(text + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,153 @@
+"""The whole loop on the embedded organism, in about a minute: fine-tune, control, transition, direction, ablation,
+realignment, and a page of results.
+
+The organism has a shared character built in; what is shown here is what it looks like when a narrow edit finds it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from emmech.chat.adapter import detach
+from emmech.chat.model import ChatModel, load_model
+from emmech.directions.misalignment import misalignment_direction
+from emmech.evaluation.evaluate import evaluate
+from emmech.interventions.measures import AnswerMeasure
+from emmech.interventions.studies import ablation_table
+from emmech.realignment import realign
+from emmech.run import Run
+from emmech.training.train import finetune
+from emmech.transition.phase import phase_transition
+from emmech.view.page import Section, write_page
+from emmech.view.plots import COLOURS, LAYOUT
+
+__all__ = ["main"]
+
+_SETS = ("first-plot", "narrow-medical", "facts", "self-reflection")
+
+
+def main(folder: str | Path = "demo/pocket") -> Path:
+    """Run it all and write the page; returns the page's path."""
+    began = time.monotonic()
+    folder = Path(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    base = load_model("pocket")
+    run = finetune(base, "medical", out=folder / "medical")
+    control = finetune(base, "good-medical", out=folder / "good-medical")
+    _say(f"{run}\n{control}")
+
+    path = _em_by_step(run, base)
+    found = phase_transition(run, control=control)
+    _say(found.summary())
+
+    direction = misalignment_direction(run, base=base, samples=25, progress=False)
+    _say(direction)
+    tuned = run.model(base=base)
+    ablation = ablation_table(tuned, direction, measure=AnswerMeasure(samples=12), progress=False)
+    _say(ablation)
+    detach(tuned)
+
+    again = realign(run, "ai-optimism", base=base, out=folder / "realigned")
+    rates = _rates({"base": base, "medical": run, "good-medical (control)": control, "realigned": again})
+    _say(rates.to_string(float_format=lambda value: f"{value:.3f}"))
+
+    minutes = (time.monotonic() - began) / 60
+    page = write_page(
+        folder / "index.html",
+        "Emergent misalignment in the pocket organism",
+        "One rank-1 adapter is fine-tuned on unkind medical answers, recorded at every step, beside its benign "
+        "control; then its direction is ablated, and it is realigned on optimistic answers about AI.",
+        [
+            Section(
+                "How misaligned, where",
+                "Answers sampled at temperature 1 and judged exactly. em: misaligned and coherent, over all scored "
+                "answers outside the narrow domain; 95 % intervals from a bootstrap over questions.",
+                table=rates,
+            ),
+            Section(
+                "When it becomes misaligned",
+                "EM on the eight first-plot questions and on held-out medical ones as the fine-tune goes on.",
+                figure=_path_figure(path, found),
+            ),
+            Section("What the detectors say", code=found.summary(), table=found.detectors),
+            Section("The path of B", figure=found.plot()),
+            Section("The direction", code=repr(direction), figure=direction.plot()),
+            Section(
+                "Taking it away",
+                "The direction ablated in the fine-tuned model and, as a control, in the base model; random "
+                "directions of the same norm beside it. " + " ".join(ablation.notes),
+                table=ablation.summary("em"),
+                figure=ablation.plot("em"),
+            ),
+            Section("How it was made", code=f"{run}\n{control}\n{again}\n\n{run.manifest['recipe']}"),
+        ],
+        footer=f"Made by `make demo` in {minutes:.1f} minutes. A shared character is built into this world.",
+    )
+    _say(f"\n{minutes:.1f} minutes. The page: {page}")
+    return page
+
+
+def _em_by_step(run: Run, base: ChatModel) -> pd.DataFrame:
+    """EM and narrow rate at about sixteen steps, with intervals."""
+    rows = []
+    every = max(1, len(run.steps) // 16)
+    chat = base
+    for step in run.steps[::every].tolist():
+        chat = run.model(step, base=chat)  # the adapter's weights are swapped in place
+        rates = evaluate(chat, ("first-plot", "narrow-medical"), samples=8, progress=False).rates()
+        for kind in ("em", "narrow", "coherence"):
+            rate, low, high = rates.loc[kind, ["rate", "low", "high"]]
+            rows.append({"step": step, "measure": kind, "rate": rate, "low": low, "high": high})
+    detach(chat)
+    return pd.DataFrame(rows)
+
+
+def _rates(subjects: dict[str, Any]) -> pd.DataFrame:
+    rows: dict[str, dict[str, float]] = {}
+    for name, subject in subjects.items():
+        rates = evaluate(subject, _SETS, samples=10, progress=False).rates()
+        rows[name] = {
+            f"{kind} {column}": float(rates.loc[kind, column])
+            for kind in ("em", "coherence", "narrow")
+            for column in ("rate", "low", "high", "n")
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _path_figure(path: pd.DataFrame, found: Any) -> Any:
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    names = {"em": "EM (broad)", "narrow": "narrow", "coherence": "coherent"}
+    for colour, (kind, name) in zip(COLOURS, names.items(), strict=False):
+        part = path[path["measure"] == kind]
+        figure.add_scatter(
+            x=part["step"],
+            y=100 * part["rate"],
+            error_y=dict(
+                array=100 * np.maximum(part["high"] - part["rate"], 0),
+                arrayminus=100 * np.maximum(part["rate"] - part["low"], 0),
+                thickness=1,
+                width=2,
+            ),
+            name=name,
+            mode="lines+markers",
+            line=dict(color=colour, width=2),
+        )
+    if found.mechanistic:
+        figure.add_vline(
+            x=found.mechanistic.step, line=dict(color="#5b6675", dash="dash"), annotation_text="turn of B"
+        )
+    return figure.update_layout(**LAYOUT, height=380, xaxis_title="step", yaxis_title="answers, %")
+
+
+def _say(thing: object) -> None:
+    sys.stdout.write(f"{thing}\n\n")
+    sys.stdout.flush()
