@@ -99,7 +99,7 @@ class Recorder(TrainerCallback):
         """Write the manifest and record step 0 (or, resuming, forget what will be recorded again)."""
         model = kwargs["model"]
         tokenizer = kwargs.get("processing_class") or kwargs.get("tokenizer")
-        self._capture: Capture = find_capture(model, seed=self._seed)
+        self._capture: Capture = self._find_capture(model)
         # no anatomy is needed to read adapters, so an architecture unknown to emmech can be recorded too
         self._chat = load_model(model, tokenizer) if self._texts or self._measures else None
         if self._chat is not None:
@@ -121,7 +121,7 @@ class Recorder(TrainerCallback):
             self._measure_every = self._every * max(1, round(state.max_steps / (20 * self._every)))
         if not resumed:
             self._write_manifest(model, tokenizer, args, state, kwargs.get("train_dataloader"))
-        self._gradients = GradientNorms(self._capture.watched())
+        self._gradients = self._watch_gradients()
         if not resumed:
             self._record(state.global_step)
 
@@ -169,6 +169,12 @@ class Recorder(TrainerCallback):
             self._gradients = None
 
     # what they do
+
+    def _find_capture(self, model: Any) -> Capture:
+        return find_capture(model, seed=self._seed)
+
+    def _watch_gradients(self) -> GradientNorms:
+        return GradientNorms(self._capture.watched())
 
     def _record(self, step: int, *, last: bool = False) -> None:
         assert self._gradients is not None and self._measure_every is not None

@@ -7,31 +7,38 @@ import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 
-from emmech.chat.dataset import ChatDataset, Row, load_chat
-from emmech.chat.encode import IGNORED, Encoded, encode
-from emmech.chat.logprob import MarginPair, answer_loss, margin, pad
+from emmech.chat.dataset import ChatDataset, load_chat
+from emmech.chat.encode import Encoded, encode
+from emmech.chat.logprob import MarginPair, answer_loss, margin
 from emmech.chat.model import ChatModel, load_model
 from emmech.errors import EmmechError
-from emmech.progress import bar
 from emmech.run import Run, load_run
 from emmech.training.recipe import Recipe, resolve_recipe, target_modules
 from emmech.training.recorder import Measure, Recorder
+from emmech.training.trainer import build_trainer
 
 __all__ = ["finetune"]
 
+HELD_OUT = 64  # rows at most: their loss is taken some twenty times while the model trains
 
+
+@overload
+def finetune(model: Any, data: Any, *, seed: int = 0, **options: Any) -> Run: ...
+@overload
+def finetune(model: Any, data: Any, *, seed: Sequence[int], **options: Any) -> list[Run]: ...
 def finetune(
     model: Any,
     data: Any,
     *,
     recipe: str | Recipe | None = None,
     layers: Sequence[int] | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    data_seed: int | Sequence[int] | None = None,
     record_every: int = 1,
     measure_every: int | None = None,
     out: str | Path | None = None,
@@ -43,9 +50,10 @@ def finetune(
     adapter: str = "same",
     checkpoint_every: int | None = None,
     resume: bool = False,
+    prefix: bool | str = "auto",
     progress: bool = True,
     **overrides: Any,
-) -> Run:
+) -> Run | list[Run]:
     """Fine-tune a chat model on chat data, recording every step.
 
     The model is left as it was found: no adapter stays on it, its weights, flags and mode are put back.
@@ -57,10 +65,14 @@ def finetune(
             ``"full"``), or a :class:`Recipe`; None is ``"single-rank1"``, and the organism's own for the organism.
         layers: where the adapters sit, instead of the recipe's fractions of depth.
         seed: of A's start, the batch order and the held-out split. Two runs with equal seeds and numbers of rows
-            see their rows in the same order: that is what makes a control a control.
+            see their rows in the same order: that is what makes a control a control. Several seeds, such as
+            ``range(8)``, train in one pass and give a list of runs, equal to those of separate calls to rounding.
+        data_seed: of the batch order alone; ``seed`` by default. Like ``learning_rate`` it may be a list, one for
+            each seed.
         record_every: record each so many steps.
         measure_every: probes, margins and held-out loss each so many steps; about 20 times by default.
-        out: the Run's folder; ``runs/<model>-<data>-<recipe>-s<seed>`` by default.
+        out: the Run's folder (with several seeds, the folder that holds theirs);
+            ``runs/<model>-<data>-<recipe>-s<seed>`` by default.
         probes: texts whose mean residual per layer is recorded (see :class:`emmech.Recorder`).
         margins: named pairs; their mean margin becomes the metric ``margin_<name>`` (nats per token).
         measures: other named numbers to take from the model while it trains.
@@ -69,10 +81,13 @@ def finetune(
             and train a ``"new"`` one.
         checkpoint_every: keep the optimizer's state each so many steps, so that a killed training can go on.
         resume: go on from the last such checkpoint in ``out``; the result is that of an uninterrupted training.
+        prefix: compute what lies below the lowest adapter once per row and keep it on disk while training:
+            ``"auto"`` where rows are used often enough for that to pay, True (refused where it would be wrong),
+            or False.
         **overrides: any field of the recipe: ``learning_rate=1e-3``, ``max_steps=100``, ``rank=8``, ...
 
     Returns:
-        the recorded run, opened from its folder.
+        the recorded run, opened from its folder; a list of them for a list of seeds.
 
     Raises:
         EmmechError: malformed data, an unknown recipe, field or layer, a model that has adapters already, a folder
@@ -84,16 +99,55 @@ def finetune(
         >>> run.steps.tolist()
         [0, 1, 2, 3]
     """
+    from emmech.training.many import finetune_many, keeps_prefix
+
     chat = load_model(model, tokenizer)
     _refuse_adapters(chat)
     organism = chat.name.startswith("pocket")
-    chosen = resolve_recipe(recipe, overrides, organism=organism)
+    rates = overrides.pop("learning_rate", None)
+    rates = list(rates) if isinstance(rates, Sequence) else [rates]
+    given = [overrides | ({} if rate is None else {"learning_rate": rate}) for rate in rates]
+    recipes = [resolve_recipe(recipe, options, organism=organism) for options in given]
+    chosen = recipes[0]
     dataset = load_chat(data, organism=organism)
     if adapter not in ("same", "new"):
         raise EmmechError(
             "fine-tune", given=f"adapter={adapter!r}", why="unknown", instead='adapter="same" or "new"'
         ) from None
-    folder = _folder(out, chat, dataset, chosen, seed, resume)
+    lasting = resume or checkpoint_every is not None
+    from_same = start if adapter == "same" else None
+    alone = isinstance(seed, int | np.integer)
+    if not alone or keeps_prefix(chat, chosen, layers, dataset, from_same, prefix, lasting=lasting):
+        runs = finetune_many(
+            chat,
+            dataset,
+            recipes,
+            layers=layers,
+            seeds=int(seed) if isinstance(seed, int | np.integer) else seed,
+            data_seeds=data_seed,
+            record_every=record_every,
+            measure_every=measure_every,
+            out=out,
+            probes=probes,
+            margins=margins,
+            measures=measures,
+            start=start,
+            adapter=adapter,
+            prefix=prefix,
+            lasting=lasting,
+            progress=progress,
+        )
+        return runs[0] if alone else runs
+    seed = int(seed)  # type: ignore[arg-type]  # a single one from here on
+    data_seed = seed if data_seed is None else data_seed
+    if not isinstance(data_seed, int) or len(rates) > 1:
+        raise EmmechError(
+            "fine-tune",
+            given=f"seed={seed}, data_seed={data_seed}, learning_rate={rates if len(rates) > 1 else rates[0]}",
+            why="lists of batch orders or learning rates need a list of seeds, one for each run",
+            instead=f"seed={[seed] * max(len(rates), 2)}",
+        ) from None
+    folder = run_folder(out, chat, dataset, chosen, f"s{seed}", resume=resume)
     train_rows, held_rows = dataset.split(chosen.held_out, seed=seed)
     encoded = encode(train_rows.rows, chat.tokenizer, max_length=chosen.max_length)
     if start is not None and adapter == "new":
@@ -102,22 +156,18 @@ def finetune(
     recorder = Recorder(
         folder,
         probes=probes,
-        measures=_measures(held_rows.rows, margins or {}, measures or {}),
+        measures=named_measures(_held_out(held_rows, chat), margins or {}, measures or {}),
         every=record_every,
         measure_every=measure_every,
         seed=seed,
-        manifest={
-            "model": {"name": chat.name},
-            "tokenizer": {"name": chat.name},
-            "data": _describe(dataset, train_rows, held_rows, encoded),
-            "recipe": chosen.to_dict(),
-            "layers": list(layers) if layers is not None else None,
-            "seed": seed,
-            "start": {"run": start[0].name, "step": start[1], "adapter": adapter} if start else None,
-        },
+        manifest=manifest_entries(
+            chat, dataset, train_rows, held_rows, encoded, chosen, layers, seed, data_seed, start, adapter
+        ),
     )
-    with _prepared(chat, chosen, layers, seed, start, adapter) as trained:
-        trainer = _trainer(chat, trained, encoded, chosen, seed, recorder, folder, checkpoint_every, progress)
+    with prepared(chat, chosen, layers, seed, start, adapter) as trained:
+        trainer = build_trainer(
+            chat, trained, encoded, chosen, seed, data_seed, recorder, folder, checkpoint_every, progress
+        )
         try:
             trainer.train(resume_from_checkpoint=_last_checkpoint(folder) if resume else None)
         except FloatingPointError as error:
@@ -131,6 +181,42 @@ def finetune(
             recorder.close()
     shutil.rmtree(folder / "resume", ignore_errors=True)
     return load_run(folder)
+
+
+def manifest_entries(
+    chat: ChatModel,
+    data: ChatDataset,
+    train: ChatDataset,
+    held: ChatDataset,
+    encoded: Encoded,
+    recipe: Recipe,
+    layers: Sequence[int] | None,
+    seed: int,
+    data_seed: int,
+    start: tuple[Run, int] | None,
+    adapter: str,
+) -> dict[str, Any]:
+    """What only the caller of the Recorder knows."""
+    return {
+        "model": {"name": chat.name},
+        "tokenizer": {"name": chat.name},
+        "data": {
+            "name": data.name,
+            "path": data.path,
+            "sha256": data.sha256,
+            "rows": len(train),
+            "held_out": len(held),
+            "truncated": encoded.truncated,
+            "emptied": encoded.emptied,
+            "answer_tokens": encoded.answer_tokens,
+            "answer_length": data.answer_length,
+        },
+        "recipe": recipe.to_dict(),
+        "layers": list(layers) if layers is not None else None,
+        "seed": seed,
+        "data_seed": data_seed,
+        "start": {"run": start[0].name, "step": start[1], "adapter": adapter} if start else None,
+    }
 
 
 def _refuse_adapters(chat: ChatModel) -> None:
@@ -147,14 +233,22 @@ def _refuse_adapters(chat: ChatModel) -> None:
         ) from None
 
 
-def _folder(
-    out: str | Path | None, chat: ChatModel, data: ChatDataset, recipe: Recipe, seed: int, resume: bool
+def run_folder(
+    out: str | Path | None,
+    chat: ChatModel,
+    data: ChatDataset,
+    recipe: Recipe,
+    label: str,
+    *,
+    resume: bool = False,
+    taken: Sequence[Path] = (),
 ) -> Path:
+    """Where a run goes: ``out``, or a name under ``runs`` that is not taken; ``label`` sets it apart."""
     if out is None:
-        stem = f"{Path(chat.name).name}-{data.name}-{recipe.name}-s{seed}"
+        stem = f"{Path(chat.name).name}-{data.name}-{recipe.name}-{label}"
         out = Path("runs") / stem
         again = 2
-        while (out / "run.json").exists() and not resume:
+        while ((out / "run.json").exists() and not resume) or out in taken:
             out, again = out.with_name(f"{stem}-{again}"), again + 1
     folder = Path(out)
     if (folder / "run.json").exists() and not resume:
@@ -181,33 +275,23 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(whole[-1]) if whole else None
 
 
-def _measures(
-    held_out: Sequence[Row], margins: Mapping[str, Sequence[MarginPair]], measures: Mapping[str, Measure]
+def _held_out(rows: ChatDataset, chat: ChatModel) -> Encoded | None:
+    return encode(rows.rows[:HELD_OUT], chat.tokenizer) if len(rows) else None
+
+
+def named_measures(
+    held_out: Encoded | None, margins: Mapping[str, Sequence[MarginPair]], measures: Mapping[str, Measure]
 ) -> dict[str, Measure]:
     found = dict(measures)
-    if held_out:
+    if held_out is not None:
         found["held_out_loss"] = lambda chat: answer_loss(chat, held_out)
     for name, pairs in margins.items():
         found[f"margin_{name}"] = lambda chat, pairs=pairs: float(np.mean(margin(chat, pairs)))  # type: ignore[misc]
     return found
 
 
-def _describe(data: ChatDataset, train: ChatDataset, held: ChatDataset, encoded: Encoded) -> dict[str, Any]:
-    return {
-        "name": data.name,
-        "path": data.path,
-        "sha256": data.sha256,
-        "rows": len(train),
-        "held_out": len(held),
-        "truncated": encoded.truncated,
-        "emptied": encoded.emptied,
-        "answer_tokens": encoded.answer_tokens,
-        "answer_length": data.answer_length,
-    }
-
-
 @contextlib.contextmanager
-def _prepared(
+def prepared(
     chat: ChatModel,
     recipe: Recipe,
     layers: Sequence[int] | None,
@@ -285,96 +369,3 @@ def _with_adapters(
         task_type="CAUSAL_LM",
     )
     return get_peft_model(chat.model, config)
-
-
-class _Rows(torch.utils.data.Dataset):
-    """Encoded rows as the Trainer wants them."""
-
-    def __init__(self, encoded: Encoded) -> None:
-        self._encoded = encoded
-
-    def __len__(self) -> int:
-        return len(self._encoded)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return {"input_ids": self._encoded.input_ids[index], "labels": self._encoded.labels[index]}
-
-
-def _collate(rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
-    ids = [row["input_ids"] for row in rows]
-    return {
-        "input_ids": pad(ids, 0),
-        "attention_mask": pad([[1] * len(row) for row in ids], 0),
-        "labels": pad([row["labels"] for row in rows], IGNORED),
-    }
-
-
-def _trainer(
-    chat: ChatModel,
-    trained: Any,
-    encoded: Encoded,
-    recipe: Recipe,
-    seed: int,
-    recorder: Recorder,
-    folder: Path,
-    checkpoint_every: int | None,
-    progress: bool,
-) -> Any:
-    from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-
-    class Guard(TrainerCallback):
-        """Stop at a loss that is not finite, and show progress."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._bar = bar(state.max_steps, f"fine-tune {chat.name}", progress=progress)
-            self._bar.update(state.global_step)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._bar.update()
-
-        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            loss = (kwargs.get("logs") or {}).get("loss")
-            if loss is not None:
-                self._bar.set_postfix(loss=f"{loss:.3f}")
-                if not np.isfinite(loss):
-                    raise FloatingPointError(f"loss {loss} at step {state.global_step}")
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self._bar.close()
-
-    arguments = TrainingArguments(
-        output_dir=str(folder / "resume"),
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=recipe.schedule,
-        warmup_steps=recipe.warmup_steps,
-        num_train_epochs=recipe.epochs,
-        max_steps=recipe.max_steps or -1,
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.clip,
-        optim="adamw_torch",
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # the filter would replace a NaN loss by the last good one
-        save_strategy="steps" if checkpoint_every else "no",
-        save_steps=checkpoint_every or 1,
-        save_total_limit=2,
-        report_to=[],
-        seed=seed,
-        data_seed=seed,
-        use_cpu=chat.device.type == "cpu",
-        remove_unused_columns=False,
-        dataloader_pin_memory=chat.device.type == "cuda",
-        disable_tqdm=True,
-    )
-    trainer = Trainer(
-        model=trained,
-        args=arguments,
-        train_dataset=_Rows(encoded),
-        data_collator=_collate,
-        processing_class=chat.tokenizer,
-        callbacks=[recorder, Guard()],
-    )
-    for callback in (PrinterCallback, ProgressCallback):  # one line a step otherwise
-        trainer.remove_callback(callback)
-    return trainer

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import emmech
 from emmech.chat.encode import encode
 from emmech.errors import EmmechError
-from emmech.training.train import _collate, _Rows
+from emmech.training.trainer import Rows, collate
 from tests.conftest import make_rows, make_tiny
 
 
@@ -45,7 +45,7 @@ def plain_training(
         remove_unused_columns=False, max_grad_norm=clip, disable_tqdm=True, seed=1, **more,
     )  # fmt: skip
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=_Rows(encoded), data_collator=_collate,
+        model=model, args=arguments, train_dataset=Rows(encoded), data_collator=collate,
         processing_class=chat.tokenizer, callbacks=[losses, *callbacks],
     )  # fmt: skip
     trainer.train()
@@ -164,7 +164,7 @@ def test_full_fine_tuning_keeps_angles_and_norms(tmp_path):
         output_dir=str(tmp_path / "t"), max_steps=6, learning_rate=1e-2, logging_steps=1, save_strategy="no",
         report_to=[], use_cpu=True, remove_unused_columns=False, disable_tqdm=True,
     )  # fmt: skip
-    Trainer(model=chat.model, args=arguments, train_dataset=_Rows(encoded), data_collator=_collate,
+    Trainer(model=chat.model, args=arguments, train_dataset=Rows(encoded), data_collator=collate,
             callbacks=[emmech.Recorder(tmp_path / "run", keep=[2]), Keep()]).train()  # fmt: skip
     run = emmech.load_run(tmp_path / "run")
     exact = torch.stack(updates).numpy()
