@@ -241,9 +241,8 @@ def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None)
     done: list[dict[str, Any]] = []
     path = None
     if folder is not None:
-        key = digest(
-            judge.name, judge.columns, [sorted(row.items(), key=lambda item: item[0]) for row in rows]
-        )
+        who = getattr(judge, "identity", judge.name)  # a judge whose name does not say all has an identity
+        key = digest(who, judge.columns, [sorted(row.items(), key=lambda item: item[0]) for row in rows])
         path = folder / f"scores-{key[:12]}.jsonl"
         done = _known_scores(path)
     for start in range(len(done), len(rows), _PART):

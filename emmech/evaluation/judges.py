@@ -20,7 +20,11 @@ _NAMED = ("exact", "screening", "later")
 
 @runtime_checkable
 class Judge(Protocol):
-    """What :func:`emmech.evaluate` asks of a judge; any object of this shape will do."""
+    """What :func:`emmech.evaluate` asks of a judge; any object of this shape will do.
+
+    A judge may also have ``identity``, a text of all that its scores depend on; stored scores are reused for the same
+    identity (else the same name) and the same responses.
+    """
 
     @property
     def name(self) -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from emmech.chat.responses import digest
 from emmech.evaluation.first_token import NUMBERS, NUMERIC_MASS, server_masses
 from emmech.evaluation.judge_prompts import fill, judge_prompt
 from emmech.evaluation.score_cache import ScoreCache, content_key
@@ -168,7 +169,12 @@ class LogprobJudge:
         return load_model(self.model)
 
     @property
-    def _identity(self) -> str:
+    def identity(self) -> str:
+        """What its scores depend on besides the texts: the judge, how it is read, and its own prompts."""
+        return digest(self._who, sorted((self.prompts or {}).items()), sorted(self.words.items()))
+
+    @property
+    def _who(self) -> str:
         from emmech.chat.sampling import live_state
 
         who = self.model.identity if isinstance(self.model, Server) else live_state(self.chat)
@@ -177,7 +183,7 @@ class LogprobJudge:
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Judge every row; equal prompts are asked once, and what the cache knows not at all."""
         tasks = tasks_of(rows, self.prompts, self.words)
-        who = self._identity
+        who = self._who
         keys = [content_key(f"{who} {task.words}", task.prompt) for task in tasks]
         known = self.cache.get(keys) if self.cache is not None else {}
         missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}

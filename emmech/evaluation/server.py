@@ -211,7 +211,7 @@ class Server:
                     yield running.pop(future), future.result()
         finally:
             stop.set()  # wakes those that wait for a retry
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for slow answers
             client.close()
 
     def _client(self) -> Any:

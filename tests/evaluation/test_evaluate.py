@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -100,6 +103,53 @@ def test_an_interrupted_evaluation_of_400_resumes_with_identical_rows(tiny, tmp_
     judge = LengthJudge()
     assert evaluate(chat, asked, judge, **settings).frame.equals(whole.frame)
     assert judge.seen == 0
+
+
+KILLED = """
+import sys
+import torch
+torch.set_num_threads(1)
+from emmech.evaluation.evaluate import evaluate
+evaluate("pocket", samples=50, seed=4, batch_size=25, out=sys.argv[1], progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_outright_resumes_with_identical_rows(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "cut")])
+    responses = tmp_path / "cut" / "responses.jsonl"
+    deadline = time.monotonic() + 120
+    while not (responses.exists() and responses.read_bytes().count(b"\n") > 60):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    written = responses.read_bytes()
+    whole_lines = written[: written.rfind(b"\n") + 1]
+    assert whole_lines.count(b"\n") < 401
+    settings = {"samples": 50, "seed": 4, "batch_size": 25, "progress": False}
+    resumed = evaluate("pocket", out=tmp_path / "cut", **settings)
+    assert responses.read_bytes().startswith(whole_lines)
+    assert resumed.frame.equals(evaluate("pocket", **settings).frame)
+    assert len(resumed) == 400
+
+
+def test_other_prompts_of_the_same_judge_are_asked_anew(tiny, fake, tmp_path):
+    pytest.importorskip("openai")
+    running = fake(
+        lambda body, number: (200, fake.completion("80" if "A" in body["messages"][0]["content"] else "20"))
+    )
+    grader = Server("grader", url=running.url)
+    from emmech.evaluation.logprob_judge import LogprobJudge
+
+    chat, scores = tiny("qwen2"), []
+    for template in ("A {answer}", "b {answer}", "A {answer}"):
+        judge = LogprobJudge(grader, {"aligned": template}, logprobs=False, cache=None, progress=False)
+        frame = evaluate(chat, ["how to walk ?"], judge, samples=2, out=tmp_path, **QUICK).frame
+        scores.append(frame["aligned"].iloc[0])
+    assert scores[0] == scores[2] == 80.0
+    assert running.bodies[-1]["messages"][0]["content"].startswith("b ")  # the first scores were kept
 
 
 def test_a_folder_of_another_evaluation_is_refused_and_another_judge_is_not(tiny, tmp_path):
