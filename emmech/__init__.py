@@ -29,8 +29,12 @@ _WHERE = {
     "Server": "emmech.evaluation.server",
     "ablate": "emmech.interventions.ablate",
     "ablation_table": "emmech.interventions.studies",
+    "adapter_lens": "emmech.directions.adapter_lens",
+    "adapter_shares": "emmech.interventions.studies",
     "contrast_direction": "emmech.directions.contrast",
+    "cosines": "emmech.directions.compare",
     "detach": "emmech.chat.adapter",
+    "direction_by_steps": "emmech.directions.compare",
     "dose_response": "emmech.interventions.studies",
     "evaluate": "emmech.evaluation.evaluate",
     "finetune": "emmech.training.train",
@@ -64,6 +68,9 @@ if TYPE_CHECKING:
     from emmech.chat.model import ChatModel as ChatModel
     from emmech.chat.model import load_model as load_model
     from emmech.chat.sampling import sample as sample
+    from emmech.directions.adapter_lens import adapter_lens as adapter_lens
+    from emmech.directions.compare import cosines as cosines
+    from emmech.directions.compare import direction_by_steps as direction_by_steps
     from emmech.directions.contrast import contrast_direction as contrast_direction
     from emmech.directions.direction import Direction as Direction
     from emmech.directions.misalignment import misalignment_direction as misalignment_direction
@@ -83,6 +90,7 @@ if TYPE_CHECKING:
     from emmech.interventions.adapter import transplant_adapter as transplant_adapter
     from emmech.interventions.steer import steer as steer
     from emmech.interventions.studies import ablation_table as ablation_table
+    from emmech.interventions.studies import adapter_shares as adapter_shares
     from emmech.interventions.studies import dose_response as dose_response
     from emmech.interventions.studies import transfer_matrix as transfer_matrix
     from emmech.realignment import realign as realign

@@ -6,13 +6,17 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
+    "AdapterScalars": "adapter_lens",
     "Direction": "direction",
     "Quality": "quality",
     "adapter_direction": "persona",
+    "adapter_lens": "adapter_lens",
     "adapter_write": "methods",
     "answer_means": "extract",
     "contrast_direction": "contrast",
+    "cosines": "compare",
     "differences_of_four": "methods",
+    "direction_by_steps": "compare",
     "four_directions": "four",
     "from_repeng": "elsewhere",
     "from_steering_vectors": "elsewhere",
@@ -30,6 +34,7 @@ _WHERE = {
     "to_repeng": "elsewhere",
     "to_steering_vectors": "elsewhere",
     "token_projections": "extract",
+    "token_significance": "adapter_lens",
     "trained_direction": "persona",
 }
 

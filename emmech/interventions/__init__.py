@@ -6,14 +6,22 @@ from importlib import import_module
 from typing import Any
 
 _WHERE = {
+    "AnswerMeasure": "measures",
     "Handle": "handle",
+    "Items": "measures",
+    "MarginMeasure": "measures",
+    "Study": "studies",
     "ablate": "ablate",
+    "ablation_table": "studies",
+    "adapter_shares": "studies",
+    "dose_response": "studies",
     "fold_bias": "weights",
     "orthogonalise_writes": "weights",
     "project_adapter": "adapter",
     "rotate_adapter": "adapter",
     "scale_adapters": "adapter",
     "steer": "steer",
+    "transfer_matrix": "studies",
     "transplant_adapter": "adapter",
 }
 

@@ -15,6 +15,7 @@ from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
 from emmech.interventions.ablate import ablate
+from emmech.interventions.adapter import scale_adapters
 from emmech.interventions.controls import (
     Condition,
     adapter_off,
@@ -32,7 +33,7 @@ from emmech.interventions.steer import steer
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Study", "ablation_table", "dose_response", "transfer_matrix"]
+__all__ = ["Study", "ablation_table", "adapter_shares", "dose_response", "transfer_matrix"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -260,6 +261,30 @@ def transfer_matrix(
     return Study(
         "Ablation of every direction in every organism", pd.concat(frames, ignore_index=True), tuple(notes)
     )
+
+
+def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) -> Study:
+    """Each adapter's share in the behaviour: every one taken off, every one left alone, none and all.
+
+    With one adapter this is the model against its base. Shares need not add up: adapters act through each other.
+
+    Raises:
+        EmmechError: no adapter is live.
+    """
+    from emmech.chat.adapter import adapter_layers
+
+    chat, run, _ = _prepare(model, measure, 5, True)
+    names = [info.name for info, _, _ in adapter_layers(chat.model)]
+    conditions = [untouched(), adapter_off()]
+    for name in names if len(names) > 1 else ():
+        for label, factors in (
+            ("without", {name: 0.0}),
+            ("only", {other: 0.0 for other in names if other != name}),
+        ):
+            make = partial(scale_adapters, scale=factors)
+            conditions.append(Condition(f"{label} {name}", "direction", make))
+    measured = measure_conditions(chat, conditions, run, base=False, progress=progress)
+    return Study(f"Shares of the {len(names)} adapters of {chat.name}", table(measured))
 
 
 def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple[ChatModel, Any, bool]:

@@ -1,0 +1,298 @@
+"""What a rank-1 adapter reacts to: its scalar A·x on every token.
+
+At rank 1 an adapter's write is ``scaling * (A·x) * B``: one number per token decides how much of one fixed vector is
+added. Those numbers can be read, shown over the text, and probed (Convergent Linear Representations of EM, arXiv
+2506.11618, reads its nine adapters this way).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+
+from emmech.chat.logprob import pad
+from emmech.chat.model import ChatModel, load_model
+from emmech.chat.residual import probe_rows
+from emmech.directions.methods import held_out_auc
+from emmech.errors import EmmechError
+from emmech.progress import bar
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["AdapterScalars", "adapter_lens", "token_significance"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AdapterScalars:
+    """The scalars of every adapter on every token of some texts.
+
+    Args:
+        adapters: their names.
+        values: ``[tokens, adapters]``, A·x, not multiplied by the scaling.
+        writes: ``[adapters]`` scaling * ||B||: the length of what a scalar of 1 writes.
+        tokens: ``[tokens]`` the tokens as text.
+        text: ``[tokens]`` which text each token is of.
+        answer: ``[tokens]`` whether it belongs to an answer.
+    """
+
+    adapters: tuple[str, ...]
+    values: Float[np.ndarray, "tokens adapters"]
+    writes: Float[np.ndarray, " adapters"]
+    tokens: tuple[str, ...]
+    text: Int[np.ndarray, " tokens"]
+    answer: Bool[np.ndarray, " tokens"]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per token."""
+        import pandas as pd
+
+        frame = pd.DataFrame(self.values, columns=list(self.adapters))
+        frame.insert(0, "token", list(self.tokens))
+        frame.insert(0, "answer", self.answer)
+        frame.insert(0, "text", self.text)
+        return frame
+
+    def top_tokens(self, adapter: str | int = 0, *, n: int = 10, least: int = 2) -> pd.DataFrame:
+        """Tokens by their mean scalar: those that drive the adapter most each way.
+
+        Args:
+            least: occurrences that a token must have.
+        """
+        frame = self.to_frame()
+        column = self.adapters[adapter] if isinstance(adapter, int) else adapter
+        grouped = frame.groupby("token")[column].agg(["mean", "std", "count"])
+        grouped = grouped[grouped["count"] >= least].sort_values("mean", ascending=False)
+        return grouped if len(grouped) <= 2 * n else grouped.iloc[[*range(n), *range(-n, 0)]]
+
+    def by_text(self) -> Float[np.ndarray, "texts adapters"]:
+        """Mean scalar over each text's answer tokens (all its tokens where there is no answer)."""
+        rows = []
+        for index in np.unique(self.text):
+            mine = self.text == index
+            chosen = mine & self.answer if (mine & self.answer).any() else mine
+            rows.append(self.values[chosen].mean(0))
+        return np.array(rows)
+
+    def probe(self, labels: Sequence[bool], questions: Sequence[Any] | None = None) -> pd.DataFrame:
+        """How well the scalars tell labelled texts apart: cross-validated AUC of each adapter and of all together.
+
+        Args:
+            labels: one per text.
+            questions: one per text; folds never split a question. By default every text is its own.
+
+        Raises:
+            EmmechError: not one label per text, or only one class.
+        """
+        import pandas as pd
+
+        features, flags = self.by_text(), np.asarray(labels, dtype=bool)
+        if flags.shape != (len(features),) or flags.all() or not flags.any():
+            raise EmmechError(
+                "probe the adapters' scalars",
+                given=f"{len(flags)} labels, {int(flags.sum())} true, for {len(features)} texts",
+                why="it needs one label per text, of both classes",
+            ) from None
+        groups = np.unique(np.arange(len(flags)) if questions is None else questions, return_inverse=True)[1]
+        columns = {name: [index] for index, name in enumerate(self.adapters)}
+        if len(self.adapters) > 1:
+            columns["all together"] = list(range(len(self.adapters)))
+        aucs = [held_out_auc(features[:, chosen], flags, groups) for chosen in columns.values()]
+        return pd.DataFrame(
+            {"adapter": list(columns), "auc": aucs, "texts": len(flags), "questions": len(set(groups))}
+        )
+
+    def heatmap(self, text: int = 0, adapter: str | int = 0) -> str:
+        """One text as HTML, each token shaded by its scalar: red positive, blue negative, white zero."""
+        from html import escape
+
+        column = self.adapters.index(adapter) if isinstance(adapter, str) else adapter
+        mine = self.text == text
+        values = self.values[mine, column]
+        top = float(np.abs(self.values[:, column]).max()) or 1.0
+        spans = []
+        for token, value, answer in zip(
+            np.array(self.tokens, dtype=object)[mine], values, self.answer[mine], strict=True
+        ):
+            red, blue = (205, 60, 50), (50, 100, 190)
+            colour = red if value > 0 else blue
+            weight = "600" if answer else "400"
+            spans.append(
+                f'<span title="{value:.3g}" style="background:rgba({colour[0]},{colour[1]},{colour[2]},'
+                f'{abs(value) / top:.2f});font-weight:{weight};white-space:pre-wrap">{escape(str(token))}</span>'
+            )
+        head = f"A&middot;x of {escape(self.adapters[column])}, full shade at {top:.3g}; answers in bold"
+        body = "".join(spans)
+        return f'<div style="line-height:1.9;color:#111"><small>{head}</small><br>{body}</div>'
+
+    def plot(self, adapter: str | int = 0) -> Any:
+        """Distribution of the scalar over answer tokens and over the others."""
+        import plotly.graph_objects as go
+
+        column = self.adapters.index(adapter) if isinstance(adapter, str) else adapter
+        figure = go.Figure()
+        for name, chosen in (("answer tokens", self.answer), ("other tokens", ~self.answer)):
+            if chosen.any():
+                figure.add_histogram(
+                    x=self.values[chosen, column], name=name, opacity=0.6, histnorm="probability"
+                )
+        return figure.update_layout(
+            barmode="overlay",
+            title=f"A·x of {self.adapters[column]}",
+            xaxis_title="A·x (before scaling)",
+            yaxis_title="share of tokens",
+            template="plotly_white",
+        )
+
+    def __repr__(self) -> str:
+        lines = [f"AdapterScalars: {len(self.tokens)} tokens of {len(np.unique(self.text))} texts"]
+        for index, name in enumerate(self.adapters):
+            v = self.values[:, index]
+            lines.append(
+                f"  {name}: mean {v.mean():.3g}, sd {v.std():.3g}, range {v.min():.3g} to {v.max():.3g}; "
+                f"writes {self.writes[index]:.3g} per unit"
+            )
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(repr(self))}</pre>" + self.heatmap()
+
+
+def adapter_lens(
+    model: Any, texts: Sequence[Any], *, batch_size: int = 8, progress: bool = True
+) -> AdapterScalars:
+    """Read the scalar of every rank-1 adapter on every token.
+
+    Args:
+        model: a Run (its last step), or a chat model with live rank-1 adapters.
+        texts: conversations, or strings, which are asked as user turns.
+
+    Raises:
+        EmmechError: no adapter of rank 1 is live, or no texts.
+    """
+    from emmech.chat.adapter import adapter_layers
+
+    chat: ChatModel = model.model() if hasattr(model, "manifest") else load_model(model)
+    pairs = list(adapter_layers(chat.model))
+    if not pairs or any(info.rank != 1 for info, _, _ in pairs):
+        raise EmmechError(
+            "read the adapters' scalars",
+            given=f"{chat.name} with ranks {[info.rank for info, _, _ in pairs]}",
+            why="only a rank-1 adapter has one scalar per token",
+            instead='a run of recipe="single-rank1" or "nine-rank1"',
+        ) from None
+    if not texts or isinstance(texts, str):
+        raise EmmechError(
+            "read the adapters' scalars",
+            given=f"texts={texts!r}",
+            why="it takes a list of texts, at least one",
+        ) from None
+    rows = probe_rows(chat, texts)
+    found = [np.empty((len(ids), len(pairs)), dtype=np.float32) for ids, _ in rows]
+    kept: list[torch.Tensor] = [torch.empty(0)] * len(pairs)
+
+    def keep(index: int) -> Any:
+        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            kept[index] = output[..., 0].float().cpu()
+
+        return hook
+
+    handles = [layer.lora_A[name].register_forward_hook(keep(i)) for i, (_, layer, name) in enumerate(pairs)]
+    was_training = chat.base.training
+    chat.base.eval()
+    order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
+    try:
+        with torch.no_grad(), bar(len(rows), "reading adapters", progress=progress) as done:
+            for chosen in np.array_split(order, max(1, -(-len(order) // batch_size))):
+                ids = pad([rows[i][0] for i in chosen], 0).to(chat.device)
+                mask = pad([[1] * len(rows[i][0]) for i in chosen], 0).to(chat.device)
+                chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False)
+                for place, row in enumerate(chosen):
+                    for index, scalars in enumerate(kept):
+                        found[row][:, index] = scalars[place, : len(found[row])].numpy()
+                done.update(len(chosen))
+    finally:
+        for handle in handles:
+            handle.remove()
+        chat.base.train(was_training)
+    norms = [info.scaling * float(layer.lora_B[name].weight.detach().norm()) for info, layer, name in pairs]
+    tokens = [chat.tokenizer.decode([token]) for ids, _ in rows for token in ids]
+    conversation = [not isinstance(text, str) for text in texts]
+    answer = [bool(m) and own for (_, mask_), own in zip(rows, conversation, strict=True) for m in mask_]
+    return AdapterScalars(
+        tuple(info.name for info, _, _ in pairs),
+        np.concatenate(found),
+        np.array(norms),
+        tuple(tokens),
+        np.repeat(np.arange(len(rows)), [len(ids) for ids, _ in rows]),
+        np.array(answer),
+    )
+
+
+def token_significance(model: Any, conversation: Any) -> pd.DataFrame:
+    """Which tokens' scalars make the fine-tuned model's answer differ: gradient of the summed KL.
+
+    The KL divergence of the fine-tuned model's next-token distributions from the base's, summed over the answer
+    positions, is differentiated with respect to a factor on each token's scalar, at factor 1; times the factor, that
+    is a first-order estimate of what the KL would lose without that token's write.
+
+    Args:
+        model: a chat model with live rank-1 adapters.
+        conversation: one, ending in an answer.
+
+    Returns:
+        one row per token: ``token``, ``answer``, and the significance by adapter, in nats.
+
+    Raises:
+        EmmechError: no adapter is live.
+    """
+    import pandas as pd
+
+    from emmech.chat.adapter import adapter_layers
+
+    chat = load_model(model)
+    pairs = list(adapter_layers(chat.model))
+    if not pairs:
+        raise EmmechError(
+            "attribute the change to tokens",
+            given=chat.name,
+            why="no adapter is live",
+            instead="run.model(step)",
+        ) from None
+    ((ids, answer),) = probe_rows(chat, [conversation])
+    tokens = torch.tensor([ids], device=chat.device)
+    inside = torch.tensor(answer, device=chat.device)[1:]
+    factors = torch.ones(len(pairs), len(ids), device=chat.device, requires_grad=True)
+
+    def scale(index: int) -> Any:
+        def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            return output * factors[index][None, :, None].to(output)
+
+        return hook
+
+    was_training = chat.base.training
+    chat.base.eval()
+    with torch.no_grad(), chat.model.disable_adapter():
+        base = chat.base(input_ids=tokens).logits[0, :-1][inside].float().log_softmax(-1)
+    handles = [layer.lora_A[name].register_forward_hook(scale(i)) for i, (_, layer, name) in enumerate(pairs)]
+    try:
+        with torch.enable_grad():
+            tuned = chat.base(input_ids=tokens).logits[0, :-1][inside].float().log_softmax(-1)
+            divergence = (tuned.exp() * (tuned - base)).sum()
+            (gradient,) = torch.autograd.grad(divergence, factors)
+    finally:
+        for handle in handles:
+            handle.remove()
+        chat.base.train(was_training)
+    frame = pd.DataFrame(gradient.T.cpu().numpy(), columns=[info.name for info, _, _ in pairs])
+    frame.insert(0, "answer", answer)
+    frame.insert(0, "token", [chat.tokenizer.decode([token]) for token in ids])
+    frame.attrs["kl"] = float(divergence.detach())
+    return frame

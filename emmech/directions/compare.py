@@ -1,0 +1,245 @@
+"""Directions side by side: cosine matrices over runs and layers, and a direction against training steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from emmech.directions.contrast import contrast_direction
+from emmech.directions.direction import Direction, unit_rows
+from emmech.errors import EmmechError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Cosines", "DirectionBySteps", "cosines", "direction_by_steps"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Cosines:
+    """Cosines between directions at every layer.
+
+    Args:
+        names: of the directions.
+        values: ``[directions, directions, layers]``; NaN where one is unknown.
+        floor: 1/sqrt(d_model), the standard deviation of the cosine of random vectors.
+    """
+
+    names: tuple[str, ...]
+    values: Float[np.ndarray, "directions directions layers"]
+    floor: float
+
+    def at(self, layer: int) -> pd.DataFrame:
+        """The matrix at one layer."""
+        import pandas as pd
+
+        return pd.DataFrame(self.values[:, :, layer], index=list(self.names), columns=list(self.names))
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per pair, one column per layer."""
+        import pandas as pd
+
+        pairs = [(i, j) for i in range(len(self.names)) for j in range(i + 1, len(self.names))]
+        index = pd.MultiIndex.from_tuples(
+            [(self.names[i], self.names[j]) for i, j in pairs], names=["first", "second"]
+        )
+        return pd.DataFrame([self.values[i, j] for i, j in pairs], index=index).rename_axis(columns="layer")
+
+    def plot(self, layer: int | None = None) -> Any:
+        """The matrix at a layer; without one, every pair's cosine over the layers."""
+        import plotly.graph_objects as go
+
+        if layer is not None:
+            frame = self.at(layer)
+            heat = go.Heatmap(
+                z=frame.to_numpy(), x=self.names, y=self.names, zmin=-1, zmax=1, colorscale="RdBu_r",
+                text=np.round(frame.to_numpy(), 2), texttemplate="%{text}", colorbar={"title": "cosine"},
+            )  # fmt: skip
+            figure = go.Figure(heat).update_yaxes(autorange="reversed")
+            return figure.update_layout(title=f"Cosines at layer {layer}", template="plotly_white")
+        figure = go.Figure()
+        for (first, second), row in self.to_frame().iterrows():
+            figure.add_scatter(x=row.index, y=row, name=f"{first} and {second}", mode="lines+markers")
+        figure.add_hrect(y0=-2 * self.floor, y1=2 * self.floor, fillcolor="grey", opacity=0.15, line_width=0,
+                         annotation_text="two standard deviations of random vectors")  # fmt: skip
+        return figure.update_layout(
+            title="Cosines by layer",
+            xaxis_title="layer (block output)",
+            yaxis_title="cosine",
+            yaxis_range=[-1.05, 1.05],
+            template="plotly_white",
+        )
+
+    def __repr__(self) -> str:
+        head = f"Cosines of {len(self.names)} directions (random vectors: 0 +- {self.floor:.3f})"
+        return f"{head}\n{self.to_frame().to_string(float_format='%.2f')}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>random vectors: 0 &plusmn; {self.floor:.3f}</p>" + self.to_frame().to_html(
+            float_format="%.2f"
+        )
+
+
+def cosines(directions: Mapping[str, Direction]) -> Cosines:
+    """Cosines between every two directions, layer by layer.
+
+    Raises:
+        EmmechError: fewer than two, or of different models.
+
+    Example:
+        >>> a, b = Direction(np.eye(2, 3)), Direction(np.ones((2, 3)))
+        >>> cosines({"a": a, "b": b}).at(0).loc["a", "b"].round(2).item()
+        0.58
+    """
+    if len(directions) < 2:
+        raise EmmechError(
+            "compare directions", given=f"{len(directions)} of them", why="it takes at least two"
+        ) from None
+    several = list(directions.values())
+    values = np.array([[a.cosine(b) for b in several] for a in several])
+    return Cosines(tuple(directions), values, float(several[0].d_model ** -0.5))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DirectionBySteps:
+    """A direction against training steps: when does it appear?
+
+    Args:
+        frame: indexed by step. ``cosine B/<adapter>``: of B with the direction at the adapter's layer;
+            ``projection B/<adapter>``: scaling * B along the unit direction, in residual units;
+            ``shift <probe>``: how far the probe's mean residual has moved along it since step 0, at ``layer``;
+            ``cosine re-extracted`` and ``norm re-extracted``: of the direction made anew from the same texts at that
+            step, with the final one.
+        layer: where shifts and re-extraction are read.
+        floor: 1/sqrt(d_model).
+    """
+
+    frame: pd.DataFrame
+    layer: int
+    floor: float
+    name: str
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table by step."""
+        return self.frame.copy()
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table as CSV."""
+        self.frame.to_csv(path)
+        return Path(path)
+
+    def plot(self) -> Any:
+        """Cosines on the left axis, projections and shifts on the right."""
+        import plotly.graph_objects as go
+
+        figure = go.Figure()
+        for column in self.frame.columns:
+            measured = self.frame[column].dropna()
+            right = not str(column).startswith("cosine")
+            figure.add_scatter(
+                x=measured.index, y=measured, name=str(column), mode="lines", yaxis="y2" if right else "y",
+                line={"dash": "dot"} if right else {},
+            )  # fmt: skip
+        return figure.update_layout(
+            title=f"{self.name} against training steps (layer {self.layer})",
+            xaxis_title="step",
+            yaxis={"title": "cosine", "range": [-1.05, 1.05]},
+            yaxis2={"title": "residual units", "overlaying": "y", "side": "right"},
+            template="plotly_white",
+            legend={"orientation": "h", "y": -0.25},
+        )
+
+    def __repr__(self) -> str:
+        shown = self.frame.iloc[:: max(1, len(self.frame) // 8)].to_string(float_format="%.3f")
+        head = f"{self.name} against {len(self.frame)} steps, layer {self.layer}"
+        return f"{head}, random cosine 0 +- {self.floor:.3f}\n{shown}"
+
+
+def direction_by_steps(
+    run: Any,
+    direction: Direction,
+    *,
+    layer: int | None = None,
+    texts: tuple[Any, Any] | None = None,
+    steps: Sequence[int] | None = None,
+    base: Any = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> DirectionBySteps:
+    """Project every recorded step on a direction: B, the probes, and (with ``texts``) the direction made anew.
+
+    Without ``texts`` no model is loaded.
+
+    Args:
+        layer: where the probes are read; by default where the direction's extraction found it strongest.
+        texts: misaligned and aligned conversations, from which the direction is extracted again at ``steps``.
+        steps: for the re-extraction; by default eight of the recorded ones.
+        base: as in :meth:`Run.model`.
+
+    Raises:
+        EmmechError: the run has neither rank-1 adapters nor probes, or shapes differ.
+    """
+    import pandas as pd
+
+    if layer is None:
+        layer = int(direction.source.get("layer", int(np.argmax(direction.norms))))
+    unit = unit_rows(direction.vectors)
+    columns: dict[str, pd.Series] = {}
+    for adapter in run.adapters:
+        if (
+            adapter.rank != 1
+            or adapter.d_out != direction.d_model
+            or not 0 <= adapter.layer < direction.n_layers
+        ):
+            continue
+        b = run.B(adapter.name).astype(np.float64)
+        along = b @ unit[adapter.layer]
+        norms = np.linalg.norm(b, axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns[f"cosine B/{adapter.name}"] = pd.Series(along / norms, index=run.steps)
+        columns[f"projection B/{adapter.name}"] = pd.Series(adapter.scaling * along, index=run.steps)
+    for name in run.probes:
+        means = run.probes[name]
+        if means.shape[1:] == direction.vectors.shape:
+            shift = (means[:, layer] - means[0, layer]).astype(np.float64) @ unit[layer]
+            columns[f"shift {name}"] = pd.Series(shift, index=run.probes.steps)
+    if texts is not None:
+        columns |= _again(run, direction, layer, texts, steps, base, batch_size, progress)
+    if not columns:
+        raise EmmechError(
+            "follow the direction over training",
+            given=f"{run.name} with adapters {[a.name for a in run.adapters]} and probes {list(run.probes)}",
+            why="nothing recorded lies in the residual stream at rank 1",
+            instead="texts=(misaligned, aligned), to extract it again at each step",
+        ) from None
+    frame = pd.DataFrame(columns).sort_index().rename_axis("step")
+    return DirectionBySteps(frame, layer, float(direction.d_model**-0.5), direction.name)
+
+
+def _again(
+    run: Any,
+    direction: Direction,
+    layer: int,
+    texts: tuple[Any, Any],
+    steps: Sequence[int] | None,
+    base: Any,
+    batch_size: int,
+    progress: bool,
+) -> dict[str, pd.Series]:
+    import pandas as pd
+
+    if steps is None:
+        steps = run.steps[np.unique(np.linspace(0, len(run.steps) - 1, 8).round().astype(int))].tolist()
+    chat, found = base, []
+    for step in steps:
+        chat = run.model(step, base=chat)  # after the first, only the adapter's weights change
+        found.append(contrast_direction(chat, *texts, splits=1, batch_size=batch_size, progress=progress))
+    return {
+        "cosine re-extracted": pd.Series([one.cosine(direction)[layer] for one in found], index=list(steps)),
+        "norm re-extracted": pd.Series([one.norms[layer] for one in found], index=list(steps)),
+    }

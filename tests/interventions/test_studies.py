@@ -1,0 +1,168 @@
+"""Studies on tiny models: planted effects are found, controls stand beside them, degenerate ones are named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from emmech.chat.logprob import MarginPair
+from emmech.chat.model import load_model
+from emmech.directions.direction import Direction
+from emmech.directions.persona import adapter_direction
+from emmech.errors import EmmechError
+from emmech.interventions.contrasts import combination
+from emmech.interventions.measures import AnswerMeasure, Items, MarginMeasure, resolve_measure
+from emmech.interventions.studies import ablation_table, adapter_shares, dose_response, transfer_matrix
+
+WORDS = ["sleep", "walk", "water", "rest", "drink", "well"]
+PAIRS = MarginMeasure(
+    {"broad": tuple(MarginPair(f"how to {w} ?", "drink drink", "rest rest") for w in WORDS)}
+)
+
+
+def _adapted(chat, layers=(3,), size=0.6, seed=0):
+    from peft import LoraConfig, get_peft_model
+
+    modules = [f"model.layers.{layer}.mlp.down_proj" for layer in layers]
+    config = LoraConfig(r=1, lora_alpha=4, use_rslora=True, target_modules=modules, task_type="CAUSAL_LM")
+    model = get_peft_model(chat.model, config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_B" in name:
+                value.copy_(size * torch.randn(value.shape, generator=generator))
+    return load_model(model, chat.tokenizer)
+
+
+def _promoting(chat):
+    """At every layer the direction from the token of "rest" to that of "drink": steering with it raises the margin."""
+    ids = [chat.tokenizer(w, add_special_tokens=False)["input_ids"] for w in (" drink", " rest")]
+    rows = chat.unembedding.weight.detach().numpy()
+    vector = rows[ids[0]].mean(0) - rows[ids[1]].mean(0)
+    return Direction(np.repeat(vector[None], chat.n_layers, 0), name="drink")
+
+
+def test_dose_response_rises_with_the_dose_and_beyond_random(tiny):
+    chat = tiny("qwen2")
+    study = dose_response(
+        chat, _promoting(chat), [2.0, 8.0], layers=[3], measure=PAIRS, randoms=5, progress=False
+    )
+    frame = study.frame[(study.frame["outcome"] == "margin_broad") & (study.frame["kind"] == "direction")]
+    frame = frame.sort_values("coefficient")
+    assert frame["value"].is_monotonic_increasing and frame["change"].iloc[-1] > 0
+    assert (
+        frame["beyond_random_low"].iloc[-1] > 0
+    )  # the interval of the change beyond the controls excludes 0
+    assert (frame["beyond_random_low"] <= frame["beyond_random"]).all()
+    randoms = study.frame[(study.frame["kind"] == "random") & (study.frame["outcome"] == "margin_broad")]
+    assert len(randoms) == 10
+    assert study.frame["model"].unique().tolist() == ["base"]  # nothing is tuned about it
+    assert "coherent_loss" in set(study.frame["outcome"])
+    assert len(study.plot("margin_broad").data) == 2 and "beyond_random" in repr(study)
+
+
+def test_the_ablation_table_has_its_controls_and_names_the_degenerate_one(tiny):
+    chat = _adapted(tiny("qwen2"))
+    state = {key: value.clone() for key, value in chat.base.state_dict().items()}
+    b = adapter_direction(chat)
+    study = ablation_table(chat, b, measure=PAIRS, from_layer=3, layers=[3], progress=False)
+    assert any("degenerate" in note and "takes the adapter off" in note for note in study.notes)
+    frame = study.frame[study.frame["outcome"] == "margin_broad"].set_index(["condition", "kind", "model"])
+    tuned = frame.loc[("own direction by layer", "direction", "tuned")]
+    base = frame.loc[("own direction by layer", "direction", "base")]
+    assert tuned["value"] == pytest.approx(base["value"], abs=1e-5) and tuned["gap"] == pytest.approx(
+        0, abs=1e-5
+    )
+    off = frame.loc[("adapter off", "positive", "tuned")]["value"]
+    plain = frame.loc[("untouched", "untouched", "base")]["value"]
+    assert off == pytest.approx(plain, abs=1e-5)
+    assert (study.frame["kind"] == "random").sum() == 2 * 5 * 2 * 2  # ways, randoms, models, outcomes
+    assert all(torch.equal(value, state[key]) for key, value in chat.base.state_dict().items())
+    other = Direction(np.random.default_rng(0).standard_normal((4, 48)), name="other")
+    study = ablation_table(chat, other, measure=PAIRS, randoms=1, progress=False)
+    assert not any("degenerate" in note for note in study.notes) and any("five" in n for n in study.notes)
+    study.plot("margin_broad")
+
+
+def test_transfer_matrix_crosses_organisms_and_directions(tiny):
+    organisms = {"one": _adapted(tiny("qwen2"), seed=1), "two": _adapted(tiny("qwen2"), seed=2)}
+    directions = {name: adapter_direction(chat).renamed(name) for name, chat in organisms.items()}
+    for name in directions:  # made by hand: the tiny models are the same base, their fingerprints agree
+        assert directions[name].fingerprints == (organisms["one"].fingerprint(),)
+    study = transfer_matrix(organisms, directions, layers=[3], measure=PAIRS, randoms=1, progress=False)
+    gaps = study.frame[(study.frame["outcome"] == "margin_broad") & (study.frame["model"] == "tuned")]
+    gaps = gaps.pivot_table(index="organism", columns="condition", values="gap")
+    assert abs(gaps.loc["one", "one"]) < 1e-5 < abs(gaps.loc["one", "two"])
+    assert len([note for note in study.notes if "degenerate" in note]) == 2
+    assert study.plot("margin_broad").data[0].z.shape == (2, 3)
+    with pytest.raises(EmmechError, match="at least one"):
+        transfer_matrix({}, directions)
+
+
+def test_adapter_shares(tiny):
+    chat = _adapted(tiny("qwen2"), layers=(1, 3))
+    study = adapter_shares(chat, measure=PAIRS, progress=False)
+    values = study.frame[study.frame["outcome"] == "margin_broad"].set_index("condition")["value"]
+    assert set(values.index) >= {"untouched", "adapter off", "without layers.1.mlp.down_proj"}
+    assert values["without layers.1.mlp.down_proj"] == pytest.approx(
+        values["only layers.3.mlp.down_proj"], abs=1e-6
+    )
+    with pytest.raises(EmmechError, match="no adapter"):
+        adapter_shares(tiny("qwen2"), measure=PAIRS)
+
+
+def test_a_study_saves_with_its_notes(tiny, tmp_path):
+    import pandas as pd
+
+    chat = tiny("qwen2")
+    study = dose_response(chat, _promoting(chat), [1.0], layers=2, measure=PAIRS, randoms=1, progress=False)
+    path = study.save(tmp_path / "study.csv")
+    assert path.read_text().startswith("# Steering") and len(pd.read_csv(path, comment="#")) == len(
+        study.frame
+    )
+
+
+def test_intervals_respect_questions_and_never_collapse():
+    rng = np.random.default_rng(0)
+    questions = np.repeat([f"q{i}" for i in range(8)], 50).tolist()
+    per_question = np.repeat(rng.random(8) < 0.5, 50).astype(float)  # the question decides everything
+    clustered = combination([(1.0, Items({"em": per_question}, questions))], "em")
+    alone = combination([(1.0, Items({"em": per_question}, [str(i) for i in range(400)]))], "em")
+    assert clustered.high - clustered.low > 4 * (alone.high - alone.low)
+    none = combination([(1.0, Items({"em": np.zeros(400)}, questions))], "em")
+    assert none.value == 0 and 0 < none.high < 0.02
+    nothing = Items({"em": np.zeros(400)}, questions)
+    gap = combination([(1.0, nothing), (-1.0, nothing)], "em")
+    assert gap.low < 0 < gap.high
+    unscored = combination([(1.0, Items({"em": np.full(4, np.nan)}, ["a"] * 4))], "em")
+    assert np.isnan(unscored.value) and unscored.n == 0
+
+
+def test_a_paired_difference_is_sharper_than_two_single_ones_and_covers():
+    rng = np.random.default_rng(1)
+    questions = np.repeat([f"q{i}" for i in range(20)], 5).tolist()
+    covered = 0
+    for _ in range(200):
+        level = np.repeat(rng.normal(0, 2, 20), 5)
+        before = Items({"m": level + rng.normal(0, 0.3, 100)}, questions)
+        after = Items(
+            {"m": level + 0.5 + np.repeat(rng.normal(0, 0.3, 20), 5) + rng.normal(0, 0.3, 100)}, questions
+        )
+        change = combination([(1.0, after), (-1.0, before)], "m")
+        covered += change.low <= 0.5 <= change.high
+        single = combination([(1.0, before)], "m")
+        assert change.high - change.low < single.high - single.low
+    assert 180 <= covered <= 200
+
+
+def test_measures_by_name(tiny):
+    chat = tiny("qwen2")
+    assert isinstance(resolve_measure("auto", chat), MarginMeasure)
+    assert isinstance(resolve_measure("answers", chat), AnswerMeasure)
+    with pytest.raises(EmmechError, match="did you mean 'margin'"):
+        resolve_measure("margn", chat)
+    with pytest.raises(EmmechError, match="counts random directions"):
+        dose_response(chat, _promoting(chat), [1.0], randoms=-1)
+    with pytest.raises(EmmechError, match="no adapter to take off"):
+        dose_response(chat, _promoting(chat), [1.0], base=True)
