@@ -17,7 +17,7 @@ from emmech.chat.dataset import load_chat
 from emmech.chat.model import ChatModel, load_model
 from emmech.chat.template import Message
 from emmech.directions.direction import Direction, unit_rows
-from emmech.directions.extract import group_means, match_lengths, token_projections
+from emmech.directions.extract import Tokens, group_means, match_lengths, token_projections
 from emmech.directions.methods import held_out_auc, mean_difference
 from emmech.directions.quality import Quality
 from emmech.errors import EmmechError
@@ -34,6 +34,7 @@ def contrast_direction(
     aligned: Any,
     *,
     average: Literal["token", "answer"] = "token",
+    tokens: Tokens = "answer",
     match_length: bool = False,
     splits: int = 8,
     name: str = "misalignment",
@@ -51,6 +52,7 @@ def contrast_direction(
     Args:
         misaligned, aligned: conversations, or anything that :func:`emmech.load_chat` reads.
         average: ``"token"`` weighs every answer token alike, ``"answer"`` every answer.
+        tokens: read the answers, the prompts (when the two sides have different ones), or both.
         match_length: thin both classes to like answer lengths (:func:`match_lengths`), so that the direction does not
             carry length.
         splits: random halves, and shuffled labels, from which stability and its null are measured.
@@ -70,7 +72,14 @@ def contrast_direction(
     talks, labels = _balanced(chat, misaligned, aligned, match_length, seed)
     weights = _groups(labels, splits, seed)
     found = group_means(
-        chat, talks, weights, average=average, max_length=max_length, batch_size=batch_size, progress=progress
+        chat,
+        talks,
+        weights,
+        average=average,
+        tokens=tokens,
+        max_length=max_length,
+        batch_size=batch_size,
+        progress=progress,
     )
     mean_misaligned, mean_aligned = found.means[:2]
     vectors = mean_difference(mean_misaligned, mean_aligned)
@@ -86,7 +95,7 @@ def contrast_direction(
 
     unit = unit_rows(vectors)
     projected = token_projections(
-        chat, talks, unit, max_length=max_length, batch_size=batch_size, progress=progress
+        chat, talks, unit, tokens=tokens, max_length=max_length, batch_size=batch_size, progress=progress
     )
     promotes, suppresses = read_out(chat, vectors[layer])
     lengths = {name: found.answer_tokens[labels == value] for name, value in _CLASSES}
@@ -107,7 +116,7 @@ def contrast_direction(
         notes=notes,
     )
     provenance: dict[str, Any] = {
-        "method": "mean difference over answer tokens",
+        "method": f"mean difference over {tokens} tokens",
         "model": chat.name,
         "fingerprints": [chat.fingerprint()],
         "average": average,

@@ -27,9 +27,18 @@ from emmech.chat.template import Message
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
-__all__ = ["GroupMeans", "answer_means", "group_means", "match_lengths", "mixed_adapter", "token_projections"]
+__all__ = [
+    "GroupMeans",
+    "Tokens",
+    "answer_means",
+    "group_means",
+    "match_lengths",
+    "mixed_adapter",
+    "token_projections",
+]
 
 Conversation = Sequence[Message]
+Tokens = Literal["answer", "prompt", "all"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ def group_means(
     weights: Float[np.ndarray, "groups conversations"],
     *,
     average: Literal["token", "answer"] = "token",
+    tokens: Tokens = "answer",
     adapter_scales: Float[np.ndarray, " conversations"] | None = None,
     max_length: int | None = None,
     batch_size: int = 8,
@@ -65,6 +75,7 @@ def group_means(
         weights: ``[groups, conversations]``, 0 or 1 for plain groups; random halves, shuffled labels and bootstrap
             resamples are more groups of the same pass.
         average: ``"token"`` weighs every answer token alike (long answers count more), ``"answer"`` every answer.
+        tokens: those of the answers, of the prompt (everything else: system and user turns, headers), or all.
         adapter_scales: a factor on the live adapter for each conversation, so that rows of the base model (0) and of
             the fine-tuned one (1) share batches; by default all 1.
         max_length: tokens kept of each conversation.
@@ -87,7 +98,7 @@ def group_means(
             why="there is one row per group and one column per conversation",
             instead=f"weights [groups, {len(conversations)}]",
         ) from None
-    rows = _rows(chat, conversations, max_length)
+    rows = _rows(chat, conversations, tokens, max_length)
     counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
     per_row = weights if average == "token" else weights / counts
     totals = (per_row * counts).sum(1)
@@ -115,6 +126,7 @@ def answer_means(
     conversations: Sequence[Conversation],
     *,
     layers: Sequence[int] | None = None,
+    tokens: Tokens = "answer",
     adapter_scales: Float[np.ndarray, " conversations"] | None = None,
     max_length: int | None = None,
     batch_size: int = 8,
@@ -124,7 +136,7 @@ def answer_means(
 
     This keeps ``conversations * layers * d_model`` numbers: choose ``layers`` on a large model.
     """
-    rows = _rows(chat, conversations, max_length)
+    rows = _rows(chat, conversations, tokens, max_length)
     counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
     kept = tuple(range(chat.n_layers)) if layers is None else tuple(layers)
     for layer in kept:
@@ -146,6 +158,7 @@ def token_projections(
     conversations: Sequence[Conversation],
     vectors: Float[np.ndarray, "layers d_model"],
     *,
+    tokens: Tokens = "answer",
     max_length: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
@@ -155,7 +168,7 @@ def token_projections(
     Returns:
         for each conversation its answer's token ids ``[tokens]`` and the projections ``[tokens, layers]``.
     """
-    rows = _rows(chat, conversations, max_length)
+    rows = _rows(chat, conversations, tokens, max_length)
     ids = [np.array([t for t, m in zip(*row, strict=True) if m], dtype=np.int64) for row in rows]
     values = [np.empty((len(own), chat.n_layers), dtype=np.float32) for own in ids]
     axes = torch.from_numpy(np.asarray(vectors, dtype=np.float32).copy())
@@ -228,7 +241,7 @@ def mixed_adapter(chat: ChatModel, scales: torch.Tensor) -> Iterator[None]:
 
 
 def _rows(
-    chat: ChatModel, conversations: Sequence[Conversation], max_length: int | None
+    chat: ChatModel, conversations: Sequence[Conversation], tokens: Tokens, max_length: int | None
 ) -> list[tuple[list[int], list[bool]]]:
     encoded = encode(conversations, chat.tokenizer, max_length=max_length)
     if len(encoded) != len(conversations):
@@ -238,8 +251,16 @@ def _rows(
             why=f"{encoded.emptied} of them have no answer token within max_length",
             instead="raise max_length, or leave those conversations out",
         ) from None
+    if tokens not in ("answer", "prompt", "all"):
+        raise EmmechError(
+            "choose the tokens to average over",
+            given=f"tokens={tokens!r}",
+            why="there are three choices",
+            instead='"answer", "prompt" or "all"',
+        ) from None
+    wanted = {"answer": (True,), "prompt": (False,), "all": (True, False)}[tokens]
     return [
-        (ids, [label != IGNORED for label in labels])
+        (ids, [(label != IGNORED) in wanted for label in labels])
         for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True)
     ]
 

@@ -10,7 +10,7 @@ import numpy as np
 from emmech.chat.dataset import load_chat
 from emmech.chat.model import load_model
 from emmech.directions.direction import Direction
-from emmech.directions.extract import group_means
+from emmech.directions.extract import Tokens, group_means
 from emmech.directions.methods import differences_of_four
 from emmech.errors import EmmechError
 
@@ -23,6 +23,7 @@ def four_directions(
     aligned: Any,
     *,
     average: Literal["token", "answer"] = "token",
+    tokens: Tokens = "answer",
     batch_size: int = 8,
     progress: bool = True,
 ) -> Mapping[str, Direction]:
@@ -34,6 +35,7 @@ def four_directions(
     Args:
         model: a chat model with a live adapter.
         misaligned, aligned: conversations, or anything that :func:`emmech.load_chat` reads.
+        tokens: ``"prompt"`` shows what the fine-tune changed before a word is said.
 
     Raises:
         EmmechError: the model has no adapter, so there is no second model.
@@ -59,6 +61,7 @@ def four_directions(
         talks + talks,
         cells.astype(np.float64),
         average=average,
+        tokens=tokens,
         adapter_scales=np.repeat([0.0, 1.0], len(talks)),
         batch_size=batch_size,
         progress=progress,
