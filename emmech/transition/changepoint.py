@@ -21,7 +21,7 @@ times, and the more so the longer its memory is against the path.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -136,7 +136,7 @@ def noise_around_drift(path: npt.ArrayLike, clock: Array) -> tuple[Noise, Array]
     around = np.vstack([np.zeros(v.shape[1]), np.cumsum(increments, axis=0)])
     noise = estimate_noise(around, gap)
     rounding = 1e-13 * float(np.mean(np.einsum("td,td->t", v - v[0], v - v[0])))  # of a float32 record
-    return Noise(np.maximum(noise.energy, rounding), noise.first, noise.memory, noise.dimensions), speed
+    return replace(noise, energy=np.maximum(noise.energy, rounding)), speed
 
 
 @dataclass(frozen=True, eq=False)

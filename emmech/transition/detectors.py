@@ -148,6 +148,10 @@ def analyse(
     note = f"bend energy {turn.energy:.3g} times the noise; nearest null: {turn.nearest_null}"
     if where.width:
         note += f"; spread over about {where.width} records"
+    if noise.wanders:
+        note += (
+            "; the direction wanders for longer than momentum explains, which the null models do not cover"
+        )
     rows = [
         Detector(
             "turn",

@@ -168,6 +168,8 @@ class PhaseTransition:
         ]
         reason = f"turn of {turn.strength:.0f} degrees, p = {turn.p_value:.2g}"
         reason += f"; agreed by {', '.join(agree)}" if agree else "; no other detector agrees"
+        if "wanders" in turn.note:
+            reason += "; not told from a slow wander of the direction, which the null models do not cover"
         return Transition(int(turn.step), int(turn.low), int(turn.high), reason)
 
     @cached_property

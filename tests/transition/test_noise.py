@@ -51,3 +51,11 @@ def test_sampled_noise_has_the_stated_covariance() -> None:
 def test_a_path_without_noise_has_none() -> None:
     line = np.arange(50.0)[:, None] * np.eye(3)[:1]
     assert estimate_noise(line).energy.max() < 1e-9
+
+
+@pytest.mark.parametrize(("rho", "expected"), [(0.5, 0), (0.9, 0), (0.97, 20)])
+def test_a_memory_beyond_momentum_is_said_to_be_there(rho: float, expected: int) -> None:
+    said = sum(
+        around(make_path("walk", 820_000 + i, steps=200, noise=f"ar{rho}")[0]).wanders for i in range(20)
+    )
+    assert abs(said - expected) <= 3
