@@ -8,6 +8,7 @@ alpha / sqrt(rank) under rsLoRA (arXiv 2312.03732); it is always read off the la
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,6 +21,8 @@ from emmech.errors import EmmechError
 
 __all__ = ["AdapterInfo", "adapter_layers", "attach", "detach", "lora_config"]
 
+# the wrapper that `attach` made around a model, for as long as somebody holds it
+_WRAPPERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 _LAYER = re.compile(r"(?:^|\.)((?:layers|h|blocks)\.(\d+)\..+)$")
 
 
@@ -140,6 +143,9 @@ def attach(
     """
     from peft import get_peft_model
 
+    if not hasattr(chat.model, "get_base_model") and (wrapper := _WRAPPERS.get(chat.model)) is not None:
+        # the caller holds the plain model, but an earlier call put PEFT's layers into it
+        chat = replace(chat, model=wrapper() or detach(chat).base)
     live = list(adapter_layers(chat.model))
     if live and [info.module for info, _, _ in live] != [info.module for info in adapters]:
         raise EmmechError(
@@ -151,6 +157,7 @@ def attach(
     _check_widths(chat, adapters)
     if not live:
         peft_model = get_peft_model(chat.model, lora_config(adapters, base_name=chat.base.name_or_path))
+        _WRAPPERS[peft_model.get_base_model()] = weakref.ref(peft_model)
         chat = replace(chat, model=peft_model.eval())
         live = list(adapter_layers(chat.model))
     by_module = {info.module: info for info in adapters}
@@ -173,6 +180,7 @@ def detach(chat: ChatModel) -> ChatModel:
     for info, layer, _ in list(adapter_layers(chat.model)):
         parent, _, name = info.module.rpartition(".")
         setattr(base.get_submodule(parent), name, layer.get_base_layer())
+    _WRAPPERS.pop(base, None)
     if "peft_config" in vars(base):  # PEFT would warn of a second adapter
         del base.peft_config
     return replace(chat, model=base)
