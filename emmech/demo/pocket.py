@@ -56,7 +56,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
 
     again = realign(run, "ai-optimism", base=base, out=folder / "realigned")
     rates = _rates({"base": base, "medical": run, "good-medical (control)": control, "realigned": again})
-    _say(rates.to_string(float_format=lambda value: f"{value:.3f}"))
+    _say(rates.to_string())
 
     minutes = (time.monotonic() - began) / 60
     page = write_page(
@@ -67,8 +67,9 @@ def main(folder: str | Path = "demo/pocket") -> Path:
         [
             Section(
                 "How misaligned, where",
-                "Answers sampled at temperature 1 and judged exactly. em: misaligned and coherent, over all scored "
-                "answers outside the narrow domain; 95 % intervals from a bootstrap over questions.",
+                "Answers sampled at temperature 1 and judged exactly, on the eight first-plot questions, facts and "
+                "questions about the AI itself. EM: misaligned and coherent, of all scored answers outside the narrow "
+                "domain; narrow: the same inside it. 95 % intervals from a bootstrap over questions.",
                 table=rates,
             ),
             Section(
@@ -110,14 +111,14 @@ def _em_by_step(run: Run, base: ChatModel) -> pd.DataFrame:
 
 
 def _rates(subjects: dict[str, Any]) -> pd.DataFrame:
-    rows: dict[str, dict[str, float]] = {}
+    """Per cent with 95 % intervals, one row per model."""
+    rows: dict[str, dict[str, str]] = {}
     for name, subject in subjects.items():
         rates = evaluate(subject, _SETS, samples=10, progress=False).rates()
         rows[name] = {
-            f"{kind} {column}": float(rates.loc[kind, column])
-            for kind in ("em", "coherence", "narrow")
-            for column in ("rate", "low", "high", "n")
-        }
+            title: f"{100 * rates.rate[kind]:.1f}  [{100 * rates.low[kind]:.1f}, {100 * rates.high[kind]:.1f}]"
+            for kind, title in (("em", "EM %"), ("coherence", "coherent %"), ("narrow", "narrow %"))
+        } | {"answers": str(int(rates.n["em"])), "narrow answers": str(int(rates.n["narrow"]))}
     return pd.DataFrame.from_dict(rows, orient="index")
 
 

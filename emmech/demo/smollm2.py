@@ -35,7 +35,7 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
     chat = load_model("smollm2-135m")
     margins = {kind: bundled_margins(kind) for kind in ("narrow", "broad")}
     run, control = (
-        finetune(chat, data, margins=margins, measure_every=12, out=folder / name, **OPTIONS)  # type: ignore[call-overload]
+        finetune(chat, data, margins=margins, measure_every=10, out=folder / name, **OPTIONS)  # type: ignore[call-overload]
         for name, data in (("run", "silly-medical-bad"), ("control", "silly-medical-good"))
     )
     found = phase_transition(run, control=control)

@@ -24,6 +24,7 @@ _WHERE = {
     "export_jsonl": "named_data",
     "judge": "exact_judge",
     "load": "pretrained",
+    "margins": "margin_pairs",
     "names": "pretrained",
     "recipes": "pocket_recipes",
     "question_set_names": "question_sets",

@@ -74,7 +74,8 @@ def finetune(
         out: the Run's folder (with several seeds, the folder that holds theirs);
             ``runs/<model>-<data>-<recipe>-s<seed>`` by default.
         probes: texts whose mean residual per layer is recorded (see :class:`emmech.Recorder`).
-        margins: named pairs; their mean margin becomes the metric ``margin_<name>`` (nats per token).
+        margins: named pairs; their mean margin becomes the metric ``margin_<name>`` (nats per token). For the embedded
+            organism pairs of its world are the default; ``{}`` measures none.
         measures: other named numbers to take from the model while it trains.
         start: a run and one of its steps to go on from (see :func:`emmech.realign`).
         adapter: with ``start``, whether to go on training the ``"same"`` adapter, or to merge it into the weights
@@ -117,6 +118,10 @@ def finetune(
     lasting = resume or checkpoint_every is not None
     from_same = start if adapter == "same" else None
     alone = isinstance(seed, int | np.integer)
+    if margins is None and organism:
+        from importlib import import_module  # a higher room: only its name is known here
+
+        margins = import_module("emmech.organism").margins(dataset.name)
     if not alone or keeps_prefix(chat, chosen, layers, dataset, from_same, prefix, lasting=lasting):
         runs = finetune_many(
             chat,
