@@ -2,7 +2,7 @@
 
 What is guaranteed: the random numbers of a row depend on its seed and the position in its answer, never on its
 batch-mates; so in float32 its text is the same in any batch, except where two tokens' scores agree to within
-rounding (about one token in 10^5). Batches are composed from the whole request, so a run that was
+rounding, which can flip a draw that is nearly a tie. Batches are composed from the whole request, so a run that was
 interrupted and resumed with the same batch size on the same machine gives bit-identical rows.
 """
 
