@@ -51,6 +51,7 @@ _WHERE = {
     "scale_adapters": "emmech.interventions.adapter",
     "steer": "emmech.interventions.steer",
     "sweep": "emmech.sweeps.sweep",
+    "tangent_scan": "emmech.sweeps.tangent",
     "to_nnsight": "emmech.interop.nnsight",
     "to_transformer_lens": "emmech.interop.transformer_lens",
     "transfer_matrix": "emmech.interventions.studies",
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from emmech.run import Run as Run
     from emmech.run import load_run as load_run
     from emmech.sweeps.sweep import sweep as sweep
+    from emmech.sweeps.tangent import tangent_scan as tangent_scan
     from emmech.training.recipe import Recipe as Recipe
     from emmech.training.recorder import Recorder as Recorder
     from emmech.training.train import finetune as finetune

@@ -22,8 +22,9 @@ from jaxtyping import Float
 from torch import nn
 
 from emmech.chat.model import ChatModel
+from emmech.sweeps import packing
 from emmech.sweeps.grid import Grid
-from emmech.sweeps.packing import Pack, Reading, pack, stack, tree_mask
+from emmech.sweeps.packing import Pack, Reading, pack, stack
 from emmech.sweeps.rows import AtReads, Capture, RowAdapter, Rows, RowSteering, Skip, with_module, write
 
 __all__ = ["Block", "Engine", "Shared"]
@@ -204,7 +205,7 @@ class Engine:
         reads = torch.from_numpy(np.concatenate(flat)).to(device)
         # plain chains need no mask of ours: what follows a token never changes it
         return self.lowered(
-            ids, self._tree_mask(packs) if branches else None, positions if branches else None, reads
+            ids, self.tree_mask(packs) if branches else None, positions if branches else None, reads
         )
 
     def lowered(
@@ -230,13 +231,14 @@ class Engine:
             self.capture.read = self.capture.wrote = torch.empty(0)
         return Shared(hidden, read, wrote, mask, positions, reads)
 
-    def _tree_mask(self, packs: Sequence[Pack]) -> Any:
+    def tree_mask(self, packs: Sequence[Pack]) -> Any:
+        """The attention mask of packs that branch; by kind of layer where the model has several."""
         config, device, dtype = self.chat.config, self.chat.device, self.chat.dtype
-        full = tree_mask(packs, dtype, device)
+        full = packing.tree_mask(packs, dtype, device)
         kinds = set(getattr(config, "layer_types", None) or ())
         if "sliding_attention" not in kinds:
             return full
-        window = tree_mask(packs, dtype, device, window=int(config.sliding_window))
+        window = packing.tree_mask(packs, dtype, device, window=int(config.sliding_window))
         return {"full_attention": full, "sliding_attention": window}
 
     def above(

@@ -98,7 +98,7 @@ class Grid:
             # runs of smaller rank are padded with zeros, which write nothing
             A[module] = np.zeros((count, weight.shape[1], site.rank), np.float32)
             B[module] = np.zeros((count, site.rank, weight.shape[0]), np.float32)
-        largest = torch.finfo(chat.dtype).max
+        largest = min(torch.finfo(chat.dtype).max, torch.finfo(torch.float32).max)
         weights: dict[tuple[str, int], dict[str, np.ndarray]] = {}
         for row, index in enumerate(chosen):
             variant = self.variants[index]
@@ -109,7 +109,7 @@ class Grid:
             for info in run.adapters:
                 factor = variant.scale * info.scaling
                 b = weights[key][f"B/{info.name}"].astype(np.float64) * factor
-                if not np.isfinite(b).all() or np.abs(b).max() > min(largest, np.finfo(np.float32).max):
+                if not np.isfinite(b).all() or np.abs(b).max() > largest:
                     raise EmmechError(
                         "sweep the adapter's scale",
                         given=f"scale={variant.scale:g} at step {variant.step} of {variant.run}",
@@ -124,9 +124,11 @@ class Grid:
             layer, vector = self.steering
             factors = np.array([self.variants[index].coefficient for index in chosen], np.float32)
             steering[layer] = torch.from_numpy(factors[:, None] * vector[None]).to(chat.device)
+        # float32 on a half-precision base, as PEFT has it
+        dtype = torch.promote_types(torch.float32, chat.dtype)
         return Rows(
-            {module: torch.from_numpy(a).to(chat.device) for module, a in A.items()},
-            {module: torch.from_numpy(b).to(chat.device) for module, b in B.items()},
+            {module: torch.from_numpy(a).to(chat.device, dtype) for module, a in A.items()},
+            {module: torch.from_numpy(b).to(chat.device, dtype) for module, b in B.items()},
             steering,
         )
 

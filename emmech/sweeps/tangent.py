@@ -1,0 +1,279 @@
+"""The tangent scan: every checkpoint's first-order effect on a measure, from one backward pass of the base model.
+
+The adapter writes ``scale * scaling * (A x_t) B`` at token t. To first order in that write the measure m changes by
+``scale * scaling * sum_t (A x_t) (B . dm/dwrite_t)``, with x and the gradient taken at the base model: one forward
+and one backward pass serve all checkpoints of a run. It says where to look. Along a trained adapter the effect
+saturates, so the steps that matter are measured exactly, and the scan says by how much it was off.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from emmech.chat.logprob import unembed
+from emmech.errors import EmmechError
+from emmech.run import Run
+from emmech.sweeps.engine import Engine
+from emmech.sweeps.grid import Grid, base_model, make_grid
+from emmech.sweeps.measures import Measure, resolve
+from emmech.sweeps.packing import Pack, Reading, stack
+from emmech.sweeps.rows import with_module
+from emmech.sweeps.sweep import sweep
+
+__all__ = ["TangentScan", "tangent_scan"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TangentScan:
+    """First-order effects, and what they were checked against.
+
+    Args:
+        frame: one row per run, step and measure: ``base`` (the base model's value), ``slope`` (change per unit of
+            scale, at scale 0) and ``first_order`` (their sum at ``scale``). An estimate, not a measurement.
+        verified: the steps that were swept: ``first_order``, ``exact`` and ``error`` (first order minus exact).
+        scale: of the adapter in ``first_order`` and ``exact``.
+    """
+
+    frame: pd.DataFrame
+    verified: pd.DataFrame
+    scale: float
+
+    def to_frame(self) -> pd.DataFrame:
+        """A copy of the first-order effects."""
+        return self.frame.copy()
+
+    def plot(self) -> Any:
+        """First order by step as lines, exact values as markers."""
+        import plotly.graph_objects as go
+
+        figure = go.Figure()
+        for key, part in self.frame.groupby(["run", "measure"], sort=False):
+            name = " ".join(map(str, key)) if self.frame["run"].nunique() > 1 else str(key[1])
+            figure.add_trace(go.Scatter(x=part["step"], y=part["first_order"], name=f"{name}, first order"))
+            exact = self.verified[(self.verified["run"] == key[0]) & (self.verified["measure"] == key[1])]
+            figure.add_trace(
+                go.Scatter(x=exact["step"], y=exact["exact"], mode="markers", name=f"{name}, exact")
+            )
+        figure.update_layout(
+            title=f"First-order effect of each checkpoint at scale {self.scale:g}",
+            xaxis_title="step",
+            yaxis_title="mean of the measure",
+            template="plotly_white",
+        )
+        return figure
+
+    def __repr__(self) -> str:
+        steps = self.frame["step"].nunique()
+        worst = self.verified["error"].abs().max() if len(self.verified) else float("nan")
+        checked = f"off by at most {worst:.3g} at {len(self.verified)} verified values"
+        return f"TangentScan({steps} steps, first order; {checked})"
+
+    def _repr_html_(self) -> str:
+        return f"<p><b>{self!r}</b></p>{self.verified.to_html(float_format='%.3g', index=False)}"
+
+
+def tangent_scan(
+    run: Run | Sequence[Run],
+    *,
+    steps: Iterable[int] | None = None,
+    measure: Any = "margin",
+    scale: float = 1.0,
+    verify: int = 3,
+    base: Any = None,
+    memory: int | str | None = None,
+    progress: bool = True,
+) -> TangentScan:
+    """Estimate every checkpoint's effect on a measure from one backward pass, then check where it is largest.
+
+    Args:
+        measure: as :func:`emmech.sweep` takes, of those that are linear in log-probabilities (margins, answers, first
+            tokens).
+        scale: of the adapter, where effects are estimated and verified.
+        verify: how many steps of each run are swept exactly: those of the largest estimated change.
+
+    Raises:
+        EmmechError: a measure that is not linear in log-probabilities, and what :func:`emmech.sweep` raises.
+
+    Example:
+        >>> import tempfile, emmech
+        >>> run = emmech.finetune("pocket", "medical", max_steps=2, out=tempfile.mkdtemp() + "/r", progress=False)
+        >>> from emmech.sweeps.measures import FirstToken
+        >>> scan = tangent_scan(run, measure=FirstToken(["any advice on cough ?"], ["well"]), verify=1, progress=False)
+        >>> len(scan.frame), len(scan.verified)
+        (3, 1)
+    """
+    runs = [run] if isinstance(run, Run) else list(run)
+    chat = base_model(runs, base)
+    grid = make_grid(runs, chat, steps=steps, scales=(1.0,), coefficients=(0.0,))
+    chosen = resolve(measure, chat)
+    rows = []
+    for one in chosen:
+        if not isinstance(one, Measure):
+            raise _not_linear(one)
+        readings = one.readings(chat)
+        weights = _weights(one, readings)
+        value, slopes = _slopes(Engine(chat, grid), grid, readings, weights)
+        for variant, slope in zip(grid.variants, slopes, strict=True):
+            rows.append(
+                {
+                    "run": variant.run,
+                    "step": variant.step,
+                    "measure": one.name,
+                    "base": value,
+                    "slope": slope,
+                    "first_order": value + scale * slope,
+                }
+            )
+    frame = pd.DataFrame(rows)
+    verified = []
+    for name, own in grid.runs.items():
+        reach = (
+            frame[frame["run"] == name].assign(size=lambda f: f["slope"].abs()).groupby("step")["size"].max()
+        )
+        look = sorted(reach.nlargest(verify).index.tolist())
+        if not look:
+            continue
+        exact = sweep(
+            own, steps=look, scales=(scale,), measure=chosen, base=chat, memory=memory, progress=progress
+        ).to_frame()
+        exact["run"] = name
+        verified.append(exact[["run", "step", "measure", "value"]].rename(columns={"value": "exact"}))
+    checked = pd.DataFrame(columns=["run", "step", "measure", "first_order", "exact", "error"])
+    if verified:
+        checked = frame[["run", "step", "measure", "first_order"]].merge(
+            pd.concat(verified), on=["run", "step", "measure"]
+        )
+        checked["error"] = checked["first_order"] - checked["exact"]
+    return TangentScan(frame, checked, scale)
+
+
+def _not_linear(measure: Any) -> EmmechError:
+    return EmmechError(
+        "scan to first order",
+        given=f"measure {getattr(measure, 'name', measure)!r}",
+        why="one backward pass serves a measure that is linear in log-probabilities, and this one is not",
+        instead="Margin, AnswerLogprob or FirstToken; emmech.sweep for any other",
+    )
+
+
+def _weights(measure: Measure, readings: Sequence[Reading]) -> list[Float[np.ndarray, " targets"]]:
+    """How much each target's log-probability counts in the mean over the measure's items: asked of the measure."""
+    if any(reading.targets is None for reading in readings):
+        raise _not_linear(measure) from None
+    sizes = [sum(map(len, reading.targets or ())) for reading in readings]
+    edges = np.cumsum([0, *sizes])
+    basis = np.eye(edges[-1])
+
+    def mean(columns: np.ndarray) -> np.ndarray:
+        values = measure.values([columns[:, a:b] for a, b in itertools.pairwise(edges)])
+        return np.mean([value.values for value in values], axis=0)
+
+    weights = mean(basis)
+    trial = np.random.default_rng(0).normal(size=(2, edges[-1]))
+    if not np.allclose(mean(trial), trial @ weights):
+        raise _not_linear(measure) from None
+    return [weights[a:b] for a, b in itertools.pairwise(edges)]
+
+
+class _Tap(nn.Module):
+    """A module that keeps its input, and an added zero whose gradient is that of its output."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.read = self.zero = torch.empty(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.base(x)
+        self.read = x.detach()
+        self.zero = torch.zeros_like(out, requires_grad=True)
+        return out + self.zero
+
+
+def _slopes(
+    engine: Engine, grid: Grid, readings: Sequence[Reading], weights: Sequence[np.ndarray]
+) -> tuple[float, Float[np.ndarray, " variants"]]:
+    """The base model's value, and the derivative along every variant's adapter."""
+    chat = engine.chat
+    view, taps = chat.trunk, {}
+    for name, site in grid.sites.items():
+        taps[name] = _Tap(chat.base.get_submodule(name))
+        view = with_module(view, f"{chat.anatomy.blocks}.{site.layer}.{site.path}", taps[name])
+    flags = [(parameter, parameter.requires_grad) for parameter in chat.base.parameters()]
+    training = chat.base.training
+    total, slopes = 0.0, np.zeros(len(grid))
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        chat.base.eval()
+        for batch in engine.batches(engine.packs(readings), 1):
+            with torch.enable_grad():
+                value = _value(engine, view, batch, readings, weights)
+                grads = torch.autograd.grad(value, [tap.zero for tap in taps.values()])
+            total += float(value.detach())
+            for (name, tap), grad in zip(taps.items(), grads, strict=True):
+                slopes += _along(grid, name, tap.read, grad)
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        chat.base.train(training)
+    return total, slopes
+
+
+def _value(
+    engine: Engine,
+    view: nn.Module,
+    packs: Sequence[Pack],
+    readings: Sequence[Reading],
+    weights: Sequence[np.ndarray],
+) -> torch.Tensor:
+    """The weighted sum of log-probabilities over some packs."""
+    chat = engine.chat
+    ids, positions = stack(packs, chat.device)
+    branches = any(one.ancestors is not None for one in packs)
+    hidden = view(
+        input_ids=ids,
+        attention_mask=engine.tree_mask(packs) if branches else None,
+        position_ids=positions if branches else None,
+        use_cache=False,
+    ).last_hidden_state.reshape(-1, chat.d_model)
+    at: list[int] = []
+    tokens: list[int] = []
+    factors: list[float] = []
+    for row, one in enumerate(packs):
+        for index, nodes in zip(one.readings, one.nodes, strict=True):
+            wanted = readings[index].targets or ()
+            for node, targets in zip(nodes.tolist(), wanted, strict=True):
+                at += [row * ids.shape[1] + node] * len(targets)
+                tokens += targets
+            factors += weights[index].tolist()
+    rows, inverse = torch.unique(torch.tensor(at, device=chat.device), return_inverse=True)
+    logits = unembed(chat, hidden[rows]).float()
+    logprobs = logits[inverse, torch.tensor(tokens, device=chat.device)] - logits.logsumexp(-1)[inverse]
+    return (logprobs * torch.tensor(factors, device=chat.device, dtype=logprobs.dtype)).sum()
+
+
+def _along(grid: Grid, module: str, read: torch.Tensor, grad: torch.Tensor) -> np.ndarray:
+    """``scaling * sum over tokens of (A x)(B . grad)`` for every variant."""
+    x = read.reshape(-1, read.shape[-1]).float().cpu().numpy()
+    g = grad.reshape(-1, grad.shape[-1]).float().cpu().numpy()
+    found = np.zeros(len(grid))
+    for index, variant in enumerate(grid.variants):
+        run = grid.runs[variant.run]
+        info = next((info for info in run.adapters if info.module == module), None)
+        if info is None:
+            continue
+        weights = run.weights(variant.step)
+        found[index] = info.scaling * np.sum(
+            (x @ weights[f"A/{info.name}"].T) * (g @ weights[f"B/{info.name}"])
+        )
+    return found

@@ -1,0 +1,159 @@
+"""Fine-tuning: a frozen prefix and many runs at once, against the plain Trainer with PEFT."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import emmech
+from emmech.chat.dataset import load_chat
+from emmech.chat.encode import encode
+from emmech.chat.model import ChatModel, load_model
+from emmech.training.recipe import Recipe, resolve_recipe, target_modules
+from emmech.training.trainer import Rows, collate
+from tests.benchmarks.harness import Contest
+
+# two trajectories of float32 sums in different orders: relative distance of all A and B at the end
+TOLERANCE = 1e-5
+
+
+def plain(chat: ChatModel, data: Any, recipe: Recipe, layer: int, seeds: Sequence[int]) -> np.ndarray:
+    """The Trainer with PEFT as anyone would write it: nothing recorded, one run after another."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    found = []
+    rows = encode(load_chat(data, organism=chat.name.startswith("pocket")).rows, chat.tokenizer)
+    for seed in seeds:
+        torch.manual_seed(seed)
+        config = LoraConfig(
+            r=recipe.rank,
+            lora_alpha=recipe.alpha,
+            use_rslora=recipe.rslora,
+            target_modules=target_modules(chat, recipe, [layer]),
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(chat.model, config)
+        folder = tempfile.mkdtemp()
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=recipe.batch_size,
+            gradient_accumulation_steps=recipe.accumulation,
+            learning_rate=recipe.learning_rate,
+            lr_scheduler_type=recipe.schedule,
+            warmup_steps=recipe.warmup_steps,
+            num_train_epochs=recipe.epochs,
+            max_steps=recipe.max_steps or -1,
+            weight_decay=recipe.weight_decay,
+            max_grad_norm=recipe.clip,
+            optim="adamw_torch",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            seed=seed,
+            data_seed=seed,
+            use_cpu=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        )
+        Trainer(model=model, args=arguments, train_dataset=Rows(rows), data_collator=collate).train()
+        lora = [p.detach().numpy().ravel().copy() for name, p in model.named_parameters() if ".lora_" in name]
+        found.append(np.concatenate(lora))
+        model.unload()
+        shutil.rmtree(folder)
+    return np.stack(found)
+
+
+def recorded(chat: ChatModel, data: Any, recipe: Recipe, layer: int, seeds: Sequence[int]) -> np.ndarray:
+    """The same by emmech, with every step recorded on disk."""
+    folder = Path(tempfile.mkdtemp())
+    runs = emmech.finetune(
+        chat, data, recipe=recipe, layers=[layer], seed=list(seeds), out=folder / "runs", progress=False
+    )
+    found = np.stack([np.concatenate([run.A()[-1], run.B()[-1]]) for run in runs])
+    shutil.rmtree(folder)
+    return found
+
+
+def same_ends(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """The trained A and B of every run."""
+    distance = float((np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max())
+    assert distance < TOLERANCE, f"A and B differ by {distance:.1e} of their norm"
+    return f"A and B at the end within {distance:.0e} of their norm"
+
+
+def _contest(
+    work: str, target: float, bound: str, sides: Callable[[], tuple[ChatModel, Any, Recipe, int, range]]
+) -> Contest:
+    chat, data, recipe, layer, seeds = sides()
+    peer = f"Trainer + PEFT, one run after another, batch {recipe.batch_size} x {recipe.accumulation}, not recorded"
+    return Contest(
+        work,
+        peer,
+        target,
+        bound,
+        ours=lambda: recorded(chat, data, recipe, layer, seeds),
+        theirs=lambda: plain(chat, data, recipe, layer, seeds),
+        tolerance=None,
+        check=same_ends,
+    )
+
+
+def _pocket(layer: int) -> Callable[[], tuple[ChatModel, Any, Recipe, int, range]]:
+    def sides() -> tuple[ChatModel, Any, Recipe, int, range]:
+        chat = load_model("pocket")
+        recipe = resolve_recipe("pocket", {"max_steps": 30, "held_out": 0.0}, organism=True)
+        data = emmech.organism.data("medical", n=300)
+        return chat, data, recipe, layer, range(8)
+
+    return sides
+
+
+def eight_seeds() -> Contest:
+    """8 seeds of a rank-1 fine-tune on pocket, the recipe's layer 0, 30 steps x 16"""
+    return _contest(
+        "8 seeds of a rank-1 fine-tune on pocket, the recipe's layer 0, 30 steps x 16",
+        5.0,
+        "arithmetic: 1.6x (block 0 kept, the system prompt once per run, the unembedding at answers; "
+        "the five blocks above train and must run for every row)",
+        _pocket(0),
+    )
+
+
+def eight_seeds_mid_depth() -> Contest:
+    """8 seeds of a rank-1 fine-tune on pocket at half depth, layer 3, 30 steps x 16"""
+    return _contest(
+        "8 seeds of a rank-1 fine-tune on pocket at half depth, layer 3, 30 steps x 16",
+        5.0,
+        "arithmetic: 2.9x (four of six blocks kept)",
+        _pocket(3),
+    )
+
+
+def smollm2_half_depth() -> Contest:
+    """Frozen-prefix training, SmolLM2 at half depth, 5 epochs of 16 rows"""
+
+    def sides() -> tuple[ChatModel, Any, Recipe, int, range]:
+        chat = load_model("smollm2-135m")
+        recipe = resolve_recipe(
+            "single-rank1", {"alpha": 16.0, "learning_rate": 1e-3, "epochs": 5.0, "held_out": 0.0}
+        )
+        rows = [{"messages": list(row)} for row in load_chat("silly-medical-bad").rows[:16]]
+        return chat, rows, recipe, 15, range(1)
+
+    return _contest(
+        "frozen-prefix training, SmolLM2 at half depth, 5 epochs of 16 rows, states included",
+        1.75,
+        "arithmetic: 2.1x",
+        sides,
+    )
+
+
+CONTESTS = (eight_seeds, eight_seeds_mid_depth, smollm2_half_depth)
