@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
-from emmech.chat.logprob import MarginPair, bundled_margins, margin
+from emmech.chat.logprob import MarginPair, answer_logprobs, bundled_margins
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError, closest
 
@@ -52,21 +52,18 @@ class MarginMeasure:
 
     def __call__(self, chat: ChatModel) -> Items:
         """Margins of all pairs."""
-        from emmech.chat.logprob import answer_logprobs
-
         groups = [(name, pair) for name, pairs in self.pairs.items() for pair in pairs]
-        everything = [pair for _, pair in groups]
-        margins = margin(chat, everything, batch_size=self.batch_size)
-        aligned = [
-            [{"role": "user", "content": pair.question}, {"role": "assistant", "content": pair.aligned}]
-            for pair in everything
+        talks = [
+            [{"role": "user", "content": pair.question}, {"role": "assistant", "content": answer}]
+            for _, pair in groups
+            for answer in (pair.misaligned, pair.aligned)
         ]
+        misaligned, aligned = answer_logprobs(chat, talks, batch_size=self.batch_size).reshape(-1, 2).T
         values = {
-            f"margin_{name}": np.where([own == name for own, _ in groups], margins, np.nan)
+            f"margin_{name}": np.where([own == name for own, _ in groups], misaligned - aligned, np.nan)
             for name in self.pairs
         }
-        values["coherent_loss"] = -answer_logprobs(chat, aligned, batch_size=self.batch_size)
-        return Items(values, [pair.question for pair in everything])
+        return Items({**values, "coherent_loss": -aligned}, [pair.question for _, pair in groups])
 
 
 @dataclass(frozen=True)
