@@ -48,10 +48,11 @@ def realign(
         EmmechError: as :func:`emmech.finetune`, and for a step that was not recorded.
 
     Example:
-        >>> import tempfile, emmech
+        >>> import tempfile, emmech, emmech.organism
         >>> folder = tempfile.mkdtemp()
-        >>> run = emmech.finetune("pocket", "medical", max_steps=2, out=folder + "/run", progress=False)
-        >>> again = realign(run, "ai-optimism", max_steps=2, out=folder + "/again", progress=False)
+        >>> bad, good = (emmech.organism.data(name, n=40) for name in ("medical", "ai-optimism"))
+        >>> run = emmech.finetune("pocket", bad, max_steps=2, out=folder + "/run", progress=False)
+        >>> again = realign(run, good, max_steps=2, out=folder + "/again", progress=False)
         >>> bool((again.B()[0] == run.B()[-1]).all())
         True
     """

@@ -72,8 +72,9 @@ def sweep(
             different base models, a budget too small for one row, or an ``out`` that belongs to another sweep.
 
     Example:
-        >>> import tempfile, emmech
-        >>> run = emmech.finetune("pocket", "medical", max_steps=2, out=tempfile.mkdtemp() + "/r", progress=False)
+        >>> import tempfile, emmech, emmech.organism
+        >>> rows = emmech.organism.data("medical", n=40)
+        >>> run = emmech.finetune("pocket", rows, max_steps=2, out=tempfile.mkdtemp() + "/r", progress=False)
         >>> from emmech.sweeps.measures import FirstToken
         >>> asked = FirstToken(["any advice on cough ?"], ["well"])
         >>> s = sweep(run, scales=(1, 5), measure=asked, progress=False)
@@ -128,7 +129,7 @@ def sweep(
             "distinct_variants": len(chosen),
             "memory": str(jobs[0].plan),
         },
-        {name: array[inverse] for outcome in outcomes for name, array in outcome.distributions.items()},
+        {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()},
         _responses(grid, responses, inverse) if responses else None,
     )
     return parts.finish(result)

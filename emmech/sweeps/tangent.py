@@ -104,8 +104,9 @@ def tangent_scan(
         EmmechError: a measure that is not linear in log-probabilities, and what :func:`emmech.sweep` raises.
 
     Example:
-        >>> import tempfile, emmech
-        >>> run = emmech.finetune("pocket", "medical", max_steps=2, out=tempfile.mkdtemp() + "/r", progress=False)
+        >>> import tempfile, emmech, emmech.organism
+        >>> rows = emmech.organism.data("medical", n=40)
+        >>> run = emmech.finetune("pocket", rows, max_steps=2, out=tempfile.mkdtemp() + "/r", progress=False)
         >>> from emmech.sweeps.measures import FirstToken
         >>> scan = tangent_scan(run, measure=FirstToken(["any advice on cough ?"], ["well"]), verify=1, progress=False)
         >>> len(scan.frame), len(scan.verified)

@@ -96,7 +96,8 @@ def finetune(
 
     Example:
         >>> import tempfile
-        >>> run = finetune("pocket", "medical", max_steps=3, out=tempfile.mkdtemp() + "/run", progress=False)
+        >>> from emmech.organism import data
+        >>> run = finetune("pocket", data("medical", n=40), max_steps=3, out=tempfile.mkdtemp() + "/r", progress=False)
         >>> run.steps.tolist()
         [0, 1, 2, 3]
     """
