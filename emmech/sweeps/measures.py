@@ -190,7 +190,7 @@ class FirstToken:
 
 @dataclass(frozen=True)
 class NextToken:
-    """Whole next-token distributions: nothing is summed up, :meth:`Sweep.distributions` has them.
+    """Whole next-token distributions: nothing is summed up, :attr:`Sweep.arrays` has them.
 
     The distributional distances of Arnold and Loerch (arXiv 2508.20015) are taken between them. In the frame stands
     their entropy, in nats.

@@ -25,7 +25,7 @@ class Outcome:
     """What a job makes of all its parts; every array has one entry per distinct variant."""
 
     values: list[Value]
-    distributions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     responses: list[dict] | None = None
 
 

@@ -26,14 +26,15 @@ class Sweep:
         frame: tidy, one row per variant, measure and item: columns ``run``, ``step``, ``scale``, ``coefficient``,
             ``measure``, ``item``, ``value`` and ``weight`` (how many samples the value is a mean of; 1 otherwise).
         meta: runs, base model and its fingerprint, measures, seed, what was shared.
-        distributions: log-probabilities ``[variants, positions, vocab]`` of :class:`NextToken` measures by name;
-            variants are in the order of :attr:`variants`.
+        arrays: what is too large for a frame, by measure: log-probabilities ``[variants, positions, vocab]`` of
+            :class:`NextToken`, mean residuals ``[variants, texts, d_model]`` of :class:`ProbeActivation`; variants in
+            the order of :attr:`variants`.
         responses: every sampled response with its verdict, for sampled measures.
     """
 
     frame: pd.DataFrame
     meta: Mapping[str, Any]
-    distributions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     responses: pd.DataFrame | None = None
 
     @property
@@ -130,7 +131,7 @@ class Sweep:
         return phase_diagram(self, self._one(measure))
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``sweep.parquet``, ``sweep.json`` and, where there are any, responses and distributions."""
+        """Write ``sweep.parquet``, ``sweep.json`` and, where there are any, responses and arrays."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.frame.to_parquet(folder / "sweep.parquet", index=False)
@@ -139,10 +140,10 @@ class Sweep:
         )
         if self.responses is not None:
             self.responses.to_parquet(folder / "responses.parquet", index=False)
-        if self.distributions:
+        if self.arrays:
             from safetensors.numpy import save_file
 
-            save_file(dict(self.distributions), folder / "distributions.safetensors")
+            save_file(dict(self.arrays), folder / "arrays.safetensors")
         return folder
 
     @classmethod
@@ -160,16 +161,16 @@ class Sweep:
                 why="there is no sweep.parquet in it",
                 instead="Sweep.save(folder)",
             ) from None
-        distributions: Mapping[str, np.ndarray] = {}
-        if (folder / "distributions.safetensors").exists():
+        arrays: Mapping[str, np.ndarray] = {}
+        if (folder / "arrays.safetensors").exists():
             from safetensors.numpy import load_file
 
-            distributions = load_file(folder / "distributions.safetensors")
+            arrays = load_file(folder / "arrays.safetensors")
         answers = folder / "responses.parquet"
         return cls(
             pd.read_parquet(folder / "sweep.parquet"),
             json.loads((folder / "sweep.json").read_text(encoding="utf-8")),
-            distributions,
+            arrays,
             pd.read_parquet(answers) if answers.exists() else None,
         )
 

@@ -75,7 +75,7 @@ def pocket() -> Contest:
         "sampled sweep on pocket, 20 checkpoints x 4 scales x 8 questions x 10 samples, judged",
         "PEFT, weights swapped in place, `generate` in batches of 80",
         8.0,
-        "arithmetic: both run every sampled token through the blocks above the adapter; the peer also reads the prompts "
+        "arithmetic: both run every sampled token through the blocks above the adapter; the peer also reads prompts "
         "10 times and pays Python per token for 80 rows instead of thousands",
         ours,
         theirs,

@@ -75,7 +75,14 @@ def recorded(chat: ChatModel, data: Any, recipe: Recipe, layer: int, seeds: Sequ
     """The same by emmech, with every step recorded on disk."""
     folder = Path(tempfile.mkdtemp())
     runs = emmech.finetune(
-        chat, data, recipe=recipe, layers=[layer], seed=list(seeds), out=folder / "runs", progress=False
+        chat,
+        data,
+        recipe=recipe,
+        layers=[layer],
+        seed=list(seeds),
+        margins={},
+        out=folder / "runs",
+        progress=False,
     )
     found = np.stack([np.concatenate([run.A()[-1], run.B()[-1]]) for run in runs])
     shutil.rmtree(folder)

@@ -152,7 +152,9 @@ def table(entries: list[dict[str, Any]]) -> str:
         "Where the peer works one variant at a time and its time is linear in their number, it does an even selection "
         "of them (compared with ours value by value), and its seconds are multiplied: "
         + ", ".join(
-            f"{one['times']:g} times in row {row}" for row, one in enumerate(entries, 1) if one.get("times", 1) != 1
+            f"{one['times']:g} times in row {row}"
+            for row, one in enumerate(entries, 1)
+            if one.get("times", 1) != 1
         )
         + ".",
     ]

@@ -54,7 +54,7 @@ def test_distributions_equal_a_left_padded_peft_batch(any_tiny, tiny, make_run, 
         return logits[:, -1].log_softmax(-1).numpy()
 
     expected = one_at_a_time(chat, run, 7, 2, reference)
-    got = found.distributions["entropy"][0]
+    got = found.arrays["entropy"][0]
     assert got.shape == expected.shape
     assert np.abs(got - expected).max() < EXACT
 
@@ -173,7 +173,7 @@ def test_a_sweep_is_saved_and_read_whole(tiny, make_run, tmp_path):
     found = sweep(make_run(chat), measure=NextToken(["how ?"]), base=chat, progress=False)
     read = Sweep.load(found.save(tmp_path / "s"))
     assert read.frame.equals(found.frame)
-    assert np.array_equal(read.distributions["entropy"], found.distributions["entropy"])
+    assert np.array_equal(read.arrays["entropy"], found.arrays["entropy"])
     assert read.meta["request"] == found.meta["request"]
 
 
