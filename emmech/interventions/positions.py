@@ -2,11 +2,13 @@
 
 ``"answer"`` means the tokens of assistant turns behind their header, end-of-turn token included, wherever they come
 from: a teacher-forced conversation, a prompt's earlier turns, or tokens being generated behind a key-value cache.
-``"prompt"`` is every other token. Padding on either side changes nothing.
+``"prompt"`` is every other token. Padding on either side changes nothing. A function ``(ids [batch, seq], start)``
+returns any other mask of the same shape; ``start`` counts the tokens that a key-value cache holds before them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -18,7 +20,7 @@ from emmech.errors import EmmechError
 
 __all__ = ["PositionMask", "Positions", "answer_tokens", "header_ids"]
 
-Positions = Literal["all", "answer", "prompt"] | torch.Tensor
+Positions = Literal["all", "answer", "prompt"] | torch.Tensor | Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class PositionMask:
@@ -36,6 +38,8 @@ class PositionMask:
             self._header = header_ids(chat)
             self._stops = torch.tensor(chat.stop_ids)
             return
+        if callable(positions) and not isinstance(positions, torch.Tensor):
+            return
         if isinstance(positions, torch.Tensor) and positions.ndim == 2:
             self._where = positions.bool()
             return
@@ -45,7 +49,7 @@ class PositionMask:
             if isinstance(positions, str)
             else f"a {type(positions).__name__} {list(getattr(positions, 'shape', ()))}",
             why="positions are named, or given as a mask",
-            instead='"all", "answer", "prompt", or a bool tensor [batch, seq]',
+            instead='"all", "answer", "prompt", a bool tensor [batch, seq], or a function of the token ids',
         ) from None
 
     def follow(self, trunk: nn.Module) -> Any:
@@ -68,6 +72,9 @@ class PositionMask:
                 why="without token ids nobody can tell where an answer starts",
                 instead='positions="all", or a bool tensor [batch, seq]',
             ) from None
+        if callable(self._where):
+            self.current = self._where(ids, seen).bool()
+            return
         # behind a cache that holds the prompt, every new token is answer
         answer = (
             torch.ones_like(ids, dtype=torch.bool) if seen else answer_tokens(ids, self._header, self._stops)

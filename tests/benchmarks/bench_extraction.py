@@ -14,7 +14,7 @@ from emmech.directions.extract import group_means
 from tests.benchmarks.harness import Contest
 
 _BATCH = 8
-_WORK = "mean residual of all layers over 24 answers, SmolLM2-135M"
+_WORK = "mean residual of all layers over 12 answers, SmolLM2-135M"
 _kept: dict[str, Any] = {}
 
 
@@ -25,7 +25,7 @@ def _model() -> ChatModel:
 
 
 def _talks() -> list[list[dict[str, str]]]:
-    pairs = bundled_margins("broad")[:12]
+    pairs = bundled_margins("broad")[:6]
     return [
         [{"role": "user", "content": pair.question}, {"role": "assistant", "content": answer}]
         for pair in pairs

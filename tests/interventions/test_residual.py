@@ -154,7 +154,12 @@ def test_answer_steering_leaves_the_prompt_alone(tiny, rows):
     ids = torch.tensor([chat.token_ids(rows[0]["messages"], generate=False)])
     mask = answer_tokens(ids, header_ids(chat), torch.tensor(chat.stop_ids))
     plain, _ = _outputs(chat, ids)
-    for positions, touched in (("answer", mask), ("prompt", ~mask), (mask, mask)):
+
+    def tenth_and_on(tokens, start):
+        return (torch.arange(tokens.shape[1]) + start >= 9).expand_as(tokens)
+
+    late = tenth_and_on(ids, 0)
+    for positions, touched in (("answer", mask), ("prompt", ~mask), (mask, mask), (tenth_and_on, late)):
         with steer(chat, _direction(chat), layer=1, positions=positions):
             steered, _ = _outputs(chat, ids)
         changed = (steered[1] - plain[1]).abs().amax(-1) > 1e-6
