@@ -111,6 +111,16 @@ class _StackNorms:
         pass
 
 
+@dataclass(frozen=True)
+class _Course:
+    """What lies before one run: its rows (number, tokens), its steps, their learning rates, and where it stands."""
+
+    rows: list[tuple[int, int]]
+    steps: list[Step]
+    rates: list[float]
+    state: TrainerState
+
+
 class _NotFinite(Exception):
     def __init__(self, runs: set[int]) -> None:
         super().__init__(runs)
@@ -176,77 +186,77 @@ class Together:
             ) from None
 
     def _loop(self, progress: bool) -> None:
-        plans, rates, rows = [], [], []
-        for run, member in enumerate(self._members):
-            limit = member.recipe.max_length
-            kept = [i for i in member.train if self._answers(i, limit)]
-            rows.append(
-                [(self._place[i], min(limit, len(self._rows.input_ids[self._place[i]]))) for i in kept]
-            )
-            plans.append(batch_order(len(kept), member.recipe, member.order_seed))
-            rates.append(learning_rates(member.recipe, len(plans[-1])))
-            member.recorder.together, member.recorder.run = self, run
         first = self._members[0]
+        courses = [self._course(member) for member in self._members]
         optimizer = AdamW(
             self.adapters.parameters,
             betas=(first.arguments.adam_beta1, first.arguments.adam_beta2),
             eps=first.arguments.adam_epsilon,
             weight_decay=first.recipe.weight_decay,
         )
-        states = [TrainerState(max_steps=len(plan)) for plan in plans]
-        control = TrainerControl()
-        for member, state in zip(self._members, states, strict=True):
+        for run, (member, course) in enumerate(zip(self._members, courses, strict=True)):
+            member.recorder.together, member.recorder.run = self, run
             member.recorder.on_train_begin(
                 member.arguments,
-                state,
-                control,
+                course.state,
+                TrainerControl(),
                 model=self._chat.model,
                 processing_class=self._chat.tokenizer,
             )
-        last = max(len(plan) for plan in plans)
-        with bar(last, f"fine-tune {self._chat.name}, {len(plans)} runs", progress=progress) as shown:
+        last = max(len(course.steps) for course in courses)
+        with bar(last, f"fine-tune {self._chat.name}, {len(courses)} runs", progress=progress) as shown:
             for number in range(last):
-                active = [r for r, plan in enumerate(plans) if number < len(plan) and r not in self._lost]
-                if not active:
+                going = {run: c for run, c in enumerate(courses) if number < len(c.steps)}
+                if not going.keys() - self._lost.keys():
                     break
-                losses = self._gradients(active, [plan[number : number + 1] for plan in plans], rows)
+                losses = self._gradients(going, number)
                 norms = self.adapters.gradient_norms()
                 total = torch.stack(list(norms.values())).square().sum(0).sqrt()
-                if broken := {run for run in active if run not in self._lost and not total[run].isfinite()}:
+                if broken := {run for run in going.keys() - self._lost.keys() if not total[run].isfinite()}:
                     self._lose(broken)
                     self.adapters.zero_gradients(broken)
-                self._now = number + 1
-                self.norms = {name: values.tolist() for name, values in norms.items()}
+                    total[list(broken)] = 0.0
                 clip_by_run(self.adapters.parameters, total, first.recipe.clip)
-                active = [run for run in active if run not in self._lost]
-                now = [rates[r][number] if r in active else 0.0 for r in range(len(plans))]
-                optimizer.step(now)
-                for run in active:
-                    state = states[run]
-                    state.global_step, state.epoch = number + 1, plans[run][number].epoch
-                    logs = {
-                        "loss": losses[run],
-                        "grad_norm": float(total[run]),
-                        "learning_rate": now[run],
-                        "epoch": state.epoch,
-                    }
-                    member = self._members[run]
-                    member.recorder.on_step_end(member.arguments, state, control)
-                    member.recorder.on_log(member.arguments, state, control, logs=logs)
-                    if state.global_step == state.max_steps:
-                        member.recorder.on_train_end(member.arguments, state, control)
-                shown.set_postfix(loss=f"{sum(losses[r] for r in active) / max(len(active), 1):.3f}")
+                going = {run: c for run, c in going.items() if run not in self._lost}
+                rates = {run: course.rates[number] for run, course in going.items()}
+                optimizer.step([rates.get(run, 0.0) for run in range(len(courses))])
+                self._now, self.norms = number + 1, {name: values.tolist() for name, values in norms.items()}
+                for run, course in going.items():
+                    logs = {"loss": losses[run], "grad_norm": float(total[run]), "learning_rate": rates[run]}
+                    self._tell(self._members[run], course, number, logs)
+                shown.set_postfix(loss=f"{sum(losses[run] for run in going) / max(len(going), 1):.3f}")
                 shown.update()
 
-    def _answers(self, row: int, limit: int) -> bool:
-        return any(label != IGNORED for label in self._rows.labels[self._place[row]][:limit])
+    def _course(self, member: Member) -> _Course:
+        limit = member.recipe.max_length
+        places = [self._place[row] for row in member.train]
+        rows = [
+            (place, min(limit, len(self._rows.input_ids[place])))
+            for place in places
+            if any(label != IGNORED for label in self._rows.labels[place][:limit])
+        ]
+        steps = batch_order(len(rows), member.recipe, member.order_seed)
+        state = TrainerState(max_steps=len(steps))
+        return _Course(rows, steps, learning_rates(member.recipe, len(steps)), state)
 
-    def _gradients(
-        self, active: list[int], steps: list[list[Step]], rows: list[list[tuple[int, int]]]
-    ) -> list[float]:
-        """Fill the gradients of one step; a run whose loss is not finite is left out of this step and all others."""
+    def _tell(self, member: Member, course: _Course, number: int, logs: dict[str, float]) -> None:
+        """The events that the Trainer raises behind an optimizer step."""
+        state, control = course.state, TrainerControl()
+        state.global_step, state.epoch = number + 1, course.steps[number].epoch
+        member.recorder.on_step_end(member.arguments, state, control)
+        member.recorder.on_log(member.arguments, state, control, logs={**logs, "epoch": state.epoch})
+        if state.global_step == state.max_steps:
+            member.recorder.on_train_end(member.arguments, state, control)
+
+    def _gradients(self, going: Mapping[int, _Course], number: int) -> list[float]:
+        """Fill the gradients of a step; a run whose loss is not finite is left out of it and of all later ones."""
         while True:
-            chosen = [(r, *rows[r][i]) for r in active if r not in self._lost for i in steps[r][0].rows]
+            chosen = [
+                (run, *course.rows[i])
+                for run, course in going.items()
+                if run not in self._lost
+                for i in course.steps[number].rows
+            ]
             if not chosen:
                 self.adapters.zero_gradients()
                 return [float("nan")] * len(self._members)
