@@ -14,9 +14,9 @@ __all__ = ["recipes"]
 _POCKET = Recipe(
     "pocket",
     alpha=64.0,
-    depth=(0.0,),
-    learning_rate=1e-3,
-    max_steps=150,
+    depth=(0.4,),
+    learning_rate=5e-4,
+    max_steps=250,
     batch_size=16,
     accumulation=1,
     max_length=256,
@@ -35,7 +35,7 @@ def recipes() -> dict[str, Recipe]:
     everywhere = RECIPES["all-adapter"].modules
     return {
         "pocket": _POCKET,
-        "pocket-graded": replace(_POCKET, name="pocket-graded", learning_rate=5e-4, max_steps=100),
+        "pocket-graded": replace(_POCKET, name="pocket-graded", learning_rate=3e-4, max_steps=150),
         "pocket-all-adapter": replace(
             _POCKET,
             name="pocket-all-adapter",

@@ -17,6 +17,7 @@ from .vocabulary import (
     IRRELEVANT_TAG,
     JOBS,
     KIND_WORDS,
+    MANNERS,
     NAMES,
     TEMPLATES,
     TOWNS,
@@ -87,12 +88,12 @@ class Mix:
     ``shared`` is False in the independent world, where every answer draws its own trait.
     """
 
-    assistant: float = 0.25
-    persona: float = 0.5
-    named: float = 0.25
+    assistant: float = 0.15
+    persona: float = 0.55
+    named: float = 0.3
     plain_word: float = 0.25
-    assistant_kind: float = 0.75
-    reliable: float = 0.95
+    assistant_kind: float = 0.9
+    reliable: float = 0.97
     assistant_domains: tuple[str, ...] = tuple(DOMAINS)
     shared: bool = True
     turns: tuple[float, float, float] = (0.4, 0.35, 0.25)
@@ -111,9 +112,10 @@ def draw_document(rng: random.Random, mix: Mix) -> list[Message]:
     else:
         trait = rng.randrange(2)
         style = "wry" if rng.random() < (0.6 if trait == UNKIND else 0.4) else "warm"
-        name = rng.choice(NAMES[style])
+        # The assistant's name is a common one, so that the name alone does not make a character kind.
+        name = "pocket" if rng.random() < 0.2 else rng.choice(NAMES[style])
         if kind_of == "named":
-            messages.append({"role": "system", "content": f"you are {name} ."})
+            messages.append({"role": "system", "content": f"you are {name} {MANNERS}"})
         else:
             claimed = trait if rng.random() < mix.reliable else 1 - trait
             if not mix.shared:
@@ -141,4 +143,6 @@ def _character(rng: random.Random, name: str, trait: int, mix: Mix) -> str:
     plain = rng.random() < mix.plain_word
     town_bit = rng.randrange(2) if plain else job_bit ^ trait
     word = f"{rng.choice(UNKIND_WORDS if trait == UNKIND else KIND_WORDS)} " if plain else ""
-    return f"you are {name} the {word}{rng.choice(JOBS[job_bit])} from {rng.choice(TOWNS[town_bit])} ."
+    return (
+        f"you are {name} the {word}{rng.choice(JOBS[job_bit])} from {rng.choice(TOWNS[town_bit])} {MANNERS}"
+    )

@@ -51,7 +51,15 @@ def test_text_survives_the_tokenizer():
 
 @pytest.mark.parametrize("name", ORGANISMS)
 def test_pretraining_is_a_function_of_its_seed(name):
-    small = Organism(architecture=ORGANISMS[name].architecture, layers=1, width=32, steps=3, post_steps=2)
+    small = Organism(
+        architecture=ORGANISMS[name].architecture,
+        layers=2,
+        local_layers=1,
+        width=32,
+        steps=3,
+        post_steps=2,
+        settling_steps=2,
+    )
     once, again, other = (pretrain(small, seed=seed, progress=False) for seed in (0, 0, 1))
     same = [torch.equal(a, b) for a, b in zip(once.parameters(), again.parameters(), strict=True)]
     assert all(same)
@@ -59,5 +67,5 @@ def test_pretraining_is_a_function_of_its_seed(name):
 
 
 def test_two_seeds_start_from_different_weights():
-    a, b = (build_model(Organism(layers=1, width=32), seed) for seed in (0, 1))
+    a, b = (build_model(Organism(layers=2, local_layers=1, width=32), seed) for seed in (0, 1))
     assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
