@@ -20,6 +20,7 @@ from emmech.transition.behaviour import fit_sigmoid
 from emmech.transition.detectors import Detector, analyse
 from emmech.transition.result import PhaseTransition, Side
 from emmech.transition.series import find_peak
+from emmech.transition.swept import swept_behaviour
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +42,7 @@ def phase_transition(
     k: int | Sequence[int] | None = None,
     adapter: str | None = None,
     centre: str = "adapters",
+    sweep: Any = None,
     seed: int = 0,
     n_null: int = 199,
 ) -> PhaseTransition:
@@ -55,6 +57,8 @@ def phase_transition(
         k: half-width or half-widths of the local cosine in recorded steps; default 5, 10, 20, 40 as they fit.
         adapter: analyse this adapter only.
         centre: axis of the comp score's mean, ``"adapters"`` (the paper) or ``"steps"``.
+        sweep: what :func:`emmech.sweep` measured on the run (and on its control, in the same sweep): its measures at
+            every scale become behavioural detectors, and take the place of recorded margins of the same name.
         seed: of the simulated null paths.
         n_null: null paths per hypothesis; the smallest possible p-value is 1 / (n_null + 1).
 
@@ -84,7 +88,8 @@ def phase_transition(
         ) from None
 
     def side(one: Any, beside: Side | None) -> Side:
-        return _analyse(one, beside, k=k, adapter=adapter, centre=centre, seed=seed, n_null=int(n_null))
+        found = _analyse(one, beside, k=k, adapter=adapter, centre=centre, seed=seed, n_null=int(n_null))
+        return _with_sweep(found, sweep, needed=beside is None)
 
     first = side(run, None)
     return PhaseTransition(run=first, control=side(control, first) if control is not None else None)
@@ -127,6 +132,20 @@ def _analyse(
     rows.append(gradient)
     behaviour, curves = _behaviour(metrics)
     return Side(name, path, (*rows, *behaviour), gradient_series, curves, comp)
+
+
+def _with_sweep(side: Side, sweep: Any, *, needed: bool) -> Side:
+    """The side with its behaviour as swept; a control may be missing from the sweep, the run may not."""
+    if sweep is None or (not needed and side.name not in set(sweep.to_frame()["run"])):
+        return side
+    from dataclasses import replace
+
+    rows, curves = swept_behaviour(
+        sweep, side.name if not needed or len(set(sweep.frame["run"])) > 1 else None
+    )
+    swept = {row.name for row in rows}
+    kept = tuple(row for row in side.rows if row.name not in swept)
+    return replace(side, rows=(*kept, *rows), margins={**side.margins, **curves})
 
 
 def _trajectories(run: Any, adapter: str | None, name: str) -> tuple[npt.NDArray[np.int64], dict[str, Array]]:

@@ -174,9 +174,9 @@ class PhaseTransition:
 
     @cached_property
     def behavioural(self) -> Transition:
-        """The step of half the change of the broad margin, or of the narrow one where only that was recorded."""
+        """The step of half the change of EM (swept, unscaled), else of the broad margin, else of the narrow ones."""
         reasons = []
-        for name in ("margin-broad", "margin-narrow"):
+        for name in ("em", "margin-broad", "narrow", "margin-narrow"):
             row = self.run.row(name)
             if row is None:
                 continue
