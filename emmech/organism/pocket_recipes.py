@@ -14,7 +14,7 @@ __all__ = ["recipes"]
 _POCKET = Recipe(
     "pocket",
     alpha=64.0,
-    depth=(0.4,),
+    depth=(0.2,),
     learning_rate=5e-4,
     max_steps=250,
     batch_size=16,
