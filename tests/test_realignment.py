@@ -47,6 +47,19 @@ def test_a_new_adapter_on_the_merged_model(run, tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in base.model.state_dict().items())
 
 
+def test_on_a_base_after_a_step_was_on_it(run, tmp_path):
+    """PEFT's wrapper of an earlier step may still be held by the caller; it must not be wrapped again."""
+    base = make_tiny("qwen2")
+    live = run.model(4, base=base)
+    emmech.detach(live)
+    for name in ("one", "two"):
+        again = emmech.realign(run, make_rows(10), base=base, max_steps=2, out=tmp_path / name)
+        assert again.manifest["model"]["fingerprint"] == run.manifest["model"]["fingerprint"]
+    held = run.model(4, base=base)
+    held.model.unload()  # by hand, behind the library's back
+    assert run.model(2, base=base).model.get_base_model() is base.model
+
+
 def test_refusals(run, tmp_path):
     with pytest.raises(EmmechError, match="nearest recorded: 3 and 4"):
         emmech.realign(run, make_rows(4), step=9, out=tmp_path / "x")

@@ -143,10 +143,13 @@ def attach(
     """
     from peft import get_peft_model
 
-    if not hasattr(chat.model, "get_base_model") and (wrapper := _WRAPPERS.get(chat.model)) is not None:
-        # the caller holds the plain model, but an earlier call put PEFT's layers into it
-        chat = replace(chat, model=wrapper() or detach(chat).base)
     live = list(adapter_layers(chat.model))
+    if live and not hasattr(chat.model, "get_base_model"):
+        # the caller holds the plain model, but an earlier call put PEFT's layers into it
+        known = _WRAPPERS.get(chat.model)
+        wrapper = known() if known is not None else None
+        chat = replace(chat, model=wrapper) if wrapper is not None else detach(chat)
+        live = list(adapter_layers(chat.model))
     if live and [info.module for info, _, _ in live] != [info.module for info in adapters]:
         raise EmmechError(
             "put the adapter on the model",
