@@ -75,6 +75,8 @@ def swept_behaviour(sweep: Any, run: str | None = None) -> tuple[list[Detector],
         if scale == 1 and name.startswith("margin"):
             curves[name] = (steps, values)
         fit, why = fit_sigmoid(steps, values)
+        if fit is not None and (small := _within_error(part, fit.end - fit.start)):
+            fit, why = None, small
         if fit is None:
             rows.append(Detector.unmeasured(shown, "behaviour", means, NULL, why.replace("the margin", name)))
             continue
@@ -87,6 +89,21 @@ def swept_behaviour(sweep: Any, run: str | None = None) -> tuple[list[Detector],
             )
         )
     return rows, curves
+
+
+def _within_error(part: pd.DataFrame, change: float) -> str:
+    """Why a change is no finding, or "".
+
+    Every step answers the same questions with the same seeds, so neighbouring steps agree far better than their
+    common sampling error allows, and the fit alone would call one changed answer a transition.
+    """
+    if "error" not in part.columns:
+        return ""
+    ends = part["error"].iloc[[0, -1]].to_numpy(float)
+    error = float(np.sqrt(np.nansum(ends**2)))
+    if not error or abs(change) >= 1.96 * error:
+        return ""
+    return f"not measurable: a change of {change:.3g} is within its error between items, {error:.2g}"
 
 
 def threshold_robustness(

@@ -74,6 +74,26 @@ def test_the_conclusion_holds_at_other_thresholds():
     assert (scaled[scaled["measure"] == "em"]["step"] < 75).all()
 
 
+def test_a_smooth_change_of_one_answer_is_no_finding():
+    # shared seeds: the same single answer changes at one step and stays, with no noise around it
+    frame = pd.DataFrame(
+        {
+            "run": "run",
+            "step": STEPS,
+            "scale": 1.0,
+            "coefficient": 0.0,
+            "measure": "em",
+            "value": np.where(STEPS < 100, 0.0, 1 / 64),
+            "error": np.where(STEPS < 100, 0.0, 1 / 64),
+        }
+    )
+    ((row,), _) = swept_behaviour(SimpleNamespace(to_frame=lambda: frame))
+    assert not np.isfinite(row.step) and "between items" in row.note
+    frame["value"] *= 20
+    ((row,), _) = swept_behaviour(SimpleNamespace(to_frame=lambda: frame))
+    assert abs(row.step - 95) < 10
+
+
 def test_what_does_not_change_is_not_measurable():
     still = sampled()
     still.responses["aligned"] = 90.0
