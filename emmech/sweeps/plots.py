@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["phase_diagram"]
 
-_RATES = {"em", "narrow", "coherent"}
+_RATES = {"em": "EM rate", "narrow": "narrow misalignment rate", "coherent": "coherent share"}
 
 
 def phase_diagram(sweep: Sweep, measure: str) -> Any:
@@ -57,18 +57,19 @@ def phase_diagram(sweep: Sweep, measure: str) -> Any:
                 colorscale="RdBu_r" if signed else "Viridis",
                 coloraxis=None,
                 showscale=column == len(panels),
-                colorbar={"title": {"text": measure}},
+                colorbar={"title": {"text": _RATES.get(measure, measure)}},
                 hovertemplate="step %{x}, scale %{y}: %{z:.3f}<extra></extra>",
             ),
             row=1,
             col=column,
         )
         figure.update_xaxes(title_text="step", type="category", row=1, col=column)
+    shown = _RATES.get(measure, measure)
     figure.update_yaxes(
-        title_text=measure if flat else "scale on the adapter",
+        title_text=shown if flat else "scale on the adapter",
         type="linear" if flat else "category",
         row=1,
         col=1,
     )
-    figure.update_layout(title=f"{measure} by step and scale", template="plotly_white", showlegend=False)
+    figure.update_layout(title=f"{shown} by step and scale", template="plotly_white", showlegend=False)
     return figure
