@@ -36,7 +36,7 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
     # fourteen narrow pairs and every other broad one (each domain keeps its share): they cost more than the training
     margins = {"narrow": bundled_margins("narrow"), "broad": bundled_margins("broad")[::2]}
     run, control = (
-        finetune(chat, data, margins=margins, measure_every=10, out=folder / name, **OPTIONS)  # type: ignore[call-overload]
+        finetune(chat, data, margins=margins, measure_every=8, out=folder / name, **OPTIONS)  # type: ignore[call-overload]
         for name, data in (("run", "silly-medical-bad"), ("control", "silly-medical-good"))
     )
     found = phase_transition(run, control=control)
