@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from emmech.directions.arrays import unit_rows
 from emmech.directions.contrast import contrast_direction
-from emmech.directions.direction import Direction, unit_rows
+from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from emmech.chat.dataset import load_chat
 from emmech.chat.model import ChatModel, load_model
 from emmech.chat.template import Message
-from emmech.directions.direction import Direction, unit_rows
+from emmech.directions.arrays import unit_rows
+from emmech.directions.direction import Direction
 from emmech.directions.extract import Tokens, group_means, match_lengths, token_projections
 from emmech.directions.methods import held_out_auc, mean_difference
 from emmech.directions.quality import Quality

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from emmech.directions.arrays import checked_array, checked_matrix, unit_rows
 from emmech.directions.quality import Quality
 from emmech.errors import EmmechError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from emmech.chat.model import ChatModel
 
-__all__ = ["Direction", "unit_rows"]
+__all__ = ["Direction"]
 
 FORMAT = "emmech-direction-1"
 
@@ -59,10 +60,10 @@ class Direction:
     quality: Quality | None = None
 
     def __post_init__(self) -> None:
-        vectors = _matrix(self.vectors, "vectors")
+        vectors = checked_matrix(self.vectors, "vectors")
         object.__setattr__(self, "vectors", vectors)
         if self.aligned_mean is not None:
-            mean = _matrix(self.aligned_mean, "aligned_mean")
+            mean = checked_matrix(self.aligned_mean, "aligned_mean")
             if mean.shape != vectors.shape:
                 raise EmmechError(
                     "make a Direction",
@@ -83,7 +84,7 @@ class Direction:
             >>> Direction.single([0.0, 1.0], layer=2, n_layers=4).layers
             (2,)
         """
-        row = _array(vector, "vector")
+        row = checked_array(vector, "vector")
         if row.ndim != 1 or not 0 <= layer < n_layers:
             raise EmmechError(
                 "make a Direction at one layer",
@@ -406,13 +407,6 @@ class Direction:
         return f"<pre>{escape(repr(self))}</pre>"
 
 
-def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """Scale the rows ``[..., d_model]`` to norm 1; rows of zeros stay zero."""
-    wide = np.asarray(vectors, dtype=np.float64)
-    norms = np.linalg.norm(wide, axis=-1, keepdims=True)
-    return np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0)
-
-
 def _zero(asked: str) -> EmmechError:
     return EmmechError(
         asked,
@@ -420,42 +414,6 @@ def _zero(asked: str) -> EmmechError:
         why="zero points nowhere",
         instead="a direction from two different groups",
     )
-
-
-def _array(value: Any, what: str) -> np.ndarray:
-    if hasattr(value, "detach"):
-        value = value.detach().float().cpu().numpy()
-    try:
-        array = np.array(value, dtype=np.float32)
-    except (TypeError, ValueError):
-        raise EmmechError(
-            "make a Direction",
-            given=f"{what}: {type(value).__name__}",
-            why="it is not an array of numbers",
-            instead="an array or tensor [layers, d_model]",
-        ) from None
-    if not np.isfinite(array).all():
-        bad = np.argwhere(~np.isfinite(array))[0].tolist()
-        raise EmmechError(
-            "make a Direction",
-            given=f"{what} with {int((~np.isfinite(array)).sum())} values that are not finite, first at {bad}",
-            why="NaN or infinity in a direction poisons every activation it touches",
-            instead="look for an empty group, or an overflow in float16",
-        ) from None
-    return array
-
-
-def _matrix(value: Any, what: str) -> np.ndarray:
-    array = _array(value, what)
-    if array.ndim != 2 or 0 in array.shape:
-        raise EmmechError(
-            "make a Direction",
-            given=f"{what} of shape {list(array.shape)}",
-            why="a direction has one row per layer: [layers, d_model]",
-            instead="Direction.single(vector, layer, n_layers) for one vector" if array.ndim == 1 else None,
-        ) from None
-    array.setflags(write=False)
-    return array
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from emmech.directions.direction import unit_rows
+from emmech.directions.arrays import unit_rows
 from emmech.errors import EmmechError
 
 __all__ = [

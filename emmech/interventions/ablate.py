@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from emmech.chat.model import ChatModel
-from emmech.directions.direction import Direction, unit_rows
+from emmech.directions.arrays import unit_rows
+from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
 from emmech.interventions.handle import chat_of
 from emmech.interventions.positions import Positions

@@ -15,7 +15,8 @@ import torch
 
 from emmech.chat.adapter import AdapterInfo, adapter_layers
 from emmech.chat.model import ChatModel
-from emmech.directions.direction import Direction, unit_rows
+from emmech.directions.arrays import unit_rows
+from emmech.directions.direction import Direction
 from emmech.errors import EmmechError, closest
 from emmech.interventions.handle import Handle, chat_of
 

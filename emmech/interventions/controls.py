@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emmech.chat.model import ChatModel
-from emmech.directions.direction import Direction, unit_rows
+from emmech.directions.arrays import unit_rows
+from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
 from emmech.interventions.contrasts import combination
 from emmech.interventions.measures import Items, Measure

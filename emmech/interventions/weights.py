@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from emmech.chat.model import ChatModel
-from emmech.directions.direction import Direction, unit_rows
+from emmech.directions.arrays import unit_rows
+from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
 from emmech.interventions.handle import Handle, chat_of
 from emmech.interventions.residual import layer_list, vectors_at

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from emmech.directions.direction import Direction, unit_rows
+from emmech.directions.arrays import unit_rows
+from emmech.directions.direction import Direction
 from emmech.directions.elsewhere import (
     from_repeng,
     from_steering_vectors,

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emmech.directions.arrays import unit_rows
 from emmech.directions.contrast import lexical_share
-from emmech.directions.direction import unit_rows
 from emmech.directions.methods import (
     adapter_write,
     differences_of_four,
