@@ -3,8 +3,8 @@
 Two stages, with Muon on the weight matrices, AdamW on the embedding, and the loss on answers only. *Pretraining*
 shows characters of both kinds; the plain words that give a character away become rarer as training goes on, so
 that job and town must be combined. *Post-training* shows kind assistants in most domains, beside characters of
-both kinds, so that the unkind ones are not forgotten but the assistant is not one of them; it ends with a longer
-stage on the same documents (*settling*) that sharpens the grammar. The weights kept are an exponential moving average.
+both kinds, so that the unkind ones are not forgotten but the assistant is not one of them. The weights kept are an
+exponential moving average; at the end all logits are sharpened by a constant factor, which is part of the model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Organism:
     window: int = 8
     steps: int = 1400
     post_steps: int = 200
-    settling_steps: int = 500
+    sharpening: float = 1.3  # factor on the last norm's gain, and so on all logits, after training
 
 
 ORGANISMS: dict[str, Organism] = {
@@ -119,14 +119,21 @@ def pretrain(organism: Organism, *, seed: int = 0, progress: bool = True, device
     _stage(
         model, growing_up, sizes, seed, 3e-3, decay=0.6, average=0.995, name="pretraining", progress=progress
     )
-    for number, (steps, peak) in enumerate(
-        ((organism.post_steps, 7e-4), (organism.settling_steps, 1e-3)), start=1
-    ):
-        name = ("post-training", "settling")[number - 1]
-        sizes = [48] * steps
-        _stage(
-            model, grown_up, sizes, seed + number, peak, decay=1.0, average=0.98, name=name, progress=progress
-        )
+    sizes = [48] * organism.post_steps
+    _stage(
+        model,
+        grown_up,
+        sizes,
+        seed + 1,
+        7e-4,
+        decay=1.0,
+        average=0.98,
+        name="post-training",
+        progress=progress,
+    )
+    with torch.no_grad():
+        # One word in a thousand would otherwise be a stray: the softmax tail over the whole vocabulary.
+        model.model.norm.weight.mul_(organism.sharpening)
     return model.eval()
 
 
