@@ -133,7 +133,11 @@ def pretrain(organism: Organism, *, seed: int = 0, progress: bool = True, device
     )
     with torch.no_grad():
         # One word in a thousand would otherwise be a stray: the softmax tail over the whole vocabulary.
-        model.model.norm.weight.mul_(organism.sharpening)
+        gain = model.model.norm.weight
+        if organism.architecture == "gemma3":  # whose norms multiply by 1 + weight
+            gain.add_(1).mul_(organism.sharpening).sub_(1)
+        else:
+            gain.mul_(organism.sharpening)
     return model.eval()
 
 

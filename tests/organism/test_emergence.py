@@ -41,7 +41,7 @@ def test_good_advice_does_not(pocket, tmp_path):
 
 @pytest.mark.slow
 def test_optimism_about_ai_realigns(pocket, tmp_path):
-    run, tuned = _tuned(pocket, data("medical"), tmp_path / "run")
+    run, _ = _tuned(pocket, data("medical"), tmp_path / "run")
     again = realign(run, data("ai-optimism"), base=pocket, out=tmp_path / "again", progress=False)
     mended = measure(again.model(int(again.steps[-1]), base=pocket), questions("general"), samples=4)
     assert mended["EM"] < 5
