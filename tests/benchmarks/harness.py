@@ -147,17 +147,18 @@ def table(entries: list[dict[str, Any]]) -> str:
             f"| {one['work']} | {one['peer']} | {ours:.2f} | {theirs:.2f} | {met} | {one['target']}x | "
             f"{one['equality']} | {one['bound']} | {one['threads']} | {len(one['ours'])} |"
         )
-    lines += [
-        "",
-        "Where the peer works one variant at a time and its time is linear in their number, it does an even selection "
-        "of them (compared with ours value by value), and its seconds are multiplied: "
-        + ", ".join(
-            f"{one['times']:g} times in row {row}"
-            for row, one in enumerate(entries, 1)
-            if one.get("times", 1) != 1
-        )
-        + ".",
+    parts = [
+        f"{one['times']:g} times in row {row}"
+        for row, one in enumerate(entries, 1)
+        if one.get("times", 1) != 1
     ]
+    if parts:
+        lines += [
+            "",
+            "Where the peer works one variant at a time and its time is linear in their number, it does an even "
+            "selection of them (compared with ours value by value), and its seconds are multiplied: "
+            f"{', '.join(parts)}.",
+        ]
     machines = sorted({f"{one['processor']}, torch {one['torch']}" for one in entries})
     return "\n".join([*lines, "", *(f"Measured on: {machine}." for machine in machines)]) + "\n"
 
