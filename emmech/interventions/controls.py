@@ -166,25 +166,31 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
 def degenerate(
     chat: ChatModel, direction: Direction, vectors: Mapping[int, Any], *, threshold: float = 0.9
 ) -> str:
-    """Say when an ablation only takes the adapter off: its vector at an adapter's layer is that adapter's own B.
+    """Say when an ablation only takes the adapter off: one of its vectors is the adapter's own B.
 
-    At rank 1 the adapter writes along B alone; projecting B out of the block's output cancels the adapter
-    identically, whatever it has to do with misalignment. Such a row shows that the adapter matters, nothing else.
+    At rank 1 the adapter writes along B alone, and the residual stream carries the write on: projecting B out of the
+    output of the adapter's block cancels the adapter identically, whatever it has to do with misalignment, and at a
+    later block it cancels what the rest of the model reads. Such a row shows that the adapter matters, nothing else.
 
     Returns:
-        a note, or ``""``.
+        a note that names the layer, or ``""``.
     """
     from emmech.chat.adapter import adapter_layers
 
     for info, layer, name in adapter_layers(chat.model):
-        if info.layer not in vectors or info.rank != 1 or info.d_out != chat.d_model:
+        if info.rank != 1 or info.d_out != chat.d_model:
             continue
         b = unit_rows(layer.lora_B[name].weight.detach().float().cpu().numpy()[:, 0])
-        cosine = abs(float(unit_rows(np.asarray(vectors[info.layer])) @ b))
-        if cosine > threshold:
+        later = {
+            at: abs(float(unit_rows(np.asarray(v)) @ b)) for at, v in vectors.items() if at >= info.layer
+        }
+        if not later:
+            continue
+        at = max(later, key=lambda one: later[one])
+        if later[at] > threshold:
             return (
-                f"degenerate: {direction.name} has cosine {cosine:.2f} with B of {info.name}, so that ablating it "
-                f"there mostly takes the adapter off"
+                f"degenerate: {direction.name} has cosine {later[at]:.2f} at layer {at} with B of {info.name}, so "
+                f"that ablating it there mostly takes the adapter off"
             )
     return ""
 

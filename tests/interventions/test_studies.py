@@ -166,3 +166,15 @@ def test_measures_by_name(tiny):
         dose_response(chat, _promoting(chat), [1.0], randoms=-1)
     with pytest.raises(EmmechError, match="no adapter to take off"):
         dose_response(chat, _promoting(chat), [1.0], base=True)
+
+
+def test_b_is_degenerate_wherever_the_stream_carries_it_and_nowhere_before(tiny):
+    from emmech.interventions.controls import degenerate
+
+    chat = _adapted(tiny("qwen2"), layers=(1,))
+    b = adapter_direction(chat)
+    vector = b.at(1)
+    assert "at layer 1" in degenerate(chat, b, {1: vector})
+    assert "at layer 3" in degenerate(chat, b, {0: vector, 3: -vector})
+    assert degenerate(chat, b, {0: vector}) == ""
+    assert degenerate(chat, b, {2: np.roll(vector, 1)}) == ""
