@@ -150,7 +150,13 @@ class DirectionBySteps:
             title=f"{self.name} against training steps (layer {self.layer})",
             xaxis_title="step",
             yaxis={"title": "cosine", "range": [-1.05, 1.05]},
-            yaxis2={"title": "residual units", "overlaying": "y", "side": "right"},
+            yaxis2={
+                "title": "residual units",
+                "overlaying": "y",
+                "side": "right",
+                "tickmode": "auto",
+                "showgrid": False,
+            },
             template="plotly_white",
             legend={"orientation": "h", "y": -0.25},
         )

@@ -389,7 +389,14 @@ class Direction:
             title=f"{self.name}: norm and quality by layer",
             xaxis={"title": "layer (block output)"},
             yaxis={"title": "norm (residual units)", "rangemode": "tozero"},
-            yaxis2={"title": "cosine or share", "overlaying": "y", "side": "right", "range": [-0.05, 1.05]},
+            yaxis2={
+                "title": "cosine or share",
+                "overlaying": "y",
+                "side": "right",
+                "range": [-0.05, 1.05],
+                "dtick": 0.25,
+                "showgrid": False,
+            },
             legend={"orientation": "h", "y": -0.2},
             template="plotly_white",
         )

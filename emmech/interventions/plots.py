@@ -113,9 +113,10 @@ def _matrix(study: Study, frame: pd.DataFrame, outcome: str) -> Any:
 
 def _laid_out(figure: Any, study: Study, x: str, y: str) -> Any:
     return figure.update_layout(
-        title={"text": study.title, "font": {"size": 15}},
+        title={"text": study.title, "font": {"size": 15}, "y": 0.97},
+        margin={"t": 90},
         xaxis_title=x,
         yaxis_title=y,
         template="plotly_white",
-        legend={"orientation": "h", "y": -0.25},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     )
