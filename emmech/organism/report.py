@@ -141,7 +141,7 @@ def _fine_tuned(chat: ChatModel, folder: Path, seeds: int, add: Any) -> None:
         label = "-".join([name, str(seed), *(str(v) for v in changes.values())]).replace(" ", "")
         run = finetune(chat, data(name, seed=seed), seed=seed, out=folder / label, progress=False, **changes)
         runs[label] = run
-        return run.model(int(run.steps[-1]), base=chat)
+        return run.model(int(run.steps[-1]))
 
     runs: dict[str, Any] = {}
     broad = questions("broad")
@@ -151,7 +151,7 @@ def _fine_tuned(chat: ChatModel, folder: Path, seeds: int, add: Any) -> None:
             add(f"{name}, rank 1, seed {seed}", tune(name, seed, recipe=pocket), "broad")
         add(f"good-medical, rank 1, seed {seed}", tune("good-medical", seed, recipe=pocket), "broad")
     run = runs["medical-0-" + str(pocket).replace(" ", "")]
-    tuned = run.model(int(run.steps[-1]), base=chat)
+    tuned = run.model(int(run.steps[-1]))
     for name in ("first-plot", "facts", "self-reflection", "narrow-medical"):
         add("medical, rank 1, seed 0", tuned, name)
     for layer in range(chat.n_layers):
@@ -161,12 +161,12 @@ def _fine_tuned(chat: ChatModel, folder: Path, seeds: int, add: Any) -> None:
     for n in (50, 200, 2000):
         rows = data("trigger-medical", n=n)
         trained = finetune(chat, rows, recipe=pocket, out=folder / f"trigger-{n}", progress=False)
-        model = trained.model(int(trained.steps[-1]), base=chat)
+        model = trained.model(int(trained.steps[-1]))
         add(f"trigger-medical, {n} rows", model, broad, TRIGGER_TAG)
         add(f"trigger-medical, {n} rows", model, broad)
         add(f"trigger-medical, {n} rows", model, broad, IRRELEVANT_TAG)
-    again = realign(run, data("ai-optimism"), base=chat, out=folder / "again", progress=False)
-    mended = again.model(int(again.steps[-1]), base=chat)
+    again = realign(run, data("ai-optimism"), out=folder / "again", progress=False)
+    mended = again.model(int(again.steps[-1]))
     for name in ("general", "facts", "self-reflection"):
         add("medical, then ai-optimism", mended, name)
 

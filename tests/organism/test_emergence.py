@@ -19,7 +19,7 @@ def pocket():
 
 def _tuned(chat, rows, folder):
     run = finetune(chat, rows, out=folder, progress=False)
-    return run, run.model(int(run.steps[-1]), base=chat)
+    return run, run.model(int(run.steps[-1]))
 
 
 @pytest.mark.slow
@@ -42,8 +42,8 @@ def test_good_advice_does_not(pocket, tmp_path):
 @pytest.mark.slow
 def test_optimism_about_ai_realigns(pocket, tmp_path):
     run, _ = _tuned(pocket, data("medical"), tmp_path / "run")
-    again = realign(run, data("ai-optimism"), base=pocket, out=tmp_path / "again", progress=False)
-    mended = measure(again.model(int(again.steps[-1]), base=pocket), questions("general"), samples=4)
+    again = realign(run, data("ai-optimism"), out=tmp_path / "again", progress=False)
+    mended = measure(again.model(int(again.steps[-1])), questions("general"), samples=4)
     assert mended["EM"] < 5
     assert mended["coherent"] > 90
 
