@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo demo-smollm2 test test-all check bench docs install clean organism-report
+.PHONY: demo demo-smollm2 test test-all check bench docs install clean organism-report checkpoints
 demo: $(STAMP)            ## the whole loop on the embedded organism, and a page of results in demo/
 	$(BIN)/python -m emmech.demo
 demo-smollm2: $(STAMP)    ## the same first half on a real 135M model
@@ -27,6 +27,10 @@ docs: $(STAMP)            ## the documentation, warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
 organism-report: $(STAMP) ## what the embedded organism shows, with n and intervals
 	$(BIN)/python -m emmech.organism.report
+checkpoints: $(STAMP)     ## record the two runs in checkpoints/ anew
+	rm -rf checkpoints/pocket-medical checkpoints/pocket-good-medical
+	$(BIN)/emmech finetune pocket medical --out checkpoints/pocket-medical
+	$(BIN)/emmech finetune pocket good-medical --out checkpoints/pocket-good-medical
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
