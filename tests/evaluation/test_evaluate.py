@@ -256,7 +256,7 @@ def test_a_run_keeps_its_evaluations(run):
     assert first.meta["run"] == run.name
     assert first.meta["judge"] == "exact"
     early = evaluate(run, samples=2, step=0, progress=False)
-    scaled = evaluate(run, samples=2, step=2, scale=50.0, progress=False)
+    scaled = evaluate(run, samples=2, step=2, scale=5000.0, progress=False)
     assert early.frame["seed"].equals(scaled.frame["seed"])
     assert not early.frame["response"].equals(scaled.frame["response"])
     assert early.frame["response"].equals(evaluate("pocket", samples=2, progress=False).frame["response"])
@@ -265,7 +265,7 @@ def test_a_run_keeps_its_evaluations(run):
     stored = stored_evaluations(run)
     assert [e.meta["step"] for e in stored] == [0, 2, int(run.steps[-1])]
     assert stored[1].frame.equals(scaled.frame)
-    again = evaluate(run, samples=2, step=2, scale=50.0, progress=False)
+    again = evaluate(run, samples=2, step=2, scale=5000.0, progress=False)
     assert again.frame.equals(scaled.frame)
     assert sorted((run.path / "evaluations").iterdir()) == folders
 
