@@ -16,6 +16,7 @@ from emmech.chat.logprob import bundled_margins
 from emmech.chat.model import load_model
 from emmech.training.train import finetune
 from emmech.transition.phase import phase_transition
+from emmech.transition.result import Side
 from emmech.view.page import Section, write_page
 from emmech.view.plots import metric_figure
 
@@ -46,8 +47,15 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
         f"{kind}: {_change(run, kind)} in the run, {_change(control, kind)} in the control."
         for kind in margins
     )
+    sides = [side for side in (found.run, found.control) if side is not None]
+    turns = f"The largest bend of B: {'; '.join(_turn(side) for side in sides)}."
     sections = [
-        Section("What the detectors say", code=found.summary(), table=found.detectors),
+        Section(
+            "What the detectors say",
+            f"The largest bend of B: {turns}.",
+            code=found.summary(),
+            table=found.detectors,
+        ),
         Section("The path of B", figure=found.plot()),
         Section(
             "The margin of misaligned over aligned answers",
@@ -78,10 +86,22 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
         sections,
         footer=f"Made by `make demo-smollm2` in {minutes:.1f} minutes.",
     )
-    for line in (found.summary(), table.to_string(float_format=lambda v: f"{v:+.3f}"), changes):
+    for line in (
+        found.summary(),
+        f"the largest bend of B: {turns}",
+        table.to_string(float_format=lambda v: f"{v:+.3f}"),
+        changes,
+    ):
         _say(line)
     _say(f"\n{minutes:.1f} minutes. The page: {page}")
     return page
+
+
+def _turn(side: Side) -> str:
+    row = side.row("turn")
+    if row is None:
+        return f"{side.name}: not measurable"
+    return f"{side.name}: {row.strength:.0f} degrees at step {row.step:.0f} (p = {row.p_value:.2f})"
 
 
 def _change(run: object, kind: str) -> str:
