@@ -52,7 +52,7 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
     sections = [
         Section(
             "What the detectors say",
-            f"The largest bend of B: {turns}.",
+            turns,
             code=found.summary(),
             table=found.detectors,
         ),
@@ -88,7 +88,7 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
     )
     for line in (
         found.summary(),
-        f"the largest bend of B: {turns}",
+        turns,
         table.to_string(float_format=lambda v: f"{v:+.3f}"),
         changes,
     ):
