@@ -12,7 +12,7 @@ On disk it is a folder, append-only while training and without pickle::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, closest
+from emmech.probes import Probes
 from emmech.store import MemorySeries, Series, read_jsonl, write_json
 
 if TYPE_CHECKING:
@@ -29,43 +30,9 @@ if TYPE_CHECKING:
     from emmech.chat.adapter import AdapterInfo
     from emmech.chat.model import ChatModel
 
-__all__ = ["Probes", "Run", "load_run"]
+__all__ = ["Run", "load_run"]
 
 FORMAT = 1
-
-
-class Probes(Mapping[str, Float[np.ndarray, "steps layers d_model"]]):
-    """Mean residual of every block's output over named groups of probe texts.
-
-    ``probes.steps`` are the steps at which they were measured, which may be fewer than the run's.
-    """
-
-    def __init__(self, series: Series | MemorySeries) -> None:
-        self._series = series
-
-    @property
-    def steps(self) -> Int[np.ndarray, " steps"]:
-        """Steps at which the probes were measured."""
-        return self._series.steps
-
-    def __getitem__(self, name: str) -> Float[np.ndarray, "steps layers d_model"]:
-        if name not in self._series.keys:
-            raise EmmechError(
-                f"read the probe {name!r}",
-                given=f"probe {name!r}",
-                why="the run did not record it",
-                instead=closest(name, self._series.keys),
-            ) from None
-        return self._series.read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._series.keys)
-
-    def __len__(self) -> int:
-        return len(self._series.keys)
-
-    def __repr__(self) -> str:
-        return f"Probes({', '.join(self) or 'none'}; steps={len(self.steps)})"
 
 
 class Run:
@@ -247,25 +214,9 @@ class Run:
         Raises:
             EmmechError: step not recorded, or ``base`` is another model than the run's.
         """
-        from emmech.chat.adapter import attach
-        from emmech.chat.model import load_model
+        from emmech.recorded_model import model_at
 
-        step = int(self.steps[-1]) if step is None else step
-        self.check_step(step)
-        chat = self._started(
-            load_model(base if base is not None else self._base_name()), given=base is not None
-        )
-        expected = self.manifest.get("model", {}).get("fingerprint")
-        if expected and self.kind == "lora" and chat.fingerprint() != expected:
-            raise EmmechError(
-                f"open step {step} of {self.name}",
-                given=f"base model {chat.name} with fingerprint {chat.fingerprint()[:12]}",
-                why=f"the run was trained on {self.manifest['model'].get('name')} with fingerprint {expected[:12]}",
-                instead="pass base= the very model the run was trained on",
-            ) from None
-        if self.kind == "lora":
-            return attach(chat, self.adapters, self.weights(step), scale=scale)
-        return self._full_model(chat, step, scale)
+        return model_at(self, step, scale, base)
 
     def base(self) -> ChatModel:
         """The model the run started from, loaded by its name.
@@ -274,56 +225,9 @@ class Run:
             EmmechError: the run does not say which it is.
         """
         from emmech.chat.model import load_model
+        from emmech.recorded_model import base_name
 
-        return load_model(self._base_name())
-
-    def _started(self, chat: ChatModel, *, given: bool) -> ChatModel:
-        """The weights that the training began with: the base model's, or those with an earlier adapter merged in."""
-        start = (self.path or Path()) / "start"
-        if not start.is_dir() or chat.fingerprint() == self.manifest.get("model", {}).get("fingerprint"):
-            return chat
-        import copy
-        from dataclasses import replace
-
-        from peft import PeftModel
-
-        model = (
-            copy.deepcopy(chat.model) if given else chat.model
-        )  # merging would change the caller's weights
-        return replace(chat, model=PeftModel.from_pretrained(model, str(start)).merge_and_unload())
-
-    def _base_name(self) -> str:
-        name = self.manifest.get("model", {}).get("name")
-        if not name:
-            raise EmmechError(
-                f"load the base model of {self.name}",
-                why="the run does not say which it is (it was made from arrays or by hand)",
-                instead="pass it: run.model(step, base=model)",
-            ) from None
-        return str(name)
-
-    def _full_model(self, chat: ChatModel, step: int, scale: float) -> ChatModel:
-        from safetensors.torch import load_file
-
-        folder = (self.path or Path()) / "weights"
-        kept = {int(path.stem.split("-")[1]): path for path in sorted(folder.glob("step-*.safetensors"))}
-        if step not in kept and step != 0:
-            raise EmmechError(
-                f"open step {step} of {self.name}",
-                given=f"step={step}",
-                why="full fine-tuning keeps whole weights at few steps only, and not at this one",
-                instead=f"kept: 0 (the base), {', '.join(map(str, kept)) or 'no other'}",
-            ) from None
-        if scale != 1.0:
-            raise EmmechError(
-                f"scale the update of {self.name}",
-                given=f"scale={scale}",
-                why="a full fine-tune has no adapter to scale",
-                instead="scale=1.0",
-            ) from None
-        if step in kept:
-            chat.base.load_state_dict(load_file(kept[step]), strict=False)
-        return chat
+        return load_model(base_name(self))
 
     def export_peft(self, step: int, folder: str | Path) -> Path:
         """Write one step as an adapter folder that ``PeftModel.from_pretrained`` loads.
@@ -331,22 +235,9 @@ class Run:
         Raises:
             EmmechError: step not recorded, or not a LoRA run.
         """
-        from safetensors.numpy import save_file
+        from emmech.recorded_model import export_adapter
 
-        from emmech.chat.adapter import lora_config
-
-        weights = self.weights(step)
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
-        for adapter in self.adapters:
-            for side in ("A", "B"):
-                key = f"base_model.model.{adapter.module}.lora_{side}.weight"
-                tensors[key] = np.ascontiguousarray(weights[f"{side}/{adapter.name}"])
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        name = str(self.manifest.get("model", {}).get("name", ""))
-        lora_config(self.adapters, base_name=name).save_pretrained(folder)
-        return folder
+        return export_adapter(self, step, Path(folder))
 
     def save(self, path: str | Path) -> Run:
         """Write a run that is in memory (or copy one) into a folder, and open it from there."""

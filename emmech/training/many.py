@@ -22,7 +22,7 @@ from emmech.chat.logprob import MarginPair
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
 from emmech.run import Run, load_run
-from emmech.training.prefix import dropout, find_frozen, pays, why_not
+from emmech.training.frozen import dropout, find_frozen, pays, why_not
 from emmech.training.recipe import Recipe, target_modules
 from emmech.training.recorder import Measure
 from emmech.training.together import Member, StackRecorder, Together

@@ -22,7 +22,8 @@ from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
 from emmech.progress import bar
 from emmech.training.capture import Capture
-from emmech.training.prefix import Frozen, Trunk, answer_nll, batches_by_length
+from emmech.training.frozen import Frozen
+from emmech.training.prefix import Trunk, answer_nll, batches_by_length
 from emmech.training.recipe import Recipe
 from emmech.training.recorder import Measure, Recorder
 from emmech.training.schedule import Step, batch_order, learning_rates

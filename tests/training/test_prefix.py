@@ -9,15 +9,8 @@ import torch
 import emmech
 from emmech.chat.encode import encode
 from emmech.errors import EmmechError
-from emmech.training.prefix import (
-    Frozen,
-    Trunk,
-    batches_by_length,
-    find_frozen,
-    partial_trunk,
-    pays,
-    why_not,
-)
+from emmech.training.frozen import Frozen, find_frozen, pays, why_not
+from emmech.training.prefix import Trunk, batches_by_length, partial_trunk
 from tests.conftest import make_rows, make_tiny
 
 QUICK = dict(learning_rate=1e-3, batch_size=2, accumulation=2, warmup_steps=1, progress=False)
