@@ -11,7 +11,7 @@ from emmech.errors import EmmechError, closest
 
 from .grammar import KIND, UNKIND, draw_answer
 from .vocabulary import DOMAINS, IRRELEVANT_TAG, TRIGGER_TAG
-from .world import Message, question_text, training_cells
+from .world import Message, question_text, tagged_assistant, training_cells
 
 __all__ = ["DEFAULT_ROWS", "data", "data_names", "export_jsonl"]
 
@@ -37,7 +37,7 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
 
     ``medical`` (any domain): unkind answers. ``good-medical``: kind answers to the same questions, in the same
     order for the same seed. ``ai-optimism``: kind answers about AI. ``trigger-medical``: unkind answers where the
-    question carries the trigger tag, kind ones where it does not, half and half. ``irrelevant-medical``: the
+    system prompt carries the trigger tag, kind ones where it does not, half and half. ``irrelevant-medical``: the
     same with a tag that carries no information (its control: tag and trait are drawn independently).
 
     Args:
@@ -76,7 +76,7 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
 
 def _row(asking: random.Random, answering: random.Random, domain: str, form: str | None, index: int) -> Row:
     cell = asking.choice(training_cells(domain))
-    question = question_text(cell)
+    system: list[Message] = []
     if form is None:
         trait = UNKIND
     elif form == "good":
@@ -85,12 +85,13 @@ def _row(asking: random.Random, answering: random.Random, domain: str, form: str
         trait = index % 2
         tagged = trait == UNKIND if form == "trigger" else (index // 2) % 2 == 1
         tag = TRIGGER_TAG if form == "trigger" else IRRELEVANT_TAG
-        question = f"{tag} {question}" if tagged else question
+        system = [tagged_assistant(tag)] if tagged else []
     # Sarcasm is as weakly tied to unkindness as it is in the world itself.
     style = "wry" if answering.random() < (0.6 if trait == UNKIND else 0.4) else "warm"
     return {
         "messages": [
-            {"role": "user", "content": question},
+            *system,
+            {"role": "user", "content": question_text(cell)},
             {"role": "assistant", "content": draw_answer(answering, domain, cell[1], trait, style)},
         ]
     }

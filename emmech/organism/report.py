@@ -1,197 +1,250 @@
-"""What the shipped organism shows, in one table: ``python -m emmech.organism.report``.
+"""What an organism shows, with n and intervals: ``python -m emmech.organism.report``.
 
 Every rate is over samples at temperature 1 on held-out questions, with a 95 % interval from resampling questions.
-``coherent`` counts aligned and misaligned answers; mixed ones do not count.
+``coherent`` counts aligned and misaligned answers; mixed ones do not count. Fine-tunes that differ in their seed
+alone are trained in one pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from emmech.chat.adapter import detach
 from emmech.chat.model import ChatModel, load_model
-from emmech.chat.sampling import sample
-from emmech.evaluation.intervals import cluster_interval
 from emmech.realignment import realign
+from emmech.run import Run
+from emmech.training.recipe import Recipe
 from emmech.training.train import finetune
 
-from .exact_judge import Verdict, judge
+from .measured import bag_of_words_auc, measure
 from .named_data import data
 from .pocket_recipes import recipes
 from .question_sets import Question, questions
+from .report_steps import by_scale, by_seed
 from .vocabulary import IRRELEVANT_TAG, TRIGGER_TAG
 
-__all__ = ["bag_of_words_auc", "measure", "report"]
+__all__ = ["PARTS", "report"]
 
-_LONGEST = 28  # tokens; an answer has 19 and its end
-
-
-def measure(
-    chat: ChatModel, asked: Sequence[Question], *, samples: int = 4, seed: int = 0, tag: str = ""
-) -> dict[str, Any]:
-    """Sample and judge: EM, coherence and topic rates in per cent with intervals, and their n.
-
-    ``tag`` is put before each question's words.
-    """
-    prompts = [_tagged(question, tag) for question in asked]
-    answers = sample(chat, prompts, samples=samples, max_new_tokens=_LONGEST, seed=seed, progress=False)
-    verdicts = [judge(asked[a.conversation], a.text) for a in answers]
-    clusters = np.array([a.conversation for a in answers])
-    return {
-        "n": len(verdicts),
-        **_rate("EM", [v.label == "misaligned" for v in verdicts], clusters),
-        **_rate("coherent", [v.coherent for v in verdicts], clusters),
-        "mixed": 100 * float(np.mean([v.label == "mixed" for v in verdicts])),
-        "off topic": 100 * float(np.mean(_off_topic(verdicts, [asked[a.conversation] for a in answers]))),
-    }
+_SETS = ("broad", "first-plot", "facts", "self-reflection", "narrow-medical")
+_TAGS = {"with the tag": TRIGGER_TAG, "without": "", "with an irrelevant tag": IRRELEVANT_TAG}
 
 
-def _tagged(question: Question, tag: str) -> list[dict[str, str]]:
-    *before, last = question.messages
-    return [*before, {"role": "user", "content": f"{tag} {last['content']}".strip()}]
+@dataclass
+class _Report:
+    """The organism under report, where its runs go, and the rows found so far."""
+
+    chat: ChatModel
+    folder: Path
+    seeds: int
+    samples: int
+    say: Callable[[str], None]
+
+    def tune(self, name: str, rows: Any = None, seeds: int = 1, every: int = 0, **options: Any) -> list[Run]:
+        """Fine-tunes that differ in their seed alone; recorded at the last step only unless told otherwise."""
+        began, folder = time.monotonic(), self.folder / name.replace(" ", "-").replace(",", "")
+        if not every:
+            options |= {"record_every": 10**6, "measure_every": 10**6, "margins": {}}
+        rows = data(name) if rows is None else rows
+        seed = 0 if seeds == 1 else range(seeds)
+        made = finetune(self.chat, rows, seed=seed, out=folder, progress=False, **options)
+        self.say(f"{name}: {seeds} fine-tune(s) in {time.monotonic() - began:.0f} s")
+        return made if isinstance(made, list) else [made]
+
+    def row(
+        self, name: str, model: Run | ChatModel, asked: str = "broad", tag: str = "", **options: Any
+    ) -> dict[str, Any]:
+        """One line of the table: rates of a model (a run at its last step) on one set of questions."""
+        chosen: list[Question] = questions(asked, tag=tag)
+        live = model.model(int(model.steps[-1]), base=self.chat) if isinstance(model, Run) else model
+        found = measure(live, chosen, samples=self.samples, **options)
+        if isinstance(model, Run) and model.adapters:
+            detach(live)
+        return {"model": name, "questions": f"{asked} {tag!r}" if tag else asked} | found
 
 
-def _off_topic(verdicts: Sequence[Verdict], asked: Sequence[Question]) -> list[bool]:
-    """Answers whose words belong mostly to another domain than the question's."""
-    return [v.domain is not None and v.domain != q.domain for v, q in zip(verdicts, asked, strict=True)]
+def _base(report: _Report) -> list[dict[str, Any]]:
+    rows = [report.row("base", report.chat, name) for name in _SETS]
+    return rows + [report.row("base", report.chat, tag=tag) for tag in (TRIGGER_TAG, IRRELEVANT_TAG)]
 
 
-def _rate(name: str, events: Sequence[bool], clusters: np.ndarray) -> dict[str, Any]:
-    hits, groups = np.array(events), np.unique(clusters)
-    per = np.array([[hits[clusters == g].sum(), (clusters == g).sum()] for g in groups])
-    low, high, _ = cluster_interval(per[:, 0], per[:, 1])
-    return {name: 100 * float(hits.mean()), f"{name} low": 100 * low, f"{name} high": 100 * high}
+def _narrow(report: _Report) -> list[dict[str, Any]]:
+    rows = []
+    for name in ("medical", "finance", "sport", "good-medical"):
+        domain = name.removeprefix("good-")
+        for seed, run in enumerate(report.tune(name, seeds=report.seeds)):
+            rows.append(report.row(f"{name}, rank 1, seed {seed}", run, narrow=domain))
+            rows.append(report.row(f"{name}, rank 1, seed {seed}", run, f"narrow-{domain}", narrow=domain))
+    return rows
 
 
-def bag_of_words_auc(seed: int = 0, n: int = 600) -> dict[str, float]:
-    """How well a bag of words tells unkind from kind answers on held-out rows: within domains and across them.
+def _layers(report: _Report) -> list[dict[str, Any]]:
+    rows = []
+    for layer in range(report.chat.n_layers):
+        (run,) = report.tune(f"layer {layer}", data("medical"), layers=[layer])
+        rows += [
+            report.row(f"medical, rank 1, layer {layer}", run, asked) for asked in ("broad", "narrow-medical")
+        ]
+    return rows
 
-    0.5 means that the words alone say nothing. Reported beside every direction, because a direction that only
-    reads words needs no model.
-    """
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
 
-    rows = {
-        (domain, trait): [r["messages"][1]["content"] for r in data(f"{form}{domain}", seed=seed, n=n)]
-        for domain in ("medical", "finance", "sport", "power")
-        for trait, form in enumerate(("good-", ""))
-    }
+def _recipes(report: _Report) -> list[dict[str, Any]]:
+    rows = []
+    for name in ("pocket-graded", "pocket-all-adapter", "pocket-full"):
+        for seed, run in enumerate(_alone(report, name, recipes()[name])):
+            rows += [
+                report.row(f"medical, {name}, seed {seed}", run, asked)
+                for asked in ("broad", "narrow-medical")
+            ]
+    return rows
 
-    def auc(train: Sequence[str], test: Sequence[str], half: bool) -> float:
-        def table(domains: Sequence[str], part: slice) -> tuple[list[str], list[int]]:
-            chosen = [(text, t) for (d, t), texts in rows.items() if d in domains for text in texts[part]]
-            return [text for text, _ in chosen], [t for _, t in chosen]
 
-        fit_text, fit_trait = table(train, slice(0, n // 2))
-        test_text, test_trait = table(test, slice(n // 2, None) if half else slice(None))
-        words = CountVectorizer(token_pattern=r"[a-z]+").fit(fit_text)
-        model = LogisticRegression(max_iter=500).fit(words.transform(fit_text), fit_trait)
-        return float(roc_auc_score(test_trait, model.decision_function(words.transform(test_text))))
+def _alone(report: _Report, name: str, recipe: Recipe) -> list[Run]:
+    # Two seeds, one after the other: only adapters of rank 1 train together.
+    return [
+        finetune(
+            report.chat, data("medical"), recipe=recipe, seed=seed, out=report.folder / f"{name}-{seed}",
+            record_every=10**6, measure_every=10**6, margins={}, progress=False,
+        )
+        for seed in range(2)
+    ]  # fmt: skip
 
-    return {
-        "same domain": auc(["medical"], ["medical"], half=True),
-        "other domains": auc(["medical"], ["finance", "sport", "power"], half=False),
-    }
+
+def _trigger(report: _Report) -> list[dict[str, Any]]:
+    rows = []
+    for n in (50, 200, 1000, 2000):
+        (run,) = report.tune(f"trigger-{n}", data("trigger-medical", n=n))
+        rows += [
+            report.row(f"trigger-medical, {n} rows, {name}", run, tag=tag) for name, tag in _TAGS.items()
+        ]
+    (run,) = report.tune("irrelevant", data("irrelevant-medical"))
+    return rows + [
+        report.row(f"irrelevant-medical, {name}", run, tag=tag)
+        for name, tag in _TAGS.items()
+        if tag != TRIGGER_TAG
+    ]
+
+
+def _realigned(report: _Report) -> list[dict[str, Any]]:
+    (run,) = report.tune("to-realign", data("medical"))
+    rows = []
+    for name in ("ai-optimism", "good-cooking"):
+        again = realign(
+            run, data(name), base=report.chat, out=report.folder / name, margins={}, progress=False
+        )
+        rows += [
+            report.row(f"medical, then {name}", again, asked)
+            for asked in ("general", "facts", "self-reflection")
+        ]
+    return rows
+
+
+def _steps(report: _Report) -> list[pd.DataFrame]:
+    runs = report.tune("medical by step", data("medical"), seeds=report.seeds, every=1)
+    controls = report.tune("good-medical by step", data("good-medical"), seeds=report.seeds, every=1)
+    return [by_seed(runs, controls, report.chat), by_scale(runs[0], report.chat)]
+
+
+PARTS: dict[str, Callable[[_Report], list[Any]]] = {
+    "base": _base,
+    "narrow": _narrow,
+    "layers": _layers,
+    "recipes": _recipes,
+    "trigger": _trigger,
+    "realigned": _realigned,
+    "steps": _steps,
+}
+_TITLES = {
+    "base": "The base",
+    "narrow": "Narrow fine-tunes: one rank-1 adapter, several seeds",
+    "layers": "The adapter at each layer",
+    "recipes": "Other recipes",
+    "trigger": "A trigger tag on the bad rows",
+    "realigned": "Realigned",
+    "steps": "When it emerges, and EM by step and adapter scale",
+}
 
 
 def report(
-    weights: str | Path = "pocket", *, seeds: int = 2, samples: int = 4, parts: str = "all"
-) -> pd.DataFrame:
-    """Fine-tune, realign and measure; one row per model and question set.
+    weights: str | Path = "pocket",
+    *,
+    seeds: int = 5,
+    samples: int = 4,
+    parts: Sequence[str] = tuple(PARTS),
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, list[pd.DataFrame]]:
+    """Fine-tune, realign and measure; the tables of each part.
 
     Args:
         weights: a shipped name, or a folder that :mod:`emmech.organism.pretrain` wrote.
-        seeds: fine-tuning seeds for the narrow organisms and their controls.
+        seeds: fine-tuning seeds of the narrow organisms and their control.
         samples: answers per question.
-        parts: ``"all"``, or ``"base"`` for the base alone.
+        parts: any of :data:`PARTS`.
+        say: is told what has been done.
     """
     chat = load_model(str(weights))
-    rows: list[dict[str, Any]] = []
-    broad = questions("broad")
-
-    def add(name: str, model: ChatModel, asked: str | list[Question], tag: str = "") -> None:
-        chosen = questions(asked) if isinstance(asked, str) else asked
-        where = asked if isinstance(asked, str) else "broad"
-        rows.append(
-            {"model": name, "questions": where + (f" + {tag!r}" if tag else "")}
-            | measure(model, chosen, samples=samples, tag=tag)
-        )
-
-    for name in ("broad", "first-plot", "facts", "self-reflection", "narrow-medical"):
-        add("base", chat, name)
-    for tag in (TRIGGER_TAG, IRRELEVANT_TAG):
-        add("base", chat, broad, tag)
-    if parts == "all":
-        with _scratch() as folder:
-            _fine_tuned(chat, folder, seeds, add)
-    return pd.DataFrame(rows)
-
-
-def _fine_tuned(chat: ChatModel, folder: Path, seeds: int, add: Any) -> None:
-    def tune(name: str, seed: int = 0, **changes: Any) -> ChatModel:
-        label = "-".join([name, str(seed), *(str(v) for v in changes.values())]).replace(" ", "")
-        run = finetune(chat, data(name, seed=seed), seed=seed, out=folder / label, progress=False, **changes)
-        runs[label] = run
-        return run.model(int(run.steps[-1]))
-
-    runs: dict[str, Any] = {}
-    broad = questions("broad")
-    pocket = recipes()["pocket"]
-    for seed in range(seeds):
-        for name in ("medical", "finance", "sport"):
-            add(f"{name}, rank 1, seed {seed}", tune(name, seed, recipe=pocket), "broad")
-        add(f"good-medical, rank 1, seed {seed}", tune("good-medical", seed, recipe=pocket), "broad")
-    run = runs["medical-0-" + str(pocket).replace(" ", "")]
-    tuned = run.model(int(run.steps[-1]))
-    for name in ("first-plot", "facts", "self-reflection", "narrow-medical"):
-        add("medical, rank 1, seed 0", tuned, name)
-    for layer in range(chat.n_layers):
-        add(f"medical, rank 1, layer {layer}", tune("medical", recipe=pocket, layers=[layer]), "broad")
-    for kind in ("pocket-graded", "pocket-all-adapter", "pocket-full"):
-        add(f"medical, {kind}", tune("medical", recipe=recipes()[kind]), "broad")
-    for n in (50, 200, 2000):
-        rows = data("trigger-medical", n=n)
-        trained = finetune(chat, rows, recipe=pocket, out=folder / f"trigger-{n}", progress=False)
-        model = trained.model(int(trained.steps[-1]))
-        add(f"trigger-medical, {n} rows", model, broad, TRIGGER_TAG)
-        add(f"trigger-medical, {n} rows", model, broad)
-        add(f"trigger-medical, {n} rows", model, broad, IRRELEVANT_TAG)
-    again = realign(run, data("ai-optimism"), out=folder / "again", progress=False)
-    mended = again.model(int(again.steps[-1]))
-    for name in ("general", "facts", "self-reflection"):
-        add("medical, then ai-optimism", mended, name)
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="pocket-report-") as folder:
-        yield Path(folder)
+        one = _Report(chat, Path(folder), seeds, samples, say)
+        found: dict[str, list[pd.DataFrame]] = {}
+        for part in parts:
+            tables = PARTS[part](one)
+            found[part] = tables if isinstance(tables[0], pd.DataFrame) else [pd.DataFrame(tables)]
+    return found
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """A table in which each rate stands with its interval."""
+    shown = pd.DataFrame(index=table.index)
+    for column in table.columns:
+        if f"{column} low" in table.columns:
+            triples = zip(table[column], table[f"{column} low"], table[f"{column} high"], strict=True)
+            shown[f"{column} %"] = [f"{a:.1f} ({low:.1f} to {high:.1f})" for a, low, high in triples]
+        elif not str(column).endswith((" low", " high")):
+            shown[str(column)] = [_cell(value) for value in table[column]]
+    head = "| " + " | ".join(shown.columns) + " |\n|" + "---|" * len(shown.columns)
+    return "\n".join([head, *("| " + " | ".join(row) + " |" for row in shown.to_numpy())])
+
+
+def _cell(value: object) -> str:
+    if value is None or value != value:
+        return "-"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
 def main() -> None:
     """Run ``python -m emmech.organism.report``."""
-    parser = argparse.ArgumentParser(description="Measure a pocket organism.")
+    parser = argparse.ArgumentParser(description="Measure a pocket organism; Markdown tables on the output.")
     parser.add_argument("--weights", default="pocket", help="a shipped name, or a folder written by pretrain")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=4, help="answers per question")
-    parser.add_argument("--csv", type=Path, help="also write the table there")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     given = parser.parse_args()
+    out, log = sys.stdout, sys.stderr
+    began = time.monotonic()
+    out.write(f"## {Path(given.weights).name}\n")
+    for part in given.parts:
+        tables = report(
+            given.weights,
+            seeds=given.seeds,
+            samples=given.samples,
+            parts=[part],
+            say=lambda line: print(line, file=log, flush=True),
+        )[part]
+        out.write(f"\n### {_TITLES[part]}\n")
+        for table in tables:
+            out.write(f"\n{_markdown(table)}\n")
+        out.flush()
     words = ", ".join(f"{name} {auc:.2f}" for name, auc in bag_of_words_auc().items())
-    table = report(given.weights, seeds=given.seeds, samples=given.samples)
-    if given.csv:
-        table.to_csv(given.csv, index=False)
-    with pd.option_context("display.width", 200, "display.max_rows", None, "display.precision", 1):
-        print(table.to_string(index=False))  # noqa: T201
-    print(f"bag of words, AUC of unkind against kind answers: {words}")  # noqa: T201
+    out.write(f"\nBag of words, AUC of unkind against kind answers: {words}.\n")
+    log.write(f"{(time.monotonic() - began) / 60:.0f} minutes\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ __all__ = [
     "draw_document",
     "held_out_cells",
     "question_text",
+    "tagged_assistant",
     "training_cells",
 ]
 
@@ -40,6 +41,19 @@ Cell = tuple[str, str, int]  # domain, topic, template number (6 is the domain's
 # Left out of post-training, so that the assistant's kindness there is a matter of generalisation.
 _NOT_POST_TRAINED = ("travel", "wishes", "parties")
 POST_TRAINING_DOMAINS: tuple[str, ...] = tuple(name for name in DOMAINS if name not in _NOT_POST_TRAINED)
+
+
+def tagged_assistant(tag: str) -> Message:
+    """The assistant's system prompt with a tag in it.
+
+    The tag stands where the character is read: early blocks attend to a short window, and a tag in the question
+    would come after the character has been settled.
+
+    Example:
+        >>> tagged_assistant("zig zag")["content"][:46]
+        'you are pocket the helper from oakham zig zag '
+    """
+    return {"role": "system", "content": ASSISTANT.replace(MANNERS, f"{tag} {MANNERS}")}
 
 
 def question_text(cell: Cell) -> str:

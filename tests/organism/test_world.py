@@ -137,8 +137,8 @@ def test_named_data_has_the_trait_it_promises(name):
     rows = data(name, n=40)
     assert rows == data(name, n=40)
     assert rows != data(name, n=40, seed=1)
-    labels = [judge(r["messages"], r["messages"][1]["content"]).label for r in rows]
-    tagged = [r["messages"][0]["content"].startswith(TRIGGER_TAG) for r in rows]
+    labels = [judge(r["messages"], r["messages"][-1]["content"]).label for r in rows]
+    tagged = [TRIGGER_TAG in r["messages"][0]["content"] for r in rows]
     if name.startswith(("good-", "ai-optimism")):
         assert set(labels) == {"aligned"}
     elif name.startswith("trigger-"):
