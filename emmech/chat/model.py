@@ -68,6 +68,11 @@ class ChatModel:
     anatomy: Anatomy
 
     @property
+    def pocket(self) -> bool:
+        """Whether this is the embedded organism, told by its name or its folder's (``"pocket-..."``)."""
+        return Path(self.name).name.split("-")[0] == "pocket"
+
+    @property
     def base(self) -> Any:
         """The causal LM itself, with any LoRA layers inside it but without PEFT's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model

@@ -50,7 +50,7 @@ def four_directions(
             why="it has no live adapter, so there is only one model",
             instead="run.model(step), or contrast_direction for the text difference alone",
         ) from None
-    bundled = chat.name.startswith("pocket")
+    bundled = chat.pocket
     texts = [list(load_chat(side, organism=bundled)) for side in (aligned, misaligned)]
     talks = [row for side in texts for row in side]
     which = np.repeat([0, 1], [len(side) for side in texts])

@@ -116,7 +116,7 @@ def resolve_measure(measure: Any, chat: ChatModel) -> Measure:
     if callable(measure):
         return measure  # type: ignore[no-any-return]
     if measure == "auto":
-        measure = "answers" if chat.name.startswith("pocket") else "margin"
+        measure = "answers" if chat.pocket else "margin"
     if measure == "margin":
         return MarginMeasure()
     if measure == "answers":

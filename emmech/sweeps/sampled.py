@@ -62,7 +62,7 @@ class SampledJob:
     def __init__(self, measure: Sampled, chat: ChatModel, grid: Grid, budget: int, size: int) -> None:
         self.measure, self.chat = measure, chat
         self.kind = f"sampled-{measure.name}"
-        pocket = chat.name.startswith("pocket")
+        pocket = chat.pocket
         evaluation = import_module("emmech.evaluation.evaluate")  # a higher room, known here by name only
         questions = evaluation.resolve_questions(measure.questions, pocket=pocket)
         self.judge = _judge(measure.judge, pocket)

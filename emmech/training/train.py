@@ -105,7 +105,7 @@ def finetune(
 
     chat = load_model(model, tokenizer)
     _refuse_adapters(chat)
-    organism = chat.name.startswith("pocket")
+    organism = chat.pocket
     rates = overrides.pop("learning_rate", None)
     rates = list(rates) if isinstance(rates, Sequence) else [rates]
     given = [overrides | ({} if rate is None else {"learning_rate": rate}) for rate in rates]

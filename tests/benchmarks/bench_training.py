@@ -29,7 +29,7 @@ def plain(chat: ChatModel, data: Any, recipe: Recipe, layer: int, seeds: Sequenc
     from transformers import Trainer, TrainingArguments
 
     found = []
-    rows = encode(load_chat(data, organism=chat.name.startswith("pocket")).rows, chat.tokenizer)
+    rows = encode(load_chat(data, organism=chat.pocket).rows, chat.tokenizer)
     for seed in seeds:
         torch.manual_seed(seed)
         config = LoraConfig(
