@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from emmech.chat.model import ChatModel
 
 __all__ = ["Direction"]
-
-FORMAT = "emmech-direction-1"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -278,78 +275,30 @@ class Direction:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: vectors, aligned mean, quality, and the provenance in its metadata."""
-        from safetensors.numpy import save_file
+        from emmech.directions.files import write_direction
 
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"vectors": np.ascontiguousarray(self.vectors)}
-        if self.aligned_mean is not None:
-            tensors["aligned_mean"] = np.ascontiguousarray(self.aligned_mean)
-        metadata = {"format": FORMAT, "name": self.name, "source": json.dumps(self.source, default=str)}
-        if self.quality is not None:
-            arrays, rest = self.quality.pack()
-            tensors |= {f"quality/{key}": value for key, value in arrays.items()}
-            metadata["quality"] = json.dumps(rest)
-        save_file(tensors, path, metadata=metadata)
-        return path
+        return write_direction(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:
         """Read a direction: emmech's own file, a repeng GGUF, a steering-vectors file, or ``hub:owner/name``.
 
         Raises:
-            EmmechError: no such file, damaged, or of another kind.
+            EmmechError: no such file, damaged, or of another kind; or the hub does not give it.
         """
-        if isinstance(path, str) and path.startswith("hub:"):
-            from huggingface_hub import hf_hub_download
+        from emmech.directions.files import read_direction
 
-            path = hf_hub_download(path.removeprefix("hub:"), "direction.safetensors")
-        path = Path(path)
-        if not path.is_file():
-            raise EmmechError("read the direction", given=path, why="there is no such file") from None
-        if path.suffix in (".gguf", ".pt", ".pth"):
-            import emmech.directions.elsewhere as elsewhere
-
-            return (
-                elsewhere.from_repeng(path)
-                if path.suffix == ".gguf"
-                else elsewhere.from_steering_vectors(path)
-            )
-        from safetensors import safe_open
-
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        except Exception as error:  # safetensors has its own error type, and a torn file another
-            raise EmmechError("read the direction", given=path, why=f"{error}") from None
-        if metadata.get("format") != FORMAT:
-            raise EmmechError(
-                "read the direction",
-                given=f"{path} with format {metadata.get('format')!r}",
-                why="it was not written by Direction.save",
-                instead="Direction(vectors) from its arrays",
-            ) from None
-        quality = None
-        if "quality" in metadata:
-            arrays = {k.removeprefix("quality/"): v for k, v in tensors.items() if k.startswith("quality/")}
-            quality = Quality.unpack(arrays, json.loads(metadata["quality"]))
-        source = json.loads(metadata["source"])
-        return cls(tensors["vectors"], metadata["name"], source, tensors.get("aligned_mean"), quality)
+        return read_direction(path)
 
     def push_to_hub(self, repo: str, *, private: bool = True) -> str:
-        """Upload as ``direction.safetensors``; :meth:`load` reads it back from ``hub:owner/name``."""
-        import tempfile
+        """Upload as ``direction.safetensors``; :meth:`load` reads it back from ``hub:owner/name``.
 
-        from huggingface_hub import HfApi
+        Raises:
+            EmmechError: the hub cannot be reached, or refuses.
+        """
+        from emmech.directions.files import push_direction
 
-        api = HfApi()
-        api.create_repo(repo, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            file = self.save(Path(folder) / "direction.safetensors")
-            return str(
-                api.upload_file(repo_id=repo, path_or_fileobj=str(file), path_in_repo="direction.safetensors")
-            )
+        return push_direction(self, repo, private=private)
 
     # for people
 

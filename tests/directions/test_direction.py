@@ -148,3 +148,33 @@ def test_a_torn_or_foreign_file_is_refused(tmp_path):
     torch.save({"layer_type": "self_attn", "layer_activations": {}}, tmp_path / "attn.pt")
     with pytest.raises(EmmechError, match="residual stream"):
         Direction.load(tmp_path / "attn.pt")
+
+
+def test_the_hub_keeps_a_direction_and_says_why_it_does_not(tmp_path, monkeypatch):
+    import shutil
+
+    import huggingface_hub
+
+    class Hub:
+        def create_repo(self, repo, private, exist_ok):
+            assert private and exist_ok and repo == "me/mine"
+
+        def upload_file(self, repo_id, path_or_fileobj, path_in_repo):
+            shutil.copy(path_or_fileobj, tmp_path / path_in_repo)
+            return "address"
+
+    d = Direction(np.eye(2, 3), "mine", {"fingerprints": ["ab"]})
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name: str(tmp_path / name))
+    assert d.push_to_hub("me/mine") == "address"
+    again = Direction.load("hub:me/mine")
+    assert np.array_equal(again.vectors, d.vectors) and again.fingerprints == ("ab",)
+
+    def offline(*_, **__):
+        raise OSError("no connection\nsecond line")
+
+    monkeypatch.setattr(Hub, "create_repo", offline)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    for call in (lambda: d.push_to_hub("me/mine"), lambda: Direction.load("hub:me/mine")):
+        with pytest.raises(EmmechError, match="no connection"):
+            call()
