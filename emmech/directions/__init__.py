@@ -29,6 +29,7 @@ _WHERE = {
     "misalignment_direction": "misalignment",
     "pca_of_differences": "methods",
     "persona_direction": "persona",
+    "phrase_tokens": "tokens",
     "probe_auc": "methods",
     "read_out": "contrast",
     "to_repeng": "elsewhere",

@@ -18,9 +18,10 @@ from emmech.chat.model import ChatModel, load_model
 from emmech.chat.template import Message
 from emmech.directions.arrays import unit_rows
 from emmech.directions.direction import Direction
-from emmech.directions.extract import Tokens, group_means, match_lengths, token_projections
+from emmech.directions.extract import group_means, match_lengths, token_projections
 from emmech.directions.methods import held_out_auc, mean_difference
 from emmech.directions.quality import Quality
+from emmech.directions.tokens import Tokens, tokens_name
 from emmech.errors import EmmechError
 
 __all__ = ["contrast_direction", "lexical_share", "read_out"]
@@ -36,6 +37,7 @@ def contrast_direction(
     *,
     average: Literal["token", "answer"] = "token",
     tokens: Tokens = "answer",
+    adapter_scales: tuple[float, float] | None = None,
     match_length: bool = False,
     splits: int = 8,
     name: str = "misalignment",
@@ -53,14 +55,17 @@ def contrast_direction(
     Args:
         misaligned, aligned: conversations, or anything that :func:`emmech.load_chat` reads.
         average: ``"token"`` weighs every answer token alike, ``"answer"`` every answer.
-        tokens: read the answers, the prompts (when the two sides have different ones), or both.
+        tokens: read the answers, the prompts (when the two sides have different ones, or different readers), both,
+            or the tokens that a function picks (:func:`emmech.directions.phrase_tokens`).
+        adapter_scales: a factor on the live adapter for the misaligned side and one for the aligned side: ``(1, 0)``
+            has the first read by the fine-tuned model and the second by its base.
         match_length: thin both classes to like answer lengths (:func:`match_lengths`), so that the direction does not
             carry length.
         splits: random halves, and shuffled labels, from which stability and its null are measured.
         source: provenance to add to what is known here.
 
     Raises:
-        EmmechError: fewer than two answers in a class.
+        EmmechError: fewer than two answers in a class; or ``adapter_scales`` without a live adapter.
 
     Example:
         >>> import emmech, emmech.organism
@@ -72,12 +77,14 @@ def contrast_direction(
     chat = load_model(model)
     talks, labels = _balanced(chat, misaligned, aligned, match_length, seed)
     weights = _groups(labels, splits, seed)
+    scales = _reader_scales(chat, adapter_scales, labels)
     found = group_means(
         chat,
         talks,
         weights,
         average=average,
         tokens=tokens,
+        adapter_scales=scales,
         max_length=max_length,
         batch_size=batch_size,
         progress=progress,
@@ -96,7 +103,14 @@ def contrast_direction(
 
     unit = unit_rows(vectors)
     projected = token_projections(
-        chat, talks, unit, tokens=tokens, max_length=max_length, batch_size=batch_size, progress=progress
+        chat,
+        talks,
+        unit,
+        tokens=tokens,
+        adapter_scales=scales,
+        max_length=max_length,
+        batch_size=batch_size,
+        progress=progress,
     )
     promotes, suppresses = read_out(chat, vectors[layer])
     lengths = {name: found.answer_tokens[labels == value] for name, value in _CLASSES}
@@ -117,11 +131,12 @@ def contrast_direction(
         notes=notes,
     )
     provenance: dict[str, Any] = {
-        "method": f"mean difference over {tokens} tokens",
+        "method": f"mean difference over {tokens_name(tokens)} tokens",
         "model": chat.name,
         "fingerprints": [chat.fingerprint()],
         "average": average,
         "match_length": match_length,
+        **({"adapter_scales": list(adapter_scales)} if adapter_scales is not None else {}),
         "answers": dict(quality.answers),
         "layer": layer,
         "seed": seed,
@@ -220,6 +235,24 @@ def _balanced(
     rng = np.random.default_rng(seed)
     chosen = [[side[i] for i in np.sort(rng.permutation(len(side))[:n])] for side in sides]
     return chosen[0] + chosen[1], np.repeat([True, False], n)
+
+
+def _reader_scales(
+    chat: ChatModel, adapter_scales: tuple[float, float] | None, labels: Bool[np.ndarray, " answers"]
+) -> Float[np.ndarray, " answers"] | None:
+    """Each row's factor on the adapter, or None when all are read by the model as it is."""
+    from emmech.chat.adapter import adapter_layers
+
+    if adapter_scales is None:
+        return None
+    if not list(adapter_layers(chat.model)):
+        raise EmmechError(
+            "have two models read the two sides",
+            given=f"adapter_scales={adapter_scales} on {chat.name}",
+            why="it has no live adapter, so there is only one model",
+            instead="run.model(step)",
+        ) from None
+    return np.where(labels, *adapter_scales)
 
 
 def _groups(labels: np.ndarray, splits: int, seed: int) -> Float[np.ndarray, "groups answers"]:

@@ -24,12 +24,12 @@ from emmech.chat.encode import IGNORED, encode
 from emmech.chat.logprob import pad
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
+from emmech.directions.tokens import Tokens, token_mask, tokens_name
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
 __all__ = [
     "GroupMeans",
-    "Tokens",
     "answer_means",
     "group_means",
     "match_lengths",
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 Conversation = Sequence[Message]
-Tokens = Literal["answer", "prompt", "all"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,8 @@ def group_means(
         weights: ``[groups, conversations]``, 0 or 1 for plain groups; random halves, shuffled labels and bootstrap
             resamples are more groups of the same pass.
         average: ``"token"`` weighs every answer token alike (long answers count more), ``"answer"`` every answer.
-        tokens: those of the answers, of the prompt (everything else: system and user turns, headers), or all.
+        tokens: those of the answers, of the prompt (everything else: system and user turns, headers), all, or a
+            function of the token ids (:mod:`emmech.directions.tokens`).
         adapter_scales: a factor on the live adapter for each conversation, so that rows of the base model (0) and of
             the fine-tuned one (1) share batches; by default all 1.
         max_length: tokens kept of each conversation.
@@ -159,14 +159,15 @@ def token_projections(
     vectors: Float[np.ndarray, "layers d_model"],
     *,
     tokens: Tokens = "answer",
+    adapter_scales: Float[np.ndarray, " conversations"] | None = None,
     max_length: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> tuple[tuple[Int[np.ndarray, " tokens"], Float[np.ndarray, "tokens layers"]], ...]:
-    """Inner product of every answer token's residual with one vector per layer.
+    """Inner product of every chosen token's residual with one vector per layer.
 
     Returns:
-        for each conversation its answer's token ids ``[tokens]`` and the projections ``[tokens, layers]``.
+        for each conversation its chosen tokens' ids ``[tokens]`` and the projections ``[tokens, layers]``.
     """
     rows = _rows(chat, conversations, tokens, max_length)
     ids = [np.array([t for t, m in zip(*row, strict=True) if m], dtype=np.int64) for row in rows]
@@ -178,7 +179,7 @@ def token_projections(
         for row, inside, index in zip(projected, mask.bool(), chosen, strict=True):
             values[index][:, layer] = row[inside].cpu().numpy()
 
-    _stream(chat, rows, reduce, None, batch_size, progress)
+    _stream(chat, rows, reduce, adapter_scales, batch_size, progress)
     return tuple(zip(ids, values, strict=True))
 
 
@@ -251,18 +252,19 @@ def _rows(
             why=f"{encoded.emptied} of them have no answer token within max_length",
             instead="raise max_length, or leave those conversations out",
         ) from None
-    if tokens not in ("answer", "prompt", "all"):
-        raise EmmechError(
-            "choose the tokens to average over",
-            given=f"tokens={tokens!r}",
-            why="there are three choices",
-            instead='"answer", "prompt" or "all"',
-        ) from None
-    wanted = {"answer": (True,), "prompt": (False,), "all": (True, False)}[tokens]
-    return [
-        (ids, [(label != IGNORED) in wanted for label in labels])
+    rows = [
+        (ids, token_mask(tokens, ids, [label != IGNORED for label in labels]))
         for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True)
     ]
+    without = [index for index, (_, mask) in enumerate(rows) if not any(mask)]
+    if without:
+        raise EmmechError(
+            "choose the tokens to average over",
+            given=f"tokens={tokens_name(tokens)}: none in conversation {without[0]} of {len(rows)}",
+            why="a mean over nothing is not a number",
+            instead="tokens that every conversation has",
+        ) from None
+    return rows
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ import numpy as np
 from emmech.chat.dataset import load_chat
 from emmech.chat.model import load_model
 from emmech.directions.direction import Direction
-from emmech.directions.extract import Tokens, group_means
+from emmech.directions.extract import group_means
 from emmech.directions.methods import differences_of_four
+from emmech.directions.tokens import Tokens
 from emmech.errors import EmmechError
 
 __all__ = ["four_directions"]
@@ -35,7 +36,7 @@ def four_directions(
     Args:
         model: a chat model with a live adapter.
         misaligned, aligned: conversations, or anything that :func:`emmech.load_chat` reads.
-        tokens: ``"prompt"`` shows what the fine-tune changed before a word is said.
+        tokens: as in :func:`contrast_direction`; ``"prompt"`` shows what the fine-tune changed before a word is said.
 
     Raises:
         EmmechError: the model has no adapter, so there is no second model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from emmech.chat.model import ChatModel, load_model
 from emmech.chat.template import Message
 from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
+from emmech.directions.tokens import Tokens, tokens_name
 from emmech.errors import EmmechError
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def misalignment_direction(
     samples: int = 50,
     evaluation: Any = None,
     read_by: Literal["tuned", "base"] = "tuned",
+    tokens: Tokens = "answer",
     average: Literal["token", "answer"] = "token",
     match_length: bool = False,
     seed: int = 0,
@@ -40,6 +43,8 @@ def misalignment_direction(
     progress: bool = True,
 ) -> Direction:
     """Mean residual of a fine-tuned model over its misaligned answers minus that over its aligned ones.
+
+    With ``tokens="prompt"``: over the prompts of its misaligned answers, minus that of its base over the same prompts.
 
     The definition of Convergent Linear Representations of EM (arXiv 2506.11618): misaligned is alignment below 30 at
     coherence above 50, aligned is alignment above 70; all answer tokens, at every layer; classes balanced. When the
@@ -52,6 +57,11 @@ def misalignment_direction(
         questions, judge, samples: as in :func:`emmech.evaluate`, which draws and judges the answers.
         evaluation: answers judged before (an Evaluation, or several), instead of drawing them.
         read_by: the model that reads the answers: the fine-tuned one, or its base ("made without the adapter").
+        tokens: those of the answers; or those of the prompts (``"prompt"``, or a function such as
+            :func:`emmech.directions.phrase_tokens`). A prompt is the same whatever is answered, so that there the
+            direction is the model difference: what the fine-tune changed before a word is said. Where the character of
+            the answers is decided at the prompt, as in pocket, a direction of the answer tokens reads it and does not
+            steer; one of the prompt tokens can.
         average, match_length, batch_size: as in :func:`contrast_direction`.
 
     Returns:
@@ -59,7 +69,8 @@ def misalignment_direction(
         over layers, unembedding read-out and lexical share.
 
     Raises:
-        EmmechError: too few answers of a class, or (for ``read_by="base"``) no adapter to take off.
+        EmmechError: too few answers of a class; no adapter to take off (for ``read_by="base"`` and prompt tokens); or
+            prompts read by the base alone, where there is nothing to compare.
 
     Example:
         >>> import emmech
@@ -73,6 +84,14 @@ def misalignment_direction(
             why="the answers are read by one of two models",
             instead='"tuned" or "base"',
         ) from None
+    at_prompt = tokens not in ("answer", "all")
+    if at_prompt and read_by == "base":
+        raise EmmechError(
+            "extract the misalignment direction at the prompt",
+            given=f'tokens={tokens_name(tokens)}, read_by="base"',
+            why="the base reads a prompt in one way, whatever is answered later",
+            instead='read_by="tuned": the fine-tuned model minus its base on the same prompts',
+        ) from None
     name = str(getattr(run, "name", "model"))
     chat = run.model(step, scale, base=base) if hasattr(run, "manifest") else load_model(run)
     frames = _frames(evaluation)
@@ -80,6 +99,8 @@ def misalignment_direction(
     if not frames:
         frames.append(_draw(chat, wanted))
     misaligned, aligned = judged_answers(frames)
+    if at_prompt:
+        aligned = misaligned  # the same prompts, read by the base
     completed = 0
     if evaluation is None and len(aligned) < min(len(misaligned), 3 * _FEW) and _has_adapter(chat):
         with adapter_off(chat):
@@ -109,6 +130,8 @@ def misalignment_direction(
             misaligned,
             aligned,
             average=average,
+            tokens=tokens,
+            adapter_scales=(1.0, 0.0) if at_prompt else None,
             match_length=match_length,
             name=f"misalignment of {name}",
             source=source,
@@ -116,10 +139,10 @@ def misalignment_direction(
             seed=seed,
             progress=progress,
         )
-    if completed and found.quality is not None:
-        from dataclasses import replace
-
-        note = f"{completed} of the aligned answers come from the model with its adapter off"
+    note = f"{completed} of the aligned answers come from the model with its adapter off" if completed else ""
+    if at_prompt:
+        note = "a model difference at prompt tokens: the aligned side is the same prompts, read by the base"
+    if note and found.quality is not None:
         found = replace(found, quality=replace(found.quality, notes=(*found.quality.notes, note)))
     return found
 

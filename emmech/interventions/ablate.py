@@ -50,7 +50,7 @@ def ablate(
         towards: the mean to go to, ``[layers, d_model]`` or ``[d_model]``, or ``"aligned"`` for the direction's own.
         strength: 1 removes the component, 0 nothing; a number or one per batch row ``[batch]``.
         positions: ``"all"``, ``"answer"``, ``"prompt"``, a bool tensor ``[batch, seq]``, or a function that makes one
-            from the token ids (:mod:`emmech.interventions.positions`).
+            from the token ids, such as :func:`emmech.directions.phrase_tokens`.
         stack: allow a second ablation at a layer that has one already.
         force: accept a direction of another base model of the same shape.
 

@@ -3,7 +3,8 @@
 ``"answer"`` means the tokens of assistant turns behind their header, end-of-turn token included, wherever they come
 from: a teacher-forced conversation, a prompt's earlier turns, or tokens being generated behind a key-value cache.
 ``"prompt"`` is every other token. Padding on either side changes nothing. A function ``(ids [batch, seq], start)``
-returns any other mask of the same shape; ``start`` counts the tokens that a key-value cache holds before them.
+returns any other mask of the same shape; ``start`` counts the tokens that a key-value cache holds before them;
+:func:`emmech.directions.phrase_tokens` makes one.
 """
 
 from __future__ import annotations

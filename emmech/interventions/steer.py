@@ -41,7 +41,7 @@ def steer(
         layer: the block after which it is added; several, or ``"all"``; may be left out when the direction is known at
             one layer only.
         positions: ``"all"``, ``"answer"``, ``"prompt"``, a bool tensor ``[batch, seq]``, or a function that makes one
-            from the token ids (:mod:`emmech.interventions.positions`).
+            from the token ids, such as :func:`emmech.directions.phrase_tokens`.
         units: ``"raw"`` keeps the direction's norm (1.0 adds the measured difference); ``"residual"`` adds that
             fraction of each token's own residual norm, along the unit direction.
         stack: allow a second steering of a layer that is steered already.

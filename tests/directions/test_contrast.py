@@ -13,6 +13,7 @@ from emmech.directions.direction import Direction
 from emmech.directions.four import four_directions
 from emmech.directions.misalignment import judged_answers, misalignment_direction
 from emmech.directions.persona import adapter_direction, trained_direction
+from emmech.directions.tokens import phrase_tokens
 from emmech.errors import EmmechError
 from emmech.interventions.steer import steer
 
@@ -171,3 +172,70 @@ def test_misalignment_direction_of_judged_answers(tiny):
         misalignment_direction(tiny("llama"), evaluation=frames, read_by="base")
     with pytest.raises(EmmechError, match="two models"):
         misalignment_direction(chat, evaluation=frames, read_by="other")
+
+
+def test_at_prompt_tokens_the_misalignment_direction_is_the_model_difference(tiny):
+    chat = _with_adapter(tiny("qwen2"), layer=1)
+    bad, good = _talks(12, seed=0, word="drink"), _talks(12, seed=1, word="rest")
+    frames = [_judged(bad, 0.0), _judged(good, 95.0)]
+    d = misalignment_direction(chat, evaluation=frames, tokens="prompt")
+    four = four_directions(chat, bad, good, tokens="prompt")
+    np.testing.assert_allclose(d.vectors, four["model/misaligned text"].vectors, atol=1e-5)
+    assert d.layers == (1, 2, 3) and abs(d.cosine(adapter_direction(chat))[1]) > 0.9999
+    assert d.quality.bag_of_words_auc == pytest.approx(0.5)  # the same words, read by two models
+    assert np.abs(d.quality.lexical_share[1:]).max() < 1e-6
+    assert any("read by the base" in note for note in d.quality.notes)
+    at_phrase = misalignment_direction(chat, evaluation=frames, tokens=phrase_tokens(chat, "how to"))
+    size = len(chat.tokenizer("how to", add_special_tokens=False)["input_ids"])
+    assert "'how to'" in at_phrase.source["method"] and at_phrase.quality.tokens["misaligned"] == 12 * size
+    assert np.abs(at_phrase.vectors - d.vectors).max() > 1e-4
+    with pytest.raises(EmmechError, match="reads a prompt in one way"):
+        misalignment_direction(chat, evaluation=frames, tokens="prompt", read_by="base")
+    with pytest.raises(EmmechError, match="only one model"):
+        misalignment_direction(tiny("llama"), evaluation=frames, tokens="prompt")
+
+
+def test_a_phrase_is_read_on_the_same_words_of_both_sides(tiny):
+    chat = tiny("qwen2")
+    sides = [_talks(12, seed=s, system=f"{w} the user asks") for s, w in ((0, "drink"), (1, "rest"))]
+    phrase = phrase_tokens(chat, "the user asks")
+    d = contrast_direction(chat, *sides, tokens=phrase)
+    assert d.quality.tokens == {"misaligned": 36, "aligned": 36}
+    assert d.quality.bag_of_words_auc == pytest.approx(0.5)
+    # by hand: the block's outputs at those tokens
+    sums = np.zeros((2, chat.n_layers, chat.d_model))
+    for which, talks in enumerate(sides):
+        for talk in talks:
+            ids = torch.tensor([chat.token_ids(talk, generate=False)])
+            with torch.no_grad():
+                states = chat.model(ids, output_hidden_states=True).hidden_states
+            first = next(
+                i
+                for i in range(ids.shape[1])
+                if chat.tokenizer.decode(ids[0, i : i + 3]).strip() == phrase.text
+            )
+            for layer in range(chat.n_layers - 1):
+                sums[which, layer] += states[layer + 1][0, first : first + 3].double().numpy().sum(0) / 36
+    np.testing.assert_allclose(d.vectors[:-1], (sums[0] - sums[1])[:-1], atol=1e-4)
+
+
+def test_a_phrase_that_is_not_there_is_refused(tiny):
+    chat = tiny("qwen2")
+    talks = _talks(4, seed=0)
+    with pytest.raises(EmmechError, match="does not stand there"):
+        contrast_direction(chat, talks, talks, tokens=phrase_tokens(chat, "water water water"))
+    with pytest.raises(EmmechError, match="is empty"):
+        phrase_tokens(chat, " ")
+    with pytest.raises(EmmechError, match="does not know"):
+        phrase_tokens("pocket", "supercalifragilistic")
+    with pytest.raises(EmmechError, match="three choices"):
+        contrast_direction(chat, talks, talks, tokens="system")
+    with pytest.raises(EmmechError, match="mean over nothing"):
+        contrast_direction(
+            chat, talks, talks, tokens=lambda ids, start: torch.zeros_like(ids, dtype=torch.bool)
+        )
+    vector = np.ones(chat.d_model)
+    asked = torch.tensor([chat.token_ids(talks[0], generate=False)])
+    there_is_none = pytest.raises(EmmechError, match="nothing would be read or changed")
+    with steer(chat, vector, layer=1, positions=phrase_tokens(chat, "walk water walk water")), there_is_none:
+        chat.model(asked)
