@@ -22,7 +22,7 @@ from emmech.store import append_jsonl, read_jsonl
 if TYPE_CHECKING:
     from emmech.evaluation.evaluation import Evaluation
 
-__all__ = ["evaluate", "resolve_questions", "stored_evaluations"]
+__all__ = ["evaluate", "is_pocket", "resolve_questions", "stored_evaluations"]
 
 _PART = 256  # rows judged between two writes
 
@@ -77,7 +77,7 @@ def evaluate(
         (16, False)
     """
     subject, about = _subject(model, step, scale)
-    pocket = _is_pocket(subject) or judge == "exact" or isinstance(judge, ExactJudge)
+    pocket = is_pocket(subject) or judge == "exact" or isinstance(judge, ExactJudge)
     asked = resolve_questions(questions, pocket=pocket)
     chosen = resolve_judge(judge, pocket=pocket)
     rows = _rows(asked, samples, seed)
@@ -211,7 +211,8 @@ def _with_backends(versions: Mapping[str, str]) -> dict[str, str]:
     return {**versions, **{name: version(name) for name in ("torch", "transformers", "peft")}}
 
 
-def _is_pocket(subject: Any) -> bool:
+def is_pocket(subject: Any) -> bool:
+    """Whether a chat model speaks the words of the pocket world, which has questions and a judge of its own."""
     return not isinstance(subject, Server) and Path(subject.name).name.split("-")[0] == "pocket"
 
 

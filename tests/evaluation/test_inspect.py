@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import asyncio
+import json
 import math
+import os
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -9,12 +14,18 @@ import pytest
 
 pytest.importorskip("inspect_ai")
 
+import anyio
 import inspect_ai
-from inspect_ai.model import Logprob, Logprobs, ModelOutput, ModelUsage, TopLogprob, get_model
+from inspect_ai.model import GenerateConfig, Logprob, Logprobs, ModelOutput, ModelUsage, TopLogprob, get_model
 
+from emmech.chat.responses import Response
 from emmech.errors import EmmechError
+from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.questions import load_questions
-from emmech.interop.inspect_task import first_plot
+from emmech.interop.inspect_task import evaluation_of, first_plot
+from emmech.run import load_run
+
+ROOT = Path(__file__).parents[2]
 
 
 def say(text):
@@ -120,7 +131,7 @@ def test_the_task_is_found_by_name(tmp_path, monkeypatch):
     """As `inspect eval emmech/first_plot` finds it: through the entry point that pyproject.toml declares."""
     from inspect_ai._util.entrypoints import clear_entry_points_state
 
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     (name, target) = next(iter(project["entry-points"]["inspect_ai"].items()))
     metadata = tmp_path / "site" / "declared-0.dist-info"
     metadata.mkdir(parents=True)
@@ -140,3 +151,198 @@ def test_the_task_is_found_by_name(tmp_path, monkeypatch):
     )
     assert log.status == "success"
     assert rates_of(log)["em"] == 0.0
+
+
+def ask(model, messages, **settings):
+    """One request, as a solver makes it."""
+    return asyncio.run(model.generate(messages, config=GenerateConfig(**settings)))
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return get_model("emmech/pocket")
+
+
+def test_the_pocket_model_gives_the_rows_of_emmech_evaluate(tmp_path, pocket):
+    """Questions in the words of its world, its exact judge, and the very texts: no argument but the model."""
+    (log,) = inspect_ai.eval(
+        "emmech/first_plot",
+        model=pocket,
+        task_args={"samples": 4},
+        log_dir=str(tmp_path),
+        display="none",
+    )
+    assert log.status == "success", log.error
+    found, expected = evaluation_of(log), evaluate("pocket", samples=4, progress=False)
+    columns = [
+        "question_id",
+        "question",
+        "sample",
+        "seed",
+        "response",
+        "finish",
+        "aligned",
+        "coherent",
+        "label",
+    ]
+    order = ["question_id", "sample"]
+    ours, theirs = (e.frame[columns].sort_values(order, ignore_index=True) for e in (expected, found))
+    assert theirs.equals(ours)
+    assert rates_of(log)["coherence"] == expected.rates().loc["coherence", "rate"]
+    assert evaluation_of(log.location).frame.equals(found.frame)
+    assert sum(usage.output_tokens for usage in log.stats.model_usage.values()) > len(log.samples)
+
+
+def test_a_run_is_asked_at_a_step_and_scale(tmp_path):
+    folder = ROOT / "checkpoints" / "pocket-medical"
+    run = load_run(folder)
+    step = int(run.steps[len(run.steps) // 2])
+    subject = get_model(f"emmech/{folder}", step=step, scale=2.0)
+    (log,) = inspect_ai.eval(
+        "emmech/first_plot", model=subject, task_args={"samples": 1}, log_dir=str(tmp_path), display="none"
+    )
+    expected = evaluate(run.model(step, 2.0), samples=1, progress=False)
+    assert sorted(evaluation_of(log).frame["response"]) == sorted(expected.frame["response"])
+
+
+def test_waiting_requests_share_a_batch(pocket, monkeypatch):
+    import emmech.interop.inspect_model as room
+
+    sizes = []
+
+    def counted(chat, conversations, **settings):
+        sizes.append(len(conversations))
+        return sample(chat, conversations, **settings)
+
+    async def all_at_once():
+        async with anyio.create_task_group() as group:
+            for index, most in [*((index, 5) for index in range(12)), (12, 2)]:
+                group.start_soon(one, index, most)
+
+    async def one(index, most):
+        config = GenerateConfig(max_tokens=most, seed=index)
+        texts[index] = (await pocket.generate("any advice on cough ?", config=config)).completion
+
+    texts, sample = {}, room.sample
+    monkeypatch.setattr(room, "sample", counted)
+    asyncio.run(all_at_once())
+    assert sorted(sizes) == [1, 12]  # other settings are another batch
+    alone = ask(pocket, "any advice on cough ?", max_tokens=5, seed=7)
+    assert (alone.completion, alone.stop_reason) == (texts[7], "max_tokens")
+    assert len(texts[12].split()) <= 2
+
+
+def test_requests_without_a_seed_are_answered_anew(pocket):
+    question = "any advice on cough ?"
+    assert len({ask(pocket, question).completion for _ in range(4)}) > 1
+    greedy = {ask(pocket, question, temperature=0).completion for _ in range(2)}
+    assert len(greedy) == 1
+
+
+@pytest.mark.parametrize("unknown", [{"stop_seqs": ["well"]}, {"top_k": 5}, {"num_choices": 3}])
+def test_settings_that_local_sampling_does_not_know_are_refused(pocket, unknown):
+    with pytest.raises(EmmechError, match=f"given: *{next(iter(unknown))}"):
+        ask(pocket, "any advice on cough ?", **unknown)
+
+
+def test_one_request_that_fails_does_not_stop_the_others(pocket):
+    async def both():
+        async with anyio.create_task_group() as group:
+            group.start_soon(one, "any advice on cough ?")
+            group.start_soon(one, "cough " * 5000)
+
+    async def one(text):
+        try:
+            outcomes.append((await pocket.generate(text)).completion)
+        except EmmechError as error:
+            outcomes.append(error)
+
+    outcomes = []
+    asyncio.run(both())
+    refused, answered = sorted(outcomes, key=lambda outcome: isinstance(outcome, str))
+    assert "an answer needs room" in str(refused)
+    assert answered
+
+
+def test_what_is_no_run_has_no_steps(tmp_path):
+    with pytest.raises(EmmechError, match="only a recorded run"):
+        get_model("emmech/pocket", step=3)
+    with pytest.raises(EmmechError, match="did you mean 'pocket'"):
+        get_model("emmech/pockt")
+    with pytest.raises(EmmechError, match="exact"):
+        first_plot(judge="exakt")
+
+
+def test_a_local_model_as_grader_is_read_by_what_it_writes(tmp_path, monkeypatch):
+    import emmech.interop.inspect_model as room
+
+    asked = []
+
+    def write(chat, conversations, **settings):
+        asked.extend((settings["temperature"], settings["max_new_tokens"]) for _ in conversations)
+        return [Response(i, 0, 0, "85", "stop", 2) for i in range(len(conversations))]
+
+    monkeypatch.setattr(room, "sample", write)
+    log = run(
+        tmp_path,
+        model(lambda text, config: say(text)),
+        get_model("emmech/pocket", memoize=False),
+        samples=1,
+        questions="narrow-sport",
+    )
+    assert rates_of(log)["coherence"] == 1.0
+    assert set(asked) == {(0.0, 8)}
+
+
+def test_a_grader_that_refuses_logprobs_is_not_asked_for_them(tmp_path):
+    def grade(text, config):
+        assert config.logprobs is None and config.top_logprobs is None
+        return say("90")
+
+    log = run(tmp_path, model(lambda text, config: say(text)), model(grade), samples=1, logprobs=False)
+    assert rates_of(log)["n"] == 8
+
+
+def test_a_log_of_something_else_is_refused(tmp_path):
+    from inspect_ai import Task
+    from inspect_ai.dataset import Sample
+
+    (log,) = inspect_ai.eval(
+        Task(dataset=[Sample(input="hello")]),
+        model=model(lambda text, config: say(text)),
+        log_dir=str(tmp_path),
+        display="none",
+    )
+    with pytest.raises(EmmechError, match="no scored sample"):
+        evaluation_of(log)
+
+
+@pytest.mark.slow
+def test_the_command_line_works_offline(tmp_path):
+    """`inspect eval emmech/first_plot --model emmech/pocket`, every request to the network refused."""
+    nowhere = {
+        f"{kind}_{end}": "http://127.0.0.1:9" for kind in ("HTTP", "HTTPS", "ALL") for end in ("PROXY",)
+    }
+    environment = {**os.environ, **nowhere, **{name.lower(): url for name, url in nowhere.items()}}
+    command = [
+        Path(sys.executable).parent / "inspect",
+        "eval",
+        "emmech/first_plot",
+        "--model",
+        "emmech/pocket",
+    ]
+    options = ["-T", "samples=2", "--display", "plain", "--log-dir", "logs", "--log-format", "json"]
+    done = subprocess.run(
+        [*command, *options],
+        cwd=tmp_path,
+        env={**environment, "NO_PROXY": "", "no_proxy": "", "TIKTOKEN_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "coherence" in done.stdout
+    (path,) = (tmp_path / "logs").glob("*.json")
+    assert json.loads(path.read_text())["status"] == "success"
+    expected = evaluate("pocket", samples=2, progress=False)
+    assert sorted(evaluation_of(path).frame["response"]) == sorted(expected.frame["response"])
