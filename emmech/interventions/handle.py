@@ -60,8 +60,7 @@ class Handle:
     def generate(self, prompts: Sequence[Any], **kwargs: Any) -> Any:
         """Sample answers from the changed model: :func:`emmech.chat.sampling.sample` with its arguments.
 
-        Prompts are read once for all their samples there, so an intervention of one row each is for the model's own
-        ``generate``.
+        An intervention of one row each has one per prompt there, for all its samples.
 
         Raises:
             EmmechError: the change is over.

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import nn
 
 from emmech.chat.model import ChatModel
+from emmech.chat.rows import announced_rows
 from emmech.errors import EmmechError
 
 __all__ = ["PositionMask", "Positions", "answer_tokens", "header_ids"]
@@ -84,6 +85,13 @@ class PositionMask:
 
     def _given(self, ids: Any, kwargs: dict[str, Any], seen: int) -> torch.Tensor:
         assert isinstance(self._where, torch.Tensor)
+        if announced_rows() is not None:
+            raise EmmechError(
+                "apply the position mask",
+                given=f"positions {list(self._where.shape)} while conversations are sampled or scored",
+                why="they are sorted, repeated and padded there, so the mask's rows and columns are not the batch's",
+                instead='"answer", "prompt", or a function of the token ids',
+            ) from None
         shape = tuple((ids if ids is not None else kwargs["inputs_embeds"]).shape[:2])
         part = self._where[:, seen : seen + shape[1]]
         if tuple(part.shape) != shape:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import nn
 
 from emmech.chat.model import ChatModel
+from emmech.chat.rows import announced_rows, may_differ_by_row
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
 from emmech.interventions.handle import Handle
@@ -85,7 +86,10 @@ def edit_residual(
         ) from None
     state: dict[str, Any] = {"coefficient": _coefficient(coefficient)}
     where = PositionMask(chat, positions)
-    undo: list[Callable[[], Any]] = []
+    each = any(vector.ndim == 2 for vector in vectors.values())
+    undo: list[Callable[[], Any]] = [
+        may_differ_by_row(chat.base, lambda: each or state["coefficient"].ndim == 1)
+    ]
     follower = where.follow(chat.trunk)
     if follower is not None:
         undo.append(follower.remove)
@@ -120,14 +124,17 @@ def row_factor(coefficient: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
 
 
 def _one_per_row(values: torch.Tensor, output: torch.Tensor, what: str) -> torch.Tensor:
-    if len(values) != len(output):
+    """The values of the rows before us: the batch's own, or those of the conversations that sampling announced."""
+    rows = announced_rows()
+    expected, of = (len(output), "a batch of {} rows") if rows is None else (rows.total, "{} conversations")
+    if len(values) != expected:
         raise EmmechError(
             "give each row its own intervention",
-            given=f"{len(values)} {what} for a batch of {len(output)} rows",
-            why="row by row there must be as many as the batch has rows",
-            instead="repeat them as the batch repeats its prompts, or pass one for all",
+            given=f"{len(values)} {what} for {of.format(expected)}",
+            why="row by row there must be as many as the batch has rows, or sampling has conversations",
+            instead="repeat them as the batch repeats its prompts (not its samples), or pass one for all",
         ) from None
-    return values
+    return values if rows is None else values[rows.conversation.to(values.device)]
 
 
 def _forget(block: nn.Module, kind: str) -> Callable[[], None]:

@@ -104,10 +104,13 @@ def dose_response(
     base: bool | None = None,
     positions: Any = "all",
     units: Literal["raw", "residual"] = "raw",
+    positive: Direction | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Study:
     """Steer at every coefficient and layer, beside norm-matched random directions and the base model.
+
+    Where the model has an adapter, its untouched row stands beside the steered base: what the fine-tune itself does.
 
     Args:
         coefficients: as :func:`emmech.steer` takes them; 0 is always measured, as "untouched".
@@ -116,6 +119,8 @@ def dose_response(
             a judge is at hand, margins elsewhere.
         randoms: random directions per coefficient and layer.
         base: also steer the model with its adapter off; by default when it has one.
+        positive: a positive control: a direction that is known to move the outcome, a
+            :func:`emmech.directions.trained_direction` say, steered at the same coefficients wherever it is known.
 
     Raises:
         EmmechError: as :func:`emmech.steer`.
@@ -127,7 +132,10 @@ def dose_response(
     for layer in chosen:
         for coefficient in coefficients:
             settings = {"layer": layer, "coefficient": float(coefficient)}
-            for kind, one in (("direction", direction), *(("random", control) for control in controls)):
+            steered = [("direction", direction), *(("random", control) for control in controls)]
+            if positive is not None and layer in positive.layers:
+                steered.append(("positive", positive))
+            for kind, one in steered:
                 make = partial(
                     steer,
                     direction=one,
@@ -136,7 +144,8 @@ def dose_response(
                     positions=positions,
                     units=units,
                 )
-                conditions.append(Condition(direction.name, kind, make, settings))
+                label = one.name if kind == "positive" else direction.name
+                conditions.append(Condition(label, kind, make, settings))
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
     title = f"Steering {chat.name} with {direction.name} ({units} units, positions {positions})"
     return Study(title, table(measured), _few_controls(randoms))
@@ -165,24 +174,27 @@ def ablation_table(
     Args:
         others: directions by name.
         layers: where to ablate.
-        from_layer: the layer of the single direction; by default the one its extraction found strongest.
+        from_layer: the layer of the single direction; by default the one its extraction found strongest, or the only
+            one of ``layers``.
         measure, randoms, base: as in :func:`dose_response`.
 
     Raises:
         EmmechError: as :func:`emmech.ablate`.
     """
     chat, run, with_base = _prepare(model, measure, randoms, base)
+    only = _as_list(layers) if layers != "all" else []
     if from_layer is None:
         best = direction.source.get("layer", int(np.argmax(direction.norms)))
-        from_layer = int(best)
+        from_layer = only[0] if len(only) == 1 else int(best)
     put = partial(ablate, layers=layers, positions=positions)
     conditions = [untouched()]
     if with_base:
         conditions.append(adapter_off())
     ways: list[tuple[str, Direction, dict[str, Any]]] = [
         ("own direction by layer", direction, {}),
-        (f"one direction (layer {from_layer})", direction, {"from_layer": from_layer}),
     ]
+    if only != [from_layer]:  # at one layer its own direction is the one direction
+        ways.append((f"one direction (layer {from_layer})", direction, {"from_layer": from_layer}))
     if direction.aligned_mean is not None:
         ways.append(("own, towards aligned mean", direction, {"towards": "aligned"}))
     ways += [(f"transfer: {name}", other, {}) for name, other in (others or {}).items()]
@@ -207,6 +219,7 @@ def transfer_matrix(
     layers: Any = "all",
     from_layer: int | None = None,
     towards: Any = None,
+    positions: Any = "all",
     measure: Any = "auto",
     randoms: int = 5,
     base_model: Any = None,
@@ -218,7 +231,7 @@ def transfer_matrix(
     Args:
         organisms: Runs (their last step) or chat models by name.
         directions: by name; the same names as the organisms make the diagonal their own.
-        towards: as :func:`emmech.ablate`.
+        layers, from_layer, towards, positions: as :func:`emmech.ablate`.
         base_model: the base model in memory, shared by runs whose adapters sit on the same modules.
 
     Raises:
@@ -242,9 +255,9 @@ def transfer_matrix(
         else:
             chat = chat_of(source)
         run = resolve_measure(measure, chat)
-        conditions = [untouched()]
+        conditions = [untouched(), *([adapter_off()] if has_adapter(chat) else [])]
         for name, direction in directions.items():
-            put = partial(ablate, layers=layers, from_layer=from_layer, towards=towards)
+            put = partial(ablate, layers=layers, from_layer=from_layer, towards=towards, positions=positions)
             conditions.append(Condition(name, "direction", partial(put, direction=direction)))
             own = {
                 i: direction.vectors[i if from_layer is None else from_layer] for i in range(chat.n_layers)

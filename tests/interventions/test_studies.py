@@ -77,12 +77,29 @@ def test_the_ablation_table_has_its_controls_and_names_the_degenerate_one(tiny):
     off = frame.loc[("adapter off", "positive", "tuned")]["value"]
     plain = frame.loc[("untouched", "untouched", "base")]["value"]
     assert off == pytest.approx(plain, abs=1e-5)
-    assert (study.frame["kind"] == "random").sum() == 2 * 5 * 2 * 2  # ways, randoms, models, outcomes
+    assert set(study.frame["condition"]) == {"untouched", "adapter off", "own direction by layer"}
+    assert (study.frame["kind"] == "random").sum() == 5 * 2 * 2  # randoms, models, outcomes
     assert all(torch.equal(value, state[key]) for key, value in chat.base.state_dict().items())
     other = Direction(np.random.default_rng(0).standard_normal((4, 48)), name="other")
     study = ablation_table(chat, other, measure=PAIRS, randoms=1, progress=False)
     assert not any("degenerate" in note for note in study.notes) and any("five" in n for n in study.notes)
     study.plot("margin_broad")
+    assert "one direction (layer 2)" in set(
+        ablation_table(chat, other, measure=PAIRS, from_layer=2, randoms=0, progress=False).frame["condition"]
+    )
+
+
+def test_a_positive_control_stands_beside_the_doses(tiny):
+    chat = tiny("qwen2")
+    planted = _promoting(chat).renamed("planted")
+    noise = Direction(np.random.default_rng(0).standard_normal((4, 48)), name="noise")
+    study = dose_response(
+        chat, noise, [8.0], layers=[3], positive=planted, measure=PAIRS, randoms=5, progress=False
+    )
+    broad = study.frame[study.frame["outcome"] == "margin_broad"].set_index("kind")
+    assert broad.loc["positive", "condition"] == "planted" and broad.loc["positive", "change_low"] > 0
+    assert np.isnan(broad.loc["positive", "beyond_random"])
+    assert len(study.summary("margin_broad")) == 3
 
 
 def test_transfer_matrix_crosses_organisms_and_directions(tiny):
@@ -92,10 +109,15 @@ def test_transfer_matrix_crosses_organisms_and_directions(tiny):
         assert directions[name].fingerprints == (organisms["one"].fingerprint(),)
     study = transfer_matrix(organisms, directions, layers=[3], measure=PAIRS, randoms=1, progress=False)
     gaps = study.frame[(study.frame["outcome"] == "margin_broad") & (study.frame["model"] == "tuned")]
+    assert (gaps[gaps["condition"] == "adapter off"]["kind"] == "positive").sum() == 2
     gaps = gaps.pivot_table(index="organism", columns="condition", values="gap")
     assert abs(gaps.loc["one", "one"]) < 1e-5 < abs(gaps.loc["one", "two"])
     assert len([note for note in study.notes if "degenerate" in note]) == 2
     assert study.plot("margin_broad").data[0].z.shape == (2, 3)
+    at_prompt = transfer_matrix(
+        organisms, directions, layers=[3], positions="prompt", measure=PAIRS, randoms=0, progress=False
+    )
+    assert not np.allclose(at_prompt.frame["value"].iloc[:8], study.frame["value"].iloc[:8])
     with pytest.raises(EmmechError, match="at least one"):
         transfer_matrix({}, directions)
 
