@@ -16,6 +16,7 @@ import torch
 from emmech.chat.draw import draw
 from emmech.chat.logprob import pad
 from emmech.chat.model import ChatModel
+from emmech.chat.rows import announcing
 
 __all__ = ["Decoded", "decode", "growing_cache", "positions_of"]
 
@@ -38,6 +39,8 @@ def decode(
     which: Sequence[int],
     seeds: Sequence[int],
     *,
+    conversations: Sequence[int] | None = None,
+    total: int | None = None,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -48,6 +51,8 @@ def decode(
         prompts: distinct prompts, as token ids.
         which: for each row of the batch, the index of its prompt.
         seeds: for each row of the batch, its own seed.
+        conversations: for each row of the batch, whose answer it is, where an intervention has a value for each of
+            ``total`` conversations; by default each prompt is one.
 
     Returns:
         one answer per row, in order.
@@ -58,14 +63,18 @@ def decode(
     ids = pad(prompts, 0, left=True).to(device)
     mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(device) if padded else None
     cache = growing_cache(chat)
-    output = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions_of(ids, lengths),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
+    owners = list(which if conversations is None else conversations)
+    total = len(prompts) if total is None else total
+    owner = torch.tensor(owners)
+    with announcing([owners[list(which).index(prompt)] for prompt in range(len(prompts))], total):
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions_of(ids, lengths),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
     rows = torch.tensor(list(which), device=device)
     if list(which) != list(range(len(prompts))):
         cache.batch_select_indices(rows)
@@ -101,19 +110,20 @@ def decode(
         if len(remaining) <= _LEAVE * len(live):
             kept = torch.tensor(remaining, device=device)
             cache.batch_select_indices(kept)
-            token, positions = token[kept], positions[kept]
+            token, positions, owner = token[kept], positions[kept], owner[remaining]
             mask = mask[kept] if mask is not None else None
             live = [live[at] for at in remaining]
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        logits = model(
-            input_ids=token[:, None],
-            attention_mask=mask,
-            position_ids=positions[:, None],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        with announcing(owner, total):
+            logits = model(
+                input_ids=token[:, None],
+                attention_mask=mask,
+                position_ids=positions[:, None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
         positions = positions + 1
     return [Decoded(ids, end) for ids, end in zip(answers, finish, strict=True)]
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from emmech.chat.encode import IGNORED, Encoded, encode
 from emmech.chat.model import ChatModel
+from emmech.chat.rows import announcing
 from emmech.chat.template import Message
 from emmech.errors import EmmechError
 
@@ -84,7 +85,8 @@ def answer_logprobs(
             ids = pad([encoded.input_ids[i] for i in chosen], 0).to(chat.device)
             labels = pad([encoded.labels[i] for i in chosen], IGNORED).to(chat.device)
             mask = pad([[1] * len(encoded.input_ids[i]) for i in chosen], 0).to(chat.device)
-            hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            with announcing(torch.from_numpy(chosen), len(order)):
+                hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             targets = labels[:, 1:]
             answer = targets != IGNORED
             logits = unembed(chat, hidden[:, :-1][answer])

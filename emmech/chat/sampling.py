@@ -17,6 +17,7 @@ import torch
 from emmech.chat.decode import decode
 from emmech.chat.model import ChatModel
 from emmech.chat.responses import Response, ResponseLog, check_request, digest, row_seeds
+from emmech.chat.rows import differs_by_row
 from emmech.chat.template import Message
 from emmech.errors import EmmechError
 from emmech.progress import bar
@@ -42,6 +43,8 @@ def sample(
     progress: bool = True,
 ) -> list[Response]:
     """Sample answers through a local model, with whatever adapters and hooks are on it.
+
+    An intervention with one coefficient or direction per row has one per conversation here, for all its samples.
 
     Args:
         conversations: each ends in a user turn.
@@ -91,6 +94,8 @@ def sample(
         "top_p": top_p,
     }
     log = ResponseLog(out, settings)
+    # what is live may treat equal prompts differently; then each conversation is read for itself
+    apart = differs_by_row(chat.base)
     was_training = chat.base.training
     chat.base.eval()
     try:
@@ -101,12 +106,16 @@ def sample(
                     continue
                 # a batch of which some rows are known is decoded whole, so that its rows are those of a run
                 # that was never interrupted
-                distinct = sorted({prompts[rows[row][0]] for row in batch})
+                asked = [rows[row][0] for row in batch]
+                readings = [(prompts[index], index if apart else 0) for index in asked]
+                distinct = sorted(set(readings))
                 decoded = decode(
                     chat,
-                    distinct,
-                    [distinct.index(prompts[rows[row][0]]) for row in batch],
+                    [prompt for prompt, _ in distinct],
+                    [distinct.index(reading) for reading in readings],
                     [seeds[row] for row in batch],
+                    conversations=asked,
+                    total=len(prompts),
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     top_p=top_p,

@@ -22,7 +22,7 @@ from emmech.store import append_jsonl, read_jsonl
 if TYPE_CHECKING:
     from emmech.evaluation.evaluation import Evaluation
 
-__all__ = ["evaluate", "is_pocket", "resolve_questions", "stored_evaluations"]
+__all__ = ["evaluate", "resolve_questions", "stored_evaluations"]
 
 _PART = 256  # rows judged between two writes
 
@@ -77,7 +77,7 @@ def evaluate(
         (16, False)
     """
     subject, about = _subject(model, step, scale)
-    pocket = is_pocket(subject) or judge == "exact" or isinstance(judge, ExactJudge)
+    pocket = getattr(subject, "pocket", False) or judge == "exact" or isinstance(judge, ExactJudge)
     asked = resolve_questions(questions, pocket=pocket)
     chosen = resolve_judge(judge, pocket=pocket)
     rows = _rows(asked, samples, seed)
@@ -209,11 +209,6 @@ def _with_backends(versions: Mapping[str, str]) -> dict[str, str]:
     from importlib.metadata import version
 
     return {**versions, **{name: version(name) for name in ("torch", "transformers", "peft")}}
-
-
-def is_pocket(subject: Any) -> bool:
-    """Whether a chat model speaks the words of the pocket world, which has questions and a judge of its own."""
-    return not isinstance(subject, Server) and Path(subject.name).name.split("-")[0] == "pocket"
 
 
 def _rows(asked: QuestionSet, samples: int | None, seed: int) -> list[dict[str, Any]]:

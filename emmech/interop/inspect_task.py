@@ -34,7 +34,7 @@ from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from emmech.errors import EmmechError, closest
-from emmech.evaluation.evaluate import is_pocket, resolve_questions
+from emmech.evaluation.evaluate import resolve_questions
 from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.first_token import splits_numbers
 from emmech.evaluation.judges import ExactJudge
@@ -138,7 +138,7 @@ def _pocket_is_asked() -> bool:
         chat = getattr(get_model().api, "chat", None)
     except Exception:  # a task may be made before any model is named
         return False
-    return chat is not None and is_pocket(chat)
+    return chat is not None and bool(chat.pocket)
 
 
 @metric  # type: ignore[untyped-decorator]

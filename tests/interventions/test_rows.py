@@ -1,0 +1,115 @@
+"""One coefficient or direction per conversation, while sampling and scoring reorder the rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from emmech.chat.logprob import answer_logprobs
+from emmech.chat.model import load_model
+from emmech.chat.sampling import sample
+from emmech.directions.direction import Direction
+from emmech.errors import EmmechError
+from emmech.interventions.ablate import ablate
+from emmech.interventions.steer import steer
+
+SHORT, LONG = "any advice on cough ?", "any advice on cough ? any advice on headache ? any advice on cough ?"
+TEXTS = [SHORT, LONG, SHORT, SHORT, LONG]
+CONVERSATIONS = [[{"role": "user", "content": text}] for text in TEXTS]
+DOSES = [0.0, 6.0, -6.0, 6.0, 0.0]
+SETTINGS = {"samples": 3, "max_new_tokens": 12, "seed": [11, 12, 13, 14, 15], "progress": False}
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return load_model("pocket")
+
+
+def directions(chat, count):
+    draws = np.random.default_rng(0).standard_normal((count, chat.n_layers, chat.d_model))
+    return [Direction(draw) for draw in draws]
+
+
+def texts(responses):
+    return [(r.conversation, r.sample, r.text) for r in responses]
+
+
+@pytest.mark.parametrize("batch_size", [15, 4, 1])
+def test_each_conversation_is_sampled_under_its_own_coefficient(pocket, batch_size):
+    (d,) = directions(pocket, 1)
+    alone = []
+    for index, dose in enumerate(DOSES):
+        with steer(pocket, d, dose, layer=2):
+            own = sample(pocket, [CONVERSATIONS[index]], **SETTINGS | {"seed": [SETTINGS["seed"][index]]})
+        alone += [(index, r.sample, r.text) for r in own]
+    with steer(pocket, d, torch.tensor(DOSES), layer=2):
+        together = sample(pocket, CONVERSATIONS, batch_size=batch_size, **SETTINGS)
+    assert texts(together) == alone
+    assert texts(sample(pocket, CONVERSATIONS, **SETTINGS)) != alone  # the doses do something
+
+
+def test_each_conversation_has_its_own_direction(pocket):
+    several = directions(pocket, len(TEXTS))
+    with ablate(pocket, several):
+        together = sample(pocket, CONVERSATIONS, batch_size=4, **SETTINGS)
+    for index, d in enumerate(several):
+        with ablate(pocket, d):
+            own = sample(pocket, [CONVERSATIONS[index]], **SETTINGS | {"seed": [SETTINGS["seed"][index]]})
+        assert [r.text for r in together if r.conversation == index] == [r.text for r in own]
+
+
+def test_a_coefficient_made_one_per_row_while_live_counts(pocket):
+    (d,) = directions(pocket, 1)
+    with steer(pocket, d, torch.tensor(DOSES), layer=2):
+        expected = texts(sample(pocket, CONVERSATIONS, **SETTINGS))
+    with steer(pocket, d, 1.0, layer=2) as live:
+        live.update(DOSES)
+        assert texts(live.generate(CONVERSATIONS, **SETTINGS)) == expected
+
+
+def test_scores_match_rows_by_conversation(pocket):
+    (d,) = directions(pocket, 1)
+    answered = [[*turns, {"role": "assistant", "content": "well"}] for turns in CONVERSATIONS]
+    with steer(pocket, d, torch.tensor(DOSES), layer=2):
+        together = answer_logprobs(pocket, answered, batch_size=2)
+    for index, dose in enumerate(DOSES):
+        with steer(pocket, d, dose, layer=2):
+            assert answer_logprobs(pocket, [answered[index]])[0] == pytest.approx(together[index], abs=1e-4)
+    assert np.ptp(together[[0, 2, 3]]) > 0.01
+
+
+def test_another_number_of_coefficients_is_refused(pocket):
+    (d,) = directions(pocket, 1)
+    # as many as the batch has rows, but not one per conversation
+    with (
+        steer(pocket, d, torch.ones(6), layer=2),
+        pytest.raises(EmmechError, match="6 coefficients for 2 conversations"),
+    ):
+        sample(pocket, CONVERSATIONS[:2], **SETTINGS | {"seed": 0})
+
+
+def test_a_mask_of_positions_is_refused_while_sampling(pocket):
+    (d,) = directions(pocket, 1)
+    mask = torch.ones(2, 64, dtype=torch.bool)
+    with (
+        steer(pocket, d, 1.0, layer=2, positions=mask),
+        pytest.raises(EmmechError, match=r'instead: *"answer"'),
+    ):
+        sample(pocket, CONVERSATIONS[:2], max_new_tokens=3, progress=False)
+
+
+def test_equal_prompts_are_read_once_unless_rows_differ(pocket):
+    (d,) = directions(pocket, 1)
+    read = []
+    hook = pocket.trunk.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        for dose, first in ((torch.tensor(DOSES), 5), (2.0, 2)):
+            read.clear()
+            with steer(pocket, d, dose, layer=2):
+                sample(pocket, CONVERSATIONS, **SETTINGS)
+            assert read[0] == first
+    finally:
+        hook.remove()
