@@ -87,7 +87,8 @@ def draw(
     scores = logits.float()
     if temperature == 0:
         return scores.argmax(-1)
-    scores = scores / temperature
+    if temperature != 1:
+        scores = scores / temperature
     if top_p < 1.0:
         ranked, order = scores.sort(dim=-1, descending=True, stable=True)
         probability = ranked.softmax(-1)
@@ -98,4 +99,4 @@ def draw(
     # rows that share a seed (one question under many checkpoints) share their noise: it is made once
     distinct, where = np.unique(np.asarray(seeds, dtype=np.uint64), return_inverse=True)
     noise = gumbel(distinct, position, scores.shape[-1], scores.device)
-    return (scores + noise[torch.from_numpy(where).to(scores.device)]).argmax(-1)
+    return noise[torch.from_numpy(where).to(scores.device)].add_(scores).argmax(-1)

@@ -1,93 +1,66 @@
-"""Keys and values of a batch whose rows may be repeated, chosen and dropped; it grows in blocks.
-
-The attention mask is always given in full by the caller, so that sliding-window layers keep all of their past too
-and every family decodes alike.
-"""
+"""Keys and values of prompts, as a forward over them leaves them behind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 
-__all__ = ["RowCache", "attention_mask"]
-
-_BLOCK = 32  # tokens of room that are allocated at once
+__all__ = ["RowCache"]
 
 
 class RowCache:
-    """What the model's attention asks of a cache: ``update`` by layer; one length for all layers.
+    """What the model's attention asks of a cache for one forward; sliding-window layers keep everything too.
 
-    ``advance`` must be called once after each forward.
+    ``layers`` holds keys and values by layer, ``[rows, heads, length, width]`` each.
     """
 
     def __init__(self) -> None:
-        self.length = 0
-        self._store: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [rows, heads, room, width] each
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return next(iter(self.layers.values()))[0].shape[2] if self.layers else 0
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Append ``[rows, heads, new, width]`` and return all so far."""
-        end = self.length + keys.shape[-2]
-        store = self._store.get(layer_idx)
-        if store is None or store[0].shape[-2] < end:
-            grown = tuple(
-                new.new_empty(*new.shape[:2], end + _BLOCK, new.shape[-1]) for new in (keys, values)
-            )
-            if store is not None:
-                for larger, old in zip(grown, store, strict=True):
-                    larger[:, :, : self.length] = old[:, :, : self.length]
-            store = self._store[layer_idx] = (grown[0], grown[1])
-        store[0][:, :, self.length : end] = keys
-        store[1][:, :, self.length : end] = values
-        return store[0][:, :, :end], store[1][:, :, :end]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep a layer's keys and values, and hand them to its attention."""
+        self.layers[layer_idx] = (keys, values)
+        return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens so far."""
-        return self.length
+        """Tokens before this forward: none."""
+        return 0
 
-    def advance(self, tokens: int) -> None:
-        """A forward of so many tokens is over."""
-        self.length += tokens
+    def spread(self, columns: Int[torch.Tensor, "sequences length"]) -> RowCache:
+        """Rows that hold several sequences as one row for each of them.
+
+        Args:
+            columns: where each sequence's tokens lie, the same in every row.
+
+        Returns:
+            ``[rows * sequences, heads, length, width]`` by layer, rows outermost.
+        """
+        found = RowCache()
+        for layer, pair in self.layers.items():
+            keys, values = (one[:, :, columns].transpose(1, 2).flatten(0, 1).contiguous() for one in pair)
+            found.layers[layer] = (keys, values)
+        return found
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep these rows, in this order; a row may come more than once."""
-        self._each(lambda old: old[rows])
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._store = {layer: (change(keys), change(values)) for layer, (keys, values) in self._store.items()}
+        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
 
     @classmethod
-    def joined(cls, caches: Sequence[RowCache]) -> RowCache:
-        """Caches of the same length as one, their rows in order."""
-        if len(caches) == 1:
-            return caches[0]
+    def joined(cls, caches: Sequence[RowCache], order: torch.Tensor) -> RowCache:
+        """Caches of one length as one, their rows in the given order."""
         found = cls()
-        found.length = caches[0].length
-        for layer in caches[0]._store:
-            pairs = [cache._store[layer] for cache in caches]
-            found._store[layer] = (torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs]))
+        for layer in caches[0].layers:
+            pairs = [cache.layers[layer] for cache in caches]
+            keys, values = (torch.cat([pair[side] for pair in pairs])[order] for side in (0, 1))
+            found.layers[layer] = (keys, values)
         return found
-
-
-def attention_mask(
-    queries: torch.Tensor, keys: torch.Tensor, dtype: torch.dtype, kinds: set[str], window: int | None
-) -> Any:
-    """Additive mask ``[rows, 1, queries, keys]`` from positions; by layer kind where the model has several.
-
-    Args:
-        queries: ``[rows, queries]`` positions.
-        keys: ``[rows, keys]`` positions, -1 where there is only padding.
-    """
-    back = queries[:, :, None] - keys[:, None, :]
-    seen = (back >= 0) & (keys >= 0)[:, None, :]
-
-    def additive(allowed: torch.Tensor) -> torch.Tensor:
-        blocked = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
-        return blocked.masked_fill_(~allowed, torch.finfo(dtype).min)[:, None]
-
-    if "sliding_attention" not in kinds or window is None:
-        return additive(seen)
-    return {"full_attention": additive(seen), "sliding_attention": additive(seen & (back < window))}

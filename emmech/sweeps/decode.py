@@ -1,8 +1,10 @@
 """Decode many variants together: each row under its own adapter, common random numbers across variants.
 
-A row is (variant, prompt, seed). Below the lowest adapter nothing depends on the variant, so rows with the same
-tokens so far are one row there. Because a seed draws the same noise under every variant, variants that behave
-alike write the same text, and that sharing goes far; it also makes differences between variants less noisy.
+An answer is (variant, prompt, seed); a row is what answers of one variant and prompt have in common so far. Answers
+begin as one row and part when they draw different tokens. Below the lowest adapter nothing depends on the variant,
+so rows with the same tokens are one row there. Because a seed draws the same noise under every variant, variants
+that behave alike write the same text, and that sharing goes far; it also makes differences between variants less
+noisy.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import torch
 
 from emmech.chat.draw import draw
 from emmech.chat.logprob import pad, unembed
-from emmech.sweeps.cache import RowCache, attention_mask
+from emmech.sweeps.branches import Branches
+from emmech.sweeps.cache import RowCache
 from emmech.sweeps.engine import Engine, Shared, cut
+from emmech.sweeps.packing import Reading, stack
 from emmech.sweeps.rows import Rows, write
 
 __all__ = ["Answer", "decode_variants"]
@@ -33,15 +37,20 @@ class Answer:
 
 
 @dataclass
-class _Live:
-    """The rows that are still being written."""
+class _Tree:
+    """The rows at hand: above, where variants differ, and below, where they share.
 
-    answer: np.ndarray  # which answer each is; -1 once it has ended
+    Args:
+        variant, below: of each row above: its variant, and its row below.
+        start, tokens: of each row below: tokens of its prompt, and the token that comes next.
+    """
+
+    upper: Branches
+    lower: Branches
     variant: torch.Tensor
-    seed: np.ndarray
-    below: torch.Tensor  # its row in the shared blocks
-    position: torch.Tensor  # of its next token
-    start: torch.Tensor  # columns of padding before its prompt
+    below: torch.Tensor
+    start: torch.Tensor
+    tokens: torch.Tensor
 
 
 @torch.no_grad()
@@ -74,152 +83,154 @@ def decode_variants(
     chat = engine.chat
     device = chat.device
     stop = torch.tensor(chat.stop_ids, device=device)
-    caches, hidden, width = _prefill(engine, rows, variants, prompts)
-    lower, upper = caches
+    tree, hidden = _prefill(engine, rows, variants, prompts)
+    engine = engine.branching()
     requests = len(which)
-    prompt_of = torch.tensor(list(which), device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    variant = torch.arange(variants, device=device).repeat_interleave(requests)
-    source = variant * len(prompts) + prompt_of.repeat(variants)
-    upper.select(source)
-    lower.select(prompt_of)
-    hidden = hidden[source]
-    live = _Live(
-        np.arange(variants * requests),
-        variant,
-        np.tile(np.asarray(seeds, dtype=np.int64), variants),
-        torch.arange(requests, device=device).repeat(variants),
-        lengths[prompt_of].repeat(variants),
-        (width - lengths[prompt_of]).repeat(variants),
-    )
-    below_start = (width - lengths[prompt_of]).clone()
-    written: list[list[int]] = [[] for _ in range(variants * requests)]
+    # of each answer still being written: which it is, its row and its seed
+    answer = np.arange(variants * requests)
+    of = torch.arange(variants, device=device)[:, None] * len(prompts) + torch.tensor(which, device=device)
+    row = of.reshape(-1)
+    seed = np.tile(np.asarray(seeds, dtype=np.int64), variants)
+    written = np.zeros((variants * requests, max_new_tokens), dtype=np.int64)
+    lengths = np.zeros(variants * requests, dtype=np.int64)
     finish = np.full(variants * requests, "length", dtype=object)
-    room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30) - int(lengths.max())
-    gathered = _gather(rows, live.variant)
-    for number in range(min(max_new_tokens, room)):
-        token = _draw(engine, hidden, live.seed, number, temperature, top_p, logit_rows)
-        ends = torch.isin(token, stop).cpu().numpy() & (live.answer >= 0)
-        drawn = token.tolist()
-        for at in np.flatnonzero((live.answer >= 0) & ~ends):
-            written[live.answer[at]].append(drawn[at])
-        finish[live.answer[ends]] = "stop"
-        ended(int(ends.sum()))
-        live.answer[ends] = -1
-        count = int((live.answer >= 0).sum())
-        if count == 0 or number + 1 == min(max_new_tokens, room):
+    room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30) - max(map(len, prompts))
+    gathered = _gather(engine, rows, tree.variant)
+    last = min(max_new_tokens, room)
+    for number in range(last):
+        token = _draw(engine, hidden, row, seed, number, temperature, top_p, logit_rows)
+        going = ~torch.isin(token, stop)
+        goes = going.cpu().numpy()
+        finish[answer[~goes]] = "stop"
+        ended(int((~goes).sum()))
+        if not goes.all():
+            answer, seed = answer[goes], seed[goes]
+            token, row = token[going], row[going]
+        written[answer, number] = token.cpu().numpy()
+        lengths[answer] = number + 1
+        if not len(answer) or number + 1 == last:
             break
-        if count <= _LEAVE * len(live.answer):
-            kept = np.flatnonzero(live.answer >= 0)
-            chosen = torch.from_numpy(kept).to(device)
-            upper.select(chosen)
-            token = token[chosen]
-            live = _Live(
-                live.answer[kept],
-                live.variant[chosen],
-                live.seed[kept],
-                live.below[chosen],
-                live.position[chosen],
-                live.start[chosen],
-            )
-            gathered = _gather(rows, live.variant)
-        hidden, below_start = _step(engine, rows, gathered, lower, upper, live, below_start, token)
-        live.position = live.position + 1
-    answers = [Answer(tuple(ids), str(end)) for ids, end in zip(written, finish, strict=True)]
+        row, moved = _branch(int(chat.config.vocab_size), tree, token, row)
+        if moved:
+            gathered = _gather(engine, rows, tree.variant)
+        hidden = _step(engine, rows, gathered, tree)
+    answers = [
+        Answer(tuple(written[i, : lengths[i]].tolist()), str(finish[i])) for i in range(variants * requests)
+    ]
     return [answers[v * requests : (v + 1) * requests] for v in range(variants)]
 
 
 def _prefill(
     engine: Engine, rows: Rows, variants: int, prompts: Sequence[Sequence[int]]
-) -> tuple[tuple[RowCache, RowCache], torch.Tensor, int]:
-    """Read every prompt: once below, once per variant above. Left-padded, so that all end in the same column."""
+) -> tuple[_Tree, torch.Tensor]:
+    """Read every prompt: what prompts have in common once, below once for all variants, above once per variant."""
     chat = engine.chat
-    ids = pad(prompts, 0, left=True).to(chat.device)
-    width = ids.shape[1]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=chat.device)
-    positions = torch.arange(width, device=chat.device)[None] - (width - lengths[:, None])
-    mask = _mask(engine, positions.clamp(min=0), positions)
-    below = RowCache()
-    last = torch.arange(len(prompts), device=chat.device) * width + width - 1
-    shared = engine.lowered(ids, mask, positions.clamp(min=0), last, cache=below)
-    below.advance(width)
-    pieces, hidden = [], []
-    at_once = max(1, engine.tokens // ids.numel())
-    for start in range(0, variants, at_once):
-        piece = RowCache()
-        chosen = slice(start, min(variants, start + at_once))
-        hidden.append(engine.above(shared, cut(rows, chosen), cache=piece).reshape(-1, chat.d_model))
-        piece.advance(width)
-        pieces.append(piece)
-    return (below, RowCache.joined(pieces)), torch.cat(hidden), width
-
-
-def _step(
-    engine: Engine,
-    rows: Rows,
-    gathered: Rows,
-    lower: RowCache,
-    upper: RowCache,
-    live: _Live,
-    below_start: torch.Tensor,
-    token: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token of every live row; its hidden state ``[rows, d_model]``."""
-    vocab = int(engine.chat.config.vocab_size)
-    pairs, inverse = torch.unique(live.below * vocab + token, return_inverse=True)
-    parents = pairs // vocab
-    if len(parents) != len(below_start) or not torch.equal(
-        parents, torch.arange(len(parents), device=parents.device)
-    ):
-        lower.select(parents)
-    below_start = below_start[parents]
-    columns = torch.arange(lower.length + 1, device=token.device)[None]
-    keys = columns - below_start[:, None]
-    position = keys[:, -1:]
-    shared = engine.lowered(
-        (pairs % vocab)[:, None], _mask(engine, position, keys), position, torch.empty(0), cache=lower
+    device, width = chat.device, max(map(len, prompts))
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    lower, upper, hidden = [], [], []
+    of_lower, of_upper = [], []  # which prompt, and which of variants x prompts, each row is
+    for one in engine.packs([Reading(tuple(prompt), tuple(range(len(prompt)))) for prompt in prompts]):
+        ids, positions = stack([one], device)
+        ends = torch.tensor([int(path[-1]) for path in one.nodes], device=device)
+        # left-padded, so that all prompts end in the same column
+        columns = pad([[0] * (width - len(path)) + path.tolist() for path in one.nodes], 0).to(device)
+        own = torch.tensor(one.readings, device=device)
+        below = RowCache()
+        shared = engine.lowered(ids, engine.tree_mask([one]), positions, ends, cache=below)
+        lower.append(below.spread(columns))
+        of_lower.append(own)
+        at_once = max(1, engine.tokens // len(one))
+        for start in range(0, variants, at_once):
+            above, end = RowCache(), min(variants, start + at_once)
+            hidden.append(engine.above(shared, cut(rows, slice(start, end)), cache=above).flatten(0, 1))
+            upper.append(above.spread(columns))
+            present = torch.arange(start, end, device=device)
+            of_upper.append((present[:, None] * len(prompts) + own).reshape(-1))
+    every = torch.arange(len(prompts), device=device)
+    into = torch.cat(of_upper).argsort()
+    tree = _Tree(
+        Branches(RowCache.joined(upper, into), lengths.repeat(variants)),
+        Branches(RowCache.joined(lower, torch.cat(of_lower).argsort()), lengths),
+        torch.arange(variants, device=device).repeat_interleave(len(prompts)),
+        every.repeat(variants),
+        lengths,
+        every,
     )
-    lower.advance(1)
-    live.below = inverse
-    hidden = _parted(engine, shared, rows, gathered, live, inverse)
-    keys = columns - live.start[:, None]
-    position = live.position[:, None]
-    out = engine.raised(hidden[:, None], _mask(engine, position, keys), position, gathered, cache=upper)
-    upper.advance(1)
-    return out[:, 0], below_start
+    return tree, torch.cat(hidden)[into]
 
 
-def _parted(
-    engine: Engine, shared: Shared, rows: Rows, gathered: Rows, live: _Live, inverse: torch.Tensor
-) -> torch.Tensor:
+def _branch(vocab: int, tree: _Tree, token: torch.Tensor, row: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Give every (row, next token) that some answer goes on with a row of its own, above and below.
+
+    Args:
+        token, row: of each answer.
+
+    Returns:
+        the new row of each answer, and whether rows have moved.
+    """
+    pairs, inverse = torch.unique(row * vocab + token, return_inverse=True)
+    parents, tokens = pairs // vocab, pairs % vocab
+    count = len(tree.variant)
+    moved = bool((parents[1:] == parents[:-1]).any()) or len(parents) <= _LEAVE * count
+    if moved:
+        tree.upper.select(parents)
+        tree.variant, tree.below = tree.variant[parents], tree.below[parents]
+    else:  # the few rows that nobody goes on with stay, and count for nothing
+        inverse = parents[inverse]
+        tokens = tokens.new_zeros(count).index_copy_(0, parents, tokens)
+    below, tree.below = torch.unique(tree.below * vocab + tokens, return_inverse=True)
+    parents = below // vocab
+    every = torch.arange(len(tree.start), device=parents.device)
+    if not torch.equal(parents, every):
+        tree.lower.select(parents)
+        tree.start = tree.start[parents]
+    tree.tokens = below % vocab
+    return inverse, moved
+
+
+def _step(engine: Engine, rows: Rows, gathered: Rows, tree: _Tree) -> torch.Tensor:
+    """One token of every row; its hidden state ``[rows, d_model]``."""
+    position = (tree.start + tree.lower.written)[:, None]
+    unread = _unmasked(engine)
+    shared = engine.lowered(tree.tokens[:, None], unread, position, torch.empty(0), cache=tree.lower)
+    tree.lower.advance(1)
+    hidden = _parted(engine, shared, rows, gathered, tree)
+    out = engine.raised(hidden[:, None], unread, position[tree.below], gathered, cache=tree.upper)
+    tree.upper.advance(1)
+    return out[:, 0]
+
+
+def _parted(engine: Engine, shared: Shared, rows: Rows, gathered: Rows, tree: _Tree) -> torch.Tensor:
     """Each row's residual stream where the variants part, ``[rows, d_model]``."""
-    hidden = shared.hidden[inverse, 0]
+    hidden = shared.hidden[tree.below, 0]
     name = engine.shared_name
     if name is not None:
         assert shared.read is not None and shared.wrote is not None
         a = rows.A[name]
         # every distinct input under every variant in one product, then each row takes its own
         z = shared.read[:, 0].to(a.dtype) @ a.permute(1, 0, 2).reshape(a.shape[1], -1)
-        z = z.reshape(len(z), a.shape[0], -1)[inverse, live.variant]
+        z = z.reshape(len(z), a.shape[0], -1)[tree.below, tree.variant]
         if engine.behind is None:
             hidden = write(hidden, z[:, None], gathered.B[name])
         else:
-            wrote = shared.wrote[inverse, 0]
+            wrote = shared.wrote[tree.below, 0]
             hidden = engine.part(hidden, wrote, write(wrote, z[:, None], gathered.B[name]))
     if engine.grid.steering is not None and engine.grid.steering[0] == engine.split:
         hidden = hidden + gathered.steering[engine.split].to(hidden.dtype)
     return hidden
 
 
-def _mask(engine: Engine, queries: torch.Tensor, keys: torch.Tensor) -> object:
-    config = engine.chat.config
-    kinds = set(getattr(config, "layer_types", None) or ())
-    return attention_mask(queries, keys, engine.chat.dtype, kinds, getattr(config, "sliding_window", None))
+def _unmasked(engine: Engine) -> object:
+    """A mask for a model whose attention does not look at it, so that it need not make one."""
+    blank = torch.zeros(1, 1, 1, 1, dtype=engine.chat.dtype, device=engine.chat.device)
+    kinds = set(getattr(engine.chat.config, "layer_types", None) or ())
+    return dict.fromkeys(kinds | {"full_attention"}, blank) if "sliding_attention" in kinds else blank
 
 
-def _gather(rows: Rows, variant: torch.Tensor) -> Rows:
+def _gather(engine: Engine, rows: Rows, variant: torch.Tensor) -> Rows:
+    """Each row's own adapters; the shared input is multiplied with every A at once, and needs none."""
     return Rows(
-        {name: a[variant] for name, a in rows.A.items()},
+        {name: a[variant] for name, a in rows.A.items() if name != engine.shared_name},
         {name: b[variant] for name, b in rows.B.items()},
         {layer: vectors[variant] for layer, vectors in rows.steering.items()},
     )
@@ -228,20 +239,18 @@ def _gather(rows: Rows, variant: torch.Tensor) -> Rows:
 def _draw(
     engine: Engine,
     hidden: torch.Tensor,
+    row: torch.Tensor,
     seeds: np.ndarray,
     number: int,
     temperature: float,
     top_p: float,
     logit_rows: int,
 ) -> torch.Tensor:
-    found = [
-        draw(
-            unembed(engine.chat, hidden[start : start + logit_rows]),
-            seeds[start : start + logit_rows],
-            number,
-            temperature=temperature,
-            top_p=top_p,
-        )
-        for start in range(0, len(hidden), logit_rows)
-    ]
+    """The next token of each answer, from its row's hidden state."""
+    found = []
+    for start in range(0, len(row), logit_rows):
+        chosen = slice(start, start + logit_rows)
+        distinct, inverse = torch.unique(row[chosen], return_inverse=True)
+        logits = unembed(engine.chat, hidden[distinct])
+        found.append(draw(logits[inverse], seeds[chosen], number, temperature=temperature, top_p=top_p))
     return torch.cat(found)

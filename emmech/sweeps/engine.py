@@ -11,6 +11,7 @@ submodules are replaced; the model itself is never touched.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -132,6 +133,14 @@ class Engine:
     def _view(self, blocks: Sequence[nn.Module], *, bare: bool) -> nn.Module:
         view = with_module(self.chat.trunk, self.chat.anatomy.blocks, nn.ModuleList(blocks))
         return with_module(view, self.chat.anatomy.final_norm, nn.Identity()) if bare else view
+
+    def branching(self) -> Engine:
+        """The same engine for rows of one token, whose ``cache`` is :class:`~emmech.sweeps.branches.Branches`."""
+        from emmech.sweeps.branches import branching
+
+        twin = copy.copy(self)
+        twin.lower, twin.upper = branching(self.lower), branching(self.upper)
+        return twin
 
     @torch.no_grad()
     def _write_is_added(self) -> bool:

@@ -8,7 +8,8 @@ import torch
 
 from emmech.chat.sampling import sample
 from emmech.errors import EmmechError
-from emmech.sweeps.cache import RowCache, attention_mask
+from emmech.sweeps.branches import Branches
+from emmech.sweeps.cache import RowCache
 from emmech.sweeps.sampled import Sampled
 from emmech.sweeps.sweep import sweep
 
@@ -110,24 +111,30 @@ def test_pocket_has_its_own_judge_and_questions(make_run):
     assert found.responses["label"].isin(["aligned", "misaligned", "mixed", "incoherent"]).all()
 
 
-def test_the_cache_keeps_what_was_put_in_through_growth_and_selection():
-    cache = RowCache()
-    parts = [torch.randn(3, 2, n, 4) for n in (5, 40, 1)]
-    for part in parts:
-        keys, values = cache.update(part, -part, 0)
-        cache.advance(part.shape[2])
-    whole = torch.cat(parts, 2)
-    assert torch.equal(keys, whole) and torch.equal(values, -whole)
-    cache.select(torch.tensor([2, 0, 0]))
-    keys, _ = cache.update(torch.zeros(3, 2, 1, 4), torch.zeros(3, 2, 1, 4), 0)
-    assert torch.equal(keys[:, :, :-1], whole[[2, 0, 0]])
-    filled = keys.shape[2]  # behind it the store is not written yet
-    joined, kept = (c._store[0][0][:, :, :filled] for c in (RowCache.joined([cache, cache]), cache))
-    assert torch.equal(joined, kept.repeat(2, 1, 1, 1))
-
-
-def test_the_mask_hides_padding_the_future_and_what_left_the_window():
-    keys = torch.tensor([[-1, 0, 1, 2, 3]])
-    mask = attention_mask(torch.tensor([[3]]), keys, torch.float32, {"sliding_attention"}, 2)
-    assert (mask["full_attention"] == 0).reshape(-1).tolist() == [False, True, True, True, True]
-    assert (mask["sliding_attention"] == 0).reshape(-1).tolist() == [False, False, False, True, True]
+def test_attention_over_branches_is_attention_over_whole_sequences():
+    generator = torch.Generator().manual_seed(0)
+    heads, repeats, width, lengths = 2, 3, 8, [4, 7, 5]
+    prompts = RowCache()
+    prompts.update(*torch.randn(2, 3, heads, 7, width, generator=generator), 0)
+    whole = [(prompts.layers[0][0][i], prompts.layers[0][1][i], 7 - n) for i, n in enumerate(lengths)]
+    branches = Branches(prompts, torch.tensor(lengths))
+    # all three fork, one forks again, two die out, a prompt loses all of its rows
+    for parents in [[0, 1, 1, 2, 2, 2], [0, 1, 2, 2, 3, 5], *[range(6)] * 20, [2, 3, 4], [2, 2]]:
+        branches.select(torch.tensor(list(parents)))
+        whole = [whole[i] for i in parents]
+        keys, values = torch.randn(2, len(whole), heads, 1, width, generator=generator)
+        query = torch.randn(len(whole), heads * repeats, width, generator=generator)
+        branches.update(keys, values, 0)
+        whole = [
+            (torch.cat([k, keys[i]], 1), torch.cat([v, values[i]], 1), pad)
+            for i, (k, v, pad) in enumerate(whole)
+        ]
+        for window in (None, 1, 6, 9):
+            found = branches.attend(query, 0, window)
+            for i, (k, v, pad) in enumerate(whole):
+                first = max(pad, k.shape[1] - window) if window else pad
+                k, v = (one[:, first:].repeat_interleave(repeats, 0) for one in (k, v))
+                weights = (k @ query[i][:, :, None])[..., 0].softmax(-1)
+                assert torch.allclose(found[i], (weights[:, None] @ v)[:, 0], atol=1e-6)
+        branches.advance(1)
+    assert branches.get_seq_length() == 7 + 24

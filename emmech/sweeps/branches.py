@@ -1,0 +1,199 @@
+"""Keys and values of answers that branch off shared prompts, and attention over them.
+
+Rows in decoding are many: variants x prompts x samples. All answers to one prompt under one variant see the same
+prompt, so its keys and values are kept once and read once for all of them, as one matrix product; only what each
+row wrote itself is its own. Attention is taken over both parts apart and joined by their normalisers (as in
+Hydragen, arXiv 2402.05099), which is exact.
+
+The model's own modules run; only the attention function inside them is replaced, by Hugging Face's registry.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+from transformers import AttentionInterface
+
+from emmech.sweeps.cache import RowCache
+from emmech.sweeps.rows import with_module
+
+__all__ = ["Branches", "branching"]
+
+_BLOCK = 16  # tokens of room that are allocated at once
+_NAME = "emmech_branches"
+_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weighted values, highest score, sum of weights
+
+
+class Branches:
+    """A cache of rows, each behind one of several prompts.
+
+    Rows of one prompt lie together, in the order of the prompts. The prompts are left-padded, so that all end in
+    the same column, and how far back a key lies is the same number of columns for every row.
+
+    Args:
+        prompts: what a forward over the padded prompts left, ``[groups, width]`` tokens.
+        lengths: of the prompts, ``[groups]``.
+    """
+
+    def __init__(self, prompts: RowCache, lengths: Int[torch.Tensor, " groups"]) -> None:
+        self.written = 0  # tokens behind the prompts, the same number for all rows
+        self._prompts = prompts
+        self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [rows, heads, room, width] each
+        width = prompts.length
+        padding = torch.arange(width, device=lengths.device)[None] < width - lengths[:, None]
+        self._padding = padding if bool(padding.any()) else None
+        self.groups = torch.arange(len(lengths), device=lengths.device)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Give each row a slot behind its prompt: as many for every prompt as the fullest one needs."""
+        present, counts = torch.unique_consecutive(self.groups, return_counts=True)
+        held = len(next(iter(self._prompts.layers.values()))[0])
+        if 2 * len(present) < held:  # most prompts have no row left: let go of them
+            self._prompts.select(present)
+            self._padding = self._padding[present] if self._padding is not None else None
+            self.groups = torch.arange(len(present), device=counts.device).repeat_interleave(counts)
+            present, held = torch.arange(len(present), device=counts.device), len(present)
+        starts = torch.zeros(held, dtype=torch.long, device=counts.device)
+        starts[present] = counts.cumsum(0) - counts
+        self._slots = int(counts.max())
+        place = self.groups * self._slots + torch.arange(len(self.groups), device=counts.device)
+        self._place: torch.Tensor | None = place - starts[self.groups]
+        if len(place) == held * self._slots:  # every slot is taken
+            self._place = None
+
+    def select(self, parents: Int[torch.Tensor, " rows"]) -> None:
+        """Go on with children of these rows; a row may have several, or none. Ascending."""
+        self._own = {layer: (keys[parents], values[parents]) for layer, (keys, values) in self._own.items()}
+        self.groups = self.groups[parents]
+        self._arrange()
+
+    def advance(self, tokens: int) -> None:
+        """A forward of so many tokens is over."""
+        self.written += tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns so far."""
+        return self._prompts.length + self.written
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Branches, int]:
+        """Append ``[rows, heads, 1, width]``; what comes back is for :func:`_attend` alone."""
+        store = self._own.get(layer_idx)
+        if store is None or store[0].shape[2] == self.written:
+            shape = (*keys.shape[:2], self.written + _BLOCK, keys.shape[-1])
+            grown = (keys.new_empty(shape), values.new_empty((*shape[:3], values.shape[-1])))
+            if store is not None:
+                for larger, old in zip(grown, store, strict=True):
+                    larger[:, :, : self.written] = old
+            store = self._own[layer_idx] = grown
+        store[0][:, :, self.written] = keys[:, :, 0]
+        store[1][:, :, self.written] = values[:, :, 0]
+        return self, layer_idx
+
+    def attend(
+        self, query: Float[torch.Tensor, "rows heads width"], layer: int, window: int | None
+    ) -> Float[torch.Tensor, "rows heads value_width"]:
+        """What each row reads from its prompt and from itself.
+
+        Args:
+            query: scaled already.
+            window: how many positions back a token sees, itself included; None for all.
+        """
+        keys, values = self._own[layer]
+        heads = keys.shape[1]
+        asked = query.reshape(len(query) * heads, -1, query.shape[-1])
+        now = self.written + 1
+        first = max(0, now - window) if window else 0
+        own = _part(asked, keys[:, :, first:now].flatten(0, 1), values[:, :, first:now].flatten(0, 1))
+        seen = self._prompts.length if window is None else min(self._prompts.length, window - now)
+        if seen > 0:
+            own = _joined(own, self._of_prompts(asked, heads, layer, seen))
+        weighted, _, total = own
+        return (weighted / total).to(query.dtype).reshape(len(query), query.shape[1], -1)
+
+    def _of_prompts(self, asked: torch.Tensor, heads: int, layer: int, seen: int) -> _Part:
+        """The rows' reading of the last ``seen`` columns of their prompts; all rows of a prompt in one product."""
+        keys, values = self._prompts.layers[layer]
+        count, end = len(keys), self._prompts.length
+        rows = asked.reshape(-1, heads, *asked.shape[1:])  # [rows, heads, repeats, width]
+        if self._place is not None:
+            slots = rows.new_zeros(count * self._slots, *rows.shape[1:])
+            rows = slots.index_copy_(0, self._place, rows)
+        repeats = rows.shape[2]
+        rows = rows.reshape(count, self._slots, *rows.shape[1:]).transpose(1, 2)
+        hidden = self._padding[:, end - seen : end] if self._padding is not None else None
+        if hidden is not None:
+            hidden = hidden.repeat_interleave(heads, 0)[:, None]
+        found = _part(
+            rows.reshape(count * heads, self._slots * repeats, -1),
+            keys[:, :, end - seen : end].flatten(0, 1),
+            values[:, :, end - seen : end].flatten(0, 1),
+            hidden,
+        )
+
+        def by_row(one: torch.Tensor) -> torch.Tensor:
+            one = one.reshape(count, heads, self._slots, repeats, -1).transpose(1, 2).flatten(0, 1)
+            return (one[self._place] if self._place is not None else one).flatten(0, 1)
+
+        weighted, top, total = found
+        return by_row(weighted), by_row(top), by_row(total)
+
+
+def _part(
+    query: Float[torch.Tensor, "batch queries width"],
+    keys: Float[torch.Tensor, "batch keys width"],
+    values: Float[torch.Tensor, "batch keys value_width"],
+    hidden: torch.Tensor | None = None,
+) -> _Part:
+    """Attention over some of the keys, not normalised yet."""
+    scores = torch.bmm(query, keys.transpose(1, 2)).float()
+    if hidden is not None:
+        scores.masked_fill_(hidden, torch.finfo(torch.float32).min)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    return torch.bmm(weights.to(values.dtype), values).float(), top, weights.sum(-1, keepdim=True)
+
+
+def _joined(first: _Part, second: _Part) -> _Part:
+    """Attention over the keys of both."""
+    top = torch.maximum(first[1], second[1])
+    one, two = (first[1] - top).exp_(), (second[1] - top).exp_()
+    return (
+        (first[0] * one).addcmul_(second[0], two),
+        top,
+        (first[2] * one).addcmul_(second[2], two),
+    )
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    keys: Branches,
+    values: int,
+    attention_mask: Any,
+    scaling: float,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that the model's modules call; keys and values are what ``update`` returned."""
+    return keys.attend(query[:, :, 0] * scaling, values, sliding_window)[:, None], None
+
+
+AttentionInterface.register(_NAME, _attend)
+
+
+def branching(view: nn.Module) -> nn.Module:
+    """A view of a trunk whose attention takes :class:`Branches` as its cache."""
+    for path, module in list(view.named_modules()):
+        if hasattr(module, "layer_idx") and hasattr(module, "config"):
+            twin, config = copy.copy(view.get_submodule(path)), copy.copy(cast("Any", module.config))
+            config._attn_implementation = _NAME
+            twin.config = config
+            view = with_module(view, path, twin)
+    return view
