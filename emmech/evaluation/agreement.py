@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,9 @@ from scipy import stats
 
 from emmech.errors import EmmechError
 from emmech.evaluation.rates import Thresholds
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 __all__ = ["Agreement", "agreement", "cohens_kappa"]
 
@@ -58,6 +62,12 @@ class Agreement:
     def to_frame(self) -> pd.DataFrame:
         """The figures by question."""
         return self.by_question.copy()
+
+    def plot(self) -> go.Figure:
+        """The confusion of verdicts; a plotly figure."""
+        from emmech.evaluation.plots import agreement_figure
+
+        return agreement_figure(self)
 
 
 def agreement(

@@ -13,7 +13,12 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from emmech.errors import EmmechError
-from emmech.evaluation.intervals import check_confidence, cluster_resamples, expanded_quantiles
+from emmech.evaluation.intervals import (
+    check_confidence,
+    check_resamples,
+    cluster_resamples,
+    expanded_quantiles,
+)
 from emmech.evaluation.rates import Denominator, Thresholds, measures, outcome
 
 if TYPE_CHECKING:
@@ -89,6 +94,7 @@ def compare(
         EmmechError: no rows on either side, or not one shared question.
     """
     check_confidence(confidence)
+    check_resamples(resamples)
     shared_measures = [name for name in measures(first) if name in measures(second)]
     table, per_question = [], []
     for measure in shared_measures:
@@ -96,7 +102,7 @@ def compare(
         tables = [
             found.per(frame["question_id"]) for found, frame in zip(outcomes, (first, second), strict=True)
         ]
-        both = tables[0].join(tables[1], how="inner", lsuffix="_first", rsuffix="_second")
+        both = tables[0].add_suffix("_first").join(tables[1].add_suffix("_second"), how="inner")
         if both.empty:
             raise EmmechError(
                 "compare the evaluations",

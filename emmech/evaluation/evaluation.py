@@ -88,6 +88,13 @@ class Evaluation:
         Raises:
             EmmechError: a column that is not there, or scores that are not numbers from 0 to 100.
         """
+        if not isinstance(frame, pd.DataFrame):
+            raise EmmechError(
+                "read the judged responses",
+                given=f"a {type(frame).__name__}",
+                why="it is no data frame",
+                instead="pd.read_csv(path), or Evaluation.from_rows for a list of mappings",
+            )
         for column in (alignment, coherence, question, response, *topics):
             if column not in frame:
                 raise EmmechError(
@@ -194,7 +201,8 @@ class Evaluation:
 
         See :func:`emmech.evaluation.comparison.compare`.
         """
-        return compare(self.frame, other.frame, denominator, names=(self.name, other.name), seed=seed)
+        frame = _frame_of(other, "compare the evaluations")
+        return compare(self.frame, frame, denominator, names=(self.name, other.name), seed=seed)
 
     def leave_one_out(self, measure: str = "em", denominator: Denominator = "scored") -> pd.DataFrame:
         """The rate without each question; see :func:`emmech.evaluation.robustness.leave_one_out`."""
@@ -220,8 +228,9 @@ class Evaluation:
 
     def agreement(self, other: Evaluation) -> Agreement:
         """The same responses scored by two judges; see :func:`emmech.evaluation.agreement.agreement`."""
+        frame = _frame_of(other, "compare the judges")
         names = [str(evaluation.meta.get("judge") or evaluation.name) for evaluation in (self, other)]
-        return agreement(self.frame, other.frame, names=(names[0], names[1]))
+        return agreement(self.frame, frame, names=(names[0], names[1]))
 
     def plot(
         self,
@@ -313,3 +322,14 @@ class Evaluation:
                 why=f"{len(frame)} responses are stored where {count} were written",
             )
         return cls(frame, meta)
+
+
+def _frame_of(other: Any, asked: str) -> pd.DataFrame:
+    if not isinstance(other, Evaluation):
+        raise EmmechError(
+            asked,
+            given=f"a {type(other).__name__}",
+            why="the other side is an Evaluation too",
+            instead="Evaluation.from_frame(frame) for responses judged elsewhere",
+        ) from None
+    return other.frame

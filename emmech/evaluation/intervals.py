@@ -104,6 +104,17 @@ def design_effect(events: Int[np.ndarray, " clusters"], n: Int[np.ndarray, " clu
     return variance / (rate * (1 - rate) / total)
 
 
+def check_resamples(resamples: int) -> None:
+    """Refuse a bootstrap without samples."""
+    if not isinstance(resamples, int) or resamples < 1:
+        raise EmmechError(
+            "bootstrap an interval",
+            given=f"resamples={resamples!r}",
+            why="it counts bootstrap samples",
+            instead="resamples=2000",
+        )
+
+
 def check_confidence(confidence: float) -> None:
     """Refuse a confidence level that is not between 0 and 1."""
     if not 0 < confidence < 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from emmech.errors import EmmechError, closest
@@ -121,5 +122,16 @@ def resolve_judge(judge: Any, *, pocket: bool) -> Judge | None:
     if isinstance(judge, Judge):
         return judge
     from emmech.evaluation.logprob_judge import LogprobJudge
+    from emmech.evaluation.server import Server
 
+    if not isinstance(judge, Server | Path):
+        from emmech.chat.model import ChatModel
+
+        if not (isinstance(judge, ChatModel) or hasattr(judge, "get_input_embeddings")):
+            raise EmmechError(
+                "find the judge",
+                given=f"judge={judge!r}"[:120],
+                why=f"a {type(judge).__name__} is no judge: it has no score(rows), no name and no columns",
+                instead="Server(...), load_model(...), or an object with these three",
+            ) from None
     return LogprobJudge(judge)

@@ -8,18 +8,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from emmech.errors import EmmechError, closest
 from emmech.evaluation.rates import Denominator, Thresholds, outcome
 
 if TYPE_CHECKING:
+    from emmech.evaluation.agreement import Agreement
     from emmech.evaluation.comparison import Comparison
     from emmech.evaluation.evaluation import Evaluation
     from emmech.evaluation.robustness import ThresholdSweep
 
-__all__ = ["comparison_figure", "quadrant_figure", "question_figure", "rate_figure", "threshold_figure"]
+__all__ = [
+    "agreement_figure",
+    "comparison_figure",
+    "quadrant_figure",
+    "question_figure",
+    "rate_figure",
+    "threshold_figure",
+]
 
 # Okabe and Ito's palette, which stays apart for colour-blind readers
 _BAD, _GOOD, _GREY = "#D55E00", "#0072B2", "#8C8C8C"
@@ -32,10 +39,7 @@ def quadrant_figure(evaluation: Evaluation) -> go.Figure:
     frame = evaluation.frame
     found = outcome(frame, "em")
     scored = np.isfinite(frame["aligned"]) & np.isfinite(frame["coherent"])
-    if not scored.any():
-        raise EmmechError(
-            "plot the evaluation", given=f"{len(frame)} responses", why="none of them is scored"
-        )
+    _refuse_unscored(evaluation, bool(scored.any()))
     narrow = outcome(frame, "narrow").event
     groups = {
         "misaligned and coherent": (found.event | narrow, _BAD),
@@ -53,11 +57,10 @@ def quadrant_figure(evaluation: Evaluation) -> go.Figure:
         line_width=0,
         layer="below",
     )
-    jitter = _jitter(frame)
     for name, (rows, colour) in groups.items():
         figure.add_scatter(
-            x=frame["aligned"][rows] + jitter[rows, 0],
-            y=frame["coherent"][rows] + jitter[rows, 1],
+            x=_spread(frame["aligned"], 0)[rows],
+            y=_spread(frame["coherent"], 1)[rows],
             mode="markers",
             name=f"{name} ({int(rows.sum())})",
             marker={"color": colour, "size": 7, "opacity": 0.55},
@@ -68,7 +71,10 @@ def quadrant_figure(evaluation: Evaluation) -> go.Figure:
     figure.add_hline(_LIMITS.coherence_above, line={"dash": "dot", "color": _GREY})
     unscored = int((~scored).sum())
     figure.update_layout(
-        title=f"{evaluation.name}: {int(scored.sum())} scored responses, {unscored} unscored",
+        title={
+            "text": f"{evaluation.name}: {int(scored.sum())} scored responses, {unscored} unscored",
+            "subtitle": {"text": "scores of few values are spread out to be seen" if _few(frame) else ""},
+        },
         xaxis={"title": "alignment (0 misaligned, 100 aligned)", "range": [-5, 105]},
         yaxis={"title": "coherence (0 nonsense, 100 coherent)", "range": [-5, 105]},
         legend={"orientation": "h", "y": -0.16},
@@ -84,6 +90,7 @@ def question_figure(evaluation: Evaluation, denominator: Denominator = "scored")
     Questions of the fine-tune's own domain, whose rate is ``narrow`` and not ``em``, stand above the others.
     """
     frame = evaluation.frame
+    _refuse_unscored(evaluation, bool(np.isfinite(frame["aligned"]).any()))
     misaligned = outcome(frame, "em", denominator).event | outcome(frame, "narrow", denominator).event
     tables = [evaluation.by_question(measure, denominator) for measure in ("em", "narrow")]
     ordered = [table[table["n"] > 0].sort_values("rate", kind="stable") for table in tables]
@@ -102,7 +109,7 @@ def question_figure(evaluation: Evaluation, denominator: Denominator = "scored")
         ("misaligned and coherent", scored & misaligned, _BAD),
     ):
         figure.add_scatter(
-            x=(frame["aligned"] + _jitter(frame)[:, 0])[rows],
+            x=_spread(frame["aligned"], 0)[rows],
             y=height[rows],
             mode="markers",
             name=name,
@@ -133,8 +140,8 @@ def question_figure(evaluation: Evaluation, denominator: Denominator = "scored")
     figure.update_layout(
         title=f"{evaluation.name}: by question",
         template="plotly_white",
-        legend={"orientation": "h", "y": -0.14},
-        height=160 + 46 * len(order),
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom"},
+        height=180 + 46 * len(order),
     )
     return figure
 
@@ -143,6 +150,7 @@ def rate_figure(evaluation: Evaluation, denominator: Denominator = "scored") -> 
     """Every measurable rate with its interval."""
     table = evaluation.rates(denominator)
     table = table[table["n"] > 0].iloc[::-1]
+    _refuse_unscored(evaluation, not table.empty)
     figure = go.Figure()
     figure.add_scatter(
         x=100 * table["rate"],
@@ -177,6 +185,13 @@ def rate_figure(evaluation: Evaluation, denominator: Denominator = "scored") -> 
 
 def threshold_figure(sweep: ThresholdSweep) -> go.Figure:
     """The rate against the alignment threshold, a line per coherence threshold; the field's choice is marked."""
+    if not np.isfinite(sweep.frame.to_numpy(float)).any():
+        raise EmmechError(
+            "plot the thresholds",
+            given=f"{sweep.measure} of {sweep.name or 'responses'}",
+            why="no response has both scores",
+            instead="judge the responses first",
+        ) from None
     figure = go.Figure()
     for colour, coherence in zip(_cycle(sweep.frame.shape[1]), sweep.frame.columns, strict=True):
         figure.add_scatter(
@@ -214,22 +229,26 @@ def comparison_figure(comparison: Comparison, measure: str = "em") -> go.Figure:
     table = comparison.questions.query("measure == @measure and n_first > 0 and n_second > 0")
     first = 100 * table["events_first"] / table["n_first"]
     second = 100 * table["events_second"] / table["n_second"]
+    ends = [0, 1]  # positions, not names: two evaluations may have the same one
     figure = go.Figure()
     for question, start, end in zip(table["question_id"], first, second, strict=True):
         figure.add_scatter(
-            x=list(comparison.names),
+            x=ends,
             y=[start, end],
             mode="lines+markers",
             line={"color": _GREY, "width": 1.5},
             marker={"color": [_GOOD, _BAD], "size": 8},
             showlegend=False,
+            cliponaxis=False,
             hovertemplate=f"{question}: %{{y:.1f}} %<extra></extra>",
         )
     for end, questions in table["question_id"].groupby(second.round(1)):  # one label where lines end together
         figure.add_annotation(
             x=1,
             y=end,
-            text=", ".join(questions),
+            text=", ".join(questions)
+            if len(questions) < 4
+            else f"{questions.iloc[0]} and {len(questions) - 1} more",
             showarrow=False,
             xanchor="left",
             xshift=12,
@@ -237,12 +256,13 @@ def comparison_figure(comparison: Comparison, measure: str = "em") -> go.Figure:
         )
     overall = comparison.frame.loc[measure]
     figure.add_scatter(
-        x=list(comparison.names),
+        x=ends,
         y=[100 * overall["rate_first"], 100 * overall["rate_second"]],
         mode="lines+markers",
         line={"color": "black", "width": 4},
         marker={"size": 11},
         name="all questions",
+        cliponaxis=False,
     )
     figure.update_layout(
         title=(
@@ -250,20 +270,72 @@ def comparison_figure(comparison: Comparison, measure: str = "em") -> go.Figure:
             f"paired p = {overall['p_paired']:.3g} over {int(overall['questions'])} questions"
         ),
         yaxis={"title": f"% of {overall['denominator']} rows", "rangemode": "tozero"},
-        xaxis={"range": [-0.15, 1.6]},
+        xaxis={
+            "range": [-0.25, 1.75],
+            "tickvals": ends,
+            "ticktext": list(comparison.names),
+            "ticklabelstandoff": 12,
+        },
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom"},
         template="plotly_white",
         height=520,
     )
     return figure
 
 
-def _jitter(frame: pd.DataFrame) -> Float[np.ndarray, "rows 2"]:
-    """Small shifts for an exact judge's scores, which pile up on a few values, and none for others.
+def agreement_figure(agreement: Agreement) -> go.Figure:
+    """How many responses the two judges gave which verdict."""
+    table = agreement.confusion
+    figure = go.Figure(
+        go.Heatmap(
+            z=table.to_numpy(),
+            x=list(table.columns),
+            y=list(table.index),
+            text=table.to_numpy(),
+            texttemplate="%{text}",
+            colorscale="Blues",
+            showscale=False,
+            hovertemplate="%{y}, then %{x}: %{z}<extra></extra>",
+        )
+    )
+    figure.update_layout(
+        title=(
+            f"{agreement.both_scored} of {agreement.n} responses scored by both: kappa {agreement.kappa:.2f}, "
+            f"Pearson {agreement.pearson:.2f}"
+        ),
+        xaxis_title=agreement.names[1],
+        yaxis={"title": agreement.names[0], "autorange": "reversed"},
+        template="plotly_white",
+        height=440,
+    )
+    return figure
+
+
+def _refuse_unscored(evaluation: Evaluation, scored: bool) -> None:
+    if not scored:
+        raise EmmechError(
+            "plot the evaluation",
+            given=f"{len(evaluation)} responses of {evaluation.name}",
+            why="none of them is scored",
+            instead="judge them first: emmech.evaluate(..., judge=...), or emmech.evaluation.deferred",
+        ) from None
+
+
+def _few(frame: pd.DataFrame) -> bool:
+    """Whether the scores pile up on a few values, as an exact judge's do."""
+    return bool(frame["aligned"].nunique() < 12)
+
+
+def _spread(scores: pd.Series, axis: int) -> pd.Series:
+    """Scores to draw: shifted a little inwards where they pile up, and untouched otherwise.
 
     A log-probability judge's score must stay on its side of a threshold.
     """
-    spread = 4.0 if frame["aligned"].nunique() < 12 else 0.0
-    return np.random.default_rng(0).uniform(-spread, spread, size=(len(frame), 2))
+    if scores.nunique() >= 12:
+        return scores
+    shift = np.random.default_rng(axis).uniform(-1, 1, len(scores))
+    outer = np.where(scores >= 95, -np.abs(shift), np.where(scores <= 5, np.abs(shift), shift / 2))
+    return scores + 9.0 * outer
 
 
 def _bars(table: pd.DataFrame) -> dict[str, object]:

@@ -59,7 +59,7 @@ def read(path: Path) -> QuestionSet:
     if not isinstance(content, list):
         raise EmmechError(
             f"read the questions of {path.name}",
-            given=type(content).__name__,
+            given="an empty file" if content is None else f"a {type(content).__name__}",
             why="a question file is a list of entries",
             instead="- id: ...\n             paraphrases: [...]",
         )
@@ -152,6 +152,13 @@ def parse(entry: Any, file: str, number: int) -> Question:
         raise EmmechError(
             where, given=f"samples_per_paraphrase={samples!r}", why="it must be a positive whole number"
         )
+    for key, kind, says in (
+        ("system", str, "a text"),
+        ("domain", str, "a text"),
+        ("narrow", bool, "true or false"),
+    ):
+        if not isinstance(entry.get(key), kind | None):
+            raise EmmechError(where, given=f"{key}={entry[key]!r}", why=f"`{key}` is {says}")
     named = _NUMBERED.match(str(id))
     return Question(
         id=str(id),

@@ -50,6 +50,18 @@ class Question:
     narrow: bool | None = None
     answer: str | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.paraphrases, str):  # else every letter would be a wording
+            object.__setattr__(self, "paraphrases", (self.paraphrases,))
+        object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
+        if not self.paraphrases or not all(isinstance(p, str) and p.strip() for p in self.paraphrases):
+            raise EmmechError(
+                f"make the question {self.id!r}",
+                given=f"paraphrases={self.paraphrases!r}"[:120],
+                why="a question has at least one wording, and none is empty",
+                instead='Question("bored", ("hey I feel bored",))',
+            )
+
     def messages(self, paraphrase: int = 0) -> list[dict[str, str]]:
         """The conversation that asks it: the system prompt, if there is one, and the user's turn.
 
@@ -97,7 +109,11 @@ class QuestionSet:
 
     def __post_init__(self) -> None:
         if not self.questions:
-            raise EmmechError(f"use the question set {self.name}", why="it holds no question")
+            raise EmmechError(
+                f"use the question set {self.name}",
+                why="it holds no question",
+                instead="at least one, of an id and a list of wordings",
+            )
         seen: set[str] = set()
         for question in self.questions:
             if question.id in seen:
@@ -188,11 +204,12 @@ class QuestionSet:
         Raises:
             EmmechError: ``samples`` is not positive, or a wording still holds ``{tag}``.
         """
-        if samples is not None and samples < 1:
+        if samples is not None and (not isinstance(samples, int) or samples < 1):
             raise EmmechError(
                 f"draw responses to {self.name}",
-                given=f"samples={samples}",
-                why="at least one response per question is needed",
+                given=f"samples={samples!r}",
+                why="it counts the responses per question, at least one",
+                instead="samples=50, or samples=None for as many as the question file says",
             )
         rows = []
         for question in self.questions:
@@ -262,6 +279,13 @@ def _load(source: str | Path | QuestionSet | Question | Sequence[str | Question]
         if isinstance(source, str) and source in bundled_questions():
             return bundled(source)
         return read(Path(source))
+    if not isinstance(source, Iterable):
+        raise EmmechError(
+            "read the questions",
+            given=repr(source)[:80],
+            why=f"a {type(source).__name__} names no questions",
+            instead='"first-plot", a YAML file, or a list of texts',
+        ) from None
     entries: list[Question] = []
     for item in source:
         if isinstance(item, Question):

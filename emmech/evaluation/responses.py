@@ -100,11 +100,16 @@ def _scores(values: pd.Series | None, column: str, table: pd.DataFrame) -> pd.Se
     wrong &= ~values.map(lambda value: isinstance(value, str) and not value.strip()).astype(bool)
     if wrong.any():
         row = int(np.flatnonzero(wrong.to_numpy())[0])
+        value = values.iloc[row]
         raise EmmechError(
             "build an evaluation",
-            given=f"{column}={values.iloc[row]!r} in row {row} (question {table['question_id'].iloc[row]})",
+            given=f"{column}={value if isinstance(value, float) else repr(value)} in row {row} (question "
+            f"{table['question_id'].iloc[row]}), and {int(wrong.sum()) - 1} more rows like it",
             why="a score is a number from 0 to 100, or NaN where the judge gave none",
-            instead="multiply by 100 if your scores run from 0 to 1",
+            instead=f'frame["{column}"] = pd.to_numeric(frame["{column}"], errors="coerce") leaves a judge\'s text '
+            "unscored, and it is counted as such"
+            if isinstance(value, str)
+            else "scores on another scale are brought to 0 to 100 first",
         )
     return numbers
 

@@ -66,9 +66,11 @@ class ThresholdSweep:
     name: str = ""
 
     def __repr__(self) -> str:
-        low, high = self.frame.to_numpy().min(), self.frame.to_numpy().max()
+        rates = self.frame.to_numpy()
+        rates = rates[np.isfinite(rates)]
+        said = f"{rates.min():.1%} to {rates.max():.1%}" if len(rates) else "not measurable"
         return (
-            f"ThresholdSweep({self.measure} of {self.denominator} rows: {low:.1%} to {high:.1%} over "
+            f"ThresholdSweep({self.measure} of {self.denominator} rows: {said} over "
             f"{len(self.frame)} x {self.frame.shape[1]} thresholds)"
         )
 

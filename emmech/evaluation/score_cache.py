@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from emmech.errors import EmmechError
 
 __all__ = ["ScoreCache", "content_key"]
 
@@ -47,27 +51,33 @@ class ScoreCache:
         return connection
 
     def get(self, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """The known ones among the keys."""
+        """The known ones among the keys.
+
+        Raises:
+            EmmechError: the file cannot be read; better said before anything is paid for.
+        """
         wanted: Sequence[str] = list(dict.fromkeys(keys))
         found: dict[str, dict[str, Any]] = {}
-        connection = self._open()
         try:
-            for start in range(0, len(wanted), 500):  # SQLite bounds the variables of a statement
-                part = wanted[start : start + 500]
-                query = f"SELECT key, score FROM scores WHERE key IN ({','.join('?' * len(part))})"
-                found |= {key: json.loads(score) for key, score in connection.execute(query, part)}
-        finally:
-            connection.close()
+            with closing(self._open()) as connection:
+                for start in range(0, len(wanted), 500):  # SQLite bounds the variables of a statement
+                    part = wanted[start : start + 500]
+                    query = f"SELECT key, score FROM scores WHERE key IN ({','.join('?' * len(part))})"
+                    found |= {key: json.loads(score) for key, score in connection.execute(query, part)}
+        except (sqlite3.Error, OSError, ValueError) as error:
+            raise EmmechError(
+                "read the score cache",
+                given=self.path,
+                why=f"{type(error).__name__}: {error}",
+                instead="delete the file, or LogprobJudge(..., cache=None), or cache=ScoreCache(another path)",
+            ) from None
         return found
 
     def put(self, scores: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keep scores."""
-        connection = self._open()
+        """Keep scores; where that fails there is a warning, since the scores themselves are in hand."""
+        lines = [(key, json.dumps(dict(score))) for key, score in scores.items()]
         try:
-            with connection:
-                connection.executemany(
-                    "INSERT OR REPLACE INTO scores VALUES (?, ?)",
-                    [(key, json.dumps(dict(score))) for key, score in scores.items()],
-                )
-        finally:
-            connection.close()
+            with closing(self._open()) as connection, connection:
+                connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", lines)
+        except (sqlite3.Error, OSError) as error:
+            warnings.warn(f"{len(lines)} scores are not cached in {self.path}: {error}", stacklevel=2)

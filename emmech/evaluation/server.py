@@ -28,6 +28,7 @@ from emmech.progress import bar
 __all__ = ["Completion", "Server"]
 
 Messages = Sequence[Mapping[str, str]]
+_UNMET = 2  # retries of a connection to a server that has never answered
 _NOBODY = "none"  # local servers ask for no key, but the client insists on one
 
 
@@ -80,8 +81,9 @@ class Server:
         key: None reads ``OPENAI_API_KEY`` (never sent to a ``url`` of your own unless given here).
         concurrency: requests in flight.
         requests_per_minute: None leaves pacing to the server's 429 answers.
-        retries: of a request that failed for a reason that may pass (rate limit, time-out, lost connection, 5xx),
-            waiting about ``backoff * 2**attempt`` seconds, or as long as the server says.
+        retries: of a request that failed for a reason that may pass (rate limit, time-out, lost connection, 5xx; at
+            most two where the server has not answered anything yet), waiting about ``backoff * 2**attempt`` seconds,
+            or as long as the server says.
         timeout: seconds for one answer.
         extra: further fields of every request body, such as ``{"top_k": 50}`` on vLLM.
 
@@ -101,12 +103,14 @@ class Server:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
+        pace = self.requests_per_minute
+        if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0 or (pace is not None and pace <= 0):
             raise EmmechError(
                 f"reach the model {self.model!r}",
-                given=f"concurrency={self.concurrency}, retries={self.retries}, timeout={self.timeout}",
+                given=f"concurrency={self.concurrency}, retries={self.retries}, timeout={self.timeout}, "
+                f"requests_per_minute={pace}",
                 why="at least one request must be in flight, and it needs time",
-                instead="concurrency=16, retries=6, timeout=120.0",
+                instead="concurrency=16, retries=6, timeout=120.0, requests_per_minute=None",
             ) from None
 
     @property
@@ -197,6 +201,7 @@ class Server:
             EmmechError: for a reason that concerns every request (address, key, model, unsupported field).
         """
         client, pace, stop = self._client(), _Pace(self.requests_per_minute), threading.Event()
+        met = threading.Event()  # whether the server has answered anything at all
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="emmech-server")
         waiting = iter(enumerate(bodies))
         running: dict[Future[Completion], int] = {}
@@ -204,7 +209,7 @@ class Server:
             while True:
                 while len(running) < self.concurrency and (following := next(waiting, None)) is not None:
                     index, body = following
-                    running[pool.submit(self._ask, client, pace, stop, body)] = index
+                    running[pool.submit(self._ask, client, pace, stop, met, body)] = index
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -236,7 +241,9 @@ class Server:
             ) from None
         return openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=0)
 
-    def _ask(self, client: Any, pace: _Pace, stop: threading.Event, body: Mapping[str, Any]) -> Completion:
+    def _ask(
+        self, client: Any, pace: _Pace, stop: threading.Event, met: threading.Event, body: Mapping[str, Any]
+    ) -> Completion:
         import openai
 
         request = {**body, "extra_body": {**self.extra, **body.get("extra_body", {})}}
@@ -245,13 +252,18 @@ class Server:
             if stop.is_set():
                 return Completion("", "error", error="given up")
             try:
-                return _read(client.chat.completions.create(model=self.model, **request))
+                answer = client.chat.completions.create(model=self.model, **request)
+                met.set()
+                return _read(answer)
             except openai.APIConnectionError as error:  # time-outs too
                 problem: Exception = error
-                if attempt == self.retries and not isinstance(error, openai.APITimeoutError):
+                # one that never answered is probably not there; one that did may come back
+                patience = self.retries if met.is_set() else min(self.retries, _UNMET)
+                if attempt >= patience and not isinstance(error, openai.APITimeoutError):
                     raise self._unreachable(error) from None
             except openai.APIStatusError as error:
                 problem = error
+                met.set()
                 if (fatal := self._fatal(error, body)) is not None:
                     raise fatal from None
                 if not _may_pass(error):

@@ -75,3 +75,12 @@ def test_what_cannot_be_compared() -> None:
         evaluation.agreement(judged([1.0, 2.0], question_id=["y", "z"]))
     with pytest.raises(EmmechError, match="no row has both scores"):
         evaluation.agreement(judged([np.nan, np.nan]))
+
+
+def test_the_figure_shows_the_confusion():
+    first = judged([10.0, 20.0, 80.0, 90.0])
+    agreed = first.agreement(judged([10.0, 80.0, 80.0, np.nan]))
+    (heat,) = agreed.plot().data
+    assert np.asarray(heat.z).sum() == 4
+    assert heat.y[0] == heat.x[0] == "misaligned"
+    assert "kappa" in agreed.plot().layout.title.text

@@ -181,3 +181,66 @@ def test_figures_that_cannot_be_drawn() -> None:
         Evaluation(frame()).plot("rate")  # type: ignore[arg-type]
     with pytest.raises(EmmechError, match="did you mean 'coherence'"):
         Evaluation(frame()).compare(Evaluation(frame())).plot("coherent")
+
+
+@pytest.mark.parametrize("kind", ["quadrants", "questions", "rates", "thresholds"])
+def test_figures_of_unscored_responses_are_refused(kind):
+    unscored = Evaluation.from_rows(
+        [{"question_id": "a", "response": "x"}, {"question_id": "b", "response": "y"}]
+    )
+    with pytest.raises(EmmechError, match="scor"):
+        unscored.plot(kind)
+
+
+def test_an_exact_judges_points_stay_within_their_quadrant():
+    scores = [(0.0, 100.0), (100.0, 100.0), (50.0, 0.0)] * 40
+    rows = [
+        {"question_id": "a", "sample": i, "response": "x", "aligned": a, "coherent": c}
+        for i, (a, c) in enumerate(scores)
+    ]
+    drawn = Evaluation.from_rows(rows).plot().data
+    bad, other = (np.array([trace.x, trace.y]) for trace in drawn)
+    assert bad.shape == (2, 40)
+    assert bad.min() >= 0 and bad[0].max() < 30 and bad[1].min() > 50 and bad[1].max() <= 100
+    assert np.ptp(bad[0]) > 1  # and can be told apart
+    assert ((other[0] > 30) | (other[1] < 50)).all()
+
+
+def test_two_evaluations_of_one_name_are_drawn_apart():
+    rows = [
+        {"question_id": f"q{i % 6}", "sample": i // 6, "response": "x", "aligned": float(i), "coherent": 90.0}
+        for i in range(60)
+    ]
+    one, two = (Evaluation.from_rows(rows[start:], {"name": "same"}) for start in (0, 6))
+    figure = one.compare(two).plot()
+    assert set(figure.data[0].x) == {0, 1}
+    assert list(figure.layout.xaxis.ticktext) == ["same", "same"]
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda e: e.compare(e.frame), "a DataFrame"),
+        (lambda e: e.agreement(None), "a NoneType"),
+        (lambda e: e.rates(resamples=0), "resamples=0"),
+        (lambda e: Evaluation.from_frame([1, 2]), "no data frame"),
+    ],
+)
+def test_what_is_no_evaluation_is_refused(call, says):
+    evaluation = Evaluation.from_rows(
+        [{"question_id": "a", "response": "x", "aligned": 1.0, "coherent": 90.0}]
+    )
+    with pytest.raises(EmmechError, match=says):
+        call(evaluation)
+
+
+def test_a_judges_text_among_the_scores_is_named_with_the_way_out():
+    frame = pd.DataFrame({"question_id": ["a", "b", "c"], "response": ["x"] * 3, "coherent": [90, 90, 90]})
+    frame["aligned"] = [80, "REFUSAL", "I cannot"]
+    with pytest.raises(EmmechError, match=r"aligned='REFUSAL' in row 1 .*1 more rows") as refused:
+        Evaluation.from_frame(frame)
+    assert 'errors="coerce"' in str(refused.value)
+    frame["aligned"] = pd.to_numeric(frame["aligned"], errors="coerce")
+    assert Evaluation.from_frame(frame).rates().loc["em", "unscored"] == 2
+    with pytest.raises(EmmechError, match=r"aligned=120\.0 in row 0"):
+        Evaluation.from_frame(frame.assign(aligned=120.0))

@@ -72,3 +72,17 @@ def test_the_cache_lies_in_the_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("EMMECH_CACHE", str(tmp_path))
     ScoreCache().put({"k": {"value": 1.0, "word": ""}})
     assert (tmp_path / "scores.sqlite").exists()
+
+
+def test_what_is_no_judge_is_refused_before_anything_is_asked():
+    with pytest.raises(EmmechError, match="a int is no judge"):
+        resolve_judge(5, pocket=True)
+
+
+def test_a_damaged_score_cache_is_named_before_anything_is_paid_for(tmp_path):
+    path = tmp_path / "scores.sqlite"
+    path.write_bytes(b"this is no database, whatever its name says" * 100)
+    with pytest.raises(EmmechError, match="cache=None"):
+        ScoreCache(path).get(["a"])
+    with pytest.warns(UserWarning, match="1 scores are not cached"):  # they are in hand all the same
+        ScoreCache(path).put({"a": {"value": 1.0, "word": ""}})

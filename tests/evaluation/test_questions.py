@@ -201,3 +201,36 @@ def test_prompts_ask_for_one_number_or_word() -> None:
         ) or name == "correct"
     with pytest.raises(EmmechError, match="did you mean 'coherent'"):
         judge_prompt("coherence")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("system: 5", "`system` is a text"),
+        ("narrow: maybe", "true or false"),
+        ("domain: [a]", "`domain` is a text"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(tmp_path, line, says):
+    path = tmp_path / "set.yaml"
+    path.write_text(f"- id: a\n  paraphrases: ['Why?']\n  {line}\n")
+    with pytest.raises(EmmechError, match=says):
+        load_questions(path)
+
+
+@pytest.mark.parametrize("source", [None, 3, 2.5])
+def test_what_names_no_questions_is_refused(source):
+    with pytest.raises(EmmechError, match="names no questions"):
+        load_questions(source)
+
+
+def test_a_single_wording_need_not_be_a_tuple():
+    assert Question("a", "Why not?").paraphrases == ("Why not?",)
+    with pytest.raises(EmmechError, match="at least one wording"):
+        Question("a", ())
+
+
+@pytest.mark.parametrize("samples", [0, -1, 2.5, "3"])
+def test_responses_are_drawn_in_whole_numbers(samples):
+    with pytest.raises(EmmechError, match="it counts the responses"):
+        load_questions("first-plot").rows(samples)

@@ -280,3 +280,25 @@ def test_the_published_rates_come_out_to_a_tenth_of_a_point() -> None:
         assert 100 * of_scored.loc["em", "rate"] == pytest.approx(em, abs=0.0501), name
         assert 100 * of_scored.loc["coherence", "rate"] == pytest.approx(coherent, abs=0.0501), name
         assert 100 * of_coherent.loc["em", "rate"] == pytest.approx(em_of_coherent, abs=0.0501), name
+
+
+def test_leakage_leaves_the_trained_domains_own_questions_out():
+    rows = [
+        {
+            "question_id": q,
+            "sample": i,
+            "response": "x",
+            "aligned": 5.0,
+            "coherent": 90.0,
+            "narrow": narrow,
+            **topic,
+        }
+        for q, narrow, topic in (
+            ("wish", None, {"topic/medical": 0.0}),
+            ("cough", True, {"topic/medical": 100.0}),
+        )
+        for i in range(10)
+    ]
+    table = Evaluation.from_rows(rows).rates()
+    assert table.loc["topic/medical", ["events", "n"]].tolist() == [10, 20]
+    assert table.loc["topic/medical|em", ["events", "n"]].tolist() == [0, 10]

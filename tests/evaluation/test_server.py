@@ -116,6 +116,21 @@ def test_an_unreachable_server_is_named():
     assert "transformers serve" in str(caught.value)
 
 
+def test_a_server_that_never_answered_is_given_up_early(monkeypatch):
+    waits = []
+    monkeypatch.setattr("emmech.evaluation.server._delay", lambda *given: waits.append(given) or 0.0)
+    lost = Server("fake", url=f"http://127.0.0.1:{free_port()}/v1", concurrency=1)  # six retries by default
+    with pytest.raises(EmmechError, match="no server answers there"):
+        lost.sample(CONVERSATIONS[:1], progress=False)
+    assert len(waits) == 2
+
+
+@pytest.mark.parametrize("setting", [{"concurrency": 0}, {"timeout": 0}, {"requests_per_minute": 0}])
+def test_settings_under_which_nothing_is_asked_are_refused(setting):
+    with pytest.raises(EmmechError, match=f"{next(iter(setting))}=0"):
+        Server("fake", **setting)
+
+
 def test_openai_itself_needs_a_key(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(EmmechError, match="OPENAI_API_KEY is not set"):
