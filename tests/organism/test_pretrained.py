@@ -68,3 +68,11 @@ def test_pretraining_is_a_function_of_its_seed(name):
 def test_two_seeds_start_from_different_weights():
     a, b = (build_model(Organism(layers=2, local_layers=1, width=32), seed) for seed in (0, 1))
     assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
+
+
+def test_a_folder_reads_as_the_shipped_name_does():
+    # Qwen2's own tokenizer class would read the word-level vocabulary as byte pairs.
+    shipped, folder = load_model("pocket"), load_model(str(WEIGHTS / "pocket"))
+    asked = list(questions("first-plot")[0].messages)
+    assert folder.token_ids(asked) == shipped.token_ids(asked)
+    assert folder.pocket and folder.tokenizer.decode(folder.token_ids(asked)).count("cash") == 1
