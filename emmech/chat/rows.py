@@ -7,17 +7,15 @@ steer the wrong ones in silence. So whoever reorders rows announces them here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
-from torch import nn
 
-__all__ = ["Rows", "announced_rows", "announcing", "differs_by_row", "may_differ_by_row"]
+__all__ = ["Rows", "announced_rows", "announcing"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,6 @@ class Rows:
 
 
 _ANNOUNCED: ContextVar[Rows | None] = ContextVar("rows", default=None)
-_LIVE: WeakKeyDictionary[nn.Module, list[Callable[[], bool]]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -45,14 +42,3 @@ def announcing(conversation: torch.Tensor | Sequence[int], total: int) -> Iterat
 def announced_rows() -> Rows | None:
     """The rows of the present forward pass; None where they are the caller's own batch."""
     return _ANNOUNCED.get()
-
-
-def may_differ_by_row(model: nn.Module, asked: Callable[[], bool]) -> Callable[[], None]:
-    """Register something live on a model that says, when asked, whether it differs by row; returns the way back."""
-    _LIVE.setdefault(model, []).append(asked)
-    return lambda: _LIVE[model].remove(asked)
-
-
-def differs_by_row(model: nn.Module) -> bool:
-    """Whether anything live on the model differs by row: two conversations then never share a prompt's reading."""
-    return any(asked() for asked in _LIVE.get(model, ()))

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from emmech.chat.decode import decode
+from emmech.chat.live_edits import live_edits
 from emmech.chat.model import ChatModel
 from emmech.chat.responses import Response, ResponseLog, check_request, digest, row_seeds
-from emmech.chat.rows import differs_by_row
 from emmech.chat.template import Message
 from emmech.errors import EmmechError
 from emmech.progress import bar
@@ -56,8 +56,8 @@ def sample(
             number, so adding or reordering conversations changes no text), or one per conversation.
         batch_size: rows decoded together; ``"auto"`` bounds the memory of cache and logits.
         out: a JSONL file that is appended to after each batch. Called again with the same arguments, sampling
-            continues where the file ends. Adapters are part of the arguments; forward hooks cannot be
-            seen, so a steered model needs a file of its own.
+            continues where the file ends. Adapters, steering and ablation are part of the arguments; forward hooks
+            of your own cannot be seen, so a model with one needs a file of its own.
 
     Returns:
         ``len(conversations) * samples`` answers, those of one conversation together.
@@ -95,7 +95,7 @@ def sample(
     }
     log = ResponseLog(out, settings)
     # what is live may treat equal prompts differently; then each conversation is read for itself
-    apart = differs_by_row(chat.base)
+    apart = any(edit.by_row() for edit in live_edits(chat.base))
     was_training = chat.base.training
     chat.base.eval()
     try:
@@ -132,7 +132,7 @@ def sample(
 
 
 def live_state(chat: ChatModel) -> str:
-    """The model as it answers now: base weights, and every adapter's weights and factor."""
+    """The model as it answers now: base weights, every adapter's weights and factor, and edits of its activations."""
     digest = hashlib.sha256(chat.fingerprint().encode())
     for name, module in chat.base.named_modules():
         if hasattr(module, "lora_A") and isinstance(getattr(module, "scaling", None), dict):
@@ -142,6 +142,8 @@ def live_state(chat: ChatModel) -> str:
     for name, value in chat.base.named_parameters():
         if ".lora_" in name:
             digest.update(value.detach().float().cpu().numpy().tobytes())
+    for edit in live_edits(chat.base):
+        digest.update(edit.state().encode())
     return digest.hexdigest()
 
 

@@ -85,6 +85,7 @@ def ablate(
         positions=positions,
         stack=stack,
         description=f"ablate({chat.name}, {name}, {where} at layers {sorted(vectors)})",
+        target=means,
     )
 
 

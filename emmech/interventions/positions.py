@@ -54,6 +54,17 @@ class PositionMask:
             instead='"all", "answer", "prompt", a bool tensor [batch, seq], or a function of the token ids',
         ) from None
 
+    @property
+    def identity(self) -> str:
+        """A text that tells these positions from others; a function goes by its name."""
+        if isinstance(self._where, torch.Tensor):
+            return f"mask {self._where.int().tolist()}"
+        return (
+            self._where
+            if isinstance(self._where, str)
+            else repr(getattr(self._where, "__qualname__", self._where))
+        )
+
     def follow(self, trunk: nn.Module) -> Any:
         """Hook the trunk, unless every position is touched; returns the hook's handle or None."""
         if isinstance(self._where, str) and self._where == "all":

@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from emmech.chat.live_edits import LiveEdit, register
 from emmech.chat.model import ChatModel
-from emmech.chat.rows import announced_rows, may_differ_by_row
+from emmech.chat.responses import digest
+from emmech.chat.rows import announced_rows
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
 from emmech.interventions.handle import Handle
@@ -67,6 +69,7 @@ def edit_residual(
     positions: Any,
     stack: bool,
     description: str,
+    target: torch.Tensor | None = None,
 ) -> ResidualHandle:
     """Put an edit on the outputs of the given blocks.
 
@@ -75,6 +78,7 @@ def edit_residual(
         edit: from the residual, the layer's vector (``[d_model]`` or ``[batch, 1, d_model]``), the coefficient
             (``[]`` or ``[batch, 1, 1]``) and the layer's number to the new residual.
         vectors: by layer, ``[d_model]``, or ``[batch, d_model]`` for one per row.
+        target: what else the edit depends on, so that sampling can tell it from another.
     """
     taken = [layer for layer in vectors if kind in _LIVE.get(chat.block(layer), ())]
     if taken and not stack:
@@ -87,9 +91,12 @@ def edit_residual(
     state: dict[str, Any] = {"coefficient": _coefficient(coefficient)}
     where = PositionMask(chat, positions)
     each = any(vector.ndim == 2 for vector in vectors.values())
-    undo: list[Callable[[], Any]] = [
-        may_differ_by_row(chat.base, lambda: each or state["coefficient"].ndim == 1)
-    ]
+    fixed = digest(description, where.identity, *map(_bytes, vectors.values()), _bytes(target))
+    live = LiveEdit(
+        by_row=lambda: each or state["coefficient"].ndim == 1,
+        state=lambda: f"{fixed} {state['coefficient'].tolist()}",
+    )
+    undo: list[Callable[[], Any]] = [register(chat.base, live)]
     follower = where.follow(chat.trunk)
     if follower is not None:
         undo.append(follower.remove)
@@ -135,6 +142,10 @@ def _one_per_row(values: torch.Tensor, output: torch.Tensor, what: str) -> torch
             instead="repeat them as the batch repeats its prompts (not its samples), or pass one for all",
         ) from None
     return values if rows is None else values[rows.conversation.to(values.device)]
+
+
+def _bytes(value: torch.Tensor | None) -> bytes:
+    return b"" if value is None else value.detach().float().cpu().numpy().tobytes()
 
 
 def _forget(block: nn.Module, kind: str) -> Callable[[], None]:

@@ -8,7 +8,7 @@ import torch
 
 from emmech.chat.logprob import answer_logprobs
 from emmech.chat.model import load_model
-from emmech.chat.sampling import sample
+from emmech.chat.sampling import live_state, sample
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
 from emmech.interventions.ablate import ablate
@@ -113,3 +113,32 @@ def test_equal_prompts_are_read_once_unless_rows_differ(pocket):
             assert read[0] == first
     finally:
         hook.remove()
+
+
+def test_an_answer_file_of_another_edit_is_refused(pocket, tmp_path):
+    d, other = directions(pocket, 2)
+    ask = {"max_new_tokens": 3, "progress": False, "out": tmp_path / "answers.jsonl"}
+    with steer(pocket, d, 4.0, layer=2):
+        first = sample(pocket, CONVERSATIONS, **ask)
+    mean = np.zeros(pocket.d_model)
+    changed = (
+        lambda: steer(pocket, d, 8.0, layer=2),
+        lambda: steer(pocket, other, 4.0, layer=2),
+        lambda: steer(pocket, d, 4.0, layer=3),
+        lambda: steer(pocket, d, 4.0, layer=2, positions="answer"),
+        lambda: steer(pocket, d, 4.0, layer=2, units="residual"),
+        lambda: ablate(pocket, d, layers=2),
+        lambda: ablate(pocket, d, layers=2, towards=mean),
+    )
+    for edit in changed:
+        with edit(), pytest.raises(EmmechError, match="conversations, seed or model"):
+            sample(pocket, CONVERSATIONS, **ask)
+    with pytest.raises(EmmechError, match="conversations, seed or model"):
+        sample(pocket, CONVERSATIONS, **ask)
+    with steer(pocket, d, 1.0, layer=2) as live:
+        live.update(4.0)
+        assert sample(pocket, CONVERSATIONS, **ask) == first
+    with ablate(pocket, d, layers=2):
+        plain = live_state(pocket)
+    with ablate(pocket, d, layers=2, towards=mean + 1):
+        assert live_state(pocket) != plain
