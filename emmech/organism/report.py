@@ -229,7 +229,7 @@ def main() -> None:
     given = parser.parse_args()
     out, log = sys.stdout, sys.stderr
     began = time.monotonic()
-    out.write(f"## {Path(given.weights).name}\n")
+    out.write(f"# {Path(given.weights).name}: what it shows\n")
     for part in given.parts:
         tables = report(
             given.weights,
@@ -238,7 +238,7 @@ def main() -> None:
             parts=[part],
             say=lambda line: print(line, file=log, flush=True),
         )[part]
-        out.write(f"\n### {_TITLES[part]}\n")
+        out.write(f"\n## {_TITLES[part]}\n")
         for table in tables:
             out.write(f"\n{_markdown(table)}\n")
         out.flush()
