@@ -177,7 +177,16 @@ def merge_judging(
     return Evaluation.from_rows(rows, {**evaluation.meta, "judge": judge})
 
 
-def _rows(evaluation: Evaluation, questions: Any) -> list[dict[str, Any]]:
+def _rows(evaluation: Any, questions: Any) -> list[dict[str, Any]]:
+    from emmech.evaluation.evaluation import Evaluation
+
+    if not isinstance(evaluation, Evaluation):
+        raise EmmechError(
+            "plan the judging",
+            given=f"a {type(evaluation).__name__}",
+            why="what is judged is an Evaluation's responses",
+            instead='emmech.evaluate(..., judge="later"), or Evaluation.load(folder)',
+        ) from None
     rows: list[dict[str, Any]] = evaluation.frame.to_dict("records")
     if questions is not None:
         from emmech.evaluation.questions import load_questions

@@ -242,20 +242,31 @@ def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None)
         path = folder / f"scores-{key[:12]}.jsonl"
         done = _known_scores(path)
     for start in range(len(done), len(rows), _PART):
-        fresh = judge.score(rows[start : start + _PART])
-        expected = min(_PART, len(rows) - start)
-        if len(fresh) != expected:
-            raise EmmechError(
-                f"judge with {judge.name}",
-                given=f"{expected} rows",
-                why=f"the judge gave {len(fresh)} results",
-                instead="score(rows) returns one mapping per row, in order",
-            ) from None
+        part = rows[start : start + _PART]
+        fresh = judge.score(part)
+        _check_scores(judge, part, fresh)  # before they are stored, and met again after the judge was mended
         for score in fresh:
             done.append(dict(score))
             if path is not None:
                 append_jsonl(path, score)
     return done
+
+
+def _check_scores(judge: Judge, rows: Sequence[Mapping[str, Any]], scores: Any) -> None:
+    from emmech.evaluation.evaluation import Evaluation
+
+    found = f"{len(scores)} results" if isinstance(scores, Sequence) else f"a {type(scores).__name__}"
+    if isinstance(scores, Sequence) and (strange := [s for s in scores if not isinstance(s, Mapping)]):
+        found = f"{strange[0]!r}"[:80]
+    elif found == f"{len(rows)} results":
+        Evaluation.from_rows({**row, **score} for row, score in zip(rows, scores, strict=True))
+        return
+    raise EmmechError(
+        f"judge with {judge.name}",
+        given=f"{len(rows)} rows",
+        why=f"the judge gave {found}",
+        instead="score(rows) returns one mapping per row, in order",
+    ) from None
 
 
 def _known_scores(path: Path) -> list[dict[str, Any]]:

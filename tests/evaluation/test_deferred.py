@@ -151,3 +151,8 @@ def test_bad_answer_files_are_explained(responses, tmp_path):
     answers.write_text('{"custom_id"\n{"custom_id": "x", "score": 1}\n')
     with pytest.raises(EmmechError, match=r"answers.jsonl:1"):
         merge_judging(responses, answers, prompts=one)
+
+
+def test_what_is_no_evaluation_cannot_be_judged_later():
+    with pytest.raises(EmmechError, match="a str"):
+        plan_judging("responses.jsonl")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -168,6 +169,24 @@ def test_a_judge_that_counts_wrong_is_named(tiny):
     judge.score = lambda rows: [{}]
     with pytest.raises(EmmechError, match="the judge gave 1 results"):
         evaluate(tiny("qwen2"), ASKED, judge, samples=2, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("85", "the judge gave '85'"),
+        ({"aligned": 150.0}, "aligned=150.0"),
+        ({"aligned": "fine"}, "aligned='fine'"),
+    ],
+)
+def test_scores_that_cannot_be_are_named_and_not_stored(tiny, tmp_path, given, says):
+    """A judge that was mended under the same name must not meet its old scores again."""
+    chat, judge = tiny("qwen2"), LengthJudge()
+    judge.score = lambda rows: [given for _ in rows]
+    with pytest.raises(EmmechError, match=re.escape(says)):
+        evaluate(chat, ASKED, judge, samples=2, out=tmp_path, **QUICK)
+    mended = evaluate(chat, ASKED, LengthJudge(), samples=2, out=tmp_path, **QUICK)
+    assert mended.frame["aligned"].notna().all()
 
 
 def test_unscored_rows_are_counted(tiny):
