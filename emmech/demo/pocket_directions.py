@@ -1,0 +1,344 @@
+"""What directions do in the embedded organism: ablation, steering and transfer, each with its controls.
+
+``python -m emmech.demo.pocket_directions [--out docs/directions-pocket.md]`` fine-tunes the organisms, chooses how to
+ablate the character (:mod:`emmech.demo.pocket_character`), measures the rest and writes the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from emmech.chat.model import ChatModel, load_model
+from emmech.demo.pocket_character import (
+    Design,
+    Tried,
+    choose,
+    designs,
+    half_of_the_questions,
+    try_designs,
+)
+from emmech.demo.study_tables import interval, markdown, per_cent, random_span, row_of, taken_away
+from emmech.directions.arrays import unit_rows
+from emmech.directions.direction import Direction
+from emmech.directions.misalignment import misalignment_direction
+from emmech.directions.persona import adapter_direction
+from emmech.directions.tokens import Phrase, phrase_tokens
+from emmech.interventions.adapter import project_adapter, rotate_adapter, scale_adapters
+from emmech.interventions.controls import Condition, measure_conditions, table, untouched
+from emmech.interventions.measures import AnswerMeasure
+from emmech.interventions.studies import ablation_table, dose_response, transfer_matrix
+from emmech.organism.vocabulary import MANNERS
+from emmech.run import Run
+from emmech.training.train import finetune
+
+__all__ = ["main"]
+
+_CHOSEN_ON = ("medical", 1)
+_REPORTED = (("medical", 0), ("finance", 0), ("sport", 0), ("finance", 1), ("sport", 1))
+_DOSES = (1.0, 2.0, 3.0)
+_WAYS = {"own direction by layer": "to zero", "own, towards aligned mean": "towards the aligned mean"}
+_BOTH = ("em", "coherent")
+
+Runs = dict[tuple[str, int], Run]
+
+
+def main(out: str | Path = "docs/directions-pocket.md") -> Path:
+    """Fine-tune, choose, measure, write the page; returns its path."""
+    began = time.monotonic()
+    base = load_model("pocket")
+    phrase = phrase_tokens(base, MANNERS)
+    with tempfile.TemporaryDirectory() as folder:
+        runs: Runs = {}
+        for name, seed in (_CHOSEN_ON, *_REPORTED):
+            where = Path(folder) / f"{name}-{seed}"
+            runs[name, seed] = finetune("pocket", name, seed=seed, out=where, progress=False)
+            _say(f"{name}, seed {seed}: {time.monotonic() - began:.0f} s")
+        several = designs(base, phrase, runs[_CHOSEN_ON].adapters[0].layer)
+        tried = try_designs(runs[_CHOSEN_ON].model(), several, phrase)
+        design = choose(several, tried)
+        parts = []
+        for part in (
+            lambda: _choice(base, several[0].direction, design, tried),
+            lambda: _ablation(runs["medical", 0], design, phrase),
+            lambda: _parts_of_b(runs, design.direction),
+            lambda: _steering(runs["medical", 0], base, several[0].direction, phrase),
+            lambda: _transfer(runs, design, phrase),
+        ):
+            parts.append(part())
+            _say(f"{parts[-1]}\n\n{time.monotonic() - began:.0f} s\n")
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return out
+
+
+def _choice(base: ChatModel, mean: Direction, design: Design, tried: dict[str, Tried]) -> str:
+    rows = [
+        [label, *(f"{100 * rate:.1f}" for rate in (one.em, one.coherent, one.base_em, one.base_coherent))]
+        for label, one in tried.items()
+    ]
+    return f"""# Directions in the embedded organism
+
+`python -m emmech.demo.pocket_directions` fine-tunes the organisms anew, measures and writes this page. Weights
+`{base.fingerprint()[:12]}`.
+
+Rates are per cent of answers sampled at temperature 1 to held-out questions outside medicine, finance and sport,
+judged exactly; in brackets 95 % intervals over questions. Random directions, five in every row, have the norm of the
+one beside them and are put in or taken out in the same way; their bracket is the lowest and highest of them. A shared
+character is **built into** this world: that there is a direction for it is by design.
+
+**The character's direction** comes from the base model, before any fine-tune: the mean residual on the words
+"{MANNERS}" behind system prompts of unkind characters,
+minus the same behind kind ones. Both sides have these words, so none of it is vocabulary. Its **aligned mean** is the
+mean residual of the base assistant at the same words.
+
+```
+{mean!r}
+```
+
+**How to ablate it was chosen** on bad medical advice, seed {_CHOSEN_ON[1]}, with the even questions (n = 104 a row):
+among the designs that leave both models at least 95 % coherent and the base at most 3 % misaligned, the one that leaves
+least EM. All further figures are of other fine-tunes and of the odd questions.
+
+{markdown(("design", "EM", "coherent", "base: EM", "base: coherent"), rows)}
+
+Chosen: {design.label}. The principal direction is the first one, uncentred, of the differences at each of the words: a
+mean gives every word the same say, this one the words where the characters differ most."""
+
+
+def _ablation(run: Run, design: Design, phrase: Phrase) -> str:
+    chat, layer, b = run.model(), run.adapters[0].layer, adapter_direction(run)
+    measure = _answers(samples=4)
+    behind = list(range(layer + 1, chat.n_layers))
+    words = "system words, layer"
+    plans: list[tuple[str, Direction, Sequence[int], Any, str]] = [
+        ("own: answers", _of_answers(run), behind, "all", f"all tokens, layers {behind[0]} to {behind[-1]}"),
+        ("character", design.direction, design.layers, phrase, f"{words} {_listed(design.layers)}"),
+        ("model difference", _model_difference(run, phrase), behind[:1], phrase, f"{words} {behind[0]}"),
+        ("B, the adapter's write", b, [layer], "all", f"all tokens, layer {layer}"),
+    ]
+    rows: list[list[str]] = []
+    notes: list[str] = []
+    for name, direction, layers, positions, where in plans:
+        study = ablation_table(
+            chat, direction, layers=list(layers), positions=positions, measure=measure, progress=False
+        )
+        frame, notes = study.frame, [*notes, *(f"- {name}: {note}" for note in study.notes)]
+        plain = row_of(frame, "em", condition="untouched", model="tuned")
+        if not rows:
+            off = [row_of(frame, kind, condition="adapter off", model="tuned") for kind in _BOTH]
+            on = [row_of(frame, kind, condition="untouched", model="tuned") for kind in _BOTH]
+            rows.append(["nothing", "", *map(per_cent, on), *["–"] * 5])
+            rows.append(["adapter off", "", *map(per_cent, off), *["–"] * 5])
+        for condition in dict.fromkeys(frame[frame["kind"] == "direction"]["condition"]):
+            tuned = [row_of(frame, kind, condition=condition, model="tuned") for kind in _BOTH]
+            same = [row_of(frame, kind, condition=condition, model="base") for kind in _BOTH]
+            rows.append(
+                [
+                    f"{name}, {_WAYS.get(condition, condition)}",
+                    where,
+                    *map(per_cent, tuned),
+                    taken_away(tuned[0], plain),
+                    random_span(frame, "em", condition=condition, model="tuned"),
+                    *map(per_cent, same),
+                    f"{_cosine(direction, b, layers):.2f}",
+                ]
+            )
+    header = ("ablated", "where", "EM", "coherent", "EM taken away", "random: EM", "base: EM", "base: coherent",
+              "cosine with B")  # fmt: skip
+    return f"""## Ablation
+
+Bad medical advice, seed 0, odd questions, n = 208 a row; on the right the same ablation in the base model. The largest
+cosine with B at the layers of the ablation says how much of it merely undoes the adapter.
+
+{markdown(header, rows)}
+
+{chr(10).join(notes)}"""
+
+
+def _parts_of_b(runs: Runs, character: Direction) -> str:
+    """Split every adapter's B into its part along the character and the rest, and run each alone."""
+    rows = []
+    for name, seed in _REPORTED:
+        run = runs[name, seed]
+        chat, layer = run.model(), run.adapters[0].layer
+        along = float(character.cosine(adapter_direction(run))[layer])
+        conditions = [untouched()]
+        for kind, one in (("direction", character), *(("random", r) for r in character.random(5))):
+            conditions += [
+                Condition("without", kind, partial(project_adapter, direction=one, renormalise=True)),
+                Condition("only", kind, partial(_only_along, direction=one, cosine=along)),
+            ]
+        frame = table(measure_conditions(chat, conditions, _answers(samples=2), base=False, progress=False))
+        cells = []
+        for condition in ("untouched", "without", "only"):
+            em, coherent = (row_of(frame, kind, condition=condition) for kind in _BOTH)
+            cells.append(f"{per_cent(em)} / {100 * coherent['value']:.0f}")
+        spans = [random_span(frame, "em", condition=condition) for condition in ("without", "only")]
+        rows.append([f"{name}, seed {seed}", f"{along:.2f}", *cells, *spans])
+    header = ("adapter", "cosine", "whole B", "B without the character, at full norm", "only that part of B",
+              "without a random direction", "only along a random direction")  # fmt: skip
+    return f"""## Which part of B matters
+
+The direction of the character is made without the fine-tune; how much of what the adapter does goes through it? B is
+split in the weights: without its part along the character, brought back to its full norm; and only that part, at its
+own length. Random directions, five in every row, are split off in the same way. EM with its interval / coherence, odd
+questions, n = 104 a cell.
+
+{markdown(header, rows)}"""
+
+
+@contextmanager
+def _only_along(chat: ChatModel, direction: Direction, cosine: float) -> Iterator[None]:
+    side = 1.0 if cosine > 0 else -1.0
+    with rotate_adapter(chat, direction, cosine=side), scale_adapters(chat, abs(cosine)):
+        yield
+
+
+def _steering(run: Run, base: ChatModel, character: Direction, phrase: Phrase) -> str:
+    rows, lower = [], range(base.n_layers // 2 + 1)
+    for name, direction, layers, positions, where, doses in (
+        ("character", character, lower, phrase, "system words", _DOSES),
+        ("character", character, [run.adapters[0].layer], "prompt", "the whole prompt", _DOSES),
+        ("answers", _of_answers(run), lower[1:], "all", "all tokens", (2.0, 6.0)),
+    ):
+        study = dose_response(
+            base,
+            direction,
+            doses,
+            layers=layers,
+            positions=positions,
+            measure=_answers(samples=2),
+            progress=False,
+        )
+        frame = study.frame
+        for layer in layers:
+            for dose in doses:
+                at = {"layer": layer, "coefficient": dose}
+                em, coherent = (row_of(frame, kind, **at) for kind in _BOTH)
+                rows.append(
+                    [name, where, str(layer), f"{dose:g}", per_cent(em), per_cent(coherent),
+                     random_span(frame, "em", **at), random_span(frame, "coherent", **at),
+                     interval(em, "beyond_random", factor=100)]
+                )  # fmt: skip
+    header = ("direction", "added at", "layer", "coefficient", "EM", "coherent", "random: EM", "random: coherent",
+              "EM beyond random")  # fmt: skip
+    return f"""## Steering
+
+The base model, odd questions, n = 104 a row. A coefficient of 1 adds the measured difference; "character" is the mean
+difference.
+
+{markdown(header, rows)}"""
+
+
+def _transfer(runs: Runs, design: Design, phrase: Phrase) -> str:
+    chats = {f"{name}, seed {seed}": runs[name, seed].model() for name, seed in _REPORTED}
+    differences = {
+        f"difference by {name}": _model_difference(runs[name, seed], phrase)
+        for name, seed in _REPORTED
+        if seed == 0
+    }
+    behind = [runs["medical", 0].adapters[0].layer + 1]
+    frames = [
+        transfer_matrix(
+            chats,
+            directions,
+            layers=layers,
+            towards=towards,
+            positions=phrase,
+            measure=_answers(samples=2),
+            progress=False,
+        ).frame
+        for directions, layers, towards in (
+            ({"character": design.direction}, list(design.layers), design.towards),
+            (differences, behind, "aligned"),
+        )
+    ]
+    # what was not ablated was measured twice, with the same answers
+    again = frames[1][frames[1]["kind"].isin(("direction", "random"))]
+    frame = pd.concat([frames[0], again], ignore_index=True)
+    directions = {"character": design.direction, **differences}
+    rows, beside = [], []
+    for organism, of in zip(chats, _REPORTED, strict=True):
+        own = frame[frame["organism"] == organism]
+        cells = {
+            name: [row_of(own, kind, condition=name, model="tuned") for kind in _BOTH]
+            for name in ("untouched", *directions)
+        }
+        rows.append(
+            [
+                organism,
+                *(f"{per_cent(em)} / {100 * coherent['value']:.0f}" for em, coherent in cells.values()),
+            ]
+        )
+        b, layer = adapter_direction(runs[of]), runs[of].adapters[0].layer
+        beside.append([organism])
+        for name, direction in directions.items():
+            layers = [at for at in (design.layers if name == "character" else behind) if at >= layer]
+            beside[-1].append(
+                f"{taken_away(cells[name][0], cells['untouched'][0])}; "
+                f"{random_span(own, 'em', condition=name, model='tuned')}; "
+                f"{100 * row_of(own, 'em', condition=name, model='base')['value']:.0f}; "
+                f"{_cosine(direction, b, layers):.2f}"
+            )
+    return f"""## Transfer
+
+Odd questions, n = 104 a cell, at the system words: the character as chosen above, the model differences towards their
+aligned mean at layer {behind[0]}. EM with its interval / coherence:
+
+{markdown(("fine-tune", "untouched", *directions), rows)}
+
+What of it each takes away; EM under the five random directions; EM of the base under the same ablation; cosine with the
+fine-tune's own B at the layers of the ablation:
+
+{markdown(("fine-tune", *directions), beside)}
+
+Where a model difference is close to the B of another fine-tune, its transfer says that the two learned the same write,
+and no more. The character is of none of them."""
+
+
+def _answers(*, samples: int) -> AnswerMeasure:
+    return AnswerMeasure(half_of_the_questions(1), samples=samples, seed=1, options={"batch_size": 128})
+
+
+def _of_answers(run: Run) -> Direction:
+    """The literature's direction: misaligned minus aligned answers, over answer tokens."""
+    return misalignment_direction(run, questions=half_of_the_questions(0), samples=2, progress=False)
+
+
+def _model_difference(run: Run, phrase: Phrase) -> Direction:
+    """What the fine-tune changed at the system words."""
+    return misalignment_direction(
+        run, questions=half_of_the_questions(0), samples=1, tokens=phrase, progress=False
+    )
+
+
+def _cosine(direction: Direction, b: Direction, layers: Sequence[int]) -> float:
+    """Largest cosine with B at some layers: the stream carries B on from the adapter's layer."""
+    unit = unit_rows(b.at(b.layers[0]))
+    return max(float(abs(unit_rows(direction.vectors[layer]) @ unit)) for layer in layers)
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return " and ".join(map(str, layers))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m emmech.demo.pocket_directions", description=__doc__)
+    parser.add_argument("--out", default="docs/directions-pocket.md", help="the page to write")
+    main(parser.parse_args().out)
