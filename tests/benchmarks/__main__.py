@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.harness import run, write
+from tests.benchmarks.harness import Skipped, run, write
 
 
 def main(names: list[str]) -> None:
@@ -30,7 +30,12 @@ def main(names: list[str]) -> None:
             if names and not any(name.lower() in title.lower() for name in names):
                 continue
             print(f"{title} ...", flush=True)
-            row = run(make())
+            try:
+                contest = make()
+            except Skipped as reason:
+                print(f"  skipped: {reason}", flush=True)
+                continue
+            row = run(contest)
             gc.collect()
             print(f"  {row.ratio:.2f}x (target {row.target}x), {row.equality}", flush=True)
             write([row], docs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from emmech.chat.encode import IGNORED, encode
 from emmech.chat.logprob import bundled_margins, pad
 from emmech.chat.model import ChatModel, load_model
 from emmech.directions.extract import group_means
-from tests.benchmarks.harness import Contest
+from tests.benchmarks.harness import Contest, Skipped
 
 _BATCH = 8
 _WORK = "mean residual of all layers over 12 answers, SmolLM2-135M"
@@ -121,6 +123,54 @@ def _nnsight() -> np.ndarray:
     return _mean(sums, count)
 
 
+def _texts() -> list[str]:
+    return [_model().tokenizer.apply_chat_template(talk, tokenize=False) for talk in _talks()]
+
+
+def _ours_at_end() -> np.ndarray:
+    """Mean difference at the last token, the position that steering-vectors reads."""
+    talks = _talks()
+    weights = np.stack([np.arange(len(talks)) % 2 == group for group in (0, 1)]).astype(float)
+    means = group_means(_model(), talks, weights, tokens=_last, batch_size=_BATCH, progress=False).means
+    return means[0] - means[1]
+
+
+def _last(ids: torch.Tensor, start: int) -> torch.Tensor:
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, -1] = True
+    return mask
+
+
+def _steering_vectors() -> np.ndarray:
+    from steering_vectors import train_steering_vector
+
+    texts = _texts()
+    found = train_steering_vector(
+        _model().model,
+        _model().tokenizer,
+        list(zip(texts[::2], texts[1::2], strict=True)),
+        batch_size=_BATCH,
+    ).layer_activations
+    return np.stack([found[layer].numpy() for layer in range(_model().n_layers)])
+
+
+def _same_in_layers(ours: np.ndarray, theirs: np.ndarray) -> str:
+    """Rounding of either side is that of float32 states, which are ten and more times as long as their difference."""
+    off = float((np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max())
+    assert off < 3e-5, f"differ by {off:.1e} of a layer's norm"
+    return f"within {off:.0e} of each layer's norm"
+
+
+def _loaded() -> None:
+    """The model with all weights in memory: a mapped file is read only where it is touched."""
+    for weight in _model().base.parameters():
+        weight.sum()
+
+
+def _alone(peer: Callable[[], np.ndarray], ours: Callable[[], np.ndarray] = _ours) -> tuple[str, str, str]:
+    return f"{__name__}:_loaded", f"{__name__}:{ours.__name__}", f"{__name__}:{peer.__name__}"
+
+
 def bare() -> Contest:
     """Extraction against a bare forward of the trunk"""
     bound = (
@@ -135,6 +185,7 @@ def bare() -> Contest:
         _bare,
         tolerance=None,
         check=lambda ours, theirs: "nothing to compare",
+        alone=_alone(_bare),
     )
 
 
@@ -149,6 +200,7 @@ def hidden_states() -> Contest:
         _ours,
         _hidden_states,
         2e-4,
+        alone=_alone(_hidden_states),
     )
 
 
@@ -163,6 +215,7 @@ def transformer_lens() -> Contest:
         _ours,
         _transformer_lens,
         2e-4,
+        alone=_alone(_transformer_lens),
     )
 
 
@@ -170,8 +223,32 @@ def nnsight() -> Contest:
     """Extraction against nnsight"""
     bound = "the unembedding, which its trace runs"
     return Contest(
-        f"{_WORK}, against nnsight", "nnsight trace, summed inside", 1.0, bound, _ours, _nnsight, 2e-4
+        f"{_WORK}, against nnsight",
+        "nnsight trace, summed inside",
+        1.0,
+        bound,
+        _ours,
+        _nnsight,
+        2e-4,
+        alone=_alone(_nnsight),
     )
 
 
-CONTESTS = (bare, hidden_states, transformer_lens, nnsight)
+def steering_vectors() -> Contest:
+    """Extraction against steering-vectors"""
+    if not find_spec("steering_vectors"):
+        raise Skipped("pip install --no-deps steering-vectors, elsewhere: it is no part of the project")
+    return Contest(
+        "mean difference of all layers at the last token of 12 answers, SmolLM2-135M, against steering-vectors",
+        "`train_steering_vector`, batches of 8, which runs the unembedding and keeps all positions of all layers",
+        1.0,
+        "the unembedding, as much as 20 % of the arithmetic, and padding: its pairs are not sorted by length",
+        _ours_at_end,
+        _steering_vectors,
+        tolerance=None,
+        check=_same_in_layers,
+        alone=_alone(_steering_vectors, _ours_at_end),
+    )
+
+
+CONTESTS = (bare, hidden_states, transformer_lens, nnsight, steering_vectors)

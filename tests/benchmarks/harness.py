@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -46,6 +48,12 @@ class Contest:
     times: float = (
         1.0  # a peer that works one variant at a time does a part of them, and its seconds count so often
     )
+    # "module:function" that loads the model, and that does the work of either side: for the memory of a process alone
+    alone: tuple[str, str, str] | None = None
+
+
+class Skipped(Exception):
+    """A contest whose peer is not installed."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Row:
     theirs_wall: list[float]
     threads: int
     times: float = 1.0
+    peaks: tuple[float, float] | None = None  # MB
 
     @property
     def ratio(self) -> float:
@@ -82,6 +91,24 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     result = function()
     return result, time.process_time() - cpu, time.perf_counter() - wall
+
+
+def peak(load: str, work: str) -> float:
+    """How far the resident memory of a process of its own rises while it works, above that of the loaded model, in MB.
+
+    Linux only: the high-water mark is set back once the model is loaded.
+    """
+    names = ", ".join(f"{one.partition(':')[2]} as {name}" for one, name in ((load, "load"), (work, "work")))
+    code = (
+        f"import torch; torch.set_num_threads(1); from {load.partition(':')[0]} import {names}\n"
+        "def read(key):\n"
+        "    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return next(int(line.split()[1]) for line in lines if line.startswith(key))\n"
+        "load(); open('/proc/self/clear_refs', 'w').write('5'); before = read('VmRSS'); work()\n"
+        "print(read('VmHWM') - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 1024
 
 
 def run(contest: Contest, *, repeats: int = 5) -> Row:
@@ -106,6 +133,7 @@ def run(contest: Contest, *, repeats: int = 5) -> Row:
         contest.bound,
         equality,
         threads=torch.get_num_threads(),
+        peaks=(peak(*contest.alone[:2]), peak(*contest.alone[::2])) if contest.alone else None,
         **taken,
     )
 
@@ -137,15 +165,17 @@ def table(entries: list[dict[str, Any]]) -> str:
         "results first, then run in turn; seconds are medians of CPU time of the process, the ratio is the median over "
         "the interleaved pairs.",
         "",
-        "| work | peer | emmech, s | peer, s | ratio | target | equality | what bounds the ratio | threads | repeats |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| work | peer | emmech, s | peer, s | ratio | target | equality | what bounds the ratio | threads | repeats | "
+        "peak memory above the model, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for one in entries:
         ours, theirs = statistics.median(one["ours"]), statistics.median(one["theirs"])
+        peaks = " against ".join(f"{value:.0f}" for value in one.get("peaks") or ())
         met = f"{one['ratio']:.2f}x" if one["ratio"] >= one["target"] else f"**{one['ratio']:.2f}x (missed)**"
         lines.append(
-            f"| {one['work']} | {one['peer']} | {ours:.2f} | {theirs:.2f} | {met} | {one['target']}x | "
-            f"{one['equality']} | {one['bound']} | {one['threads']} | {len(one['ours'])} |"
+            f"| {one['work']} | {one['peer']} | {ours:.3g} | {theirs:.3g} | {met} | {one['target']:.3g}x | "
+            f"{one['equality']} | {one['bound']} | {one['threads']} | {len(one['ours'])} | {peaks} |"
         )
     parts = [
         f"{one['times']:g} times in row {row}"
