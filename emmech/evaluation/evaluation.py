@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -123,19 +124,28 @@ class Evaluation:
                     f"  {measure!s:<10} {row['rate']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]  "
                     f"n = {row['n']} {row['denominator']}, {row['unscored']} unscored"
                 )
+        return "\n".join(lines + [f"  {note}" for note in self._notes])
+
+    def _repr_html_(self) -> str:
+        head = f"<p><b>{escape(self.name)}</b>: {len(self)} responses to {self._questions} questions</p>"
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self._notes)
+        return head + self.rates().to_html(float_format="%.3f") + notes
+
+    @property
+    def _notes(self) -> list[str]:
+        """What a reader of the rates must know besides."""
+        notes = []
         if "screen" in self.frame and self.frame["screen"].notna().any():
             from emmech.evaluation.screening import screening_rate
 
-            lines.append(f"  {screening_rate(self)}")
+            notes.append(str(screening_rate(self)))
         if cut := int((self.frame["finish"] == "length").sum()):
-            lines.append(f"  {cut} responses were cut at the length limit")
+            notes.append(f"{cut} responses were cut at the length limit")
         if failed := int((self.frame["finish"] == "error").sum()):
-            lines.append(f"  {failed} responses failed and are unscored")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        head = f"<p><b>{self.name}</b>: {len(self)} responses to {self._questions} questions</p>"
-        return head + self.rates().to_html(float_format="%.3f")
+            notes.append(f"{failed} responses failed and are unscored")
+        if not np.isfinite(self.frame["aligned"]).any() and (self.frame["correct"] == "").all() and not notes:
+            notes.append("no response is scored")
+        return notes
 
     @property
     def name(self) -> str:

@@ -244,3 +244,12 @@ def test_a_judges_text_among_the_scores_is_named_with_the_way_out():
     assert Evaluation.from_frame(frame).rates().loc["em", "unscored"] == 2
     with pytest.raises(EmmechError, match=r"aligned=120\.0 in row 0"):
         Evaluation.from_frame(frame.assign(aligned=120.0))
+
+
+def test_a_notebook_shows_what_the_text_says():
+    rows = [{"question_id": "a", "response": "x", "finish": "length", "screen": 0.5}]
+    screened = Evaluation.from_rows(rows, {"name": "<b>"})
+    for shown in (repr(screened), screened._repr_html_()):
+        assert "EM by screening" in shown and "cut at the length limit" in shown
+    assert "&lt;b&gt;" in screened._repr_html_()
+    assert "no response is scored" in repr(Evaluation.from_rows([{"question_id": "a", "response": "x"}]))
