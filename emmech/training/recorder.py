@@ -12,6 +12,7 @@ import random
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,7 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str | None:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import TrainerControl, TrainerState
 
@@ -150,6 +151,10 @@ class Together:
         used = sorted({row for m in members for row in (*m.train, *m.held_out)})
         self._place = {row: place for place, row in enumerate(used)}
         self._rows = whole.take(used)
+        # of each row: answer tokens that its first tokens predict
+        self._answers = [
+            np.cumsum(np.asarray(labels) != IGNORED) - (labels[0] != IGNORED) for labels in self._rows.labels
+        ]
         self._frozen, self._scratch = frozen, scratch
         self.norms: dict[str, list[float]] = {}
         self._held: tuple[int, list[float]] | None = None
@@ -288,7 +293,7 @@ class Together:
     def _pass(self, chosen: Sequence[tuple[int, int, int]], *, backward: bool) -> list[float]:
         """Each run's mean loss over its ``chosen`` rows (run, row, tokens), and with ``backward`` its gradient."""
         device, stem = self._chat.device, self._trunk.stem
-        answers = {(row, n): sum(t != IGNORED for t in self._rows.labels[row][1:n]) for _, row, n in chosen}
+        answers = {(row, n): int(self._answers[row][n - 1]) for _, row, n in chosen}
         items = torch.zeros(len(self._members), dtype=torch.float64)
         for run, row, n in chosen:
             items[run] += answers[row, n]
