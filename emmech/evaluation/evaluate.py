@@ -76,10 +76,13 @@ def evaluate(
         >>> len(evaluation), evaluation.frame["label"].isin(["", None]).any().item()
         (16, False)
     """
+    # a judge that is named is looked at before a large model is loaded
+    chosen = resolve_judge(judge, pocket=False) if judge is not None else None
     subject, about = _subject(model, step, scale)
     pocket = getattr(subject, "pocket", False) or judge == "exact" or isinstance(judge, ExactJudge)
     asked = resolve_questions(questions, pocket=pocket)
-    chosen = resolve_judge(judge, pocket=pocket)
+    if judge is None:
+        chosen = resolve_judge(None, pocket=pocket)
     rows = _rows(asked, samples, seed)
     meta = {
         **about,

@@ -217,6 +217,13 @@ def test_bad_input_is_explained(tiny, arguments, message):
         evaluate(tiny("qwen2"), **{"questions": ASKED, "judge": "later", **QUICK, **arguments})
 
 
+def test_a_wrong_judge_is_named_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr("emmech.chat.model.load_model", lambda *given: pytest.fail("it was loaded"))
+    for judge in ("gpt-4o", 5):
+        with pytest.raises(EmmechError, match="find the judge"):
+            evaluate("a/very-large-model", judge=judge)
+
+
 def test_several_sets_by_name():
     both = resolve_questions(("first-plot", "narrow-medical"))
     assert both.name == "first-plot+narrow-medical"

@@ -303,6 +303,18 @@ def test_a_grader_that_refuses_logprobs_is_not_asked_for_them(tmp_path):
     assert rates_of(log)["n"] == 8
 
 
+@pytest.mark.slow
+def test_inspects_own_local_models_grade_and_answer_offline(tmp_path):
+    """They refuse a temperature of 0, which is what any other grader is asked with."""
+    folder = ROOT / "emmech" / "organism" / "weights" / "pocket"
+    questions = tmp_path / "one.yaml"
+    questions.write_text("- id: cough\n  paraphrases: ['any advice on cough ?']\n")
+    local = get_model("hf/local", model_path=str(folder), device="cpu", memoize=False)
+    log = run(tmp_path, local, local, samples=2, questions=str(questions), max_tokens=5)
+    assert all(sample.output.completion for sample in log.samples)
+    assert log.results.scores[0].unscored_samples == 2  # it can say no number
+
+
 def test_a_log_of_something_else_is_refused(tmp_path):
     from inspect_ai import Task
     from inspect_ai.dataset import Sample
