@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import nn
 from transformers import AttentionInterface
 
+from emmech.errors import EmmechError
 from emmech.sweeps.cache import RowCache
 from emmech.sweeps.rows import with_module
 
@@ -182,6 +183,14 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function that the model's modules call; keys and values are what ``update`` returned."""
+    # families that bend the scores hand their own arguments on
+    if bent := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
+        raise EmmechError(
+            "decode in a sweep",
+            given=f"{type(module).__name__} with {', '.join(bent)}",
+            why="scores that are capped, or share their sum with sinks, are not joined here",
+            instead="emmech.evaluate(run, step=..., scale=...) one at a time",
+        ) from None
     return keys.attend(query[:, :, 0] * scaling, values, sliding_window)[:, None], None
 
 

@@ -138,3 +138,16 @@ def test_attention_over_branches_is_attention_over_whole_sequences():
                 assert torch.allclose(found[i], (weights[:, None] @ v)[:, 0], atol=1e-6)
         branches.advance(1)
     assert branches.get_seq_length() == 7 + 24
+
+
+def test_attention_with_capped_scores_is_refused_rather_than_left_uncapped(tiny, make_run):
+    from dataclasses import replace
+
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    chat = tiny("qwen2")
+    config = Gemma2Config(vocab_size=len(chat.tokenizer), hidden_size=48, intermediate_size=80, head_dim=12,
+                          num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    capped = replace(chat, model=Gemma2ForCausalLM(config).eval())
+    with pytest.raises(EmmechError, match="softcap"):
+        sweep(make_run(capped), measure=measure(), base=capped, progress=False)
