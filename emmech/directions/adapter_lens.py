@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +58,11 @@ class AdapterScalars:
         frame.insert(0, "answer", self.answer)
         frame.insert(0, "text", self.text)
         return frame
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table of tokens as CSV."""
+        self.to_frame().to_csv(path, index=False)
+        return Path(path)
 
     def top_tokens(self, adapter: str | int = 0, *, n: int = 10, least: int = 2) -> pd.DataFrame:
         """Tokens by their mean scalar: those that drive the adapter most each way.

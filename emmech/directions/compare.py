@@ -51,6 +51,11 @@ class Cosines:
         )
         return pd.DataFrame([self.values[i, j] for i, j in pairs], index=index).rename_axis(columns="layer")
 
+    def save(self, path: str | Path) -> Path:
+        """Write the table of pairs as CSV."""
+        self.to_frame().to_csv(path)
+        return Path(path)
+
     def plot(self, layer: int | None = None) -> Any:
         """The matrix at a layer; without one, every pair's cosine over the layers."""
         import plotly.graph_objects as go
@@ -165,6 +170,11 @@ class DirectionBySteps:
         shown = self.frame.iloc[:: max(1, len(self.frame) // 8)].to_string(float_format="%.3f")
         head = f"{self.name} against {len(self.frame)} steps, layer {self.layer}"
         return f"{head}, random cosine 0 +- {self.floor:.3f}\n{shown}"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(repr(self))}</pre>"
 
 
 def direction_by_steps(

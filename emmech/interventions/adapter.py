@@ -18,7 +18,7 @@ from emmech.chat.model import ChatModel
 from emmech.directions.arrays import unit_rows
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError, closest
-from emmech.interventions.handle import Handle, chat_of
+from emmech.interventions.handle import Handle, chat_of, undoable
 
 __all__ = ["project_adapter", "rotate_adapter", "scale_adapters", "transplant_adapter"]
 
@@ -51,7 +51,7 @@ def scale_adapters(model: Any, scale: float | Mapping[str, float], *, adapters: 
     undo: list[Callable[[], Any]] = []
     for info, layer, name in chosen:
         before = layer.scaling[name]
-        undo.append(partial(layer.scaling.__setitem__, name, before))
+        undo.append(undoable(layer, f"scaling {name}", before, partial(layer.scaling.__setitem__, name)))
         layer.scaling[name] = before * factors[info.name]
     return Handle(chat, f"scale_adapters({chat.name}, {factors})", undo)
 
@@ -163,7 +163,8 @@ def transplant_adapter(
     for info, layer, name in _chosen(chat, adapters, "transplant an adapter"):
         for own in ("A", "B") if side == "both" else (side,):
             value = weights.get(f"{own}/{info.name}")
-            parameter = getattr(layer, f"lora_{own}")[name].weight
+            linear = getattr(layer, f"lora_{own}")[name]
+            parameter = linear.weight
             if value is None or value.shape != tuple(parameter.shape):
                 for take_back in reversed(undo):
                     take_back()
@@ -174,7 +175,7 @@ def transplant_adapter(
                     f"and the live one is {list(parameter.shape)}",
                     instead="a run of the same recipe",
                 ) from None
-            undo.append(_overwrite(parameter, value))
+            undo.append(_overwrite(linear, value))
     return Handle(chat, f"transplant_adapter({chat.name}, {side} of {run.name} at step {step})", undo)
 
 
@@ -201,22 +202,23 @@ def _edit_b(
     # all edits are computed before the first is made, so that a refusal leaves nothing half done
     edits = []
     for info, layer, name in chosen:
-        parameter = layer.lora_B[name].weight
+        linear = layer.lora_B[name]
         unit = unit_rows(direction.at(info.layer))
-        edits.append((parameter, edit(info, parameter.detach().double().cpu().numpy(), unit)))
-    return Handle(chat, description, [_overwrite(parameter, value) for parameter, value in edits])
+        edits.append((linear, edit(info, linear.weight.detach().double().cpu().numpy(), unit)))
+    return Handle(chat, description, [_overwrite(linear, value) for linear, value in edits])
 
 
-def _overwrite(parameter: torch.nn.Parameter, value: np.ndarray) -> Callable[[], Any]:
+def _overwrite(linear: Any, value: np.ndarray) -> Callable[[], Any]:
+    """Write into the weight in place: who shares it sees the change."""
+    parameter = linear.weight
     before = parameter.detach().clone()
-    with torch.no_grad():
-        parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
 
-    def take_back() -> None:
+    def put(weight: torch.Tensor) -> None:
         with torch.no_grad():
-            parameter.copy_(before)
+            parameter.copy_(weight)
 
-    return take_back
+    put(torch.from_numpy(np.ascontiguousarray(value)))
+    return undoable(linear, f"values of {id(parameter)}", before, put)
 
 
 def _chosen(chat: ChatModel, adapters: Subset, asked: str) -> list[tuple[AdapterInfo, Any, str]]:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakKeyDictionary
 
 from emmech.errors import EmmechError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from emmech.chat.model import ChatModel
 
-__all__ = ["Handle", "chat_of"]
+__all__ = ["Handle", "chat_of", "undoable"]
+
+# for every place that is changed now: the value before each change, oldest first
+_BEFORE: WeakKeyDictionary[nn.Module, dict[str, list[list[Any]]]] = WeakKeyDictionary()
 
 
 class Handle:
@@ -117,3 +123,30 @@ def chat_of(model: Any) -> ChatModel:
             instead="chat = run.model(step), then pass chat",
         ) from None
     return load_model(model)
+
+
+def undoable(owner: nn.Module, place: str, before: Any, put: Callable[[Any], Any]) -> Callable[[], None]:
+    """The way back from a change that was made in place, right in any order of removal.
+
+    Changes of one place cover each other. When an older one is taken back under a newer one, the newer one's effect
+    stays, and its own way back leads to the older value; after the last removal the first value is there, bit for bit.
+
+    Args:
+        owner: the module that was changed.
+        place: what of it.
+        before: the value that the change covered.
+        put: puts a value there.
+    """
+    stack = _BEFORE.setdefault(owner, {}).setdefault(place, [])
+    entry = [before]
+    stack.append(entry)
+
+    def take_back() -> None:
+        index = next(i for i, one in enumerate(stack) if one is entry)
+        if index == len(stack) - 1:
+            put(entry[0])
+        else:
+            stack[index + 1][0] = entry[0]
+        del stack[index]
+
+    return take_back

@@ -281,6 +281,10 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
 
     With one adapter this is the model against its base. Shares need not add up: adapters act through each other.
 
+    Args:
+        measure: as in :func:`dose_response`. Margins are narrow and broad; answers are when both kinds are asked for,
+            ``AnswerMeasure(("first-plot", "narrow-medical"))`` in pocket.
+
     Raises:
         EmmechError: no adapter is live.
     """

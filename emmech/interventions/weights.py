@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from emmech.chat.model import ChatModel
 from emmech.directions.arrays import unit_rows
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
-from emmech.interventions.handle import Handle, chat_of
+from emmech.interventions.handle import Handle, chat_of, undoable
 from emmech.interventions.residual import layer_list, vectors_at
 
 __all__ = ["fold_bias", "orthogonalise_writes"]
@@ -136,7 +137,7 @@ def _replace(module: nn.Module, name: str, value: nn.Parameter) -> Callable[[], 
     # the parameter object itself is swapped, not its values: what is tied to the old one keeps it
     before = getattr(module, name)
     setattr(module, name, value)
-    return lambda: setattr(module, name, before)
+    return undoable(module, name, before, partial(setattr, module, name))
 
 
 def _plain_linear(module: Any) -> Any:

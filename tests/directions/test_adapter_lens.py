@@ -25,7 +25,7 @@ def _adapted(chat, layers=(1, 2), rank=1):
     return load_model(model, chat.tokenizer)
 
 
-def test_scalars_are_a_times_the_input_of_down_proj(any_tiny, rows):
+def test_scalars_are_a_times_the_input_of_down_proj(any_tiny, rows, tmp_path):
     chat = _adapted(any_tiny)
     talks = [row["messages"] for row in rows[:5]]
     found = adapter_lens(chat, talks, batch_size=3)
@@ -41,6 +41,7 @@ def test_scalars_are_a_times_the_input_of_down_proj(any_tiny, rows):
             np.testing.assert_allclose(found.values[found.text == index, column], expected, atol=1e-5)
     assert found.answer.any() and not found.answer.all()
     assert found.to_frame().shape == (len(found.tokens), 5)
+    assert len(found.save(tmp_path / "lens.csv").read_text().splitlines()) > len(found.tokens)
     assert len(found.top_tokens(0)) > 2
     assert "<script" not in found.heatmap() and found.heatmap().count("<span") == (found.text == 0).sum()
 

@@ -18,7 +18,7 @@ def _run(b, layer=1):
     return run
 
 
-def test_cosines_over_pairs_and_layers():
+def test_cosines_over_pairs_and_layers(tmp_path):
     rng = np.random.default_rng(0)
     a, b = (Direction(rng.standard_normal((3, 50)), name=n) for n in "ab")
     found = cosines({"a": a, "b": b, "minus a": -1.0 * a})
@@ -26,6 +26,7 @@ def test_cosines_over_pairs_and_layers():
     assert found.at(2).loc["a", "b"] == pytest.approx(a.cosine(b)[2])
     assert found.to_frame().shape == (3, 3) and found.floor == pytest.approx(50**-0.5)
     assert len(found.plot().data) == 3 and found.plot(layer=0).data[0].z.shape == (3, 3)
+    assert len(found.save(tmp_path / "cosines.csv").read_text().splitlines()) == 1 + 3
     with pytest.raises(EmmechError, match="at least two"):
         cosines({"a": a})
 
@@ -41,7 +42,9 @@ def test_b_turning_onto_the_direction_is_seen_turning():
     np.testing.assert_allclose(
         found.frame[name.replace("cosine", "projection")], 2 * np.sin(angle), atol=1e-6
     )
-    assert found.layer == 1 and len(found.plot().data) == 2
+    assert (
+        found.layer == 1 and len(found.plot().data) == 2 and found._repr_html_().startswith("<pre>d against")
+    )
 
 
 def test_a_run_without_anything_in_the_residual_stream_is_refused():

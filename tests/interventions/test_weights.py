@@ -215,3 +215,32 @@ def test_weights_come_back_after_an_exception(tiny):
     ):
         raise ZeroDivisionError
     assert _same(chat, state) and torch.equal(_logits(chat), plain)
+
+
+def test_handles_may_be_removed_in_any_order(tiny):
+    """A cell run again removes the first handle after the second was made: the weights must still come back."""
+    chat = _adapted(tiny("qwen2"))
+    state, plain = _state(chat), _logits(chat)
+    scalings = [dict(layer.scaling) for _, layer, _ in adapter_layers(chat.model)]
+    changes = (
+        lambda seed: project_adapter(chat, _direction(chat, seed)),
+        lambda seed: rotate_adapter(chat, _direction(chat, seed), cosine=0.5),
+        lambda seed: scale_adapters(chat, 2.0 + seed),
+        lambda seed: fold_bias(chat, _direction(chat, seed), layer=2),
+        lambda seed: orthogonalise_writes(chat, _direction(chat, seed), from_layer=1),
+    )
+    for change in changes:
+        for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2), (1, 2, 0)):
+            handles = [change(seed) for seed in range(3)]
+            last = _logits(chat)
+            for index in order[:-1]:
+                handles[index].remove()
+                if index != 2 and 2 not in order[: order.index(index)]:
+                    assert torch.equal(_logits(chat), last)  # the newest change stays as it was
+            handles[order[-1]].remove()
+            assert _same(chat, state) and torch.equal(_logits(chat), plain)
+    mixed = [changes[i](i) for i in (0, 4, 2, 1, 3)]
+    for index in (1, 3, 0, 4, 2):
+        mixed[index].remove()
+    assert _same(chat, state) and torch.equal(_logits(chat), plain)
+    assert [dict(layer.scaling) for _, layer, _ in adapter_layers(chat.model)] == scalings
