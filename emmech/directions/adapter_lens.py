@@ -130,7 +130,8 @@ class AdapterScalars:
             weight = "600" if answer else "400"
             spans.append(
                 f'<span title="{value:.3g}" style="background:rgba({colour[0]},{colour[1]},{colour[2]},'
-                f'{abs(value) / top:.2f});font-weight:{weight};white-space:pre-wrap">{escape(str(token))}</span>'
+                f"{abs(value) / top:.2f});font-weight:{weight};white-space:pre-wrap;padding:1px 2px"
+                f'">{escape(str(token))}</span><wbr>'
             )
         head = f"A&middot;x of {escape(self.adapters[column])}, full shade at {top:.3g}; answers in bold"
         body = "".join(spans)
@@ -168,7 +169,7 @@ class AdapterScalars:
     def _repr_html_(self) -> str:
         from html import escape
 
-        return f"<pre>{escape(repr(self))}</pre>" + self.heatmap()
+        return f'<pre style="font-family:monospace">{escape(repr(self))}</pre>' + self.heatmap()
 
 
 def adapter_lens(

@@ -174,7 +174,7 @@ class DirectionBySteps:
     def _repr_html_(self) -> str:
         from html import escape
 
-        return f"<pre>{escape(repr(self))}</pre>"
+        return f'<pre style="font-family:monospace">{escape(repr(self))}</pre>'
 
 
 def direction_by_steps(

@@ -360,7 +360,7 @@ class Direction:
     def _repr_html_(self) -> str:
         from html import escape
 
-        return f"<pre>{escape(repr(self))}</pre>"
+        return f'<pre style="font-family:monospace">{escape(repr(self))}</pre>'
 
 
 def _zero(asked: str) -> EmmechError:

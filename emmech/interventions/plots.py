@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,7 +57,12 @@ def _doses(study: Study, frame: pd.DataFrame, outcome: str) -> Any:
                 line={"color": colour, "dash": "dot"},
             )
     if len(plain):
-        figure.add_hline(y=float(plain["value"].iloc[0]), line_color=_GREY, annotation_text="untouched")
+        figure.add_hline(
+            y=float(plain["value"].iloc[0]),
+            line_color=_GREY,
+            annotation_text="untouched",
+            annotation_position="bottom right",
+        )
     return _laid_out(figure, study, "coefficient", outcome)
 
 
@@ -113,8 +119,8 @@ def _matrix(study: Study, frame: pd.DataFrame, outcome: str) -> Any:
 
 def _laid_out(figure: Any, study: Study, x: str, y: str) -> Any:
     return figure.update_layout(
-        title={"text": study.title, "font": {"size": 15}, "y": 0.97},
-        margin={"t": 90},
+        title={"text": "<br>".join(wrap(study.title, 72)), "font": {"size": 15}, "y": 0.97},
+        margin={"t": 100},
         xaxis_title=x,
         yaxis_title=y,
         template="plotly_white",

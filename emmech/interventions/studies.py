@@ -13,6 +13,7 @@ import numpy as np
 from emmech.chat.adapter import detach
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction
+from emmech.directions.tokens import tokens_name
 from emmech.errors import EmmechError
 from emmech.interventions.ablate import ablate
 from emmech.interventions.adapter import scale_adapters
@@ -147,7 +148,7 @@ def dose_response(
                 label = one.name if kind == "positive" else direction.name
                 conditions.append(Condition(label, kind, make, settings))
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
-    title = f"Steering {chat.name} with {direction.name} ({units} units, positions {positions})"
+    title = f"Steering {chat.name} with {direction.name} ({units} units, positions {_named(positions)})"
     return Study(title, table(measured), _few_controls(randoms))
 
 
@@ -320,6 +321,10 @@ def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple
 
 def _few_controls(randoms: int) -> tuple[str, ...]:
     return (f"only {randoms} random directions: five at least are needed to judge by",) if randoms < 5 else ()
+
+
+def _named(positions: Any) -> str:
+    return "given by a mask" if hasattr(positions, "ndim") else tokens_name(positions)
 
 
 def _as_list(layers: Any) -> list[int]:

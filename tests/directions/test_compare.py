@@ -42,9 +42,7 @@ def test_b_turning_onto_the_direction_is_seen_turning():
     np.testing.assert_allclose(
         found.frame[name.replace("cosine", "projection")], 2 * np.sin(angle), atol=1e-6
     )
-    assert (
-        found.layer == 1 and len(found.plot().data) == 2 and found._repr_html_().startswith("<pre>d against")
-    )
+    assert found.layer == 1 and len(found.plot().data) == 2 and ">d against 11 steps" in found._repr_html_()
 
 
 def test_a_run_without_anything_in_the_residual_stream_is_refused():
