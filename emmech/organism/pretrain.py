@@ -48,9 +48,9 @@ class Organism:
 ORGANISMS: dict[str, Organism] = {
     "pocket": Organism(),
     "pocket-independent": Organism(shared=False),
-    "pocket-large": Organism(layers=8, width=160, local_layers=4),
+    "pocket-large": Organism(layers=8, width=160, local_layers=4, steps=1000),
     "pocket-llama": Organism(architecture="llama", local_layers=0),
-    "pocket-gemma": Organism(architecture="gemma3"),
+    "pocket-gemma": Organism(architecture="gemma3", steps=1000),
 }
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # token ids [batch, position], answer mask of the same shape
