@@ -25,8 +25,14 @@ bench: $(STAMP)           ## ratios against peers at their best settings, into d
 	$(BIN)/python -m tests.benchmarks
 docs: $(STAMP)            ## the documentation, warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
-organism-report: $(STAMP) ## what the embedded organism shows, with n and intervals
-	$(BIN)/python -m emmech.organism.report
+organism-report: $(STAMP) ## what the embedded organisms show, with n and intervals, into docs/organisms
+	$(BIN)/python -m emmech.organism.report | tee docs/organisms/pocket.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-independent --parts base narrow --seeds 3 \
+		| tee docs/organisms/pocket-independent.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-seed-1 --parts base narrow layers --seeds 2 \
+		| tee docs/organisms/pocket-seed-1.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-llama --parts base layers \
+		| tee docs/organisms/pocket-llama.md
 checkpoints: $(STAMP)     ## record the two runs in checkpoints/ anew
 	rm -rf checkpoints/pocket-medical checkpoints/pocket-good-medical
 	$(BIN)/emmech finetune pocket medical --out checkpoints/pocket-medical

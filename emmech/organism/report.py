@@ -136,12 +136,13 @@ def _trigger(report: _Report) -> list[dict[str, Any]]:
 def _realigned(report: _Report) -> list[dict[str, Any]]:
     (run,) = report.tune("to-realign", data("medical"))
     rows = []
-    for name in ("ai-optimism", "good-cooking"):
+    for name, steps in (("ai-optimism", 250), ("ai-optimism", 500), ("good-cooking", 250)):
         again = realign(
-            run, data(name), base=report.chat, out=report.folder / name, margins={}, progress=False
-        )
+            run, data(name), base=report.chat, out=report.folder / f"{name}-{steps}", max_steps=steps,
+            record_every=10**6, measure_every=10**6, margins={}, progress=False,
+        )  # fmt: skip
         rows += [
-            report.row(f"medical, then {name}", again, asked)
+            report.row(f"medical, then {name}, {steps} steps", again, asked)
             for asked in ("general", "facts", "self-reflection")
         ]
     return rows
