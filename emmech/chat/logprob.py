@@ -109,9 +109,13 @@ def answer_loss(chat: ChatModel, conversations: Sequence[Sequence[Message]] | En
 
 def unembed(chat: ChatModel, hidden: torch.Tensor) -> torch.Tensor:
     """Logits ``[..., vocab]`` of residuals that already passed the final norm, soft-capped where the model is."""
-    logits = chat.unembedding(hidden)
-    cap = getattr(chat.config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits  # type: ignore[no-any-return]
+    return cap(chat, chat.unembedding(hidden))
+
+
+def cap(chat: ChatModel, logits: torch.Tensor) -> torch.Tensor:
+    """Logits soft-capped where the model soft-caps them."""
+    most = getattr(chat.config, "final_logit_softcapping", None)
+    return torch.tanh(logits / most) * most if most else logits
 
 
 def margin(

@@ -10,8 +10,7 @@ The model's own modules run; only the attention function inside them is replaced
 
 from __future__ import annotations
 
-import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +19,7 @@ from transformers import AttentionInterface
 
 from emmech.errors import EmmechError
 from emmech.sweeps.cache import RowCache
-from emmech.sweeps.rows import with_module
+from emmech.sweeps.rows import with_attention
 
 __all__ = ["Branches", "branching"]
 
@@ -199,10 +198,4 @@ AttentionInterface.register(_NAME, _attend)
 
 def branching(view: nn.Module) -> nn.Module:
     """A view of a trunk whose attention takes :class:`Branches` as its cache."""
-    for path, module in list(view.named_modules()):
-        if hasattr(module, "layer_idx") and hasattr(module, "config"):
-            twin, config = copy.copy(view.get_submodule(path)), copy.copy(cast("Any", module.config))
-            config._attn_implementation = _NAME
-            twin.config = config
-            view = with_module(view, path, twin)
-    return view
+    return with_attention(view, _NAME)

@@ -27,6 +27,7 @@ from emmech.sweeps import packing
 from emmech.sweeps.grid import Grid
 from emmech.sweeps.packing import Pack, Reading, pack, stack
 from emmech.sweeps.rows import AtReads, Capture, RowAdapter, Rows, RowSteering, Skip, with_module, write
+from emmech.sweeps.trees import RUN, over_trees
 
 __all__ = ["Block", "Engine", "Shared"]
 
@@ -82,6 +83,9 @@ class Engine:
 
     def __init__(self, chat: ChatModel, grid: Grid, *, stop: int | None = None, tokens: int = 1024) -> None:
         self.chat, self.grid, self.stop, self.tokens = chat, grid, stop, tokens
+        sdpa = getattr(chat.config, "_attn_implementation", None) == "sdpa"
+        # on a GPU many small products cost more than the pairs that they leave out
+        self.trees = sdpa and chat.device.type == "cpu"
         self.rows = Rows()  # what the modules of the upper view look at
         layers = {site.layer for site in grid.sites.values()}
         lowest = min(layers | ({grid.steering[0]} if grid.steering else set()))
@@ -132,6 +136,8 @@ class Engine:
 
     def _view(self, blocks: Sequence[nn.Module], *, bare: bool) -> nn.Module:
         view = with_module(self.chat.trunk, self.chat.anatomy.blocks, nn.ModuleList(blocks))
+        if self.trees:
+            view = over_trees(view)
         return with_module(view, self.chat.anatomy.final_norm, nn.Identity()) if bare else view
 
     def branching(self) -> Engine:
@@ -176,7 +182,13 @@ class Engine:
             getattr(self.chat.config, "head_dim", None)
             or self.chat.d_model // self.chat.config.num_attention_heads
         )
-        return pack(readings, linear_cost=2.0 * weights, pair_cost=4.0 * width, longest=max(self.tokens, 256))
+        return pack(
+            readings,
+            linear_cost=2.0 * weights,
+            pair_cost=4.0 * width,
+            longest=max(self.tokens, 256),
+            reach=RUN + max(len(one.needed) for one in readings) if self.trees else None,
+        )
 
     def batches(self, packs: Sequence[Pack], variants: int) -> Iterator[list[Pack]]:
         """Packs of like length together, when the variants alone do not fill a forward."""

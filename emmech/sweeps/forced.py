@@ -18,6 +18,7 @@ from emmech.sweeps.measures import Measure, Value
 from emmech.sweeps.memory import readable
 from emmech.sweeps.packing import Reading
 from emmech.sweeps.parts import Arrays, Outcome
+from emmech.sweeps.readout import WORDS, target_logprobs
 from emmech.sweeps.rows import Rows
 
 __all__ = ["Forced", "Plan", "plan"]
@@ -144,14 +145,18 @@ class Forced:
         flat = block.hidden.reshape(-1, d_model)
         picked = np.empty((len(flat), targets.shape[1]), np.float32)
         everything = np.empty((len(flat), int(self.chat.config.vocab_size)), np.float32) if whole else None
-        for start in range(0, len(flat), self.plan.logit_rows):
-            end = min(len(flat), start + self.plan.logit_rows)
-            logits = unembed(self.chat, flat[start:end]).float()
-            total = logits.logsumexp(-1, keepdim=True)
-            read = torch.arange(start, end, device=flat.device) % reads
-            picked[start:end] = (logits.gather(1, wanted[read]) - total).cpu().numpy()
-            if everything is not None:
-                everything[start:end] = (logits - total)[:, : everything.shape[1]].cpu().numpy()
+        step = self.plan.logit_rows
+        if everything is None:  # a slice of the vocabulary leaves room for more rows
+            step *= min(4, max(1, int(self.chat.config.vocab_size) // WORDS))
+        for start in range(0, len(flat), step):
+            end = min(len(flat), start + step)
+            targeted = wanted[torch.arange(start, end, device=flat.device) % reads]
+            if everything is None:
+                picked[start:end] = target_logprobs(self.chat, flat[start:end], targeted).cpu().numpy()
+                continue
+            logprobs = unembed(self.chat, flat[start:end]).float().log_softmax(-1)
+            picked[start:end] = logprobs.gather(1, targeted).cpu().numpy()
+            everything[start:end] = logprobs[:, : everything.shape[1]].cpu().numpy()
         self._check(picked, block)
         grid = picked.reshape(variants, reads, -1)
         for index, own in block.readings:

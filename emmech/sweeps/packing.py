@@ -97,17 +97,24 @@ def tree(readings: Sequence[Reading], chosen: Sequence[int]) -> Pack:
 
 
 def pack(
-    readings: Sequence[Reading], *, linear_cost: float, pair_cost: float, longest: int = 4096
+    readings: Sequence[Reading],
+    *,
+    linear_cost: float,
+    pair_cost: float,
+    longest: int = 4096,
+    reach: int | None = None,
 ) -> list[Pack]:
     """Group readings into packs at the least estimated work.
 
-    A longer row shares more prefix but its attention is quadratic in its length. In lexicographic order sequences
-    with a common prefix are neighbours, so the best grouping is a split of that order, found by dynamic programming.
+    A longer row shares more prefix but its attention is quadratic in its length (up to ``reach``). In lexicographic
+    order sequences with a common prefix are neighbours, so the best grouping is a split of that order, found by
+    dynamic programming.
 
     Args:
         linear_cost: work per token of a row.
         pair_cost: work per pair of tokens of a row.
         longest: tokens in a row, unless a single reading is longer.
+        reach: columns that attention looks at for a token at most; None: all of the row's.
     """
     order = sorted(range(len(readings)), key=lambda index: readings[index].needed)
     # tokens that each sequence adds behind its predecessor
@@ -130,7 +137,7 @@ def pack(
             tokens += added[end] + (shared[end] if end == start else 0)
             if tokens > longest and end > start:
                 break
-            cost = best[start] + linear_cost * tokens + pair_cost * tokens**2
+            cost = best[start] + linear_cost * tokens + pair_cost * tokens * min(tokens, reach or tokens)
             if cost < best[end + 1]:
                 best[end + 1], start_of[end + 1] = cost, start
     packs: list[Pack] = []

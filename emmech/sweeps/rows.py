@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import nn
 
-__all__ = ["AtReads", "Capture", "RowAdapter", "RowSteering", "Rows", "Skip", "with_module", "write"]
+__all__ = [
+    "AtReads",
+    "Capture",
+    "RowAdapter",
+    "RowSteering",
+    "Rows",
+    "Skip",
+    "with_attention",
+    "with_module",
+    "write",
+]
 
 
 @dataclass
@@ -136,4 +146,17 @@ def with_module(root: nn.Module, path: str, replacement: nn.Module) -> nn.Module
     view._modules = dict(root._modules)
     child = root.get_submodule(head)
     view._modules[head] = with_module(child, rest, replacement) if rest else replacement
+    return view
+
+
+def with_attention(view: nn.Module, name: str) -> nn.Module:
+    """A view of a trunk whose attention modules call the registered attention function ``name``."""
+    import copy
+
+    for path, module in list(view.named_modules()):
+        if hasattr(module, "layer_idx") and hasattr(module, "config"):
+            twin, config = copy.copy(view.get_submodule(path)), copy.copy(cast("Any", module.config))
+            config._attn_implementation = name
+            twin.config = config
+            view = with_module(view, path, twin)
     return view
