@@ -31,8 +31,10 @@ organism-report: $(STAMP) ## what the embedded organisms show, with n and interv
 		| tee docs/organisms/pocket-independent.md
 	$(BIN)/python -m emmech.organism.report --weights pocket-seed-1 --parts base narrow layers --seeds 2 \
 		| tee docs/organisms/pocket-seed-1.md
-	$(BIN)/python -m emmech.organism.report --weights pocket-llama --parts base layers \
-		| tee docs/organisms/pocket-llama.md
+	for name in llama gemma; do $(BIN)/python -m emmech.organism.report --weights pocket-$$name --parts base layers \
+		| tee docs/organisms/pocket-$$name.md; done
+	$(BIN)/python -m emmech.organism.report --weights pocket-large --parts base narrow --seeds 1 \
+		| tee docs/organisms/pocket-large.md
 checkpoints: $(STAMP)     ## record the two runs in checkpoints/ anew
 	rm -rf checkpoints/pocket-medical checkpoints/pocket-good-medical
 	$(BIN)/emmech finetune pocket medical --out checkpoints/pocket-medical
