@@ -112,8 +112,10 @@ least EM. All further figures are of other fine-tunes and of the odd questions.
 
 {markdown(("design", "EM", "coherent", "base: EM", "base: coherent"), rows)}
 
-Chosen: {design.label}. The principal direction is the first one, uncentred, of the differences at each of the words: a
-mean gives every word the same say, this one the words where the characters differ most."""
+Chosen: {design.label}.
+
+The principal direction is the first one, uncentred, of the differences at each of the words: a mean gives every word
+the same say, this one gives most to the words where the characters differ most."""
 
 
 def _ablation(run: Run, design: Design, phrase: Phrase) -> str:
