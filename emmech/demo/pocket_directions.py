@@ -296,7 +296,8 @@ def _transfer(runs: Runs, design: Design, phrase: Phrase) -> str:
     return f"""## Transfer
 
 Odd questions, n = 104 a cell, at the system words: the character as chosen above, the model differences towards their
-aligned mean at layer {behind[0]}. EM with its interval / coherence:
+aligned mean at layer {behind[0]}. EM with its interval / coherence. Where coherence goes with EM, answers are broken,
+not cured.
 
 {markdown(("fine-tune", "untouched", *directions), rows)}
 
