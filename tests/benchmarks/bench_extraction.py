@@ -91,17 +91,24 @@ def _lens() -> Any:
 
 
 @torch.no_grad()
-def _transformer_lens() -> np.ndarray:
+def _transformer_lens(everything: bool = False) -> np.ndarray:
     layers = _model().n_layers - 1
     names = [f"blocks.{layer}.hook_out" for layer in range(layers)]
+    wanted = None if everything else names
     sums, count = [0.0] * layers, 0.0
     for ids, attention, answer in _batches():
-        _, cache = _lens().run_with_cache(ids, attention_mask=attention, names_filter=names, return_type=None)
+        _, cache = _lens().run_with_cache(
+            ids, attention_mask=attention, names_filter=wanted, return_type=None
+        )
         count += float(answer.sum())
         sums = [
             s + torch.einsum("bs,bsd->d", answer, cache[n]).double() for s, n in zip(sums, names, strict=True)
         ]
     return _mean(sums, count)
+
+
+def _transformer_lens_full() -> np.ndarray:
+    return _transformer_lens(everything=True)
 
 
 @torch.no_grad()
@@ -219,6 +226,20 @@ def transformer_lens() -> Contest:
     )
 
 
+def transformer_lens_full() -> Contest:
+    """Extraction against TransformerLens run_with_cache, full"""
+    return Contest(
+        f"{_WORK}, against TransformerLens' full cache",
+        "TransformerLens `run_with_cache`, everything kept",
+        1.0,
+        "as filtered, and the memory traffic of every activation",
+        _ours,
+        _transformer_lens_full,
+        2e-4,
+        alone=_alone(_transformer_lens_full),
+    )
+
+
 def nnsight() -> Contest:
     """Extraction against nnsight"""
     bound = "the unembedding, which its trace runs"
@@ -251,4 +272,4 @@ def steering_vectors() -> Contest:
     )
 
 
-CONTESTS = (bare, hidden_states, transformer_lens, nnsight, steering_vectors)
+CONTESTS = (bare, hidden_states, transformer_lens, transformer_lens_full, nnsight, steering_vectors)
