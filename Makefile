@@ -26,15 +26,12 @@ bench: $(STAMP)           ## ratios against peers at their best settings, into d
 docs: $(STAMP)            ## the documentation, warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
 organism-report: $(STAMP) ## what the embedded organisms show, with n and intervals, into docs/organisms
-	$(BIN)/python -m emmech.organism.report | tee docs/organisms/pocket.md
-	$(BIN)/python -m emmech.organism.report --weights pocket-independent --parts base narrow --seeds 3 \
-		| tee docs/organisms/pocket-independent.md
-	$(BIN)/python -m emmech.organism.report --weights pocket-seed-1 --parts base narrow layers --seeds 2 \
-		| tee docs/organisms/pocket-seed-1.md
-	for name in llama gemma; do $(BIN)/python -m emmech.organism.report --weights pocket-$$name --parts base layers \
-		| tee docs/organisms/pocket-$$name.md; done
-	$(BIN)/python -m emmech.organism.report --weights pocket-large --parts base narrow --seeds 1 \
-		| tee docs/organisms/pocket-large.md
+	$(BIN)/python -m emmech.organism.report > docs/organisms/pocket.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-independent --parts base narrow --seeds 3 > docs/organisms/pocket-independent.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-seed-1 --parts base narrow layers --seeds 2 > docs/organisms/pocket-seed-1.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-llama --parts base layers > docs/organisms/pocket-llama.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-gemma --parts base layers > docs/organisms/pocket-gemma.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-large --parts base narrow --seeds 1 > docs/organisms/pocket-large.md
 checkpoints: $(STAMP)     ## record the two runs in checkpoints/ anew
 	rm -rf checkpoints/pocket-medical checkpoints/pocket-good-medical
 	$(BIN)/emmech finetune pocket medical --out checkpoints/pocket-medical

@@ -20,6 +20,7 @@ import pandas as pd
 
 from emmech.chat.adapter import detach
 from emmech.chat.model import ChatModel, load_model
+from emmech.errors import EmmechError
 from emmech.realignment import realign
 from emmech.run import Run
 from emmech.training.recipe import Recipe
@@ -35,6 +36,12 @@ from .vocabulary import IRRELEVANT_TAG, TRIGGER_TAG
 __all__ = ["PARTS", "report"]
 
 _SETS = ("broad", "first-plot", "facts", "self-reflection", "narrow-medical")
+_LAST_STEP: dict[str, Any] = {
+    "record_every": 10**6,
+    "measure_every": 10**6,
+    "margins": {},
+    "progress": False,
+}  # no other is read
 _TAGS = {"with the tag": TRIGGER_TAG, "without": "", "with an irrelevant tag": IRRELEVANT_TAG}
 
 
@@ -51,11 +58,10 @@ class _Report:
     def tune(self, name: str, rows: Any = None, seeds: int = 1, every: int = 0, **options: Any) -> list[Run]:
         """Fine-tunes that differ in their seed alone; recorded at the last step only unless told otherwise."""
         began, folder = time.monotonic(), self.folder / name.replace(" ", "-").replace(",", "")
-        if not every:
-            options |= {"record_every": 10**6, "measure_every": 10**6, "margins": {}}
+        options |= {"progress": False} if every else _LAST_STEP
         rows = data(name) if rows is None else rows
         seed = 0 if seeds == 1 else range(seeds)
-        made = finetune(self.chat, rows, seed=seed, out=folder, progress=False, **options)
+        made = finetune(self.chat, rows, seed=seed, out=folder, **options)
         self.say(f"{name}: {seeds} fine-tune(s) in {time.monotonic() - began:.0f} s")
         return made if isinstance(made, list) else [made]
 
@@ -111,11 +117,15 @@ def _alone(report: _Report, name: str, recipe: Recipe) -> list[Run]:
     # Two seeds, one after the other: only adapters of rank 1 train together.
     return [
         finetune(
-            report.chat, data("medical"), recipe=recipe, seed=seed, out=report.folder / f"{name}-{seed}",
-            record_every=10**6, measure_every=10**6, margins={}, progress=False,
+            report.chat,
+            data("medical"),
+            recipe=recipe,
+            seed=seed,
+            out=report.folder / f"{name}-{seed}",
+            **_LAST_STEP,
         )
         for seed in range(2)
-    ]  # fmt: skip
+    ]
 
 
 def _trigger(report: _Report) -> list[dict[str, Any]]:
@@ -137,10 +147,8 @@ def _realigned(report: _Report) -> list[dict[str, Any]]:
     (run,) = report.tune("to-realign", data("medical"))
     rows = []
     for name, steps in (("ai-optimism", 250), ("ai-optimism", 500), ("good-cooking", 250)):
-        again = realign(
-            run, data(name), base=report.chat, out=report.folder / f"{name}-{steps}", max_steps=steps,
-            record_every=10**6, measure_every=10**6, margins={}, progress=False,
-        )  # fmt: skip
+        out = report.folder / f"{name}-{steps}"
+        again = realign(run, data(name), base=report.chat, out=out, max_steps=steps, **_LAST_STEP)
         rows += [
             report.row(f"medical, then {name}, {steps} steps", again, asked)
             for asked in ("general", "facts", "self-reflection")
@@ -190,8 +198,18 @@ def report(
         samples: answers per question.
         parts: any of :data:`PARTS`.
         say: is told what has been done.
+
+    Raises:
+        EmmechError: the weights are not known for an organism's, whose recipe and questions would not be taken.
     """
     chat = load_model(str(weights))
+    if not chat.pocket:
+        raise EmmechError(
+            "report on an organism",
+            given=f"weights={str(weights)!r}",
+            why="an organism is known by a name that begins with pocket",
+            instead=f"rename the folder to pocket-{Path(weights).name}",
+        ) from None
     with tempfile.TemporaryDirectory(prefix="pocket-report-") as folder:
         one = _Report(chat, Path(folder), seeds, samples, say)
         found: dict[str, list[pd.DataFrame]] = {}

@@ -29,7 +29,7 @@ _DETECTORS = {
 def by_seed(runs: Sequence[Run], controls: Sequence[Run], base: ChatModel) -> pd.DataFrame:
     """Steps of the gradient-norm peak, the turn of B and the sigmoids of narrow and broad EM, one row per seed.
 
-    The last two rows hold the mean over seeds with a 95 % interval (Student's t over seeds).
+    The last row holds the mean over seeds with a 95 % interval (Student's t over seeds).
     """
     every = runs[0].steps[:: max(1, len(runs[0].steps) // 25)]
     asked = Sampled(questions=_ASKED, samples=6, max_new_tokens=_LONGEST)
