@@ -26,6 +26,7 @@ from emmech.chat.logprob import pad, unembed
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
 from emmech.training.frozen import Frozen
+from emmech.training.lean import lean_blocks
 
 __all__ = ["Trunk", "answer_nll", "batches_by_length", "partial_trunk"]
 
@@ -91,7 +92,7 @@ class Trunk:
     def __init__(self, chat: ChatModel, encoded: Encoded, frozen: Frozen | None, folder: Path) -> None:
         self.frozen = frozen
         self._chat, self._folder = chat, folder
-        self._ids = encoded.input_ids
+        self._ids, self._labels = encoded.input_ids, encoded.labels
         self.stem = _stem(encoded)
         # the stem comes first, then every row's own tokens
         lengths = [self.stem, *(len(ids) - self.stem for ids in encoded.input_ids)]
@@ -100,6 +101,7 @@ class Trunk:
         first = frozen.blocks if frozen else 0
         self._embed = partial_trunk(chat, 0, 0, norm=False)
         self._upper = partial_trunk(chat, first, chat.n_layers)
+        self._lean = lean_blocks(chat, first)
         self._arrays: dict[str, torch.Tensor] = {}
         if frozen is not None:
             self._allocate()
@@ -119,15 +121,17 @@ class Trunk:
         self,
         rows: Sequence[int],
         lengths: Sequence[int],
+        read: torch.Tensor,
         past: Any = None,
         of_past: torch.Tensor | None = None,
         write: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Hidden states behind the final norm of the rows' own tokens, ``[rows, longest, d_model]``, right-padded.
+        """Hidden states behind the final norm at the places that are read, row by row, ``[places, d_model]``.
 
         Args:
             rows: numbers of rows.
             lengths: how many tokens of each, the stem not counted.
+            read: which of them, right-padded ``[rows, longest]``.
             past: what :meth:`read_stem` gave, when there is a stem.
             of_past: which of its sequences each row follows, ``[rows]``.
             write: for a cut at the write: from ``down_proj``'s input ``[tokens, d_mlp]``, all rows' tokens one row
@@ -135,11 +139,13 @@ class Trunk:
         """
         spans = [(int(self._starts[i + 1]), n) for i, n in zip(rows, lengths, strict=True)]
         entering = _padded(self._entering(spans, rows, write), lengths)
+        if self._lean is not None:
+            return self._chat.final_norm(self._lean(entering, self.stem, read, past, of_past))  # type: ignore[no-any-return]
         if past is not None:
             past = _selected(past, of_past)
         return self._upper(
             inputs_embeds=entering, past_key_values=past, use_cache=past is not None
-        ).last_hidden_state  # type: ignore[no-any-return]
+        ).last_hidden_state[read]  # type: ignore[no-any-return]
 
     def read_stem(self, copies: int, write: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Any:
         """Keys and values of the stem under ``copies`` adapters, or None where rows share nothing."""
@@ -194,9 +200,10 @@ class Trunk:
         """
         chat, rows = self._chat, list(range(min(2, len(self._ids))))
         own = [len(self._ids[i]) - self.stem for i in rows]
+        read = pad([labels[self.stem :] for labels in self._labels[:2]], IGNORED).to(chat.device) != IGNORED
         shift = self._shift if self.frozen is not None and self.frozen.at_write else None
         past = self.read_stem(1, shift)
-        found = self.hidden(rows, own, past, torch.zeros(len(rows), dtype=torch.long), shift)
+        found = self.hidden(rows, own, read, past, torch.zeros(len(rows), dtype=torch.long), shift)
         handle = None
         if self.frozen is not None and shift is not None:
             handle = chat.down_proj(self.frozen.layer).register_forward_hook(
@@ -209,11 +216,8 @@ class Trunk:
         finally:
             if handle is not None:
                 handle.remove()
-        worst = 0.0
-        for at, n in enumerate(own):
-            wanted = plain[at, self.stem : self.stem + n].float()
-            worst = max(worst, float((found[at, :n].float() - wanted).abs().max() / wanted.abs().max()))
-        return worst
+        wanted = plain[:, self.stem :][read].float()
+        return float((found.float() - wanted).abs().max() / wanted.abs().max())
 
     def _shift(self, x: torch.Tensor) -> torch.Tensor:
         """A write of the size of ``down_proj``'s own, as an adapter might make it."""
@@ -337,14 +341,26 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, tokens: int) -> Itera
         yield batch
 
 
-def answer_nll(chat: ChatModel, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Negative log-probability of every answer token ``[answer tokens]``, row by row, in nats.
+def answer_nll(chat: ChatModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-probability of every answer token ``[answer tokens]``, in nats.
 
     Args:
-        hidden: ``[rows, seq, d_model]`` behind the final norm.
-        labels: ``[rows, seq]``, -100 outside the answers; the unembedding runs where they are not.
+        hidden: behind the final norm, at the token before each ``[answer tokens, d_model]``.
+        targets: the answer tokens.
     """
-    targets = labels[:, 1:]
-    answer = targets != IGNORED
-    logits = unembed(chat, hidden[:, :-1][answer]).float()
-    return nn.functional.cross_entropy(logits, targets[answer], reduction="none")
+    return nn.functional.cross_entropy(unembed(chat, hidden).float(), targets, reduction="none")
+
+
+def detached(past: Any) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Keys and values cut off from what made them, and pairs of such a cut: where gradients gather, where they go."""
+    if past is None:
+        return None, []
+    twin, pairs = copy.copy(past), []
+    twin.layers = [copy.copy(layer) for layer in past.layers]
+    for layer in twin.layers:
+        for name in ("keys", "values"):
+            whole = getattr(layer, name)
+            setattr(layer, name, leaf := whole.detach().requires_grad_(whole.requires_grad))
+            if whole.requires_grad:
+                pairs.append((leaf, whole))
+    return twin, pairs

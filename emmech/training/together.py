@@ -7,7 +7,7 @@ same events as from the Hugging Face Trainer, and writes the same Run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from emmech.errors import EmmechError
 from emmech.progress import bar
 from emmech.training.capture import Capture
 from emmech.training.frozen import Frozen
-from emmech.training.prefix import Trunk, answer_nll, batches_by_length
+from emmech.training.prefix import Trunk, answer_nll, batches_by_length, detached
 from emmech.training.recipe import Recipe
 from emmech.training.recorder import Measure, Recorder
 from emmech.training.schedule import Step, batch_order, learning_rates
@@ -32,7 +32,6 @@ from emmech.training.stacked import AdamW, StackedAdapters, clip_by_run
 
 __all__ = ["Member", "StackRecorder", "Together"]
 
-_GRAPH_BYTES = 1 << 30  # of activations kept for one backward
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # a larger batch leaves a core's cache and gains nothing there
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -299,50 +298,35 @@ class Together:
             items[run] += answers[row, n]
         losses = torch.zeros(len(self._members), dtype=torch.float64, device=device)
         per_item = (1.0 / items).to(device)
-        for part in self._parts(chosen):
-            present = sorted({run for run, _, _ in part})
-            runs_of_past = torch.tensor(present, device=device)
-            with self.adapters.rows_of(runs_of_past):
-                past = self._trunk.read_stem(len(present), self._writer(runs_of_past, [stem] * len(present)))
-            total = torch.zeros((), device=device)
-            for batch in batches_by_length([n - stem for _, _, n in part], _BATCH_TOKENS[_kind(device)]):
-                members = [part[i] for i in batch]
-                own = [n - stem for _, _, n in members]
-                runs = torch.tensor([run for run, _, _ in members], device=device)
-                sequences = torch.tensor([present.index(run) for run, _, _ in members], device=device)
-                with self.adapters.rows_of(runs):
-                    hidden = self._trunk.hidden(
-                        [row for _, row, _ in members], own, past, sequences, self._writer(runs, own)
-                    )
-                labels = pad([self._rows.labels[row][stem:n] for _, row, n in members], IGNORED).to(device)
-                nll = answer_nll(self._chat, hidden, labels)
-                of = runs.repeat_interleave(
-                    torch.tensor([answers[row, n] for _, row, n in members], device=device)
+        present = sorted({run for run, _, _ in chosen})
+        runs_of_past = torch.tensor(present, device=device)
+        with self.adapters.rows_of(runs_of_past):
+            whole = self._trunk.read_stem(len(present), self._writer(runs_of_past, [stem] * len(present)))
+        past, cuts = detached(whole)
+        # the last token of a row predicts nothing
+        lengths = [n - stem - 1 for _, _, n in chosen]
+        for batch in batches_by_length(lengths, _BATCH_TOKENS[_kind(device)]):
+            members, own = [chosen[i] for i in batch], [lengths[i] for i in batch]
+            runs = torch.tensor([run for run, _, _ in members], device=device)
+            sequences = torch.tensor([present.index(run) for run, _, _ in members], device=device)
+            targets = pad([self._rows.labels[row][stem + 1 : n] for _, row, n in members], IGNORED).to(device)
+            read = targets != IGNORED
+            with self.adapters.rows_of(runs):
+                hidden = self._trunk.hidden(
+                    [row for _, row, _ in members], own, read, past, sequences, self._writer(runs, own)
                 )
-                losses.index_add_(0, of, nll.detach().double() * per_item[of])
-                total = total + (nll * per_item[of].to(nll.dtype)).sum()
+            nll = answer_nll(self._chat, hidden, targets[read])
+            of = runs.repeat_interleave(read.sum(1))
+            losses.index_add_(0, of, nll.detach().double() * per_item[of])
             if backward:
+                total = (nll * per_item[of].to(nll.dtype)).sum()
                 if not torch.isfinite(total):
-                    raise _NotFinite({r for r in present if not torch.isfinite(losses[r])} or set(present))
+                    broken = {run for run, _, _ in members}
+                    raise _NotFinite({r for r in broken if not torch.isfinite(losses[r])} or broken)
                 total.backward()
+        if backward and cuts:
+            torch.autograd.backward([made for _, made in cuts], [leaf.grad for leaf, _ in cuts])
         return losses.tolist()  # type: ignore[no-any-return]
-
-    def _parts(self, chosen: Sequence[tuple[int, int, int]]) -> Iterator[list[tuple[int, int, int]]]:
-        """Rows, run by run, in parts whose activations fit in memory for a backward."""
-        chat, blocks = self._chat, self._chat.n_layers - (self._frozen.blocks if self._frozen else 0)
-        per_token = 4 * (blocks * (10 * chat.d_model + 5 * chat.d_mlp) + 3 * int(chat.config.vocab_size))
-        budget = max(256, _GRAPH_BYTES // per_token)
-        part: list[tuple[int, int, int]] = []
-        tokens = 0
-        for one in chosen:
-            own = one[2] - self._trunk.stem
-            if part and tokens + own > budget:
-                yield part
-                part, tokens = [], 0
-            part.append(one)
-            tokens += own
-        if part:
-            yield part
 
     def _writer(
         self, runs: torch.Tensor, own: Sequence[int]
