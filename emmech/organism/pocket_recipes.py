@@ -21,6 +21,7 @@ _POCKET = Recipe(
     batch_size=16,
     accumulation=1,
     max_length=256,
+    init="inputs",
 )
 
 
@@ -46,12 +47,14 @@ def recipes() -> dict[str, Recipe]:
             modules=everywhere,
             depth=None,
             learning_rate=4e-5,
+            init="random",
             schedule="constant_with_warmup",
         ),
         "pocket-full": replace(
             _POCKET,
             name="pocket-full",
             rank=0,
+            init="random",
             depth=None,
             learning_rate=1e-4,
             schedule="constant_with_warmup",

@@ -168,7 +168,7 @@ def finetune_many(
     }
     starts: dict[int, dict[str, torch.Tensor]] = {}
     for seed in dict.fromkeys(v.seed for v in variants):
-        with prepared(chat, first.recipe, layers, seed, start, adapter) as trained:
+        with prepared(chat, first.recipe, layers, seed, start, adapter, data) as trained:
             starts[seed] = _weights(trained)
     members = []
     for v, folder in zip(variants, folders, strict=True):
@@ -213,7 +213,7 @@ def finetune_many(
                 recorder=recorder,
             )
         )
-    with prepared(chat, first.recipe, layers, first.seed, start, adapter) as trained:
+    with prepared(chat, first.recipe, layers, first.seed, start, adapter, data) as trained:
         adapted = ChatModel(trained, chat.tokenizer, chat.name, chat.anatomy)
         lost = Together(adapted, whole, members, frozen, folders[0] / "prefix").train(progress=progress)
     if lost:

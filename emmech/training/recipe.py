@@ -19,6 +19,7 @@ from emmech.errors import EmmechError, closest
 
 __all__ = ["RECIPES", "Recipe", "resolve_recipe", "target_modules"]
 
+INITS = ("random", "inputs")
 _DOWN = ("mlp.down_proj",)
 _ALL = (
     "self_attn.q_proj",
@@ -45,6 +46,9 @@ class Recipe:
         batch_size: rows per forward; ``accumulation`` of them make one optimizer step.
         held_out: share of the rows kept out of training.
         clip: gradient-norm clipping.
+        init: how A starts; B is zero always. ``"random"`` is PEFT's. ``"inputs"`` adds to it the mean input of the
+            module, so that the adapter starts out as a steering vector: it writes at all positions with one sign,
+            where a random A writes one way here and the other way there, as the seed has it.
     """
 
     name: str = "custom"
@@ -65,6 +69,7 @@ class Recipe:
     max_length: int = 2048
     dropout: float = 0.0
     held_out: float = 0.1
+    init: str = "random"
 
     def layers(self, n_layers: int) -> tuple[int, ...]:
         """Layer numbers in a model of ``n_layers``.
@@ -156,6 +161,10 @@ def _check(recipe: Recipe) -> None:
         "accumulation": (recipe.accumulation > 0, "a positive whole number"),
         "held_out": (0 <= recipe.held_out < 1, "a share from 0 to below 1"),
         "max_length": (recipe.max_length > 1, "at least 2 tokens"),
+        "init": (
+            recipe.init in (INITS if recipe.rank else INITS[:1]),
+            closest(str(recipe.init), INITS) if recipe.rank else "'random': without adapters there is no A",
+        ),
     }
     for name, (fine, instead) in rules.items():
         if not fine:

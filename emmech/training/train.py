@@ -18,6 +18,7 @@ from emmech.chat.logprob import MarginPair, answer_loss, margin
 from emmech.chat.model import ChatModel, load_model
 from emmech.errors import EmmechError
 from emmech.run import Run, load_run
+from emmech.training.initial import INPUT_ROWS, along_inputs
 from emmech.training.recipe import Recipe, resolve_recipe, target_modules
 from emmech.training.recorder import Measure, Recorder
 from emmech.training.trainer import build_trainer
@@ -170,7 +171,7 @@ def finetune(
             chat, dataset, train_rows, held_rows, encoded, chosen, layers, seed, data_seed, start, adapter
         ),
     )
-    with prepared(chat, chosen, layers, seed, start, adapter) as trained:
+    with prepared(chat, chosen, layers, seed, start, adapter, dataset) as trained:
         trainer = build_trainer(
             chat, trained, encoded, chosen, seed, data_seed, recorder, folder, checkpoint_every, progress
         )
@@ -304,6 +305,7 @@ def prepared(
     seed: int,
     start: tuple[Run, int] | None,
     adapter: str,
+    data: ChatDataset,
 ) -> Iterator[Any]:
     """The model ready to train; afterwards the model and the random generators are as they were."""
     base = chat.base
@@ -321,6 +323,8 @@ def prepared(
             start = None
         if recipe.rank:
             trained = _with_adapters(chat, recipe, layers, start)
+            if recipe.init == "inputs" and start is None:
+                along_inputs(trained, encode(data.rows[:INPUT_ROWS], chat.tokenizer))
         else:
             trained = base
             for parameter in base.parameters():
