@@ -1,0 +1,85 @@
+"""Where A starts: along the mean input of its module, in one training and in many at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import emmech
+from emmech.chat.dataset import load_chat
+from emmech.chat.encode import encode
+from emmech.errors import EmmechError
+from tests.conftest import make_rows
+
+QUICK = dict(recipe="single-rank1", max_steps=1, batch_size=2, accumulation=1, progress=False)
+
+
+def mean_input(chat, layer: int, rows) -> np.ndarray:
+    """By hand: what ``down_proj`` reads, averaged over all positions of all rows."""
+    seen = []
+    module = chat.block(layer).mlp.down_proj
+    handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].detach()))
+    for ids in encode(load_chat(rows).rows, chat.tokenizer).input_ids:
+        chat.base(input_ids=torch.tensor([ids]))
+    handle.remove()
+    return torch.cat(seen).double().mean(0).numpy()
+
+
+def start(run) -> tuple[str, np.ndarray]:
+    name = run.adapters[0].name
+    return name, run.weights(0)[f"A/{name}"].reshape(-1).astype(np.float64)
+
+
+def test_the_mean_input_is_added_at_the_norm_of_the_random_part(any_tiny, tmp_path):
+    rows = make_rows()
+    mean = mean_input(any_tiny, 1, rows)
+    random, along = (
+        emmech.finetune(any_tiny, rows, layers=[1], init=init, out=tmp_path / init, **QUICK)
+        for init in ("random", "inputs")
+    )
+    name, before = start(random)
+    added = start(along)[1] - before
+    assert np.linalg.norm(added) == pytest.approx(np.linalg.norm(before), rel=1e-5)
+    assert added @ mean / np.linalg.norm(added) / np.linalg.norm(mean) == pytest.approx(1, abs=1e-6)
+    assert not along.weights(0)[f"B/{name}"].any()
+    assert along.manifest["recipe"]["init"] == "inputs"
+
+
+def test_it_starts_the_same_alone_and_together(tiny, tmp_path):
+    chat, rows = tiny("qwen2"), make_rows()
+    together = emmech.finetune(chat, rows, seed=[0, 1], init="inputs", out=tmp_path / "t", **QUICK)
+    alone = emmech.finetune(chat, rows, seed=1, init="inputs", out=tmp_path / "a", prefix=False, **QUICK)
+    np.testing.assert_allclose(start(together[1])[1], start(alone)[1], atol=1e-7)
+    assert not np.allclose(start(together[0])[1], start(together[1])[1], atol=1e-3)
+
+
+def test_the_organisms_adapter_writes_with_one_sign_where_a_random_one_does_not(tmp_path):
+    from emmech.organism import data
+
+    chat = emmech.load_model("pocket")
+    rows = data("medical", n=80, seed=5)
+    signs = {}
+    for init in ("random", "inputs"):
+        run = emmech.finetune(chat, rows, init=init, max_steps=1, out=tmp_path / init, progress=False)
+        a = start(run)[1]
+        layer = run.adapters[0].layer
+        inputs = []
+        handle = chat.block(layer).mlp.down_proj.register_forward_pre_hook(
+            lambda _, x, inputs=inputs: inputs.append(x[0][0].detach().double().numpy())
+        )
+        for ids in encode(load_chat(rows[:20]).rows, chat.tokenizer).input_ids:
+            chat.base(input_ids=torch.tensor([ids]))
+        handle.remove()
+        positive = float((np.concatenate(inputs) @ a > 0).mean())
+        signs[init] = max(positive, 1 - positive)
+    assert signs["inputs"] > 0.85
+    assert signs["inputs"] > signs["random"] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "match"), [({"init": "inptus"}, "inputs"), ({"init": "inputs", "rank": 0}, "random")]
+)
+def test_what_cannot_start_so_is_refused(tiny, tmp_path, options, match):
+    with pytest.raises(EmmechError, match=match):
+        emmech.finetune(tiny("qwen2"), make_rows(), out=tmp_path / "r", **(QUICK | options))
