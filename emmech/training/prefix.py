@@ -28,7 +28,7 @@ from emmech.errors import EmmechError
 from emmech.training.frozen import Frozen
 from emmech.training.lean import lean_blocks
 
-__all__ = ["Trunk", "answer_nll", "batches_by_length", "partial_trunk"]
+__all__ = ["Trunk", "batches_by_length", "detached", "partial_trunk"]
 
 _TOKENS = 2048  # per forward while the states are filled
 _STEM_FROM = 4  # a shorter common start is not worth keys and values of its own
@@ -140,20 +140,29 @@ class Trunk:
         spans = [(int(self._starts[i + 1]), n) for i, n in zip(rows, lengths, strict=True)]
         entering = _padded(self._entering(spans, rows, write), lengths)
         if self._lean is not None:
-            return self._chat.final_norm(self._lean(entering, self.stem, read, past, of_past))  # type: ignore[no-any-return]
+            return self._lean(entering, self.stem, read, past, of_past)
         if past is not None:
             past = _selected(past, of_past)
         return self._upper(
             inputs_embeds=entering, past_key_values=past, use_cache=past is not None
         ).last_hidden_state[read]  # type: ignore[no-any-return]
 
+    def nll(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Negative log-probability of answer tokens ``[tokens]`` behind ``hidden [tokens, d_model]``, in nats."""
+        if self._lean is not None:
+            return self._lean.nll(hidden, targets)
+        logits = unembed(self._chat, hidden).float()
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+
     def read_stem(self, copies: int, write: Callable[[torch.Tensor], torch.Tensor] | None = None) -> Any:
         """Keys and values of the stem under ``copies`` adapters, or None where rows share nothing."""
         if not self.stem:
             return None
+        entering = self._entering([(0, self.stem)] * copies, None, write).view(copies, self.stem, -1)
+        if self._lean is not None:
+            return self._lean.stem(entering)
         past = _new_past(self._chat)
-        entering = self._entering([(0, self.stem)] * copies, None, write)
-        self._upper(inputs_embeds=entering.view(copies, self.stem, -1), past_key_values=past, use_cache=True)
+        self._upper(inputs_embeds=entering, past_key_values=past, use_cache=True)
         return past
 
     def _entering(
@@ -339,16 +348,6 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, tokens: int) -> Itera
         batch.append(row)
     if batch:
         yield batch
-
-
-def answer_nll(chat: ChatModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-probability of every answer token ``[answer tokens]``, in nats.
-
-    Args:
-        hidden: behind the final norm, at the token before each ``[answer tokens, d_model]``.
-        targets: the answer tokens.
-    """
-    return nn.functional.cross_entropy(unembed(chat, hidden).float(), targets, reduction="none")
 
 
 def detached(past: Any) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:

@@ -24,7 +24,7 @@ from emmech.errors import EmmechError
 from emmech.progress import bar
 from emmech.training.capture import Capture
 from emmech.training.frozen import Frozen
-from emmech.training.prefix import Trunk, answer_nll, batches_by_length, detached
+from emmech.training.prefix import Trunk, batches_by_length, detached
 from emmech.training.recipe import Recipe
 from emmech.training.recorder import Measure, Recorder
 from emmech.training.schedule import Step, batch_order, learning_rates
@@ -315,7 +315,7 @@ class Together:
                 hidden = self._trunk.hidden(
                     [row for _, row, _ in members], own, read, past, sequences, self._writer(runs, own)
                 )
-            nll = answer_nll(self._chat, hidden, targets[read])
+            nll = self._trunk.nll(hidden, targets[read])
             of = runs.repeat_interleave(read.sum(1))
             losses.index_add_(0, of, nll.detach().double() * per_item[of])
             if backward:
