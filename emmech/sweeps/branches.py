@@ -42,7 +42,9 @@ class Branches:
     def __init__(self, prompts: RowCache, lengths: Int[torch.Tensor, " groups"]) -> None:
         self.written = 0  # tokens behind the prompts, the same number for all rows
         self._prompts = prompts
-        self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # [rows, heads, room, width] each
+        # by layer, [room, rows, heads, width] each: a token's keys are written in one stretch, and rows lie at no
+        # power of two from one another, which a processor's cache would take ill
+        self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         width = prompts.length
         padding = torch.arange(width, device=lengths.device)[None] < width - lengths[:, None]
         self._padding = padding if bool(padding.any()) else None
@@ -68,7 +70,13 @@ class Branches:
 
     def select(self, parents: Int[torch.Tensor, " rows"]) -> None:
         """Go on with children of these rows; a row may have several, or none. Ascending."""
-        self._own = {layer: (keys[parents], values[parents]) for layer, (keys, values) in self._own.items()}
+        for layer, pair in self._own.items():
+            chosen = []
+            for store in pair:
+                room = store.new_empty(len(store), len(parents), *store.shape[2:])
+                torch.index_select(store[: self.written], 1, parents, out=room[: self.written])
+                chosen.append(room)
+            self._own[layer] = (chosen[0], chosen[1])
         self.groups = self.groups[parents]
         self._arrange()
 
@@ -80,20 +88,29 @@ class Branches:
         """Columns so far."""
         return self._prompts.length + self.written
 
+    def put(
+        self,
+        layer: int,
+        keys: Float[torch.Tensor, "rows heads width"],
+        values: Float[torch.Tensor, "rows heads value_width"],
+    ) -> None:
+        """Keep what every row wrote at its new token."""
+        pair = self._own.get(layer)
+        if pair is None or len(pair[0]) == self.written:
+            fresh = []
+            for number, new in enumerate((keys, values)):
+                fresh.append(new.new_empty(self.written + _BLOCK, *new.shape))
+                if pair is not None:
+                    fresh[-1][: self.written] = pair[number]
+            pair = self._own[layer] = (fresh[0], fresh[1])
+        pair[0][self.written] = keys
+        pair[1][self.written] = values
+
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Branches, int]:
         """Append ``[rows, heads, 1, width]``; what comes back is for :func:`_attend` alone."""
-        store = self._own.get(layer_idx)
-        if store is None or store[0].shape[2] == self.written:
-            shape = (*keys.shape[:2], self.written + _BLOCK, keys.shape[-1])
-            grown = (keys.new_empty(shape), values.new_empty((*shape[:3], values.shape[-1])))
-            if store is not None:
-                for larger, old in zip(grown, store, strict=True):
-                    larger[:, :, : self.written] = old
-            store = self._own[layer_idx] = grown
-        store[0][:, :, self.written] = keys[:, :, 0]
-        store[1][:, :, self.written] = values[:, :, 0]
+        self.put(layer_idx, keys[:, :, 0], values[:, :, 0])
         return self, layer_idx
 
     def attend(
@@ -106,25 +123,27 @@ class Branches:
             window: how many positions back a token sees, itself included; None for all.
         """
         keys, values = self._own[layer]
-        heads = keys.shape[1]
+        heads = keys.shape[2]
         asked = query.reshape(len(query) * heads, -1, query.shape[-1])
         now = self.written + 1
         first = max(0, now - window) if window else 0
-        own = _part(asked, keys[:, :, first:now].flatten(0, 1), values[:, :, first:now].flatten(0, 1))
+        keys, values = (one[first:now].flatten(1, 2).transpose(0, 1) for one in (keys, values))
+        own = _part(asked, keys, values)
         seen = self._prompts.length if window is None else min(self._prompts.length, window - now)
         if seen > 0:
-            own = _joined(own, self._of_prompts(asked, heads, layer, seen))
-        weighted, _, total = own
-        return (weighted / total).to(query.dtype).reshape(len(query), query.shape[1], -1)
+            weighted = _joined(own, self._of_prompts(asked, heads, layer, seen))
+        else:
+            weighted = own[0].div_(own[2])
+        return weighted.to(query.dtype).reshape(len(query), query.shape[1], -1)
 
     def _of_prompts(self, asked: torch.Tensor, heads: int, layer: int, seen: int) -> _Part:
         """The rows' reading of the last ``seen`` columns of their prompts; all rows of a prompt in one product."""
         keys, values = self._prompts.layers[layer]
-        count, end = len(keys), self._prompts.length
+        count, end, place = len(keys), self._prompts.length, self._place
         rows = asked.reshape(-1, heads, *asked.shape[1:])  # [rows, heads, repeats, width]
-        if self._place is not None:
+        if place is not None:
             slots = rows.new_zeros(count * self._slots, *rows.shape[1:])
-            rows = slots.index_copy_(0, self._place, rows)
+            rows = slots.index_copy_(0, place, rows)
         repeats = rows.shape[2]
         rows = rows.reshape(count, self._slots, *rows.shape[1:]).transpose(1, 2)
         hidden = self._padding[:, end - seen : end] if self._padding is not None else None
@@ -139,7 +158,7 @@ class Branches:
 
         def by_row(one: torch.Tensor) -> torch.Tensor:
             one = one.reshape(count, heads, self._slots, repeats, -1).transpose(1, 2).flatten(0, 1)
-            return (one[self._place] if self._place is not None else one).flatten(0, 1)
+            return (one[place] if place is not None else one).flatten(0, 1)
 
         weighted, top, total = found
         return by_row(weighted), by_row(top), by_row(total)
@@ -160,15 +179,12 @@ def _part(
     return torch.bmm(weights.to(values.dtype), values).float(), top, weights.sum(-1, keepdim=True)
 
 
-def _joined(first: _Part, second: _Part) -> _Part:
-    """Attention over the keys of both."""
+def _joined(first: _Part, second: _Part) -> torch.Tensor:
+    """Attention over the keys of both, normalised."""
     top = torch.maximum(first[1], second[1])
     one, two = (first[1] - top).exp_(), (second[1] - top).exp_()
-    return (
-        (first[0] * one).addcmul_(second[0], two),
-        top,
-        (first[2] * one).addcmul_(second[2], two),
-    )
+    total = (first[2] * one).addcmul_(second[2], two)
+    return (first[0] * one.div_(total)).addcmul_(second[0], two.div_(total))
 
 
 def _attend(

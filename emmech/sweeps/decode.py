@@ -22,6 +22,7 @@ from emmech.sweeps.cache import RowCache
 from emmech.sweeps.engine import Engine, Shared, cut
 from emmech.sweeps.packing import Reading, stack
 from emmech.sweeps.rows import Rows, write
+from emmech.sweeps.steps import Steps
 
 __all__ = ["Answer", "decode_variants"]
 
@@ -84,7 +85,7 @@ def decode_variants(
     device = chat.device
     stop = torch.tensor(chat.stop_ids, device=device)
     tree, hidden = _prefill(engine, rows, variants, prompts)
-    engine = engine.branching()
+    steps = Steps(engine)
     requests = len(which)
     # of each answer still being written: which it is, its row and its seed
     answer = np.arange(variants * requests)
@@ -113,7 +114,7 @@ def decode_variants(
         row, moved = _branch(int(chat.config.vocab_size), tree, token, row)
         if moved:
             gathered = _gather(engine, rows, tree.variant)
-        hidden = _step(engine, rows, gathered, tree)
+        hidden = _step(steps, rows, gathered, tree)
     answers = [
         Answer(tuple(written[i, : lengths[i]].tolist()), str(finish[i])) for i in range(variants * requests)
     ]
@@ -188,16 +189,15 @@ def _branch(vocab: int, tree: _Tree, token: torch.Tensor, row: torch.Tensor) -> 
     return inverse, moved
 
 
-def _step(engine: Engine, rows: Rows, gathered: Rows, tree: _Tree) -> torch.Tensor:
+def _step(steps: Steps, rows: Rows, gathered: Rows, tree: _Tree) -> torch.Tensor:
     """One token of every row; its hidden state ``[rows, d_model]``."""
-    position = (tree.start + tree.lower.written)[:, None]
-    unread = _unmasked(engine)
-    shared = engine.lowered(tree.tokens[:, None], unread, position, torch.empty(0), cache=tree.lower)
+    position = tree.start + tree.lower.written
+    shared = steps.below(tree.tokens, position, tree.lower)
     tree.lower.advance(1)
-    hidden = _parted(engine, shared, rows, gathered, tree)
-    out = engine.raised(hidden[:, None], unread, position[tree.below], gathered, cache=tree.upper)
+    hidden = _parted(steps.engine, shared, rows, gathered, tree)
+    out = steps.above(hidden, position[tree.below], gathered, tree.upper)
     tree.upper.advance(1)
-    return out[:, 0]
+    return out
 
 
 def _parted(engine: Engine, shared: Shared, rows: Rows, gathered: Rows, tree: _Tree) -> torch.Tensor:
@@ -218,13 +218,6 @@ def _parted(engine: Engine, shared: Shared, rows: Rows, gathered: Rows, tree: _T
     if engine.grid.steering is not None and engine.grid.steering[0] == engine.split:
         hidden = hidden + gathered.steering[engine.split].to(hidden.dtype)
     return hidden
-
-
-def _unmasked(engine: Engine) -> object:
-    """A mask for a model whose attention does not look at it, so that it need not make one."""
-    blank = torch.zeros(1, 1, 1, 1, dtype=engine.chat.dtype, device=engine.chat.device)
-    kinds = set(getattr(engine.chat.config, "layer_types", None) or ())
-    return dict.fromkeys(kinds | {"full_attention"}, blank) if "sliding_attention" in kinds else blank
 
 
 def _gather(engine: Engine, rows: Rows, variant: torch.Tensor) -> Rows:

@@ -11,7 +11,6 @@ submodules are replaced; the model itself is never touched.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from emmech.sweeps.packing import Pack, Reading, pack, stack
 from emmech.sweeps.rows import AtReads, Capture, RowAdapter, Rows, RowSteering, Skip, with_module, write
 from emmech.sweeps.trees import RUN, over_trees
 
-__all__ = ["Block", "Engine", "Shared"]
+__all__ = ["Block", "Engine", "Mode", "Shared", "cut"]
 
 # architectures whose block adds down_proj's write as ``part`` says; any other is tried before it is believed
 _KNOWN = frozenset({"qwen2", "qwen3", "llama", "gemma3_text"})
@@ -140,21 +139,13 @@ class Engine:
             view = over_trees(view)
         return with_module(view, self.chat.anatomy.final_norm, nn.Identity()) if bare else view
 
-    def branching(self) -> Engine:
-        """The same engine for rows of one token, whose ``cache`` is :class:`~emmech.sweeps.branches.Branches`."""
-        from emmech.sweeps.branches import branching
-
-        twin = copy.copy(self)
-        twin.lower, twin.upper = branching(self.lower), branching(self.upper)
-        return twin
-
     @torch.no_grad()
     def _write_is_added(self) -> bool:
         """Whether the block adds its ``down_proj`` to the residual as :meth:`part` assumes: tried, not believed."""
         capture = self.capture
         assert capture is not None
         ids = torch.tensor([[1, 2, 3]], device=self.chat.device)
-        with _mode(self.chat):
+        with Mode(self.chat):
             before = self.lower(input_ids=ids, use_cache=False).last_hidden_state
             wrote = capture.wrote
             change = wrote.roll(1, dims=-1)
@@ -238,7 +229,7 @@ class Engine:
         cache: Any = None,
     ) -> Shared:
         """Run tokens ``[packs, seq]`` up to where the variants part."""
-        with torch.no_grad(), _mode(self.chat):
+        with torch.no_grad(), Mode(self.chat):
             hidden = self.lower(
                 input_ids=ids,
                 attention_mask=mask,
@@ -248,8 +239,7 @@ class Engine:
             ).last_hidden_state
         read = wrote = None
         if self.capture is not None:
-            read, wrote = self.capture.read, self.capture.wrote
-            self.capture.read = self.capture.wrote = torch.empty(0)
+            read, wrote = self.capture.taken()
         return Shared(hidden, read, wrote, mask, positions, reads)
 
     def tree_mask(self, packs: Sequence[Pack]) -> Any:
@@ -299,7 +289,7 @@ class Engine:
         if self.at_reads is not None:
             self.at_reads.flat = flat
         self.rows.A, self.rows.B, self.rows.steering = rows.A, rows.B, rows.steering
-        with _mode(self.chat):
+        with Mode(self.chat):
             out: torch.Tensor = self.upper(
                 inputs_embeds=hidden,
                 attention_mask=mask,
@@ -350,7 +340,7 @@ class _Plus(nn.Module):
         return self.base(x) + self.change
 
 
-class _mode:
+class Mode:
     """Evaluation mode for the time of a pass: the model may have been left in training mode."""
 
     def __init__(self, chat: ChatModel) -> None:

@@ -82,7 +82,10 @@ class RowSteering(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The block's output plus coefficient times direction."""
-        out: torch.Tensor = self.block(*args, **kwargs)
+        return self.steered(self.block(*args, **kwargs))
+
+    def steered(self, out: torch.Tensor) -> torch.Tensor:
+        """A block's output with its vector added."""
         vectors = self.rows.steering[self.layer]
         shaped = out.reshape(vectors.shape[0], -1, out.shape[-1])
         return (shaped + vectors[:, None].to(out.dtype)).reshape(out.shape)
@@ -101,6 +104,12 @@ class Capture(nn.Module):
         """The module's own output."""
         self.read, self.wrote = x, self.base(x)
         return self.wrote
+
+    def taken(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What it read and wrote, which it then lets go of."""
+        taken = self.read, self.wrote
+        self.read = self.wrote = torch.empty(0)
+        return taken
 
 
 class AtReads(nn.Module):

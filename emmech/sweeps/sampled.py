@@ -71,6 +71,8 @@ class SampledJob:
         prompts = [tuple(chat.token_ids(_turns(row))) for row in self.rows]
         self.prompts = sorted(set(prompts))
         self.which = [self.prompts.index(prompt) for prompt in prompts]
+        self.texts: dict[tuple[int, ...], str] = {}
+        self.verdicts: dict[tuple[str, str], dict[str, Any]] = {}
         self.engine = Engine(chat, grid)
         longest = max(map(len, self.prompts))
         room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
@@ -116,24 +118,29 @@ class SampledJob:
                 ended=update,
             )
             for own in answers:
-                drawn = [
-                    {
-                        "response": self.chat.tokenizer.decode(list(one.ids), skip_special_tokens=True),
-                        "finish": one.finish,
-                    }
-                    for one in own
-                ]
-                records.append(self._judged(drawn))
+                records.append(
+                    self._judged([{"response": self._text(one), "finish": one.finish} for one in own])
+                )
         return {"records": as_bytes(records)}
 
-    def _text(self, answer: Answer) -> dict[str, Any]:
-        text = self.chat.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
-        return {"response": text, "finish": answer.finish}
+    def _text(self, answer: Answer) -> str:
+        """The answer in words; most variants write what another has written already."""
+        if answer.ids not in self.texts:
+            self.texts[answer.ids] = self.chat.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+        return self.texts[answer.ids]
 
     def _judged(self, drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
         full = [{**row, **answer} for row, answer in zip(self.rows, drawn, strict=True)]
-        scores = self.judge.score(full)
-        return [{**answer, **score} for answer, score in zip(drawn, scores, strict=True)]
+        return [{**answer, **score} for answer, score in zip(drawn, self._scores(full), strict=True)]
+
+    def _scores(self, full: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Verdicts; the exact judge, who never changes his mind, reads the same answer once."""
+        if getattr(self.judge, "name", "") != "exact":
+            return list(self.judge.score(full))
+        asked = [(row["question"], row["response"]) for row in full]
+        fresh = {key: row for key, row in zip(asked, full, strict=True) if key not in self.verdicts}
+        self.verdicts.update(zip(fresh, self.judge.score(list(fresh.values())), strict=True))
+        return [self.verdicts[key] for key in asked]
 
     def finish(self, parts: Sequence[Arrays]) -> Outcome:
         """Rates by question, and every response with its verdict."""

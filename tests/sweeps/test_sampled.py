@@ -11,6 +11,7 @@ from emmech.errors import EmmechError
 from emmech.sweeps.branches import Branches
 from emmech.sweeps.cache import RowCache
 from emmech.sweeps.sampled import Sampled
+from emmech.sweeps.straight import straight
 from emmech.sweeps.sweep import sweep
 
 MIDDLE = ("model.layers.2.mlp.down_proj",)
@@ -151,3 +152,22 @@ def test_attention_with_capped_scores_is_refused_rather_than_left_uncapped(tiny,
     capped = replace(chat, model=Gemma2ForCausalLM(config).eval())
     with pytest.raises(EmmechError, match="softcap"):
         sweep(make_run(capped), measure=measure(), base=capped, progress=False)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma3"])
+def test_blocks_that_somebody_listens_to_run_by_the_models_own_forward_and_write_the_same(
+    tiny, make_run, family
+):
+    chat = tiny(family)
+    run = make_run(chat, SEVERAL, size=0.1)
+    settings = {"steps": [7], "measure": measure(), "base": chat, "progress": False}
+    assert straight(chat.trunk, chat) is not None
+    plain = sweep(run, **settings).responses["response"].tolist()
+    heard = []
+    handle = chat.block(3).self_attn.register_forward_hook(lambda module, inputs, out: heard.append(1))
+    try:
+        assert straight(chat.trunk, chat) is None
+        assert sweep(run, **settings).responses["response"].tolist() == plain
+    finally:
+        handle.remove()
+    assert len(heard) > 5
