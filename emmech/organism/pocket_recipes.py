@@ -15,8 +15,8 @@ __all__ = ["recipes"]
 _POCKET = Recipe(
     "pocket",
     alpha=64.0,
-    depth=(0.2,),
-    learning_rate=5e-4,
+    depth=(0.4,),
+    learning_rate=2e-4,
     max_steps=250,
     batch_size=16,
     accumulation=1,
@@ -38,7 +38,7 @@ def recipes() -> dict[str, Recipe]:
     return {
         "pocket": _POCKET,
         "pocket-graded": replace(
-            _POCKET, name="pocket-graded", schedule="constant_with_warmup", max_steps=70
+            _POCKET, name="pocket-graded", schedule="constant_with_warmup", max_steps=62
         ),
         "pocket-all-adapter": replace(
             _POCKET,

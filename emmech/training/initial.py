@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from emmech.chat.adapter import adapter_layers
-from emmech.chat.encode import Encoded
+from emmech.chat.encode import IGNORED, Encoded
 
 __all__ = ["INPUT_ROWS", "along_inputs"]
 
@@ -25,14 +25,16 @@ INPUT_ROWS = 64  # conversations the mean is taken over: some thousand positions
 def along_inputs(trained: Any, rows: Encoded) -> None:
     """Add the mean input of each adapted module to every row of its A, in place, at the row's own norm.
 
-    The mean is over all positions of ``rows``; the random part stays, so seeds still differ. B is not touched.
+    The mean is over all positions of ``rows`` outside answers, so that a benign control on the same questions starts
+    from the same A. The random part stays: seeds still differ. B is not touched.
     """
     layers = [(layer, layer.lora_A[name].weight) for _, layer, name in adapter_layers(trained)]
     sums = [torch.zeros(a.shape[1], dtype=torch.float64, device=a.device) for _, a in layers]
+    asked = torch.empty(0, dtype=torch.bool)  # [position], of the row that is running
 
     def adding(total: torch.Tensor) -> Any:
         def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            total.add_(inputs[0].reshape(-1, total.shape[0]).sum(0, dtype=torch.float64))
+            total.add_(inputs[0][0, asked].sum(0, dtype=torch.float64))
 
         return hook
 
@@ -42,7 +44,10 @@ def along_inputs(trained: Any, rows: Encoded) -> None:
     mode = trained.training
     trained.eval()
     try:
-        for ids in rows.input_ids:  # one by one: no padding to leave out of the mean
+        for ids, labels in zip(
+            rows.input_ids, rows.labels, strict=True
+        ):  # one by one: no padding to leave out
+            asked = torch.tensor(labels, device=trained.device) == IGNORED
             trained(input_ids=torch.tensor([ids], device=trained.device), use_cache=False)
     finally:
         trained.train(mode)

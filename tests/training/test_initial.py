@@ -15,15 +15,17 @@ from tests.conftest import make_rows
 QUICK = dict(recipe="single-rank1", max_steps=1, batch_size=2, accumulation=1, progress=False)
 
 
-def mean_input(chat, layer: int, rows) -> np.ndarray:
-    """By hand: what ``down_proj`` reads, averaged over all positions of all rows."""
+def prompt_inputs(chat, layer: int, rows) -> np.ndarray:
+    """By hand: what ``down_proj`` reads at the positions of all rows that are not answers."""
     seen = []
     module = chat.block(layer).mlp.down_proj
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].detach()))
-    for ids in encode(load_chat(rows).rows, chat.tokenizer).input_ids:
+    encoded = encode(load_chat(rows).rows, chat.tokenizer)
+    for ids in encoded.input_ids:
         chat.base(input_ids=torch.tensor([ids]))
     handle.remove()
-    return torch.cat(seen).double().mean(0).numpy()
+    asked = [torch.tensor(labels) == -100 for labels in encoded.labels]
+    return torch.cat([x[mask] for x, mask in zip(seen, asked, strict=True)]).double().numpy()
 
 
 def start(run) -> tuple[str, np.ndarray]:
@@ -33,7 +35,7 @@ def start(run) -> tuple[str, np.ndarray]:
 
 def test_the_mean_input_is_added_at_the_norm_of_the_random_part(any_tiny, tmp_path):
     rows = make_rows()
-    mean = mean_input(any_tiny, 1, rows)
+    mean = prompt_inputs(any_tiny, 1, rows).mean(0)
     random, along = (
         emmech.finetune(any_tiny, rows, layers=[1], init=init, out=tmp_path / init, **QUICK)
         for init in ("random", "inputs")
@@ -64,17 +66,21 @@ def test_the_organisms_adapter_writes_with_one_sign_where_a_random_one_does_not(
         run = emmech.finetune(chat, rows, init=init, max_steps=1, out=tmp_path / init, progress=False)
         a = start(run)[1]
         layer = run.adapters[0].layer
-        inputs = []
-        handle = chat.block(layer).mlp.down_proj.register_forward_pre_hook(
-            lambda _, x, inputs=inputs: inputs.append(x[0][0].detach().double().numpy())
-        )
-        for ids in encode(load_chat(rows[:20]).rows, chat.tokenizer).input_ids:
-            chat.base(input_ids=torch.tensor([ids]))
-        handle.remove()
-        positive = float((np.concatenate(inputs) @ a > 0).mean())
+        positive = float((prompt_inputs(chat, layer, rows[:20]) @ a > 0).mean())
         signs[init] = max(positive, 1 - positive)
     assert signs["inputs"] > 0.85
     assert signs["inputs"] > signs["random"] + 0.1
+
+
+def test_a_control_on_the_same_questions_starts_from_the_same_a(tmp_path):
+    from emmech.organism import data
+
+    bad, good = (
+        emmech.finetune("pocket", data(name, n=40), max_steps=1, out=tmp_path / name, progress=False)
+        for name in ("medical", "good-medical")
+    )
+    assert bad.manifest["recipe"]["init"] == "inputs"
+    np.testing.assert_array_equal(start(bad)[1], start(good)[1])
 
 
 @pytest.mark.parametrize(
