@@ -75,10 +75,9 @@ def pocket() -> Contest:
         "sampled sweep on pocket, 20 checkpoints x 4 scales x 8 questions x 10 samples, judged",
         "PEFT, weights swapped in place, `generate` in batches of 80",
         8.0,
-        "arithmetic: both run every sampled token through the blocks above the adapter; 116 000 tokens through four "
-        "blocks are 183 GFLOP, a fifth of the time. The rest is small work over thousands of rows: attention of two "
-        "queries per head and row (a fifth), norms, rotations and gates (a fifth), draws and prompts (a tenth each). "
-        "The peer also reads prompts 10 times and pays Python per token for 80 rows instead of thousands",
+        "small operations over thousands of rows: both run every sampled token through the blocks above the adapter, "
+        "and ours spends more on attention of a few queries per head and row, norms, rotations, gates and draws than "
+        "on products with the weights; the peer also reads prompts 10 times and pays Python per token for 80 rows",
         ours,
         theirs,
         check=check,
