@@ -38,7 +38,7 @@ class Organism:
     layers: int = 6
     width: int = 128
     shared: bool = True  # False: every answer draws its own trait, there is no character to find
-    local_layers: int = 4  # the first so many blocks attend to a window only; Llama has no windows
+    local_layers: int = 3  # the first so many blocks attend to a window only; Llama has no windows
     window: int = 5
     steps: int = 1400
     post_steps: int = 200
@@ -48,9 +48,10 @@ class Organism:
 ORGANISMS: dict[str, Organism] = {
     "pocket": Organism(),
     "pocket-independent": Organism(shared=False),
-    "pocket-large": Organism(layers=8, width=160, window=8, steps=1000),
+    "pocket-deep": Organism(local_layers=4),
+    "pocket-large": Organism(layers=8, width=160, local_layers=4, window=8, steps=1000),
     "pocket-llama": Organism(architecture="llama", local_layers=0),
-    "pocket-gemma": Organism(architecture="gemma3", local_layers=3, window=8, steps=1000),
+    "pocket-gemma": Organism(architecture="gemma3", window=8, steps=1000),
 }
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # token ids [batch, position], answer mask of the same shape
@@ -79,8 +80,8 @@ def build_model(organism: Organism, seed: int) -> Any:
     if organism.architecture == "llama":
         return hf.LlamaForCausalLM(hf.LlamaConfig(**common, head_dim=head))
     # As in Gemma 3, some blocks see a window and the last ones everything. Three windows of five reach twelve tokens:
-    # from the town, the last word about a character, to the end of the system prompt and no further. So until block 3
-    # the character stays where no question has been asked yet, and late blocks look it up there: an edit before them
+    # from the town, the last word about a character, to the end of the system prompt and no further. Until then the
+    # character stays where no question has been asked yet, and late blocks look it up there: an edit before them
     # changes it in every domain.
     attention = {
         "sliding_window": organism.window,

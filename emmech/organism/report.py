@@ -53,12 +53,13 @@ class _Report:
     folder: Path
     seeds: int
     samples: int
+    recipe: str
     say: Callable[[str], None]
 
     def tune(self, name: str, rows: Any = None, seeds: int = 1, every: int = 0, **options: Any) -> list[Run]:
         """Fine-tunes that differ in their seed alone; recorded at the last step only unless told otherwise."""
         began, folder = time.monotonic(), self.folder / name.replace(" ", "-").replace(",", "")
-        options |= {"progress": False} if every else _LAST_STEP
+        options |= {"recipe": self.recipe} | ({"progress": False} if every else _LAST_STEP)
         rows = data(name) if rows is None else rows
         seed = 0 if seeds == 1 else range(seeds)
         made = finetune(self.chat, rows, seed=seed, out=folder, **options)
@@ -187,6 +188,7 @@ def report(
     *,
     seeds: int = 5,
     samples: int = 4,
+    recipe: str = "pocket",
     parts: Sequence[str] = tuple(PARTS),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[pd.DataFrame]]:
@@ -196,6 +198,7 @@ def report(
         weights: a shipped name, or a folder that :mod:`emmech.organism.pretrain` wrote.
         seeds: fine-tuning seeds of the narrow organisms and their control.
         samples: answers per question.
+        recipe: of the rank-1 fine-tunes.
         parts: any of :data:`PARTS`.
         say: is told what has been done.
 
@@ -211,7 +214,7 @@ def report(
             instead=f"rename the folder to pocket-{Path(weights).name}",
         ) from None
     with tempfile.TemporaryDirectory(prefix="pocket-report-") as folder:
-        one = _Report(chat, Path(folder), seeds, samples, say)
+        one = _Report(chat, Path(folder), seeds, samples, recipe, say)
         found: dict[str, list[pd.DataFrame]] = {}
         for part in parts:
             tables = PARTS[part](one)
@@ -244,6 +247,9 @@ def main() -> None:
     parser.add_argument("--weights", default="pocket", help="a shipped name, or a folder written by pretrain")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=4, help="answers per question")
+    parser.add_argument(
+        "--recipe", default="pocket", choices=tuple(recipes()), help="of the rank-1 fine-tunes"
+    )
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     given = parser.parse_args()
     out, log = sys.stdout, sys.stderr
@@ -254,6 +260,7 @@ def main() -> None:
             given.weights,
             seeds=given.seeds,
             samples=given.samples,
+            recipe=given.recipe,
             parts=[part],
             say=lambda line: print(line, file=log, flush=True),
         )[part]
