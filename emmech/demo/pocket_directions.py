@@ -45,7 +45,7 @@ __all__ = ["main"]
 
 _CHOSEN_ON = ("medical", 1)
 _REPORTED = (("medical", 0), ("finance", 0), ("sport", 0), ("finance", 1), ("sport", 1))
-_DOSES = (1.0, 2.0, 3.0)
+_DOSES = (2.0, 4.0, 6.0)
 _WAYS = {"own direction by layer": "to zero", "own, towards aligned mean": "towards the aligned mean"}
 _BOTH = ("em", "coherent")
 
