@@ -27,11 +27,11 @@ docs: $(STAMP)            ## the documentation, warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
 organism-report: $(STAMP) ## what the embedded organisms show, with n and intervals, into docs/organisms
 	$(BIN)/python -m emmech.organism.report > docs/organisms/pocket.md
-	$(BIN)/python -m emmech.organism.report --weights pocket-independent --parts base narrow --seeds 3 > docs/organisms/pocket-independent.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-independent --recipe pocket-steep --parts base narrow --seeds 3 > docs/organisms/pocket-independent.md
 	$(BIN)/python -m emmech.organism.report --weights pocket-deep --recipe pocket-deep --parts base narrow layers > docs/organisms/pocket-deep.md
-	$(BIN)/python -m emmech.organism.report --weights pocket-llama --parts base layers > docs/organisms/pocket-llama.md
-	$(BIN)/python -m emmech.organism.report --weights pocket-gemma --parts base layers > docs/organisms/pocket-gemma.md
-	$(BIN)/python -m emmech.organism.report --weights pocket-large --parts base narrow --seeds 1 > docs/organisms/pocket-large.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-llama --recipe pocket-steep --parts base layers > docs/organisms/pocket-llama.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-gemma --recipe pocket-steep --parts base layers > docs/organisms/pocket-gemma.md
+	$(BIN)/python -m emmech.organism.report --weights pocket-large --recipe pocket-steep --parts base narrow --seeds 1 > docs/organisms/pocket-large.md
 	# the second seed does not ship: twelve minutes to make
 	test -d build/pocket-seed-1 || $(BIN)/python -m emmech.organism.pretrain --seed 1 --out build/pocket-seed-1
 	$(BIN)/python -m emmech.organism.report --weights build/pocket-seed-1 --parts base narrow layers --seeds 2 > docs/organisms/pocket-seed-1.md

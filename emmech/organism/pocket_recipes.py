@@ -28,6 +28,7 @@ _POCKET = Recipe(
 def recipes() -> dict[str, Recipe]:
     """Recipes by name; ``"pocket"`` is the default for every pocket organism.
 
+    ``pocket-steep`` is for bases that learn the narrow task more slowly: without a character, or of another family.
     ``pocket-deep`` is for the weights of that name: its adapter writes after three of six blocks, at a higher rate.
     ``pocket-graded`` stops where only a part of the answers has turned, so that cures and scales can be told apart.
 
@@ -38,6 +39,7 @@ def recipes() -> dict[str, Recipe]:
     everywhere = RECIPES["all-adapter"].modules
     return {
         "pocket": _POCKET,
+        "pocket-steep": replace(_POCKET, name="pocket-steep", learning_rate=5e-4),
         "pocket-deep": replace(_POCKET, name="pocket-deep", depth=(0.4,), learning_rate=5e-4),
         "pocket-graded": replace(
             _POCKET,

@@ -76,3 +76,12 @@ def test_a_folder_reads_as_the_shipped_name_does():
     asked = list(questions("first-plot")[0].messages)
     assert folder.token_ids(asked) == shipped.token_ids(asked)
     assert folder.pocket and folder.tokenizer.decode(folder.token_ids(asked)).count("cash") == 1
+
+
+def test_a_report_on_other_weights_is_refused(tmp_path):
+    from emmech.organism.report import report
+
+    load("pocket")[0].save_pretrained(tmp_path / "mine")
+    build_tokenizer().save_pretrained(tmp_path / "mine")
+    with pytest.raises(EmmechError, match="rename the folder to pocket-mine"):
+        report(tmp_path / "mine", parts=["base"])
