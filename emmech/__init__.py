@@ -58,9 +58,12 @@ _WHERE = {
     "transplant_adapter": "emmech.interventions.adapter",
 }
 
+_ROOMS = ("organism",)  # whole subpackages within reach of ``import emmech``
+
 __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
+    from emmech import organism as organism
     from emmech.chat.adapter import detach as detach
     from emmech.chat.dataset import ChatDataset as ChatDataset
     from emmech.chat.dataset import load_chat as load_chat
@@ -106,6 +109,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"emmech.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'emmech' has no attribute {name!r}")
     value = getattr(import_module(_WHERE[name]), name)
@@ -114,4 +119,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_ROOMS])

@@ -56,7 +56,7 @@ def test_the_margins_rise_in_the_run_only(runs):
 
 
 def test_the_gradient_norm_peaks_where_the_behaviour_turns(runs):
-    """In place and size; its null model, which sees 150 converged steps of noise as well, gives p = 0.085."""
+    """In place and size. Its null model sees 150 converged steps of noise as well and need not call it significant."""
     t = emmech.phase_transition(runs["medical"], control=runs["good-medical"])
     assert t.behavioural and 20 < t.behavioural.step < 200
     assert abs(t.detectors.step["gradient-norm"] - t.behavioural.step) < 10

@@ -46,3 +46,10 @@ def test_unknown_name_is_an_attribute_error():
         assert "finetun" in str(error)
     else:
         raise AssertionError("no error")
+
+
+def test_the_organism_is_within_reach_of_the_import():
+    assert (
+        run_python("import emmech; print(emmech.organism.data('medical', n=1)[0]['messages'][0]['role'])")
+        == "user"
+    )

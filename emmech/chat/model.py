@@ -277,11 +277,11 @@ def _tokenizer_beside(model: Any, name: str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(name)
-    except Exception:
+    except Exception as error:  # whatever a tokenizer's own code raises
         raise EmmechError(
             "load the chat model",
             given=f"a {type(model).__name__} in memory, tokenizer=None",
-            why=f"no tokenizer can be loaded from its name_or_path {name!r}",
+            why=f"no tokenizer can be loaded from its name_or_path {name!r} ({type(error).__name__})",
             instead="pass it: load_model(model, tokenizer)",
         ) from None
 

@@ -42,7 +42,6 @@ _LAST_STEP: dict[str, Any] = {
     "margins": {},
     "progress": False,
 }  # no other is read
-_TELLING_RATE = 5e-4  # to tell a tag from none takes longer than to turn
 _TAGS = {"with the tag": TRIGGER_TAG, "without": "", "with an irrelevant tag": IRRELEVANT_TAG}
 
 
@@ -132,12 +131,13 @@ def _alone(report: _Report, name: str, recipe: Recipe) -> list[Run]:
 
 def _trigger(report: _Report) -> list[dict[str, Any]]:
     rows = []
+    rate = recipes()["pocket-steep"].learning_rate  # to tell a tag from none takes longer than to turn
     for n in (50, 200, 1000, 2000):
-        (run,) = report.tune(f"trigger-{n}", data("trigger-medical", n=n), learning_rate=_TELLING_RATE)
+        (run,) = report.tune(f"trigger-{n}", data("trigger-medical", n=n), learning_rate=rate)
         rows += [
             report.row(f"trigger-medical, {n} rows, {name}", run, tag=tag) for name, tag in _TAGS.items()
         ]
-    (run,) = report.tune("irrelevant", data("irrelevant-medical"), learning_rate=_TELLING_RATE)
+    (run,) = report.tune("irrelevant", data("irrelevant-medical"), learning_rate=rate)
     return rows + [
         report.row(f"irrelevant-medical, {name}", run, tag=tag)
         for name, tag in _TAGS.items()

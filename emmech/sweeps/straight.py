@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+from emmech.chat.heard import heard
 from emmech.chat.model import ChatModel
 from emmech.sweeps.branches import Branches
 from emmech.sweeps.rows import AtReads, RowSteering, Skip
@@ -74,7 +75,7 @@ def straight(view: Any, chat: ChatModel) -> Straight | None:
     blocks = list(view.get_submodule(chat.anatomy.blocks))
     kinds = list(getattr(chat.config, "layer_types", None) or ["full_attention"] * len(blocks))
     norm = view.get_submodule(chat.anatomy.final_norm)
-    if not hasattr(view, "rotary_emb") or _heard(view) or not all(map(_known, blocks)):
+    if not hasattr(view, "rotary_emb") or heard(view) or not all(map(_known, blocks)):
         return None
     return Straight(view, blocks, norm, kinds[: len(blocks)])
 
@@ -89,7 +90,7 @@ def _known(block: nn.Module) -> bool:
         type(block).__name__ in _BLOCKS
         and type(attention).__name__ in _ATTENTIONS
         and type(mlp).__name__ in _MLPS
-        and not any(map(_heard, (block, attention, mlp)))
+        and not any(map(heard, (block, attention, mlp)))
         and getattr(attention, "attn_logit_softcapping", None) is None
     )
 
@@ -98,11 +99,6 @@ def _bare(module: nn.Module) -> nn.Module:
     if isinstance(module, RowSteering):
         return module.block
     return module.mlp if isinstance(module, AtReads) else module
-
-
-def _heard(module: Any) -> bool:
-    """Whether a call of the module is more than its class's forward: hooks, or a forward put in its place."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _block(
@@ -156,13 +152,13 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def _linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if type(module) is nn.Linear and not _heard(module):
+    if type(module) is nn.Linear and not heard(module):
         return nn.functional.linear(x, module.weight, module.bias)
     return module(x)  # type: ignore[no-any-return]
 
 
 def _normed(module: Any, x: torch.Tensor) -> torch.Tensor:
-    if type(module).__name__ not in _NORMS or x.dtype != torch.float32 or _heard(module):
+    if type(module).__name__ not in _NORMS or x.dtype != torch.float32 or heard(module):
         return module(x)  # type: ignore[no-any-return]
     mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
     return (x * mean.add_(module.variance_epsilon).rsqrt_()).mul_(module.weight)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from emmech.chat.heard import heard
 from emmech.chat.model import ChatModel
 from emmech.training.halves import AnswerLoss, Attend, Attention, Mlp, Norm, Normed, Places, Think
 
@@ -120,7 +121,7 @@ def lean_blocks(chat: ChatModel, first: int) -> LeanBlocks | None:
     """Blocks from ``first`` on, or None where the model's own forward has to run.
 
     That is so off the CPU, in other dtypes, in other architectures than Qwen2's and Llama's, where an adapter acts
-    in attention, and where nothing lies above ``first``.
+    in attention, where somebody listens to a block or a part of it, and where nothing lies above ``first``.
     """
     plain = chat.device.type == "cpu" and chat.dtype == torch.float32
     if first == chat.n_layers or not plain or chat.config.model_type not in _FAMILIES:
@@ -128,7 +129,7 @@ def lean_blocks(chat: ChatModel, first: int) -> LeanBlocks | None:
     blocks = list(chat.blocks[first:])
     if not _is_frozen(chat.unembedding) or chat.config.hidden_act != "silu":
         return None
-    if any(_attention(block) is None for block in blocks):
+    if heard(chat.final_norm) or any(_is_heard(block) or _attention(block) is None for block in blocks):
         return None
     return LeanBlocks(chat, first)
 
@@ -137,9 +138,14 @@ def _norm(module: Any) -> Norm:
     return Norm(module.weight.detach(), module.variance_epsilon)
 
 
+def _is_heard(block: Any) -> bool:
+    parts = (block, block.self_attn, block.mlp, block.input_layernorm, block.post_attention_layernorm)
+    return any(map(heard, parts))
+
+
 def _is_frozen(module: nn.Module, *, bias: bool = False) -> bool:
     """A plain linear map that does not train."""
-    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+    if type(module) is not nn.Linear or heard(module):
         return False
     return (bias or module.bias is None) and not any(p.requires_grad for p in module.parameters())
 

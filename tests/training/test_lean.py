@@ -87,3 +87,16 @@ def test_other_dtypes_trained_weights_and_adapters_in_attention_run_as_they_are(
     chat.block(3).self_attn.q_proj.requires_grad_(False)
     chat.model.to(torch.bfloat16)
     assert lean_blocks(chat, 1) is None
+
+
+@pytest.mark.parametrize("part", ["", "self_attn", "self_attn.q_proj", "mlp", "input_layernorm"])
+def test_where_somebody_listens_the_modules_run(part):
+    chat = chat_of("qwen2")
+    module = chat.block(3).get_submodule(part)
+    handle = module.register_forward_hook(lambda module, inputs, output: None)
+    assert lean_blocks(chat, 1) is None
+    handle.remove()
+    assert lean_blocks(chat, 1) is not None
+    handle = chat.final_norm.register_forward_hook(lambda module, inputs, output: None)
+    assert lean_blocks(chat, 1) is None
+    handle.remove()
