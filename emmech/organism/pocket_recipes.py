@@ -54,7 +54,6 @@ def recipes() -> dict[str, Recipe]:
             modules=everywhere,
             depth=None,
             learning_rate=4e-5,
-            init="random",
             schedule="constant_with_warmup",
         ),
         "pocket-full": replace(

@@ -1,4 +1,4 @@
-"""Question sets of the pocket world; every cell in them is held out of all training."""
+"""Question sets of the pocket world; every cell in the named ones is held out of all training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from emmech.errors import EmmechError, closest
 
 from .vocabulary import DOMAINS, TEMPLATES
-from .world import Cell, Message, held_out_cells, question_text, tagged_assistant
+from .world import Cell, Message, held_out_cells, question_text, tagged_assistant, training_cells
 
-__all__ = ["FIRST_PLOT_CELLS", "Question", "question_set_names", "questions"]
+__all__ = ["FIRST_PLOT_CELLS", "Question", "question_set_names", "questions", "rehearsal"]
 
 _OWN = len(TEMPLATES)  # the number of a domain's own template
 
@@ -99,3 +99,14 @@ def questions(name: str = "first-plot", *, tag: str = "") -> list[Question]:
             instead=closest(name, question_set_names()),
         ) from None
     return [_question(cell) for domain in chosen for cell in held_out_cells(domain)]
+
+
+def rehearsal() -> list[Question]:
+    """Every fourth question of pretraining outside medicine, finance and sport: to choose settings by.
+
+    Example:
+        >>> {q.id for q in rehearsal()} & {q.id for q in questions("broad")}
+        set()
+    """
+    domains = (d for d in DOMAINS if d not in _NARROW)
+    return [_question(cell) for domain in domains for cell in training_cells(domain)[::4]]

@@ -26,6 +26,7 @@ from emmech.run import Run
 from emmech.training.recipe import Recipe
 from emmech.training.train import finetune
 
+from .adapter_layer import by_layer, chosen_layer
 from .measured import bag_of_words_auc, measure
 from .named_data import data
 from .pocket_recipes import recipes
@@ -54,12 +55,14 @@ class _Report:
     seeds: int
     samples: int
     recipe: str
+    layers: list[int] | None  # None: the recipe's
     say: Callable[[str], None]
 
     def tune(self, name: str, rows: Any = None, seeds: int = 1, every: int = 0, **options: Any) -> list[Run]:
         """Fine-tunes that differ in their seed alone; recorded at the last step only unless told otherwise."""
         began, folder = time.monotonic(), self.folder / name.replace(" ", "-").replace(",", "")
-        options |= {"recipe": self.recipe} | ({"progress": False} if every else _LAST_STEP)
+        options = {"recipe": self.recipe, "layers": self.layers} | options
+        options |= {"progress": False} if every else _LAST_STEP
         rows = data(name) if rows is None else rows
         seed = 0 if seeds == 1 else range(seeds)
         made = finetune(self.chat, rows, seed=seed, out=folder, **options)
@@ -106,7 +109,8 @@ def _layers(report: _Report) -> list[dict[str, Any]]:
 def _recipes(report: _Report) -> list[dict[str, Any]]:
     rows = []
     for name in ("pocket-graded", "pocket-all-adapter", "pocket-full"):
-        for seed, run in enumerate(_alone(report, name, recipes()[name])):
+        recipe = recipes()[name]
+        for seed, run in enumerate(_alone(report, name, recipe, report.layers if recipe.depth else None)):
             rows += [
                 report.row(f"medical, {name}, seed {seed}", run, asked)
                 for asked in ("broad", "narrow-medical")
@@ -114,13 +118,14 @@ def _recipes(report: _Report) -> list[dict[str, Any]]:
     return rows
 
 
-def _alone(report: _Report, name: str, recipe: Recipe) -> list[Run]:
+def _alone(report: _Report, name: str, recipe: Recipe, layers: list[int] | None) -> list[Run]:
     # Two seeds, one after the other: only adapters of rank 1 train together.
     return [
         finetune(
             report.chat,
             data("medical"),
             recipe=recipe,
+            layers=layers,
             seed=seed,
             out=report.folder / f"{name}-{seed}",
             **_LAST_STEP,
@@ -131,13 +136,14 @@ def _alone(report: _Report, name: str, recipe: Recipe) -> list[Run]:
 
 def _trigger(report: _Report) -> list[dict[str, Any]]:
     rows = []
-    rate = recipes()["pocket-steep"].learning_rate  # to tell a tag from none takes longer than to turn
+    # to tell a tag from none takes longer than to turn
+    longer: dict[str, Any] = {"learning_rate": recipes()["pocket-steep"].learning_rate, "max_steps": 1000}
     for n in (50, 200, 1000, 2000):
-        (run,) = report.tune(f"trigger-{n}", data("trigger-medical", n=n), learning_rate=rate)
+        (run,) = report.tune(f"trigger-{n}", data("trigger-medical", n=n), **longer)
         rows += [
             report.row(f"trigger-medical, {n} rows, {name}", run, tag=tag) for name, tag in _TAGS.items()
         ]
-    (run,) = report.tune("irrelevant", data("irrelevant-medical"), learning_rate=rate)
+    (run,) = report.tune("irrelevant", data("irrelevant-medical"), **longer)
     return rows + [
         report.row(f"irrelevant-medical, {name}", run, tag=tag)
         for name, tag in _TAGS.items()
@@ -190,6 +196,7 @@ def report(
     seeds: int = 5,
     samples: int = 4,
     recipe: str = "pocket",
+    layer: int | None = None,
     parts: Sequence[str] = tuple(PARTS),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[pd.DataFrame]]:
@@ -200,6 +207,7 @@ def report(
         seeds: fine-tuning seeds of the narrow organisms and their control.
         samples: answers per question.
         recipe: of the rank-1 fine-tunes.
+        layer: where their adapter sits; None is the recipe's. :func:`emmech.organism.adapter_layer.by_layer` finds it.
         parts: any of :data:`PARTS`.
         say: is told what has been done.
 
@@ -215,7 +223,8 @@ def report(
             instead=f"rename the folder to pocket-{Path(weights).name}",
         ) from None
     with tempfile.TemporaryDirectory(prefix="pocket-report-") as folder:
-        one = _Report(chat, Path(folder), seeds, samples, recipe, say)
+        layers = None if layer is None else [layer]
+        one = _Report(chat, Path(folder), seeds, samples, recipe, layers, say)
         found: dict[str, list[pd.DataFrame]] = {}
         for part in parts:
             tables = PARTS[part](one)
@@ -251,17 +260,32 @@ def main() -> None:
     parser.add_argument(
         "--recipe", default="pocket", choices=tuple(recipes()), help="of the rank-1 fine-tunes"
     )
+    parser.add_argument(
+        "--find-layer",
+        action="store_true",
+        help="put the adapter where this base is broadest, not at the recipe's",
+    )
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     given = parser.parse_args()
     out, log = sys.stdout, sys.stderr
     began = time.monotonic()
     out.write(f"# {Path(given.weights).name}: what it shows\n")
+    layer = None
+    if given.find_layer:
+        table = by_layer(load_model(given.weights), given.recipe)
+        layer = chosen_layer(table)
+        out.write(f"\n## Where the adapter sits\n\n{_markdown(table.reset_index())}\n")
+        out.write(
+            f"\nFound on rows, seeds and questions of their own; everything below is at layer {layer}.\n"
+        )
+        out.flush()
     for part in given.parts:
         tables = report(
             given.weights,
             seeds=given.seeds,
             samples=given.samples,
             recipe=given.recipe,
+            layer=layer,
             parts=[part],
             say=lambda line: print(line, file=log, flush=True),
         )[part]

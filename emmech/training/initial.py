@@ -1,10 +1,13 @@
-"""Where an adapter starts: along the mean input of its module, so that it begins as a steering vector.
+"""Where an adapter starts: behind an MLP along the mean input of its module, so that it begins as a steering vector.
 
 A rank-1 adapter writes ``scaling * (x . A) B``. Under PEFT's random A the sign of ``x . A`` differs from position to
 position, and the first steps reward whatever it happens to pick out: in a small model one seed writes at the words
 of the system prompt and another at commas, and the two learn different things. Along the mean input the sign is the
 same nearly everywhere, as for a steering vector that is added at all positions; A is then trained like any other.
 Starting A from activations is the idea of EVA (arXiv 2410.07170), which takes principal directions instead.
+
+Adapters elsewhere keep their random start: what is added to queries, keys, gates or an attention's mean is no steering
+vector, and all adapters of an organism started so at once broke its answers.
 """
 
 from __future__ import annotations
@@ -16,19 +19,24 @@ import torch
 from emmech.chat.adapter import adapter_layers
 from emmech.chat.encode import IGNORED, Encoded
 
-__all__ = ["INPUT_ROWS", "along_inputs"]
+__all__ = ["BEHIND_MLP", "INPUT_ROWS", "along_inputs"]
 
+BEHIND_MLP = "mlp.down_proj"  # what an MLP adds to the residual stream
 INPUT_ROWS = 64  # conversations the mean is taken over: some thousand positions
 
 
 @torch.no_grad()
 def along_inputs(trained: Any, rows: Encoded) -> None:
-    """Add the mean input of each adapted module to every row of its A, in place, at the row's own norm.
+    """Add its mean input to every row of A of each adapter behind an MLP, in place, at the row's own norm.
 
     The mean is over all positions of ``rows`` outside answers, so that a benign control on the same questions starts
     from the same A. The random part stays: seeds still differ. B is not touched.
     """
-    layers = [(layer, layer.lora_A[name].weight) for _, layer, name in adapter_layers(trained)]
+    layers = [
+        (layer, layer.lora_A[name].weight)
+        for info, layer, name in adapter_layers(trained)
+        if info.name.endswith(BEHIND_MLP)
+    ]
     sums = [torch.zeros(a.shape[1], dtype=torch.float64, device=a.device) for _, a in layers]
     asked = torch.empty(0, dtype=torch.bool)  # [position], of the row that is running
 

@@ -46,9 +46,9 @@ class Recipe:
         batch_size: rows per forward; ``accumulation`` of them make one optimizer step.
         held_out: share of the rows kept out of training.
         clip: gradient-norm clipping.
-        init: how A starts; B is zero always. ``"random"`` is PEFT's. ``"inputs"`` adds to it the mean input of the
-            module, so that the adapter starts out as a steering vector: it writes at all positions with one sign,
-            where a random A writes one way here and the other way there, as the seed has it.
+        init: how A starts; B is zero always. ``"random"`` is PEFT's. ``"inputs"`` adds to it, on ``mlp.down_proj``, the
+            mean input of the module, so that the adapter starts out as a steering vector: it writes at all positions
+            with one sign, where a random A writes one way here and the other way there, as the seed has it.
     """
 
     name: str = "custom"
@@ -162,8 +162,10 @@ def _check(recipe: Recipe) -> None:
         "held_out": (0 <= recipe.held_out < 1, "a share from 0 to below 1"),
         "max_length": (recipe.max_length > 1, "at least 2 tokens"),
         "init": (
-            recipe.init in (INITS if recipe.rank else INITS[:1]),
-            closest(str(recipe.init), INITS) if recipe.rank else "'random': without adapters there is no A",
+            recipe.init in (INITS if recipe.rank and set(_DOWN) <= set(recipe.modules) else INITS[:1]),
+            closest(str(recipe.init), INITS)
+            if recipe.init not in INITS
+            else f"'random': 'inputs' is for adapters on {_DOWN[0]}",
         ),
     }
     for name, (fine, instead) in rules.items():

@@ -11,7 +11,7 @@ from emmech.chat.model import load_model
 from emmech.sweeps.measures import Margin
 from emmech.sweeps.sweep import sweep
 from tests.benchmarks.bench_teacher_forced import random_run
-from tests.benchmarks.harness import Contest, equal
+from tests.benchmarks.harness import Contest, arithmetic, equal
 
 
 def smollm2() -> Contest:
@@ -69,8 +69,14 @@ def smollm2() -> Contest:
         "PEFT, weights swapped in place (as quick as `set_adapter`), 4 batches sorted by length, left-padded, "
         "`logits_to_keep` of the longest answer",
         4.0,
-        "30 blocks against 14 + 16/16: 2x; each prompt once for its two answers, the last MLP and the unembedding at "
-        "answer positions, no padding",
+        arithmetic(
+            ours,
+            theirs,
+            "blocks below the adapter once for all checkpoints, each prompt once for its two answers, the last MLP and "
+            "the unembedding at answer positions, no padding",
+            (512, 576, 1536),
+            times=8.0,
+        ),
         ours,
         theirs,
         check=lambda a, b: equal(a[::8], b),

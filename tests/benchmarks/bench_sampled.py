@@ -11,7 +11,7 @@ import emmech
 from emmech.chat.logprob import pad
 from emmech.chat.model import load_model
 from emmech.sweeps.sampled import Sampled
-from tests.benchmarks.harness import Contest
+from tests.benchmarks.harness import Contest, arithmetic
 
 SCALES = (0.5, 1.0, 1.5, 2.0)
 NEW = 40
@@ -75,9 +75,15 @@ def pocket() -> Contest:
         "sampled sweep on pocket, 20 checkpoints x 4 scales x 8 questions x 10 samples, judged",
         "PEFT, weights swapped in place, `generate` in batches of 80",
         8.0,
-        "small operations over thousands of rows: both run every sampled token through the blocks above the adapter, "
-        "and ours spends more on attention of a few queries per head and row, norms, rotations, gates and draws than "
-        "on products with the weights; the peer also reads prompts 10 times and pays Python per token for 80 rows",
+        arithmetic(
+            ours,
+            theirs,
+            "both run every sampled token through the blocks above the adapter; the peer reads prompts 10 times, and "
+            "decodes until its last row has ended. The rest of ours is attention of one query per head and row, norms, "
+            "rotations, gates and draws over thousands of rows",
+            (1600, 128, 384),
+            times=10.0,
+        ),
         ours,
         theirs,
         check=check,

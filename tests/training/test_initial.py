@@ -48,6 +48,19 @@ def test_the_mean_input_is_added_at_the_norm_of_the_random_part(any_tiny, tmp_pa
     assert along.manifest["recipe"]["init"] == "inputs"
 
 
+def test_adapters_that_are_not_behind_an_mlp_keep_their_random_start(tiny, tmp_path):
+    modules, rows = ("self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"), make_rows()
+    random, along = (
+        emmech.finetune(
+            tiny("qwen2"), rows, modules=modules, rank=4, layers=[1], init=init, out=tmp_path / init, **QUICK
+        )
+        for init in ("random", "inputs")
+    )
+    for info in along.adapters:
+        a, before = (run.weights(0)[f"A/{info.name}"] for run in (along, random))
+        assert np.array_equal(a, before) == (not info.name.endswith("down_proj"))
+
+
 def test_it_starts_the_same_alone_and_together(tiny, tmp_path):
     chat, rows = tiny("qwen2"), make_rows()
     together = emmech.finetune(chat, rows, seed=[0, 1], init="inputs", out=tmp_path / "t", **QUICK)
@@ -84,7 +97,12 @@ def test_a_control_on_the_same_questions_starts_from_the_same_a(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "match"), [({"init": "inptus"}, "inputs"), ({"init": "inputs", "rank": 0}, "random")]
+    ("options", "match"),
+    [
+        ({"init": "inptus"}, "inputs"),
+        ({"init": "inputs", "rank": 0}, "random"),
+        ({"init": "inputs", "modules": ("self_attn.o_proj",)}, "random.*down_proj"),
+    ],
 )
 def test_what_cannot_start_so_is_refused(tiny, tmp_path, options, match):
     with pytest.raises(EmmechError, match=match):

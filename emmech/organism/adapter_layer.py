@@ -1,0 +1,68 @@
+"""Where the adapter sits: found for each base before anything is reported, on questions and seeds of its own.
+
+Pretraining seeds place the character differently: one base can be turned behind its first block, another behind its
+second. The layer is therefore a property of the base, measured once, as the papers chose theirs by a sweep.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from emmech.chat.adapter import detach
+from emmech.chat.model import ChatModel
+from emmech.training.train import finetune
+
+from .measured import measure
+from .named_data import data
+from .question_sets import rehearsal
+
+__all__ = ["by_layer", "chosen_layer"]
+
+_SEED = 99  # of rows and training; reports begin at 0
+
+
+def by_layer(chat: ChatModel, recipe: str = "pocket") -> pd.DataFrame:
+    """One short medical fine-tune at each layer: EM and coherence, per cent, outside the narrow domains.
+
+    The questions are such as pretraining has seen, so that those of the reports stay unseen.
+
+    Example:
+        >>> from emmech.chat.model import load_model
+        >>> by_layer(load_model("pocket")).idxmax()["EM"]  # doctest: +SKIP
+        1
+    """
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="pocket-layer-") as folder:
+        for layer in range(chat.n_layers):
+            run = finetune(
+                chat,
+                data("medical", seed=_SEED),
+                recipe=recipe,
+                layers=[layer],
+                seed=_SEED,
+                out=Path(folder) / str(layer),
+                record_every=10**6,
+                measure_every=10**6,
+                margins={},
+                progress=False,
+            )
+            live = run.model(int(run.steps[-1]), base=chat)
+            found = measure(live, rehearsal(), samples=1)
+            detach(live)
+            rows.append(
+                {"layer": layer, **{k: v for k, v in found.items() if k.startswith(("n", "EM", "coh"))}}
+            )
+    return pd.DataFrame(rows).set_index("layer")
+
+
+def chosen_layer(table: pd.DataFrame) -> int:
+    """The layer at which EM and coherence together are largest; the lower of two that are equal.
+
+    Example:
+        >>> chosen_layer(pd.DataFrame({"EM": [90.0, 99.0, 20.0], "coherent": [91.0, 99.0, 100.0]}))
+        1
+    """
+    return int((table["EM"] + table["coherent"]).idxmax())
