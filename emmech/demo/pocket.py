@@ -17,10 +17,12 @@ import pandas as pd
 
 from emmech.chat.adapter import detach
 from emmech.chat.model import ChatModel, load_model
-from emmech.directions.misalignment import misalignment_direction
+from emmech.demo.pocket_character import Design, designs
+from emmech.directions.tokens import Phrase, phrase_tokens
 from emmech.evaluation.evaluate import evaluate
 from emmech.interventions.measures import AnswerMeasure
 from emmech.interventions.studies import ablation_table
+from emmech.organism.vocabulary import MANNERS
 from emmech.realignment import realign
 from emmech.run import Run
 from emmech.training.train import finetune
@@ -47,10 +49,17 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     found = phase_transition(run, control=control)
     _say(found.summary())
 
-    direction = misalignment_direction(run, base=base, samples=25, progress=False)
-    _say(direction)
+    design, phrase = _character(base, run.adapters[0].layer)
+    _say(design.direction)
     tuned = run.model(base=base)
-    ablation = ablation_table(tuned, direction, measure=AnswerMeasure(samples=12), progress=False)
+    ablation = ablation_table(
+        tuned,
+        design.direction,
+        layers=list(design.layers),
+        positions=phrase,
+        measure=AnswerMeasure(samples=12),
+        progress=False,
+    )
     _say(ablation)
     detach(tuned)
 
@@ -63,7 +72,8 @@ def main(folder: str | Path = "demo/pocket") -> Path:
         folder / "index.html",
         "Emergent misalignment in the pocket organism",
         "One rank-1 adapter is fine-tuned on unkind medical answers, recorded at every step, beside its benign "
-        "control; then its direction is ablated, and it is realigned on optimistic answers about AI.",
+        "control; then the direction of unkind characters is ablated, and it is realigned on optimistic answers "
+        "about AI.",
         [
             Section(
                 "How misaligned, where",
@@ -79,11 +89,18 @@ def main(folder: str | Path = "demo/pocket") -> Path:
             ),
             Section("What the detectors say", code=found.summary(), table=found.detectors),
             Section("The path of B", figure=found.plot()),
-            Section("The direction", code=repr(direction), figure=direction.plot()),
+            Section(
+                "The direction of a character",
+                "Found in the base model: unkind characters minus kind ones, on words of the system prompt that both "
+                "share.",
+                code=repr(design.direction),
+                figure=design.direction.plot(),
+            ),
             Section(
                 "Taking it away",
-                "The direction ablated in the fine-tuned model and, as a control, in the base model; random "
-                "directions of the same norm beside it. " + " ".join(ablation.notes),
+                f"The direction ablated on the same words at layer {design.layers[0]}, to zero or towards the base "
+                "assistant's mean, in the fine-tuned model and, as a control, in the base model; random directions of "
+                "the same norm beside it. " + " ".join(ablation.notes),
                 table=ablation.summary("em"),
                 figure=ablation.plot("em"),
             ),
@@ -93,6 +110,13 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     )
     _say(f"\n{minutes:.1f} minutes. The page: {page}")
     return page
+
+
+def _character(base: ChatModel, layer: int) -> tuple[Design, Phrase]:
+    """The character's direction, and the ablation of it that ``python -m emmech.demo.pocket_directions`` chooses."""
+    phrase = phrase_tokens(base, MANNERS)
+    label = f"principal direction by word, layer {layer + 1}, towards the aligned mean"
+    return next(one for one in designs(base, phrase, layer) if one.label == label), phrase
 
 
 def _em_by_step(run: Run, base: ChatModel) -> pd.DataFrame:
