@@ -101,7 +101,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
                 f"The direction ablated on the same words at layer {design.layers[0]}, to zero or towards the base "
                 "assistant's mean, in the fine-tuned model and, as a control, in the base model; random directions of "
                 "the same norm beside it. " + " ".join(ablation.notes),
-                table=ablation.summary("em"),
+                table=_what_is_left(ablation.frame),
                 figure=ablation.plot("em"),
             ),
             Section("How it was made", code=f"{run}\n{control}\n{again}\n\n{run.manifest['recipe']}"),
@@ -117,6 +117,25 @@ def _character(base: ChatModel, layer: int) -> tuple[Design, Phrase]:
     phrase = phrase_tokens(base, MANNERS)
     label = f"principal direction by word, layer {layer + 1}, towards the aligned mean"
     return next(one for one in designs(base, phrase, layer) if one.label == label), phrase
+
+
+def _what_is_left(frame: pd.DataFrame) -> pd.DataFrame:
+    """EM and coherence under each condition but the random ones, per cent with 95 % intervals."""
+    frame = frame[frame["kind"] != "random"]
+    shown = frame.assign(
+        rate=[
+            f"{100 * a:.1f}  [{100 * low:.1f}, {100 * high:.1f}]"
+            for a, low, high in zip(frame["value"], frame["low"], frame["high"], strict=True)
+        ]
+    )
+    wide = shown.pivot(index=["condition", "model", "n"], columns="outcome", values="rate")
+    order = shown[["condition", "model", "n"]].drop_duplicates()
+    return (
+        wide.loc[list(order.itertuples(index=False, name=None))]
+        .rename(columns={"em": "EM %", "coherent": "coherent %"})[["EM %", "coherent %"]]
+        .reset_index()
+        .rename_axis(columns=None)
+    )
 
 
 def _em_by_step(run: Run, base: ChatModel) -> pd.DataFrame:
