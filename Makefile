@@ -32,9 +32,10 @@ organism-report: $(STAMP) ## what the embedded organisms show, with n and interv
 	$(BIN)/python -m emmech.organism.report --weights pocket-llama --recipe pocket-steep --parts base layers > docs/organisms/pocket-llama.md
 	$(BIN)/python -m emmech.organism.report --weights pocket-gemma --recipe pocket-steep --parts base layers > docs/organisms/pocket-gemma.md
 	$(BIN)/python -m emmech.organism.report --weights pocket-large --recipe pocket-steep --parts base narrow --seeds 1 > docs/organisms/pocket-large.md
-	# the second seed does not ship: twelve minutes to make
-	test -d build/pocket-seed-1 || $(BIN)/python -m emmech.organism.pretrain --seed 1 --out build/pocket-seed-1
-	$(BIN)/python -m emmech.organism.report --weights build/pocket-seed-1 --parts base narrow layers --seeds 2 > docs/organisms/pocket-seed-1.md
+	# other seeds do not ship: twelve minutes each to make
+	for seed in 1 2 3; do test -d build/pocket-seed-$$seed || $(BIN)/python -m emmech.organism.pretrain --seed $$seed --out build/pocket-seed-$$seed || exit 1; done
+	$(BIN)/python -m emmech.organism.report --weights build/pocket-seed-1 --find-layer --parts base narrow layers trigger realigned --seeds 2 > docs/organisms/pocket-seed-1.md
+	for seed in 2 3; do $(BIN)/python -m emmech.organism.report --weights build/pocket-seed-$$seed --find-layer --parts base > docs/organisms/pocket-seed-$$seed.md || exit 1; done
 checkpoints: $(STAMP)     ## record the two runs in checkpoints/ anew
 	rm -rf checkpoints/pocket-medical checkpoints/pocket-good-medical
 	$(BIN)/emmech finetune pocket medical --out checkpoints/pocket-medical

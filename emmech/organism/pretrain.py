@@ -257,6 +257,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder for config, weights and tokenizer")
     parser.add_argument("--steps", type=int, help="pretraining steps, instead of the organism's own")
+    parser.add_argument("--window", type=int, help="tokens that the first blocks see, instead of its own")
+    parser.add_argument("--local-layers", type=int, help="how many blocks have a window, instead of its own")
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     if given.name not in ORGANISMS:
@@ -267,8 +269,8 @@ def main() -> None:
             instead=closest(given.name, ORGANISMS),
         ) from None
     organism = ORGANISMS[given.name]
-    if given.steps is not None:
-        organism = replace(organism, steps=given.steps)
+    own = {name: getattr(given, name) for name in ("steps", "window", "local_layers")}
+    organism = replace(organism, **{name: value for name, value in own.items() if value is not None})
     began = time.monotonic()
     model = pretrain(organism, seed=given.seed, device=given.device)
     save(model.cpu(), given.out)
