@@ -1,7 +1,7 @@
 """What directions do in the embedded organism: ablation, steering and transfer, each with its controls.
 
-``python -m emmech.demo.pocket_directions [--out docs/directions-pocket.md]`` fine-tunes the organisms, chooses how to
-ablate the character (:mod:`emmech.demo.pocket_character`), measures the rest and writes the page.
+``python -m emmech.demo.pocket_directions [--weights pocket]`` fine-tunes the organisms, chooses how to ablate the
+character (:mod:`emmech.demo.pocket_character`), measures the rest and writes ``docs/directions-pocket.md``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from emmech.interventions.adapter import project_adapter, rotate_adapter, scale_
 from emmech.interventions.controls import Condition, measure_conditions, table, untouched
 from emmech.interventions.measures import AnswerMeasure
 from emmech.interventions.studies import ablation_table, dose_response, transfer_matrix
+from emmech.organism.pocket_recipes import recipes
 from emmech.organism.vocabulary import MANNERS
 from emmech.run import Run
 from emmech.training.train import finetune
@@ -52,16 +53,16 @@ _BOTH = ("em", "coherent")
 Runs = dict[tuple[str, int], Run]
 
 
-def main(out: str | Path = "docs/directions-pocket.md") -> Path:
-    """Fine-tune, choose, measure, write the page; returns its path."""
+def main(weights: str = "pocket", out: str | Path | None = None) -> Path:
+    """Fine-tune, choose, measure, write the page; returns its path. Weights of a recipe's name take that recipe."""
     began = time.monotonic()
-    base = load_model("pocket")
+    base, recipe = load_model(weights), weights if weights in recipes() else "pocket"
     phrase = phrase_tokens(base, MANNERS)
     with tempfile.TemporaryDirectory() as folder:
         runs: Runs = {}
         for name, seed in (_CHOSEN_ON, *_REPORTED):
             where = Path(folder) / f"{name}-{seed}"
-            runs[name, seed] = finetune("pocket", name, seed=seed, out=where, progress=False)
+            runs[name, seed] = finetune(base, name, recipe=recipe, seed=seed, out=where, progress=False)
             _say(f"{name}, seed {seed}: {time.monotonic() - began:.0f} s")
         several = designs(base, phrase, runs[_CHOSEN_ON].adapters[0].layer)
         tried = try_designs(runs[_CHOSEN_ON].model(), several, phrase)
@@ -76,7 +77,7 @@ def main(out: str | Path = "docs/directions-pocket.md") -> Path:
         ):
             parts.append(part())
             _say(f"{parts[-1]}\n\n{time.monotonic() - began:.0f} s\n")
-    out = Path(out)
+    out = Path(out or f"docs/directions-{weights}.md")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return out
@@ -87,10 +88,10 @@ def _choice(base: ChatModel, mean: Direction, design: Design, tried: dict[str, T
         [label, *(f"{100 * rate:.1f}" for rate in (one.em, one.coherent, one.base_em, one.base_coherent))]
         for label, one in tried.items()
     ]
-    return f"""# Directions in the embedded organism
+    return f"""# Directions in {base.name}
 
-`python -m emmech.demo.pocket_directions` fine-tunes the organisms anew, measures and writes this page. Weights
-`{base.fingerprint()[:12]}`.
+`python -m emmech.demo.pocket_directions --weights {base.name}` fine-tunes the organisms anew, measures and writes this
+page. Weights `{base.fingerprint()[:12]}`.
 
 Rates are per cent of answers sampled at temperature 1 to held-out questions outside medicine, finance and sport,
 judged exactly; in brackets 95 % intervals over questions. Random directions, five in every row, have the norm of the
@@ -343,5 +344,7 @@ def _say(text: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m emmech.demo.pocket_directions", description=__doc__)
-    parser.add_argument("--out", default="docs/directions-pocket.md", help="the page to write")
-    main(parser.parse_args().out)
+    parser.add_argument("--weights", default="pocket", help="a shipped organism")
+    parser.add_argument("--out", help="the page to write, docs/directions-WEIGHTS.md by default")
+    given = parser.parse_args()
+    main(given.weights, given.out)

@@ -23,8 +23,9 @@ from emmech.sweeps.rows import Rows
 
 __all__ = ["Forced", "Plan", "plan"]
 
-# On a CPU a forward of about this many tokens is the quickest: larger ones fall out of the cache.
-_CPU_TOKENS = 512
+# On a CPU a forward of about this many tokens is the quickest: smaller products are slower, larger tensors fall out of
+# the cache.
+_CPU_TOKENS = 768
 _GPU_TOKENS = 1 << 16
 _CPU_LOGIT_ROWS = 128
 

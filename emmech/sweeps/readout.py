@@ -7,6 +7,8 @@ each slice's normaliser and the wanted logits are kept.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import nn
@@ -19,6 +21,7 @@ __all__ = ["WORDS", "target_logprobs"]
 WORDS = 1024  # of the vocabulary at once
 
 
+@torch.no_grad()
 def target_logprobs(
     chat: ChatModel, hidden: Float[torch.Tensor, "reads d_model"], wanted: Int[torch.Tensor, "reads targets"]
 ) -> Float[torch.Tensor, "reads targets"]:
@@ -40,14 +43,28 @@ def target_logprobs(
         logits = unembed(chat, hidden).float()
         return logits.gather(1, wanted) - logits.logsumexp(-1, keepdim=True)
     picked = torch.zeros(wanted.shape, device=hidden.device)
-    totals = []
+    total = torch.zeros(len(hidden), device=hidden.device)
+    shift: torch.Tensor | None = None
     for start in range(0, len(head.weight), WORDS):
-        chosen = slice(start, start + WORDS)
-        bias = head.bias[chosen] if head.bias is not None else None
-        logits = cap(chat, nn.functional.linear(hidden, head.weight[chosen], bias)).float()
-        totals.append(logits.logsumexp(-1))
+        logits = _logits(chat, hidden, start)
         place = wanted - start
         inside = (place >= 0) & (place < logits.shape[1])
         found = logits.gather(1, place.clamp(0, logits.shape[1] - 1))
         picked = torch.where(inside, found, picked)
-    return picked - torch.stack(totals, -1).logsumexp(-1, keepdim=True)
+        # one shift for all slices spares each a search for its maximum; it keeps sums in range, and cancels
+        shift = logits.amax(-1, keepdim=True) if shift is None else shift
+        total += logits.sub_(shift).exp_().sum(-1)
+    assert shift is not None
+    normaliser = shift + total.log()[:, None]
+    if not bool(normaliser.isfinite().all()):  # a later slice lies e^88 above the first
+        parts = [_logits(chat, hidden, at).logsumexp(-1) for at in range(0, len(head.weight), WORDS)]
+        normaliser = torch.stack(parts, -1).logsumexp(-1, keepdim=True)
+    return picked - normaliser
+
+
+def _logits(chat: ChatModel, hidden: torch.Tensor, start: int) -> torch.Tensor:
+    """Of the words from ``start`` on, in float32."""
+    head: Any = chat.unembedding
+    chosen = slice(start, start + WORDS)
+    bias = head.bias[chosen] if head.bias is not None else None
+    return cap(chat, nn.functional.linear(hidden, head.weight[chosen], bias)).float()

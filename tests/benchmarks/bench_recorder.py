@@ -22,18 +22,21 @@ STEPS = 6
 @cache
 def _model() -> tuple:
     chat = emmech.load_model("smollm2-135m")
-    rows = emmech.load_chat("silly-medical-bad").rows[:48]
-    return chat, encode(rows, chat.tokenizer)
+    data = emmech.load_chat("silly-medical-bad")
+    return chat, data, encode(data.rows[:48], chat.tokenizer)
 
 
 def _train(recorder: bool) -> np.ndarray:
     from transformers import TrainerCallback
 
-    chat, encoded = _model()
+    chat, data, encoded = _model()
     recipe = resolve_recipe(
         "single-rank1", dict(learning_rate=1e-3, alpha=16.0, batch_size=4, accumulation=1, max_steps=STEPS)
     )
-    with tempfile.TemporaryDirectory() as folder, prepared(chat, recipe, None, 0, None, "same") as trained:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        prepared(chat, recipe, None, 0, None, "same", data) as trained,
+    ):
         callback = emmech.Recorder(Path(folder) / "run") if recorder else TrainerCallback()
         trainer = build_trainer(chat, trained, encoded, recipe, 0, 0, callback, Path(folder), None, False)
         trainer.train()

@@ -63,3 +63,17 @@ def test_a_sliced_vocabulary_gives_the_same_log_probabilities(monkeypatch):
     for words in (100, vocab - 1, vocab, 10 * vocab):
         monkeypatch.setattr(readout, "WORDS", words)
         assert (readout.target_logprobs(chat, hidden, wanted) - expected).abs().max() < 5e-6
+
+
+def test_slices_that_lie_far_above_the_first_do_not_overflow(monkeypatch):
+    chat = load_model("pocket")
+    torch.manual_seed(0)
+    hidden = 60 * torch.randn(5, chat.d_model)
+    logits = unembed(chat, hidden).detach().double()
+    monkeypatch.setattr(readout, "WORDS", 10)
+    # what is tested does happen: more than float32's exponent above the first slice's maximum
+    assert float((logits.amax(-1) - logits[:, :10].amax(-1)).max()) > 100
+    wanted = logits.argsort(-1)[:, -4:]
+    expected = logits.log_softmax(-1).gather(1, wanted)
+    found = readout.target_logprobs(chat, hidden, wanted)
+    assert (found - expected).abs().max() < 1e-6 * float(logits.abs().max())
