@@ -214,18 +214,25 @@ def table(entries: list[dict[str, Any]]) -> str:
         "results first, then run in turn; seconds are medians of CPU time of the process, the ratio is the median over "
         "the interleaved pairs.",
         "",
-        "| work | peer | emmech, s | peer, s | ratio | target | equality | what bounds the ratio | threads | repeats | "
-        "peak memory above the model, MB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | work | emmech, s | peer, s | ratio | target | peak memory above the model, MB |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for one in entries:
+    details = ["## Row by row", ""]
+    for number, one in enumerate(entries, 1):
         ours, theirs = statistics.median(one["ours"]), statistics.median(one["theirs"])
         peaks = " against ".join(f"{value:.0f}" for value in one.get("peaks") or ())
         met = f"{one['ratio']:.2f}x" if one["ratio"] >= one["target"] else f"**{one['ratio']:.2f}x (missed)**"
         lines.append(
-            f"| {one['work']} | {one['peer']} | {ours:.3g} | {theirs:.3g} | {met} | {one['target']:.3g}x | "
-            f"{one['equality']} | {one['bound']} | {one['threads']} | {len(one['ours'])} | {peaks} |"
+            f"| {number} | {one['work']} | {ours:.3g} | {theirs:.3g} | {met} | {one['target']:.3g}x | {peaks} |"
         )
+        details += [
+            f"{number}. **{one['work'][0].upper()}{one['work'][1:]}.**",
+            f"   Against {one['peer']}. Outputs: {one['equality']}. {one['threads']} thread, "
+            f"{len(one['ours'])} repeats, {one['processor']}.",
+            "",
+            f"   *What bounds the ratio:* {one['bound']}.",
+            "",
+        ]
     parts = [
         f"{one['times']:g} times in row {row}"
         for row, one in enumerate(entries, 1)
@@ -238,8 +245,8 @@ def table(entries: list[dict[str, Any]]) -> str:
             "selection of them (compared with ours value by value), and its seconds are multiplied: "
             f"{', '.join(parts)}.",
         ]
-    machines = sorted({f"{one['processor']}, torch {one['torch']}" for one in entries})
-    return "\n".join([*lines, "", *(f"Measured on: {machine}." for machine in machines)]) + "\n"
+    torches = ", ".join(sorted({one["torch"] for one in entries}))
+    return "\n".join([*lines, "", f"torch {torches}.", "", *details])
 
 
 def _processor() -> str:
