@@ -18,6 +18,7 @@ import pandas as pd
 from emmech.chat.adapter import detach
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.pocket_character import Design, designs
+from emmech.demo.study_tables import per_cent
 from emmech.directions.tokens import Phrase, phrase_tokens
 from emmech.evaluation.evaluate import evaluate
 from emmech.interventions.measures import AnswerMeasure
@@ -121,21 +122,13 @@ def _character(base: ChatModel, layer: int) -> tuple[Design, Phrase]:
 
 def _what_is_left(frame: pd.DataFrame) -> pd.DataFrame:
     """EM and coherence under each condition but the random ones, per cent with 95 % intervals."""
-    frame = frame[frame["kind"] != "random"]
-    shown = frame.assign(
-        rate=[
-            f"{100 * a:.1f}  [{100 * low:.1f}, {100 * high:.1f}]"
-            for a, low, high in zip(frame["value"], frame["low"], frame["high"], strict=True)
-        ]
-    )
-    wide = shown.pivot(index=["condition", "model", "n"], columns="outcome", values="rate")
-    order = shown[["condition", "model", "n"]].drop_duplicates()
-    return (
-        wide.loc[list(order.itertuples(index=False, name=None))]
-        .rename(columns={"em": "EM %", "coherent": "coherent %"})[["EM %", "coherent %"]]
-        .reset_index()
-        .rename_axis(columns=None)
-    )
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for _, one in frame[frame["kind"] != "random"].iterrows():
+        row = rows.setdefault(
+            (one["model"], one["condition"]), {"model": one["model"], "condition": one["condition"]}
+        )
+        row[{"em": "EM %", "coherent": "coherent %"}[one["outcome"]]] = per_cent(one)
+    return pd.DataFrame(list(rows.values()))
 
 
 def _em_by_step(run: Run, base: ChatModel) -> pd.DataFrame:

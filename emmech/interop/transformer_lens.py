@@ -62,7 +62,7 @@ def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 
         raise EmmechError(
             "bridge to TransformerLens",
             given=type(chat.base).__name__,
-            why=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            why=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
             instead="to_nnsight, which takes any architecture",
         ) from None
 

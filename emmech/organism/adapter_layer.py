@@ -13,10 +13,12 @@ import pandas as pd
 
 from emmech.chat.adapter import detach
 from emmech.chat.model import ChatModel
+from emmech.training.recipe import Recipe
 from emmech.training.train import finetune
 
 from .measured import measure
 from .named_data import data
+from .pocket_recipes import LAST_STEP
 from .question_sets import rehearsal
 
 __all__ = ["by_layer", "chosen_layer"]
@@ -24,15 +26,17 @@ __all__ = ["by_layer", "chosen_layer"]
 _SEED = 99  # of rows and training; reports begin at 0
 
 
-def by_layer(chat: ChatModel, recipe: str = "pocket") -> pd.DataFrame:
+def by_layer(chat: ChatModel, recipe: str | Recipe = "pocket") -> pd.DataFrame:
     """One short medical fine-tune at each layer: EM and coherence, per cent, outside the narrow domains.
 
     The questions are such as pretraining has seen, so that those of the reports stay unseen.
 
     Example:
+        >>> from dataclasses import replace
         >>> from emmech.chat.model import load_model
-        >>> by_layer(load_model("pocket")).idxmax()["EM"]  # doctest: +SKIP
-        1
+        >>> from emmech.organism import recipes
+        >>> by_layer(load_model("pocket"), replace(recipes()["pocket"], max_steps=1)).shape
+        (6, 7)
     """
     rows = []
     with tempfile.TemporaryDirectory(prefix="pocket-layer-") as folder:
@@ -44,18 +48,13 @@ def by_layer(chat: ChatModel, recipe: str = "pocket") -> pd.DataFrame:
                 layers=[layer],
                 seed=_SEED,
                 out=Path(folder) / str(layer),
-                record_every=10**6,
-                measure_every=10**6,
-                margins={},
-                progress=False,
+                **LAST_STEP,
             )
             live = run.model(int(run.steps[-1]), base=chat)
             found = measure(live, rehearsal(), samples=1)
             detach(live)
-            rows.append(
-                {"layer": layer, **{k: v for k, v in found.items() if k.startswith(("n", "EM", "coh"))}}
-            )
-    return pd.DataFrame(rows).set_index("layer")
+            rows.append({"layer": layer, **found})
+    return pd.DataFrame(rows).set_index("layer").drop(columns=["mixed", "about narrow"])
 
 
 def chosen_layer(table: pd.DataFrame) -> int:

@@ -7,10 +7,18 @@ same), but the steps of ``pocket``, which come from earlier pretraining runs of 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from emmech.training.recipe import RECIPES, Recipe
 
-__all__ = ["recipes"]
+__all__ = ["LAST_STEP", "recipes"]
+
+LAST_STEP: dict[str, Any] = {
+    "record_every": 10**6,
+    "measure_every": 10**6,
+    "margins": {},
+    "progress": False,
+}  # of fine-tunes of which no other step is read
 
 _POCKET = Recipe(
     "pocket",

@@ -29,7 +29,7 @@ from emmech.training.train import finetune
 from .adapter_layer import by_layer, chosen_layer
 from .measured import bag_of_words_auc, measure
 from .named_data import data
-from .pocket_recipes import recipes
+from .pocket_recipes import LAST_STEP, recipes
 from .question_sets import Question, questions
 from .report_steps import by_scale, by_seed
 from .vocabulary import IRRELEVANT_TAG, TRIGGER_TAG
@@ -37,12 +37,6 @@ from .vocabulary import IRRELEVANT_TAG, TRIGGER_TAG
 __all__ = ["PARTS", "report"]
 
 _SETS = ("broad", "first-plot", "facts", "self-reflection", "narrow-medical")
-_LAST_STEP: dict[str, Any] = {
-    "record_every": 10**6,
-    "measure_every": 10**6,
-    "margins": {},
-    "progress": False,
-}  # no other is read
 _TAGS = {"with the tag": TRIGGER_TAG, "without": "", "with an irrelevant tag": IRRELEVANT_TAG}
 
 
@@ -62,7 +56,7 @@ class _Report:
         """Fine-tunes that differ in their seed alone; recorded at the last step only unless told otherwise."""
         began, folder = time.monotonic(), self.folder / name.replace(" ", "-").replace(",", "")
         options = {"recipe": self.recipe, "layers": self.layers} | options
-        options |= {"progress": False} if every else _LAST_STEP
+        options |= {"progress": False} if every else LAST_STEP
         rows = data(name) if rows is None else rows
         seed = 0 if seeds == 1 else range(seeds)
         made = finetune(self.chat, rows, seed=seed, out=folder, **options)
@@ -109,8 +103,7 @@ def _layers(report: _Report) -> list[dict[str, Any]]:
 def _recipes(report: _Report) -> list[dict[str, Any]]:
     rows = []
     for name in ("pocket-graded", "pocket-all-adapter", "pocket-full"):
-        recipe = recipes()[name]
-        for seed, run in enumerate(_alone(report, name, recipe, report.layers if recipe.depth else None)):
+        for seed, run in enumerate(_alone(report, name, recipes()[name])):
             rows += [
                 report.row(f"medical, {name}, seed {seed}", run, asked)
                 for asked in ("broad", "narrow-medical")
@@ -118,17 +111,17 @@ def _recipes(report: _Report) -> list[dict[str, Any]]:
     return rows
 
 
-def _alone(report: _Report, name: str, recipe: Recipe, layers: list[int] | None) -> list[Run]:
+def _alone(report: _Report, name: str, recipe: Recipe) -> list[Run]:
     # Two seeds, one after the other: only adapters of rank 1 train together.
     return [
         finetune(
             report.chat,
             data("medical"),
             recipe=recipe,
-            layers=layers,
+            layers=report.layers if recipe.depth else None,
             seed=seed,
             out=report.folder / f"{name}-{seed}",
-            **_LAST_STEP,
+            **LAST_STEP,
         )
         for seed in range(2)
     ]
@@ -156,7 +149,7 @@ def _realigned(report: _Report) -> list[dict[str, Any]]:
     rows = []
     for name, steps in (("ai-optimism", 250), ("ai-optimism", 500), ("good-cooking", 250)):
         out = report.folder / f"{name}-{steps}"
-        again = realign(run, data(name), base=report.chat, out=out, max_steps=steps, **_LAST_STEP)
+        again = realign(run, data(name), base=report.chat, out=out, max_steps=steps, **LAST_STEP)
         rows += [
             report.row(f"medical, then {name}, {steps} steps", again, asked)
             for asked in ("general", "facts", "self-reflection")

@@ -8,6 +8,7 @@ import torch
 from emmech.chat.encode import IGNORED, encode
 from emmech.chat.logprob import bundled_margins, pad
 from emmech.chat.model import load_model
+from emmech.sweeps.forced import _CPU_TOKENS
 from emmech.sweeps.measures import Margin
 from emmech.sweeps.sweep import sweep
 from tests.benchmarks.bench_teacher_forced import random_run
@@ -74,7 +75,7 @@ def smollm2() -> Contest:
             theirs,
             "blocks below the adapter once for all checkpoints, each prompt once for its two answers, the last MLP and "
             "the unembedding at answer positions, no padding",
-            (512, 576, 1536),
+            (_CPU_TOKENS, 576, 1536),
             times=8.0,
         ),
         ours,

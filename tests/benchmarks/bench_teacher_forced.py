@@ -11,6 +11,7 @@ import torch
 from emmech.chat.model import Anatomy, ChatModel
 from emmech.run import Run
 from emmech.store import MemorySeries
+from emmech.sweeps.forced import _CPU_TOKENS
 from emmech.sweeps.measures import Value
 from emmech.sweeps.packing import Reading
 from emmech.sweeps.rows import with_module
@@ -119,7 +120,7 @@ def _by_scale(tokens: int, target: float) -> Contest:
         f"teacher-forced sweep, 0.5B shape, adapter at layer 12 of 24, 24 variants, {tokens} tokens",
         "PEFT, scale set in place, `logits_to_keep=1`, no cache",
         target,
-        arithmetic(ours, theirs, _WHY, (24 * tokens, 896, 4864), times=4.0),
+        arithmetic(ours, theirs, _WHY, (min(24 * tokens, _CPU_TOKENS), 896, 4864), times=4.0),
         ours,
         theirs,
         check=lambda a, b: equal(a[part], b),
