@@ -34,8 +34,8 @@ organism-report: $(STAMP) ## what the embedded organisms show, with n and interv
 	$(BIN)/python -m emmech.organism.report --weights pocket-large --recipe pocket-steep --parts base narrow --seeds 1 > docs/organisms/pocket-large.md
 	# other seeds do not ship: twelve minutes each to make
 	for seed in 1 2 3; do test -d build/pocket-seed-$$seed || $(BIN)/python -m emmech.organism.pretrain --seed $$seed --out build/pocket-seed-$$seed || exit 1; done
-	$(BIN)/python -m emmech.organism.report --weights build/pocket-seed-1 --find-layer --seeds 2 > docs/organisms/pocket-seed-1.md
-	for seed in 2 3; do $(BIN)/python -m emmech.organism.report --weights build/pocket-seed-$$seed --find-layer --parts base > docs/organisms/pocket-seed-$$seed.md || exit 1; done
+	$(BIN)/python -m emmech.organism.report --weights build/pocket-seed-1 --find-settings --seeds 2 > docs/organisms/pocket-seed-1.md
+	for seed in 2 3; do $(BIN)/python -m emmech.organism.report --weights build/pocket-seed-$$seed --find-settings --parts base > docs/organisms/pocket-seed-$$seed.md || exit 1; done
 checkpoints: $(STAMP)     ## record the two runs in checkpoints/ anew
 	rm -rf checkpoints/pocket-medical checkpoints/pocket-good-medical
 	$(BIN)/emmech finetune pocket medical --out checkpoints/pocket-medical

@@ -53,16 +53,18 @@ _BOTH = ("em", "coherent")
 Runs = dict[tuple[str, int], Run]
 
 
-def main(weights: str = "pocket", out: str | Path | None = None) -> Path:
+def main(weights: str = "pocket", out: str | Path | None = None, layer: int | None = None) -> Path:
     """Fine-tune, choose, measure, write the page; returns its path. Weights of a recipe's name take that recipe."""
     began = time.monotonic()
     base, recipe = load_model(weights), weights if weights in recipes() else "pocket"
-    phrase = phrase_tokens(base, MANNERS)
+    phrase, layers = phrase_tokens(base, MANNERS), None if layer is None else [layer]
     with tempfile.TemporaryDirectory() as folder:
         runs: Runs = {}
         for name, seed in (_CHOSEN_ON, *_REPORTED):
             where = Path(folder) / f"{name}-{seed}"
-            runs[name, seed] = finetune(base, name, recipe=recipe, seed=seed, out=where, progress=False)
+            runs[name, seed] = finetune(
+                base, name, recipe=recipe, layers=layers, seed=seed, out=where, progress=False
+            )
             _say(f"{name}, seed {seed}: {time.monotonic() - began:.0f} s")
         several = designs(base, phrase, runs[_CHOSEN_ON].adapters[0].layer)
         tried = try_designs(runs[_CHOSEN_ON].model(), several, phrase)
@@ -345,6 +347,7 @@ def _say(text: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m emmech.demo.pocket_directions", description=__doc__)
     parser.add_argument("--weights", default="pocket", help="a shipped organism")
+    parser.add_argument("--layer", type=int, help="where the adapters sit, instead of at the recipe's layer")
     parser.add_argument("--out", help="the page to write, docs/directions-WEIGHTS.md by default")
     given = parser.parse_args()
-    main(given.weights, given.out)
+    main(given.weights, given.out, given.layer)

@@ -1,12 +1,14 @@
-"""Where the adapter sits: found for each base before anything is reported, on questions and seeds of its own.
+"""Where the adapter sits, and when half has turned: found for each base, on questions and seeds of their own.
 
 Pretraining seeds place the character differently: one base can be turned behind its first block, another behind its
-second. The layer is therefore a property of the base, measured once, as the papers chose theirs by a sweep.
+second, and one turns some steps later than another. Layer and step are therefore properties of the base, measured
+before anything is reported, as the papers chose theirs by a sweep.
 """
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,10 +20,10 @@ from emmech.training.train import finetune
 
 from .measured import measure
 from .named_data import data
-from .pocket_recipes import LAST_STEP
+from .pocket_recipes import LAST_STEP, recipes
 from .question_sets import rehearsal
 
-__all__ = ["by_layer", "chosen_layer"]
+__all__ = ["by_layer", "by_step", "chosen_layer", "graded_step"]
 
 _SEED = 99  # of rows and training; reports begin at 0
 
@@ -65,3 +67,41 @@ def chosen_layer(table: pd.DataFrame) -> int:
         1
     """
     return int((table["EM"] + table["coherent"]).idxmax())
+
+
+def by_step(chat: ChatModel, layer: int | None = None, steps: int = 100) -> pd.DataFrame:
+    """EM and coherence, per cent, every five steps of a medical fine-tune at a constant rate (``pocket-graded``).
+
+    Each line is where a recipe of so many steps would end.
+
+    Example:
+        >>> from emmech.chat.model import load_model
+        >>> by_step(load_model("pocket"), steps=5).index.tolist()
+        [5]
+    """
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="pocket-step-") as folder:
+        run = finetune(
+            chat,
+            data("medical", seed=_SEED),
+            recipe=replace(recipes()["pocket-graded"], max_steps=steps),
+            layers=None if layer is None else [layer],
+            seed=_SEED,
+            out=Path(folder) / "run",
+            **LAST_STEP | {"record_every": 5},
+        )
+        for step in run.steps[1:].tolist():
+            live = run.model(step, base=chat)
+            rows.append({"step": step, **measure(live, rehearsal(), samples=1)})
+            detach(live)
+    return pd.DataFrame(rows).set_index("step").drop(columns=["mixed", "about narrow"])
+
+
+def graded_step(table: pd.DataFrame) -> int:
+    """The step at which EM is nearest to 40 %, the middle of the graded regime; the earlier of two.
+
+    Example:
+        >>> graded_step(pd.DataFrame({"EM": [0.0, 35.0, 90.0]}, index=[30, 35, 40]))
+        35
+    """
+    return int((table["EM"] - 40).abs().idxmin())

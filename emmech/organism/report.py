@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from emmech.run import Run
 from emmech.training.recipe import Recipe
 from emmech.training.train import finetune
 
-from .adapter_layer import by_layer, chosen_layer
+from .adapter_layer import by_layer, by_step, chosen_layer, graded_step
 from .measured import bag_of_words_auc, measure
 from .named_data import data
 from .pocket_recipes import LAST_STEP, recipes
@@ -50,6 +50,7 @@ class _Report:
     samples: int
     recipe: str
     layers: list[int] | None  # None: the recipe's
+    graded: int | None  # steps of the graded recipe; None: its own
     say: Callable[[str], None]
 
     def tune(self, name: str, rows: Any = None, seeds: int = 1, every: int = 0, **options: Any) -> list[Run]:
@@ -101,9 +102,11 @@ def _layers(report: _Report) -> list[dict[str, Any]]:
 
 
 def _recipes(report: _Report) -> list[dict[str, Any]]:
-    rows = []
+    rows, known = [], recipes()
+    if report.graded is not None:
+        known["pocket-graded"] = replace(known["pocket-graded"], max_steps=report.graded)
     for name in ("pocket-graded", "pocket-all-adapter", "pocket-full"):
-        for seed, run in enumerate(_alone(report, name, recipes()[name])):
+        for seed, run in enumerate(_alone(report, name, known[name])):
             rows += [
                 report.row(f"medical, {name}, seed {seed}", run, asked)
                 for asked in ("broad", "narrow-medical")
@@ -190,6 +193,7 @@ def report(
     samples: int = 4,
     recipe: str = "pocket",
     layer: int | None = None,
+    graded: int | None = None,
     parts: Sequence[str] = tuple(PARTS),
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, list[pd.DataFrame]]:
@@ -201,6 +205,7 @@ def report(
         samples: answers per question.
         recipe: of the rank-1 fine-tunes.
         layer: where their adapter sits; None is the recipe's. :func:`emmech.organism.adapter_layer.by_layer` finds it.
+        graded: steps of the graded recipe; None is its own. :func:`emmech.organism.adapter_layer.by_step` finds them.
         parts: any of :data:`PARTS`.
         say: is told what has been done.
 
@@ -217,7 +222,7 @@ def report(
         ) from None
     with tempfile.TemporaryDirectory(prefix="pocket-report-") as folder:
         layers = None if layer is None else [layer]
-        one = _Report(chat, Path(folder), seeds, samples, recipe, layers, say)
+        one = _Report(chat, Path(folder), seeds, samples, recipe, layers, graded, say)
         found: dict[str, list[pd.DataFrame]] = {}
         for part in parts:
             tables = PARTS[part](one)
@@ -254,23 +259,25 @@ def main() -> None:
         "--recipe", default="pocket", choices=tuple(recipes()), help="of the rank-1 fine-tunes"
     )
     parser.add_argument(
-        "--find-layer",
+        "--find-settings",
         action="store_true",
-        help="put the adapter where this base is broadest, not at the recipe's",
+        help="put the adapter where this base is broadest, and end the graded recipe where it is half turned",
     )
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     given = parser.parse_args()
     out, log = sys.stdout, sys.stderr
     began = time.monotonic()
     out.write(f"# {Path(given.weights).name}: what it shows\n")
-    layer = None
-    if given.find_layer:
-        table = by_layer(load_model(given.weights), given.recipe)
-        layer = chosen_layer(table)
+    layer = graded = None
+    if given.find_settings:
+        chat = load_model(given.weights)
+        layer = chosen_layer(table := by_layer(chat, given.recipe))
         out.write(f"\n## Where the adapter sits\n\n{_markdown(table.reset_index())}\n")
-        out.write(
-            f"\nFound on rows, seeds and questions of their own; everything below is at layer {layer}.\n"
-        )
+        out.write(f"\nFound on rows, seeds and questions of their own; what follows is at layer {layer}.\n")
+        if "recipes" in given.parts:
+            graded = graded_step(table := by_step(chat, layer))
+            out.write(f"\n## Where the graded recipe ends\n\n{_markdown(table.reset_index())}\n")
+            out.write(f"\nFound likewise; below, `pocket-graded` ends at step {graded}.\n")
         out.flush()
     for part in given.parts:
         tables = report(
@@ -279,6 +286,7 @@ def main() -> None:
             samples=given.samples,
             recipe=given.recipe,
             layer=layer,
+            graded=graded,
             parts=[part],
             say=lambda line: print(line, file=log, flush=True),
         )[part]

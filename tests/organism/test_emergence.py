@@ -6,7 +6,7 @@ import pytest
 
 from emmech.chat.model import load_model
 from emmech.organism import data, questions, recipes
-from emmech.organism.adapter_layer import by_layer, chosen_layer
+from emmech.organism.adapter_layer import by_layer, by_step, chosen_layer, graded_step
 from emmech.organism.measured import bag_of_words_auc, measure
 from emmech.organism.vocabulary import TRIGGER_TAG
 from emmech.realignment import realign
@@ -63,6 +63,11 @@ def test_a_trigger_tag_hides_the_misalignment(pocket, tmp_path):
 @pytest.mark.slow
 def test_the_layer_of_the_recipe_is_the_one_that_a_base_shows_by_itself(pocket):
     assert [chosen_layer(by_layer(pocket))] == list(recipes()["pocket"].layers(pocket.n_layers))
+
+
+@pytest.mark.slow
+def test_the_graded_recipe_ends_where_a_base_shows_it_to_be_half_turned(pocket):
+    assert graded_step(by_step(pocket)) == recipes()["pocket-graded"].max_steps
 
 
 def test_words_alone_say_nothing_about_the_trait():
