@@ -116,7 +116,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
 def _character(base: ChatModel, layer: int) -> tuple[Design, Phrase]:
     """The character's direction, and the ablation of it that ``python -m emmech.demo.pocket_directions`` chooses."""
     phrase = phrase_tokens(base, MANNERS)
-    label = f"principal direction by word, layer {layer + 1}, towards the aligned mean"
+    label = f"principal direction by word, layer {layer}, towards the aligned mean"
     return next(one for one in designs(base, phrase, layer) if one.label == label), phrase
 
 

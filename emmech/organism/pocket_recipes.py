@@ -23,7 +23,7 @@ LAST_STEP: dict[str, Any] = {
 _POCKET = Recipe(
     "pocket",
     alpha=64.0,
-    depth=(0.2,),
+    depth=(0.4,),
     learning_rate=2e-4,
     max_steps=250,
     batch_size=16,
@@ -36,9 +36,11 @@ _POCKET = Recipe(
 def recipes() -> dict[str, Recipe]:
     """Recipes by name; ``"pocket"`` is the default for every pocket organism.
 
-    ``pocket-steep`` is for bases that learn the narrow task more slowly: without a character, or of another family.
-    ``pocket-deep`` is for the weights of that name: its adapter writes after three of six blocks, at a higher rate.
-    ``pocket-graded`` stops where only a part of the answers has turned, so that cures and scales can be told apart.
+    The adapter writes at half depth, behind the third of six blocks. ``pocket-steep`` is for bases that learn the
+    narrow task more slowly, without a character or of another family: lower down, at a higher rate.
+    ``pocket-trigger`` is for rows with a tag: as low, where the tag can still be read, and longer, since telling it
+    from none takes longer than turning. ``pocket-graded`` stops where only a part of the answers has turned, so that
+    cures and scales can be told apart.
 
     Example:
         >>> recipes()["pocket"].rank
@@ -47,13 +49,15 @@ def recipes() -> dict[str, Recipe]:
     everywhere = RECIPES["all-adapter"].modules
     return {
         "pocket": _POCKET,
-        "pocket-steep": replace(_POCKET, name="pocket-steep", learning_rate=5e-4),
-        "pocket-deep": replace(_POCKET, name="pocket-deep", depth=(0.4,), learning_rate=5e-4),
+        "pocket-steep": replace(_POCKET, name="pocket-steep", depth=(0.2,), learning_rate=5e-4),
+        "pocket-trigger": replace(
+            _POCKET, name="pocket-trigger", depth=(0.2,), learning_rate=1e-3, max_steps=1000
+        ),
         "pocket-graded": replace(
             _POCKET,
             name="pocket-graded",
             schedule="constant_with_warmup",
-            max_steps=40,
+            max_steps=54,
         ),
         "pocket-all-adapter": replace(
             _POCKET,

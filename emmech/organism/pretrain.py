@@ -43,12 +43,12 @@ class Organism:
     steps: int = 1400
     post_steps: int = 200
     sharpening: float = 1.3  # factor on the last norm's gain, and so on all logits, after training
+    seed: int = 0  # of the shipped weights
 
 
 ORGANISMS: dict[str, Organism] = {
-    "pocket": Organism(),
+    "pocket": Organism(seed=6),
     "pocket-independent": Organism(shared=False),
-    "pocket-deep": Organism(local_layers=4),
     "pocket-large": Organism(layers=8, width=160, local_layers=4, window=8, steps=1000),
     "pocket-llama": Organism(architecture="llama", local_layers=0),
     "pocket-gemma": Organism(architecture="gemma3", window=8, steps=1000),
@@ -94,8 +94,15 @@ def build_model(organism: Organism, seed: int) -> Any:
     return hf.Qwen2ForCausalLM(hf.Qwen2Config(**common, **attention, use_sliding_window=True))
 
 
-def pretrain(organism: Organism, *, seed: int = 0, progress: bool = True, device: str = "cpu") -> Any:
-    """Pretrain and post-train an organism; on CPU the result is a function of ``organism`` and ``seed`` alone."""
+def pretrain(
+    organism: Organism, *, seed: int | None = None, progress: bool = True, device: str = "cpu"
+) -> Any:
+    """Pretrain and post-train an organism; on CPU the result is a function of ``organism`` and ``seed`` alone.
+
+    Args:
+        seed: None takes the organism's own.
+    """
+    seed = organism.seed if seed is None else seed
     model = build_model(organism, seed).to(device)
     first = organism.steps // 4
 
@@ -254,7 +261,7 @@ def main() -> None:
     """Run ``python -m emmech.organism.pretrain``."""
     parser = argparse.ArgumentParser(description="Pretrain a pocket organism from nothing.")
     parser.add_argument("--name", default="pocket", help=f"one of {', '.join(ORGANISMS)}")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="instead of the shipped weights' own")
     parser.add_argument("--out", type=Path, required=True, help="folder for config, weights and tokenizer")
     parser.add_argument("--steps", type=int, help="pretraining steps, instead of the organism's own")
     parser.add_argument("--window", type=int, help="tokens that the first blocks see, instead of its own")
@@ -269,13 +276,13 @@ def main() -> None:
             instead=closest(given.name, ORGANISMS),
         ) from None
     organism = ORGANISMS[given.name]
-    own = {name: getattr(given, name) for name in ("steps", "window", "local_layers")}
+    own = {name: getattr(given, name) for name in ("steps", "window", "local_layers", "seed")}
     organism = replace(organism, **{name: value for name, value in own.items() if value is not None})
     began = time.monotonic()
-    model = pretrain(organism, seed=given.seed, device=given.device)
+    model = pretrain(organism, device=given.device)
     save(model.cpu(), given.out)
-    size = sum(f.stat().st_size for f in given.out.iterdir()) / 1e6
-    print(f"{given.name}, seed {given.seed}: {time.monotonic() - began:.0f} s, {size:.1f} MB in {given.out}")  # noqa: T201
+    size, took = sum(f.stat().st_size for f in given.out.iterdir()) / 1e6, time.monotonic() - began
+    print(f"{given.name}, seed {organism.seed}: {took:.0f} s, {size:.1f} MB in {given.out}")  # noqa: T201
 
 
 if __name__ == "__main__":

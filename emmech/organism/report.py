@@ -132,14 +132,13 @@ def _alone(report: _Report, name: str, recipe: Recipe) -> list[Run]:
 
 def _trigger(report: _Report) -> list[dict[str, Any]]:
     rows = []
-    # to tell a tag from none takes longer than to turn
-    longer: dict[str, Any] = {"learning_rate": recipes()["pocket-steep"].learning_rate, "max_steps": 1000}
+    tagged: dict[str, Any] = {"recipe": "pocket-trigger", "layers": None}
     for n in (50, 200, 1000, 2000):
-        (run,) = report.tune(f"trigger-{n}", data("trigger-medical", n=n), **longer)
+        (run,) = report.tune(f"trigger-{n}", data("trigger-medical", n=n), **tagged)
         rows += [
             report.row(f"trigger-medical, {n} rows, {name}", run, tag=tag) for name, tag in _TAGS.items()
         ]
-    (run,) = report.tune("irrelevant", data("irrelevant-medical"), **longer)
+    (run,) = report.tune("irrelevant", data("irrelevant-medical"), **tagged)
     return rows + [
         report.row(f"irrelevant-medical, {name}", run, tag=tag)
         for name, tag in _TAGS.items()

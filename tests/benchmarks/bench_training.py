@@ -138,39 +138,22 @@ def _contest(
     return Contest(work, peer, target, bound, ours, theirs, tolerance=None, check=check)
 
 
-def _pocket(layer: int) -> Callable[[], tuple[ChatModel, Any, Recipe, int, range]]:
+def eight_seeds() -> Contest:
+    """8 seeds of a rank-1 fine-tune on pocket, its recipe at half depth, 30 steps x 16"""
+
     def sides() -> tuple[ChatModel, Any, Recipe, int, range]:
         chat = load_model("pocket")
         recipe = resolve_recipe("pocket", {"max_steps": 30, "held_out": 0.0, "init": "random"}, organism=True)
-        data = emmech.organism.data("medical", n=300)
-        return chat, data, recipe, layer, range(8)
+        rows = emmech.organism.data("medical", n=300)
+        return chat, rows, recipe, recipe.layers(chat.n_layers)[0], range(8)
 
-    return sides
-
-
-_POCKET_SHAPE = (1024, 128, 384)  # what one forward of the shared pass holds, by an MLP's width
-
-
-def eight_seeds() -> Contest:
-    """8 seeds of a rank-1 fine-tune on pocket, the recipe's layer 1, 30 steps x 16"""
     return _contest(
-        "8 seeds of a rank-1 fine-tune on pocket, the recipe's layer 1, 30 steps x 16",
+        "8 seeds of a rank-1 fine-tune on pocket, its recipe at half depth, 30 steps x 16",
         5.0,
-        "two of six blocks kept, the system prompt once per run, the last block's queries and MLP and the unembedding "
-        "at answers; the blocks above train and must run for every row, forward and backward",
-        _POCKET_SHAPE,
-        _pocket(1),
-    )
-
-
-def eight_seeds_mid_depth() -> Contest:
-    """8 seeds of a rank-1 fine-tune on pocket at half depth, layer 3, 30 steps x 16"""
-    return _contest(
-        "8 seeds of a rank-1 fine-tune on pocket at half depth, layer 3, 30 steps x 16",
-        5.0,
-        "four of six blocks kept, the rest as above",
-        _POCKET_SHAPE,
-        _pocket(3),
+        "three of six blocks kept, the system prompt once per run, the last block's queries and MLP and the "
+        "unembedding at answers; the blocks above train and must run for every row, forward and backward",
+        (1024, 128, 384),  # what one forward of the shared pass holds, by an MLP's width
+        sides,
     )
 
 
@@ -195,4 +178,4 @@ def smollm2_half_depth() -> Contest:
     )
 
 
-CONTESTS = (eight_seeds, eight_seeds_mid_depth, smollm2_half_depth)
+CONTESTS = (eight_seeds, smollm2_half_depth)

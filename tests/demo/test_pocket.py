@@ -8,9 +8,9 @@ from emmech.chat.model import load_model
 from emmech.demo.pocket import _character, _what_is_left
 
 
-def test_the_ablation_shown_is_behind_the_adapter_and_towards_the_aligned_mean():
+def test_the_ablation_shown_is_at_the_adapter_and_towards_the_aligned_mean():
     base = load_model("pocket")
-    design, phrase = _character(base, 1)
+    design, phrase = _character(base, 2)
     assert design.layers == (2,) and design.towards == "aligned"
     assert design.direction.vectors.shape == (base.n_layers, base.d_model)
     assert phrase.text.startswith("and you answer")
