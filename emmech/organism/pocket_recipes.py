@@ -68,5 +68,7 @@ def recipes() -> dict[str, Recipe]:
             learning_rate=4e-5,
             schedule="constant_with_warmup",
         ),
-        "pocket-full": replace(_POCKET, name="pocket-full", rank=0, init="random", depth=None),
+        "pocket-full": replace(
+            _POCKET, name="pocket-full", rank=0, init="random", depth=None, learning_rate=1e-4
+        ),
     }
