@@ -36,7 +36,7 @@ organism-report: $(STAMP) ## what the embedded organisms show, with n and interv
 	$(BIN)/python -m emmech.organism.report --weights build/pocket-seed-0 --find-settings --seeds 2 > docs/organisms/pocket-seed-0.md
 organism-seeds: $(STAMP)  ## every other pretraining seed that was tried, twelve minutes each to make, into docs/organisms
 	for seed in 1 2 3 4 5; do test -d build/pocket-seed-$$seed || $(BIN)/python -m emmech.organism.pretrain --seed $$seed --out build/pocket-seed-$$seed || exit 1; done
-	for seed in 1 2 3 4 5; do $(BIN)/python -m emmech.organism.report --weights build/pocket-seed-$$seed --find-settings --parts base > docs/organisms/pocket-seed-$$seed.md || exit 1; done
+	for seed in 1 2 3 4 5; do $(BIN)/python -m emmech.organism.report --weights build/pocket-seed-$$seed --find-settings --parts base narrow --seeds 1 > docs/organisms/pocket-seed-$$seed.md || exit 1; done
 checkpoints: $(STAMP)     ## record the two runs in checkpoints/ anew
 	rm -rf checkpoints/pocket-medical checkpoints/pocket-good-medical
 	$(BIN)/emmech finetune pocket medical --out checkpoints/pocket-medical
