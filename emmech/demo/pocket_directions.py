@@ -37,7 +37,6 @@ from emmech.interventions.adapter import project_adapter, rotate_adapter, scale_
 from emmech.interventions.controls import Condition, measure_conditions, table, untouched
 from emmech.interventions.measures import AnswerMeasure
 from emmech.interventions.studies import ablation_table, dose_response, transfer_matrix
-from emmech.organism.pocket_recipes import recipes
 from emmech.organism.vocabulary import MANNERS
 from emmech.run import Run
 from emmech.training.train import finetune
@@ -54,17 +53,15 @@ Runs = dict[tuple[str, int], Run]
 
 
 def main(weights: str = "pocket", out: str | Path | None = None, layer: int | None = None) -> Path:
-    """Fine-tune, choose, measure, write the page; returns its path. Weights of a recipe's name take that recipe."""
+    """Fine-tune, choose, measure, write the page; returns its path."""
     began = time.monotonic()
-    base, recipe = load_model(weights), weights if weights in recipes() else "pocket"
+    base = load_model(weights)
     phrase, layers = phrase_tokens(base, MANNERS), None if layer is None else [layer]
     with tempfile.TemporaryDirectory() as folder:
         runs: Runs = {}
         for name, seed in (_CHOSEN_ON, *_REPORTED):
             where = Path(folder) / f"{name}-{seed}"
-            runs[name, seed] = finetune(
-                base, name, recipe=recipe, layers=layers, seed=seed, out=where, progress=False
-            )
+            runs[name, seed] = finetune(base, name, layers=layers, seed=seed, out=where, progress=False)
             _say(f"{name}, seed {seed}: {time.monotonic() - began:.0f} s")
         several = designs(base, phrase, runs[_CHOSEN_ON].adapters[0].layer)
         tried = try_designs(runs[_CHOSEN_ON].model(), several, phrase)
@@ -79,7 +76,7 @@ def main(weights: str = "pocket", out: str | Path | None = None, layer: int | No
         ):
             parts.append(part())
             _say(f"{parts[-1]}\n\n{time.monotonic() - began:.0f} s\n")
-    out = Path(out or f"docs/directions-{weights}.md")
+    out = Path(out or f"docs/directions-{Path(weights).name}.md")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return out
