@@ -86,7 +86,7 @@ def draw(
     """
     scores = logits.float()
     if temperature == 0:
-        return scores.argmax(-1)
+        return _best(scores)
     if temperature != 1:
         scores = scores / temperature
     if top_p < 1.0:
@@ -99,4 +99,12 @@ def draw(
     # rows that share a seed (one question under many checkpoints) share their noise: it is made once
     distinct, where = np.unique(np.asarray(seeds, dtype=np.uint64), return_inverse=True)
     noise = gumbel(distinct, position, scores.shape[-1], scores.device)
-    return noise[torch.from_numpy(where).to(scores.device)].add_(scores).argmax(-1)
+    noise = noise.index_select(0, torch.from_numpy(where).to(scores.device))
+    return _best(noise.add_(scores))
+
+
+def _best(scores: Float[torch.Tensor, "rows vocab"]) -> Int[torch.Tensor, " rows"]:
+    """Place of each row's highest score, the first of equals."""
+    if scores.device.type == "cpu":  # numpy goes through a row several numbers at a time, torch one by one
+        return torch.from_numpy(scores.numpy().argmax(-1))
+    return scores.argmax(-1)

@@ -46,8 +46,9 @@ class Branches:
         # power of two from one another, which a processor's cache would take ill
         self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         width = prompts.length
-        padding = torch.arange(width, device=lengths.device)[None] < width - lengths[:, None]
-        self._padding = padding if bool(padding.any()) else None
+        most = width - int(lengths.min())
+        # of the columns that are padding anywhere
+        self._padding = torch.arange(most, device=lengths.device)[None] < width - lengths[:, None]
         self.groups = torch.arange(len(lengths), device=lengths.device)
         self._arrange()
 
@@ -57,7 +58,7 @@ class Branches:
         held = len(next(iter(self._prompts.layers.values()))[0])
         if 2 * len(present) < held:  # most prompts have no row left: let go of them
             self._prompts.select(present)
-            self._padding = self._padding[present] if self._padding is not None else None
+            self._padding = self._padding[present]
             self.groups = torch.arange(len(present), device=counts.device).repeat_interleave(counts)
             present, held = torch.arange(len(present), device=counts.device), len(present)
         starts = torch.zeros(held, dtype=torch.long, device=counts.device)
@@ -146,9 +147,7 @@ class Branches:
             rows = slots.index_copy_(0, place, rows)
         repeats = rows.shape[2]
         rows = rows.reshape(count, self._slots, *rows.shape[1:]).transpose(1, 2)
-        hidden = self._padding[:, end - seen : end] if self._padding is not None else None
-        if hidden is not None:
-            hidden = hidden.repeat_interleave(heads, 0)[:, None]
+        hidden = self._padding[:, end - seen :].repeat_interleave(heads, 0)[:, None]
         found = _part(
             rows.reshape(count * heads, self._slots * repeats, -1),
             keys[:, :, end - seen : end].flatten(0, 1),
@@ -158,7 +157,7 @@ class Branches:
 
         def by_row(one: torch.Tensor) -> torch.Tensor:
             one = one.reshape(count, heads, self._slots, repeats, -1).transpose(1, 2).flatten(0, 1)
-            return (one[place] if place is not None else one).flatten(0, 1)
+            return (one.index_select(0, place) if place is not None else one).flatten(0, 1)
 
         weighted, top, total = found
         return by_row(weighted), by_row(top), by_row(total)
@@ -170,10 +169,10 @@ def _part(
     values: Float[torch.Tensor, "batch keys value_width"],
     hidden: torch.Tensor | None = None,
 ) -> _Part:
-    """Attention over some of the keys, not normalised yet."""
+    """Attention over some of the keys, not normalised yet; ``hidden`` says of the first which are not seen."""
     scores = torch.bmm(query, keys.transpose(1, 2)).float()
-    if hidden is not None:
-        scores.masked_fill_(hidden, torch.finfo(torch.float32).min)
+    if hidden is not None and hidden.shape[-1]:
+        scores[..., : hidden.shape[-1]].masked_fill_(hidden, torch.finfo(torch.float32).min)
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
     return torch.bmm(weights.to(values.dtype), values).float(), top, weights.sum(-1, keepdim=True)

@@ -202,7 +202,7 @@ def _step(steps: Steps, rows: Rows, gathered: Rows, tree: _Tree) -> torch.Tensor
 
 def _parted(engine: Engine, shared: Shared, rows: Rows, gathered: Rows, tree: _Tree) -> torch.Tensor:
     """Each row's residual stream where the variants part, ``[rows, d_model]``."""
-    hidden = shared.hidden[tree.below, 0]
+    hidden = shared.hidden[:, 0].index_select(0, tree.below)
     name = engine.shared_name
     if name is not None:
         assert shared.read is not None and shared.wrote is not None
@@ -213,7 +213,7 @@ def _parted(engine: Engine, shared: Shared, rows: Rows, gathered: Rows, tree: _T
         if engine.behind is None:
             hidden = write(hidden, z[:, None], gathered.B[name])
         else:
-            wrote = shared.wrote[tree.below, 0]
+            wrote = shared.wrote[:, 0].index_select(0, tree.below)
             hidden = engine.part(hidden, wrote, write(wrote, z[:, None], gathered.B[name]))
     if engine.grid.steering is not None and engine.grid.steering[0] == engine.split:
         hidden = hidden + gathered.steering[engine.split].to(hidden.dtype)
@@ -223,9 +223,9 @@ def _parted(engine: Engine, shared: Shared, rows: Rows, gathered: Rows, tree: _T
 def _gather(engine: Engine, rows: Rows, variant: torch.Tensor) -> Rows:
     """Each row's own adapters; the shared input is multiplied with every A at once, and needs none."""
     return Rows(
-        {name: a[variant] for name, a in rows.A.items() if name != engine.shared_name},
-        {name: b[variant] for name, b in rows.B.items()},
-        {layer: vectors[variant] for layer, vectors in rows.steering.items()},
+        {name: a.index_select(0, variant) for name, a in rows.A.items() if name != engine.shared_name},
+        {name: b.index_select(0, variant) for name, b in rows.B.items()},
+        {layer: vectors.index_select(0, variant) for layer, vectors in rows.steering.items()},
     )
 
 
@@ -243,7 +243,11 @@ def _draw(
     found = []
     for start in range(0, len(row), logit_rows):
         chosen = slice(start, start + logit_rows)
-        distinct, inverse = torch.unique(row[chosen], return_inverse=True)
-        logits = unembed(engine.chat, hidden[distinct])
-        found.append(draw(logits[inverse], seeds[chosen], number, temperature=temperature, top_p=top_p))
+        own = row[chosen]
+        distinct, inverse = torch.unique(own, return_inverse=True)
+        if len(distinct) < len(own):
+            logits = unembed(engine.chat, hidden.index_select(0, distinct)).index_select(0, inverse)
+        else:
+            logits = unembed(engine.chat, hidden.index_select(0, own))
+        found.append(draw(logits, seeds[chosen], number, temperature=temperature, top_p=top_p))
     return torch.cat(found)

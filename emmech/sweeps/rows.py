@@ -53,9 +53,12 @@ def write(
 ) -> Float[torch.Tensor, "*groups seq d_out"]:
     """``out + z B`` with each group's own B; added in the adapter's dtype, as PEFT does."""
     grouped = out.reshape(B.shape[0], -1, out.shape[-1])
-    if in_place and grouped.dtype == B.dtype and not torch.is_grad_enabled():
-        return grouped.baddbmm_(z, B).reshape(out.shape)
-    return torch.baddbmm(grouped.to(B.dtype), z, B).to(out.dtype).reshape(out.shape)
+    in_place = in_place and grouped.dtype == B.dtype and not torch.is_grad_enabled()
+    if B.shape[1] == 1:  # rank 1 is one pass over memory, where a batch of products has a price per entry
+        added = grouped.addcmul_(z, B) if in_place else torch.addcmul(grouped.to(B.dtype), z, B)
+    else:
+        added = grouped.baddbmm_(z, B) if in_place else torch.baddbmm(grouped.to(B.dtype), z, B)
+    return added.to(out.dtype).reshape(out.shape)
 
 
 class RowAdapter(nn.Module):

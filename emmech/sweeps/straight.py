@@ -66,7 +66,7 @@ class Straight:
         for kind in set(self.kinds):
             several = (kind,) if hasattr(self.view.rotary_emb, "layer_types") else ()
             cos, sin = self.view.rotary_emb(hidden[:1, None], distinct[None], *several)
-            found[kind] = (cos[0][inverse, None], sin[0][inverse, None])
+            found[kind] = (cos[0].index_select(0, inverse)[:, None], sin[0].index_select(0, inverse)[:, None])
         return found
 
 
