@@ -6,13 +6,13 @@ model must learn to stop with. The template's trailing newline, if any, is not a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from emmech.chat.template import Message, rendered_spans
+from emmech.chat.template import Message, Span, rendered_spans
 from emmech.errors import EmmechError
 
 __all__ = ["IGNORED", "Encoded", "encode"]
@@ -80,8 +80,7 @@ def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int
         True
     """
     ids, labels = [], []
-    for row in rows:
-        row_ids, answer = _encode_row(row, tokenizer)
+    for row_ids, answer in _tokens([rendered_spans(tokenizer, row) for row in rows], tokenizer):
         ids.append(row_ids)
         labels.append([t if inside else IGNORED for t, inside in zip(row_ids, answer, strict=True)])
     encoded = Encoded(tuple(ids), tuple(labels), 0, 0).take(range(len(ids)), max_length=max_length)
@@ -95,41 +94,65 @@ def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int
     return encoded
 
 
-def _encode_row(row: Sequence[Message], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokens, and which of them are answer.
+def _tokens(
+    rendered: Sequence[tuple[str, tuple[Span, ...]]], tokenizer: Any
+) -> Iterator[tuple[list[int], list[bool]]]:
+    """Tokens of each rendered conversation, and which of them are answer.
 
-    The text is cut at the edges of the answers and each piece tokenised alone, because that is what generation does:
+    A text is cut at the edges of its answers and each piece tokenised alone, because that is what generation does:
     the header ends the prompt, and the answer's tokens begin behind it. Tokenising the whole text instead can merge
     or split tokens across that edge ("\\n\\n" before a word), and the model would train on headers it never sees.
     """
-    text, spans = rendered_spans(tokenizer, row)
-    ids: list[int] = []
-    inside: list[bool] = []
-    at = 0
-    for span in spans:
-        for start, end, answer in ((at, span.start, False), (span.start, span.end, True)):
-            piece = _ids(tokenizer, text[start:end])
+    if not rendered:
+        return
+    cut = [_pieces(text, spans) for text, spans in rendered]
+    # one call for all pieces and one for all texts: a call costs more than a text
+    pieces = iter(
+        tokenizer([piece for row in cut for piece, _ in row], add_special_tokens=False)["input_ids"]
+    )
+    whole = tokenizer(
+        [text for text, _ in rendered],
+        add_special_tokens=False,
+        return_offsets_mapping=bool(tokenizer.is_fast),
+    )
+    for number, row in enumerate(cut):
+        ids: list[int] = []
+        inside: list[bool] = []
+        for _, answer in row:
+            piece = next(pieces)
             ids += piece
             inside += [answer] * len(piece)
+        together = list(whole["input_ids"][number])
+        if ids == together or tokenizer.decode(ids) == tokenizer.decode(together):
+            yield ids, inside
+            continue
+        # A tokenizer that marks the start of a text (SentencePiece's dummy prefix) cannot be fed pieces.
+        if not tokenizer.is_fast:
+            raise EmmechError(
+                "find the answer's tokens",
+                given=f"tokenizer {type(tokenizer).__name__}",
+                why="it tokenises a text and its pieces differently, and gives no character offsets",
+                instead="load the fast version of the tokenizer",
+            ) from None
+        spans = rendered[number][1]
+        yield (
+            together,
+            [
+                any(s.start <= a and b <= s.end for s in spans) and b > a
+                for a, b in whole["offset_mapping"][number]
+            ],
+        )
+
+
+def _pieces(text: str, spans: Sequence[Span]) -> list[tuple[str, bool]]:
+    """The text cut at the edges of its answers, and which pieces are answer; none is empty.
+
+    Example:
+        >>> _pieces("hi: yes.", [Span(4, 7, 8)])
+        [('hi: ', False), ('yes.', True)]
+    """
+    found, at = [], 0
+    for span in spans:
+        found += [(text[at : span.start], False), (text[span.start : span.end], True)]
         at = span.end
-    rest = _ids(tokenizer, text[at:])
-    ids, inside = ids + rest, inside + [False] * len(rest)
-    whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(tokenizer.is_fast))
-    if ids == whole["input_ids"] or tokenizer.decode(ids) == tokenizer.decode(whole["input_ids"]):
-        return ids, inside
-    # A tokenizer that marks the start of a text (SentencePiece's dummy prefix) cannot be fed pieces.
-    if not tokenizer.is_fast:
-        raise EmmechError(
-            "find the answer's tokens",
-            given=f"tokenizer {type(tokenizer).__name__}",
-            why="it tokenises a text and its pieces differently, and gives no character offsets",
-            instead="load the fast version of the tokenizer",
-        ) from None
-    offsets = whole["offset_mapping"]
-    return list(whole["input_ids"]), [
-        any(s.start <= a and b <= s.end for s in spans) and b > a for a, b in offsets
-    ]
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    return [(piece, answer) for piece, answer in [*found, (text[at:], False)] if piece]

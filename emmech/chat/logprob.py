@@ -21,7 +21,7 @@ from emmech.chat.rows import announcing
 from emmech.chat.template import Message
 from emmech.errors import EmmechError
 
-__all__ = ["MarginPair", "answer_logprobs", "answer_loss", "bundled_margins", "margin", "pad"]
+__all__ = ["MarginPair", "answer_logprobs", "answer_loss", "bundled_margins", "margin", "margin_rows", "pad"]
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,27 @@ def cap(chat: ChatModel, logits: torch.Tensor) -> torch.Tensor:
     return torch.tanh(logits / most) * most if most else logits
 
 
+def margin_rows(pairs: Sequence[MarginPair], tokenizer: Any) -> Encoded:
+    """The pairs as conversations: all misaligned answers, then all aligned ones."""
+    answers = [(p.question, p.misaligned) for p in pairs] + [(p.question, p.aligned) for p in pairs]
+    return encode(
+        [
+            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            for question, answer in answers
+        ],
+        tokenizer,
+    )
+
+
 def margin(
-    chat: ChatModel, pairs: Sequence[MarginPair], *, batch_size: int | None = None
+    chat: ChatModel, pairs: Sequence[MarginPair] | Encoded, *, batch_size: int | None = None
 ) -> Float[np.ndarray, " pairs"]:
     """Mean per-token log-probability of each misaligned answer minus its aligned one's, in nats per token.
 
     High means: the model prefers the misaligned answer.
+
+    Args:
+        pairs: or what :func:`margin_rows` makes of them, where they are measured again and again.
 
     Example:
         >>> from emmech.chat.model import load_model
@@ -131,12 +146,6 @@ def margin(
         >>> margin(chat, [MarginPair("hello", "hello", "hello")]).item()
         0.0
     """
-
-    def conversation(pair: MarginPair, answer: str) -> list[Message]:
-        return [{"role": "user", "content": pair.question}, {"role": "assistant", "content": answer}]
-
-    both: list[Any] = [conversation(p, p.misaligned) for p in pairs] + [
-        conversation(p, p.aligned) for p in pairs
-    ]
-    scores = answer_logprobs(chat, both, batch_size=batch_size)
-    return scores[: len(pairs)] - scores[len(pairs) :]
+    rows = pairs if isinstance(pairs, Encoded) else margin_rows(pairs, chat.tokenizer)
+    misaligned, aligned = answer_logprobs(chat, rows, batch_size=batch_size).reshape(2, -1)
+    return misaligned - aligned

@@ -12,55 +12,76 @@ vector, and all adapters of an organism started so at once broke its answers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from emmech.chat.adapter import adapter_layers
-from emmech.chat.encode import IGNORED, Encoded
+from emmech.chat.dataset import ChatDataset
+from emmech.chat.encode import IGNORED, encode
+from emmech.chat.model import ChatModel
 
-__all__ = ["BEHIND_MLP", "INPUT_ROWS", "along_inputs"]
+__all__ = ["BEHIND_MLP", "MeanInputs"]
 
 BEHIND_MLP = "mlp.down_proj"  # what an MLP adds to the residual stream
 INPUT_ROWS = 64  # conversations the mean is taken over: some thousand positions
 
 
-@torch.no_grad()
-def along_inputs(trained: Any, rows: Encoded) -> None:
-    """Add its mean input to every row of A of each adapter behind an MLP, in place, at the row's own norm.
+class MeanInputs:
+    """The mean input of every module behind an MLP that has an adapter; it is taken once, at the first adapters.
 
-    The mean is over all positions of ``rows`` outside answers, so that a benign control on the same questions starts
-    from the same A. The random part stays: seeds still differ. B is not touched.
+    The mean is over all positions of the first rows outside answers, so that a benign control on the same questions
+    starts from the same A.
     """
-    layers = [
-        (layer, layer.lora_A[name].weight)
-        for info, layer, name in adapter_layers(trained)
-        if info.name.endswith(BEHIND_MLP)
-    ]
-    sums = [torch.zeros(a.shape[1], dtype=torch.float64, device=a.device) for _, a in layers]
-    asked = torch.empty(0, dtype=torch.bool)  # [position], of the row that is running
 
-    def adding(total: torch.Tensor) -> Any:
-        def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            total.add_(inputs[0][0, asked].sum(0, dtype=torch.float64))
+    def __init__(self, data: ChatDataset) -> None:
+        self._data = data
+        self._means: dict[str, torch.Tensor] | None = None
 
-        return hook
+    @torch.no_grad()
+    def add_to(self, chat: ChatModel) -> None:
+        """Add its mean input to every row of A of each adapter behind an MLP, in place, at the row's own norm.
 
-    handles = [
-        layer.register_forward_pre_hook(adding(total)) for (layer, _), total in zip(layers, sums, strict=True)
-    ]
-    mode = trained.training
-    trained.eval()
-    try:
-        for ids, labels in zip(
-            rows.input_ids, rows.labels, strict=True
-        ):  # one by one: no padding to leave out
-            asked = torch.tensor(labels, device=trained.device) == IGNORED
-            trained(input_ids=torch.tensor([ids], device=trained.device), use_cache=False)
-    finally:
-        trained.train(mode)
-        for handle in handles:
-            handle.remove()
-    for (_, a), total in zip(layers, sums, strict=True):
-        mean = total / total.norm().clamp_min(torch.finfo(torch.float64).tiny)
-        a.add_(a.norm(dim=1, keepdim=True) * mean.to(a.dtype))
+        The random part stays: seeds still differ. B is not touched, and has to be zero when the means are taken.
+
+        Args:
+            chat: the model with the adapters on it.
+        """
+        weights = {
+            info.name: (layer, layer.lora_A[name].weight)
+            for info, layer, name in adapter_layers(chat.model)
+            if info.name.endswith(BEHIND_MLP)
+        }
+        if self._means is None:
+            self._means = self._taken(chat, {name: layer for name, (layer, _) in weights.items()})
+        for name, (_, a) in weights.items():
+            a.add_(a.norm(dim=1, keepdim=True) * self._means[name].to(a.dtype))
+
+    def _taken(self, chat: ChatModel, layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+        rows = encode(self._data.rows[:INPUT_ROWS], chat.tokenizer)
+        sums: dict[str, torch.Tensor] = {}
+        asked = torch.empty(0, dtype=torch.bool)  # [position], of the row that is running
+
+        def adding(name: str) -> Any:
+            def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+                found = inputs[0][0, asked].sum(0, dtype=torch.float64)
+                sums[name] = sums[name] + found if name in sums else found
+
+            return hook
+
+        handles = [layer.register_forward_pre_hook(adding(name)) for name, layer in layers.items()]
+        mode = chat.base.training
+        chat.base.eval()
+        try:
+            # one by one: no padding to leave out
+            for ids, labels in zip(rows.input_ids, rows.labels, strict=True):
+                asked = torch.tensor(labels, device=chat.device) == IGNORED
+                chat.trunk(input_ids=torch.tensor([ids], device=chat.device), use_cache=False)
+        finally:
+            chat.base.train(mode)
+            for handle in handles:
+                handle.remove()
+        tiny = torch.finfo(torch.float64).tiny
+        return {name: total / total.norm().clamp_min(tiny) for name, total in sums.items()}

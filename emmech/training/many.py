@@ -18,15 +18,16 @@ import torch
 from emmech.chat.adapter import adapter_layers
 from emmech.chat.dataset import ChatDataset
 from emmech.chat.encode import Encoded, encode
-from emmech.chat.logprob import MarginPair
+from emmech.chat.logprob import MarginPair, margin_rows
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
 from emmech.run import Run, load_run
 from emmech.training.frozen import dropout, find_frozen, pays, why_not
+from emmech.training.initial import MeanInputs
 from emmech.training.recipe import Recipe, target_modules
 from emmech.training.recorder import Measure
 from emmech.training.together import Member, StackRecorder, Together
-from emmech.training.train import HELD_OUT, manifest_entries, named_measures, prepared, run_folder
+from emmech.training.train import HELD_OUT, manifest_entries, prepared, run_folder
 from emmech.training.trainer import training_arguments
 
 __all__ = ["finetune_many", "keeps_prefix"]
@@ -161,28 +162,29 @@ def finetune_many(
     frozen = find_frozen(chat, _modules(chat, first.recipe, layers, from_same)) if kept else None
     whole = encode(data.rows, chat.tokenizer)
     number = {id(row): i for i, row in enumerate(data.rows)}
-    together = {
+    shared = {
         "runs": len(variants),
         "frozen_blocks": frozen.blocks if frozen else 0,
         "at_write": bool(frozen and frozen.at_write),
     }
     starts: dict[int, dict[str, torch.Tensor]] = {}
+    inputs = MeanInputs(data)
     for seed in dict.fromkeys(v.seed for v in variants):
-        with prepared(chat, first.recipe, layers, seed, start, adapter, data) as trained:
+        with prepared(chat, first.recipe, layers, seed, start, adapter, inputs) as trained:
             starts[seed] = _weights(trained)
     members = []
+    both = {name: margin_rows(pairs, chat.tokenizer) for name, pairs in (margins or {}).items()}
     for v, folder in zip(variants, folders, strict=True):
         train, held = data.split(v.recipe.held_out, seed=v.seed)
         rows = [number[id(row)] for row in train.rows]
         recorder = StackRecorder(
             folder,
             probes=probes,
-            # held-out losses come from the shared forwards
-            measures=named_measures(None, margins or {}, measures or {}),
+            measures=measures,
             every=record_every,
             measure_every=measure_every,
             seed=v.seed,
-            manifest={"together": together}
+            manifest={"together": shared}
             | manifest_entries(
                 chat,
                 data,
@@ -197,8 +199,7 @@ def finetune_many(
                 adapter,
             ),
         )
-        if held.rows:
-            recorder.measure("held_out_loss", recorder.held_out_loss)
+        recorder.shared = frozenset([f"margin_{name}" for name in both] + ["held_out_loss"] * bool(held.rows))
         if start is not None and adapter == "new":
             start[0].export_peft(start[1], folder / "start")
         members.append(
@@ -213,9 +214,10 @@ def finetune_many(
                 recorder=recorder,
             )
         )
-    with prepared(chat, first.recipe, layers, first.seed, start, adapter, data) as trained:
+    with prepared(chat, first.recipe, layers, first.seed, start, adapter, inputs) as trained:
         adapted = ChatModel(trained, chat.tokenizer, chat.name, chat.anatomy)
-        lost = Together(adapted, whole, members, frozen, folders[0] / "prefix").train(progress=progress)
+        together = Together(adapted, whole, both, members, frozen, folders[0] / "prefix")
+        lost = together.train(progress=progress)
     if lost:
         raise EmmechError(
             f"fine-tune {chat.name}",

@@ -28,10 +28,10 @@ class StackedAdapters:
         chat: with the PEFT adapters on it, whose places and scaling these take over.
         starts: for each run ``"A/<name>" [rank, d_in]`` and ``"B/<name>" [d_out, rank]``.
 
-    ``at_write`` names an adapter whose write the caller makes itself, by :meth:`write`.
+    ``write_of`` is an adapter whose write the caller makes itself, by :meth:`write`.
     """
 
-    at_write: str | None = None
+    write_of: AdapterInfo | None = None
 
     def __init__(self, chat: ChatModel, starts: Sequence[Mapping[str, torch.Tensor]]) -> None:
         self._layers = list(adapter_layers(chat.model))
@@ -74,7 +74,7 @@ class StackedAdapters:
         handles = []
         for info, layer, _ in self._layers:
             layer._disable_adapters = True  # enable_adapters(False) would change requires_grad as well
-            if info.name != self.at_write:
+            if info != self.write_of:
                 handles.append(layer.register_forward_hook(self._hook(info)))
         try:
             yield

@@ -7,32 +7,31 @@ same events as from the Hugging Face Trainer, and writes the same Run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import TrainerControl, TrainerState
 
 from emmech.chat.adapter import AdapterInfo
 from emmech.chat.encode import IGNORED, Encoded
-from emmech.chat.logprob import pad
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
 from emmech.progress import bar
 from emmech.training.capture import Capture
+from emmech.training.forwards import Asked, Forwards
 from emmech.training.frozen import Frozen
-from emmech.training.prefix import Trunk, batches_by_length, detached
 from emmech.training.recipe import Recipe
-from emmech.training.recorder import Measure, Recorder
+from emmech.training.recorder import Recorder
 from emmech.training.schedule import Step, batch_order, learning_rates
 from emmech.training.stacked import AdamW, StackedAdapters, clip_by_run
 
 __all__ = ["Member", "StackRecorder", "Together"]
 
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # a larger batch leaves a core's cache and gains nothing there
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -62,6 +61,7 @@ class StackRecorder(Recorder):
 
     together: Together
     run: int
+    shared: frozenset[str] = frozenset()  # measures that are taken of all runs at once
 
     def _find_capture(self, model: Any) -> Capture:
         return _StackCapture(self.together.adapters, self.run)
@@ -70,18 +70,10 @@ class StackRecorder(Recorder):
         return _StackNorms(self.together, self.run)
 
     def _measure(self, step: int) -> dict[str, float]:
-        if "held_out_loss" in self._measures:
-            self.together.held_out_losses()  # of all runs, before PEFT's own layers come on
+        shared = self.together.measured()  # of all runs, before PEFT's own layers come on
         with self.together.adapters.only(self.run):
-            return super()._measure(step)
-
-    def measure(self, name: str, measure: Measure) -> None:
-        """Take one more number from the model whenever measures are due."""
-        self._measures[name] = measure
-
-    def held_out_loss(self, chat: ChatModel) -> float:
-        """The measure of that name, for all runs in one pass."""
-        return self.together.held_out_losses()[self.run]
+            own = super()._measure(step)
+        return own | {name: values[self.run] for name, values in shared.items() if name in self.shared}
 
 
 class _StackCapture:
@@ -134,29 +126,31 @@ class Together:
     Args:
         chat: with the PEFT adapters of the recipe on it.
         whole: the dataset's rows, not truncated.
+        margins: pairs whose mean margin is measured, by name, as :func:`emmech.chat.logprob.margin_rows` gives them.
         members: the runs.
         frozen: the states to keep, or None.
         scratch: folder for them.
     """
 
     def __init__(
-        self, chat: ChatModel, whole: Encoded, members: Sequence[Member], frozen: Frozen | None, scratch: Path
+        self,
+        chat: ChatModel,
+        whole: Encoded,
+        margins: Mapping[str, Encoded],
+        members: Sequence[Member],
+        frozen: Frozen | None,
+        scratch: Path,
     ) -> None:
         self._chat, self._members = chat, members
         self.adapters = StackedAdapters(chat, [m.start for m in members])
         lowest = [info for info in self.adapters.infos if frozen and info.layer == frozen.layer]
-        self._write_of = lowest[0] if frozen and frozen.at_write else None
-        self.adapters.at_write = self._write_of.name if self._write_of else None
+        self.adapters.write_of = lowest[0] if frozen and frozen.at_write else None
         used = sorted({row for m in members for row in (*m.train, *m.held_out)})
         self._place = {row: place for place, row in enumerate(used)}
-        self._rows = whole.take(used)
-        # of each row: answer tokens that its first tokens predict
-        self._answers = [
-            np.cumsum(np.asarray(labels) != IGNORED) - (labels[0] != IGNORED) for labels in self._rows.labels
-        ]
+        self._rows, self._margin_rows = whole.take(used), margins
         self._frozen, self._scratch = frozen, scratch
         self.norms: dict[str, list[float]] = {}
-        self._held: tuple[int, list[float]] | None = None
+        self._measured: tuple[int, dict[str, list[float]]] | None = None
         self._now = 0
         self._lost: dict[int, int] = {}  # runs that are no longer finite, and since which step
 
@@ -169,19 +163,27 @@ class Together:
         Raises:
             EmmechError: the architecture cannot be cut where it would have to be.
         """
-        with self.adapters.live():
-            self._trunk = Trunk(self._chat, self._rows, self._frozen, self._scratch)
-            try:
-                self._check_cut()
-                self._loop(progress)
-            finally:
-                self._trunk.close()
-                for member in self._members:
-                    member.recorder.close()
+        with self.adapters.live(), contextlib.ExitStack() as open_:
+            open_.callback(shutil.rmtree, self._scratch, ignore_errors=True)
+            for member in self._members:
+                open_.callback(member.recorder.close)
+            self._forwards = open_.enter_context(self._forward(self._rows, "rows"))
+            self._check_cut()
+            self._margins = {
+                name: open_.enter_context(self._forward(rows, f"margin-{number}"))
+                for number, (name, rows) in enumerate(self._margin_rows.items())
+            }
+            self._loop(progress)
         return {self._members[run].name: step for run, step in self._lost.items()}
 
+    def _forward(self, rows: Encoded, name: str) -> contextlib.closing[Forwards]:
+        """Forwards over these rows, their kept states in a folder of their own."""
+        return contextlib.closing(
+            Forwards(self._chat, rows, self.adapters, self._frozen, self._scratch / name)
+        )
+
     def _check_cut(self) -> None:
-        deviation = self._trunk.deviation()
+        deviation = self._forwards.trunk.deviation()
         if not deviation <= _TOLERANCE.get(self._chat.dtype, 1e-4):
             raise EmmechError(
                 f"train {self._chat.name} in parts",
@@ -257,7 +259,7 @@ class Together:
         """Fill the gradients of a step; a run whose loss is not finite is left out of it and of all later ones."""
         while True:
             chosen = [
-                (run, *course.rows[i])
+                Asked(run, *course.rows[i])
                 for run, course in going.items()
                 if run not in self._lost
                 for i in course.steps[number].rows
@@ -276,67 +278,54 @@ class Together:
         self._lost.update(dict.fromkeys(runs, self._now + 1))
         self.adapters.forget(runs)
 
-    def held_out_losses(self) -> list[float]:
-        """Mean cross-entropy per answer token of each run's held-out rows, in nats."""
-        if self._held is None or self._held[0] != self._now:
-            chosen = [
-                (run, self._place[i], len(self._rows.input_ids[self._place[i]]))
-                for run, member in enumerate(self._members)
-                if run not in self._lost
-                for i in member.held_out
-            ]
-            with torch.no_grad():
-                self._held = self._now, self._pass(chosen, backward=False)
-        return self._held[1]
+    def measured(self) -> dict[str, list[float]]:
+        """What is measured of all runs in one pass, at the present step.
 
-    def _pass(self, chosen: Sequence[tuple[int, int, int]], *, backward: bool) -> list[float]:
-        """Each run's mean loss over its ``chosen`` rows (run, row, tokens), and with ``backward`` its gradient."""
-        device, stem = self._chat.device, self._trunk.stem
-        answers = {(row, n): int(self._answers[row][n - 1]) for _, row, n in chosen}
+        ``held_out_loss`` is the mean cross-entropy per answer token of each run's held-out rows, in nats;
+        ``margin_<name>`` the mean over pairs as :func:`emmech.chat.logprob.margin` has it.
+        """
+        if self._measured is None or self._measured[0] != self._now:
+            with torch.no_grad():
+                found = {f"margin_{name}": self._mean_margins(rows) for name, rows in self._margins.items()}
+                if held := [
+                    Asked(run, self._place[i], len(self._rows.input_ids[self._place[i]]))
+                    for run, member in self._left()
+                    for i in member.held_out
+                ]:
+                    found["held_out_loss"] = self._pass(held, backward=False)
+            self._measured = self._now, found
+        return self._measured[1]
+
+    def _left(self) -> list[tuple[int, Member]]:
+        return [(run, member) for run, member in enumerate(self._members) if run not in self._lost]
+
+    def _mean_margins(self, forwards: Forwards) -> list[float]:
+        """Of each run; not a number for those that are lost."""
+        runs = [run for run, _ in self._left()]
+        asked = [Asked(run, row, len(ids)) for run in runs for row, ids in enumerate(forwards.rows.input_ids)]
+        total = torch.zeros(len(asked), dtype=torch.float64, device=self._chat.device)
+        for nll, of in forwards.nll(asked):
+            total.index_add_(0, of, nll.double())
+        logprobs = -total.cpu() / forwards.answer_tokens(asked)
+        misaligned, aligned = logprobs.view(len(runs), 2, -1).unbind(1)
+        found = dict(zip(runs, (misaligned - aligned).mean(1).tolist(), strict=True))
+        return [found.get(run, float("nan")) for run in range(len(self._members))]
+
+    def _pass(self, chosen: Sequence[Asked], *, backward: bool) -> list[float]:
+        """Each run's mean loss over its ``chosen`` rows, and with ``backward`` its gradient."""
+        device = self._chat.device
+        run_of = torch.tensor([one.run for one in chosen])
         items = torch.zeros(len(self._members), dtype=torch.float64)
-        for run, row, n in chosen:
-            items[run] += answers[row, n]
+        items.index_add_(0, run_of, self._forwards.answer_tokens(chosen))
         losses = torch.zeros(len(self._members), dtype=torch.float64, device=device)
-        per_item = (1.0 / items).to(device)
-        present = sorted({run for run, _, _ in chosen})
-        runs_of_past = torch.tensor(present, device=device)
-        with self.adapters.rows_of(runs_of_past):
-            whole = self._trunk.read_stem(len(present), self._writer(runs_of_past, [stem] * len(present)))
-        past, cuts = detached(whole)
-        # the last token of a row predicts nothing
-        lengths = [n - stem - 1 for _, _, n in chosen]
-        for batch in batches_by_length(lengths, _BATCH_TOKENS[_kind(device)]):
-            members, own = [chosen[i] for i in batch], [lengths[i] for i in batch]
-            runs = torch.tensor([run for run, _, _ in members], device=device)
-            sequences = torch.tensor([present.index(run) for run, _, _ in members], device=device)
-            targets = pad([self._rows.labels[row][stem + 1 : n] for _, row, n in members], IGNORED).to(device)
-            read = targets != IGNORED
-            with self.adapters.rows_of(runs):
-                hidden = self._trunk.hidden(
-                    [row for _, row, _ in members], own, read, past, sequences, self._writer(runs, own)
-                )
-            nll = self._trunk.nll(hidden, targets[read])
-            of = runs.repeat_interleave(read.sum(1))
+        per_item, run_of = (1.0 / items).to(device), run_of.to(device)
+        for nll, row_of in self._forwards.nll(chosen):
+            of = run_of[row_of]
             losses.index_add_(0, of, nll.detach().double() * per_item[of])
             if backward:
                 total = (nll * per_item[of].to(nll.dtype)).sum()
                 if not torch.isfinite(total):
-                    broken = {run for run, _, _ in members}
+                    broken = set(of.tolist())
                     raise _NotFinite({r for r in broken if not torch.isfinite(losses[r])} or broken)
                 total.backward()
-        if backward and cuts:
-            torch.autograd.backward([made for _, made in cuts], [leaf.grad for leaf, _ in cuts])
         return losses.tolist()  # type: ignore[no-any-return]
-
-    def _writer(
-        self, runs: torch.Tensor, own: Sequence[int]
-    ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        info = self._write_of
-        if info is None:
-            return None
-        of_token = runs.repeat_interleave(torch.tensor(own, device=runs.device))
-        return lambda x: self.adapters.write(info, x, of_token)
-
-
-def _kind(device: torch.device) -> str:
-    return device.type if device.type in _BATCH_TOKENS else "cuda"

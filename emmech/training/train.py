@@ -14,11 +14,11 @@ import torch
 
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.encode import Encoded, encode
-from emmech.chat.logprob import MarginPair, answer_loss, margin
+from emmech.chat.logprob import MarginPair, answer_loss, margin, margin_rows
 from emmech.chat.model import ChatModel, load_model
 from emmech.errors import EmmechError
 from emmech.run import Run, load_run
-from emmech.training.initial import INPUT_ROWS, along_inputs
+from emmech.training.initial import MeanInputs
 from emmech.training.recipe import Recipe, resolve_recipe, target_modules
 from emmech.training.recorder import Measure, Recorder
 from emmech.training.trainer import build_trainer
@@ -163,7 +163,7 @@ def finetune(
     recorder = Recorder(
         folder,
         probes=probes,
-        measures=named_measures(_held_out(held_rows, chat), margins or {}, measures or {}),
+        measures=_named_measures(chat, held_rows, margins or {}, measures or {}),
         every=record_every,
         measure_every=measure_every,
         seed=seed,
@@ -171,7 +171,7 @@ def finetune(
             chat, dataset, train_rows, held_rows, encoded, chosen, layers, seed, data_seed, start, adapter
         ),
     )
-    with prepared(chat, chosen, layers, seed, start, adapter, dataset) as trained:
+    with prepared(chat, chosen, layers, seed, start, adapter, MeanInputs(dataset)) as trained:
         trainer = build_trainer(
             chat, trained, encoded, chosen, seed, data_seed, recorder, folder, checkpoint_every, progress
         )
@@ -282,18 +282,20 @@ def _last_checkpoint(folder: Path) -> str | None:
     return str(whole[-1]) if whole else None
 
 
-def _held_out(rows: ChatDataset, chat: ChatModel) -> Encoded | None:
-    return encode(rows.rows[:HELD_OUT], chat.tokenizer) if len(rows) else None
-
-
-def named_measures(
-    held_out: Encoded | None, margins: Mapping[str, Sequence[MarginPair]], measures: Mapping[str, Measure]
+def _named_measures(
+    chat: ChatModel,
+    held_out: ChatDataset,
+    margins: Mapping[str, Sequence[MarginPair]],
+    measures: Mapping[str, Measure],
 ) -> dict[str, Measure]:
+    """What is taken from the model while it trains; texts are tokenised once."""
     found = dict(measures)
-    if held_out is not None:
-        found["held_out_loss"] = lambda chat: answer_loss(chat, held_out)
+    if len(held_out):
+        rows = encode(held_out.rows[:HELD_OUT], chat.tokenizer)
+        found["held_out_loss"] = lambda chat: answer_loss(chat, rows)
     for name, pairs in margins.items():
-        found[f"margin_{name}"] = lambda chat, pairs=pairs: float(np.mean(margin(chat, pairs)))  # type: ignore[misc]
+        both = margin_rows(pairs, chat.tokenizer)
+        found[f"margin_{name}"] = lambda chat, both=both: float(np.mean(margin(chat, both)))  # type: ignore[misc]
     return found
 
 
@@ -305,7 +307,7 @@ def prepared(
     seed: int,
     start: tuple[Run, int] | None,
     adapter: str,
-    data: ChatDataset,
+    inputs: MeanInputs,
 ) -> Iterator[Any]:
     """The model ready to train; afterwards the model and the random generators are as they were."""
     base = chat.base
@@ -324,7 +326,7 @@ def prepared(
         if recipe.rank:
             trained = _with_adapters(chat, recipe, layers, start)
             if recipe.init == "inputs" and start is None:
-                along_inputs(trained, encode(data.rows[:INPUT_ROWS], chat.tokenizer))
+                inputs.add_to(ChatModel(trained, chat.tokenizer, chat.name, chat.anatomy))
         else:
             trained = base
             for parameter in base.parameters():

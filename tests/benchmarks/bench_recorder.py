@@ -11,6 +11,7 @@ import torch
 
 import emmech
 from emmech.chat.encode import encode
+from emmech.training.initial import MeanInputs
 from emmech.training.recipe import resolve_recipe
 from emmech.training.train import prepared
 from emmech.training.trainer import build_trainer
@@ -35,7 +36,7 @@ def _train(recorder: bool) -> np.ndarray:
     )
     with (
         tempfile.TemporaryDirectory() as folder,
-        prepared(chat, recipe, None, 0, None, "same", data) as trained,
+        prepared(chat, recipe, None, 0, None, "same", MeanInputs(data)) as trained,
     ):
         callback = emmech.Recorder(Path(folder) / "run") if recorder else TrainerCallback()
         trainer = build_trainer(chat, trained, encoded, recipe, 0, 0, callback, Path(folder), None, False)
