@@ -110,13 +110,14 @@ class Attend(torch.autograd.Function):
         stem = 0 if stem_keys is None else stem_keys.shape[2]
         keys, values = (x.new_empty(rows, heads, stem + tokens, d_head) for _ in range(2))
         if stem_keys is not None and stem_values is not None:
-            keys[:, :, :stem], values[:, :, :stem] = stem_keys[places.of_stem], stem_values[places.of_stem]
+            keys[:, :, :stem] = stem_keys.index_select(0, places.of_stem)
+            values[:, :, :stem] = stem_values.index_select(0, places.of_stem)
         own = part.key(normed).view(rows, tokens, heads, d_head).transpose(1, 2)
         _rotated(own, places.cos, places.sin, keys[:, :, stem:])
         values[:, :, stem:] = part.value(normed).view(rows, tokens, heads, d_head).transpose(1, 2)
         cos, sin = places.cos, places.sin
         if asking is not None:
-            normed = normed[asking]
+            normed = normed.index_select(0, asking)
             shape = rows, 1, 1, len(asking) // rows, 1, d_head // 2
             cos, sin = cos[asking % tokens].view(shape), sin[asking % tokens].view(shape)
         group = part.query.out_features // (heads * d_head)
@@ -133,7 +134,7 @@ class Attend(torch.autograd.Function):
         ctx.kept = x, scale, queries, keys, values, weights, cos, sin
         ctx.part, ctx.places, ctx.stem = part, places, stem
         ctx.stems = 0 if stem_keys is None else len(stem_keys)
-        return torch.addmm(x if asking is None else x[asking], read, part.out.T), *kept
+        return torch.addmm(x if asking is None else x.index_select(0, asking), read, part.out.T), *kept
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, *later: torch.Tensor | None) -> Any:  # type: ignore[override]

@@ -65,7 +65,7 @@ class LeanBlocks:
         """
         queries, valid = _asking(read)
         hidden, _ = self._run(entering, stem, queries, past, of_past)
-        return Normed.apply(hidden if valid is None else hidden[valid], self._norm)  # type: ignore[no-any-return, no-untyped-call]
+        return Normed.apply(hidden if valid is None else hidden.index_select(0, valid), self._norm)  # type: ignore[no-any-return, no-untyped-call]
 
     def nll(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Negative log-probability of each target behind ``hidden [places, d_model]``, in nats."""
