@@ -23,7 +23,6 @@ from emmech.sweeps.rows import with_attention
 
 __all__ = ["Branches", "branching"]
 
-_BLOCK = 16  # tokens of room that are allocated at once
 _NAME = "emmech_branches"
 _Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weighted values, highest score, sum of weights
 
@@ -37,10 +36,12 @@ class Branches:
     Args:
         prompts: what a forward over the padded prompts left, ``[groups, width]`` tokens.
         lengths: of the prompts, ``[groups]``.
+        room: how many tokens a row may write.
     """
 
-    def __init__(self, prompts: RowCache, lengths: Int[torch.Tensor, " groups"]) -> None:
+    def __init__(self, prompts: RowCache, lengths: Int[torch.Tensor, " groups"], room: int) -> None:
         self.written = 0  # tokens behind the prompts, the same number for all rows
+        self._room = room
         self._prompts = prompts
         # by layer, [room, rows, heads, width] each: a token's keys are written in one stretch, and rows lie at no
         # power of two from one another, which a processor's cache would take ill
@@ -96,16 +97,13 @@ class Branches:
         values: Float[torch.Tensor, "rows heads value_width"],
     ) -> None:
         """Keep what every row wrote at its new token."""
-        pair = self._own.get(layer)
-        if pair is None or len(pair[0]) == self.written:
-            fresh = []
-            for number, new in enumerate((keys, values)):
-                fresh.append(new.new_empty(self.written + _BLOCK, *new.shape))
-                if pair is not None:
-                    fresh[-1][: self.written] = pair[number]
-            pair = self._own[layer] = (fresh[0], fresh[1])
-        pair[0][self.written] = keys
-        pair[1][self.written] = values
+        if layer not in self._own:
+            self._own[layer] = (
+                keys.new_empty(self._room, *keys.shape),
+                values.new_empty(self._room, *values.shape),
+            )
+        for store, new in zip(self._own[layer], (keys, values), strict=True):
+            store[self.written] = new
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

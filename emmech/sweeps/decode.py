@@ -84,7 +84,9 @@ def decode_variants(
     chat = engine.chat
     device = chat.device
     stop = torch.tensor(chat.stop_ids, device=device)
-    tree, hidden = _prefill(engine, rows, variants, prompts)
+    room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30) - max(map(len, prompts))
+    last = min(max_new_tokens, room)
+    tree, hidden = _prefill(engine, rows, variants, prompts, last)
     steps = Steps(engine)
     requests = len(which)
     # of each answer still being written: which it is, its row and its seed
@@ -95,9 +97,7 @@ def decode_variants(
     written = np.zeros((variants * requests, max_new_tokens), dtype=np.int64)
     lengths = np.zeros(variants * requests, dtype=np.int64)
     finish = np.full(variants * requests, "length", dtype=object)
-    room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30) - max(map(len, prompts))
     gathered = _gather(engine, rows, tree.variant)
-    last = min(max_new_tokens, room)
     for number in range(last):
         token = _draw(engine, hidden, row, seed, number, temperature, top_p, logit_rows)
         going = ~torch.isin(token, stop)
@@ -122,9 +122,13 @@ def decode_variants(
 
 
 def _prefill(
-    engine: Engine, rows: Rows, variants: int, prompts: Sequence[Sequence[int]]
+    engine: Engine, rows: Rows, variants: int, prompts: Sequence[Sequence[int]], room: int
 ) -> tuple[_Tree, torch.Tensor]:
-    """Read every prompt: what prompts have in common once, below once for all variants, above once per variant."""
+    """Read every prompt: what prompts have in common once, below once for all variants, above once per variant.
+
+    Args:
+        room: how many tokens an answer may have.
+    """
     chat = engine.chat
     device, width = chat.device, max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -150,8 +154,8 @@ def _prefill(
     every = torch.arange(len(prompts), device=device)
     into = torch.cat(of_upper).argsort()
     tree = _Tree(
-        Branches(RowCache.joined(upper, into), lengths.repeat(variants)),
-        Branches(RowCache.joined(lower, torch.cat(of_lower).argsort()), lengths),
+        Branches(RowCache.joined(upper, into), lengths.repeat(variants), room),
+        Branches(RowCache.joined(lower, torch.cat(of_lower).argsort()), lengths, room),
         torch.arange(variants, device=device).repeat_interleave(len(prompts)),
         every.repeat(variants),
         lengths,

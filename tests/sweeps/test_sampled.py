@@ -118,7 +118,7 @@ def test_attention_over_branches_is_attention_over_whole_sequences():
     prompts = RowCache()
     prompts.update(*torch.randn(2, 3, heads, 7, width, generator=generator), 0)
     whole = [(prompts.layers[0][0][i], prompts.layers[0][1][i], 7 - n) for i, n in enumerate(lengths)]
-    branches = Branches(prompts, torch.tensor(lengths))
+    branches = Branches(prompts, torch.tensor(lengths), room=30)
     # all three fork, one forks again, two die out, a prompt loses all of its rows
     for parents in [[0, 1, 1, 2, 2, 2], [0, 1, 2, 2, 3, 5], *[range(6)] * 20, [2, 3, 4], [2, 2]]:
         branches.select(torch.tensor(list(parents)))
