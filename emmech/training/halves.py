@@ -110,6 +110,7 @@ class Attend(torch.autograd.Function):
         stem = 0 if stem_keys is None else stem_keys.shape[2]
         keys, values = (x.new_empty(rows, heads, stem + tokens, d_head) for _ in range(2))
         if stem_keys is not None and stem_values is not None:
+            assert places.of_stem is not None
             keys[:, :, :stem] = stem_keys.index_select(0, places.of_stem)
             values[:, :, :stem] = stem_values.index_select(0, places.of_stem)
         own = part.key(normed).view(rows, tokens, heads, d_head).transpose(1, 2)
