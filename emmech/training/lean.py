@@ -40,11 +40,12 @@ class LeanBlocks:
     """Blocks from ``first`` on, and the final norm; made by :func:`lean_blocks`."""
 
     def __init__(self, chat: ChatModel, first: int) -> None:
-        self._chat, self._first = chat, first
+        self._chat = chat
         self._norm = _norm(chat.final_norm)
-        self._attention = [_attention(block) for block in chat.blocks[first:]]
+        self._blocks: list[Any] = list(chat.blocks[first:])
+        self._attention = [_attention(block) for block in self._blocks]
         # None: an adapter sits in it, so that the model's own modules run
-        self._mlp = [_mlp(block) for block in chat.blocks[first:]]
+        self._mlp = [_mlp(block) for block in self._blocks]
 
     def __call__(
         self,
@@ -93,8 +94,9 @@ class LeanBlocks:
         hidden = entering.reshape(rows * tokens, width)
         masks: dict[tuple[int, int | None], torch.Tensor] = {}
         made = Past([])
-        for at, (attention, mlp) in enumerate(zip(self._attention, self._mlp, strict=True)):
-            block = self._chat.block(self._first + at)
+        for at, (block, attention, mlp) in enumerate(
+            zip(self._blocks, self._attention, self._mlp, strict=True)
+        ):
             keys, values = (past.layers[at].keys, past.layers[at].values) if past else (None, None)
             before = 0 if keys is None else keys.shape[2]
             window = getattr(block.self_attn, "sliding_window", None)
@@ -113,7 +115,7 @@ class LeanBlocks:
                 hidden = Think.apply(hidden, mlp)  # type: ignore[no-untyped-call]
             elif len(hidden):
                 by_row = hidden.view(rows, -1, width)
-                hidden = (by_row + block.mlp(block.post_attention_layernorm(by_row))).flatten(0, 1)  # type: ignore[operator]
+                hidden = (by_row + block.mlp(block.post_attention_layernorm(by_row))).flatten(0, 1)
         return hidden, made
 
 
