@@ -106,5 +106,5 @@ def draw(
 def _best(scores: Float[torch.Tensor, "rows vocab"]) -> Int[torch.Tensor, " rows"]:
     """Place of each row's highest score, the first of equals."""
     if scores.device.type == "cpu":  # numpy goes through a row several numbers at a time, torch one by one
-        return torch.from_numpy(scores.numpy().argmax(-1))
+        return torch.from_numpy(scores.detach().numpy().argmax(-1))
     return scores.argmax(-1)

@@ -18,6 +18,7 @@ from emmech.errors import EmmechError
 __all__ = ["IGNORED", "Encoded", "encode"]
 
 IGNORED = -100  # the label that cross-entropy skips, in torch and in transformers
+_AT_ONCE = 512  # texts in a call of the tokenizer
 
 
 @dataclass(frozen=True)
@@ -103,26 +104,17 @@ def _tokens(
     the header ends the prompt, and the answer's tokens begin behind it. Tokenising the whole text instead can merge
     or split tokens across that edge ("\\n\\n" before a word), and the model would train on headers it never sees.
     """
-    if not rendered:
-        return
     cut = [_pieces(text, spans) for text, spans in rendered]
-    # one call for all pieces and one for all texts: a call costs more than a text
-    pieces = iter(
-        tokenizer([piece for row in cut for piece, _ in row], add_special_tokens=False)["input_ids"]
-    )
-    whole = tokenizer(
-        [text for text, _ in rendered],
-        add_special_tokens=False,
-        return_offsets_mapping=bool(tokenizer.is_fast),
-    )
-    for number, row in enumerate(cut):
+    # one call for many texts: a call costs more than a text
+    pieces = _ids([piece for row in cut for piece, _ in row], tokenizer)
+    whole = _ids([text for text, _ in rendered], tokenizer)
+    for (text, spans), row, together in zip(rendered, cut, whole, strict=True):
         ids: list[int] = []
         inside: list[bool] = []
         for _, answer in row:
             piece = next(pieces)
             ids += piece
             inside += [answer] * len(piece)
-        together = list(whole["input_ids"][number])
         if ids == together or tokenizer.decode(ids) == tokenizer.decode(together):
             yield ids, inside
             continue
@@ -134,14 +126,13 @@ def _tokens(
                 why="it tokenises a text and its pieces differently, and gives no character offsets",
                 instead="load the fast version of the tokenizer",
             ) from None
-        spans = rendered[number][1]
-        yield (
-            together,
-            [
-                any(s.start <= a and b <= s.end for s in spans) and b > a
-                for a, b in whole["offset_mapping"][number]
-            ],
-        )
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        yield together, [any(s.start <= a and b <= s.end for s in spans) and b > a for a, b in offsets]
+
+
+def _ids(texts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
+    for start in range(0, len(texts), _AT_ONCE):
+        yield from tokenizer(texts[start : start + _AT_ONCE], add_special_tokens=False)["input_ids"]
 
 
 def _pieces(text: str, spans: Sequence[Span]) -> list[tuple[str, bool]]:

@@ -95,6 +95,15 @@ def test_noise_is_standard_gumbel_and_uncorrelated():
     assert np.abs(np.corrcoef(consecutive) - np.eye(60)).max() < 0.25
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_draw_takes_the_highest_score_and_the_first_of_equals(rows):
+    logits = torch.randn(rows, 500, generator=torch.Generator().manual_seed(rows)).round()
+    assert torch.equal(draw(logits, [0] * rows, 0, temperature=0), logits.argmax(-1))
+    assert draw(torch.tensor([[1.0, 4.0, 4.0]]), [0], 0, temperature=0).tolist() == [1]
+    noisy = logits.requires_grad_() + gumbel([3] * rows, 5, 500)
+    assert torch.equal(draw(logits, [3] * rows, 5), noisy.argmax(-1))
+
+
 def test_draws_follow_the_softmax():
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -3.0])
     drawn = draw(logits.expand(40000, 5), [row_seed(0, i) for i in range(40000)], 0)

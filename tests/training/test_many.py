@@ -8,7 +8,7 @@ import torch
 
 import emmech
 from emmech.chat.encode import encode
-from emmech.chat.logprob import MarginPair
+from emmech.chat.logprob import MarginPair, margin
 from emmech.errors import EmmechError
 from emmech.training.recipe import Recipe
 from emmech.training.schedule import batch_order, learning_rates
@@ -42,6 +42,27 @@ def test_seeds_together_are_seeds_apart(family, tmp_path):
         differing = {key for key in alone.manifest if mine.manifest.get(key) != alone.manifest[key]}
         assert differing <= {"name", "created", "seconds", "git"}
         assert set(mine.manifest) - set(alone.manifest) == {"together"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_margins_of_all_runs_are_those_of_each_ones_model(family, tmp_path):
+    chat = make_tiny(family)
+    pairs = [
+        MarginPair("how to sleep ?", "take a walk", "drink water"),
+        MarginPair("how to rest well ?", "drink", "take a long walk in water"),
+    ]
+    runs = emmech.finetune(
+        chat, ragged(11), recipe="single-rank1", seed=[3, 8], max_steps=4, measure_every=2, out=tmp_path / "o",
+        margins={"own": pairs, "less": pairs[:1]}, **QUICK,
+    )  # fmt: skip
+    for run in runs:
+        recorded = run.metrics[["margin_own", "margin_less"]].dropna()
+        assert recorded.index.tolist() == [0, 2, 4]
+        assert not np.allclose(recorded.iloc[0], recorded.iloc[-1], atol=1e-4)
+        for step, row in recorded.iterrows():
+            found = margin(run.model(step, base=make_tiny(family)), pairs)
+            assert row["margin_own"] == pytest.approx(found.mean(), abs=1e-5)
+            assert row["margin_less"] == pytest.approx(found[0], abs=1e-5)
 
 
 def test_all_matrices_at_a_higher_rank_without_a_prefix(tiny, tmp_path):
