@@ -73,6 +73,7 @@ class Row:
     threads: int
     times: float = 1.0
     peaks: tuple[float, float] | None = None  # MB
+    profile: str = ""  # where ours spend their time
 
     @property
     def ratio(self) -> float:
@@ -137,6 +138,7 @@ def run(contest: Contest, *, repeats: int = 5) -> Row:
         equality,
         threads=torch.get_num_threads(),
         peaks=(peak(*contest.alone[:2]), peak(*contest.alone[::2])) if contest.alone else None,
+        profile=profiled(contest.ours),
         **taken,
     )
 
@@ -151,6 +153,38 @@ def gflop(work: Callable[[], Any]) -> float:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() / 1e9
+
+
+# torch's operators by what they do to memory; what is in none of these is a pass over numbers
+_KINDS = {
+    "matrix products": ("mm", "addmm", "addmm_"),
+    "products of many small matrices": ("bmm", "baddbmm", "baddbmm_"),
+    "fused attention": ("_scaled_dot_product_flash_attention_for_cpu",),
+    "copies and gathers": (
+        *("copy_", "cat", "index", "index_select", "gather", "index_copy_", "index_add_", "index_put_"),
+    ),
+}
+
+
+def profiled(work: Callable[[], Any]) -> str:
+    """Shares of CPU time by kind of operator, largest first, as torch's profiler sees one more repeat."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        _, total, _ = timed(work)
+    spent: dict[str, float] = {}
+    for one in seen.key_averages():
+        space, _, name = one.key.rpartition("::")
+        if space == "aten":
+            kind = next(
+                (kind for kind, names in _KINDS.items() if name in names), "element-wise and other operators"
+            )
+            spent[kind] = spent.get(kind, 0.0) + one.self_cpu_time_total / 1e6
+    spent["between operators"] = max(total - sum(spent.values()), 0.0)
+    largest = sorted(spent.items(), key=lambda item: -item[1])
+    return ", ".join(
+        f"{kind} {100 * seconds / total:.0f} %" for kind, seconds in largest if seconds > 0.005 * total
+    )
 
 
 def speed(rows: int, d_in: int, d_out: int) -> float:
@@ -212,7 +246,8 @@ def table(entries: list[dict[str, Any]]) -> str:
         "",
         "Made by `make bench` from `docs/benchmarks.json`, which holds every repeat. Each row: both sides give equal "
         "results first, then run in turn; seconds are medians of CPU time of the process, the ratio is the median over "
-        "the interleaved pairs.",
+        "the interleaved pairs. The profile of each row is of one more repeat under torch's profiler, which makes "
+        "small operators a little dearer than they are.",
         "",
         "| | work | emmech, s | peer, s | ratio | target | peak memory above the model, MB |",
         "|---|---|---|---|---|---|---|",
@@ -231,6 +266,8 @@ def table(entries: list[dict[str, Any]]) -> str:
             f"{len(one['ours'])} repeats, {one['processor']}.",
             "",
             f"   *What bounds the ratio:* {one['bound']}.",
+            "",
+            f"   *Where ours spend it:* {one.get('profile') or 'not profiled'}.",
             "",
         ]
     parts = [
