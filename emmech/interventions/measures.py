@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from jaxtyping import Float
 
-from emmech.chat.logprob import MarginPair, answer_logprobs, bundled_margins
+from emmech.chat.logprob import MarginPair, answer_logprobs, bundled_margins, margin_rows
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError, closest
 
@@ -53,12 +53,8 @@ class MarginMeasure:
     def __call__(self, chat: ChatModel) -> Items:
         """Margins of all pairs."""
         groups = [(name, pair) for name, pairs in self.pairs.items() for pair in pairs]
-        talks = [
-            [{"role": "user", "content": pair.question}, {"role": "assistant", "content": answer}]
-            for _, pair in groups
-            for answer in (pair.misaligned, pair.aligned)
-        ]
-        misaligned, aligned = answer_logprobs(chat, talks, batch_size=self.batch_size).reshape(-1, 2).T
+        rows = margin_rows([pair for _, pair in groups], chat.tokenizer)
+        misaligned, aligned = answer_logprobs(chat, rows, batch_size=self.batch_size).reshape(2, -1)
         values = {
             f"margin_{name}": np.where([own == name for own, _ in groups], misaligned - aligned, np.nan)
             for name in self.pairs
