@@ -54,10 +54,14 @@ def write(
     """``out + z B`` with each group's own B; added in the adapter's dtype, as PEFT does."""
     grouped = out.reshape(B.shape[0], -1, out.shape[-1])
     in_place = in_place and grouped.dtype == B.dtype and not torch.is_grad_enabled()
+    if (
+        not in_place
+    ):  # contiguous: a sum with an expanded tensor is laid out otherwise, and products of it are slow
+        grouped = grouped.to(B.dtype).contiguous()
     if B.shape[1] == 1:  # rank 1 is one pass over memory, where a batch of products has a price per entry
-        added = grouped.addcmul_(z, B) if in_place else torch.addcmul(grouped.to(B.dtype), z, B)
+        added = grouped.addcmul_(z, B) if in_place else torch.addcmul(grouped, z, B)
     else:
-        added = grouped.baddbmm_(z, B) if in_place else torch.baddbmm(grouped.to(B.dtype), z, B)
+        added = grouped.baddbmm_(z, B) if in_place else torch.baddbmm(grouped, z, B)
     return added.to(out.dtype).reshape(out.shape)
 
 
