@@ -125,6 +125,7 @@ def _by_scale(tokens: int, target: float) -> Contest:
         theirs,
         check=lambda a, b: equal(a[part], b),
         times=4.0,
+        repeats=9,
     )
 
 

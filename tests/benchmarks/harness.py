@@ -49,6 +49,9 @@ class Contest:
     times: float = (
         1.0  # a peer that works one variant at a time does a part of them, and its seconds count so often
     )
+    repeats: int = 5
+    # seconds of ours and theirs where both are parts of one run
+    pairs: Callable[[], list[tuple[float, float]]] | None = None
     # "module:function" that loads the model, and that does the work of either side: for the memory of a process alone
     alone: tuple[str, str, str] | None = None
 
@@ -113,21 +116,14 @@ def peak(load: str, work: str) -> float:
     return int(done.stdout.split()[-1]) / 1024
 
 
-def run(contest: Contest, *, repeats: int = 5) -> Row:
+def run(contest: Contest) -> Row:
     """Assert equality, then time both in turn."""
     first, second = contest.ours(), contest.theirs()
     if contest.check is not None:
         equality = contest.check(first, second)
     else:
         equality = equal(first, second, contest.tolerance or 5e-6)
-    taken: dict[str, list[float]] = {"ours": [], "theirs": [], "ours_wall": [], "theirs_wall": []}
-    for turn in range(repeats):
-        pair = [("ours", contest.ours), ("theirs", contest.theirs)]
-        for name, function in pair if turn % 2 == 0 else pair[::-1]:
-            _, cpu, wall = timed(function)
-            times = contest.times if name == "theirs" else 1.0
-            taken[name].append(cpu * times)
-            taken[f"{name}_wall"].append(wall * times)
+    taken = _in_turn(contest)
     return Row(
         contest.work,
         contest.peer,
@@ -141,6 +137,24 @@ def run(contest: Contest, *, repeats: int = 5) -> Row:
         profile=profiled(contest.ours),
         **taken,
     )
+
+
+def _in_turn(contest: Contest) -> dict[str, list[float]]:
+    """CPU and wall seconds of both sides, interleaved."""
+    taken: dict[str, list[float]] = {"ours": [], "theirs": [], "ours_wall": [], "theirs_wall": []}
+    if contest.pairs is not None:
+        for pair in contest.pairs():
+            taken["ours"].append(pair[0])
+            taken["theirs"].append(pair[1])
+        return taken
+    for turn in range(contest.repeats):
+        sides = [("ours", contest.ours), ("theirs", contest.theirs)]
+        for name, function in sides if turn % 2 == 0 else sides[::-1]:
+            _, cpu, wall = timed(function)
+            times = contest.times if name == "theirs" else 1.0
+            taken[name].append(cpu * times)
+            taken[f"{name}_wall"].append(wall * times)
+    return taken
 
 
 def gflop(work: Callable[[], Any]) -> float:
