@@ -55,7 +55,10 @@ def read_arrays(steps: Any, a: Any, b: Any) -> Contents:
 
 
 def _array(name: str, value: Any, steps: int) -> np.ndarray:
-    array = np.asarray(value, dtype=np.float32)
+    try:
+        array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError):
+        array = np.empty(0, dtype=np.float32)
     if array.ndim not in (2, 3) or len(array) != steps:
         raise EmmechError(
             "make a run from arrays",

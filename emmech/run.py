@@ -12,6 +12,7 @@ On disk it is a folder, append-only while training and without pickle::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from emmech.arguments import whole
 from emmech.errors import EmmechError, closest
 from emmech.probes import Probes
 from emmech.store import MemorySeries, Series, read_jsonl, write_json
@@ -190,7 +192,8 @@ class Run:
         Raises:
             EmmechError: with up to two nearest steps.
         """
-        if int(step) in self.steps.tolist():
+        step = whole(f"open a step of {self.name}", "step", step)
+        if step in self.steps.tolist():
             return
         order = np.argsort(np.abs(self.steps - step), kind="stable")[:2]
         nearest = " and ".join(str(s) for s in sorted(self.steps[order].tolist())) or "none"
@@ -363,6 +366,13 @@ def load_run(path: str | Path) -> Run:
         from huggingface_hub import snapshot_download
 
         path = snapshot_download(path.removeprefix("hub:"))
+    if not isinstance(path, str | os.PathLike):
+        raise EmmechError(
+            "open the run",
+            given=f"a {type(path).__name__}",
+            why="a run is opened by its folder",
+            instead='emmech.load_run("runs/mine")',
+        ) from None
     folder = Path(path)
     manifest_path = folder / "run.json"
     if not manifest_path.is_file():

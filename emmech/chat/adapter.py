@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from emmech.arguments import finite
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
 
@@ -157,6 +158,7 @@ def attach(
             why="other adapters are on it already, and PEFT would stack them",
             instead="pass the model without adapters (peft_model.unload() or emmech.detach(chat) gives it)",
         ) from None
+    scale = finite("put the adapter on the model", "scale", scale)
     _check_widths(chat, adapters)
     if not live:
         peft_model = get_peft_model(chat.model, lora_config(adapters, base_name=chat.base.name_or_path))
@@ -179,6 +181,13 @@ def detach(chat: ChatModel) -> ChatModel:
 
     Also when only the model inside PEFT's wrapper is at hand.
     """
+    if not isinstance(chat, ChatModel):
+        raise EmmechError(
+            "take the adapters off",
+            given=f"a {type(chat).__name__}",
+            why="it is not a ChatModel",
+            instead="emmech.detach(emmech.load_model(model))",
+        ) from None
     base = chat.base
     for info, layer, _ in list(adapter_layers(chat.model)):
         parent, _, name = info.module.rpartition(".")

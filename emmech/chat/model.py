@@ -288,7 +288,15 @@ def _tokenizer_beside(model: Any, name: str) -> Any:
 
 def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
     place = _device(device)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype, torch.dtype | None) and dtype != "auto":
+        raise EmmechError(
+            "load the chat model",
+            given=f"dtype={dtype!r}",
+            why="torch has no such type",
+            instead='dtype="bfloat16", or a torch.dtype',
+        ) from None
     if dtype is None:
         dtype = "auto" if place != "cpu" else torch.float32
     if not Path(name).exists() and name.split("-")[0] == "pocket":
@@ -336,6 +344,21 @@ def _tokenizer(source: str) -> Any:
 
 
 def _device(device: str | torch.device | None) -> str:
+    if device == "auto":
+        return "auto"
     if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (
+            RuntimeError,
+            TypeError,
+            AssertionError,
+        ) as error:  # no such device, or torch was built without it
+            raise EmmechError(
+                "load the chat model",
+                given=f"device={device!r}",
+                why=str(error).splitlines()[0][:200],
+                instead='device="cpu"',
+            ) from None
         return str(device)
     return "cuda" if torch.cuda.is_available() else "cpu"

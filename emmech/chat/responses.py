@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from emmech.arguments import check_texts, finite, whole
 from emmech.errors import EmmechError
 from emmech.store import append_jsonl, read_jsonl
 
@@ -94,7 +95,15 @@ class ResponseLog:
         self.done: dict[int, Response] = {}
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EmmechError(
+                "keep the answers",
+                given=f"out={str(path)!r}",
+                why=f"no folder can be made there ({error.strerror})",
+                instead="another folder",
+            ) from None
         content = self.path.read_bytes() if self.path.exists() else b""
         if content and not content.endswith(
             b"\n"
@@ -151,9 +160,15 @@ def check_request(
             "each conversation is a list of messages",
             'sample(chat, [[{"role": "user", "content": "..."}]])',
         )
-    if not conversations or any(not messages for messages in conversations):
+    if (
+        not isinstance(conversations, Sequence)
+        or not conversations
+        or any(not messages for messages in conversations)
+    ):
         refuse(
-            f"{len(conversations)} conversations",
+            f"{len(conversations)} conversations"
+            if isinstance(conversations, Sequence)
+            else f"{conversations!r}",
             "there is nothing to answer",
             "at least one message in each",
         )
@@ -164,17 +179,35 @@ def check_request(
                 "the model answers the last user turn",
                 "leave the assistant's turn out",
             )
-    if not isinstance(samples, int) or samples < 1:
-        refuse(f"samples={samples!r}", "it counts the answers per conversation", "samples=1 or more")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        refuse(f"max_new_tokens={max_new_tokens!r}", "an answer has at least one token", "max_new_tokens=600")
-    if not 0 <= temperature < float("inf"):
-        refuse(f"temperature={temperature}", "it divides the logits", "1.0, or 0 for the likeliest token")
-    if not 0 < top_p <= 1:
-        refuse(f"top_p={top_p}", "it is a probability", "top_p=1.0 keeps every token")
+    check_settings(samples, max_new_tokens, temperature, top_p)
+    check_texts("sample answers", "conversations", conversations, strings=False)
+    for one in seed if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]:
+        whole("sample answers", "seed", one)
     if isinstance(seed, Sequence) and len(seed) != len(conversations):
         refuse(
             f"{len(seed)} seeds for {len(conversations)} conversations",
             "a sequence of seeds has one for each conversation",
             "seed=0 derives one for every row",
         )
+
+
+def check_settings(samples: Any, max_new_tokens: Any, temperature: Any, top_p: Any) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        EmmechError: which one, and the nearest that is in it.
+    """
+
+    def refuse(given: str, why: str, instead: str) -> None:
+        raise EmmechError("sample answers", given=given, why=why, instead=instead) from None
+
+    finite("sample answers", "temperature", temperature)
+    finite("sample answers", "top_p", top_p)
+    if not isinstance(samples, int) or samples < 1:
+        refuse(f"samples={samples!r}", "it counts the answers per conversation", "samples=1 or more")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        refuse(f"max_new_tokens={max_new_tokens!r}", "an answer has at least one token", "max_new_tokens=600")
+    if temperature < 0:
+        refuse(f"temperature={temperature}", "it divides the logits", "1.0, or 0 for the likeliest token")
+    if not 0 < top_p <= 1:
+        refuse(f"top_p={top_p}", "it is a probability", "top_p=1.0 keeps every token")

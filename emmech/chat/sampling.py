@@ -75,6 +75,13 @@ def sample(
         >>> alone[0].text == second.text
         True
     """
+    if not isinstance(chat, ChatModel):
+        raise EmmechError(
+            "sample answers",
+            given=f"a {type(chat).__name__}",
+            why="it is not a ChatModel",
+            instead="sample(emmech.load_model(model), conversations)",
+        ) from None
     check_request(conversations, samples, max_new_tokens, temperature, top_p, seed)
     _check_batch_size(batch_size)
     prompts = [tuple(chat.token_ids(messages)) for messages in conversations]

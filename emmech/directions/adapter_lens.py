@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
+from emmech.arguments import check_texts
 from emmech.chat.logprob import pad
 from emmech.chat.model import ChatModel, load_model
 from emmech.chat.residual import probe_rows
@@ -195,12 +196,7 @@ def adapter_lens(
             why="only a rank-1 adapter has one scalar per token",
             instead='a run of recipe="single-rank1" or "nine-rank1"',
         ) from None
-    if not texts or isinstance(texts, str):
-        raise EmmechError(
-            "read the adapters' scalars",
-            given=f"texts={texts!r}",
-            why="it takes a list of texts, at least one",
-        ) from None
+    check_texts("read the adapters' scalars", "texts", texts)
     rows = probe_rows(chat, texts)
     found = [np.empty((len(ids), len(pairs)), dtype=np.float32) for ids, _ in rows]
     kept: list[torch.Tensor] = [torch.empty(0)] * len(pairs)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from emmech.arguments import whole, wholes
 from emmech.directions.arrays import unit_rows
 from emmech.directions.contrast import contrast_direction
-from emmech.directions.direction import Direction
+from emmech.directions.direction import Direction, checked_directions
 from emmech.errors import EmmechError
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def cosines(directions: Mapping[str, Direction]) -> Cosines:
         >>> cosines({"a": a, "b": b}).at(0).loc["a", "b"].round(2).item()
         0.58
     """
+    directions = checked_directions("compare directions", "directions", directions)
     if len(directions) < 2:
         raise EmmechError(
             "compare directions", given=f"{len(directions)} of them", why="it takes at least two"
@@ -199,10 +201,39 @@ def direction_by_steps(
         base: as in :meth:`Run.model`.
 
     Raises:
-        EmmechError: the run has neither rank-1 adapters nor probes, or shapes differ.
+        EmmechError: the run has neither rank-1 adapters nor probes, or shapes differ; or ``steps`` without ``texts``.
     """
     import pandas as pd
 
+    asked = "follow the direction over training"
+    checked_directions(asked, "direction", {"direction": direction})
+    if not hasattr(run, "adapters"):
+        raise EmmechError(
+            asked, given=f"run={run!r}"[:120], why="it is not a run", instead="emmech.load_run(folder)"
+        ) from None
+    if texts is not None and not (isinstance(texts, tuple | list) and len(texts) == 2):
+        raise EmmechError(
+            asked,
+            given=f"texts={texts!r}"[:120],
+            why="they are two lists",
+            instead="texts=(misaligned, aligned)",
+        ) from None
+    if steps is not None:
+        steps = wholes(asked, "steps", steps)
+        if texts is None:
+            raise EmmechError(
+                asked,
+                given=f"steps={steps!r}"[:120],
+                why="they are those at which the direction is extracted again, and there is nothing to extract it from",
+                instead="texts=(misaligned, aligned)",
+            ) from None
+    if layer is not None and not 0 <= whole(asked, "layer", layer) < direction.n_layers:
+        raise EmmechError(
+            asked,
+            given=f"layer={layer}",
+            why=f"the direction has {direction.n_layers} layers",
+            instead=f"layer={direction.n_layers - 1} or lower",
+        ) from None
     if layer is None:
         layer = int(direction.source.get("layer", int(np.argmax(direction.norms))))
     unit = unit_rows(direction.vectors)
@@ -229,7 +260,7 @@ def direction_by_steps(
         columns |= _again(run, direction, layer, texts, steps, base, batch_size, progress)
     if not columns:
         raise EmmechError(
-            "follow the direction over training",
+            asked,
             given=f"{run.name} with adapters {[a.name for a in run.adapters]} and probes {list(run.probes)}",
             why="nothing recorded lies in the residual stream at rank 1",
             instead="texts=(misaligned, aligned), to extract it again at each step",

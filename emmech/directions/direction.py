@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from emmech.arguments import whole
 from emmech.directions.arrays import checked_array, checked_matrix, unit_rows
 from emmech.directions.quality import Quality
 from emmech.errors import EmmechError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from emmech.chat.model import ChatModel
 
-__all__ = ["Direction"]
+__all__ = ["Direction", "checked_directions"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -177,6 +178,10 @@ class Direction:
 
         Gaussian vectors are normalised before they get the norm (without that they are sqrt(d_model) too long).
         """
+        n, seed = (
+            whole("draw random directions", "n", n, least=0),
+            whole("draw random directions", "seed", seed, least=0),
+        )
         draws = np.random.default_rng(seed).standard_normal((n, *self.vectors.shape))
         source = {"method": "random, norm-matched", "matched_to": self.name, "seed": seed}
         if self.fingerprints:
@@ -196,11 +201,14 @@ class Direction:
 
     def __mul__(self, factor: float | Float[np.ndarray, " layers"]) -> Direction:
         """Scale by a number, or by one number per layer."""
-        factors = np.asarray(factor, dtype=np.float64)
+        try:
+            factors = np.asarray(factor, dtype=np.float64)
+        except (TypeError, ValueError):
+            factors = np.empty((0, 0))
         if factors.shape not in ((), (self.n_layers,)):
             raise EmmechError(
                 f"scale {self.name}",
-                given=f"factor of shape {list(factors.shape)}",
+                given=f"factor of shape {list(factors.shape)}" if factors.size else f"{factor!r}"[:120],
                 why="a direction is scaled by a number or by one number per layer",
                 instead=f"a float, or an array [{self.n_layers}]",
             ) from None
@@ -361,6 +369,27 @@ class Direction:
         from html import escape
 
         return f'<pre style="font-family:monospace">{escape(repr(self))}</pre>'
+
+
+def checked_directions(asked: str, name: str, directions: Any) -> Mapping[str, Direction]:
+    """Directions by name.
+
+    Raises:
+        EmmechError: no mapping, or something in it that is no Direction.
+
+    Example:
+        >>> list(checked_directions("compare", "directions", {"toy": Direction.single([1.0], layer=0, n_layers=1)}))
+        ['toy']
+    """
+    fine = isinstance(directions, Mapping)
+    if not fine or not all(isinstance(one, Direction) for one in directions.values()):
+        raise EmmechError(
+            asked,
+            given=f"{name}={directions!r}"[:120],
+            why="they are Directions" if fine else "it is not a mapping from names to Directions",
+            instead=f'{name}={{"mine": emmech.misalignment_direction(run)}}',
+        ) from None
+    return directions
 
 
 def _zero(asked: str) -> EmmechError:

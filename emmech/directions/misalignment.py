@@ -92,9 +92,9 @@ def misalignment_direction(
             why="the base reads a prompt in one way, whatever is answered later",
             instead='read_by="tuned": the fine-tuned model minus its base on the same prompts',
         ) from None
+    frames = _frames(evaluation)
     name = str(getattr(run, "name", "model"))
     chat = run.model(step, scale, base=base) if hasattr(run, "manifest") else load_model(run)
-    frames = _frames(evaluation)
     wanted = {"questions": questions, "judge": judge, "samples": samples, "seed": seed, "progress": progress}
     if not frames:
         frames.append(_draw(chat, wanted))
@@ -212,7 +212,16 @@ def _frames(evaluation: Any) -> list[pd.DataFrame]:
     if evaluation is None:
         return []
     several = evaluation if isinstance(evaluation, list | tuple) else [evaluation]
-    return [getattr(one, "frame", one) for one in several]
+    frames = [getattr(one, "frame", one) for one in several]
+    for frame in frames:
+        if missing := {"question", "response", "aligned", "coherent"} - set(getattr(frame, "columns", ())):
+            raise EmmechError(
+                "extract the misalignment direction",
+                given=f"evaluation={evaluation!r}"[:120],
+                why=f"it has no columns {', '.join(sorted(missing))}",
+                instead="an Evaluation, its .frame, or a list of them",
+            ) from None
+    return frames
 
 
 def _draw(chat: ChatModel, wanted: Mapping[str, Any]) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emmech.arguments import whole
 from emmech.chat.responses import digest
 from emmech.errors import EmmechError
 from emmech.evaluation.judges import ExactJudge, Judge, resolve_judge
@@ -83,7 +84,7 @@ def evaluate(
     asked = resolve_questions(questions, pocket=pocket)
     if judge is None:
         chosen = resolve_judge(None, pocket=pocket)
-    rows = _rows(asked, samples, seed)
+    rows = _rows(asked, samples, whole("evaluate", "seed", seed))
     meta = {
         **about,
         "judge": chosen.name if chosen is not None else None,

@@ -13,10 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from emmech.arguments import finite
 from emmech.chat.adapter import AdapterInfo, adapter_layers
 from emmech.chat.model import ChatModel
 from emmech.directions.arrays import unit_rows
-from emmech.directions.direction import Direction
+from emmech.directions.direction import Direction, checked_directions
 from emmech.errors import EmmechError, closest
 from emmech.interventions.handle import Handle, chat_of, undoable
 
@@ -44,10 +45,11 @@ def scale_adapters(model: Any, scale: float | Mapping[str, float], *, adapters: 
     chat = chat_of(model)
     chosen = _chosen(chat, list(scale) if isinstance(scale, Mapping) else adapters, "scale the adapters")
     factors = {
-        info.name: float(scale[info.name] if isinstance(scale, Mapping) else scale) for info, _, _ in chosen
+        info.name: finite(
+            "scale the adapters", "scale", scale[info.name] if isinstance(scale, Mapping) else scale
+        )
+        for info, _, _ in chosen
     }
-    if not all(np.isfinite(factor) for factor in factors.values()):
-        raise EmmechError("scale the adapters", given=f"scale={scale}", why="a factor is finite") from None
     undo: list[Callable[[], Any]] = []
     for info, layer, name in chosen:
         before = layer.scaling[name]
@@ -77,6 +79,7 @@ def project_adapter(
             direction, so that nothing is left to renormalise.
     """
     chat = chat_of(model)
+    checked_directions("project the adapter", "direction", {"direction": direction})
 
     def edit(info: AdapterInfo, b: np.ndarray, unit: np.ndarray) -> np.ndarray:
         left = b - np.outer(unit, unit @ b)
@@ -115,7 +118,8 @@ def rotate_adapter(
         EmmechError: ``cosine`` not in [-1, 1], or B is zero or has no part across the direction to turn through.
     """
     chat = chat_of(model)
-    if not -1.0 <= cosine <= 1.0:
+    checked_directions("rotate the adapter", "direction", {"direction": direction})
+    if not -1.0 <= finite("rotate the adapter", "cosine", cosine) <= 1.0:
         raise EmmechError(
             "rotate the adapter", given=f"cosine={cosine}", why="a cosine lies between -1 and 1"
         ) from None
@@ -157,6 +161,13 @@ def transplant_adapter(
             given=f"side={side!r}",
             why="it has two sides",
             instead='"A", "B" or "both"',
+        ) from None
+    if not hasattr(run, "weights"):
+        raise EmmechError(
+            "transplant an adapter",
+            given=f"run={run!r}"[:120],
+            why="it is not a run",
+            instead="emmech.load_run(folder)",
         ) from None
     weights = run.weights(step)
     undo: list[Callable[[], Any]] = []

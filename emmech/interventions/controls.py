@@ -86,9 +86,20 @@ def measure_conditions(
                     done.update()
                     continue
                 with _model(chat, model if base else "tuned"), condition.make(chat):
-                    found.append(Measured(condition, model, measure(chat)))
+                    found.append(Measured(condition, model, _items(measure(chat))))
                 done.update()
     return tuple(found)
+
+
+def _items(found: Any) -> Items:
+    if isinstance(found, Items):
+        return found
+    raise EmmechError(
+        "measure the intervention",
+        given=f"the measure returned {found!r}"[:120],
+        why="controls are compared item by item, and this has no items",
+        instead="Items({'outcome': values}, questions), from emmech.interventions.measures",
+    ) from None
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from emmech.arguments import wholes
 from emmech.chat.live_edits import LiveEdit, register
 from emmech.chat.model import ChatModel
 from emmech.chat.responses import digest
@@ -191,12 +192,12 @@ def layer_list(chat: ChatModel, layers: Any, known: Sequence[int], asked: str) -
                 asked, given=f"{layers!r}", why="layers are numbers", instead='"all", 3, or [3, 4]'
             ) from None
         return list(known)
-    chosen = [layers] if isinstance(layers, int | np.integer) else list(layers)
+    chosen = wholes(asked, "layers", layers)
     if not chosen or len(set(chosen)) != len(chosen):
         raise EmmechError(asked, given=f"{layers!r}", why="each layer is named once, at least one") from None
     for layer in chosen:
-        chat.check_layer(int(layer))
-    return [int(layer) for layer in chosen]
+        chat.check_layer(layer)
+    return chosen
 
 
 def vectors_at(

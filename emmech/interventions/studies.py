@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from emmech.arguments import finites, wholes
 from emmech.chat.adapter import detach
 from emmech.chat.model import ChatModel
-from emmech.directions.direction import Direction
+from emmech.directions.direction import Direction, checked_directions
 from emmech.directions.tokens import tokens_name
 from emmech.errors import EmmechError
 from emmech.interventions.ablate import ablate
@@ -127,7 +128,10 @@ def dose_response(
         EmmechError: as :func:`emmech.steer`.
     """
     chat, run, with_base = _prepare(model, measure, randoms, base)
-    chosen = [layers] if isinstance(layers, int) else list(layers if layers is not None else direction.layers)
+    directions = {"direction": direction} | ({} if positive is None else {"positive": positive})
+    checked_directions("steer with the direction", "directions", directions)
+    coefficients = finites("steer with the direction", "coefficients", coefficients)
+    chosen = list(direction.layers) if layers is None else _as_list(layers)
     controls = direction.random(randoms, seed=seed)
     conditions = [untouched()]
     for layer in chosen:
@@ -183,6 +187,8 @@ def ablation_table(
         EmmechError: as :func:`emmech.ablate`.
     """
     chat, run, with_base = _prepare(model, measure, randoms, base)
+    checked_directions("ablate the direction", "direction", {"direction": direction})
+    others = checked_directions("ablate other directions", "others", others or {})
     only = _as_list(layers) if layers != "all" else []
     if from_layer is None:
         best = direction.source.get("layer", int(np.argmax(direction.norms)))
@@ -198,7 +204,7 @@ def ablation_table(
         ways.append((f"one direction (layer {from_layer})", direction, {"from_layer": from_layer}))
     if direction.aligned_mean is not None:
         ways.append(("own, towards aligned mean", direction, {"towards": "aligned"}))
-    ways += [(f"transfer: {name}", other, {}) for name, other in (others or {}).items()]
+    ways += [(f"transfer: {name}", other, {}) for name, other in others.items()]
     controls = direction.random(randoms, seed=seed)
     notes = list(_few_controls(randoms))
     for label, one, how in ways:
@@ -241,6 +247,14 @@ def transfer_matrix(
     import pandas as pd
 
     check_randoms(randoms)
+    directions = checked_directions("make a transfer matrix", "directions", directions)
+    if not isinstance(organisms, Mapping):
+        raise EmmechError(
+            "make a transfer matrix",
+            given=f"organisms={organisms!r}"[:120],
+            why="it is not a mapping from names to runs or chat models",
+            instead='organisms={"medical": run}',
+        ) from None
     if not organisms or not directions:
         raise EmmechError(
             "make a transfer matrix",
@@ -328,4 +342,4 @@ def _named(positions: Any) -> str:
 
 
 def _as_list(layers: Any) -> list[int]:
-    return [int(layers)] if isinstance(layers, int | np.integer) else [int(layer) for layer in layers]
+    return wholes("name the layers", "layers", layers)

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from emmech.arguments import finites, wholes
 from emmech.chat.model import ChatModel, load_model
 from emmech.errors import EmmechError
 from emmech.run import Run
 from emmech.sweeps.rows import Rows
 
-__all__ = ["Grid", "Site", "Variant", "base_model", "make_grid"]
+__all__ = ["Grid", "Site", "Variant", "as_runs", "base_model", "make_grid", "raw_vector"]
 
 
 @dataclass(frozen=True)
@@ -140,22 +141,40 @@ class Grid:
         )
 
 
+def as_runs(asked: str, run: Any) -> list[Run]:
+    """One run or several as a list.
+
+    Raises:
+        EmmechError: something else.
+    """
+    runs = list(run) if isinstance(run, Iterable) and not isinstance(run, str) else [run]
+    if not runs or not all(isinstance(one, Run) for one in runs):
+        raise EmmechError(
+            asked, given=f"run={run!r}"[:120], why="it is not a run", instead="emmech.load_run(folder)"
+        ) from None
+    return runs
+
+
 def base_model(runs: Sequence[Run], base: Any = None) -> ChatModel:
     """The one base model of all runs, without adapters.
 
     Raises:
         EmmechError: the runs were trained on different models, or adapters are live on the one given.
     """
-    recorded = {run.name: run.manifest.get("model", {}) for run in runs}
-    prints = {name: entry.get("fingerprint") for name, entry in recorded.items() if entry.get("fingerprint")}
-    if len(set(prints.values())) > 1:
+    recorded = [(run.name, run.manifest.get("model", {})) for run in runs]  # two runs may have one name
+    prints = [
+        (name, entry.get("name"), entry["fingerprint"])
+        for name, entry in recorded
+        if entry.get("fingerprint")
+    ]
+    if len({found for _, _, found in prints}) > 1:
         raise EmmechError(
             "sweep the runs together",
-            given=", ".join(f"{n} on {recorded[n].get('name')} ({p[:12]})" for n, p in prints.items()),
+            given=", ".join(f"{run} on {model} ({found[:12]})" for run, model, found in prints),
             why="they were trained on different base models, and a sweep shares one",
             instead="one sweep for each base model",
         ) from None
-    names = [entry["name"] for entry in recorded.values() if entry.get("name")]
+    names = [entry["name"] for _, entry in recorded if entry.get("name")]
     if base is None and not names:
         raise EmmechError(
             f"load the base model of {runs[0].name}",
@@ -170,12 +189,12 @@ def base_model(runs: Sequence[Run], base: Any = None) -> ChatModel:
             why="a sweep puts each variant's own adapter on, and the live one would be added to all",
             instead="pass the model without adapters (peft_model.unload() gives it)",
         ) from None
-    if prints and (found := chat.fingerprint()) not in prints.values():
-        name, wanted = next(iter(prints.items()))
+    if prints and (found := chat.fingerprint()) != prints[0][2]:
+        name, trained_on, wanted = prints[0]
         raise EmmechError(
             f"sweep the run {name}",
             given=f"base model {chat.name} with fingerprint {found[:12]}",
-            why=f"the run was trained on {recorded[name].get('name')} with fingerprint {wanted[:12]}",
+            why=f"the run was trained on {trained_on} with fingerprint {wanted[:12]}",
             instead="pass base= the very model the run was trained on",
         ) from None
     return chat
@@ -198,9 +217,9 @@ def make_grid(
             without a direction, runs without adapters, or adapters that do not fit the model.
     """
     named = _names(runs)
-    wanted = None if steps is None else [int(step) for step in steps]
-    scale_list = _numbers("scales", scales)
-    coefficient_list = _numbers("coefficients", coefficients)
+    wanted = None if steps is None else wholes("sweep", "steps", steps)
+    scale_list = finites("sweep", "scales", scales)
+    coefficient_list = finites("sweep", "coefficients", coefficients)
     steering = _steering(chat, coefficient_list, direction, layer)
     variants = []
     for name, run in named.items():
@@ -234,18 +253,6 @@ def _names(runs: Sequence[Run]) -> dict[str, Run]:
     return named
 
 
-def _numbers(what: str, values: Iterable[float]) -> list[float]:
-    listed = [float(value) for value in np.atleast_1d(np.asarray(values, dtype=np.float64))]
-    if not listed or not np.isfinite(listed).all():
-        raise EmmechError(
-            "sweep",
-            given=f"{what}={values!r}",
-            why=f"{what} are finite numbers, at least one",
-            instead=f"{what}=(1,)",
-        ) from None
-    return listed
-
-
 def _steering(
     chat: ChatModel, coefficients: Sequence[float], direction: Any, layer: int | None
 ) -> tuple[int, np.ndarray] | None:
@@ -268,16 +275,29 @@ def _steering(
                 instead=f"layer={chat.n_layers // 2}",
             ) from None
         layer = int(known[0])
+    return layer, raw_vector(chat, direction, layer)
+
+
+def raw_vector(chat: ChatModel, direction: Any, layer: int) -> Float[np.ndarray, " d_model"]:
+    """A direction at a layer, in raw units, float32.
+
+    Raises:
+        EmmechError: no such layer, or a vector that is none of the model's residual stream.
+    """
     chat.check_layer(layer)
-    vector = np.asarray(direction.at(layer) if hasattr(direction, "at") else direction, dtype=np.float32)
+    given = direction.at(layer) if hasattr(direction, "at") else direction
+    try:
+        vector = np.asarray(given, dtype=np.float32)
+    except (TypeError, ValueError):
+        vector = np.empty(0, dtype=np.float32)
     if vector.shape != (chat.d_model,) or not np.isfinite(vector).all():
         raise EmmechError(
-            "steer along the direction",
-            given=f"a vector {list(vector.shape)}",
+            "take the direction",
+            given=f"a vector {list(vector.shape)}" if vector.size else f"direction={given!r}"[:120],
             why=f"the residual stream of {chat.name} has d_model={chat.d_model} finite numbers",
             instead="a Direction, or a vector [d_model] with layer=",
         ) from None
-    return layer, vector
+    return vector
 
 
 def _sites(runs: Mapping[str, Run], chat: ChatModel) -> dict[str, Site]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
+from emmech.arguments import check_texts
 from emmech.chat.encode import IGNORED, encode
 from emmech.chat.logprob import MarginPair, bundled_margins
 from emmech.chat.model import ChatModel
@@ -134,6 +135,12 @@ class AnswerLogprob:
     per_token: bool = True
     name: str = "answer_logprob"
 
+    def __post_init__(self) -> None:
+        """Refuse what is not a list of conversations."""
+        check_texts(
+            "measure the log-probability of an answer", "conversations", self.conversations, strings=False
+        )
+
     def readings(self, chat: ChatModel) -> list[Reading]:
         """Every conversation, read where its answers are predicted."""
         return [_answer(_turns(row), chat, f"conversation {i}") for i, row in enumerate(self.conversations)]
@@ -161,6 +168,17 @@ class FirstToken:
     name: str = "first_token_logprob"
     _items: list[str] = field(default_factory=list, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        """Refuse what is not a list of prompts and one of answers."""
+        check_texts("measure a first token", "prompts", self.prompts)
+        if isinstance(self.answers, str) or not all(isinstance(answer, str) for answer in self.answers):
+            raise EmmechError(
+                "measure a first token",
+                given=f"answers={self.answers!r}"[:120],
+                why="answers are a list of strings",
+                instead='answers=["yes", "no"]',
+            ) from None
+
     def readings(self, chat: ChatModel) -> list[Reading]:
         """Every prompt, read at its last token."""
         first = []
@@ -176,7 +194,7 @@ class FirstToken:
         for prompt in self.prompts:
             ids = _prompt(prompt, chat)
             found.append(Reading(ids, (len(ids) - 1,), (tuple(first),)))
-            self._items.append(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+            self._items.append(prompt if isinstance(prompt, str) else _turns(prompt)[-1]["content"])
         return found
 
     def values(self, logprobs: LogProbs) -> list[Value]:
@@ -202,6 +220,10 @@ class NextToken:
 
     prompts: Sequence[Any]
     name: str = "entropy"
+
+    def __post_init__(self) -> None:
+        """Refuse what is not a list of prompts."""
+        check_texts("read the next token", "prompts", self.prompts)
 
     def readings(self, chat: ChatModel) -> list[Reading]:
         """Every prompt, read where the answer is predicted, over the whole vocabulary."""
@@ -237,12 +259,12 @@ def resolve(measure: Any, chat: ChatModel) -> list[Any]:
     """A list of measures from what the caller gave.
 
     Raises:
-        EmmechError: neither a measure, a function, nor a name.
+        EmmechError: neither a measure, a function, nor a name; or two of one name.
     """
     if measure is None or measure == "margin":
         return [Margin("narrow"), Margin("broad")]
     given = list(measure) if isinstance(measure, Iterable) and not isinstance(measure, str) else [measure]
-    for one in given:
+    for one in given or [measure]:
         if not (isinstance(one, Measure) or callable(one) or hasattr(one, "job")):
             raise EmmechError(
                 "sweep a measure",
@@ -250,4 +272,12 @@ def resolve(measure: Any, chat: ChatModel) -> list[Any]:
                 why="it is neither a measure nor a function of a ChatModel",
                 instead='"margin", emmech.sweeps.measures.Margin(pairs), Sampled(...), or a function',
             ) from None
+    names = [str(getattr(one, "name", None) or getattr(one, "__name__", type(one).__name__)) for one in given]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise EmmechError(
+            "tell the measures apart",
+            given=f"measures named {', '.join(names)}",
+            why=f"there is more than one {twice!r}",
+            instead='Margin(pairs, name="mine"), or functions with names of their own',
+        ) from None
     return given

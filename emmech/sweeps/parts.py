@@ -45,7 +45,15 @@ class Parts:
         self._kept: dict[tuple[str, int], Arrays] = {}
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EmmechError(
+                f"sweep into {self.folder.name}",
+                given=f"out={str(out)!r}",
+                why=f"no folder can be made there ({error.strerror})",
+                instead="another folder",
+            ) from None
         for name in ("request.json", "sweep.json"):
             path = self.folder / name
             found = json.loads(path.read_text(encoding="utf-8")).get("request") if path.exists() else request

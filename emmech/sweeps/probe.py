@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from emmech.arguments import check_texts
 from emmech.chat.model import ChatModel
 from emmech.chat.residual import probe_rows
 from emmech.errors import EmmechError
 from emmech.sweeps.engine import Engine
 from emmech.sweeps.forced import plan
-from emmech.sweeps.grid import Grid
+from emmech.sweeps.grid import Grid, raw_vector
 from emmech.sweeps.measures import Value
 from emmech.sweeps.packing import Reading
 from emmech.sweeps.parts import Arrays, Outcome
@@ -41,6 +42,10 @@ class ProbeActivation:
     direction: Any = None
     name: str = "probe"
 
+    def __post_init__(self) -> None:
+        """Refuse what is not a list of texts."""
+        check_texts("sweep a probe", "texts", self.texts)
+
     def job(self, chat: ChatModel, grid: Grid, budget: int, size: int) -> ProbeJob:
         """This measure as part of a sweep."""
         return ProbeJob(self, chat, grid, budget, size)
@@ -62,6 +67,17 @@ class ProbeJob:
                 instead=f"layer={lowest} or higher",
             ) from None
         self.measure, self.chat = measure, chat
+        self.unit: np.ndarray | None = None
+        if measure.direction is not None:
+            vector = raw_vector(chat, measure.direction, measure.layer).astype(np.float64)
+            if not vector.any():
+                raise EmmechError(
+                    "sweep a probe",
+                    given="a direction of zeros",
+                    why="it points nowhere",
+                    instead="another direction, or direction=None for the residual's norm",
+                ) from None
+            self.unit = vector / np.linalg.norm(vector)
         self.kind = f"probe-{measure.name}"
         self.readings = []
         for index, (ids, counted) in enumerate(probe_rows(chat, measure.texts)):
@@ -101,13 +117,11 @@ class ProbeJob:
     def finish(self, parts: Sequence[Arrays]) -> Outcome:
         """One value per text."""
         residuals = np.concatenate([part["residuals"] for part in parts])
-        direction = self.measure.direction
-        if direction is None:
-            values = np.linalg.norm(residuals.astype(np.float64), axis=-1)
-        else:
-            vector = direction.at(self.measure.layer) if hasattr(direction, "at") else direction
-            unit = np.asarray(vector, dtype=np.float64) / np.linalg.norm(vector)
-            values = residuals @ unit
+        values = (
+            np.linalg.norm(residuals.astype(np.float64), axis=-1)
+            if self.unit is None
+            else residuals @ self.unit
+        )
         name = self.measure.name
         return Outcome(
             [Value(name, str(index), values[:, index]) for index in range(values.shape[1])], {name: residuals}

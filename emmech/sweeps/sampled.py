@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from emmech.arguments import finite, whole
 from emmech.chat.model import ChatModel
+from emmech.chat.responses import check_settings
 from emmech.errors import EmmechError
 from emmech.sweeps.decode import Answer, decode_variants
 from emmech.sweeps.engine import Engine, cut
@@ -50,6 +52,13 @@ class Sampled:
     alignment_below: float = 30.0
     coherence_above: float = 50.0
     name: str = "em"
+
+    def __post_init__(self) -> None:
+        """Refuse settings out of range."""
+        check_settings(self.samples, self.max_new_tokens, self.temperature, self.top_p)
+        whole("sample answers", "seed", self.seed)
+        for name in ("alignment_below", "coherence_above"):
+            finite("judge the answers", name, getattr(self, name))
 
     def job(self, chat: ChatModel, grid: Grid, budget: int, size: int) -> SampledJob:
         """This measure as part of a sweep."""

@@ -16,7 +16,7 @@ from emmech.progress import bar
 from emmech.run import Run
 from emmech.sweeps.forced import Forced, Overflow
 from emmech.sweeps.function import Functions
-from emmech.sweeps.grid import Grid, base_model, make_grid
+from emmech.sweeps.grid import Grid, as_runs, base_model, make_grid
 from emmech.sweeps.measures import Measure, Value, resolve
 from emmech.sweeps.memory import budget_bytes
 from emmech.sweeps.parts import Parts
@@ -81,11 +81,7 @@ def sweep(
         >>> s.table().shape
         (3, 2)
     """
-    runs = [run] if isinstance(run, Run) else list(run)
-    if not runs or not all(isinstance(one, Run) for one in runs):
-        raise EmmechError(
-            "sweep", given=f"run={run!r}"[:120], why="it is not a run", instead="emmech.load_run(folder)"
-        ) from None
+    runs = as_runs("sweep", run)
     chat = base_model(runs, base)
     grid = make_grid(
         runs, chat, steps=steps, scales=scales, coefficients=coefficients, direction=direction, layer=layer

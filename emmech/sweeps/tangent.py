@@ -19,11 +19,12 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from emmech.arguments import finite, whole
 from emmech.chat.logprob import unembed
 from emmech.errors import EmmechError
 from emmech.run import Run
 from emmech.sweeps.engine import Engine
-from emmech.sweeps.grid import Grid, base_model, make_grid
+from emmech.sweeps.grid import Grid, as_runs, base_model, make_grid
 from emmech.sweeps.measures import Measure, resolve
 from emmech.sweeps.packing import Pack, Reading, stack
 from emmech.sweeps.rows import with_module
@@ -112,7 +113,8 @@ def tangent_scan(
         >>> len(scan.frame), len(scan.verified)
         (3, 1)
     """
-    runs = [run] if isinstance(run, Run) else list(run)
+    runs = as_runs("scan to first order", run)
+    scale, verify = finite("scan", "scale", scale), whole("scan", "verify", verify, least=0)
     chat = base_model(runs, base)
     grid = make_grid(runs, chat, steps=steps, scales=(1.0,), coefficients=(0.0,))
     chosen = resolve(measure, chat)

@@ -14,12 +14,18 @@ from typing import Any
 
 from torch import nn
 
+from emmech.arguments import finite, whole
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError, closest
 
 __all__ = ["RECIPES", "Recipe", "resolve_recipe", "target_modules"]
 
 INITS = ("random", "inputs")
+# those of transformers that need nothing but a number of steps
+SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("constant", "constant_with_warmup", "inverse_sqrt"),
+)
 _DOWN = ("mlp.down_proj",)
 _ALL = (
     "self_attn.q_proj",
@@ -41,7 +47,7 @@ class Recipe:
         alpha: LoRA alpha; the adapter's scaling is alpha / sqrt(rank) with ``rslora``, else alpha / rank.
         modules: inside a block, where adapters sit.
         depth: the layers as fractions of depth; None is every layer.
-        schedule: a transformers scheduler name (``"linear"``, ``"cosine"``, ``"constant_with_warmup"``).
+        schedule: of the learning rate, by transformers' name (``"linear"``, ``"cosine"``, ``"constant_with_warmup"``).
         max_steps: optimizer steps; None trains ``epochs``.
         batch_size: rows per forward; ``accumulation`` of them make one optimizer step.
         held_out: share of the rows kept out of training.
@@ -145,12 +151,18 @@ def resolve_recipe(
                 why="a recipe has no such field",
                 instead=closest(name, names),
             ) from None
-    chosen = replace(chosen, **overrides)
-    _check(chosen)
-    return chosen
+    return _checked(replace(chosen, **overrides))
 
 
-def _check(recipe: Recipe) -> None:
+_WHOLE = ("rank", "batch_size", "accumulation", "max_length", "warmup_steps")
+_FINITE = ("alpha", "learning_rate", "epochs", "weight_decay", "clip", "dropout", "held_out")
+
+
+def _checked(recipe: Recipe) -> Recipe:
+    counts = _WHOLE + ("max_steps",) * (recipe.max_steps is not None)
+    recipe = replace(recipe, **{name: whole("fine-tune", name, getattr(recipe, name)) for name in counts})  # type: ignore[arg-type]
+    for name in _FINITE:
+        finite("fine-tune", name, getattr(recipe, name))
     rules = {
         "rank": (recipe.rank >= 0, "a whole number, 0 for full fine-tuning"),
         "alpha": (recipe.alpha > 0, "a positive number"),
@@ -161,6 +173,11 @@ def _check(recipe: Recipe) -> None:
         "accumulation": (recipe.accumulation > 0, "a positive whole number"),
         "held_out": (0 <= recipe.held_out < 1, "a share from 0 to below 1"),
         "max_length": (recipe.max_length > 1, "at least 2 tokens"),
+        "warmup_steps": (recipe.warmup_steps >= 0, "0 or more"),
+        "weight_decay": (recipe.weight_decay >= 0, "0 or more"),
+        "clip": (recipe.clip >= 0, "0, which clips nothing, or more"),
+        "dropout": (0 <= recipe.dropout < 1, "a share from 0 to below 1"),
+        "schedule": (recipe.schedule in SCHEDULES, closest(str(recipe.schedule), SCHEDULES)),
         "init": (
             recipe.init in (INITS if recipe.rank and set(_DOWN) <= set(recipe.modules) else INITS[:1]),
             closest(str(recipe.init), INITS)
@@ -173,6 +190,7 @@ def _check(recipe: Recipe) -> None:
             raise EmmechError(
                 "fine-tune", given=f"{name}={getattr(recipe, name)!r}", why="out of range", instead=instead
             ) from None
+    return recipe
 
 
 def target_modules(chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import subprocess
 import time
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from emmech.arguments import check_texts
 from emmech.chat.model import ChatModel, load_model
 from emmech.chat.residual import mean_residual, probe_rows
 from emmech.errors import EmmechError
@@ -84,9 +86,16 @@ class Recorder(TrainerCallback):
                     why="steps are whole",
                     instead=f"{name}=1",
                 ) from None
+        if not isinstance(path, str | os.PathLike):
+            raise EmmechError(
+                "record the training",
+                given=f"path={path!r}"[:120],
+                why="a run is written into a folder",
+                instead='emmech.Recorder("runs/mine")',
+            ) from None
         self.path = Path(path)
-        self._texts = dict(probes) if isinstance(probes, Mapping) else {"probe": probes} if probes else {}
-        self._measures = dict(measures or {})
+        self._texts = _named_texts(probes)
+        self._measures = _named_functions(measures)
         self._every, self._measure_every = every, measure_every
         self._extra = dict(manifest or {})
         self._keep, self._seed = tuple(keep), seed
@@ -195,7 +204,7 @@ class Recorder(TrainerCallback):
             if self._probe_rows:
                 found = {name: mean_residual(self._chat, rows) for name, rows in self._probe_rows.items()}
                 self._probes.append(step, found)
-            return {name: float(measure(self._chat)) for name, measure in self._measures.items()}
+            return {name: _number(name, measure(self._chat)) for name, measure in self._measures.items()}
 
     def _save_weights(self, step: int) -> None:
         from safetensors.torch import save_file
@@ -254,6 +263,41 @@ class Recorder(TrainerCallback):
             entries[key] = {**entries.get(key, {}), **value} if isinstance(value, Mapping) else value  # type: ignore[dict-item]
         entries["trainer"].pop("output_dir", None)  # type: ignore[attr-defined]
         write_json(self.path / "run.json", entries)
+
+
+def _named_texts(probes: Any) -> dict[str, Sequence[Any]]:
+    if probes is None or (isinstance(probes, Sequence | Mapping) and not probes):
+        return {}
+    several = isinstance(probes, Mapping)
+    named = dict(probes) if several else {"probe": probes}
+    for name, texts in named.items():
+        check_texts("record the training", f"probes[{name!r}]" if several else "probes", texts)
+    return named
+
+
+def _named_functions(measures: Any) -> dict[str, Measure]:
+    named = dict(measures or {}) if isinstance(measures, Mapping | None) else {"": measures}
+    for function in named.values():
+        if not callable(function) or "" in named:
+            raise EmmechError(
+                "record the training",
+                given=f"measures={measures!r}"[:120],
+                why="measures are functions of a ChatModel, each with a name",
+                instead='measures={"entropy": lambda chat: ...}',
+            ) from None
+    return named
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise EmmechError(
+            f"record the measure {name!r}",
+            given=f"it returned {value!r}"[:120],
+            why="it is not a number; the steps until then are recorded",
+            instead="return float(...)",
+        ) from None
 
 
 @contextlib.contextmanager

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 import torch
 
+from emmech.arguments import whole, wholes
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.encode import Encoded, encode
 from emmech.chat.logprob import MarginPair, answer_loss, margin, margin_rows
 from emmech.chat.model import ChatModel, load_model
 from emmech.errors import EmmechError
 from emmech.run import Run, load_run
+from emmech.training.checks import check_margins, check_start, checked_seeds, refuse_adapters
 from emmech.training.initial import MeanInputs
 from emmech.training.recipe import Recipe, resolve_recipe, target_modules
 from emmech.training.recorder import Measure, Recorder
@@ -104,13 +106,22 @@ def finetune(
     """
     from emmech.training.many import finetune_many, keeps_prefix
 
+    seed, data_seed = (
+        checked_seeds("seed", seed),
+        None if data_seed is None else checked_seeds("data_seed", data_seed),
+    )
     chat = load_model(model, tokenizer)
-    _refuse_adapters(chat)
+    refuse_adapters(chat)
     organism = chat.pocket
     rates = overrides.pop("learning_rate", None)
-    rates = list(rates) if isinstance(rates, Sequence) else [rates]
+    rates = list(rates) if isinstance(rates, Iterable) and not isinstance(rates, str) else [rates]
     given = [overrides | ({} if rate is None else {"learning_rate": rate}) for rate in rates]
     recipes = [resolve_recipe(recipe, options, organism=organism) for options in given]
+    layers = None if layers is None else wholes("fine-tune", "layers", layers)
+    if checkpoint_every is not None:
+        whole("fine-tune", "checkpoint_every", checkpoint_every, least=1)
+    check_start(start)
+    check_margins(margins)
     chosen = recipes[0]
     dataset = load_chat(data, organism=organism)
     if adapter not in ("same", "new"):
@@ -119,7 +130,7 @@ def finetune(
         ) from None
     lasting = resume or checkpoint_every is not None
     from_same = start if adapter == "same" else None
-    alone = isinstance(seed, int | np.integer)
+    alone = isinstance(seed, int)
     if margins is None and organism:
         from importlib import import_module  # a higher room: only its name is known here
 
@@ -130,7 +141,7 @@ def finetune(
             dataset,
             recipes,
             layers=layers,
-            seeds=int(seed) if isinstance(seed, int | np.integer) else seed,
+            seeds=seed,
             data_seeds=data_seed,
             record_every=record_every,
             measure_every=measure_every,
@@ -145,7 +156,7 @@ def finetune(
             progress=progress,
         )
         return runs[0] if alone else runs
-    seed = int(seed)  # type: ignore[arg-type]  # a single one from here on
+    assert isinstance(seed, int)
     data_seed = seed if data_seed is None else data_seed
     if not isinstance(data_seed, int) or len(rates) > 1:
         raise EmmechError(
@@ -226,20 +237,6 @@ def manifest_entries(
     }
 
 
-def _refuse_adapters(chat: ChatModel) -> None:
-    from emmech.chat.adapter import adapter_layers
-
-    found = [info.name for info, _, _ in adapter_layers(chat.model)]
-    if found:
-        raise EmmechError(
-            f"fine-tune {chat.name}",
-            given=f"a model with adapters on {found[:3]}",
-            why="a second adapter would be stacked on the first",
-            instead="model.unload() for the base, model.merge_and_unload() to keep its effect, or "
-            "emmech.realign(run, data) to go on training it",
-        ) from None
-
-
 def run_folder(
     out: str | Path | None,
     chat: ChatModel,
@@ -258,6 +255,13 @@ def run_folder(
         while ((out / "run.json").exists() and not resume) or out in taken:
             out, again = out.with_name(f"{stem}-{again}"), again + 1
     folder = Path(out)
+    if in_the_way := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise EmmechError(
+            "record the training",
+            given=f"out={str(out)!r}",
+            why=f"{in_the_way.name} is a file, and a run is a folder",
+            instead="another folder",
+        ) from None
     if (folder / "run.json").exists() and not resume:
         raise EmmechError(
             "record the training",

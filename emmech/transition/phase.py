@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from emmech.arguments import whole
 from emmech.errors import EmmechError, closest
 from emmech.transition.arrangement import comp_detector, subspace_detector
 from emmech.transition.behaviour import fit_sigmoid
@@ -87,6 +88,22 @@ def phase_transition(
             instead="n_null=199",
         ) from None
 
+    seed = whole("draw null paths", "seed", seed, least=0)
+    if centre not in ("adapters", "steps"):
+        raise EmmechError(
+            "compare adapters", given=f"centre={centre!r}", why="unknown", instead='"adapters" or "steps"'
+        ) from None
+    for name, one in (("run", run), ("control", control)):
+        if one is not None or name == "run":
+            _check_run(name, one)
+    if sweep is not None and not hasattr(sweep, "to_frame"):
+        raise EmmechError(
+            "read the sweep",
+            given=f"sweep={sweep!r}"[:120],
+            why="it is not a sweep",
+            instead="sweep=emmech.sweep(run, scales=(1, 5, 10, 20))",
+        ) from None
+
     def side(one: Any, beside: Side | None) -> Side:
         found = _analyse(one, beside, k=k, adapter=adapter, centre=centre, seed=seed, n_null=int(n_null))
         return _with_sweep(found, sweep, needed=beside is None)
@@ -134,15 +151,23 @@ def _analyse(
     return Side(name, path, (*rows, *behaviour), gradient_series, curves, comp)
 
 
+def _check_run(name: str, run: Any) -> None:
+    if not hasattr(run, "steps"):
+        raise EmmechError(
+            "look for a turn",
+            given=f"{name}={run!r}"[:120],
+            why="it is not a run",
+            instead="emmech.load_run(folder), or emmech.Run.from_arrays(steps, B=...)",
+        ) from None
+
+
 def _with_sweep(side: Side, sweep: Any, *, needed: bool) -> Side:
     """The side with its behaviour as swept; a control may be missing from the sweep, the run may not."""
     if sweep is None or (not needed and side.name not in set(sweep.to_frame()["run"])):
         return side
     from dataclasses import replace
 
-    rows, curves = swept_behaviour(
-        sweep, side.name if not needed or len(set(sweep.frame["run"])) > 1 else None
-    )
+    rows, curves = swept_behaviour(sweep, side.name)
     swept = {row.name for row in rows}
     kept = tuple(row for row in side.rows if row.name not in swept)
     return replace(side, rows=(*kept, *rows), margins={**side.margins, **curves})
