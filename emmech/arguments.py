@@ -115,7 +115,7 @@ def check_texts(asked: str, name: str, texts: Any, *, strings: bool = True) -> N
         Traceback (most recent call last):
         emmech.errors.EmmechError: cannot read the next token
           given:   prompts='Hello'
-          because: prompts are a list of strings or conversations (lists of messages with role and content), at least one
+          because: prompts are a list of strings or conversations (messages with role and content), at least one
           instead: prompts=["Hello"]
     """
     kinds = "strings or conversations" if strings else "conversations"
@@ -126,7 +126,7 @@ def check_texts(asked: str, name: str, texts: Any, *, strings: bool = True) -> N
         raise EmmechError(
             asked,
             given=f"{name}[{at}]={one!r}"[:120] if several else f"{name}={texts!r}"[:120],
-            why=f"{name} are a list of {kinds} (lists of messages with role and content), at least one",
+            why=f"{name} are a list of {kinds} (messages with role and content), at least one",
             instead=f'{name}=["Hello"]' if strings else f"{name}=emmech.load_chat(path).rows",
         ) from None
 
