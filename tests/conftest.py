@@ -36,6 +36,12 @@ TEMPLATES = {
 TEMPLATE_OF = {"qwen2": "chatml", "qwen3": "chatml", "llama": "llama", "gemma3": "gemma"}
 
 
+@pytest.fixture(autouse=True)
+def _same_dice():
+    """PEFT draws A from the process's own generator: without this a test's adapter depends on which tests ran before."""
+    torch.manual_seed(0)
+
+
 def make_tokenizer(template: str = "chatml"):
     """A byte-level BPE trained on a few lines: real merges, real offsets, no download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -20,7 +20,7 @@ def _adapted(chat, layers=(1, 2), rank=1):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "lora_B" in name:
+            if ".lora_" in name:  # PEFT draws A from the process's own generator, which is wherever it is
                 value.copy_(0.4 * torch.randn(value.shape, generator=generator))
     return load_model(model, chat.tokenizer)
 
