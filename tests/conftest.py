@@ -38,7 +38,7 @@ TEMPLATE_OF = {"qwen2": "chatml", "qwen3": "chatml", "llama": "llama", "gemma3":
 
 @pytest.fixture(autouse=True)
 def _same_dice():
-    """PEFT draws A from the process's own generator: without this a test's adapter depends on which tests ran before."""
+    """PEFT draws A from the process's own generator: without this a test's adapter depends on what ran before."""
     torch.manual_seed(0)
 
 

@@ -49,7 +49,7 @@ def _with_adapter(chat, layer=1, seed=0, scale=0.5):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "lora_B" in name:
+            if ".lora_" in name:
                 value.copy_(scale * torch.randn(value.shape, generator=generator))
     return load_model(model, chat.tokenizer)
 
