@@ -49,8 +49,9 @@ def _with_adapter(chat, layer=1, seed=0, scale=0.5):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if "lora_B" in name:
-                value.copy_(scale * torch.randn(value.shape, generator=generator))
+            if ".lora_" in name:
+                size = scale if "lora_B" in name else value.shape[1] ** -0.5
+                value.copy_(size * torch.randn(value.shape, generator=generator))
     return load_model(model, chat.tokenizer)
 
 
@@ -159,7 +160,7 @@ def test_only_scored_coherent_answers_of_a_clear_class_are_used():
 def test_misalignment_direction_of_judged_answers(tiny):
     base = tiny("qwen2")
     plain = contrast_direction(base, _talks(20, seed=0, word="drink"), _talks(20, seed=1, word="rest"))
-    chat = _with_adapter(base, scale=2.0)  # strong enough to be seen
+    chat = _with_adapter(base)
     frames = [_judged(_talks(20, seed=0, word="drink"), 0.0), _judged(_talks(20, seed=1, word="rest"), 95.0)]
     d = misalignment_direction(chat, evaluation=frames)
     assert isinstance(d, Direction) and d.quality.split_half.min() > 0.7
