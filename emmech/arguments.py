@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ def whole(asked: str, name: str, value: Any, *, least: int | None = None) -> int
           because: seed is a whole number
           instead: seed=1
     """
-    if _is_number(value) and float(value).is_integer() and (least is None or value >= least):
+    if _is_whole(value) and (least is None or value >= least):
         return int(value)
     bound = "" if least is None else f", at least {least}"
     raise EmmechError(
@@ -60,7 +60,7 @@ def wholes(asked: str, name: str, values: Any) -> list[int]:
         [0, 10, 20]
     """
     given = _listed(values)
-    if given is None or not all(_is_number(value) and float(value).is_integer() for value in given):
+    if given is None or not all(map(_is_whole, given)):
         raise EmmechError(
             asked,
             given=f"{name}={values!r}"[:120],
@@ -140,6 +140,10 @@ def _is_conversation(row: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and (isinstance(value, Integral) or float(value).is_integer())
 
 
 def _listed(values: Any) -> list[Any] | None:

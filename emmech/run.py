@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from emmech.chat.adapter import AdapterInfo
     from emmech.chat.model import ChatModel
 
-__all__ = ["Run", "load_run"]
+__all__ = ["Run", "load_run", "not_a_run"]
 
 FORMAT = 1
 
@@ -351,6 +351,16 @@ class Run:
         return (
             f"Run({self.name!r}: {model} on {data}, {what}{more}, steps {span} ({len(self.steps)}){damaged})"
         )
+
+
+def not_a_run(asked: str, given: Any, *, name: str = "run") -> EmmechError:
+    """The refusal of something else where a run is wanted."""
+    return EmmechError(
+        asked,
+        given=f"{name}={given!r}"[:120],
+        why="it is not a run",
+        instead="emmech.load_run(folder), or emmech.Run.from_arrays(steps, B=...)",
+    )
 
 
 def load_run(path: str | Path) -> Run:

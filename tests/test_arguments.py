@@ -35,6 +35,10 @@ def test_whole_takes_every_library_s_numbers(value):
         assert type(found) is int
 
 
+def test_whole_numbers_of_any_size():
+    assert whole("train", "seed", 10**400) == 10**400
+
+
 def test_least_is_kept_to():
     assert whole("train", "steps", 1, least=1) == 1
     with pytest.raises(EmmechError, match="at least 1"):

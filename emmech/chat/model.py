@@ -349,11 +349,8 @@ def _device(device: str | torch.device | None) -> str:
     if device is not None:
         try:
             torch.empty(0, device=device)
-        except (
-            RuntimeError,
-            TypeError,
-            AssertionError,
-        ) as error:  # no such device, or torch was built without it
+        # no such device, or torch was built without it
+        except (RuntimeError, TypeError, AssertionError) as error:
             raise EmmechError(
                 "load the chat model",
                 given=f"device={device!r}",

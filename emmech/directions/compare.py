@@ -13,8 +13,9 @@ from jaxtyping import Float
 from emmech.arguments import whole, wholes
 from emmech.directions.arrays import unit_rows
 from emmech.directions.contrast import contrast_direction
-from emmech.directions.direction import Direction, checked_directions
+from emmech.directions.direction import Direction, checked_direction, checked_directions
 from emmech.errors import EmmechError
+from emmech.run import not_a_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -206,11 +207,9 @@ def direction_by_steps(
     import pandas as pd
 
     asked = "follow the direction over training"
-    checked_directions(asked, "direction", {"direction": direction})
+    checked_direction(asked, direction)
     if not hasattr(run, "adapters"):
-        raise EmmechError(
-            asked, given=f"run={run!r}"[:120], why="it is not a run", instead="emmech.load_run(folder)"
-        ) from None
+        raise not_a_run(asked, run) from None
     if texts is not None and not (isinstance(texts, tuple | list) and len(texts) == 2):
         raise EmmechError(
             asked,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from emmech.chat.model import ChatModel
 
-__all__ = ["Direction", "checked_directions"]
+__all__ = ["Direction", "checked_direction", "checked_directions"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -178,10 +178,8 @@ class Direction:
 
         Gaussian vectors are normalised before they get the norm (without that they are sqrt(d_model) too long).
         """
-        n, seed = (
-            whole("draw random directions", "n", n, least=0),
-            whole("draw random directions", "seed", seed, least=0),
-        )
+        n = whole("draw random directions", "n", n, least=0)
+        seed = whole("draw random directions", "seed", seed, least=0)
         draws = np.random.default_rng(seed).standard_normal((n, *self.vectors.shape))
         source = {"method": "random, norm-matched", "matched_to": self.name, "seed": seed}
         if self.fingerprints:
@@ -371,25 +369,40 @@ class Direction:
         return f'<pre style="font-family:monospace">{escape(repr(self))}</pre>'
 
 
-def checked_directions(asked: str, name: str, directions: Any) -> Mapping[str, Direction]:
+def checked_direction(asked: str, given: Any, *, name: str = "direction") -> Direction:
+    """One Direction.
+
+    Raises:
+        EmmechError: something else.
+    """
+    if isinstance(given, Direction):
+        return given
+    raise EmmechError(
+        asked,
+        given=f"{name}={given!r}"[:120],
+        why="it is not a Direction",
+        instead="emmech.misalignment_direction(run), or Direction(vectors) of an array [layers, d_model]",
+    ) from None
+
+
+def checked_directions(asked: str, name: str, given: Any) -> Mapping[str, Direction]:
     """Directions by name.
 
     Raises:
-        EmmechError: no mapping, or something in it that is no Direction.
+        EmmechError: no mapping, or something in it that is not a Direction.
 
     Example:
         >>> list(checked_directions("compare", "directions", {"toy": Direction.single([1.0], layer=0, n_layers=1)}))
         ['toy']
     """
-    fine = isinstance(directions, Mapping)
-    if not fine or not all(isinstance(one, Direction) for one in directions.values()):
-        raise EmmechError(
-            asked,
-            given=f"{name}={directions!r}"[:120],
-            why="they are Directions" if fine else "it is not a mapping from names to Directions",
-            instead=f'{name}={{"mine": emmech.misalignment_direction(run)}}',
-        ) from None
-    return directions
+    if isinstance(given, Mapping):
+        return {key: checked_direction(asked, one, name=f"{name}[{key!r}]") for key, one in given.items()}
+    raise EmmechError(
+        asked,
+        given=f"{name}={given!r}"[:120],
+        why="it is not a mapping from names to Directions",
+        instead=f'{name}={{"mine": emmech.misalignment_direction(run)}}',
+    ) from None
 
 
 def _zero(asked: str) -> EmmechError:

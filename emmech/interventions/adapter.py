@@ -17,9 +17,10 @@ from emmech.arguments import finite
 from emmech.chat.adapter import AdapterInfo, adapter_layers
 from emmech.chat.model import ChatModel
 from emmech.directions.arrays import unit_rows
-from emmech.directions.direction import Direction, checked_directions
+from emmech.directions.direction import Direction, checked_direction
 from emmech.errors import EmmechError, closest
 from emmech.interventions.handle import Handle, chat_of, undoable
+from emmech.run import not_a_run
 
 __all__ = ["project_adapter", "rotate_adapter", "scale_adapters", "transplant_adapter"]
 
@@ -79,7 +80,7 @@ def project_adapter(
             direction, so that nothing is left to renormalise.
     """
     chat = chat_of(model)
-    checked_directions("project the adapter", "direction", {"direction": direction})
+    checked_direction("project the adapter", direction)
 
     def edit(info: AdapterInfo, b: np.ndarray, unit: np.ndarray) -> np.ndarray:
         left = b - np.outer(unit, unit @ b)
@@ -118,7 +119,7 @@ def rotate_adapter(
         EmmechError: ``cosine`` not in [-1, 1], or B is zero or has no part across the direction to turn through.
     """
     chat = chat_of(model)
-    checked_directions("rotate the adapter", "direction", {"direction": direction})
+    checked_direction("rotate the adapter", direction)
     if not -1.0 <= finite("rotate the adapter", "cosine", cosine) <= 1.0:
         raise EmmechError(
             "rotate the adapter", given=f"cosine={cosine}", why="a cosine lies between -1 and 1"
@@ -163,12 +164,7 @@ def transplant_adapter(
             instead='"A", "B" or "both"',
         ) from None
     if not hasattr(run, "weights"):
-        raise EmmechError(
-            "transplant an adapter",
-            given=f"run={run!r}"[:120],
-            why="it is not a run",
-            instead="emmech.load_run(folder)",
-        ) from None
+        raise not_a_run("transplant an adapter", run) from None
     weights = run.weights(step)
     undo: list[Callable[[], Any]] = []
     for info, layer, name in _chosen(chat, adapters, "transplant an adapter"):

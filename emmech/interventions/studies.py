@@ -13,7 +13,7 @@ import numpy as np
 from emmech.arguments import finites, wholes
 from emmech.chat.adapter import detach
 from emmech.chat.model import ChatModel
-from emmech.directions.direction import Direction, checked_directions
+from emmech.directions.direction import Direction, checked_direction, checked_directions
 from emmech.directions.tokens import tokens_name
 from emmech.errors import EmmechError
 from emmech.interventions.ablate import ablate
@@ -128,8 +128,9 @@ def dose_response(
         EmmechError: as :func:`emmech.steer`.
     """
     chat, run, with_base = _prepare(model, measure, randoms, base)
-    directions = {"direction": direction} | ({} if positive is None else {"positive": positive})
-    checked_directions("steer with the direction", "directions", directions)
+    checked_direction("steer with the direction", direction)
+    if positive is not None:
+        checked_direction("steer with the positive control", positive, name="positive")
     coefficients = finites("steer with the direction", "coefficients", coefficients)
     chosen = list(direction.layers) if layers is None else _as_list(layers)
     controls = direction.random(randoms, seed=seed)
@@ -187,7 +188,7 @@ def ablation_table(
         EmmechError: as :func:`emmech.ablate`.
     """
     chat, run, with_base = _prepare(model, measure, randoms, base)
-    checked_directions("ablate the direction", "direction", {"direction": direction})
+    checked_direction("ablate the direction", direction)
     others = checked_directions("ablate other directions", "others", others or {})
     only = _as_list(layers) if layers != "all" else []
     if from_layer is None:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from emmech.arguments import finites, wholes
 from emmech.chat.model import ChatModel, load_model
 from emmech.errors import EmmechError
-from emmech.run import Run
+from emmech.run import Run, not_a_run
 from emmech.sweeps.rows import Rows
 
 __all__ = ["Grid", "Site", "Variant", "as_runs", "base_model", "make_grid", "raw_vector"]
@@ -149,9 +149,7 @@ def as_runs(asked: str, run: Any) -> list[Run]:
     """
     runs = list(run) if isinstance(run, Iterable) and not isinstance(run, str) else [run]
     if not runs or not all(isinstance(one, Run) for one in runs):
-        raise EmmechError(
-            asked, given=f"run={run!r}"[:120], why="it is not a run", instead="emmech.load_run(folder)"
-        ) from None
+        raise not_a_run(asked, run) from None
     return runs
 
 

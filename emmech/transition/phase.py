@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from emmech.arguments import whole
 from emmech.errors import EmmechError, closest
+from emmech.run import not_a_run
 from emmech.transition.arrangement import comp_detector, subspace_detector
 from emmech.transition.behaviour import fit_sigmoid
 from emmech.transition.detectors import Detector, analyse
@@ -94,8 +95,8 @@ def phase_transition(
             "compare adapters", given=f"centre={centre!r}", why="unknown", instead='"adapters" or "steps"'
         ) from None
     for name, one in (("run", run), ("control", control)):
-        if one is not None or name == "run":
-            _check_run(name, one)
+        if not hasattr(one, "steps") and (one is not None or name == "run"):
+            raise not_a_run("look for a turn", one, name=name) from None
     if sweep is not None and not hasattr(sweep, "to_frame"):
         raise EmmechError(
             "read the sweep",
@@ -149,16 +150,6 @@ def _analyse(
     rows.append(gradient)
     behaviour, curves = _behaviour(metrics)
     return Side(name, path, (*rows, *behaviour), gradient_series, curves, comp)
-
-
-def _check_run(name: str, run: Any) -> None:
-    if not hasattr(run, "steps"):
-        raise EmmechError(
-            "look for a turn",
-            given=f"{name}={run!r}"[:120],
-            why="it is not a run",
-            instead="emmech.load_run(folder), or emmech.Run.from_arrays(steps, B=...)",
-        ) from None
 
 
 def _with_sweep(side: Side, sweep: Any, *, needed: bool) -> Side:
