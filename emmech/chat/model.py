@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from emmech.chat.heap import keep_heap
 from emmech.chat.template import Message, end_of_turn, render
 from emmech.errors import EmmechError, closest
 
@@ -230,6 +231,7 @@ def load_model(
         >>> chat.down_proj(0).weight.shape[0] == chat.d_model
         True
     """
+    keep_heap()
     if isinstance(model, ChatModel):
         return replace(model, anatomy=anatomy) if anatomy is not None else model
     if isinstance(model, nn.Module):

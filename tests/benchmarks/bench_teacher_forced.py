@@ -189,6 +189,7 @@ def mixed_batch() -> Contest:
         arithmetic(ours, theirs, _WHY, (24 * 16, 896, 4864)),
         ours,
         theirs,
+        repeats=9,
     )
 
 
