@@ -9,10 +9,9 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, sys, torch
+import resource, torch
 from emmech.chat.heap import keep_heap
-if sys.argv[1] == "kept":
-    keep_heap()
+keep_heap()
 def work():  # four live tensors of 11 MB, as in a gated MLP, and then none
     tensors = [torch.zeros(576, 4864) for _ in range(4)]
     del tensors
@@ -25,13 +24,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True)
-    return int(done.stdout)
-
-
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have ways of their own")
 def test_a_forward_s_memory_is_taken_once():
-    kept, given_back = faults("kept"), faults("not kept")
-    assert given_back > 10_000  # the tensors' pages, each time
-    assert kept < given_back / 20
+    # without keep_heap every other process takes all 54,560 pages anew, as its heap happens to lie
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+        assert int(done.stdout) < 1000
