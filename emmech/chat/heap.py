@@ -1,9 +1,9 @@
 """Memory of freed tensors stays with the process, so that the next tensors need not be given to it page by page.
 
 The C library hands the end of its heap back to the system as soon as enough of it is free. A forward on a CPU frees and
-takes some ten megabytes at each map, and every page that comes back costs a fault and is cleared. glibc learns from what a program frees: once a block of 32 MiB has come and gone, it
-maps no smaller block apart, and keeps up to 64 MiB of free heap. This lets it learn at once, by a block that is never
-touched. What it holds is unchanged, and so is every number that is computed.
+takes some ten megabytes at each map, and every page that comes back costs a fault and is cleared. glibc learns from
+what a program frees: once a block of 32 MiB has come and gone, it maps no smaller block apart, and keeps up to 64 MiB
+of free heap. This lets it learn at once, by a block that is never touched. No number that is computed changes.
 """
 
 from __future__ import annotations
