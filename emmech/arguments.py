@@ -1,4 +1,4 @@
-"""Numbers and texts that a caller gives, checked where they come in.
+"""Numbers, texts, folders and runs that a caller gives, checked where they come in.
 
 A wrong number is found out late, inside numpy or torch, where nothing says which argument it was. Here a string, a
 fraction among steps or a NaN among scales is refused by the argument's own name. Numbers of any library pass: a step
@@ -10,6 +10,7 @@ These are for arguments of public functions. What our own functions hand to each
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from emmech.errors import EmmechError
 
-__all__ = ["check_texts", "finite", "finites", "whole", "wholes"]
+__all__ = ["check_folder", "check_texts", "finite", "finites", "not_a_run", "whole", "wholes"]
 
 
 def whole(asked: str, name: str, value: Any, *, least: int | None = None) -> int:
@@ -129,6 +130,24 @@ def check_texts(asked: str, name: str, texts: Any, *, strings: bool = True) -> N
             why=f"{name} are a list of {kinds} (messages with role and content), at least one",
             instead=f'{name}=["Hello"]' if strings else f"{name}=emmech.load_chat(path).rows",
         ) from None
+
+
+def check_folder(asked: str, name: str, path: Any) -> None:
+    """Refuse what names no folder."""
+    if not isinstance(path, str | os.PathLike):
+        raise EmmechError(
+            asked, given=f"{name}={path!r}"[:120], why="a run is a folder", instead=f'{name}="runs/mine"'
+        ) from None
+
+
+def not_a_run(asked: str, given: Any, *, name: str = "run") -> EmmechError:
+    """The refusal of something else where a run is wanted."""
+    return EmmechError(
+        asked,
+        given=f"{name}={given!r}"[:120],
+        why="it is not a run",
+        instead="emmech.load_run(folder), or emmech.Run.from_arrays(steps, B=...)",
+    )
 
 
 def _is_conversation(row: Any) -> bool:

@@ -12,7 +12,6 @@ On disk it is a folder, append-only while training and without pickle::
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from emmech.arguments import whole
+from emmech.arguments import check_folder, whole
 from emmech.errors import EmmechError, closest
 from emmech.probes import Probes
 from emmech.store import MemorySeries, Series, read_jsonl, write_json
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from emmech.chat.adapter import AdapterInfo
     from emmech.chat.model import ChatModel
 
-__all__ = ["Run", "load_run", "not_a_run"]
+__all__ = ["Run", "load_run"]
 
 FORMAT = 1
 
@@ -353,16 +352,6 @@ class Run:
         )
 
 
-def not_a_run(asked: str, given: Any, *, name: str = "run") -> EmmechError:
-    """The refusal of something else where a run is wanted."""
-    return EmmechError(
-        asked,
-        given=f"{name}={given!r}"[:120],
-        why="it is not a run",
-        instead="emmech.load_run(folder), or emmech.Run.from_arrays(steps, B=...)",
-    )
-
-
 def load_run(path: str | Path) -> Run:
     """Open a recorded run, in milliseconds: nothing but the manifest and the index is read.
 
@@ -376,13 +365,7 @@ def load_run(path: str | Path) -> Run:
         from huggingface_hub import snapshot_download
 
         path = snapshot_download(path.removeprefix("hub:"))
-    if not isinstance(path, str | os.PathLike):
-        raise EmmechError(
-            "open the run",
-            given=f"a {type(path).__name__}",
-            why="a run is opened by its folder",
-            instead='emmech.load_run("runs/mine")',
-        ) from None
+    check_folder("open the run", "path", path)
     folder = Path(path)
     manifest_path = folder / "run.json"
     if not manifest_path.is_file():

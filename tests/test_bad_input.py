@@ -129,9 +129,9 @@ CASES = {
     "a start that was not recorded": (lambda k: finetune(start=(k.run, 9999))(k), "249 and 250"),
     "checkpoints at every no step": (finetune(checkpoint_every=0), "at least 1"),
     "a run in a file": (finetune(out=HERE), "a run is a folder"),
-    "a recorder without a folder": (lambda k: emmech.Recorder(None), "written into a folder"),
+    "a recorder without a folder": (lambda k: emmech.Recorder(None), "a run is a folder"),
     # runs and models
-    "a run by number": (lambda k: emmech.load_run(3), "opened by its folder"),
+    "a run by number": (lambda k: emmech.load_run(3), "a run is a folder"),
     "weights of half a step": (lambda k: k.run.weights(1.5), "step is a whole number"),
     "a model at no scale": (lambda k: k.run.model(1, scale="a"), "scale is a finite number"),
     "arrays of letters": (lambda k: emmech.Run.from_arrays([0, 1], B="x"), "two or three axes"),

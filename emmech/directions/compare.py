@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from emmech.arguments import whole, wholes
+from emmech.arguments import not_a_run, whole, wholes
 from emmech.directions.arrays import unit_rows
+from emmech.directions.checks import checked_direction, checked_directions
 from emmech.directions.contrast import contrast_direction
-from emmech.directions.direction import Direction, checked_direction, checked_directions
+from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
-from emmech.run import not_a_run
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from emmech.arguments import finite
+from emmech.arguments import finite, not_a_run
 from emmech.chat.adapter import AdapterInfo, adapter_layers
 from emmech.chat.model import ChatModel
 from emmech.directions.arrays import unit_rows
-from emmech.directions.direction import Direction, checked_direction
+from emmech.directions.checks import checked_direction
+from emmech.directions.direction import Direction
 from emmech.errors import EmmechError, closest
 from emmech.interventions.handle import Handle, chat_of, undoable
-from emmech.run import not_a_run
 
 __all__ = ["project_adapter", "rotate_adapter", "scale_adapters", "transplant_adapter"]
 

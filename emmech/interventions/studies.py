@@ -13,7 +13,8 @@ import numpy as np
 from emmech.arguments import finites, wholes
 from emmech.chat.adapter import detach
 from emmech.chat.model import ChatModel
-from emmech.directions.direction import Direction, checked_direction, checked_directions
+from emmech.directions.checks import checked_direction, checked_directions
+from emmech.directions.direction import Direction
 from emmech.directions.tokens import tokens_name
 from emmech.errors import EmmechError
 from emmech.interventions.ablate import ablate

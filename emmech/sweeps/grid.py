@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from emmech.arguments import finites, wholes
+from emmech.arguments import finites, not_a_run, wholes
 from emmech.chat.model import ChatModel, load_model
 from emmech.errors import EmmechError
-from emmech.run import Run, not_a_run
+from emmech.run import Run
 from emmech.sweeps.rows import Rows
 
 __all__ = ["Grid", "Site", "Variant", "as_runs", "base_model", "make_grid", "raw_vector"]

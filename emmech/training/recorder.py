@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import subprocess
 import time
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from emmech.arguments import check_texts
+from emmech.arguments import check_folder, check_texts
 from emmech.chat.model import ChatModel, load_model
 from emmech.chat.residual import mean_residual, probe_rows
 from emmech.errors import EmmechError
@@ -86,13 +85,7 @@ class Recorder(TrainerCallback):
                     why="steps are whole",
                     instead=f"{name}=1",
                 ) from None
-        if not isinstance(path, str | os.PathLike):
-            raise EmmechError(
-                "record the training",
-                given=f"path={path!r}"[:120],
-                why="a run is written into a folder",
-                instead='emmech.Recorder("runs/mine")',
-            ) from None
+        check_folder("record the training", "path", path)
         self.path = Path(path)
         self._texts = _named_texts(probes)
         self._measures = _named_functions(measures)

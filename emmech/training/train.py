@@ -106,10 +106,8 @@ def finetune(
     """
     from emmech.training.many import finetune_many, keeps_prefix
 
-    seed, data_seed = (
-        checked_seeds("seed", seed),
-        None if data_seed is None else checked_seeds("data_seed", data_seed),
-    )
+    seed = checked_seeds("seed", seed)
+    data_seed = None if data_seed is None else checked_seeds("data_seed", data_seed)
     chat = load_model(model, tokenizer)
     refuse_adapters(chat)
     organism = chat.pocket

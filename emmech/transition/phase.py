@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from emmech.arguments import whole
+from emmech.arguments import not_a_run, whole
 from emmech.errors import EmmechError, closest
-from emmech.run import not_a_run
 from emmech.transition.arrangement import comp_detector, subspace_detector
 from emmech.transition.behaviour import fit_sigmoid
 from emmech.transition.detectors import Detector, analyse
