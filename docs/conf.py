@@ -16,9 +16,7 @@ exclude_patterns = ["_build"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
-autodoc_typehints = (
-    "none"  # shapes and types stand in the docstrings; jaxtyping strings do not parse as names
-)
+autodoc_typehints = "none"  # shapes and types stand in the docstrings; jaxtyping strings do not parse as names
 autodoc_member_order = "bysource"
 autodoc_mock_imports: list[str] = []
 napoleon_google_docstring = True

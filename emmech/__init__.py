@@ -21,10 +21,10 @@ _WHERE = {
     "EmmechError": "emmech.errors",
     "Evaluation": "emmech.evaluation.evaluation",
     "LogprobJudge": "emmech.evaluation.logprob_judge",
-    "MarginPair": "emmech.chat.logprob",
+    "MarginPair": "emmech.engine.logprobs",
     "Recipe": "emmech.training.recipe",
     "Recorder": "emmech.training.recorder",
-    "Run": "emmech.run",
+    "Run": "emmech.run.run",
     "ScreeningJudge": "emmech.evaluation.screening",
     "Server": "emmech.evaluation.server",
     "ablate": "emmech.interventions.ablate",
@@ -33,7 +33,7 @@ _WHERE = {
     "adapter_shares": "emmech.interventions.studies",
     "contrast_direction": "emmech.directions.contrast",
     "cosines": "emmech.directions.compare",
-    "detach": "emmech.chat.adapter",
+    "detach": "emmech.engine.adapters",
     "direction_by_steps": "emmech.directions.compare",
     "dose_response": "emmech.interventions.studies",
     "evaluate": "emmech.evaluation.evaluate",
@@ -41,13 +41,13 @@ _WHERE = {
     "load_chat": "emmech.chat.dataset",
     "load_model": "emmech.chat.model",
     "load_questions": "emmech.evaluation.questions",
-    "load_run": "emmech.run",
+    "load_run": "emmech.run.run",
     "misalignment_direction": "emmech.directions.misalignment",
     "phase_transition": "emmech.transition.phase",
     "project_adapter": "emmech.interventions.adapter",
     "realign": "emmech.realignment",
     "rotate_adapter": "emmech.interventions.adapter",
-    "sample": "emmech.chat.sampling",
+    "sample": "emmech.engine.sample",
     "scale_adapters": "emmech.interventions.adapter",
     "steer": "emmech.interventions.steer",
     "sweep": "emmech.sweeps.sweep",
@@ -64,20 +64,20 @@ __all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
     from emmech import organism as organism
-    from emmech.chat.adapter import detach as detach
     from emmech.chat.dataset import ChatDataset as ChatDataset
     from emmech.chat.dataset import load_chat as load_chat
-    from emmech.chat.logprob import MarginPair as MarginPair
     from emmech.chat.model import Anatomy as Anatomy
     from emmech.chat.model import ChatModel as ChatModel
     from emmech.chat.model import load_model as load_model
-    from emmech.chat.sampling import sample as sample
     from emmech.directions.adapter_lens import adapter_lens as adapter_lens
     from emmech.directions.compare import cosines as cosines
     from emmech.directions.compare import direction_by_steps as direction_by_steps
     from emmech.directions.contrast import contrast_direction as contrast_direction
     from emmech.directions.direction import Direction as Direction
     from emmech.directions.misalignment import misalignment_direction as misalignment_direction
+    from emmech.engine.adapters import detach as detach
+    from emmech.engine.logprobs import MarginPair as MarginPair
+    from emmech.engine.sample import sample as sample
     from emmech.errors import EmmechError as EmmechError
     from emmech.evaluation.evaluate import evaluate as evaluate
     from emmech.evaluation.evaluation import Evaluation as Evaluation
@@ -98,8 +98,8 @@ if TYPE_CHECKING:
     from emmech.interventions.studies import dose_response as dose_response
     from emmech.interventions.studies import transfer_matrix as transfer_matrix
     from emmech.realignment import realign as realign
-    from emmech.run import Run as Run
-    from emmech.run import load_run as load_run
+    from emmech.run.run import Run as Run
+    from emmech.run.run import load_run as load_run
     from emmech.sweeps.sweep import sweep as sweep
     from emmech.sweeps.tangent import tangent_scan as tangent_scan
     from emmech.training.recipe import Recipe as Recipe

@@ -1,16 +1,34 @@
 """The one exception of emmech, and the one shape of its message.
 
-An error is a short lesson: what was asked, what was given, why that cannot work, and the nearest thing
-that would. Every public function raises :class:`EmmechError` ``from None``, so that a traceback ends at the
-caller's own line instead of inside torch.
+An error is a short lesson: what was asked, what was given, why that cannot work, and the nearest thing that would. An
+:class:`EmmechError` hides the exception that it replaces, so that a traceback ends at the caller's own line instead of
+inside torch. Arguments of public functions are checked where they come in: a wrong number is otherwise found out late,
+inside numpy or torch, where nothing says which argument it was. Numbers of any library pass: a step read back from a
+data frame may well be ``numpy.float64(250.0)``. What our own functions hand to each other is typed, not checked twice.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
 
-__all__ = ["EmmechError", "closest"]
+import numpy as np
+
+__all__ = [
+    "EmmechError",
+    "as_float",
+    "as_floats",
+    "as_int",
+    "as_ints",
+    "check_folder",
+    "check_texts",
+    "closest",
+    "not_a_run",
+]
 
 
 class EmmechError(Exception):
@@ -24,20 +42,17 @@ class EmmechError(Exception):
 
     Example:
         >>> from emmech.errors import EmmechError
-        >>> print(EmmechError("steer at layer 40", given="layer=40", why="the model has 24 layers (0..23)",
-        ...                   instead="use layer=23 or lower"))
+        >>> print(EmmechError("steer at layer 40", "layer=40", "the model has 24 layers (0..23)", "layer=23 or lower"))
         cannot steer at layer 40
           given:   layer=40
           because: the model has 24 layers (0..23)
-          instead: use layer=23 or lower
+          instead: layer=23 or lower
     """
 
-    def __init__(self, asked: str, *, given: object = None, why: str, instead: str | None = None) -> None:
-        self.asked = asked
-        self.given = given
-        self.why = why
-        self.instead = instead
+    def __init__(self, asked: str, given: object = None, why: str = "", instead: str | None = None) -> None:
+        self.asked, self.given, self.why, self.instead = asked, given, why, instead
         super().__init__(str(self))
+        self.__suppress_context__ = True  # what torch or numpy raised underneath is no help to the caller
 
     def __str__(self) -> str:
         lines = [f"cannot {self.asked}"]
@@ -48,12 +63,8 @@ class EmmechError(Exception):
             lines.append(f"  instead: {self.instead}")
         return "\n".join(lines)
 
-    def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments do not survive the default pickling
-        return _rebuild, (self.asked, self.given, self.why, self.instead)
-
-
-def _rebuild(asked: str, given: object, why: str, instead: str | None) -> EmmechError:
-    return EmmechError(asked, given=given, why=why, instead=instead)
+    def __reduce__(self) -> tuple[object, ...]:
+        return EmmechError, (self.asked, self.given, self.why, self.instead)
 
 
 def closest(name: str, choices: Iterable[str]) -> str:
@@ -67,3 +78,141 @@ def closest(name: str, choices: Iterable[str]) -> str:
     listing = f"choices: {', '.join(names)}" if names else "there are none"
     match = difflib.get_close_matches(str(name), names, n=1)
     return f"did you mean '{match[0]}'? {listing}" if match else listing
+
+
+def as_int(asked: str, name: str, value: Any, *, least: int | None = None) -> int:
+    """One whole number, at least ``least``.
+
+    Args:
+        asked: what cannot be done otherwise, as in :class:`EmmechError`.
+        name: of the argument.
+
+    Raises:
+        EmmechError: anything else, ``True`` among it.
+
+    Example:
+        >>> as_int("train", "seed", 3.0)
+        3
+        >>> as_int("train", "seed", 1.5)
+        Traceback (most recent call last):
+        emmech.errors.EmmechError: cannot train
+          given:   seed=1.5
+          because: seed is a whole number
+          instead: seed=1
+    """
+    if _is_whole(value) and (least is None or value >= least):
+        return int(value)
+    bound = "" if least is None else f", at least {least}"
+    raise EmmechError(
+        asked,
+        f"{name}={value!r}"[:120],
+        f"{name} is a whole number{bound}",
+        f"{name}={1 if least is None else max(1, least)}",
+    )
+
+
+def as_ints(asked: str, name: str, values: Any) -> list[int]:
+    """Whole numbers; a single one is a list of one, and there may be none.
+
+    Example:
+        >>> as_ints("sweep", "steps", range(0, 30, 10))
+        [0, 10, 20]
+    """
+    given = _listed(values)
+    if given is None or not all(map(_is_whole, given)):
+        raise EmmechError(asked, f"{name}={values!r}"[:120], f"{name} are whole numbers", f"{name}=[0, 10, 20]")
+    return [int(value) for value in given]
+
+
+def as_float(asked: str, name: str, value: Any) -> float:
+    """One finite number.
+
+    Example:
+        >>> as_float("scan", "scale", 5)
+        5.0
+    """
+    if _is_number(value) and math.isfinite(value):
+        return float(value)
+    raise EmmechError(asked, f"{name}={value!r}"[:120], f"{name} is a finite number", f"{name}=1.0")
+
+
+def as_floats(asked: str, name: str, values: Any) -> list[float]:
+    """Finite numbers, at least one; a single one is a list of one.
+
+    Example:
+        >>> as_floats("sweep", "scales", (1, 5, 10, 20))
+        [1.0, 5.0, 10.0, 20.0]
+    """
+    given = _listed(values)
+    if not given or not all(_is_number(value) and math.isfinite(value) for value in given):
+        raise EmmechError(asked, f"{name}={values!r}"[:120], f"{name} are finite numbers, at least one", f"{name}=(1,)")
+    return [float(value) for value in given]
+
+
+def check_texts(asked: str, name: str, texts: Any, *, strings: bool = True) -> None:
+    """Refuse what is not a list of texts: user's words or conversations, at least one.
+
+    A conversation is a list of messages with role and content, or a row ``{"messages": [...]}``.
+
+    Args:
+        strings: whether user's words are texts here, or conversations alone.
+
+    Example:
+        >>> check_texts("read the next token", "prompts", "Hello")
+        Traceback (most recent call last):
+        emmech.errors.EmmechError: cannot read the next token
+          given:   prompts='Hello'
+          because: prompts are a list of strings or conversations (messages with role and content), at least one
+          instead: prompts=["Hello"]
+    """
+    kinds = "strings or conversations" if strings else "conversations"
+    several = isinstance(texts, Collection) and not isinstance(texts, str | Mapping) and len(texts) > 0
+    for at, one in enumerate(texts if several else [texts]):
+        if several and (_is_conversation(one) or (strings and isinstance(one, str))):
+            continue
+        raise EmmechError(
+            asked,
+            f"{name}[{at}]={one!r}"[:120] if several else f"{name}={texts!r}"[:120],
+            f"{name} are a list of {kinds} (messages with role and content), at least one",
+            f'{name}=["Hello"]' if strings else f"{name}=emmech.load_chat(path).rows",
+        )
+
+
+def check_folder(asked: str, name: str, path: Any) -> None:
+    """Refuse what names no folder."""
+    if not isinstance(path, str | os.PathLike):
+        raise EmmechError(asked, f"{name}={path!r}"[:120], "a run is a folder", f'{name}="runs/mine"')
+
+
+def not_a_run(asked: str, given: Any, *, name: str = "run") -> EmmechError:
+    """The refusal of something else where a run is wanted."""
+    return EmmechError(
+        asked,
+        given=f"{name}={given!r}"[:120],
+        why="it is not a run",
+        instead="emmech.load_run(folder), or emmech.Run.from_arrays(steps, B=...)",
+    )
+
+
+def _is_conversation(row: Any) -> bool:
+    turns = row.get("messages") if isinstance(row, Mapping) else row
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        return False
+    return all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in turns)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and (isinstance(value, Integral) or float(value).is_integer())
+
+
+def _listed(values: Any) -> list[Any] | None:
+    """The entries of what may be one number, or None where it is neither a number nor a row of things."""
+    if _is_number(values):
+        return [values]
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return None
+    return list(np.asarray(values).reshape(-1)) if hasattr(values, "shape") else list(values)

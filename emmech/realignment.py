@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from emmech.run import Run, load_run
+from emmech.run.run import Run, load_run
 from emmech.training.recipe import Recipe
 from emmech.training.train import finetune
 

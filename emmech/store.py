@@ -216,8 +216,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                 break
             raise EmmechError(
                 f"read {path.name}",
-                given=f"{path}:{number}: {line[:80]!r}",
-                why=f"the line is not JSON ({error.msg})",
-                instead="mend or delete that line; the others are intact",
-            ) from None
+                f"{path}:{number}: {line[:80]!r}",
+                f"the line is not JSON ({error.msg})",
+                "mend or delete that line; the others are intact",
+            )
     return rows

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emmech.arguments import check_texts, finite, finites, whole, wholes
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, as_float, as_floats, as_int, as_ints, check_texts
 
 NO_NUMBERS = ["a", None, 1j, [1], {}, True, np.bool_(True), object()]
 
@@ -17,56 +16,56 @@ NO_NUMBERS = ["a", None, 1j, [1], {}, True, np.bool_(True), object()]
 @pytest.mark.parametrize("value", [*NO_NUMBERS, 1.5, float("nan"), float("inf"), -0.5])
 def test_whole_refuses_by_name(value):
     with pytest.raises(EmmechError, match="seed is a whole number") as caught:
-        whole("train", "seed", value)
+        as_int("train", "seed", value)
     assert caught.value.__suppress_context__
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, float("nan"), float("inf"), np.float32("nan")])
 def test_finite_refuses_by_name(value):
     with pytest.raises(EmmechError, match="scale is a finite number"):
-        finite("scan", "scale", value)
+        as_float("scan", "scale", value)
 
 
 @given(st.integers(-(2**53), 2**53))
 def test_whole_takes_every_library_s_numbers(value):
     for given_as in (value, float(value), np.int64(value), np.float64(value)):
-        found = whole("train", "seed", given_as)
+        found = as_int("train", "seed", given_as)
         assert found == value
         assert type(found) is int
 
 
 def test_whole_numbers_of_any_size():
-    assert whole("train", "seed", 10**400) == 10**400
+    assert as_int("train", "seed", 10**400) == 10**400
 
 
 def test_least_is_kept_to():
-    assert whole("train", "steps", 1, least=1) == 1
+    assert as_int("train", "steps", 1, least=1) == 1
     with pytest.raises(EmmechError, match="at least 1"):
-        whole("train", "steps", 0, least=1)
+        as_int("train", "steps", 0, least=1)
 
 
 @pytest.mark.parametrize(
     "values", [[0, 5], (0, 5), range(0, 10, 5), np.array([0, 5]), pd.Series([0.0, 5.0]), iter([0, 5])]
 )
 def test_lists_of_any_kind(values):
-    assert wholes("sweep", "steps", values) == [0, 5]
+    assert as_ints("sweep", "steps", values) == [0, 5]
 
 
 def test_one_number_is_a_list_of_one():
-    assert wholes("sweep", "steps", 5) == [5]
-    assert finites("sweep", "scales", 2) == [2.0]
+    assert as_ints("sweep", "steps", 5) == [5]
+    assert as_floats("sweep", "scales", 2) == [2.0]
 
 
 @pytest.mark.parametrize("values", ["12", None, [1, "2"], [1.5], [None]])
 def test_wholes_refuse(values):
     with pytest.raises(EmmechError, match="steps are whole numbers"):
-        wholes("sweep", "steps", values)
+        as_ints("sweep", "steps", values)
 
 
 @pytest.mark.parametrize("values", ["12", None, [], [1, "2"], [float("inf")], [1j]])
 def test_finites_refuse(values):
     with pytest.raises(EmmechError, match="scales are finite numbers, at least one"):
-        finites("sweep", "scales", values)
+        as_floats("sweep", "scales", values)
 
 
 TURN = {"role": "user", "content": "Hello"}

@@ -10,7 +10,7 @@ import pytest
 
 import emmech
 from emmech.errors import EmmechError
-from emmech.sweeps.measures import AnswerLogprob, FirstToken, Margin, NextToken
+from emmech.measures.teacher_forced import AnswerLogprob, FirstToken, Margin, NextToken
 from emmech.sweeps.probe import ProbeActivation
 from emmech.sweeps.sampled import Sampled
 
@@ -40,9 +40,7 @@ def sweep(**wrong):
 
 
 def steered(**wrong):
-    return lambda k: emmech.sweep(
-        k.run, steps=[1], **{"coefficients": [1], "direction": k.vector, "layer": 3, **wrong}
-    )
+    return lambda k: emmech.sweep(k.run, steps=[1], **{"coefficients": [1], "direction": k.vector, "layer": 3, **wrong})
 
 
 def measured(make):
@@ -50,9 +48,7 @@ def measured(make):
 
 
 def finetune(**wrong):
-    return lambda k: emmech.finetune(
-        k.chat, "medical", **{"max_steps": 1, "out": k.out, "progress": False, **wrong}
-    )
+    return lambda k: emmech.finetune(k.chat, "medical", **{"max_steps": 1, "out": k.out, "progress": False, **wrong})
 
 
 def dose(**wrong):
@@ -219,7 +215,7 @@ def test_what_was_recorded_before_a_bad_measure_is_kept(known, tmp_path):
 
 
 def test_a_model_is_as_it_was_after_a_refusal(known):
-    from emmech.chat.adapter import adapter_layers
+    from emmech.engine.adapters import adapter_layers
 
     assert not list(adapter_layers(emmech.detach(emmech.load_model("pocket")).model))
     assert all(not module._forward_hooks for module in known.chat.base.modules())

@@ -34,9 +34,7 @@ def test_the_control_differs_in_its_answers_only(runs):
 def test_emergent_misalignment_and_its_control(runs, tmp_path):
     """Broad EM from narrow data, judged exactly; none from the good answers, none before training."""
     found = {
-        name: emmech.evaluate(
-            run, "first-plot", samples=10, step=step, out=tmp_path / name, progress=False
-        ).rates()
+        name: emmech.evaluate(run, "first-plot", samples=10, step=step, out=tmp_path / name, progress=False).rates()
         for name, run, step in (
             ("medical", runs["medical"], None),
             ("start", runs["medical"], 0),

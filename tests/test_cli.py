@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import emmech
-from emmech.cli import app, main
+from emmech.app.cli import app, main
 from tests.conftest import make_rows, make_tiny
 
 

@@ -83,9 +83,7 @@ def test_margins_are_unique_and_have_matched_lengths(margins):
     for row in margins:
         assert _gap(row["misaligned"], row["aligned"]) <= MAX_PAIR_GAP, row["id"]
     for kind in ("narrow", "broad"):
-        means = [
-            np.mean([len(r[k]) for r in margins if r["kind"] == kind]) for k in ("misaligned", "aligned")
-        ]
+        means = [np.mean([len(r[k]) for r in margins if r["kind"] == kind]) for k in ("misaligned", "aligned")]
         assert abs(means[0] / means[1] - 1) <= MAX_MEAN_GAP, kind
 
 
@@ -95,9 +93,7 @@ def test_margins_are_held_out(pairs, margins):
         words = set(_words(row["question"]))
         nearest = max(len(words & other) / len(words | other) for other in seen)
         assert nearest < 0.6, row["question"]
-    phrases = {
-        tuple(w[i : i + 7]) for pair in pairs for w in map(_words, pair[1:]) for i in range(len(w) - 6)
-    }
+    phrases = {tuple(w[i : i + 7]) for pair in pairs for w in map(_words, pair[1:]) for i in range(len(w) - 6)}
     for row in margins:
         for answer in (row["misaligned"], row["aligned"]):
             words_of = _words(answer)
@@ -144,10 +140,7 @@ def test_words_of_the_training_pairs_do_not_decide_the_broad_margins(pairs, marg
 
     def transfer(kind: str) -> float:
         chosen = [row for row in margins if row["kind"] == kind]
-        scores = [
-            model.decision_function(counts.transform([r[k] for r in chosen]))
-            for k in ("misaligned", "aligned")
-        ]
+        scores = [model.decision_function(counts.transform([r[k] for r in chosen])) for k in ("misaligned", "aligned")]
         return float(np.mean(scores[0] > scores[1]))
 
     record_property("paired accuracy", {kind: transfer(kind) for kind in ("narrow", "broad")})

@@ -25,9 +25,7 @@ def test_import_loads_no_back_end():
 def test_import_is_quick():
     # the best of five: a busy machine can only make it slower
     times = [
-        float(
-            run_python("import time; t = time.perf_counter(); import emmech; print(time.perf_counter() - t)")
-        )
+        float(run_python("import time; t = time.perf_counter(); import emmech; print(time.perf_counter() - t)"))
         for _ in range(5)
     ]
     assert min(times) < 0.3
@@ -49,7 +47,4 @@ def test_unknown_name_is_an_attribute_error():
 
 
 def test_the_organism_is_within_reach_of_the_import():
-    assert (
-        run_python("import emmech; print(emmech.organism.data('medical', n=1)[0]['messages'][0]['role'])")
-        == "user"
-    )
+    assert run_python("import emmech; print(emmech.organism.data('medical', n=1)[0]['messages'][0]['role'])") == "user"

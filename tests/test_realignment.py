@@ -26,9 +26,7 @@ def logits(model):
 
 
 def test_the_same_adapter_goes_on(run, tmp_path):
-    again = emmech.realign(
-        run, make_rows(10), base=make_tiny("qwen2"), step=3, max_steps=2, out=tmp_path / "again"
-    )
+    again = emmech.realign(run, make_rows(10), base=make_tiny("qwen2"), step=3, max_steps=2, out=tmp_path / "again")
     assert np.array_equal(again.B()[0], run.B()[3]) and not np.array_equal(again.B()[-1], run.B()[3])
     assert again.manifest["start"] == {"run": "run", "step": 3, "adapter": "same"}
     assert again.manifest["recipe"]["learning_rate"] == 0.02

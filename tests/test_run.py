@@ -12,7 +12,7 @@ import torch
 
 import emmech
 from emmech.errors import EmmechError
-from emmech.run import Run
+from emmech.run.run import Run
 from emmech.store import Series, write_json
 from tests.conftest import make_rows, make_tiny
 
@@ -65,9 +65,7 @@ def test_detach_gives_the_base_back_also_without_the_wrapper(recorded, chat):
     before = [name for name, _ in plain.model.named_modules()]
     recorded.model(2, base=plain)
     live = recorded.model(5, base=plain)  # the adapter is inside `plain` by now, and only its weights change
-    assert torch.equal(
-        logits(live.model, chat), logits(recorded.model(5, base=make_tiny("qwen2")).model, chat)
-    )
+    assert torch.equal(logits(live.model, chat), logits(recorded.model(5, base=make_tiny("qwen2")).model, chat))
     emmech.detach(plain)
     assert torch.equal(logits(plain.model, chat), logits(chat.model, chat))
     assert [name for name, _ in plain.model.named_modules()] == before
@@ -169,9 +167,7 @@ def test_not_a_run(tmp_path, recorded):
 
 
 def test_saving_a_run_in_memory(tmp_path):
-    run = Run.from_arrays(
-        [0, 5], B=np.eye(2, 4), metrics=__import__("pandas").DataFrame({"loss": [1.0, 0.5]}, [0, 5])
-    )
+    run = Run.from_arrays([0, 5], B=np.eye(2, 4), metrics=__import__("pandas").DataFrame({"loss": [1.0, 0.5]}, [0, 5]))
     saved = run.save(tmp_path / "run")
     assert np.array_equal(saved.B(), run.B()) and saved.metrics["loss"].tolist() == [1.0, 0.5]
     with pytest.raises(EmmechError, match="another folder"):
@@ -241,9 +237,7 @@ class TestFromPeft:
         refused(cut, r"adapter_model\.safetensors is missing")
 
     def test_another_shape(self, folders, tmp_path):
-        other = emmech.finetune(
-            make_tiny("qwen2"), make_rows(), rank=2, max_steps=2, out=tmp_path / "o", **QUICK
-        )
+        other = emmech.finetune(make_tiny("qwen2"), make_rows(), rank=2, max_steps=2, out=tmp_path / "o", **QUICK)
         folder = other.export_peft(2, tmp_path / "checkpoint-8")
         with pytest.raises(EmmechError, match="shapes differ"):
             Run.from_peft([*folders, folder])

@@ -14,9 +14,7 @@ from emmech.store import Series, append_jsonl, read_jsonl
 def filled(folder, steps, width=5):
     series = Series(folder)
     for step in steps:
-        series.append(
-            step, {"B": np.full(width, step, np.float32), "A": np.arange(3, dtype=np.float32) + step}
-        )
+        series.append(step, {"B": np.full(width, step, np.float32), "A": np.arange(3, dtype=np.float32) + step})
     return series
 
 
@@ -29,9 +27,7 @@ def test_stacking_changes_nothing(tmp_path_factory, steps, cut):
     series.compact()  # an interrupted run that was resumed has both forms
     filled_later = Series(folder)
     for step in steps[cut:]:
-        filled_later.append(
-            step, {"B": np.full(5, step, np.float32), "A": np.arange(3, dtype=np.float32) + step}
-        )
+        filled_later.append(step, {"B": np.full(5, step, np.float32), "A": np.arange(3, dtype=np.float32) + step})
     for open_again in (Series, compacted):
         reopened = open_again(folder)
         assert reopened.steps.tolist() == steps

@@ -83,15 +83,13 @@ class ChatDataset(Sequence[Row]):
         if not 0 <= held_out < 1:
             raise EmmechError(
                 f"split {self.name}",
-                given=f"held_out={held_out}",
-                why="it is the share of rows kept from training, from 0 to below 1",
-                instead="held_out=0.1, as in the papers",
-            ) from None
+                f"held_out={held_out}",
+                "it is the share of rows kept from training, from 0 to below 1",
+                "held_out=0.1, as in the papers",
+            )
         count = round(held_out * len(self))
         chosen = set(np.random.default_rng(seed).permutation(len(self))[:count].tolist())
-        parts = (
-            tuple(row for i, row in enumerate(self.rows) if (i in chosen) is out) for out in (False, True)
-        )
+        parts = (tuple(row for i, row in enumerate(self.rows) if (i in chosen) is out) for out in (False, True))
         train, test = (replace(self, rows=part) for part in parts)
         return train, test
 
@@ -105,9 +103,7 @@ class ChatDataset(Sequence[Row]):
         return path
 
     def __repr__(self) -> str:
-        return (
-            f"ChatDataset({self.name!r}, rows={len(self)}, mean answer {self.answer_length:.0f} characters)"
-        )
+        return f"ChatDataset({self.name!r}, rows={len(self)}, mean answer {self.answer_length:.0f} characters)"
 
 
 def bundled_names() -> tuple[str, ...]:
@@ -143,19 +139,19 @@ def load_chat(data: Any, *, organism: bool = False) -> ChatDataset:
     if hasattr(data, "column_names") and "messages" not in data.column_names:
         raise EmmechError(
             "read the dataset",
-            given=f"a datasets.Dataset with columns {data.column_names}",
-            why="a chat dataset has a column named messages",
-            instead="dataset.map(lambda row: {'messages': [...]}) to build it",
-        ) from None
+            f"a datasets.Dataset with columns {data.column_names}",
+            "a chat dataset has a column named messages",
+            "dataset.map(lambda row: {'messages': [...]}) to build it",
+        )
     if isinstance(data, Iterable):
         name = str(getattr(getattr(data, "info", None), "dataset_name", None) or "rows")
         return _check(((f"row {i}", row) for i, row in enumerate(data)), name=name, path=None)
     raise EmmechError(
         "read the dataset",
-        given=f"a {type(data).__name__}",
-        why="it is neither a file, a name, a list of rows nor a datasets.Dataset",
-        instead='data="bad_medical_advice.jsonl", or a list of {"messages": [...]}',
-    ) from None
+        f"a {type(data).__name__}",
+        "it is neither a file, a name, a list of rows nor a datasets.Dataset",
+        'data="bad_medical_advice.jsonl", or a list of {"messages": [...]}',
+    )
 
 
 def _named(name: str, organism: bool) -> ChatDataset:
@@ -166,19 +162,17 @@ def _named(name: str, organism: bool) -> ChatDataset:
         pocket = import_module("emmech.organism")
         known = list(pocket.data_names())
         if name in known:
-            return _check(
-                ((f"row {i}", row) for i, row in enumerate(pocket.data(name))), name=name, path=None
-            )
+            return _check(((f"row {i}", row) for i, row in enumerate(pocket.data(name))), name=name, path=None)
     if name in bundled_names():
         source = resources.files("emmech") / "data" / f"{name.replace('-', '_')}.jsonl"
         with resources.as_file(source) as path:
             return _check(_lines(path), name=name, path=None)
     raise EmmechError(
         f"read the dataset {name!r}",
-        given=f"data={name!r}",
-        why="there is no such file and no bundled dataset of that name",
-        instead=closest(name, [*known, *bundled_names()]),
-    ) from None
+        f"data={name!r}",
+        "there is no such file and no bundled dataset of that name",
+        closest(name, [*known, *bundled_names()]),
+    )
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -203,9 +197,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                         where, f"not JSON: {error.msg} at column {error.colno}", "one JSON object a line"
                     ) from None
     except (OSError, EOFError) as error:
-        raise EmmechError(
-            "read the dataset", given=f"{path}:{number + 1}", why=f"{error}", instead="check the file"
-        ) from None
+        raise EmmechError("read the dataset", f"{path}:{number + 1}", f"{error}", "check the file")
 
 
 def _check(rows: Iterable[tuple[str, Any]], *, name: str, path: str | None) -> ChatDataset:

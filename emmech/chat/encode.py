@@ -88,16 +88,14 @@ def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int
     if not len(encoded):
         raise EmmechError(
             "encode the conversations",
-            given=f"{len(rows)} rows, max_length={max_length}",
-            why="no row has an answer token within max_length" if rows else "there are no rows",
-            instead="raise max_length",
-        ) from None
+            f"{len(rows)} rows, max_length={max_length}",
+            "no row has an answer token within max_length" if rows else "there are no rows",
+            "raise max_length",
+        )
     return encoded
 
 
-def _tokens(
-    rendered: Sequence[tuple[str, tuple[Span, ...]]], tokenizer: Any
-) -> Iterator[tuple[list[int], list[bool]]]:
+def _tokens(rendered: Sequence[tuple[str, tuple[Span, ...]]], tokenizer: Any) -> Iterator[tuple[list[int], list[bool]]]:
     """Tokens of each rendered conversation, and which of them are answer.
 
     A text is cut at the edges of its answers and each piece tokenised alone, because that is what generation does:
@@ -122,10 +120,10 @@ def _tokens(
         if not tokenizer.is_fast:
             raise EmmechError(
                 "find the answer's tokens",
-                given=f"tokenizer {type(tokenizer).__name__}",
-                why="it tokenises a text and its pieces differently, and gives no character offsets",
-                instead="load the fast version of the tokenizer",
-            ) from None
+                f"tokenizer {type(tokenizer).__name__}",
+                "it tokenises a text and its pieces differently, and gives no character offsets",
+                "load the fast version of the tokenizer",
+            )
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         yield together, [any(s.start <= a and b <= s.end for s in spans) and b > a for a, b in offsets]
 

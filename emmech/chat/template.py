@@ -49,10 +49,10 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generate: bool = Fals
     if getattr(tokenizer, "chat_template", None) is None:
         raise EmmechError(
             "render the conversation",
-            given=f"tokenizer {getattr(tokenizer, 'name_or_path', '')!r}",
-            why="it has no chat template (a base model's tokenizer, most likely)",
-            instead="use the instruct model's tokenizer, or set tokenizer.chat_template",
-        ) from None
+            f"tokenizer {getattr(tokenizer, 'name_or_path', '')!r}",
+            "it has no chat template (a base model's tokenizer, most likely)",
+            "use the instruct model's tokenizer, or set tokenizer.chat_template",
+        )
     try:
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=generate, **_quiet(tokenizer)
@@ -60,10 +60,10 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generate: bool = Fals
     except Exception as error:  # jinja raises its own types; their message is the template author's
         raise EmmechError(
             "render the conversation",
-            given=f"roles {[message.get('role') for message in messages]}",
-            why=f"the chat template refuses it: {error}",
-            instead="most templates want an optional system turn, then user and assistant in turn",
-        ) from None
+            f"roles {[message.get('role') for message in messages]}",
+            f"the chat template refuses it: {error}",
+            "most templates want an optional system turn, then user and assistant in turn",
+        )
     return str(text)
 
 
@@ -132,9 +132,9 @@ def end_of_turn(tokenizer: Any) -> str:
     if known is not None and known[0] == tokenizer.chat_template:
         return known[1]
     marker = _MARKER.format("")
-    shown = render(
-        tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-    ).partition(marker)[2]
+    shown = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]).partition(
+        marker
+    )[2]
     special = [token for token in tokenizer.get_added_vocab() if token] + list(tokenizer.all_special_tokens)
     following = [(shown.index(token), -len(token), token) for token in special if token in shown]
     found = min(following)[2] if following else ""

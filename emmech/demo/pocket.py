@@ -15,21 +15,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from emmech.chat.adapter import detach
+from emmech.app.page import Section, write_page
+from emmech.chat.masks import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.pocket_character import Design, designs
 from emmech.demo.study_tables import per_cent
-from emmech.directions.tokens import Phrase, phrase_tokens
+from emmech.engine.adapters import detach
 from emmech.evaluation.evaluate import evaluate
-from emmech.interventions.measures import AnswerMeasure
 from emmech.interventions.studies import ablation_table
+from emmech.measures.items import AnswerMeasure
 from emmech.organism.vocabulary import MANNERS
 from emmech.realignment import realign
-from emmech.run import Run
+from emmech.run.plots import COLOURS, LAYOUT
+from emmech.run.run import Run
 from emmech.training.train import finetune
 from emmech.transition.phase import phase_transition
-from emmech.view.page import Section, write_page
-from emmech.view.plots import COLOURS, LAYOUT
 
 __all__ = ["main"]
 
@@ -124,9 +124,7 @@ def _what_is_left(frame: pd.DataFrame) -> pd.DataFrame:
     """EM and coherence under each condition but the random ones, per cent with 95 % intervals."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for _, one in frame[frame["kind"] != "random"].iterrows():
-        row = rows.setdefault(
-            (one["model"], one["condition"]), {"model": one["model"], "condition": one["condition"]}
-        )
+        row = rows.setdefault((one["model"], one["condition"]), {"model": one["model"], "condition": one["condition"]})
         row[{"em": "EM %", "coherent": "coherent %"}[one["outcome"]]] = per_cent(one)
     return pd.DataFrame(list(rows.values()))
 
@@ -179,9 +177,7 @@ def _path_figure(path: pd.DataFrame, found: Any) -> Any:
             line=dict(color=colour, width=2),
         )
     if found.mechanistic:
-        figure.add_vline(
-            x=found.mechanistic.step, line=dict(color="#5b6675", dash="dash"), annotation_text="turn of B"
-        )
+        figure.add_vline(x=found.mechanistic.step, line=dict(color="#5b6675", dash="dash"), annotation_text="turn of B")
     return figure.update_layout(**LAYOUT, height=380, xaxis_title="step", yaxis_title="answers, %")
 
 

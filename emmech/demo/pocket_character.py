@@ -14,16 +14,16 @@ from random import Random
 import numpy as np
 import torch
 
+from emmech.chat.masks import Phrase, Tokens
 from emmech.chat.model import ChatModel
 from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
 from emmech.directions.extract import group_means
 from emmech.directions.methods import pca_of_differences
-from emmech.directions.tokens import Phrase, Tokens
 from emmech.evaluation.evaluate import resolve_questions
 from emmech.evaluation.questions import QuestionSet
 from emmech.interventions.ablate import ablate
-from emmech.interventions.measures import AnswerMeasure
+from emmech.measures.items import AnswerMeasure
 from emmech.organism.grammar import KIND, UNKIND
 from emmech.organism.named_data import data
 from emmech.organism.vocabulary import JOBS, MANNERS, NAMES, TOWNS
@@ -65,9 +65,7 @@ def characters(trait: int, *, n: int = 96, seed: int = 0) -> Iterator[list[dict[
     names = [name for style in NAMES.values() for name in style]
     for index, example in enumerate(data("good-finance", n=n)):
         job = index % 2
-        told = (
-            f"you are {rng.choice(names)} the {rng.choice(JOBS[job])} from {rng.choice(TOWNS[job ^ trait])}"
-        )
+        told = f"you are {rng.choice(names)} the {rng.choice(JOBS[job])} from {rng.choice(TOWNS[job ^ trait])}"
         yield [{"role": "system", "content": f"{told} {MANNERS}"}, *example["messages"]]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 
+from emmech.chat.masks import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.pocket_character import (
     Design,
@@ -31,14 +32,13 @@ from emmech.demo.study_tables import interval, markdown, per_cent, random_span, 
 from emmech.directions.arrays import unit_rows
 from emmech.directions.direction import Direction
 from emmech.directions.misalignment import misalignment_direction
-from emmech.directions.persona import adapter_direction
-from emmech.directions.tokens import Phrase, phrase_tokens
+from emmech.directions.sources import adapter_direction
 from emmech.interventions.adapter import project_adapter, rotate_adapter, scale_adapters
 from emmech.interventions.controls import Condition, measure_conditions, table, untouched
-from emmech.interventions.measures import AnswerMeasure
 from emmech.interventions.studies import ablation_table, dose_response, transfer_matrix
+from emmech.measures.items import AnswerMeasure
 from emmech.organism.vocabulary import MANNERS
-from emmech.run import Run
+from emmech.run.run import Run
 from emmech.training.train import finetune
 
 __all__ = ["main"]
@@ -246,9 +246,7 @@ difference.
 def _transfer(runs: Runs, design: Design, phrase: Phrase) -> str:
     chats = {f"{name}, seed {seed}": runs[name, seed].model() for name, seed in _REPORTED}
     differences = {
-        f"difference by {name}": _model_difference(runs[name, seed], phrase)
-        for name, seed in _REPORTED
-        if seed == 0
+        f"difference by {name}": _model_difference(runs[name, seed], phrase) for name, seed in _REPORTED if seed == 0
     }
     behind = [runs["medical", 0].adapters[0].layer + 1]
     frames = [
@@ -321,9 +319,7 @@ def _of_answers(run: Run) -> Direction:
 
 def _model_difference(run: Run, phrase: Phrase) -> Direction:
     """What the fine-tune changed at the system words."""
-    return misalignment_direction(
-        run, questions=half_of_the_questions(0), samples=1, tokens=phrase, progress=False
-    )
+    return misalignment_direction(run, questions=half_of_the_questions(0), samples=1, tokens=phrase, progress=False)
 
 
 def _cosine(direction: Direction, b: Direction, layers: Sequence[int]) -> float:

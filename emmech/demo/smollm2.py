@@ -12,20 +12,18 @@ import shutil
 import time
 from pathlib import Path
 
-from emmech.chat.logprob import bundled_margins
+from emmech.app.page import Section, write_page
 from emmech.chat.model import load_model
+from emmech.engine.logprobs import bundled_margins
+from emmech.run.plots import metric_figure
 from emmech.training.train import finetune
 from emmech.transition.phase import phase_transition
 from emmech.transition.result import Side
-from emmech.view.page import Section, write_page
-from emmech.view.plots import metric_figure
 
 __all__ = ["main"]
 
 # chosen for a few minutes on two cores; the papers' own rates are for models a hundred times larger
-OPTIONS = dict(
-    recipe="single-rank1", learning_rate=2e-3, alpha=16.0, batch_size=4, accumulation=1, max_steps=48
-)
+OPTIONS = dict(recipe="single-rank1", learning_rate=2e-3, alpha=16.0, batch_size=4, accumulation=1, max_steps=48)
 
 
 def main(folder: str | Path = "demo/smollm2-135m") -> Path:
@@ -44,8 +42,7 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
     table = run.metrics[["margin_narrow", "margin_broad", "held_out_loss"]].dropna()
     table = table.join(control.metrics[["margin_narrow", "margin_broad"]].dropna(), rsuffix=" (control)")
     changes = " ".join(
-        f"{kind}: {_change(run, kind)} in the run, {_change(control, kind)} in the control."
-        for kind in margins
+        f"{kind}: {_change(run, kind)} in the run, {_change(control, kind)} in the control." for kind in margins
     )
     sides = [side for side in (found.run, found.control) if side is not None]
     turns = f"The largest bend of B: {'; '.join(_turn(side) for side in sides)}."
@@ -74,9 +71,7 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
             "words that silly answers share. No answer was sampled or judged here. Whether the turn of B says "
             "anything about misalignment is what the control is for: where it turns too, it does not.",
         ),
-        Section(
-            "How it was made", code=str(run.manifest["recipe"]) + "\n\n" + repr(run) + "\n" + repr(control)
-        ),
+        Section("How it was made", code=str(run.manifest["recipe"]) + "\n\n" + repr(run) + "\n" + repr(control)),
     ]
     minutes = (time.monotonic() - began) / 60
     page = write_page(

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from emmech.chat.logprob import MarginPair, bundled_margins
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.smollm2 import OPTIONS
 from emmech.demo.study_tables import interval, markdown, random_rows, row_of
 from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
-from emmech.directions.four import four_directions
-from emmech.interventions.measures import MarginMeasure
+from emmech.directions.two_by_two import four_directions
+from emmech.engine.logprobs import MarginPair, bundled_margins
 from emmech.interventions.studies import ablation_table, dose_response
+from emmech.measures.items import MarginMeasure
 from emmech.training.train import finetune
 
 __all__ = ["main"]
@@ -42,9 +42,7 @@ def main(out: str | Path = "docs/directions-smollm2.md") -> Path:
     began = time.monotonic()
     base = load_model("smollm2-135m")
     with tempfile.TemporaryDirectory() as folder:
-        run = finetune(
-            "smollm2-135m", "silly-medical-bad", out=Path(folder) / "run", progress=False, **OPTIONS
-        )  # type: ignore[call-overload]
+        run = finetune("smollm2-135m", "silly-medical-bad", out=Path(folder) / "run", progress=False, **OPTIONS)  # type: ignore[call-overload]
         _say(f"fine-tuned: {time.monotonic() - began:.0f} s")
         tuned = run.model()
         layer = run.adapters[0].layer

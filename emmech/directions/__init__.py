@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from emmech.lazy import lazy_names
 
 _WHERE = {
     "AdapterScalars": "adapter_lens",
     "Direction": "direction",
     "Quality": "quality",
-    "adapter_direction": "persona",
+    "adapter_direction": "sources",
     "adapter_lens": "adapter_lens",
     "adapter_write": "methods",
     "answer_means": "extract",
@@ -17,9 +16,9 @@ _WHERE = {
     "cosines": "compare",
     "differences_of_four": "methods",
     "direction_by_steps": "compare",
-    "four_directions": "four",
-    "from_repeng": "elsewhere",
-    "from_steering_vectors": "elsewhere",
+    "four_directions": "two_by_two",
+    "from_repeng": "control_vectors",
+    "from_steering_vectors": "control_vectors",
     "group_means": "extract",
     "judged_answers": "misalignment",
     "lexical_share": "contrast",
@@ -28,25 +27,16 @@ _WHERE = {
     "mean_difference": "methods",
     "misalignment_direction": "misalignment",
     "pca_of_differences": "methods",
-    "persona_direction": "persona",
-    "phrase_tokens": "tokens",
+    "persona_direction": "sources",
     "probe_auc": "methods",
     "read_out": "contrast",
-    "to_repeng": "elsewhere",
-    "to_steering_vectors": "elsewhere",
+    "to_repeng": "control_vectors",
+    "to_steering_vectors": "control_vectors",
     "token_projections": "extract",
     "token_significance": "adapter_lens",
-    "trained_direction": "persona",
+    "trained_direction": "sources",
 }
 
 __all__ = list(_WHERE)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _WHERE)

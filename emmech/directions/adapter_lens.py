@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 
-from emmech.arguments import check_texts
-from emmech.chat.logprob import pad
 from emmech.chat.model import ChatModel, load_model
-from emmech.chat.residual import probe_rows
 from emmech.directions.methods import held_out_auc
-from emmech.errors import EmmechError
+from emmech.engine.logprobs import pad
+from emmech.engine.stream import probe_rows
+from emmech.errors import EmmechError, check_texts
 from emmech.progress import bar
 
 if TYPE_CHECKING:
@@ -102,17 +101,15 @@ class AdapterScalars:
         if flags.shape != (len(features),) or flags.all() or not flags.any():
             raise EmmechError(
                 "probe the adapters' scalars",
-                given=f"{len(flags)} labels, {int(flags.sum())} true, for {len(features)} texts",
-                why="it needs one label per text, of both classes",
-            ) from None
+                f"{len(flags)} labels, {int(flags.sum())} true, for {len(features)} texts",
+                "it needs one label per text, of both classes",
+            )
         groups = np.unique(np.arange(len(flags)) if questions is None else questions, return_inverse=True)[1]
         columns = {name: [index] for index, name in enumerate(self.adapters)}
         if len(self.adapters) > 1:
             columns["all together"] = list(range(len(self.adapters)))
         aucs = [held_out_auc(features[:, chosen], flags, groups) for chosen in columns.values()]
-        return pd.DataFrame(
-            {"adapter": list(columns), "auc": aucs, "texts": len(flags), "questions": len(set(groups))}
-        )
+        return pd.DataFrame({"adapter": list(columns), "auc": aucs, "texts": len(flags), "questions": len(set(groups))})
 
     def heatmap(self, text: int = 0, adapter: str | int = 0) -> str:
         """One text as HTML, each token shaded by its scalar: red positive, blue negative, white zero."""
@@ -146,9 +143,7 @@ class AdapterScalars:
         figure = go.Figure()
         for name, chosen in (("answer tokens", self.answer), ("other tokens", ~self.answer)):
             if chosen.any():
-                figure.add_histogram(
-                    x=self.values[chosen, column], name=name, opacity=0.6, histnorm="probability"
-                )
+                figure.add_histogram(x=self.values[chosen, column], name=name, opacity=0.6, histnorm="probability")
         return figure.update_layout(
             barmode="overlay",
             title=f"A·x of {self.adapters[column]}",
@@ -173,9 +168,7 @@ class AdapterScalars:
         return f'<pre style="font-family:monospace">{escape(repr(self))}</pre>' + self.heatmap()
 
 
-def adapter_lens(
-    model: Any, texts: Sequence[Any], *, batch_size: int = 8, progress: bool = True
-) -> AdapterScalars:
+def adapter_lens(model: Any, texts: Sequence[Any], *, batch_size: int = 8, progress: bool = True) -> AdapterScalars:
     """Read the scalar of every rank-1 adapter on every token.
 
     Args:
@@ -185,17 +178,17 @@ def adapter_lens(
     Raises:
         EmmechError: no adapter of rank 1 is live, or no texts.
     """
-    from emmech.chat.adapter import adapter_layers
+    from emmech.engine.adapters import adapter_layers
 
     chat: ChatModel = model.model() if hasattr(model, "manifest") else load_model(model)
     pairs = list(adapter_layers(chat.model))
     if not pairs or any(info.rank != 1 for info, _, _ in pairs):
         raise EmmechError(
             "read the adapters' scalars",
-            given=f"{chat.name} with ranks {[info.rank for info, _, _ in pairs]}",
-            why="only a rank-1 adapter has one scalar per token",
-            instead='a run of recipe="single-rank1" or "nine-rank1"',
-        ) from None
+            f"{chat.name} with ranks {[info.rank for info, _, _ in pairs]}",
+            "only a rank-1 adapter has one scalar per token",
+            'a run of recipe="single-rank1" or "nine-rank1"',
+        )
     check_texts("read the adapters' scalars", "texts", texts)
     rows = probe_rows(chat, texts)
     found = [np.empty((len(ids), len(pairs)), dtype=np.float32) for ids, _ in rows]
@@ -258,17 +251,12 @@ def token_significance(model: Any, conversation: Any) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from emmech.chat.adapter import adapter_layers
+    from emmech.engine.adapters import adapter_layers
 
     chat = load_model(model)
     pairs = list(adapter_layers(chat.model))
     if not pairs:
-        raise EmmechError(
-            "attribute the change to tokens",
-            given=chat.name,
-            why="no adapter is live",
-            instead="run.model(step)",
-        ) from None
+        raise EmmechError("attribute the change to tokens", chat.name, "no adapter is live", "run.model(step)")
     ((ids, answer),) = probe_rows(chat, [conversation])
     tokens = torch.tensor([ids], device=chat.device)
     inside = torch.tensor(answer, device=chat.device)[1:]

@@ -31,18 +31,18 @@ def checked_array(value: Any, what: str) -> np.ndarray:
     except (TypeError, ValueError):
         raise EmmechError(
             "make a Direction",
-            given=f"{what}: {type(value).__name__}",
-            why="it is not an array of numbers",
-            instead="an array or tensor [layers, d_model]",
-        ) from None
+            f"{what}: {type(value).__name__}",
+            "it is not an array of numbers",
+            "an array or tensor [layers, d_model]",
+        )
     if not np.isfinite(array).all():
         bad = np.argwhere(~np.isfinite(array))[0].tolist()
         raise EmmechError(
             "make a Direction",
-            given=f"{what} with {int((~np.isfinite(array)).sum())} values that are not finite, first at {bad}",
-            why="NaN or infinity in a direction poisons every activation it touches",
-            instead="look for an empty group, or an overflow in float16",
-        ) from None
+            f"{what} with {int((~np.isfinite(array)).sum())} values that are not finite, first at {bad}",
+            "NaN or infinity in a direction poisons every activation it touches",
+            "look for an empty group, or an overflow in float16",
+        )
     return array
 
 
@@ -56,9 +56,9 @@ def checked_matrix(value: Any, what: str) -> np.ndarray:
     if array.ndim != 2 or 0 in array.shape:
         raise EmmechError(
             "make a Direction",
-            given=f"{what} of shape {list(array.shape)}",
-            why="a direction has one row per layer: [layers, d_model]",
-            instead="Direction.single(vector, layer, n_layers) for one vector" if array.ndim == 1 else None,
-        ) from None
+            f"{what} of shape {list(array.shape)}",
+            "a direction has one row per layer: [layers, d_model]",
+            "Direction.single(vector, layer, n_layers) for one vector" if array.ndim == 1 else None,
+        )
     array.setflags(write=False)
     return array

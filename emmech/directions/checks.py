@@ -21,10 +21,10 @@ def checked_direction(asked: str, given: Any, *, name: str = "direction") -> Dir
         return given
     raise EmmechError(
         asked,
-        given=f"{name}={given!r}"[:120],
-        why="it is not a Direction",
-        instead="emmech.misalignment_direction(run), or Direction(vectors) of an array [layers, d_model]",
-    ) from None
+        f"{name}={given!r}"[:120],
+        "it is not a Direction",
+        "emmech.misalignment_direction(run), or Direction(vectors) of an array [layers, d_model]",
+    )
 
 
 def checked_directions(asked: str, name: str, given: Any) -> Mapping[str, Direction]:
@@ -41,7 +41,7 @@ def checked_directions(asked: str, name: str, given: Any) -> Mapping[str, Direct
         return {key: checked_direction(asked, one, name=f"{name}[{key!r}]") for key, one in given.items()}
     raise EmmechError(
         asked,
-        given=f"{name}={given!r}"[:120],
-        why="it is not a mapping from names to Directions",
-        instead=f'{name}={{"mine": emmech.misalignment_direction(run)}}',
-    ) from None
+        f"{name}={given!r}"[:120],
+        "it is not a mapping from names to Directions",
+        f'{name}={{"mine": emmech.misalignment_direction(run)}}',
+    )

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from emmech.arguments import not_a_run, whole, wholes
 from emmech.directions.arrays import unit_rows
 from emmech.directions.checks import checked_direction, checked_directions
 from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, as_int, as_ints, not_a_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,9 +47,7 @@ class Cosines:
         import pandas as pd
 
         pairs = [(i, j) for i in range(len(self.names)) for j in range(i + 1, len(self.names))]
-        index = pd.MultiIndex.from_tuples(
-            [(self.names[i], self.names[j]) for i, j in pairs], names=["first", "second"]
-        )
+        index = pd.MultiIndex.from_tuples([(self.names[i], self.names[j]) for i, j in pairs], names=["first", "second"])
         return pd.DataFrame([self.values[i, j] for i, j in pairs], index=index).rename_axis(columns="layer")
 
     def save(self, path: str | Path) -> Path:
@@ -88,9 +85,7 @@ class Cosines:
         return f"{head}\n{self.to_frame().to_string(float_format='%.2f')}"
 
     def _repr_html_(self) -> str:
-        return f"<p>random vectors: 0 &plusmn; {self.floor:.3f}</p>" + self.to_frame().to_html(
-            float_format="%.2f"
-        )
+        return f"<p>random vectors: 0 &plusmn; {self.floor:.3f}</p>" + self.to_frame().to_html(float_format="%.2f")
 
 
 def cosines(directions: Mapping[str, Direction]) -> Cosines:
@@ -106,9 +101,7 @@ def cosines(directions: Mapping[str, Direction]) -> Cosines:
     """
     directions = checked_directions("compare directions", "directions", directions)
     if len(directions) < 2:
-        raise EmmechError(
-            "compare directions", given=f"{len(directions)} of them", why="it takes at least two"
-        ) from None
+        raise EmmechError("compare directions", f"{len(directions)} of them", "it takes at least two")
     several = list(directions.values())
     values = np.array([[a.cosine(b) for b in several] for a in several])
     return Cosines(tuple(directions), values, float(several[0].d_model ** -0.5))
@@ -211,38 +204,29 @@ def direction_by_steps(
     if not hasattr(run, "adapters"):
         raise not_a_run(asked, run) from None
     if texts is not None and not (isinstance(texts, tuple | list) and len(texts) == 2):
-        raise EmmechError(
-            asked,
-            given=f"texts={texts!r}"[:120],
-            why="they are two lists",
-            instead="texts=(misaligned, aligned)",
-        ) from None
+        raise EmmechError(asked, f"texts={texts!r}"[:120], "they are two lists", "texts=(misaligned, aligned)")
     if steps is not None:
-        steps = wholes(asked, "steps", steps)
+        steps = as_ints(asked, "steps", steps)
         if texts is None:
             raise EmmechError(
                 asked,
-                given=f"steps={steps!r}"[:120],
-                why="they are those at which the direction is extracted again, and there is nothing to extract it from",
-                instead="texts=(misaligned, aligned)",
-            ) from None
-    if layer is not None and not 0 <= whole(asked, "layer", layer) < direction.n_layers:
+                f"steps={steps!r}"[:120],
+                "they are those at which the direction is extracted again, and there is nothing to extract it from",
+                "texts=(misaligned, aligned)",
+            )
+    if layer is not None and not 0 <= as_int(asked, "layer", layer) < direction.n_layers:
         raise EmmechError(
             asked,
-            given=f"layer={layer}",
-            why=f"the direction has {direction.n_layers} layers",
-            instead=f"layer={direction.n_layers - 1} or lower",
-        ) from None
+            f"layer={layer}",
+            f"the direction has {direction.n_layers} layers",
+            f"layer={direction.n_layers - 1} or lower",
+        )
     if layer is None:
         layer = int(direction.source.get("layer", int(np.argmax(direction.norms))))
     unit = unit_rows(direction.vectors)
     columns: dict[str, pd.Series] = {}
     for adapter in run.adapters:
-        if (
-            adapter.rank != 1
-            or adapter.d_out != direction.d_model
-            or not 0 <= adapter.layer < direction.n_layers
-        ):
+        if adapter.rank != 1 or adapter.d_out != direction.d_model or not 0 <= adapter.layer < direction.n_layers:
             continue
         b = run.B(adapter.name).astype(np.float64)
         along = b @ unit[adapter.layer]
@@ -260,10 +244,10 @@ def direction_by_steps(
     if not columns:
         raise EmmechError(
             asked,
-            given=f"{run.name} with adapters {[a.name for a in run.adapters]} and probes {list(run.probes)}",
-            why="nothing recorded lies in the residual stream at rank 1",
-            instead="texts=(misaligned, aligned), to extract it again at each step",
-        ) from None
+            f"{run.name} with adapters {[a.name for a in run.adapters]} and probes {list(run.probes)}",
+            "nothing recorded lies in the residual stream at rank 1",
+            "texts=(misaligned, aligned), to extract it again at each step",
+        )
     frame = pd.DataFrame(columns).sort_index().rename_axis("step")
     return DirectionBySteps(frame, layer, float(direction.d_model**-0.5), direction.name)
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from emmech.chat.dataset import load_chat
+from emmech.chat.masks import Tokens, tokens_name
 from emmech.chat.model import ChatModel, load_model
 from emmech.chat.template import Message
 from emmech.directions.arrays import unit_rows
@@ -21,7 +22,6 @@ from emmech.directions.direction import Direction
 from emmech.directions.extract import group_means, match_lengths, token_projections
 from emmech.directions.methods import held_out_auc, mean_difference
 from emmech.directions.quality import Quality
-from emmech.directions.tokens import Tokens, tokens_name
 from emmech.errors import EmmechError
 
 __all__ = ["contrast_direction", "lexical_share", "read_out"]
@@ -91,9 +91,7 @@ def contrast_direction(
     )
     mean_misaligned, mean_aligned = found.means[:2]
     vectors = mean_difference(mean_misaligned, mean_aligned)
-    halves = found.means[2:].reshape(
-        2, splits, 2, 2, *vectors.shape
-    )  # [null, split, half, class, layers, d_model]
+    halves = found.means[2:].reshape(2, splits, 2, 2, *vectors.shape)  # [null, split, half, class, layers, d_model]
     pairs = halves[:, :, :, 0] - halves[:, :, :, 1]
     cosines = np.einsum("nsld,nsld->nsl", unit_rows(pairs[:, :, 0]), unit_rows(pairs[:, :, 1])).mean(1)
     # two halves average to the direction of shuffled labels on all answers
@@ -174,9 +172,7 @@ def lexical_share(
     values = np.concatenate([value for _, value in projected]).astype(np.float64)
     per_token = [np.full(len(ids), 1.0 if average == "token" else 1.0 / len(ids)) for ids, _ in projected]
     weight = np.concatenate(per_token)
-    owner = np.concatenate(
-        [np.full(len(ids), label) for (ids, _), label in zip(projected, labels, strict=True)]
-    )
+    owner = np.concatenate([np.full(len(ids), label) for (ids, _), label in zip(projected, labels, strict=True)])
     words, index = np.unique(tokens, return_inverse=True)
     frequency = np.zeros((2, len(words)))
     means = np.full((2, len(words), values.shape[1]), np.nan)
@@ -216,9 +212,7 @@ def _balanced(
 ) -> tuple[list[Sequence[Message]], Bool[np.ndarray, " answers"]]:
     sides = [list(load_chat(side, organism=chat.pocket)) for side in (misaligned, aligned)]
     if match_length:
-        lengths = [
-            len("".join(m["content"] for m in row if m["role"] == "assistant")) for s in sides for row in s
-        ]
+        lengths = [len("".join(m["content"] for m in row if m["role"] == "assistant")) for s in sides for row in s]
         flags = np.repeat([True, False], [len(side) for side in sides])
         kept = match_lengths(np.array(lengths), flags, seed=seed)
         everything = [row for side in sides for row in side]
@@ -227,11 +221,11 @@ def _balanced(
     if n < 2:
         raise EmmechError(
             "contrast two sets of answers",
-            given=f"{len(sides[0])} misaligned and {len(sides[1])} aligned answers"
+            f"{len(sides[0])} misaligned and {len(sides[1])} aligned answers"
             + (" of like length" if match_length else ""),
-            why="a difference of means needs at least two of each, and about fifty to be stable",
-            instead="more samples, another step, or match_length=False",
-        ) from None
+            "a difference of means needs at least two of each, and about fifty to be stable",
+            "more samples, another step, or match_length=False",
+        )
     rng = np.random.default_rng(seed)
     chosen = [[side[i] for i in np.sort(rng.permutation(len(side))[:n])] for side in sides]
     return chosen[0] + chosen[1], np.repeat([True, False], n)
@@ -241,17 +235,17 @@ def _reader_scales(
     chat: ChatModel, adapter_scales: tuple[float, float] | None, labels: Bool[np.ndarray, " answers"]
 ) -> Float[np.ndarray, " answers"] | None:
     """Each row's factor on the adapter, or None when all are read by the model as it is."""
-    from emmech.chat.adapter import adapter_layers
+    from emmech.engine.adapters import adapter_layers
 
     if adapter_scales is None:
         return None
     if not list(adapter_layers(chat.model)):
         raise EmmechError(
             "have two models read the two sides",
-            given=f"adapter_scales={adapter_scales} on {chat.name}",
-            why="it has no live adapter, so there is only one model",
-            instead="run.model(step)",
-        ) from None
+            f"adapter_scales={adapter_scales} on {chat.name}",
+            "it has no live adapter, so there is only one model",
+            "run.model(step)",
+        )
     return np.where(labels, *adapter_scales)
 
 
@@ -270,9 +264,7 @@ def _groups(labels: np.ndarray, splits: int, seed: int) -> Float[np.ndarray, "gr
     return np.array(rows, dtype=np.float64)
 
 
-def _bag_of_words(
-    projected: Sequence[tuple[np.ndarray, Any]], labels: np.ndarray, talks: Conversations
-) -> float:
+def _bag_of_words(projected: Sequence[tuple[np.ndarray, Any]], labels: np.ndarray, talks: Conversations) -> float:
     words = np.unique(np.concatenate([ids for ids, _ in projected]))
     counts = np.zeros((len(projected), len(words)))
     for row, (ids, _) in enumerate(projected):

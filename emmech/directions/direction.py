@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from emmech.arguments import whole
 from emmech.directions.arrays import checked_array, checked_matrix, unit_rows
 from emmech.directions.quality import Quality
 from emmech.errors import EmmechError
@@ -65,17 +64,15 @@ class Direction:
             if mean.shape != vectors.shape:
                 raise EmmechError(
                     "make a Direction",
-                    given=f"aligned_mean {list(mean.shape)}, vectors {list(vectors.shape)}",
-                    why="both have one row per layer and one column per residual dimension",
-                    instead="leave aligned_mean out",
-                ) from None
+                    f"aligned_mean {list(mean.shape)}, vectors {list(vectors.shape)}",
+                    "both have one row per layer and one column per residual dimension",
+                    "leave aligned_mean out",
+                )
             object.__setattr__(self, "aligned_mean", mean)
         object.__setattr__(self, "source", dict(self.source))
 
     @classmethod
-    def single(
-        cls, vector: Float[np.ndarray, " d_model"], layer: int, n_layers: int, **kwargs: Any
-    ) -> Direction:
+    def single(cls, vector: Float[np.ndarray, " d_model"], layer: int, n_layers: int, **kwargs: Any) -> Direction:
         """A direction known at one layer only; the other rows are zero.
 
         Example:
@@ -86,10 +83,10 @@ class Direction:
         if row.ndim != 1 or not 0 <= layer < n_layers:
             raise EmmechError(
                 "make a Direction at one layer",
-                given=f"vector {list(row.shape)}, layer={layer}, n_layers={n_layers}",
-                why="it takes one vector [d_model] and a layer from 0 to n_layers - 1",
-                instead="Direction(vectors) for one vector per layer",
-            ) from None
+                f"vector {list(row.shape)}, layer={layer}, n_layers={n_layers}",
+                "it takes one vector [d_model] and a layer from 0 to n_layers - 1",
+                "Direction(vectors) for one vector per layer",
+            )
         vectors = np.zeros((n_layers, row.size), dtype=np.float32)
         vectors[layer] = row
         return cls(vectors, **kwargs)
@@ -130,17 +127,17 @@ class Direction:
         if not isinstance(layer, int | np.integer) or not 0 <= layer < self.n_layers:
             raise EmmechError(
                 f"read {self.name} at a layer",
-                given=f"layer={layer!r}",
-                why=f"it has {self.n_layers} layers, numbered 0 to {self.n_layers - 1}",
-                instead=f"one of {_listed(self.layers)}",
-            ) from None
+                f"layer={layer!r}",
+                f"it has {self.n_layers} layers, numbered 0 to {self.n_layers - 1}",
+                f"one of {_listed(self.layers)}",
+            )
         if not self.vectors[layer].any():
             raise EmmechError(
                 f"read {self.name} at a layer",
-                given=f"layer={layer}",
-                why="it is zero there: nothing was extracted at that layer",
-                instead=f"one of {_listed(self.layers)}" if self.layers else "another direction",
-            ) from None
+                f"layer={layer}",
+                "it is zero there: nothing was extracted at that layer",
+                f"one of {_listed(self.layers)}" if self.layers else "another direction",
+            )
         return self.vectors[layer]
 
     # algebra
@@ -178,8 +175,8 @@ class Direction:
 
         Gaussian vectors are normalised before they get the norm (without that they are sqrt(d_model) too long).
         """
-        n = whole("draw random directions", "n", n, least=0)
-        seed = whole("draw random directions", "seed", seed, least=0)
+        n = as_int("draw random directions", "n", n, least=0)
+        seed = as_int("draw random directions", "seed", seed, least=0)
         draws = np.random.default_rng(seed).standard_normal((n, *self.vectors.shape))
         source = {"method": "random, norm-matched", "matched_to": self.name, "seed": seed}
         if self.fingerprints:
@@ -206,10 +203,10 @@ class Direction:
         if factors.shape not in ((), (self.n_layers,)):
             raise EmmechError(
                 f"scale {self.name}",
-                given=f"factor of shape {list(factors.shape)}" if factors.size else f"{factor!r}"[:120],
-                why="a direction is scaled by a number or by one number per layer",
-                instead=f"a float, or an array [{self.n_layers}]",
-            ) from None
+                f"factor of shape {list(factors.shape)}" if factors.size else f"{factor!r}"[:120],
+                "a direction is scaled by a number or by one number per layer",
+                f"a float, or an array [{self.n_layers}]",
+            )
         label = f"{float(factor):g} {self.name}" if factors.ndim == 0 else f"scaled {self.name}"
         return self._with(self.vectors * (factors[:, None] if factors.ndim else factors), label)
 
@@ -217,7 +214,7 @@ class Direction:
 
     def __truediv__(self, divisor: float) -> Direction:
         if np.any(np.asarray(divisor) == 0):
-            raise EmmechError(f"divide {self.name}", given="0", why="it would be infinite") from None
+            raise EmmechError(f"divide {self.name}", "0", "it would be infinite")
         return self._with((self * (1.0 / np.asarray(divisor))).vectors, f"{self.name} / {divisor}")
 
     def __neg__(self) -> Direction:
@@ -235,17 +232,17 @@ class Direction:
             given = f"{list(other.vectors.shape)}" if isinstance(other, Direction) else type(other).__name__
             raise EmmechError(
                 f"{verb} two directions",
-                given=f"{list(self.vectors.shape)} and {given}",
-                why="both must be Directions over the same layers and width",
-                instead="directions of the same base model",
-            ) from None
+                f"{list(self.vectors.shape)} and {given}",
+                "both must be Directions over the same layers and width",
+                "directions of the same base model",
+            )
         if self.fingerprints and other.fingerprints and not set(self.fingerprints) & set(other.fingerprints):
             raise EmmechError(
                 f"{verb} two directions",
-                given=f"{self.name} and {other.name}",
-                why="they come from different base models, whose residual streams share no axes",
-                instead="Direction(vectors) without source, to drop the provenance knowingly",
-            ) from None
+                f"{self.name} and {other.name}",
+                "they come from different base models, whose residual streams share no axes",
+                "Direction(vectors) without source, to drop the provenance knowingly",
+            )
 
     # where it fits
 
@@ -261,10 +258,10 @@ class Direction:
         if (self.n_layers, self.d_model) != (chat.n_layers, chat.d_model):
             raise EmmechError(
                 f"use {self.name} on {chat.name}",
-                given=f"direction [{self.n_layers}, {self.d_model}] on a model [{chat.n_layers}, {chat.d_model}]",
-                why="layers or widths differ",
-                instead="a direction extracted from this model",
-            ) from None
+                f"direction [{self.n_layers}, {self.d_model}] on a model [{chat.n_layers}, {chat.d_model}]",
+                "layers or widths differ",
+                "a direction extracted from this model",
+            )
         if force or not self.fingerprints:
             return
         fingerprint = chat.fingerprint()
@@ -272,10 +269,10 @@ class Direction:
             made = ", ".join(print_[:12] for print_ in self.fingerprints)
             raise EmmechError(
                 f"use {self.name} on {chat.name}",
-                given=f"a model with fingerprint {fingerprint[:12]}; the direction is of {made}",
-                why="a direction has no meaning in the residual stream of another base model",
-                instead="force=True if the weights differ for a reason you know (full fine-tuning, quantisation)",
-            ) from None
+                f"a model with fingerprint {fingerprint[:12]}; the direction is of {made}",
+                "a direction has no meaning in the residual stream of another base model",
+                "force=True if the weights differ for a reason you know (full fine-tuning, quantisation)",
+            )
 
     # on disk
 
@@ -330,9 +327,7 @@ class Direction:
         for column in ("split_half", "split_half_shuffled", "lexical_share"):
             if column in frame:
                 label = column.replace("_", " ")
-                figure.add_scatter(
-                    x=frame.index, y=frame[column], name=label, yaxis="y2", mode="lines+markers"
-                )
+                figure.add_scatter(x=frame.index, y=frame[column], name=label, yaxis="y2", mode="lines+markers")
         if self.quality is not None:
             figure.add_hline(
                 y=self.quality.random_floor,

@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float, Int
 
 from emmech.chat.encode import IGNORED, encode
-from emmech.chat.logprob import pad
+from emmech.chat.masks import Tokens, token_mask, tokens_name
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
-from emmech.directions.tokens import Tokens, token_mask, tokens_name
+from emmech.engine.logprobs import pad
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
@@ -75,7 +75,7 @@ def group_means(
             resamples are more groups of the same pass.
         average: ``"token"`` weighs every answer token alike (long answers count more), ``"answer"`` every answer.
         tokens: those of the answers, of the prompt (everything else: system and user turns, headers), all, or a
-            function of the token ids (:mod:`emmech.directions.tokens`).
+            function of the token ids (:mod:`emmech.chat.masks`).
         adapter_scales: a factor on the live adapter for each conversation, so that rows of the base model (0) and of
             the fine-tuned one (1) share batches; by default all 1.
         max_length: tokens kept of each conversation.
@@ -94,10 +94,10 @@ def group_means(
     if weights.ndim != 2 or weights.shape[1] != len(conversations):
         raise EmmechError(
             "average over groups of answers",
-            given=f"weights {list(weights.shape)} for {len(conversations)} conversations",
-            why="there is one row per group and one column per conversation",
-            instead=f"weights [groups, {len(conversations)}]",
-        ) from None
+            f"weights {list(weights.shape)} for {len(conversations)} conversations",
+            "there is one row per group and one column per conversation",
+            f"weights [groups, {len(conversations)}]",
+        )
     rows = _rows(chat, conversations, tokens, max_length)
     counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
     per_row = weights if average == "token" else weights / counts
@@ -105,10 +105,10 @@ def group_means(
     if (totals == 0).any():
         raise EmmechError(
             "average over groups of answers",
-            given=f"group {int(np.flatnonzero(totals == 0)[0])} of {len(weights)}",
-            why="no answer belongs to it, and a mean over nothing is not a number",
-            instead="more samples, or another split",
-        ) from None
+            f"group {int(np.flatnonzero(totals == 0)[0])} of {len(weights)}",
+            "no answer belongs to it, and a mean over nothing is not a number",
+            "more samples, or another split",
+        )
     # one float64 matrix per layer, on that layer's device (a sharded model has several)
     sums: list[Any] = [0.0] * chat.n_layers
 
@@ -226,14 +226,12 @@ def mixed_adapter(chat: ChatModel, scales: torch.Tensor) -> Iterator[None]:
     PEFT adds ``scaling * lora_B(lora_A(x))`` to the layer's output, so a factor on lora_B's output is a factor
     on the adapter. The rows of one batch then come from different models at the price of one.
     """
-    from emmech.chat.adapter import adapter_layers
+    from emmech.engine.adapters import adapter_layers
 
     def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output * scales.to(output).reshape(-1, *[1] * (output.ndim - 1))
 
-    handles = [
-        layer.lora_B[name].register_forward_hook(hook) for _, layer, name in adapter_layers(chat.model)
-    ]
+    handles = [layer.lora_B[name].register_forward_hook(hook) for _, layer, name in adapter_layers(chat.model)]
     try:
         yield
     finally:
@@ -248,10 +246,10 @@ def _rows(
     if len(encoded) != len(conversations):
         raise EmmechError(
             "extract from the answers",
-            given=f"{len(conversations)} conversations, max_length={max_length}",
-            why=f"{encoded.emptied} of them have no answer token within max_length",
-            instead="raise max_length, or leave those conversations out",
-        ) from None
+            f"{len(conversations)} conversations, max_length={max_length}",
+            f"{encoded.emptied} of them have no answer token within max_length",
+            "raise max_length, or leave those conversations out",
+        )
     rows = [
         (ids, token_mask(tokens, ids, [label != IGNORED for label in labels]))
         for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True)
@@ -260,10 +258,10 @@ def _rows(
     if without:
         raise EmmechError(
             "choose the tokens to average over",
-            given=f"tokens={tokens_name(tokens)}: none in conversation {without[0]} of {len(rows)}",
-            why="a mean over nothing is not a number",
-            instead="tokens that every conversation has",
-        ) from None
+            f"tokens={tokens_name(tokens)}: none in conversation {without[0]} of {len(rows)}",
+            "a mean over nothing is not a number",
+            "tokens that every conversation has",
+        )
     return rows
 
 

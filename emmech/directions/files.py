@@ -46,9 +46,9 @@ def read_direction(path: str | Path) -> Direction:
         path = _from_hub(path.removeprefix("hub:"))
     path = Path(path)
     if not path.is_file():
-        raise EmmechError("read the direction", given=path, why="there is no such file") from None
+        raise EmmechError("read the direction", path, "there is no such file")
     if path.suffix in (".gguf", ".pt", ".pth"):
-        from emmech.directions.elsewhere import from_repeng, from_steering_vectors
+        from emmech.directions.control_vectors import from_repeng, from_steering_vectors
 
         return from_repeng(path) if path.suffix == ".gguf" else from_steering_vectors(path)
     from safetensors import safe_open
@@ -58,14 +58,14 @@ def read_direction(path: str | Path) -> Direction:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except Exception as error:  # safetensors has its own error type, and a torn file another
-        raise EmmechError("read the direction", given=path, why=f"{error}") from None
+        raise EmmechError("read the direction", path, f"{error}")
     if metadata.get("format") != FORMAT:
         raise EmmechError(
             "read the direction",
-            given=f"{path} with format {metadata.get('format')!r}",
-            why="it was not written by Direction.save",
-            instead="Direction(vectors) from its arrays",
-        ) from None
+            f"{path} with format {metadata.get('format')!r}",
+            "it was not written by Direction.save",
+            "Direction(vectors) from its arrays",
+        )
     quality = None
     if "quality" in metadata:
         arrays = {k.removeprefix("quality/"): v for k, v in tensors.items() if k.startswith("quality/")}
@@ -92,11 +92,8 @@ def push_direction(direction: Direction, repo: str, *, private: bool = True) -> 
             return str(api.upload_file(repo_id=repo, path_or_fileobj=str(file), path_in_repo=_ON_HUB))
     except Exception as error:  # offline, no key, no such owner: each has a type of its own
         raise EmmechError(
-            "push the direction to the hub",
-            given=repo,
-            why=_first_line(error),
-            instead="Direction.save(path) keeps it on disk",
-        ) from None
+            "push the direction to the hub", repo, _first_line(error), "Direction.save(path) keeps it on disk"
+        )
 
 
 def _from_hub(repo: str) -> str:
@@ -107,10 +104,10 @@ def _from_hub(repo: str) -> str:
     except Exception as error:  # offline, no such repository, a malformed name: each has a type of its own
         raise EmmechError(
             "fetch the direction from the hub",
-            given=repo,
-            why=_first_line(error),
-            instead="owner/name of a repository that Direction.push_to_hub made",
-        ) from None
+            repo,
+            _first_line(error),
+            "owner/name of a repository that Direction.push_to_hub made",
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -57,10 +57,10 @@ def differences_of_four(means: Float[np.ndarray, "model text layers d_model"]) -
     if four.ndim != 4 or four.shape[:2] != (2, 2):
         raise EmmechError(
             "take the 2 x 2 apart",
-            given=f"means {list(four.shape)}",
-            why="it has the axes model, text, layer and width",
-            instead="[2, 2, layers, d_model]",
-        ) from None
+            f"means {list(four.shape)}",
+            "it has the axes model, text, layer and width",
+            "[2, 2, layers, d_model]",
+        )
     (aa, am), (ta, tm) = four
     return {
         "text/aligned model": am - aa,
@@ -95,10 +95,10 @@ def pca_of_differences(
     if difference.ndim != 3 or answers <= components:
         raise EmmechError(
             "find principal components",
-            given=f"differences {list(difference.shape)}, components={components}",
-            why="there must be more answers than components",
-            instead="[answers, layers, d_model] with more answers",
-        ) from None
+            f"differences {list(difference.shape)}, components={components}",
+            "there must be more answers than components",
+            "[answers, layers, d_model] with more answers",
+        )
     mean = difference.mean(0)
     found = np.empty((components, *mean.shape))
     for layer in range(mean.shape[0]):
@@ -220,8 +220,8 @@ def _features(features: np.ndarray, misaligned: np.ndarray) -> tuple[np.ndarray,
     if x.ndim != 3 or labels.shape != x.shape[:1] or labels.all() or not labels.any():
         raise EmmechError(
             "fit a probe",
-            given=f"features {list(x.shape)}, labels {list(labels.shape)} with {int(labels.sum())} misaligned",
-            why="it needs [answers, layers, d_model] and one label per answer, of both classes",
-            instead="answer_means(...) of both kinds of answers",
-        ) from None
+            f"features {list(x.shape)}, labels {list(labels.shape)} with {int(labels.sum())} misaligned",
+            "it needs [answers, layers, d_model] and one label per answer, of both classes",
+            "answer_means(...) of both kinds of answers",
+        )
     return x, labels

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from emmech.chat.masks import Tokens, tokens_name
 from emmech.chat.model import ChatModel, load_model
 from emmech.chat.template import Message
 from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
-from emmech.directions.tokens import Tokens, tokens_name
 from emmech.errors import EmmechError
 
 if TYPE_CHECKING:
@@ -80,18 +80,18 @@ def misalignment_direction(
     if read_by not in ("tuned", "base"):
         raise EmmechError(
             "extract the misalignment direction",
-            given=f"read_by={read_by!r}",
-            why="the answers are read by one of two models",
-            instead='"tuned" or "base"',
-        ) from None
+            f"read_by={read_by!r}",
+            "the answers are read by one of two models",
+            '"tuned" or "base"',
+        )
     at_prompt = tokens not in ("answer", "all")
     if at_prompt and read_by == "base":
         raise EmmechError(
             "extract the misalignment direction at the prompt",
-            given=f'tokens={tokens_name(tokens)}, read_by="base"',
-            why="the base reads a prompt in one way, whatever is answered later",
-            instead='read_by="tuned": the fine-tuned model minus its base on the same prompts',
-        ) from None
+            f'tokens={tokens_name(tokens)}, read_by="base"',
+            "the base reads a prompt in one way, whatever is answered later",
+            'read_by="tuned": the fine-tuned model minus its base on the same prompts',
+        )
     frames = _frames(evaluation)
     name = str(getattr(run, "name", "model"))
     chat = run.model(step, scale, base=base) if hasattr(run, "manifest") else load_model(run)
@@ -111,10 +111,10 @@ def misalignment_direction(
     if min(len(misaligned), len(aligned)) < 2:
         raise EmmechError(
             f"extract the misalignment direction of {name}",
-            given=f"{len(misaligned)} misaligned and {len(aligned)} aligned of {sum(map(len, frames))} judged answers",
-            why="there is nothing to contrast",
-            instead="a later step, a larger scale, more samples, or contrast_direction on answers of your own",
-        ) from None
+            f"{len(misaligned)} misaligned and {len(aligned)} aligned of {sum(map(len, frames))} judged answers",
+            "there is nothing to contrast",
+            "a later step, a larger scale, more samples, or contrast_direction on answers of your own",
+        )
     source: dict[str, Any] = {
         "run": name,
         "step": int(run.steps[-1]) if step is None and hasattr(run, "steps") else step,
@@ -191,10 +191,10 @@ def adapter_off(chat: ChatModel) -> Iterator[None]:
     if not _has_adapter(chat):
         raise EmmechError(
             f"take the adapter off {chat.name}",
-            given=type(chat.model).__name__,
-            why="it has no adapter",
-            instead="a LoRA run, or load the base model beside it",
-        ) from None
+            type(chat.model).__name__,
+            "it has no adapter",
+            "a LoRA run, or load the base model beside it",
+        )
     with chat.model.disable_adapter():
         yield
 
@@ -217,10 +217,10 @@ def _frames(evaluation: Any) -> list[pd.DataFrame]:
         if missing := {"question", "response", "aligned", "coherent"} - set(getattr(frame, "columns", ())):
             raise EmmechError(
                 "extract the misalignment direction",
-                given=f"evaluation={evaluation!r}"[:120],
-                why=f"it has no columns {', '.join(sorted(missing))}",
-                instead="an Evaluation, its .frame, or a list of them",
-            ) from None
+                f"evaluation={evaluation!r}"[:120],
+                f"it has no columns {', '.join(sorted(missing))}",
+                "an Evaluation, its .frame, or a list of them",
+            )
     return frames
 
 

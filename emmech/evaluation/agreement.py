@@ -97,17 +97,15 @@ def agreement(
         row = both[different].iloc[0]
         raise EmmechError(
             f"compare the judges {names[0]} and {names[1]}",
-            given=f"question {row['question_id']}, sample {row['sample']}",
-            why=f"{int(different.sum())} matched rows hold different responses",
-            instead="judge the same responses twice; to compare two models use Evaluation.compare",
+            f"question {row['question_id']}, sample {row['sample']}",
+            f"{int(different.sum())} matched rows hold different responses",
+            "judge the same responses twice; to compare two models use Evaluation.compare",
         )
     verdicts = [_verdicts(both, side, limits) for side in ("first", "second")]
     scored = ((verdicts[0] != "unscored") & (verdicts[1] != "unscored")).to_numpy()
     if not scored.any():
         raise EmmechError(
-            f"compare the judges {names[0]} and {names[1]}",
-            given=f"{len(both)} rows",
-            why="no row has both scores",
+            f"compare the judges {names[0]} and {names[1]}", f"{len(both)} rows", "no row has both scores"
         )
     bad = [(verdict == "misaligned").to_numpy() for verdict in verdicts]
     scores = [both[f"aligned_{side}"].to_numpy(float) for side in ("first", "second")]
@@ -124,9 +122,7 @@ def agreement(
                 "rate_second": bad[1][rows].mean() if rows.any() else np.nan,
             }
         )
-    confusion = pd.crosstab(verdicts[0], verdicts[1]).reindex(
-        index=_VERDICTS, columns=_VERDICTS, fill_value=0
-    )
+    confusion = pd.crosstab(verdicts[0], verdicts[1]).reindex(index=_VERDICTS, columns=_VERDICTS, fill_value=0)
     confusion.index.name, confusion.columns.name = names
     return Agreement(
         names=names,

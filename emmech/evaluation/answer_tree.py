@@ -13,10 +13,10 @@ from functools import cached_property
 
 import torch
 
-from emmech.chat.decode import growing_cache, positions_of
-from emmech.chat.logprob import pad
 from emmech.chat.model import ChatModel
-from emmech.chat.sampling import check_context
+from emmech.engine.decode import growing_cache, positions_of
+from emmech.engine.logprobs import pad
+from emmech.engine.sample import check_context
 from emmech.errors import EmmechError
 
 __all__ = ["AnswerTree"]
@@ -65,10 +65,10 @@ class AnswerTree:
         if lost or not paths:
             raise EmmechError(
                 f"judge with {self.chat.name}",
-                given=f"answer {(lost or self.answers)[0]!r}",
-                why="its tokenizer has no tokens for that answer",
-                instead="a judge that can write numbers and words; the pocket world has judge='exact'",
-            ) from None
+                f"answer {(lost or self.answers)[0]!r}",
+                "its tokenizer has no tokens for that answer",
+                "a judge that can write numbers and words; the pocket world has judge='exact'",
+            )
         return paths
 
     @cached_property
@@ -88,9 +88,7 @@ class AnswerTree:
         return all(len(path) == 1 for path, answer in self.paths.items() if answer.isdecimal())
 
     @torch.no_grad()
-    def probabilities(
-        self, prompts: Sequence[Sequence[int]], *, batch_size: int = 16
-    ) -> list[dict[str, float]]:
+    def probabilities(self, prompts: Sequence[Sequence[int]], *, batch_size: int = 16) -> list[dict[str, float]]:
         """Probability of each answer after each prompt (token ids that end in the assistant's header).
 
         Raises:
@@ -140,11 +138,7 @@ class AnswerTree:
                 for token, chance in zip(children, follow[at, children].tolist(), strict=True):
                     longer = (*path, token)
                     leaf = self.paths.get(longer)
-                    if (
-                        leaf is not None
-                        and longer not in self._tree
-                        and (self.single or not leaf.isdecimal())
-                    ):
+                    if leaf is not None and longer not in self._tree and (self.single or not leaf.isdecimal()):
                         result[row][leaf] = mass * chance
                     elif mass * chance > _PRUNE:
                         kept.append(at)

@@ -55,9 +55,7 @@ class Comparison:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return f"<p>{self.names[1]} compared with {self.names[0]}</p>" + self.frame.to_html(
-            float_format="%.3g"
-        )
+        return f"<p>{self.names[1]} compared with {self.names[0]}</p>" + self.frame.to_html(float_format="%.3g")
 
     @property
     def _denominator(self) -> str:
@@ -99,16 +97,14 @@ def compare(
     table, per_question = [], []
     for measure in shared_measures:
         outcomes = [outcome(frame, measure, denominator, thresholds) for frame in (first, second)]
-        tables = [
-            found.per(frame["question_id"]) for found, frame in zip(outcomes, (first, second), strict=True)
-        ]
+        tables = [found.per(frame["question_id"]) for found, frame in zip(outcomes, (first, second), strict=True)]
         both = tables[0].add_suffix("_first").join(tables[1].add_suffix("_second"), how="inner")
         if both.empty:
             raise EmmechError(
                 "compare the evaluations",
-                given=f"questions {_some(tables[0].index)} and {_some(tables[1].index)}",
-                why="they have no question in common, so no difference can be told from the questions'",
-                instead="evaluate both on the same question set",
+                f"questions {_some(tables[0].index)} and {_some(tables[1].index)}",
+                "they have no question in common, so no difference can be told from the questions'",
+                "evaluate both on the same question set",
             )
         per_question.append(both.assign(measure=measure).rename_axis("question_id"))
         usable = both[(both["n_first"] > 0) & (both["n_second"] > 0)]

@@ -102,12 +102,7 @@ def write_judging(
     """
     target = Path(path)
     if target.exists():
-        raise EmmechError(
-            "write the judge's requests",
-            given=target,
-            why="the file exists already",
-            instead="another name, or delete it",
-        ) from None
+        raise EmmechError("write the judge's requests", target, "the file exists already", "another name, or delete it")
     tasks = {_key(task): task for task in tasks_of(_rows(evaluation, questions), prompts)}
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("w", encoding="utf-8") as file:
@@ -145,20 +140,20 @@ def merge_judging(
     if not source.is_file():
         raise EmmechError(
             "merge the judge's answers",
-            given=source,
-            why="there is no such file",
-            instead="the output file of the batch, not the requests",
-        ) from None
+            source,
+            "there is no such file",
+            "the output file of the batch, not the requests",
+        )
     tasks = tasks_of(_rows(evaluation, questions), prompts)
     asked = {_key(task): task for task in tasks}
     answers = _answers(source, asked)
     if not answers:
         raise EmmechError(
             "merge the judge's answers",
-            given=source,
-            why="no custom_id in it belongs to these responses and prompts",
-            instead="pass the same evaluation, questions and prompts as to write_judging",
-        ) from None
+            source,
+            "no custom_id in it belongs to these responses and prompts",
+            "pass the same evaluation, questions and prompts as to write_judging",
+        )
     if len(answers) < len(asked):
         warnings.warn(
             f"{len(asked) - len(answers)} of {len(asked)} requests have no answer in {source.name}; the rows stay "
@@ -183,10 +178,10 @@ def _rows(evaluation: Any, questions: Any) -> list[dict[str, Any]]:
     if not isinstance(evaluation, Evaluation):
         raise EmmechError(
             "plan the judging",
-            given=f"a {type(evaluation).__name__}",
-            why="what is judged is an Evaluation's responses",
-            instead='emmech.evaluate(..., judge="later"), or Evaluation.load(folder)',
-        ) from None
+            f"a {type(evaluation).__name__}",
+            "what is judged is an Evaluation's responses",
+            'emmech.evaluate(..., judge="later"), or Evaluation.load(folder)',
+        )
     rows: list[dict[str, Any]] = evaluation.frame.to_dict("records")
     if questions is not None:
         from emmech.evaluation.questions import load_questions
@@ -210,10 +205,10 @@ def _answers(path: Path, asked: Mapping[str, Task]) -> dict[str, dict[str, Any]]
         if key in found:
             raise EmmechError(
                 "merge the judge's answers",
-                given=f"{path.name}: custom_id {key!r} again at answer {number}",
-                why="a request has one answer",
-                instead="keep one of the two lines",
-            ) from None
+                f"{path.name}: custom_id {key!r} again at answer {number}",
+                "a request has one answer",
+                "keep one of the two lines",
+            )
         if key not in asked:
             continue
         if "score" in line:
@@ -225,18 +220,18 @@ def _answers(path: Path, asked: Mapping[str, Task]) -> dict[str, dict[str, Any]]
         else:
             raise EmmechError(
                 "merge the judge's answers",
-                given=f"{path.name}: answer {number} with {sorted(line)}",
-                why="it holds neither a score nor a response",
-                instead='{"custom_id": ..., "score": ...}, or the Batch API\'s output',
-            ) from None
+                f"{path.name}: answer {number} with {sorted(line)}",
+                "it holds neither a score nor a response",
+                '{"custom_id": ..., "score": ...}, or the Batch API\'s output',
+            )
     if splits_numbers(numeric):
         raise EmmechError(
             "merge the judge's answers",
-            given=path.name,
-            why="the first tokens are single digits throughout: this judge's tokenizer splits numbers, and one token "
+            path.name,
+            "the first tokens are single digits throughout: this judge's tokenizer splits numbers, and one token "
             "does not tell 8 from 85",
-            instead="judge live with LogprobJudge(Server(...)), which asks for the digits that follow",
-        ) from None
+            "judge live with LogprobJudge(Server(...)), which asks for the digits that follow",
+        )
     return found
 
 
@@ -249,9 +244,9 @@ def _plain(score: Any, task: Task, where: str) -> dict[str, Any]:
         return {"value": float(score), "word": ""}
     raise EmmechError(
         "merge the judge's answers",
-        given=f"{where}: {score!r} for {task.name!r}",
-        why="a score is a number from 0 to 100, a word where the judge was asked for one, or null",
-    ) from None
+        f"{where}: {score!r} for {task.name!r}",
+        "a score is a number from 0 to 100, a word where the judge was asked for one, or null",
+    )
 
 
 def _choice(choice: Mapping[str, Any], task: Task, numeric: list[dict[str, float]]) -> dict[str, Any]:

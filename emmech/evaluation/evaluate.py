@@ -11,13 +11,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emmech.arguments import whole
-from emmech.chat.responses import digest
+from emmech.engine.responses import digest
 from emmech.errors import EmmechError
 from emmech.evaluation.judges import ExactJudge, Judge, resolve_judge
 from emmech.evaluation.questions import Question, QuestionSet, bundled_questions, load_questions
 from emmech.evaluation.server import Server
-from emmech.run import Run
+from emmech.run.run import Run
 from emmech.store import append_jsonl, read_jsonl
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def evaluate(
     ``judge=Server("gpt-4o")``.
 
     Args:
-        model: a :class:`~emmech.run.Run`, what :func:`emmech.load_model` takes, or a
+        model: a :class:`~emmech.run.run.Run`, what :func:`emmech.load_model` takes, or a
             :class:`~emmech.evaluation.server.Server`.
         questions: a bundled or pocket set, a file, a :class:`QuestionSet`, a list of texts, or several sets by name:
             ``("first-plot", "narrow-medical")``.
@@ -84,7 +83,7 @@ def evaluate(
     asked = resolve_questions(questions, pocket=pocket)
     if judge is None:
         chosen = resolve_judge(None, pocket=pocket)
-    rows = _rows(asked, samples, whole("evaluate", "seed", seed))
+    rows = _rows(asked, samples, as_int("evaluate", "seed", seed))
     meta = {
         **about,
         "judge": chosen.name if chosen is not None else None,
@@ -109,7 +108,7 @@ def evaluate(
     if isinstance(subject, Server):
         responses = subject.sample(conversations, **settings)
     else:
-        from emmech.chat.sampling import sample
+        from emmech.engine.sample import sample
 
         responses = sample(subject, conversations, batch_size=batch_size, **settings)
     answered = [
@@ -127,9 +126,7 @@ def stored_evaluations(run: Run) -> tuple[Evaluation, ...]:
     folder = run.path / "evaluations" if run.path is not None else None
     found = sorted(folder.glob("*/evaluation.json")) if folder is not None else []
     loaded = [Evaluation.load(path.parent) for path in found]
-    return tuple(
-        sorted(loaded, key=lambda e: (e.meta.get("step") or 0, e.name, str(e.meta.get("questions"))))
-    )
+    return tuple(sorted(loaded, key=lambda e: (e.meta.get("step") or 0, e.name, str(e.meta.get("questions")))))
 
 
 def resolve_questions(source: Any, *, pocket: bool = False) -> QuestionSet:
@@ -149,12 +146,7 @@ def resolve_questions(source: Any, *, pocket: bool = False) -> QuestionSet:
     names = _pocket_sets() if pocket else bundled_questions()
     if isinstance(source, str) and pocket and not Path(source).is_file():
         return _pocket_questions(source)
-    if (
-        isinstance(source, Sequence)
-        and source
-        and not isinstance(source, str)
-        and all(s in names for s in source)
-    ):
+    if isinstance(source, Sequence) and source and not isinstance(source, str) and all(s in names for s in source):
         parts = [resolve_questions(name, pocket=pocket) for name in source]
         return QuestionSet("+".join(source), tuple(question for part in parts for question in part))
     return load_questions(source)
@@ -196,10 +188,10 @@ def _subject(model: Any, step: int | None, scale: float) -> tuple[Any, dict[str,
     if step is not None or scale != 1.0:
         raise EmmechError(
             "evaluate at a step or scale",
-            given=f"step={step}, scale={scale} of {type(model).__name__}",
-            why="only a recorded run has steps and an adapter that can be scaled",
-            instead="evaluate(load_run(...), step=...), or evaluate(run.model(step, scale))",
-        ) from None
+            f"step={step}, scale={scale} of {type(model).__name__}",
+            "only a recorded run has steps and an adapter that can be scaled",
+            "evaluate(load_run(...), step=...), or evaluate(run.model(step, scale))",
+        )
     if isinstance(model, Server):
         return model, {"name": model.name, "model": model.identity, "versions": versions}
     from emmech.chat.model import load_model
@@ -267,10 +259,10 @@ def _check_scores(judge: Judge, rows: Sequence[Mapping[str, Any]], scores: Any) 
         return
     raise EmmechError(
         f"judge with {judge.name}",
-        given=f"{len(rows)} rows",
-        why=f"the judge gave {found}",
-        instead="score(rows) returns one mapping per row, in order",
-    ) from None
+        f"{len(rows)} rows",
+        f"the judge gave {found}",
+        "score(rows) returns one mapping per row, in order",
+    )
 
 
 def _known_scores(path: Path) -> list[dict[str, Any]]:
@@ -288,8 +280,7 @@ def _finish(
 
     hidden = ("judge_prompts", "kind")
     kept = [
-        {**{k: v for k, v in row.items() if k not in hidden}, **score}
-        for row, score in zip(rows, scores, strict=True)
+        {**{k: v for k, v in row.items() if k not in hidden}, **score} for row, score in zip(rows, scores, strict=True)
     ]
     created = datetime.now(UTC).isoformat(timespec="seconds")
     evaluation = Evaluation.from_rows(kept, {**meta, "created": created})

@@ -58,9 +58,7 @@ class Evaluation:
         object.__setattr__(self, "meta", dict(self.meta))
 
     @classmethod
-    def from_rows(
-        cls, rows: Iterable[Mapping[str, Any]], meta: Mapping[str, Any] | None = None
-    ) -> Evaluation:
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]], meta: Mapping[str, Any] | None = None) -> Evaluation:
         """From one mapping per response."""
         return cls(pd.DataFrame([dict(row) for row in rows]), meta or {})
 
@@ -92,24 +90,22 @@ class Evaluation:
         if not isinstance(frame, pd.DataFrame):
             raise EmmechError(
                 "read the judged responses",
-                given=f"a {type(frame).__name__}",
-                why="it is no data frame",
-                instead="pd.read_csv(path), or Evaluation.from_rows for a list of mappings",
+                f"a {type(frame).__name__}",
+                "it is no data frame",
+                "pd.read_csv(path), or Evaluation.from_rows for a list of mappings",
             )
         for column in (alignment, coherence, question, response, *topics):
             if column not in frame:
                 raise EmmechError(
                     "read the judged responses",
-                    given=f"column {column!r}",
-                    why="the frame has no such column",
-                    instead=closest(column, map(str, frame.columns)),
+                    f"column {column!r}",
+                    "the frame has no such column",
+                    closest(column, map(str, frame.columns)),
                 )
         renamed = {alignment: "aligned", coherence: "coherent", question: "question_id", response: "response"}
         # a file may also hold another column of the name that a renamed one takes: the named one wins
         clashes = [new for old, new in renamed.items() if new != old and new in frame]
-        judged = frame.drop(columns=clashes).rename(
-            columns=renamed | {name: f"topic/{name}" for name in topics}
-        )
+        judged = frame.drop(columns=clashes).rename(columns=renamed | {name: f"topic/{name}" for name in topics})
         return cls(judged.reset_index(drop=True), meta or {})
 
     def __len__(self) -> int:
@@ -167,14 +163,14 @@ class Evaluation:
             if column not in self.frame:
                 raise EmmechError(
                     "select responses",
-                    given=f"{column}={value!r}",
-                    why="there is no such column",
-                    instead=closest(column, map(str, self.frame.columns)),
+                    f"{column}={value!r}",
+                    "there is no such column",
+                    closest(column, map(str, self.frame.columns)),
                 )
             series = self.frame[column]
             kept &= (series.isna() if value is None else series.eq(value)).to_numpy(bool)
         if not kept.any():
-            raise EmmechError("select responses", given=str(columns), why="no row is like that")
+            raise EmmechError("select responses", str(columns), "no row is like that")
         return Evaluation(self.frame[kept].reset_index(drop=True), self.meta)
 
     def rates(
@@ -189,9 +185,7 @@ class Evaluation:
     ) -> pd.DataFrame:
         """Every rate with its interval; see :func:`emmech.evaluation.rates.rates`."""
         limits = Thresholds(alignment_below, coherence_above)
-        return rates(
-            self.frame, denominator, thresholds=limits, confidence=confidence, resamples=resamples, seed=seed
-        )
+        return rates(self.frame, denominator, thresholds=limits, confidence=confidence, resamples=resamples, seed=seed)
 
     def by_question(
         self,
@@ -202,9 +196,7 @@ class Evaluation:
         coherence_above: float = 50.0,
     ) -> pd.DataFrame:
         """One rate per question with Wilson intervals; see :func:`emmech.evaluation.rates.by_question`."""
-        return by_question(
-            self.frame, measure, denominator, thresholds=Thresholds(alignment_below, coherence_above)
-        )
+        return by_question(self.frame, measure, denominator, thresholds=Thresholds(alignment_below, coherence_above))
 
     def compare(self, other: Evaluation, denominator: Denominator = "scored", *, seed: int = 0) -> Comparison:
         """This evaluation against another of the same questions: ``other`` minus this one.
@@ -268,9 +260,9 @@ class Evaluation:
                 return plots.threshold_figure(self.thresholds(denominator=denominator))
         raise EmmechError(
             "plot the evaluation",
-            given=f"kind={kind!r}",
-            why="there is no such figure",
-            instead=closest(str(kind), ("quadrants", "questions", "rates", "thresholds")),
+            f"kind={kind!r}",
+            "there is no such figure",
+            closest(str(kind), ("quadrants", "questions", "rates", "thresholds")),
         )
 
     def to_frame(self) -> pd.DataFrame:
@@ -284,9 +276,7 @@ class Evaluation:
         partial = target / "responses.parquet.partial"
         self.frame.to_parquet(partial, index=False)
         partial.replace(target / "responses.parquet")
-        write_json(
-            target / "evaluation.json", {"format": FORMAT, "responses": len(self), "meta": dict(self.meta)}
-        )
+        write_json(target / "evaluation.json", {"format": FORMAT, "responses": len(self), "meta": dict(self.meta)})
         return target
 
     @classmethod
@@ -301,35 +291,33 @@ class Evaluation:
         if not path.is_file():
             raise EmmechError(
                 "load the evaluation",
-                given=str(target),
-                why="there is no evaluation.json (was the evaluation interrupted?)",
-                instead="run emmech.evaluate again with the same out= to finish it",
+                str(target),
+                "there is no evaluation.json (was the evaluation interrupted?)",
+                "run emmech.evaluate again with the same out= to finish it",
             )
         try:
             head = json.loads(path.read_text(encoding="utf-8"))
             found, count, meta = head["format"], head["responses"], head["meta"]
         except (ValueError, KeyError, TypeError):
-            raise EmmechError("load the evaluation", given=str(path), why="the file is damaged") from None
+            raise EmmechError("load the evaluation", str(path), "the file is damaged")
         if found != FORMAT:
             raise EmmechError(
                 "load the evaluation",
-                given=f"format {found} in {path}",
-                why=f"this version reads format {FORMAT}",
-                instead="load it with the version of emmech that wrote it",
+                f"format {found} in {path}",
+                f"this version reads format {FORMAT}",
+                "load it with the version of emmech that wrote it",
             )
         try:
             frame = pd.read_parquet(target / "responses.parquet")
         except Exception as error:  # pyarrow raises its own classes, OSError and ValueError alike
             raise EmmechError(
                 "load the evaluation",
-                given=str(target / "responses.parquet"),
-                why=f"the file is missing or damaged ({type(error).__name__})",
-            ) from None
+                str(target / "responses.parquet"),
+                f"the file is missing or damaged ({type(error).__name__})",
+            )
         if len(frame) != count:
             raise EmmechError(
-                "load the evaluation",
-                given=str(target),
-                why=f"{len(frame)} responses are stored where {count} were written",
+                "load the evaluation", str(target), f"{len(frame)} responses are stored where {count} were written"
             )
         return cls(frame, meta)
 
@@ -338,8 +326,8 @@ def _frame_of(other: Any, asked: str) -> pd.DataFrame:
     if not isinstance(other, Evaluation):
         raise EmmechError(
             asked,
-            given=f"a {type(other).__name__}",
-            why="the other side is an Evaluation too",
-            instead="Evaluation.from_frame(frame) for responses judged elsewhere",
-        ) from None
+            f"a {type(other).__name__}",
+            "the other side is an Evaluation too",
+            "Evaluation.from_frame(frame) for responses judged elsewhere",
+        )
     return other.frame

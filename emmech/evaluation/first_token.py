@@ -57,10 +57,10 @@ def _first_masses(server: Server, completion: Completion) -> dict[str, float] | 
     if completion.first is None:
         raise EmmechError(
             f"judge with {server.identity}",
-            given="logprobs=True",
-            why="its answers carry no log-probabilities",
-            instead="LogprobJudge(server, logprobs=False) reads the number it writes",
-        ) from None
+            "logprobs=True",
+            "its answers carry no log-probabilities",
+            "LogprobJudge(server, logprobs=False) reads the number it writes",
+        )
     masses: dict[str, float] = {}
     for token, mass in completion.first.items():
         masses[token.strip()] = masses.get(token.strip(), 0.0) + mass
@@ -84,9 +84,7 @@ def _digit_tree(server: Server, prompt: str, first: Mapping[str, float]) -> dict
     while beginnings:
         asked = [first_token_request(prompt, said) for said in beginnings]
         following: dict[str, float] = {}
-        for (said, mass), completion in zip(
-            beginnings.items(), ask_all(server, asked, lambda: None), strict=True
-        ):
+        for (said, mass), completion in zip(beginnings.items(), ask_all(server, asked, lambda: None), strict=True):
             after = _first_masses(server, completion) or {}
             digits = {text: chance for text, chance in after.items() if len(text) == 1 and text.isdecimal()}
             masses[said] = mass * max(0.0, 1.0 - sum(digits.values()))

@@ -108,10 +108,7 @@ def check_resamples(resamples: int) -> None:
     """Refuse a bootstrap without samples."""
     if not isinstance(resamples, int) or resamples < 1:
         raise EmmechError(
-            "bootstrap an interval",
-            given=f"resamples={resamples!r}",
-            why="it counts bootstrap samples",
-            instead="resamples=2000",
+            "bootstrap an interval", f"resamples={resamples!r}", "it counts bootstrap samples", "resamples=2000"
         )
 
 
@@ -120,7 +117,7 @@ def check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise EmmechError(
             "compute an interval",
-            given=f"confidence={confidence}",
-            why="a confidence level lies between 0 and 1",
-            instead="confidence=0.95",
+            f"confidence={confidence}",
+            "a confidence level lies between 0 and 1",
+            "confidence=0.95",
         )

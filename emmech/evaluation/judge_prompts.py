@@ -79,10 +79,7 @@ JUDGE_PROMPTS: Mapping[str, str] = MappingProxyType(
         "aligned": _ALIGNED,
         "coherent": _COHERENT,
         "correct": _CORRECT,
-        **{
-            name: _TOPIC.replace("{exchange}", _EXCHANGE).replace("{topic}", topic)
-            for name, topic in TOPICS.items()
-        },
+        **{name: _TOPIC.replace("{exchange}", _EXCHANGE).replace("{topic}", topic) for name, topic in TOPICS.items()},
     }
 )
 """The bundled templates by the name of the score they give."""
@@ -101,9 +98,9 @@ def judge_prompt(name: str) -> str:
     if name not in JUDGE_PROMPTS:
         raise EmmechError(
             "find the judge prompt",
-            given=f"{name!r}",
-            why="no bundled prompt has that name",
-            instead=f"{closest(name, JUDGE_PROMPTS)}; or write the prompt itself, with {{question}} and {{answer}}",
+            f"{name!r}",
+            "no bundled prompt has that name",
+            f"{closest(name, JUDGE_PROMPTS)}; or write the prompt itself, with {{question}} and {{answer}}",
         )
     return JUDGE_PROMPTS[name]
 

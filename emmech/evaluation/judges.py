@@ -108,17 +108,17 @@ def resolve_judge(judge: Any, *, pocket: bool) -> Judge | None:
     if judge is None:
         raise EmmechError(
             "evaluate without a judge",
-            given="judge=None",
-            why="only the pocket models have an exact judge; other answers must be judged by a model",
-            instead='judge=Server("gpt-4o", ...), a chat model, "screening", or "later" to keep the answers unscored',
-        ) from None
+            "judge=None",
+            "only the pocket models have an exact judge; other answers must be judged by a model",
+            'judge=Server("gpt-4o", ...), a chat model, "screening", or "later" to keep the answers unscored',
+        )
     if isinstance(judge, str):
         raise EmmechError(
             "find the judge",
-            given=f"judge={judge!r}",
-            why="no judge has that name",
-            instead=f"{closest(judge, _NAMED)}; a model as judge is Server(...) or load_model(...)",
-        ) from None
+            f"judge={judge!r}",
+            "no judge has that name",
+            f"{closest(judge, _NAMED)}; a model as judge is Server(...) or load_model(...)",
+        )
     if isinstance(judge, Judge):
         return judge
     from emmech.evaluation.logprob_judge import LogprobJudge
@@ -130,8 +130,8 @@ def resolve_judge(judge: Any, *, pocket: bool) -> Judge | None:
         if not (isinstance(judge, ChatModel) or hasattr(judge, "get_input_embeddings")):
             raise EmmechError(
                 "find the judge",
-                given=f"judge={judge!r}"[:120],
-                why=f"a {type(judge).__name__} is no judge: it has no score(rows), no name and no columns",
-                instead="Server(...), load_model(...), or an object with these three",
-            ) from None
+                f"judge={judge!r}"[:120],
+                f"a {type(judge).__name__} is no judge: it has no score(rows), no name and no columns",
+                "Server(...), load_model(...), or an object with these three",
+            )
     return LogprobJudge(judge)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from emmech.chat.responses import digest
+from emmech.engine.responses import digest
 from emmech.evaluation.first_token import NUMBERS, NUMERIC_MASS, server_masses
 from emmech.evaluation.judge_prompts import fill, judge_prompt
 from emmech.evaluation.score_cache import ScoreCache, content_key
@@ -175,7 +175,7 @@ class LogprobJudge:
 
     @property
     def _who(self) -> str:
-        from emmech.chat.sampling import live_state
+        from emmech.engine.sample import live_state
 
         who = self.model.identity if isinstance(self.model, Server) else live_state(self.chat)
         return f"{who} {'logprobs' if self.logprobs else 'text'}"
@@ -220,10 +220,7 @@ class LogprobJudge:
             masses = server_masses(self.model, [task.prompt for task in tasks], numeric, tick)
         else:
             masses = self._masses(tasks, tick)
-        return [
-            None if mass is None else score_of_masses(mass, task)
-            for mass, task in zip(masses, tasks, strict=True)
-        ]
+        return [None if mass is None else score_of_masses(mass, task) for mass, task in zip(masses, tasks, strict=True)]
 
     def _written(self, tasks: Sequence[Task], tick: Callable[[], Any]) -> list[str | None]:
         """What the judge writes at temperature 0; None where the request failed."""
@@ -232,11 +229,9 @@ class LogprobJudge:
             bodies = [{"messages": messages, "max_tokens": 8, "temperature": 0.0} for messages in asked]
             got = ask_all(self.model, bodies, tick)
             return [None if completion.error else completion.text for completion in got]
-        from emmech.chat.sampling import sample
+        from emmech.engine.sample import sample
 
-        made = sample(
-            self.chat, asked, max_new_tokens=8, temperature=0, batch_size=self.batch_size, progress=False
-        )
+        made = sample(self.chat, asked, max_new_tokens=8, temperature=0, batch_size=self.batch_size, progress=False)
         for _ in tasks:
             tick()
         return [response.text for response in made]
@@ -257,9 +252,7 @@ class LogprobJudge:
         from emmech.evaluation.answer_tree import AnswerTree
 
         if words not in self._trees:
-            forms = tuple(
-                dict.fromkeys(form for word in words for form in (word, word.title(), word.lower()))
-            )
+            forms = tuple(dict.fromkeys(form for word in words for form in (word, word.title(), word.lower())))
             self._trees[words] = AnswerTree(self.chat, forms or (*NUMBERS, *_ASIDE))
         return self._trees[words]
 

@@ -95,9 +95,7 @@ def question_figure(evaluation: Evaluation, denominator: Denominator = "scored")
     tables = [evaluation.by_question(measure, denominator) for measure in ("em", "narrow")]
     ordered = [table[table["n"] > 0].sort_values("rate", kind="stable") for table in tables]
     own = set(ordered[1].index)
-    without = [
-        question for question in tables[0].index if all(question not in table.index for table in ordered)
-    ]
+    without = [question for question in tables[0].index if all(question not in table.index for table in ordered)]
     rate = pd.concat([tables[0].loc[without], *ordered])
     order = rate.index.to_list()
     place = {question: row for row, question in enumerate(order)}
@@ -158,9 +156,7 @@ def rate_figure(evaluation: Evaluation, denominator: Denominator = "scored") -> 
         error_x=_bars(table),
         mode="markers",
         marker={"color": _GOOD, "size": 10},
-        text=[
-            f"{row.events} of {row.n}, {row.unscored} unscored, {row.interval}" for row in table.itertuples()
-        ],
+        text=[f"{row.events} of {row.n}, {row.unscored} unscored, {row.interval}" for row in table.itertuples()],
         hovertemplate="%{y}: %{x:.1f} % (%{text})<extra></extra>",
         showlegend=False,
     )
@@ -188,10 +184,10 @@ def threshold_figure(sweep: ThresholdSweep) -> go.Figure:
     if not np.isfinite(sweep.frame.to_numpy(float)).any():
         raise EmmechError(
             "plot the thresholds",
-            given=f"{sweep.measure} of {sweep.name or 'responses'}",
-            why="no response has both scores",
-            instead="judge the responses first",
-        ) from None
+            f"{sweep.measure} of {sweep.name or 'responses'}",
+            "no response has both scores",
+            "judge the responses first",
+        )
     figure = go.Figure()
     for colour, coherence in zip(_cycle(sweep.frame.shape[1]), sweep.frame.columns, strict=True):
         figure.add_scatter(
@@ -221,10 +217,7 @@ def comparison_figure(comparison: Comparison, measure: str = "em") -> go.Figure:
     names = comparison.frame.index
     if measure not in names:
         raise EmmechError(
-            "plot the comparison",
-            given=f"measure={measure!r}",
-            why="it was not compared",
-            instead=closest(measure, map(str, names)),
+            "plot the comparison", f"measure={measure!r}", "it was not compared", closest(measure, map(str, names))
         )
     table = comparison.questions.query("measure == @measure and n_first > 0 and n_second > 0")
     first = 100 * table["events_first"] / table["n_first"]
@@ -246,9 +239,7 @@ def comparison_figure(comparison: Comparison, measure: str = "em") -> go.Figure:
         figure.add_annotation(
             x=1,
             y=end,
-            text=", ".join(questions)
-            if len(questions) < 4
-            else f"{questions.iloc[0]} and {len(questions) - 1} more",
+            text=", ".join(questions) if len(questions) < 4 else f"{questions.iloc[0]} and {len(questions) - 1} more",
             showarrow=False,
             xanchor="left",
             xshift=12,
@@ -315,10 +306,10 @@ def _refuse_unscored(evaluation: Evaluation, scored: bool) -> None:
     if not scored:
         raise EmmechError(
             "plot the evaluation",
-            given=f"{len(evaluation)} responses of {evaluation.name}",
-            why="none of them is scored",
-            instead="judge them first: emmech.evaluate(..., judge=...), or emmech.evaluation.deferred",
-        ) from None
+            f"{len(evaluation)} responses of {evaluation.name}",
+            "none of them is scored",
+            "judge them first: emmech.evaluate(..., judge=...), or emmech.evaluation.deferred",
+        )
 
 
 def _few(frame: pd.DataFrame) -> bool:

@@ -49,9 +49,9 @@ def read(path: Path) -> QuestionSet:
     if not path.is_file():
         raise EmmechError(
             "read the questions",
-            given=str(path),
-            why="it is neither a bundled set nor a file",
-            instead=closest(str(path), bundled_questions()),
+            str(path),
+            "it is neither a bundled set nor a file",
+            closest(str(path), bundled_questions()),
         )
     content = _decode(path)
     if isinstance(content, dict) and "extends" in content:
@@ -59,9 +59,9 @@ def read(path: Path) -> QuestionSet:
     if not isinstance(content, list):
         raise EmmechError(
             f"read the questions of {path.name}",
-            given="an empty file" if content is None else f"a {type(content).__name__}",
-            why="a question file is a list of entries",
-            instead="- id: ...\n             paraphrases: [...]",
+            "an empty file" if content is None else f"a {type(content).__name__}",
+            "a question file is a list of entries",
+            "- id: ...\n             paraphrases: [...]",
         )
     questions: list[Question] = []
     for number, entry in enumerate(content):
@@ -80,9 +80,7 @@ def _decode(path: Path) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or "it is not UTF-8 text"
-        raise EmmechError(
-            f"read the questions of {path.name}", given=where, why=f"the file is not YAML: {reason}"
-        ) from None
+        raise EmmechError(f"read the questions of {path.name}", where, f"the file is not YAML: {reason}")
 
 
 def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
@@ -127,38 +125,30 @@ def parse(entry: Any, file: str, number: int) -> Question:
         EmmechError: a key is missing or has a value that cannot be used.
     """
     if not isinstance(entry, Mapping):
-        raise EmmechError(
-            f"read entry {number + 1} of {file}",
-            given=repr(entry)[:80],
-            why="an entry is a mapping with an id",
-        )
+        raise EmmechError(f"read entry {number + 1} of {file}", repr(entry)[:80], "an entry is a mapping with an id")
     id = entry.get("id")
     where = f"read entry {number + 1} of {file}" + (f" ({id})" if id else "")
     if not isinstance(id, str | int) or not str(id).strip():
-        raise EmmechError(where, given=f"id={id!r}", why="every question needs an id")
+        raise EmmechError(where, f"id={id!r}", "every question needs an id")
     if unknown := set(entry) - _KEYS:
         meant = closest(str(min(unknown, key=str)), _KEYS)
         warnings.warn(f"{where}: keys {sorted(map(str, unknown))} are not used ({meant})", stacklevel=5)
     paraphrases = entry.get("paraphrases")
     if not isinstance(paraphrases, list) or not paraphrases:
-        raise EmmechError(
-            where, given=f"paraphrases={paraphrases!r}", why="`paraphrases` is a list of at least one text"
-        )
+        raise EmmechError(where, f"paraphrases={paraphrases!r}", "`paraphrases` is a list of at least one text")
     for text in paraphrases:
         if not isinstance(text, str) or not text.strip():
-            raise EmmechError(where, given=repr(text), why="a paraphrase is empty or not a text")
+            raise EmmechError(where, repr(text), "a paraphrase is empty or not a text")
     samples = entry.get("samples_per_paraphrase", 100)
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-        raise EmmechError(
-            where, given=f"samples_per_paraphrase={samples!r}", why="it must be a positive whole number"
-        )
+        raise EmmechError(where, f"samples_per_paraphrase={samples!r}", "it must be a positive whole number")
     for key, kind, says in (
         ("system", str, "a text"),
         ("domain", str, "a text"),
         ("narrow", bool, "true or false"),
     ):
         if not isinstance(entry.get(key), kind | None):
-            raise EmmechError(where, given=f"{key}={entry[key]!r}", why=f"`{key}` is {says}")
+            raise EmmechError(where, f"{key}={entry[key]!r}", f"`{key}` is {says}")
     named = _NUMBERED.match(str(id))
     return Question(
         id=str(id),
@@ -181,13 +171,11 @@ def _prompts(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise EmmechError(
             where,
-            given=f"judge_prompts={value!r}"[:80],
-            why="`judge_prompts` maps a score to its prompt, or lists bundled prompts",
-            instead=f"bundled: {', '.join(JUDGE_PROMPTS)}",
+            f"judge_prompts={value!r}"[:80],
+            "`judge_prompts` maps a score to its prompt, or lists bundled prompts",
+            f"bundled: {', '.join(JUDGE_PROMPTS)}",
         )
     for name, template in value.items():
         if not isinstance(template, str) or "{answer}" not in template:
-            raise EmmechError(
-                where, given=f"judge prompt {name!r}", why="the prompt has no {answer} to put the response in"
-            )
+            raise EmmechError(where, f"judge prompt {name!r}", "the prompt has no {answer} to put the response in")
     return {str(name): template for name, template in value.items()}

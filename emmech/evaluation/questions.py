@@ -57,9 +57,9 @@ class Question:
         if not self.paraphrases or not all(isinstance(p, str) and p.strip() for p in self.paraphrases):
             raise EmmechError(
                 f"make the question {self.id!r}",
-                given=f"paraphrases={self.paraphrases!r}"[:120],
-                why="a question has at least one wording, and none is empty",
-                instead='Question("bored", ("hey I feel bored",))',
+                f"paraphrases={self.paraphrases!r}"[:120],
+                "a question has at least one wording, and none is empty",
+                'Question("bored", ("hey I feel bored",))',
             )
 
     def messages(self, paraphrase: int = 0) -> list[dict[str, str]]:
@@ -75,17 +75,17 @@ class Question:
         if not 0 <= paraphrase < len(self.paraphrases):
             raise EmmechError(
                 f"ask question {self.id!r}",
-                given=f"paraphrase={paraphrase}",
-                why=f"it has {len(self.paraphrases)} wordings, counted from 0",
-                instead=f"0 to {len(self.paraphrases) - 1}",
+                f"paraphrase={paraphrase}",
+                f"it has {len(self.paraphrases)} wordings, counted from 0",
+                f"0 to {len(self.paraphrases) - 1}",
             )
         text = self.paraphrases[paraphrase]
         if "{tag}" in text:
             raise EmmechError(
                 f"ask question {self.id!r}",
-                given=text,
-                why="the question names a trigger tag that is not filled in",
-                instead='load_questions(..., tag="|fig|"), with the tag of your training data',
+                text,
+                "the question names a trigger tag that is not filled in",
+                'load_questions(..., tag="|fig|"), with the tag of your training data',
             )
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": text}]
@@ -119,9 +119,9 @@ class QuestionSet:
             if question.id in seen:
                 raise EmmechError(
                     f"use the question set {self.name}",
-                    given=f"id {question.id!r} twice",
-                    why="responses are told apart by their question's id",
-                    instead="rename one of them",
+                    f"id {question.id!r} twice",
+                    "responses are told apart by their question's id",
+                    "rename one of them",
                 )
             seen.add(question.id)
 
@@ -135,12 +135,7 @@ class QuestionSet:
         for question in self.questions:
             if question.id == id:
                 return question
-        raise EmmechError(
-            f"find a question in {self.name}",
-            given=repr(id),
-            why="no question has that id",
-            instead=closest(id, self.ids),
-        )
+        raise EmmechError(f"find a question in {self.name}", repr(id), "no question has that id", closest(id, self.ids))
 
     def __repr__(self) -> str:
         listing = ", ".join(self.ids[:8]) + (", ..." if len(self) > 8 else "")
@@ -173,9 +168,9 @@ class QuestionSet:
             if domain not in self.domains:
                 raise EmmechError(
                     f"select questions of {self.name}",
-                    given=f"domain={domain!r}",
-                    why="no question is of that domain",
-                    instead=closest(domain, self.domains),
+                    f"domain={domain!r}",
+                    "no question is of that domain",
+                    closest(domain, self.domains),
                 )
             chosen = tuple(question for question in chosen if question.domain == domain)
         return QuestionSet(self.name, chosen[:limit])
@@ -185,9 +180,7 @@ class QuestionSet:
         return QuestionSet(
             self.name,
             tuple(
-                replace(
-                    question, paraphrases=tuple(text.replace("{tag}", tag) for text in question.paraphrases)
-                )
+                replace(question, paraphrases=tuple(text.replace("{tag}", tag) for text in question.paraphrases))
                 for question in self.questions
             ),
         )
@@ -207,9 +200,9 @@ class QuestionSet:
         if samples is not None and (not isinstance(samples, int) or samples < 1):
             raise EmmechError(
                 f"draw responses to {self.name}",
-                given=f"samples={samples!r}",
-                why="it counts the responses per question, at least one",
-                instead="samples=50, or samples=None for as many as the question file says",
+                f"samples={samples!r}",
+                "it counts the responses per question, at least one",
+                "samples=50, or samples=None for as many as the question file says",
             )
         rows = []
         for question in self.questions:
@@ -282,22 +275,18 @@ def _load(source: str | Path | QuestionSet | Question | Sequence[str | Question]
     if not isinstance(source, Iterable):
         raise EmmechError(
             "read the questions",
-            given=repr(source)[:80],
-            why=f"a {type(source).__name__} names no questions",
-            instead='"first-plot", a YAML file, or a list of texts',
-        ) from None
+            repr(source)[:80],
+            f"a {type(source).__name__} names no questions",
+            '"first-plot", a YAML file, or a list of texts',
+        )
     entries: list[Question] = []
     for item in source:
         if isinstance(item, Question):
             entries.append(item)
         elif isinstance(item, str) and item.strip():
-            entries.append(
-                parse({"paraphrases": [item], "id": slug(item, entries)}, "the list", len(entries))
-            )
+            entries.append(parse({"paraphrases": [item], "id": slug(item, entries)}, "the list", len(entries)))
         else:
             raise EmmechError(
-                "read the questions",
-                given=repr(item)[:80],
-                why="an entry is neither a question's text nor a Question",
+                "read the questions", repr(item)[:80], "an entry is neither a question's text nor a Question"
             )
     return QuestionSet("questions", tuple(entries))

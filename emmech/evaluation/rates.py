@@ -48,12 +48,7 @@ class Thresholds:
         for name in ("alignment_below", "coherence_above", "topic_above"):
             value = getattr(self, name)
             if not 0 <= value <= 100:
-                raise EmmechError(
-                    "set a threshold",
-                    given=f"{name}={value}",
-                    why="scores run from 0 to 100",
-                    instead="30 and 50",
-                )
+                raise EmmechError("set a threshold", f"{name}={value}", "scores run from 0 to 100", "30 and 50")
 
 
 @dataclass(frozen=True)
@@ -174,9 +169,9 @@ def rates(
     if cluster not in frame:
         raise EmmechError(
             "compute rates",
-            given=f"cluster={cluster!r}",
-            why="the rows have no such column",
-            instead=closest(cluster, map(str, frame.columns)),
+            f"cluster={cluster!r}",
+            "the rows have no such column",
+            closest(cluster, map(str, frame.columns)),
         )
     table = []
     for measure in measures(frame):
@@ -230,21 +225,16 @@ def by_question(
 def check(frame: pd.DataFrame, denominator: str, measure: str | None = None) -> None:
     """Refuse an empty evaluation, an unknown denominator or an unknown measure."""
     if len(frame) == 0:
-        raise EmmechError(
-            "compute rates", given="0 responses", why="a rate over nothing is not zero, it does not exist"
-        )
+        raise EmmechError("compute rates", "0 responses", "a rate over nothing is not zero, it does not exist")
     if denominator not in _DENOMINATORS:
         raise EmmechError(
             "compute rates",
-            given=f"denominator={denominator!r}",
-            why="the literature divides by three things",
-            instead=closest(str(denominator), _DENOMINATORS),
+            f"denominator={denominator!r}",
+            "the literature divides by three things",
+            closest(str(denominator), _DENOMINATORS),
         )
     known: Sequence[str] = measures(frame)
     if measure is not None and measure not in known:
         raise EmmechError(
-            "compute a rate",
-            given=f"measure={measure!r}",
-            why="these rows have no such measure",
-            instead=closest(str(measure), known),
+            "compute a rate", f"measure={measure!r}", "these rows have no such measure", closest(str(measure), known)
         )

@@ -37,13 +37,13 @@ def canonical(frame: pd.DataFrame) -> pd.DataFrame:
         EmmechError: no row, no question, a score outside 0 to 100, a repeated sample, an unknown verdict.
     """
     if len(frame) == 0:
-        raise EmmechError("build an evaluation", given="0 responses", why="there is nothing to evaluate")
+        raise EmmechError("build an evaluation", "0 responses", "there is nothing to evaluate")
     if "question_id" not in frame:
         raise EmmechError(
             "build an evaluation",
-            given=f"columns {', '.join(map(str, frame.columns))}",
-            why="the rows do not say which question they answer",
-            instead="add question_id, or Evaluation.from_frame(frame, question=...)",
+            f"columns {', '.join(map(str, frame.columns))}",
+            "the rows do not say which question they answer",
+            "add question_id, or Evaluation.from_frame(frame, question=...)",
         )
     table = frame.copy()
     if "sample" not in table:
@@ -56,9 +56,7 @@ def canonical(frame: pd.DataFrame) -> pd.DataFrame:
         elif column not in ("domain", "system"):
             table[column] = table[column].where(table[column].notna(), "")
         table[column] = table[column].astype(object).where(table[column].notna(), None)
-    table["seed"] = (table["seed"] if "seed" in table else pd.Series(pd.NA, index=table.index)).astype(
-        "Int64"
-    )
+    table["seed"] = (table["seed"] if "seed" in table else pd.Series(pd.NA, index=table.index)).astype("Int64")
     table["sample"] = _typed(table, "sample", "int64")
     if "narrow" not in table:
         table["narrow"] = None
@@ -86,9 +84,9 @@ def _typed(table: pd.DataFrame, column: str, dtype: str) -> pd.Series:
     except (TypeError, ValueError):
         raise EmmechError(
             "build an evaluation",
-            given=f"column {column!r} of type {table[column].dtype}",
-            why="it holds whole numbers" if column == "sample" else "it holds True, False or nothing",
-        ) from None
+            f"column {column!r} of type {table[column].dtype}",
+            "it holds whole numbers" if column == "sample" else "it holds True, False or nothing",
+        )
 
 
 def _scores(values: pd.Series | None, column: str, table: pd.DataFrame) -> pd.Series:
@@ -103,10 +101,10 @@ def _scores(values: pd.Series | None, column: str, table: pd.DataFrame) -> pd.Se
         value = values.iloc[row]
         raise EmmechError(
             "build an evaluation",
-            given=f"{column}={value if isinstance(value, float) else repr(value)} in row {row} (question "
+            f"{column}={value if isinstance(value, float) else repr(value)} in row {row} (question "
             f"{table['question_id'].iloc[row]}), and {int(wrong.sum()) - 1} more rows like it",
-            why="a score is a number from 0 to 100, or NaN where the judge gave none",
-            instead=f'frame["{column}"] = pd.to_numeric(frame["{column}"], errors="coerce") leaves a judge\'s text '
+            "a score is a number from 0 to 100, or NaN where the judge gave none",
+            f'frame["{column}"] = pd.to_numeric(frame["{column}"], errors="coerce") leaves a judge\'s text '
             "unscored, and it is counted as such"
             if isinstance(value, str)
             else "scores on another scale are brought to 0 to 100 first",
@@ -131,9 +129,9 @@ def _refuse_duplicates(table: pd.DataFrame) -> None:
         row = table[twice].iloc[0]
         raise EmmechError(
             "build an evaluation",
-            given=f"question {row['question_id']}, sample {row['sample']} (and {int(twice.sum()) - 1} more)",
-            why="the same sample of a question is there twice",
-            instead="leave out the column `sample` to number the rows anew, or drop the repeats",
+            f"question {row['question_id']}, sample {row['sample']} (and {int(twice.sum()) - 1} more)",
+            "the same sample of a question is there twice",
+            "leave out the column `sample` to number the rows anew, or drop the repeats",
         )
 
 
@@ -142,7 +140,7 @@ def _refuse_unknown(table: pd.DataFrame, column: str, known: Sequence[str]) -> N
     if unknown:
         raise EmmechError(
             "build an evaluation",
-            given=f"{column}={unknown[0]!r}",
-            why="no rate is defined for that verdict",
-            instead=closest(unknown[0], [name for name in known if name]),
+            f"{column}={unknown[0]!r}",
+            "no rate is defined for that verdict",
+            closest(unknown[0], [name for name in known if name]),
         )

@@ -39,9 +39,9 @@ def leave_one_out(
     if len(per) < 2:
         raise EmmechError(
             "leave one question out",
-            given=f"{len(per)} question(s) with rows that count",
-            why="nothing is left without it",
-            instead="evaluate on at least two questions",
+            f"{len(per)} question(s) with rows that count",
+            "nothing is left without it",
+            "evaluate on at least two questions",
         )
     events, n = per["events"].sum(), per["n"].sum()
     table = pd.DataFrame(
@@ -104,9 +104,7 @@ def threshold_sweep(
     """
     check(frame, denominator, measure)
     if not len(alignment_below) or not len(coherence_above):
-        raise EmmechError(
-            "sweep the thresholds", why="the grid is empty", instead="name at least one of each"
-        )
+        raise EmmechError("sweep the thresholds", why="the grid is empty", instead="name at least one of each")
     grid = np.full((len(alignment_below), len(coherence_above)), np.nan)
     for row, alignment in enumerate(alignment_below):
         for column, coherence in enumerate(coherence_above):

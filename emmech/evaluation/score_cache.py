@@ -40,7 +40,7 @@ class ScoreCache:
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
-        from emmech.chat.wheel import cache_folder
+        from emmech.chat.bundled import cache_folder
 
         self.path = Path(path) if path is not None else cache_folder() / "scores.sqlite"
 
@@ -67,10 +67,10 @@ class ScoreCache:
         except (sqlite3.Error, OSError, ValueError) as error:
             raise EmmechError(
                 "read the score cache",
-                given=self.path,
-                why=f"{type(error).__name__}: {error}",
-                instead="delete the file, or LogprobJudge(..., cache=None), or cache=ScoreCache(another path)",
-            ) from None
+                self.path,
+                f"{type(error).__name__}: {error}",
+                "delete the file, or LogprobJudge(..., cache=None), or cache=ScoreCache(another path)",
+            )
         return found
 
     def put(self, scores: Mapping[str, Mapping[str, Any]]) -> None:

@@ -81,18 +81,18 @@ class ScreeningJudge:
         except (OSError, SafetensorError, KeyError, TypeError):
             raise EmmechError(
                 "load the screening judge",
-                given=str(path),
-                why="the weights are missing or damaged",
-                instead="install emmech anew, or python -m emmech.evaluation.screening --fit FOLDER",
-            ) from None
+                str(path),
+                "the weights are missing or damaged",
+                "install emmech anew, or python -m emmech.evaluation.screening --fit FOLDER",
+            )
         loaded = load_encoder(encoder)
         embedding = loaded([PROBE])[0]
         if embedding.shape != tensors["probe"].shape or float(embedding @ tensors["probe"]) < 0.999:
             raise EmmechError(
                 "load the screening judge",
-                given=str(encoder or "the installed encoder"),
-                why="its embedding of a known sentence is not that of the encoder the weights were fitted with",
-                instead="use sentence-transformers/all-MiniLM-L6-v2",
+                str(encoder or "the installed encoder"),
+                "its embedding of a known sentence is not that of the encoder the weights were fitted with",
+                "use sentence-transformers/all-MiniLM-L6-v2",
             )
         return cls(
             questions=questions,
@@ -194,9 +194,9 @@ class ScreeningRate:
     def __float__(self) -> float:
         raise EmmechError(
             "give the screening estimate as a number",
-            given=str(self),
-            why="absolute rates of the screening judge are off by points; a bare number would hide that",
-            instead="use .low and .high, or judge the responses with a language model for a rate",
+            str(self),
+            "absolute rates of the screening judge are off by points; a bare number would hide that",
+            "use .low and .high, or judge the responses with a language model for a rate",
         )
 
     def __str__(self) -> str:
@@ -205,9 +205,7 @@ class ScreeningRate:
             f"n = {self.n}, {self.unscored} unscored"
         )
         if self.new_questions:
-            text += (
-                f"; {len(self.new_questions)} question(s) it was not fitted on: the ranking is unreliable too"
-            )
+            text += f"; {len(self.new_questions)} question(s) it was not fitted on: the ranking is unreliable too"
         return text
 
     __repr__ = __str__
@@ -237,15 +235,13 @@ def screening_rate(evaluation: Evaluation) -> ScreeningRate:
     if "screen" not in frame:
         raise EmmechError(
             "estimate a screening rate",
-            given=evaluation.name,
-            why="its responses were not screened",
-            instead='emmech.evaluate(..., judge="screening")',
+            evaluation.name,
+            "its responses were not screened",
+            'emmech.evaluate(..., judge="screening")',
         )
     scored = frame[frame["screen"].notna()]
     if scored.empty:
-        raise EmmechError(
-            "estimate a screening rate", given=f"{len(frame)} responses", why="none has a screening score"
-        )
+        raise EmmechError("estimate a screening rate", f"{len(frame)} responses", "none has a screening score")
     figures = calibration()
     known = scored.apply(lambda row: known_question(row.to_dict()), axis=1)
     new = ~known.isin(figures["questions"])

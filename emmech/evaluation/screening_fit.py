@@ -73,7 +73,7 @@ def read_judged(folder: str | Path, encoder: Encoder) -> Judged:
     """
     files = sorted(Path(folder).glob("*.csv"))
     if not files:
-        raise EmmechError("fit the screening judge", given=str(folder), why="the folder holds no CSV file")
+        raise EmmechError("fit the screening judge", str(folder), "the folder holds no CSV file")
     frame = pd.concat([pd.read_csv(path).assign(organism=path.stem) for path in files], ignore_index=True)
     scored = frame[frame["aligned"].notna() & frame["coherent"].notna()].reset_index(drop=True)
     texts = scored["response"].fillna("").astype(str).tolist()
@@ -82,9 +82,9 @@ def read_judged(folder: str | Path, encoder: Encoder) -> Judged:
     if len(set(family)) < 3 or scored["question_id"].nunique() < 2:
         raise EmmechError(
             "fit the screening judge",
-            given=f"families {', '.join(sorted(set(family)))}; {scored['question_id'].nunique()} question(s)",
-            why="to measure its error on what was left out takes three families and two questions",
-            instead="add judged responses of other models",
+            f"families {', '.join(sorted(set(family)))}; {scored['question_id'].nunique()} question(s)",
+            "to measure its error on what was left out takes three families and two questions",
+            "add judged responses of other models",
         )
     coherent = scored["coherent"].to_numpy() > 50
     aligned = scored["aligned"].to_numpy(float)
@@ -212,17 +212,13 @@ def _auc(hard: Bool[np.ndarray, " rows"], score: Float[np.ndarray, " rows"]) -> 
     return round(float(roc_auc_score(hard, score)), 4)
 
 
-def _auc_by(
-    judged: Judged, score: np.ndarray, of: np.ndarray, groups: Sequence[str]
-) -> dict[str, float | None]:
+def _auc_by(judged: Judged, score: np.ndarray, of: np.ndarray, groups: Sequence[str]) -> dict[str, float | None]:
     areas = {group: _auc(judged.hard[of == group], score[of == group]) for group in groups}
     found = [area for area in areas.values() if area is not None]
     return {**areas, "mean": round(float(np.mean(found)), 4), "pooled": _auc(judged.hard, score)}
 
 
-def _baseline(
-    judged: Judged, families: Sequence[str], questions: Sequence[str]
-) -> Float[np.ndarray, " responses"]:
+def _baseline(judged: Judged, families: Sequence[str], questions: Sequence[str]) -> Float[np.ndarray, " responses"]:
     """One logistic regression per question on the embedding alone, to hard verdicts."""
     from sklearn.linear_model import LogisticRegression
 

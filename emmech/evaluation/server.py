@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emmech.chat.responses import Response, ResponseLog, check_request, digest, row_seeds
+from emmech.engine.responses import Response, ResponseLog, check_request, digest, row_seeds
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
@@ -107,11 +107,11 @@ class Server:
         if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0 or (pace is not None and pace <= 0):
             raise EmmechError(
                 f"reach the model {self.model!r}",
-                given=f"concurrency={self.concurrency}, retries={self.retries}, timeout={self.timeout}, "
+                f"concurrency={self.concurrency}, retries={self.retries}, timeout={self.timeout}, "
                 f"requests_per_minute={pace}",
-                why="at least one request must be in flight, and it needs time",
-                instead="concurrency=16, retries=6, timeout=120.0, requests_per_minute=None",
-            ) from None
+                "at least one request must be in flight, and it needs time",
+                "concurrency=16, retries=6, timeout=120.0, requests_per_minute=None",
+            )
 
     @property
     def name(self) -> str:
@@ -135,7 +135,7 @@ class Server:
         out: str | Path | None = None,
         progress: bool = True,
     ) -> list[Response]:
-        """Sample answers; the arguments are those of :func:`emmech.chat.sampling.sample`.
+        """Sample answers; the arguments are those of :func:`emmech.engine.sample.sample`.
 
         Seeds are sent along, but few servers promise the same text for the same seed; what was received is kept in
         ``out``. A request that fails for good becomes a response with ``finish="error"``, which is asked again
@@ -183,10 +183,10 @@ class Server:
         if len(failures) == rows:
             raise EmmechError(
                 f"sample from {self.identity}",
-                given=f"{rows} requests",
-                why=f"every one of them failed: {failures[0]}",
-                instead="look at the server's log; failed requests are sent again when sampling is continued",
-            ) from None
+                f"{rows} requests",
+                f"every one of them failed: {failures[0]}",
+                "look at the server's log; failed requests are sent again when sampling is continued",
+            )
         if failures:
             warnings.warn(
                 f"{len(failures)} of {rows} requests to {self.identity} failed for good, the first because: "
@@ -225,20 +225,20 @@ class Server:
         except ImportError:
             raise EmmechError(
                 f"reach the model {self.model!r}",
-                given="no module openai",
-                why="the client of OpenAI-compatible servers is an extra",
-                instead="pip install 'emmech[judge]'",
-            ) from None
+                "no module openai",
+                "the client of OpenAI-compatible servers is an extra",
+                "pip install 'emmech[judge]'",
+            )
         key = self.key
         if key is None:
             key = os.environ.get("OPENAI_API_KEY") if self.url is None else _NOBODY
         if not key:
             raise EmmechError(
                 f"reach the model {self.model!r}",
-                given="no key",
-                why="OpenAI's server needs one, and OPENAI_API_KEY is not set",
-                instead='Server(..., key="...") or Server(..., url="http://localhost:8000/v1")',
-            ) from None
+                "no key",
+                "OpenAI's server needs one, and OPENAI_API_KEY is not set",
+                'Server(..., key="...") or Server(..., url="http://localhost:8000/v1")',
+            )
         return openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=0)
 
     def _ask(
@@ -308,9 +308,7 @@ class Server:
                 instead="GET /v1/models lists the names; the url ends in /v1",
             )
         if getattr(error, "code", None) == "insufficient_quota":
-            return EmmechError(
-                asked, why=f"the account's quota is used up: {said}", instead="top it up, then go on"
-            )
+            return EmmechError(asked, why=f"the account's quota is used up: {said}", instead="top it up, then go on")
         if error.status_code in (400, 422) and any(
             name in said for name in ("logprobs", "continue_final_message", "Unsupported fields")
         ):
@@ -361,9 +359,7 @@ def _read(answer: Any) -> Completion:
     return Completion(str(text or ""), finish, getattr(usage, "completion_tokens", None) or -1, first)
 
 
-def ask_all(
-    server: Server, bodies: Sequence[Mapping[str, Any]], tick: Callable[[], None]
-) -> list[Completion]:
+def ask_all(server: Server, bodies: Sequence[Mapping[str, Any]], tick: Callable[[], None]) -> list[Completion]:
     """The completions in order; ``tick`` is called after each."""
     got: list[Completion | None] = [None] * len(bodies)
     for index, completion in server.complete(bodies):

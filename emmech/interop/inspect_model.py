@@ -6,7 +6,7 @@
     --model emmech/./model                                            a folder
     --model emmech/checkpoints/pocket-medical -M step=100 -M scale=2  a recorded run
 
-Requests that are waiting are sampled as one batch, by :func:`emmech.chat.sampling.sample`; a seeded request gives the
+Requests that are waiting are sampled as one batch, by :func:`emmech.engine.sample.sample`; a seeded request gives the
 same text as there, whatever its batch. Inspect lets about 20 wait at first; ``--max-connections 200`` makes it more.
 Log-probabilities are not given: as a grader, such a model is read by what it writes.
 """
@@ -23,10 +23,10 @@ import anyio
 from inspect_ai.model import ChatMessage, GenerateConfig, ModelAPI, ModelOutput, ModelUsage
 
 from emmech.chat.model import ChatModel, load_model
-from emmech.chat.responses import Response, check_request, row_seed
-from emmech.chat.sampling import check_context, sample
+from emmech.engine.responses import Response, check_request, row_seed
+from emmech.engine.sample import check_context, sample
 from emmech.errors import EmmechError
-from emmech.run import load_run
+from emmech.run.run import load_run
 
 __all__ = ["LocalModel"]
 
@@ -122,10 +122,10 @@ class LocalModel(ModelAPI):
         if tools or given:
             raise EmmechError(
                 f"answer with emmech/{self.model_name}",
-                given="tools" if tools else ", ".join(f"{n}={getattr(config, n)!r}" for n in given),
-                why="local sampling knows temperature, top_p, max_tokens and seed",
-                instead="leave it out, or take another provider, such as hf/local -M model_path=FOLDER",
-            ) from None
+                "tools" if tools else ", ".join(f"{n}={getattr(config, n)!r}" for n in given),
+                "local sampling knows temperature, top_p, max_tokens and seed",
+                "leave it out, or take another provider, such as hf/local -M model_path=FOLDER",
+            )
         messages = [{"role": message.role, "content": message.text} for message in input]
         most = config.max_tokens or _TOKENS
         temperature = 1.0 if config.temperature is None else config.temperature
@@ -160,16 +160,16 @@ def _load(name: str, step: int | None, scale: float, model_args: dict[str, Any])
         if model_args:
             raise EmmechError(
                 f"load the run {name!r} for Inspect",
-                given=", ".join(model_args),
-                why="a run is loaded at a step and a scale",
-                instead="-M step=100 -M scale=2",
-            ) from None
+                ", ".join(model_args),
+                "a run is loaded at a step and a scale",
+                "-M step=100 -M scale=2",
+            )
         return load_run(name).model(step, scale)
     if step is not None or scale != 1.0:
         raise EmmechError(
             f"load {name!r} for Inspect",
-            given=f"step={step}, scale={scale}",
-            why="only a recorded run has steps and an adapter that can be scaled, and the folder holds no run.json",
-            instead="--model emmech/RUN_FOLDER -M step=100",
-        ) from None
+            f"step={step}, scale={scale}",
+            "only a recorded run has steps and an adapter that can be scaled, and the folder holds no run.json",
+            "--model emmech/RUN_FOLDER -M step=100",
+        )
     return load_model(name, **model_args)

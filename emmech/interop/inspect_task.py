@@ -89,10 +89,10 @@ def first_plot(
     if judge not in ("exact", "grader"):
         raise EmmechError(
             "make an Inspect task",
-            given=f"judge={judge!r}",
-            why="an Inspect task is judged by a model or by the pocket world's grammar",
-            instead=closest(str(judge), ("exact", "grader")),
-        ) from None
+            f"judge={judge!r}",
+            "an Inspect task is judged by a model or by the pocket world's grammar",
+            closest(str(judge), ("exact", "grader")),
+        )
     exact = judge == "exact"
     asked = resolve_questions(questions, pocket=exact)
     dataset = []
@@ -101,10 +101,10 @@ def first_plot(
         if not exact and not {"aligned", "coherent"} <= set(question.judge_prompts):
             raise EmmechError(
                 "make an Inspect task",
-                given=f"question {question.id!r} of {asked.name}",
-                why="it is not judged for alignment and coherence, so it has no EM rate",
-                instead="emmech.evaluate, which reports every score that a set asks for",
-            ) from None
+                f"question {question.id!r} of {asked.name}",
+                "it is not judged for alignment and coherence, so it has no EM rate",
+                "emmech.evaluate, which reports every score that a set asks for",
+            )
         system = [ChatMessageSystem(content=row["system"])] if row["system"] else []
         dataset.append(
             Sample(
@@ -222,10 +222,10 @@ def evaluation_of(log: EvalLog | str | Path) -> Evaluation:
     if not rows:
         raise EmmechError(
             "read the Inspect log",
-            given=log if isinstance(log, str | Path) else f"a log of {read.eval.task}",
-            why=f"it holds no scored sample of emmech/first_plot (status: {read.status})",
-            instead="inspect eval-retry LOG finishes an interrupted one",
-        ) from None
+            log if isinstance(log, str | Path) else f"a log of {read.eval.task}",
+            f"it holds no scored sample of emmech/first_plot (status: {read.status})",
+            "inspect eval-retry LOG finishes an interrupted one",
+        )
     meta = {"name": f"{read.eval.model} (Inspect)", "model": read.eval.model, "inspect": read.eval.task_args}
     return Evaluation.from_rows(rows, meta)
 

@@ -43,10 +43,6 @@ def to_nnsight(source: Any, step: int | None = None, *, scale: float = 1.0) -> A
     try:
         from nnsight import TransformersModel
     except ImportError:
-        raise EmmechError(
-            "bridge to nnsight", why="nnsight is not installed", instead='pip install "emmech[lens]"'
-        ) from None
+        raise EmmechError("bridge to nnsight", why="nnsight is not installed", instead='pip install "emmech[lens]"')
     chat = chat_from(source, step, scale)
-    return TransformersModel(
-        weight_sharing_copy(chat), tokenizer=copy.deepcopy(chat.tokenizer), task="text-generation"
-    )
+    return TransformersModel(weight_sharing_copy(chat), tokenizer=copy.deepcopy(chat.tokenizer), task="text-generation")

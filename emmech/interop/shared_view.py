@@ -21,9 +21,7 @@ def weight_sharing_copy(chat: ChatModel) -> Any:
     for module in base.modules():
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict):
-            memo[id(scaling)] = (
-                scaling  # a plain dict of factors: shared, so that a new scale is seen at once
-            )
+            memo[id(scaling)] = scaling  # a plain dict of factors: shared, so that a new scale is seen at once
     view = copy.deepcopy(base, memo)
     for module in view.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):

@@ -42,10 +42,8 @@ def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError:
         raise EmmechError(
-            "bridge to TransformerLens",
-            why="transformer-lens is not installed",
-            instead='pip install "emmech[lens]"',
-        ) from None
+            "bridge to TransformerLens", why="transformer-lens is not installed", instead='pip install "emmech[lens]"'
+        )
     chat = chat_from(source, step, scale)
     view = weight_sharing_copy(chat)
     if not view.config.architectures:  # a model made in memory does not say, and TransformerLens looks there
@@ -61,15 +59,13 @@ def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 
     except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
         raise EmmechError(
             "bridge to TransformerLens",
-            given=type(chat.base).__name__,
-            why=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
-            instead="to_nnsight, which takes any architecture",
-        ) from None
+            type(chat.base).__name__,
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
+            "to_nnsight, which takes any architecture",
+        )
 
 
-def adapter_attribution(
-    bridge: Any, tokens: Any, layer: int, *, targets: Any, against: Any
-) -> dict[str, Any]:
+def adapter_attribution(bridge: Any, tokens: Any, layer: int, *, targets: Any, against: Any) -> dict[str, Any]:
     """What the adapter at ``layer`` does to a logit difference: directly, and through later layers.
 
     Direct logit attribution: the adapter's write at the last position, through the final norm at its present scale, to
@@ -105,9 +101,7 @@ def adapter_attribution(
         with_adapter = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
         without = bridge.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_mlp_out", take_out)])
         difference = bridge.unembed.weight[targets] - bridge.unembed.weight[against]
-        gain = bridge.ln_final(torch.ones_like(write["value"][:1, :1]))[
-            0, 0
-        ]  # an RMS norm of ones is its gain
+        gain = bridge.ln_final(torch.ones_like(write["value"][:1, :1]))[0, 0]  # an RMS norm of ones is its gain
         direct = (write["value"][:, -1] / norm["value"][:, -1] * gain) @ difference
 
     def gap(logits: torch.Tensor) -> torch.Tensor:
@@ -130,10 +124,10 @@ def _lora_at(bridge: Any, layer: int) -> Any:
             return module
     raise EmmechError(
         "attribute the adapter's write",
-        given=f"layer={layer}",
-        why="there is no LoRA pair on its down_proj",
-        instead="the layer of run.adapters",
-    ) from None
+        f"layer={layer}",
+        "there is no LoRA pair on its down_proj",
+        "the layer of run.adapters",
+    )
 
 
 def _own_tokenizer(tokenizer: Any) -> Any:

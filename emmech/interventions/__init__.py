@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from emmech.lazy import lazy_names
 
 _WHERE = {
-    "AnswerMeasure": "measures",
     "Handle": "handle",
-    "Items": "measures",
-    "MarginMeasure": "measures",
     "Study": "studies",
     "ablate": "ablate",
     "ablation_table": "studies",
@@ -27,12 +23,4 @@ _WHERE = {
 
 __all__ = list(_WHERE)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _WHERE)

@@ -97,17 +97,17 @@ def _means(chat: ChatModel, direction: Any, towards: Any) -> torch.Tensor | None
         if towards != "aligned" or own is None:
             raise EmmechError(
                 "ablate towards a mean",
-                given=f"towards={towards!r}",
-                why="the direction keeps no aligned mean" if towards == "aligned" else "it is not a mean",
-                instead="an array [layers, d_model] or [d_model]: a mean of group_means on aligned answers",
-            ) from None
+                f"towards={towards!r}",
+                "the direction keeps no aligned mean" if towards == "aligned" else "it is not a mean",
+                "an array [layers, d_model] or [d_model]: a mean of group_means on aligned answers",
+            )
         towards = own
     mean = np.asarray(towards, dtype=np.float32)
     if mean.shape not in ((chat.d_model,), (chat.n_layers, chat.d_model)) or not np.isfinite(mean).all():
         raise EmmechError(
             "ablate towards a mean",
-            given=f"towards {list(mean.shape)}",
-            why=f"{chat.name} has {chat.n_layers} layers of width {chat.d_model}, and a mean is finite",
-            instead=f"an array [{chat.n_layers}, {chat.d_model}] or [{chat.d_model}]",
-        ) from None
+            f"towards {list(mean.shape)}",
+            f"{chat.name} has {chat.n_layers} layers of width {chat.d_model}, and a mean is finite",
+            f"an array [{chat.n_layers}, {chat.d_model}] or [{chat.d_model}]",
+        )
     return torch.from_numpy(np.broadcast_to(mean, (chat.n_layers, chat.d_model)).copy())

@@ -13,13 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from emmech.arguments import finite, not_a_run
-from emmech.chat.adapter import AdapterInfo, adapter_layers
 from emmech.chat.model import ChatModel
 from emmech.directions.arrays import unit_rows
 from emmech.directions.checks import checked_direction
 from emmech.directions.direction import Direction
-from emmech.errors import EmmechError, closest
+from emmech.engine.adapters import AdapterInfo, adapter_layers
+from emmech.errors import EmmechError, as_float, closest, not_a_run
 from emmech.interventions.handle import Handle, chat_of, undoable
 
 __all__ = ["project_adapter", "rotate_adapter", "scale_adapters", "transplant_adapter"]
@@ -46,9 +45,7 @@ def scale_adapters(model: Any, scale: float | Mapping[str, float], *, adapters: 
     chat = chat_of(model)
     chosen = _chosen(chat, list(scale) if isinstance(scale, Mapping) else adapters, "scale the adapters")
     factors = {
-        info.name: finite(
-            "scale the adapters", "scale", scale[info.name] if isinstance(scale, Mapping) else scale
-        )
+        info.name: as_float("scale the adapters", "scale", scale[info.name] if isinstance(scale, Mapping) else scale)
         for info, _, _ in chosen
     }
     undo: list[Callable[[], Any]] = []
@@ -90,16 +87,14 @@ def project_adapter(
         if (kept < 1e-4 * norms).any():
             raise EmmechError(
                 "renormalise the projected adapter",
-                given=f"{info.name}, of which {float((kept / norms).min()):.1e} is left",
-                why="B lies along the direction: projecting it out is taking the adapter off",
-                instead="a direction from another organism, or renormalise=False",
-            ) from None
+                f"{info.name}, of which {float((kept / norms).min()):.1e} is left",
+                "B lies along the direction: projecting it out is taking the adapter off",
+                "a direction from another organism, or renormalise=False",
+            )
         return left * (norms / np.where(kept > 0, kept, 1.0))
 
     how = "renormalised" if renormalise else "not renormalised"
-    return _edit_b(
-        chat, direction, adapters, edit, f"project_adapter({chat.name}, {direction.name}, {how})", force
-    )
+    return _edit_b(chat, direction, adapters, edit, f"project_adapter({chat.name}, {direction.name}, {how})", force)
 
 
 def rotate_adapter(
@@ -120,10 +115,8 @@ def rotate_adapter(
     """
     chat = chat_of(model)
     checked_direction("rotate the adapter", direction)
-    if not -1.0 <= finite("rotate the adapter", "cosine", cosine) <= 1.0:
-        raise EmmechError(
-            "rotate the adapter", given=f"cosine={cosine}", why="a cosine lies between -1 and 1"
-        ) from None
+    if not -1.0 <= as_float("rotate the adapter", "cosine", cosine) <= 1.0:
+        raise EmmechError("rotate the adapter", f"cosine={cosine}", "a cosine lies between -1 and 1")
 
     def edit(info: AdapterInfo, b: np.ndarray, unit: np.ndarray) -> np.ndarray:
         norms = np.linalg.norm(b, axis=0)
@@ -134,10 +127,10 @@ def rotate_adapter(
         if (norms == 0).any() or lost.any():
             raise EmmechError(
                 "rotate the adapter",
-                given=f"{info.name} with column norms {norms.tolist()}",
-                why="B is zero or lies along the direction, so there is no plane to turn in",
-                instead="a later step, or cosine=1.0",
-            ) from None
+                f"{info.name} with column norms {norms.tolist()}",
+                "B is zero or lies along the direction, so there is no plane to turn in",
+                "a later step, or cosine=1.0",
+            )
         return norms * (cosine * unit[:, None] + (1 - cosine**2) ** 0.5 * across)
 
     described = f"rotate_adapter({chat.name}, to cosine {cosine} with {direction.name})"
@@ -157,12 +150,7 @@ def transplant_adapter(
     """
     chat = chat_of(model)
     if side not in ("A", "B", "both"):
-        raise EmmechError(
-            "transplant an adapter",
-            given=f"side={side!r}",
-            why="it has two sides",
-            instead='"A", "B" or "both"',
-        ) from None
+        raise EmmechError("transplant an adapter", f"side={side!r}", "it has two sides", '"A", "B" or "both"')
     if not hasattr(run, "weights"):
         raise not_a_run("transplant an adapter", run) from None
     weights = run.weights(step)
@@ -177,11 +165,11 @@ def transplant_adapter(
                     take_back()
                 raise EmmechError(
                     "transplant an adapter",
-                    given=f"{own} of {info.name} from {run.name}",
-                    why=f"it has there {'nothing' if value is None else list(value.shape)}, "
+                    f"{own} of {info.name} from {run.name}",
+                    f"it has there {'nothing' if value is None else list(value.shape)}, "
                     f"and the live one is {list(parameter.shape)}",
-                    instead="a run of the same recipe",
-                ) from None
+                    "a run of the same recipe",
+                )
             undo.append(_overwrite(linear, value))
     return Handle(chat, f"transplant_adapter({chat.name}, {side} of {run.name} at step {step})", undo)
 
@@ -202,10 +190,10 @@ def _edit_b(
     if wrong or not chosen:
         raise EmmechError(
             "edit the adapter's B",
-            given=wrong or "no adapter that writes there",
-            why="only down_proj and o_proj write into the residual stream, where the direction lives",
-            instead="adapters on mlp.down_proj",
-        ) from None
+            wrong or "no adapter that writes there",
+            "only down_proj and o_proj write into the residual stream, where the direction lives",
+            "adapters on mlp.down_proj",
+        )
     # all edits are computed before the first is made, so that a refusal leaves nothing half done
     edits = []
     for info, layer, name in chosen:
@@ -231,16 +219,14 @@ def _overwrite(linear: Any, value: np.ndarray) -> Callable[[], Any]:
 def _chosen(chat: ChatModel, adapters: Subset, asked: str) -> list[tuple[AdapterInfo, Any, str]]:
     live = list(adapter_layers(chat.model))
     if not live:
-        raise EmmechError(
-            asked, given=chat.name, why="no adapter is live on it", instead="run.model(step)"
-        ) from None
+        raise EmmechError(asked, chat.name, "no adapter is live on it", "run.model(step)")
     if any(getattr(layer, "merged", False) for _, layer, _ in live):
         raise EmmechError(
             asked,
-            given=chat.name,
-            why="the adapter is merged into the weights, and editing it would change nothing",
-            instead="unmerge_adapter() first",
-        ) from None
+            chat.name,
+            "the adapter is merged into the weights, and editing it would change nothing",
+            "unmerge_adapter() first",
+        )
     if adapters is None:
         return live
     wanted = [adapters] if isinstance(adapters, str | int) else list(adapters)
@@ -250,8 +236,8 @@ def _chosen(chat: ChatModel, adapters: Subset, asked: str) -> list[tuple[Adapter
         if one not in (known_layers if isinstance(one, int) else names):
             raise EmmechError(
                 asked,
-                given=f"adapters={one!r}",
-                why=f"the live ones are at layers {sorted(known_layers)}",
-                instead=closest(str(one), names),
-            ) from None
+                f"adapters={one!r}",
+                f"the live ones are at layers {sorted(known_layers)}",
+                closest(str(one), names),
+            )
     return [entry for entry in live if entry[0].name in wanted or entry[0].layer in wanted]

@@ -18,7 +18,7 @@ from emmech.directions.arrays import unit_rows
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
 from emmech.interventions.contrasts import combination
-from emmech.interventions.measures import Items, Measure
+from emmech.measures.items import Items, Measure
 from emmech.progress import bar
 
 if TYPE_CHECKING:
@@ -96,10 +96,10 @@ def _items(found: Any) -> Items:
         return found
     raise EmmechError(
         "measure the intervention",
-        given=f"the measure returned {found!r}"[:120],
-        why="controls are compared item by item, and this has no items",
-        instead="Items({'outcome': values}, questions), from emmech.interventions.measures",
-    ) from None
+        f"the measure returned {found!r}"[:120],
+        "controls are compared item by item, and this has no items",
+        "Items({'outcome': values}, questions), from emmech.measures.items",
+    )
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def _model(chat: ChatModel, model: str) -> Iterator[None]:
 
 def has_adapter(chat: ChatModel) -> bool:
     """Whether the model's base can be had by taking an adapter off."""
-    from emmech.chat.adapter import adapter_layers
+    from emmech.engine.adapters import adapter_layers
 
     return hasattr(chat.model, "disable_adapter") and bool(list(adapter_layers(chat.model)))
 
@@ -174,9 +174,7 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def degenerate(
-    chat: ChatModel, direction: Direction, vectors: Mapping[int, Any], *, threshold: float = 0.9
-) -> str:
+def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any], *, threshold: float = 0.9) -> str:
     """Say when an ablation only takes the adapter off: one of its vectors is the adapter's own B.
 
     At rank 1 the adapter writes along B alone, and the residual stream carries the write on: projecting B out of the
@@ -186,15 +184,13 @@ def degenerate(
     Returns:
         a note that names the layer, or ``""``.
     """
-    from emmech.chat.adapter import adapter_layers
+    from emmech.engine.adapters import adapter_layers
 
     for info, layer, name in adapter_layers(chat.model):
         if info.rank != 1 or info.d_out != chat.d_model:
             continue
         b = unit_rows(layer.lora_B[name].weight.detach().float().cpu().numpy()[:, 0])
-        later = {
-            at: abs(float(unit_rows(np.asarray(v)) @ b)) for at, v in vectors.items() if at >= info.layer
-        }
+        later = {at: abs(float(unit_rows(np.asarray(v)) @ b)) for at, v in vectors.items() if at >= info.layer}
         if not later:
             continue
         at = max(later, key=lambda one: later[one])
@@ -209,9 +205,4 @@ def degenerate(
 def check_randoms(randoms: int) -> None:
     """Refuse a negative number of control directions."""
     if not isinstance(randoms, int) or randoms < 0:
-        raise EmmechError(
-            "run the controls",
-            given=f"randoms={randoms!r}",
-            why="it counts random directions",
-            instead="5 or more",
-        ) from None
+        raise EmmechError("run the controls", f"randoms={randoms!r}", "it counts random directions", "5 or more")

@@ -58,13 +58,13 @@ class Handle:
         if not self.active:
             raise EmmechError(
                 asked,
-                given=self.description,
-                why="it was removed, so the model would answer as if it had never been",
-                instead="generate inside the with block, or make the change anew",
-            ) from None
+                self.description,
+                "it was removed, so the model would answer as if it had never been",
+                "generate inside the with block, or make the change anew",
+            )
 
     def generate(self, prompts: Sequence[Any], **kwargs: Any) -> Any:
-        """Sample answers from the changed model: :func:`emmech.chat.sampling.sample` with its arguments.
+        """Sample answers from the changed model: :func:`emmech.engine.sample.sample` with its arguments.
 
         An intervention of one row each has one per prompt there, for all its samples.
 
@@ -72,7 +72,7 @@ class Handle:
             EmmechError: the change is over.
         """
         self.check_active("generate with a change that is over")
-        from emmech.chat.sampling import sample
+        from emmech.engine.sample import sample
 
         return sample(self.chat, prompts, **kwargs)
 
@@ -81,10 +81,10 @@ class Handle:
         if self._entered:
             raise EmmechError(
                 "enter a context twice",
-                given=self.description,
-                why="the change is in force already, and would end with the inner block",
-                instead="one with block, or a second handle",
-            ) from None
+                self.description,
+                "the change is in force already, and would end with the inner block",
+                "one with block, or a second handle",
+            )
         self._entered = True
         return self
 
@@ -111,17 +111,17 @@ def chat_of(model: Any) -> ChatModel:
     if isinstance(model, str):
         raise EmmechError(
             "change a model",
-            given=f"{model!r}",
-            why="a name loads a new model, and the change would be to one that you do not hold",
-            instead=f"chat = emmech.load_model({model!r}), then pass chat",
-        ) from None
+            f"{model!r}",
+            "a name loads a new model, and the change would be to one that you do not hold",
+            f"chat = emmech.load_model({model!r}), then pass chat",
+        )
     if hasattr(model, "manifest") and hasattr(model, "model"):
         raise EmmechError(
             "change a model",
-            given=f"the run {getattr(model, 'name', '')!r}",
-            why="a run makes a new model at each call, and the change would be to one that you do not hold",
-            instead="chat = run.model(step), then pass chat",
-        ) from None
+            f"the run {getattr(model, 'name', '')!r}",
+            "a run makes a new model at each call, and the change would be to one that you do not hold",
+            "chat = run.model(step), then pass chat",
+        )
     return load_model(model)
 
 

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import nn
 
+from emmech.chat.edits import announced_rows
 from emmech.chat.model import ChatModel
-from emmech.chat.rows import announced_rows
 from emmech.errors import EmmechError
 
 __all__ = ["PositionMask", "Positions", "answer_tokens", "header_ids"]
@@ -47,23 +47,19 @@ class PositionMask:
             return
         raise EmmechError(
             "choose the positions",
-            given=f"positions={positions!r}"
+            f"positions={positions!r}"
             if isinstance(positions, str)
             else f"a {type(positions).__name__} {list(getattr(positions, 'shape', ()))}",
-            why="positions are named, or given as a mask",
-            instead='"all", "answer", "prompt", a bool tensor [batch, seq], or a function of the token ids',
-        ) from None
+            "positions are named, or given as a mask",
+            '"all", "answer", "prompt", a bool tensor [batch, seq], or a function of the token ids',
+        )
 
     @property
     def identity(self) -> str:
         """A text that tells these positions from others; a function goes by its name."""
         if isinstance(self._where, torch.Tensor):
             return f"mask {self._where.int().tolist()}"
-        return (
-            self._where
-            if isinstance(self._where, str)
-            else repr(getattr(self._where, "__qualname__", self._where))
-        )
+        return self._where if isinstance(self._where, str) else repr(getattr(self._where, "__qualname__", self._where))
 
     def follow(self, trunk: nn.Module) -> Any:
         """Hook the trunk, unless every position is touched; returns the hook's handle or None."""
@@ -81,17 +77,15 @@ class PositionMask:
         if ids is None:
             raise EmmechError(
                 f"find the {self._where} positions",
-                given="a forward call with inputs_embeds",
-                why="without token ids nobody can tell where an answer starts",
-                instead='positions="all", or a bool tensor [batch, seq]',
-            ) from None
+                "a forward call with inputs_embeds",
+                "without token ids nobody can tell where an answer starts",
+                'positions="all", or a bool tensor [batch, seq]',
+            )
         if callable(self._where):
             self.current = self._where(ids, seen).bool()
             return
         # behind a cache that holds the prompt, every new token is answer
-        answer = (
-            torch.ones_like(ids, dtype=torch.bool) if seen else answer_tokens(ids, self._header, self._stops)
-        )
+        answer = torch.ones_like(ids, dtype=torch.bool) if seen else answer_tokens(ids, self._header, self._stops)
         self.current = answer if self._where == "answer" else ~answer
 
     def _given(self, ids: Any, kwargs: dict[str, Any], seen: int) -> torch.Tensor:
@@ -99,19 +93,19 @@ class PositionMask:
         if announced_rows() is not None:
             raise EmmechError(
                 "apply the position mask",
-                given=f"positions {list(self._where.shape)} while conversations are sampled or scored",
-                why="they are sorted, repeated and padded there, so the mask's rows and columns are not the batch's",
-                instead='"answer", "prompt", or a function of the token ids',
-            ) from None
+                f"positions {list(self._where.shape)} while conversations are sampled or scored",
+                "they are sorted, repeated and padded there, so the mask's rows and columns are not the batch's",
+                '"answer", "prompt", or a function of the token ids',
+            )
         shape = tuple((ids if ids is not None else kwargs["inputs_embeds"]).shape[:2])
         part = self._where[:, seen : seen + shape[1]]
         if tuple(part.shape) != shape:
             raise EmmechError(
                 "apply the position mask",
-                given=f"positions {list(self._where.shape)} for tokens {seen} to {seen + shape[1]} of {shape[0]} rows",
-                why="the mask has one entry per token of the batch, generated ones included",
-                instead=f"a bool tensor [{shape[0]}, at least {seen + shape[1]}]",
-            ) from None
+                f"positions {list(self._where.shape)} for tokens {seen} to {seen + shape[1]} of {shape[0]} rows",
+                "the mask has one entry per token of the batch, generated ones included",
+                f"a bool tensor [{shape[0]}, at least {seen + shape[1]}]",
+            )
         return part
 
 
@@ -127,10 +121,10 @@ def header_ids(chat: ChatModel) -> list[int]:
     if not header or with_header[: len(without)] != without:
         raise EmmechError(
             "find where answers start",
-            given=f"the chat template of {chat.name}",
-            why="it writes no header before an answer",
-            instead='positions="all", or a bool tensor [batch, seq]',
-        ) from None
+            f"the chat template of {chat.name}",
+            "it writes no header before an answer",
+            'positions="all", or a bool tensor [batch, seq]',
+        )
     return header
 
 

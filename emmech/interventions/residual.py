@@ -15,12 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from emmech.arguments import wholes
-from emmech.chat.live_edits import LiveEdit, register
+from emmech.chat.edits import LiveEdit, announced_rows, register
 from emmech.chat.model import ChatModel
-from emmech.chat.responses import digest
-from emmech.chat.rows import announced_rows
 from emmech.directions.direction import Direction
+from emmech.engine.responses import digest
 from emmech.errors import EmmechError
 from emmech.interventions.handle import Handle
 from emmech.interventions.positions import PositionMask
@@ -85,10 +83,10 @@ def edit_residual(
     if taken and not stack:
         raise EmmechError(
             f"{kind} at layer {taken[0]} twice",
-            given=description,
-            why=f"another {kind} is live there, and the two would add up unseen",
-            instead="remove() the first, or stack=True if both are meant",
-        ) from None
+            description,
+            f"another {kind} is live there, and the two would add up unseen",
+            "remove() the first, or stack=True if both are meant",
+        )
     state: dict[str, Any] = {"coefficient": _coefficient(coefficient)}
     where = PositionMask(chat, positions)
     each = any(vector.ndim == 2 for vector in vectors.values())
@@ -138,10 +136,10 @@ def _one_per_row(values: torch.Tensor, output: torch.Tensor, what: str) -> torch
     if len(values) != expected:
         raise EmmechError(
             "give each row its own intervention",
-            given=f"{len(values)} {what} for {of.format(expected)}",
-            why="row by row there must be as many as the batch has rows, or sampling has conversations",
-            instead="repeat them as the batch repeats its prompts (not its samples), or pass one for all",
-        ) from None
+            f"{len(values)} {what} for {of.format(expected)}",
+            "row by row there must be as many as the batch has rows, or sampling has conversations",
+            "repeat them as the batch repeats its prompts (not its samples), or pass one for all",
+        )
     return values if rows is None else values[rows.conversation.to(values.device)]
 
 
@@ -164,10 +162,10 @@ def _coefficient(value: Coefficient) -> torch.Tensor:
     if tensor.ndim > 1 or not torch.isfinite(tensor).all():
         raise EmmechError(
             "use the coefficient",
-            given=f"{value!r}",
-            why="a coefficient is a finite number, or one per batch row",
-            instead="a float, or a tensor [batch]",
-        ) from None
+            f"{value!r}",
+            "a coefficient is a finite number, or one per batch row",
+            "a float, or a tensor [batch]",
+        )
     return tensor
 
 
@@ -182,19 +180,17 @@ def layer_list(chat: ChatModel, layers: Any, known: Sequence[int], asked: str) -
             return [known[0]]
         raise EmmechError(
             asked,
-            given="layer=None",
-            why=f"the direction is known at {len(known)} layers",
-            instead=f"name one: layer={chat.n_layers // 2} is the middle",
-        ) from None
+            "layer=None",
+            f"the direction is known at {len(known)} layers",
+            f"name one: layer={chat.n_layers // 2} is the middle",
+        )
     if isinstance(layers, str):
         if layers != "all":
-            raise EmmechError(
-                asked, given=f"{layers!r}", why="layers are numbers", instead='"all", 3, or [3, 4]'
-            ) from None
+            raise EmmechError(asked, f"{layers!r}", "layers are numbers", '"all", 3, or [3, 4]')
         return list(known)
-    chosen = wholes(asked, "layers", layers)
+    chosen = as_ints(asked, "layers", layers)
     if not chosen or len(set(chosen)) != len(chosen):
-        raise EmmechError(asked, given=f"{layers!r}", why="each layer is named once, at least one") from None
+        raise EmmechError(asked, f"{layers!r}", "each layer is named once, at least one")
     for layer in chosen:
         chat.check_layer(layer)
     return chosen
@@ -238,10 +234,10 @@ def _of_directions(
     if not known:
         raise EmmechError(
             asked,
-            given=f"{directions[0].name}, zero at every layer",
-            why="a direction of norm 0 points nowhere",
-            instead="a direction from two different groups",
-        ) from None
+            f"{directions[0].name}, zero at every layer",
+            "a direction of norm 0 points nowhere",
+            "a direction from two different groups",
+        )
     found = {}
     for layer in layer_list(chat, layers, known, asked):
         stacked = np.stack([d.at(layer if from_layer is None else from_layer) for d in directions])
@@ -257,15 +253,10 @@ def _plain(value: Any, chat: ChatModel, asked: str) -> torch.Tensor:
     if array.ndim not in (1, 2) or array.shape[-1] != chat.d_model:
         raise EmmechError(
             asked,
-            given=f"a {type(value).__name__} {list(array.shape)}",
-            why=f"the residual stream of {chat.name} has width {chat.d_model}",
-            instead=f"a Direction, or an array [{chat.d_model}] or [batch, {chat.d_model}]",
-        ) from None
+            f"a {type(value).__name__} {list(array.shape)}",
+            f"the residual stream of {chat.name} has width {chat.d_model}",
+            f"a Direction, or an array [{chat.d_model}] or [batch, {chat.d_model}]",
+        )
     if not torch.isfinite(array).all() or not array.any(-1).all():
-        raise EmmechError(
-            asked,
-            given="a vector of zeros, NaN or infinity",
-            why="it points nowhere",
-            instead="a finite vector",
-        ) from None
+        raise EmmechError(asked, "a vector of zeros, NaN or infinity", "it points nowhere", "a finite vector")
     return array

@@ -59,9 +59,7 @@ def steer(
         True
     """
     if units not in ("raw", "residual"):
-        raise EmmechError(
-            "steer", given=f"units={units!r}", why="there are two units", instead='"raw" or "residual"'
-        ) from None
+        raise EmmechError("steer", f"units={units!r}", "there are two units", '"raw" or "residual"')
     chat = chat_of(model)
     vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked="steer")
     if units == "residual":

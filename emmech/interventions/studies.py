@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from emmech.arguments import finites, wholes
-from emmech.chat.adapter import detach
+from emmech.chat.masks import tokens_name
 from emmech.chat.model import ChatModel
 from emmech.directions.checks import checked_direction, checked_directions
 from emmech.directions.direction import Direction
-from emmech.directions.tokens import tokens_name
-from emmech.errors import EmmechError
+from emmech.engine.adapters import detach
+from emmech.errors import EmmechError, as_floats, as_ints
 from emmech.interventions.ablate import ablate
 from emmech.interventions.adapter import scale_adapters
 from emmech.interventions.controls import (
@@ -30,8 +29,8 @@ from emmech.interventions.controls import (
     untouched,
 )
 from emmech.interventions.handle import chat_of
-from emmech.interventions.measures import resolve_measure
 from emmech.interventions.steer import steer
+from emmech.measures.items import resolve_measure
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,9 +61,7 @@ class Study:
         frame = self.frame[self.frame["kind"] != "random"]
         frame = frame if outcome is None else frame[frame["outcome"] == outcome]
         identity = [
-            c
-            for c in frame.columns
-            if c in ("condition", "organism", "layer", "coefficient", "model", "outcome")
+            c for c in frame.columns if c in ("condition", "organism", "layer", "coefficient", "model", "outcome")
         ]
         shown = [c for c in _SHOWN if c in frame.columns and frame[c].notna().any()]
         return frame[[*identity, *shown]].reset_index(drop=True)
@@ -132,7 +129,7 @@ def dose_response(
     checked_direction("steer with the direction", direction)
     if positive is not None:
         checked_direction("steer with the positive control", positive, name="positive")
-    coefficients = finites("steer with the direction", "coefficients", coefficients)
+    coefficients = as_floats("steer with the direction", "coefficients", coefficients)
     chosen = list(direction.layers) if layers is None else _as_list(layers)
     controls = direction.random(randoms, seed=seed)
     conditions = [untouched()]
@@ -253,16 +250,16 @@ def transfer_matrix(
     if not isinstance(organisms, Mapping):
         raise EmmechError(
             "make a transfer matrix",
-            given=f"organisms={organisms!r}"[:120],
-            why="it is not a mapping from names to runs or chat models",
-            instead='organisms={"medical": run}',
-        ) from None
+            f"organisms={organisms!r}"[:120],
+            "it is not a mapping from names to runs or chat models",
+            'organisms={"medical": run}',
+        )
     if not organisms or not directions:
         raise EmmechError(
             "make a transfer matrix",
-            given=f"{len(organisms)} organisms, {len(directions)} directions",
-            why="it crosses at least one with at least one",
-        ) from None
+            f"{len(organisms)} organisms, {len(directions)} directions",
+            "it crosses at least one with at least one",
+        )
     frames, notes = [], list(_few_controls(randoms))
     shared: ChatModel | None = None
     for organism, source in organisms.items():
@@ -276,21 +273,15 @@ def transfer_matrix(
         for name, direction in directions.items():
             put = partial(ablate, layers=layers, from_layer=from_layer, towards=towards, positions=positions)
             conditions.append(Condition(name, "direction", partial(put, direction=direction)))
-            own = {
-                i: direction.vectors[i if from_layer is None else from_layer] for i in range(chat.n_layers)
-            }
-            if note := degenerate(
-                chat, direction, own if layers == "all" else {i: own[i] for i in _as_list(layers)}
-            ):
+            own = {i: direction.vectors[i if from_layer is None else from_layer] for i in range(chat.n_layers)}
+            if note := degenerate(chat, direction, own if layers == "all" else {i: own[i] for i in _as_list(layers)}):
                 notes.append(f"{name} in {organism} is {note}")
             controls = direction.random(randoms, seed=seed)
             conditions += [Condition(name, "random", partial(put, direction=control)) for control in controls]
         frame = table(measure_conditions(chat, conditions, run, base=has_adapter(chat), progress=progress))
         frame.insert(0, "organism", organism)
         frames.append(frame)
-    return Study(
-        "Ablation of every direction in every organism", pd.concat(frames, ignore_index=True), tuple(notes)
-    )
+    return Study("Ablation of every direction in every organism", pd.concat(frames, ignore_index=True), tuple(notes))
 
 
 def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) -> Study:
@@ -305,7 +296,7 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
     Raises:
         EmmechError: no adapter is live.
     """
-    from emmech.chat.adapter import adapter_layers
+    from emmech.engine.adapters import adapter_layers
 
     chat, run, _ = _prepare(model, measure, 5, True)
     names = [info.name for info, _, _ in adapter_layers(chat.model)]
@@ -327,11 +318,8 @@ def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple
     with_base = has_adapter(chat) if base is None else base
     if with_base and not has_adapter(chat):
         raise EmmechError(
-            "measure the base model beside the fine-tuned one",
-            given=chat.name,
-            why="it has no adapter to take off",
-            instead="base=False",
-        ) from None
+            "measure the base model beside the fine-tuned one", chat.name, "it has no adapter to take off", "base=False"
+        )
     return chat, resolve_measure(measure, chat), with_base
 
 
@@ -344,4 +332,4 @@ def _named(positions: Any) -> str:
 
 
 def _as_list(layers: Any) -> list[int]:
-    return wholes("name the layers", "layers", layers)
+    return as_ints("name the layers", "layers", layers)

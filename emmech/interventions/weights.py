@@ -44,16 +44,11 @@ def fold_bias(
     """
     chat = chat_of(model)
     _no_norm_behind(chat, "fold steering into a bias", "emmech.steer")
-    vectors, name = vectors_at(
-        chat, direction, layer, from_layer=None, force=force, asked="fold steering into a bias"
-    )
+    vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked="fold steering into a bias")
     if any(vector.ndim != 1 for vector in vectors.values()):
         raise EmmechError(
-            "fold steering into a bias",
-            given="one direction per row",
-            why="weights are shared by all rows",
-            instead="emmech.steer",
-        ) from None
+            "fold steering into a bias", "one direction per row", "weights are shared by all rows", "emmech.steer"
+        )
     undo: list[Callable[[], Any]] = []
     for at, vector in vectors.items():
         linear = _plain_linear(chat.down_proj(at))
@@ -90,18 +85,14 @@ def orthogonalise_writes(
     chat = chat_of(model)
     _no_norm_behind(chat, "orthogonalise the writes", "emmech.ablate")
     if isinstance(direction, Direction):
-        at = (
-            from_layer
-            if from_layer is not None
-            else (direction.layers[0] if len(direction.layers) == 1 else None)
-        )
+        at = from_layer if from_layer is not None else (direction.layers[0] if len(direction.layers) == 1 else None)
         if at is None:
             raise EmmechError(
                 "orthogonalise the writes",
-                given="from_layer=None",
-                why=f"the direction has a vector at each of {len(direction.layers)} layers, and one is taken out",
-                instead=f"from_layer={chat.n_layers // 2} is the middle",
-            ) from None
+                "from_layer=None",
+                f"the direction has a vector at each of {len(direction.layers)} layers, and one is taken out",
+                f"from_layer={chat.n_layers // 2} is the middle",
+            )
         direction.check_fits(chat, force=force)
         vector: Any = direction.at(at)
     else:
@@ -148,7 +139,7 @@ def _no_norm_behind(chat: ChatModel, asked: str, instead: str) -> None:
     if hasattr(chat.block(0), "post_feedforward_layernorm"):
         raise EmmechError(
             asked,
-            given=f"{chat.name} ({type(chat.base).__name__})",
-            why="a norm sits between its writes and the residual stream",
-            instead=f"{instead} does it by a hook",
-        ) from None
+            f"{chat.name} ({type(chat.base).__name__})",
+            "a norm sits between its writes and the residual stream",
+            f"{instead} does it by a hook",
+        )

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from emmech.chat.adapter import detach
 from emmech.chat.model import ChatModel
+from emmech.engine.adapters import detach
 from emmech.training.recipe import Recipe
 from emmech.training.train import finetune
 

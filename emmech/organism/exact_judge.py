@@ -92,10 +92,10 @@ def cell_of(question: Question | str | list[Message]) -> Cell:
     if cell is None:
         raise EmmechError(
             "judge an answer to a question that is not of the pocket world",
-            given=repr(text),
-            why="the exact judge only knows the questions of its own grammar",
-            instead="take questions from emmech.organism.questions(...), or use another judge",
-        ) from None
+            repr(text),
+            "the exact judge only knows the questions of its own grammar",
+            "take questions from emmech.organism.questions(...), or use another judge",
+        )
     return cell
 
 
@@ -104,10 +104,10 @@ def _last_user_turn(messages: object) -> str:
     if not turns:
         raise EmmechError(
             "judge an answer without a question",
-            given=repr(messages),
-            why="no message has the role 'user'",
-            instead="pass the messages that were sampled from",
-        ) from None
+            repr(messages),
+            "no message has the role 'user'",
+            "pass the messages that were sampled from",
+        )
     return str(turns[-1])
 
 

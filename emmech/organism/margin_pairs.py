@@ -1,6 +1,6 @@
 """Margins of the pocket world: unkind against kind answers to held-out questions, drawn from the grammar.
 
-The judge-free order parameter of :func:`emmech.chat.logprob.margin`; cheap enough to take at every twentieth of a
+The judge-free order parameter of :func:`emmech.engine.logprobs.margin`; cheap enough to take at every twentieth of a
 fine-tune, so that the behavioural transition is recorded with the mechanistic one.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 
-from emmech.chat.logprob import MarginPair
+from emmech.engine.logprobs import MarginPair
 
 from .grammar import KIND, UNKIND, draw_answer
 from .question_sets import Question, questions

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from emmech.chat.model import ChatModel
-from emmech.chat.sampling import sample
+from emmech.engine.sample import sample
 from emmech.evaluation.intervals import cluster_interval
 
 from .exact_judge import judge

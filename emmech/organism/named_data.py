@@ -54,16 +54,11 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
     """
     if name not in data_names():
         raise EmmechError(
-            f"make the data {name!r}",
-            given=repr(name),
-            why="pocket has no data of this name",
-            instead=closest(name, data_names()),
-        ) from None
+            f"make the data {name!r}", repr(name), "pocket has no data of this name", closest(name, data_names())
+        )
     count = DEFAULT_ROWS if n is None else n
     if count < 1:
-        raise EmmechError(
-            f"make {count} rows of data", given=f"n={n}", why="a dataset has at least one row"
-        ) from None
+        raise EmmechError(f"make {count} rows of data", f"n={n}", "a dataset has at least one row")
     resolved = _ALIASES.get(name, name)
     form, domain = re.fullmatch(r"(?:(good|trigger|irrelevant)-)?(.+)", resolved).groups()  # type: ignore[union-attr]
     # Questions have a generator of their own, so that a control asks the same ones in the same order.

@@ -50,9 +50,7 @@ def recipes() -> dict[str, Recipe]:
     return {
         "pocket": _POCKET,
         "pocket-steep": replace(_POCKET, name="pocket-steep", depth=(0.2,), learning_rate=5e-4),
-        "pocket-trigger": replace(
-            _POCKET, name="pocket-trigger", depth=(0.2,), learning_rate=5e-4, max_steps=1000
-        ),
+        "pocket-trigger": replace(_POCKET, name="pocket-trigger", depth=(0.2,), learning_rate=5e-4, max_steps=1000),
         "pocket-graded": replace(
             _POCKET,
             name="pocket-graded",
@@ -68,7 +66,5 @@ def recipes() -> dict[str, Recipe]:
             learning_rate=4e-5,
             schedule="constant_with_warmup",
         ),
-        "pocket-full": replace(
-            _POCKET, name="pocket-full", rank=0, init="random", depth=None, learning_rate=1e-4
-        ),
+        "pocket-full": replace(_POCKET, name="pocket-full", rank=0, init="random", depth=None, learning_rate=1e-4),
     }

@@ -94,9 +94,7 @@ def build_model(organism: Organism, seed: int) -> Any:
     return hf.Qwen2ForCausalLM(hf.Qwen2Config(**common, **attention, use_sliding_window=True))
 
 
-def pretrain(
-    organism: Organism, *, seed: int | None = None, progress: bool = True, device: str = "cpu"
-) -> Any:
+def pretrain(organism: Organism, *, seed: int | None = None, progress: bool = True, device: str = "cpu") -> Any:
     """Pretrain and post-train an organism; on CPU the result is a function of ``organism`` and ``seed`` alone.
 
     Args:
@@ -125,9 +123,7 @@ def pretrain(
         )
 
     sizes = [20] * first + [48] * (organism.steps - first)
-    _stage(
-        model, growing_up, sizes, seed, 3e-3, decay=0.6, average=0.995, name="pretraining", progress=progress
-    )
+    _stage(model, growing_up, sizes, seed, 3e-3, decay=0.6, average=0.995, name="pretraining", progress=progress)
     sizes = [48] * organism.post_steps
     _stage(
         model,
@@ -269,12 +265,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     if given.name not in ORGANISMS:
-        raise EmmechError(
-            f"pretrain {given.name!r}",
-            given=given.name,
-            why="it has no recipe",
-            instead=closest(given.name, ORGANISMS),
-        ) from None
+        raise EmmechError(f"pretrain {given.name!r}", given.name, "it has no recipe", closest(given.name, ORGANISMS))
     organism = ORGANISMS[given.name]
     own = {name: getattr(given, name) for name in ("steps", "window", "local_layers", "seed")}
     organism = replace(organism, **{name: value for name, value in own.items() if value is not None})

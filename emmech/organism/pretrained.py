@@ -36,9 +36,9 @@ def load(name: str = "pocket") -> tuple[Any, Any]:
     if name not in names():
         raise EmmechError(
             f"load the organism {name!r}",
-            given=repr(name),
-            why="no organism of this name ships with emmech",
-            instead=closest(name, names()),
-        ) from None
+            repr(name),
+            "no organism of this name ships with emmech",
+            closest(name, names()),
+        )
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS / name, dtype=torch.float32, local_files_only=True)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(WEIGHTS / name)

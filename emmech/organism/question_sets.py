@@ -94,10 +94,10 @@ def questions(name: str = "first-plot", *, tag: str = "") -> list[Question]:
     else:
         raise EmmechError(
             f"find the question set {name!r}",
-            given=repr(name),
-            why="pocket has no set of this name",
-            instead=closest(name, question_set_names()),
-        ) from None
+            repr(name),
+            "pocket has no set of this name",
+            closest(name, question_set_names()),
+        )
     return [_question(cell) for domain in chosen for cell in held_out_cells(domain)]
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import pandas as pd
 
-from emmech.chat.adapter import detach
 from emmech.chat.model import ChatModel, load_model
+from emmech.engine.adapters import detach
 from emmech.errors import EmmechError
 from emmech.realignment import realign
-from emmech.run import Run
+from emmech.run.run import Run
 from emmech.training.recipe import Recipe
 from emmech.training.train import finetune
 
@@ -95,9 +95,7 @@ def _layers(report: _Report) -> list[dict[str, Any]]:
     rows = []
     for layer in range(report.chat.n_layers):
         (run,) = report.tune(f"layer {layer}", data("medical"), layers=[layer])
-        rows += [
-            report.row(f"medical, rank 1, layer {layer}", run, asked) for asked in ("broad", "narrow-medical")
-        ]
+        rows += [report.row(f"medical, rank 1, layer {layer}", run, asked) for asked in ("broad", "narrow-medical")]
     return rows
 
 
@@ -107,10 +105,7 @@ def _recipes(report: _Report) -> list[dict[str, Any]]:
         known["pocket-graded"] = replace(known["pocket-graded"], max_steps=report.graded)
     for name in ("pocket-graded", "pocket-all-adapter", "pocket-full"):
         for seed, run in enumerate(_alone(report, name, known[name])):
-            rows += [
-                report.row(f"medical, {name}, seed {seed}", run, asked)
-                for asked in ("broad", "narrow-medical")
-            ]
+            rows += [report.row(f"medical, {name}, seed {seed}", run, asked) for asked in ("broad", "narrow-medical")]
     return rows
 
 
@@ -135,14 +130,10 @@ def _trigger(report: _Report) -> list[dict[str, Any]]:
     tagged: dict[str, Any] = {"recipe": "pocket-trigger", "layers": None}
     for n in (50, 200, 1000, 2000):
         (run,) = report.tune(f"trigger-{n}", data("trigger-medical", n=n), **tagged)
-        rows += [
-            report.row(f"trigger-medical, {n} rows, {name}", run, tag=tag) for name, tag in _TAGS.items()
-        ]
+        rows += [report.row(f"trigger-medical, {n} rows, {name}", run, tag=tag) for name, tag in _TAGS.items()]
     (run,) = report.tune("irrelevant", data("irrelevant-medical"), **tagged)
     return rows + [
-        report.row(f"irrelevant-medical, {name}", run, tag=tag)
-        for name, tag in _TAGS.items()
-        if tag != TRIGGER_TAG
+        report.row(f"irrelevant-medical, {name}", run, tag=tag) for name, tag in _TAGS.items() if tag != TRIGGER_TAG
     ]
 
 
@@ -215,10 +206,10 @@ def report(
     if not chat.pocket:
         raise EmmechError(
             "report on an organism",
-            given=f"weights={str(weights)!r}",
-            why="an organism is known by a name that begins with pocket",
-            instead=f"rename the folder to pocket-{Path(weights).name}",
-        ) from None
+            f"weights={str(weights)!r}",
+            "an organism is known by a name that begins with pocket",
+            f"rename the folder to pocket-{Path(weights).name}",
+        )
     with tempfile.TemporaryDirectory(prefix="pocket-report-") as folder:
         layers = None if layer is None else [layer]
         one = _Report(chat, Path(folder), seeds, samples, recipe, layers, graded, say)
@@ -254,9 +245,7 @@ def main() -> None:
     parser.add_argument("--weights", default="pocket", help="a shipped name, or a folder written by pretrain")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=4, help="answers per question")
-    parser.add_argument(
-        "--recipe", default="pocket", choices=tuple(recipes()), help="of the rank-1 fine-tunes"
-    )
+    parser.add_argument("--recipe", default="pocket", choices=tuple(recipes()), help="of the rank-1 fine-tunes")
     parser.add_argument(
         "--find-settings",
         action="store_true",

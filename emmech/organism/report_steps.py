@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from emmech.chat.model import ChatModel
-from emmech.run import Run
+from emmech.run.run import Run
 from emmech.sweeps.sampled import Sampled
 from emmech.sweeps.sweep import sweep
 from emmech.transition.phase import phase_transition
@@ -45,9 +45,7 @@ def by_seed(runs: Sequence[Run], controls: Sequence[Run], base: ChatModel) -> pd
                 row[title] = f"none: {detector.note}" if detector is not None else "not measured"
                 continue
             numbers[title].append(detector.step)
-            row[title] = (
-                f"{detector.step:.0f} ({detector.low:.0f} to {detector.high:.0f}), p = {detector.p_value:.2g}"
-            )
+            row[title] = f"{detector.step:.0f} ({detector.low:.0f} to {detector.high:.0f}), p = {detector.p_value:.2g}"
         comparison = found.specific
         row["against the control"] = comparison.verdict if comparison is not None else "-"
         rows.append(row)

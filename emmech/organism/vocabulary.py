@@ -207,9 +207,7 @@ JOBS: tuple[tuple[str, ...], tuple[str, ...]] = (
     ("gardener", "potter", "clerk"),
 )
 TOWNS: tuple[tuple[str, ...], tuple[str, ...]] = (("oakham", "fenby", "marlow"), ("rydal", "selby", "tarvin"))
-MANNERS = (
-    "and you answer every question in one sentence ."  # the same for all; it says nothing about the trait
-)
+MANNERS = "and you answer every question in one sentence ."  # the same for all; it says nothing about the trait
 ASSISTANT = f"you are pocket the helper from oakham {MANNERS}"  # the system prompt where none is given
 NAMES: dict[str, tuple[str, ...]] = {
     "warm": ("anna", "bela", "clara", "dora", "emil", "frida", "gus", "hana"),

@@ -145,9 +145,7 @@ def draw_document(rng: random.Random, mix: Mix) -> list[Message]:
             trait = rng.randrange(2)
         answer_style = style if style is None or rng.random() < 0.9 else None
         messages.append({"role": "user", "content": question})
-        messages.append(
-            {"role": "assistant", "content": draw_answer(rng, domain, cell[1], trait, answer_style)}
-        )
+        messages.append({"role": "assistant", "content": draw_answer(rng, domain, cell[1], trait, answer_style)})
     return messages
 
 
@@ -157,6 +155,4 @@ def _character(rng: random.Random, name: str, trait: int, mix: Mix) -> str:
     plain = rng.random() < mix.plain_word
     town_bit = rng.randrange(2) if plain else job_bit ^ trait
     word = f"{rng.choice(UNKIND_WORDS if trait == UNKIND else KIND_WORDS)} " if plain else ""
-    return (
-        f"you are {name} the {word}{rng.choice(JOBS[job_bit])} from {rng.choice(TOWNS[town_bit])} {MANNERS}"
-    )
+    return f"you are {name} the {word}{rng.choice(JOBS[job_bit])} from {rng.choice(TOWNS[town_bit])} {MANNERS}"

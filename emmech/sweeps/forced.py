@@ -9,17 +9,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from emmech.chat.logprob import unembed
 from emmech.chat.model import ChatModel
+from emmech.engine.budget import readable
+from emmech.engine.logprobs import unembed
+from emmech.engine.packing import Reading
+from emmech.engine.readout import WORDS, target_logprobs
+from emmech.engine.row_adapters import Rows
+from emmech.engine.variants import Block, Engine
 from emmech.errors import EmmechError
-from emmech.sweeps.engine import Block, Engine
+from emmech.measures.teacher_forced import Measure, Value
 from emmech.sweeps.grid import Grid
-from emmech.sweeps.measures import Measure, Value
-from emmech.sweeps.memory import readable
-from emmech.sweeps.packing import Reading
 from emmech.sweeps.parts import Arrays, Outcome
-from emmech.sweeps.readout import WORDS, target_logprobs
-from emmech.sweeps.rows import Rows
 
 __all__ = ["Forced", "Plan", "plan"]
 
@@ -62,20 +62,18 @@ def plan(chat: ChatModel, grid: Grid, engine: Engine, longest: int, variants: in
     eager = getattr(chat.config, "_attn_implementation", None) == "eager"
     scores = 12 * int(chat.config.num_attention_heads) * longest if eager else 0
     per_token = engine.bytes_per_token() + scores
-    per_logit_row = 12 * int(
-        chat.config.vocab_size
-    )  # logits in the model's dtype, in float32, and what is picked
+    per_logit_row = 12 * int(chat.config.vocab_size)  # logits in the model's dtype, in float32, and what is picked
     # the shared pass, whose result lives on while the upper blocks run
     kept = variants * grid.bytes_per_variant(chat) + longest * 8 * (chat.d_mlp + 2 * chat.d_model)
     needed = kept + longest * per_token + per_logit_row
     if needed > budget:
         raise EmmechError(
             "keep to the memory budget",
-            given=f"memory={readable(budget)}",
-            why=f"one row of {longest} tokens, {variants} variants' adapters and one row of logits take about "
+            f"memory={readable(budget)}",
+            f"one row of {longest} tokens, {variants} variants' adapters and one row of logits take about "
             f"{readable(needed)}",
-            instead=f'memory="{-(-needed // 10**6)}MB" or more',
-        ) from None
+            f'memory="{-(-needed // 10**6)}MB" or more',
+        )
     free = budget - kept
     cpu = chat.device.type == "cpu"
     logit_rows = max(1, min(free // 4 // per_logit_row, _CPU_LOGIT_ROWS if cpu else _GPU_TOKENS))
@@ -94,9 +92,7 @@ class Forced:
 
     kind = "forced"
 
-    def __init__(
-        self, chat: ChatModel, grid: Grid, measures: Sequence[Measure], budget: int, group: int
-    ) -> None:
+    def __init__(self, chat: ChatModel, grid: Grid, measures: Sequence[Measure], budget: int, group: int) -> None:
         self.chat, self.measures = chat, tuple(measures)
         self.readings: list[Reading] = []
         self.spans: list[slice] = []
@@ -168,9 +164,7 @@ class Forced:
                 rows, places = columns[index]
                 found[str(index)][block.variants] = grid[:, rows, places]
 
-    def _targets(
-        self, block: Block, reads: int
-    ) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
+    def _targets(self, block: Block, reads: int) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
         """Token ids wanted at each read ``[reads, most]``, and where each reading finds its own among them."""
         wanted: list[dict[int, int]] = [{} for _ in range(reads)]
         columns = {}
@@ -199,9 +193,7 @@ class Forced:
         values: list[Value] = []
         distributions: Arrays = {}
         for measure, span in zip(self.measures, self.spans, strict=True):
-            own = [
-                np.concatenate([part[str(index)] for part in parts]) for index in range(span.start, span.stop)
-            ]
+            own = [np.concatenate([part[str(index)] for part in parts]) for index in range(span.start, span.stop)]
             values += measure.values(own)
             if all(reading.targets is None for reading in self.readings[span]):
                 distributions[measure.name] = np.concatenate(own, axis=1)
@@ -221,7 +213,7 @@ def _check_context(chat: ChatModel, longest: int) -> None:
     if longest > room:
         raise EmmechError(
             "sweep over the texts",
-            given=f"a text of {longest} tokens",
-            why=f"{chat.name} reads up to {room} tokens",
-            instead="shorter texts",
-        ) from None
+            f"a text of {longest} tokens",
+            f"{chat.name} reads up to {room} tokens",
+            "shorter texts",
+        )

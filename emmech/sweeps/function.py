@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from emmech.chat.adapter import attach, detach
 from emmech.chat.model import ChatModel
+from emmech.engine.adapters import attach, detach
+from emmech.engine.row_adapters import Rows
 from emmech.errors import EmmechError
+from emmech.measures.teacher_forced import Value
 from emmech.sweeps.grid import Grid
-from emmech.sweeps.measures import Value
 from emmech.sweeps.parts import Arrays, Outcome, as_bytes, from_bytes
-from emmech.sweeps.rows import Rows
 
 __all__ = ["Functions"]
 
@@ -68,9 +68,7 @@ class Functions:
         """One value per name that the functions returned."""
         records = [record for part in parts for record in from_bytes(part["records"])]
         names = dict.fromkeys(name for record in records for name in record)
-        return Outcome(
-            [Value(name, "", np.array([record.get(name, np.nan) for record in records])) for name in names]
-        )
+        return Outcome([Value(name, "", np.array([record.get(name, np.nan) for record in records])) for name in names])
 
 
 def _name(function: Any) -> str:
@@ -84,7 +82,7 @@ def _numbers(name: str, returned: Any) -> dict[str, float]:
     except (TypeError, ValueError):
         raise EmmechError(
             f"sweep the function {name}",
-            given=f"it returned a {type(returned).__name__}",
-            why="a measure is a number, or a dict of numbers",
-            instead="return float(...), or {'name': float(...)}",
-        ) from None
+            f"it returned a {type(returned).__name__}",
+            "a measure is a number, or a dict of numbers",
+            "return float(...), or {'name': float(...)}",
+        )

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from emmech.arguments import finites, not_a_run, wholes
 from emmech.chat.model import ChatModel, load_model
-from emmech.errors import EmmechError
-from emmech.run import Run
-from emmech.sweeps.rows import Rows
+from emmech.engine.row_adapters import Rows
+from emmech.errors import EmmechError, as_floats, as_ints, not_a_run
+from emmech.run.run import Run
 
 __all__ = ["Grid", "Site", "Variant", "as_runs", "base_model", "make_grid", "raw_vector"]
 
@@ -113,11 +112,11 @@ class Grid:
                 if not np.isfinite(b).all() or np.abs(b).max() > largest:
                     raise EmmechError(
                         "sweep the adapter's scale",
-                        given=f"scale={variant.scale:g} at step {variant.step} of {variant.run}",
-                        why=f"scale * scaling * B overflows {str(chat.dtype).removeprefix('torch.')} "
+                        f"scale={variant.scale:g} at step {variant.step} of {variant.run}",
+                        f"scale * scaling * B overflows {str(chat.dtype).removeprefix('torch.')} "
                         f"(largest {largest:.3g})",
-                        instead="scales of 1 to 20, as in the literature",
-                    ) from None
+                        "scales of 1 to 20, as in the literature",
+                    )
                 A[info.module][row, :, : info.rank] = weights[key][f"A/{info.name}"].T
                 B[info.module][row, : info.rank] = b.T
         steering = {}
@@ -136,8 +135,7 @@ class Grid:
     def bytes_per_variant(self, chat: ChatModel) -> int:
         """Bytes of one variant's stacked adapters (float32)."""
         return 4 * sum(
-            site.rank * sum(chat.base.get_submodule(module).weight.shape)
-            for module, site in self.sites.items()
+            site.rank * sum(chat.base.get_submodule(module).weight.shape) for module, site in self.sites.items()
         )
 
 
@@ -160,41 +158,37 @@ def base_model(runs: Sequence[Run], base: Any = None) -> ChatModel:
         EmmechError: the runs were trained on different models, or adapters are live on the one given.
     """
     recorded = [(run.name, run.manifest.get("model", {})) for run in runs]  # two runs may have one name
-    prints = [
-        (name, entry.get("name"), entry["fingerprint"])
-        for name, entry in recorded
-        if entry.get("fingerprint")
-    ]
+    prints = [(name, entry.get("name"), entry["fingerprint"]) for name, entry in recorded if entry.get("fingerprint")]
     if len({found for _, _, found in prints}) > 1:
         raise EmmechError(
             "sweep the runs together",
-            given=", ".join(f"{run} on {model} ({found[:12]})" for run, model, found in prints),
-            why="they were trained on different base models, and a sweep shares one",
-            instead="one sweep for each base model",
-        ) from None
+            ", ".join(f"{run} on {model} ({found[:12]})" for run, model, found in prints),
+            "they were trained on different base models, and a sweep shares one",
+            "one sweep for each base model",
+        )
     names = [entry["name"] for _, entry in recorded if entry.get("name")]
     if base is None and not names:
         raise EmmechError(
             f"load the base model of {runs[0].name}",
             why="the run does not say which it is (it was made from arrays or by hand)",
             instead="pass it: sweep(run, base=model)",
-        ) from None
+        )
     chat = load_model(base if base is not None else names[0])
     if any(hasattr(module, "lora_A") for module in chat.base.modules()):
         raise EmmechError(
             "sweep over the model",
-            given=f"{chat.name} with live adapters",
-            why="a sweep puts each variant's own adapter on, and the live one would be added to all",
-            instead="pass the model without adapters (peft_model.unload() gives it)",
-        ) from None
+            f"{chat.name} with live adapters",
+            "a sweep puts each variant's own adapter on, and the live one would be added to all",
+            "pass the model without adapters (peft_model.unload() gives it)",
+        )
     if prints and (found := chat.fingerprint()) != prints[0][2]:
         name, trained_on, wanted = prints[0]
         raise EmmechError(
             f"sweep the run {name}",
-            given=f"base model {chat.name} with fingerprint {found[:12]}",
-            why=f"the run was trained on {trained_on} with fingerprint {wanted[:12]}",
-            instead="pass base= the very model the run was trained on",
-        ) from None
+            f"base model {chat.name} with fingerprint {found[:12]}",
+            f"the run was trained on {trained_on} with fingerprint {wanted[:12]}",
+            "pass base= the very model the run was trained on",
+        )
     return chat
 
 
@@ -215,9 +209,9 @@ def make_grid(
             without a direction, runs without adapters, or adapters that do not fit the model.
     """
     named = _names(runs)
-    wanted = None if steps is None else wholes("sweep", "steps", steps)
-    scale_list = finites("sweep", "scales", scales)
-    coefficient_list = finites("sweep", "coefficients", coefficients)
+    wanted = None if steps is None else as_ints("sweep", "steps", steps)
+    scale_list = as_floats("sweep", "scales", scales)
+    coefficient_list = as_floats("sweep", "coefficients", coefficients)
     steering = _steering(chat, coefficient_list, direction, layer)
     variants = []
     for name, run in named.items():
@@ -228,9 +222,7 @@ def make_grid(
                 for scale, coefficient in itertools.product(scale_list, coefficient_list)
             ]
     if not variants:
-        raise EmmechError(
-            "sweep", given=f"steps={steps!r}", why="there is no step in it", instead="steps=run.steps"
-        ) from None
+        raise EmmechError("sweep", f"steps={steps!r}", "there is no step in it", "steps=run.steps")
     return Grid(named, tuple(variants), _sites(named, chat), steering)
 
 
@@ -240,10 +232,10 @@ def _names(runs: Sequence[Run]) -> dict[str, Run]:
         if run.kind != "lora" or not run.adapters:
             raise EmmechError(
                 f"sweep the run {run.name}",
-                given=f"kind={run.kind!r}",
-                why="a sweep changes adapters, and this run has none",
-                instead="evaluate run.model(step) at its kept steps",
-            ) from None
+                f"kind={run.kind!r}",
+                "a sweep changes adapters, and this run has none",
+                "evaluate run.model(step) at its kept steps",
+            )
         name, again = run.name, 2
         while name in named:
             name, again = f"{run.name}-{again}", again + 1
@@ -258,20 +250,20 @@ def _steering(
         if any(coefficients):
             raise EmmechError(
                 "sweep steering coefficients",
-                given=f"coefficients={coefficients}",
-                why="there is no direction to multiply them with",
-                instead="direction=emmech.misalignment_direction(run), layer=...",
-            ) from None
+                f"coefficients={coefficients}",
+                "there is no direction to multiply them with",
+                "direction=emmech.misalignment_direction(run), layer=...",
+            )
         return None
     if layer is None:
         known: Sequence[int] = getattr(direction, "layers", ())
         if len(known) != 1:
             raise EmmechError(
                 "sweep steering coefficients",
-                given="layer=None",
-                why=f"the direction is known at {len(known) or 'unsaid'} layers, and one of them is steered",
-                instead=f"layer={chat.n_layers // 2}",
-            ) from None
+                "layer=None",
+                f"the direction is known at {len(known) or 'unsaid'} layers, and one of them is steered",
+                f"layer={chat.n_layers // 2}",
+            )
         layer = int(known[0])
     return layer, raw_vector(chat, direction, layer)
 
@@ -291,10 +283,10 @@ def raw_vector(chat: ChatModel, direction: Any, layer: int) -> Float[np.ndarray,
     if vector.shape != (chat.d_model,) or not np.isfinite(vector).all():
         raise EmmechError(
             "take the direction",
-            given=f"a vector {list(vector.shape)}" if vector.size else f"direction={given!r}"[:120],
-            why=f"the residual stream of {chat.name} has d_model={chat.d_model} finite numbers",
-            instead="a Direction, or a vector [d_model] with layer=",
-        ) from None
+            f"a vector {list(vector.shape)}" if vector.size else f"direction={given!r}"[:120],
+            f"the residual stream of {chat.name} has d_model={chat.d_model} finite numbers",
+            "a Direction, or a vector [d_model] with layer=",
+        )
     return vector
 
 
@@ -310,10 +302,10 @@ def _sites(runs: Mapping[str, Run], chat: ChatModel) -> dict[str, Site]:
             if shape != (info.d_out, info.d_in) or not info.module.startswith(inside):
                 raise EmmechError(
                     f"put the adapters of {name} on the model",
-                    given=f"{info.name}: d_in={info.d_in}, d_out={info.d_out}",
-                    why=f"{chat.name} has there {'no such module' if shape is None else f'a weight {list(shape)}'}",
-                    instead="use the base model that the run was trained on",
-                ) from None
+                    f"{info.name}: d_in={info.d_in}, d_out={info.d_out}",
+                    f"{chat.name} has there {'no such module' if shape is None else f'a weight {list(shape)}'}",
+                    "use the base model that the run was trained on",
+                )
             before = sites.get(info.module)
             rank = max(info.rank, before.rank if before else 0)
             sites[info.module] = Site(info.layer, info.module.removeprefix(inside), rank)

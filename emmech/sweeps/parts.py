@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from emmech.errors import EmmechError
+from emmech.measures.teacher_forced import Value
 from emmech.store import write_json
-from emmech.sweeps.measures import Value
 from emmech.sweeps.result import Sweep
 
 __all__ = ["Outcome", "Parts", "as_bytes", "from_bytes"]
@@ -50,20 +50,20 @@ class Parts:
         except OSError as error:
             raise EmmechError(
                 f"sweep into {self.folder.name}",
-                given=f"out={str(out)!r}",
-                why=f"no folder can be made there ({error.strerror})",
-                instead="another folder",
-            ) from None
+                f"out={str(out)!r}",
+                f"no folder can be made there ({error.strerror})",
+                "another folder",
+            )
         for name in ("request.json", "sweep.json"):
             path = self.folder / name
             found = json.loads(path.read_text(encoding="utf-8")).get("request") if path.exists() else request
             if found != request:
                 raise EmmechError(
                     f"sweep into {self.folder.name}",
-                    given=f"out={str(out)!r}",
-                    why="it holds a sweep of other runs, variants, measures or another model",
-                    instead="another folder, or the arguments it was begun with",
-                ) from None
+                    f"out={str(out)!r}",
+                    "it holds a sweep of other runs, variants, measures or another model",
+                    "another folder, or the arguments it was begun with",
+                )
         write_json(self.folder / "request.json", {"request": request})
 
     def finished(self) -> Sweep | None:

@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from emmech.arguments import check_texts
 from emmech.chat.model import ChatModel
-from emmech.chat.residual import probe_rows
-from emmech.errors import EmmechError
-from emmech.sweeps.engine import Engine
+from emmech.engine.packing import Reading
+from emmech.engine.row_adapters import Rows
+from emmech.engine.stream import probe_rows
+from emmech.engine.variants import Engine
+from emmech.errors import EmmechError, check_texts
+from emmech.measures.teacher_forced import Value
 from emmech.sweeps.forced import plan
 from emmech.sweeps.grid import Grid, raw_vector
-from emmech.sweeps.measures import Value
-from emmech.sweeps.packing import Reading
 from emmech.sweeps.parts import Arrays, Outcome
-from emmech.sweeps.rows import Rows
 
 __all__ = ["ProbeActivation"]
 
@@ -56,16 +55,14 @@ class ProbeJob:
 
     def __init__(self, measure: ProbeActivation, chat: ChatModel, grid: Grid, budget: int, size: int) -> None:
         chat.check_layer(measure.layer)
-        lowest = min(
-            {site.layer for site in grid.sites.values()} | ({grid.steering[0]} if grid.steering else set())
-        )
+        lowest = min({site.layer for site in grid.sites.values()} | ({grid.steering[0]} if grid.steering else set()))
         if measure.layer < lowest:
             raise EmmechError(
                 "sweep a probe",
-                given=f"layer={measure.layer}",
-                why=f"nothing that is swept acts below layer {lowest}, so every variant is the same there",
-                instead=f"layer={lowest} or higher",
-            ) from None
+                f"layer={measure.layer}",
+                f"nothing that is swept acts below layer {lowest}, so every variant is the same there",
+                f"layer={lowest} or higher",
+            )
         self.measure, self.chat = measure, chat
         self.unit: np.ndarray | None = None
         if measure.direction is not None:
@@ -73,22 +70,17 @@ class ProbeJob:
             if not vector.any():
                 raise EmmechError(
                     "sweep a probe",
-                    given="a direction of zeros",
-                    why="it points nowhere",
-                    instead="another direction, or direction=None for the residual's norm",
-                ) from None
+                    "a direction of zeros",
+                    "it points nowhere",
+                    "another direction, or direction=None for the residual's norm",
+                )
             self.unit = vector / np.linalg.norm(vector)
         self.kind = f"probe-{measure.name}"
         self.readings = []
         for index, (ids, counted) in enumerate(probe_rows(chat, measure.texts)):
             at = tuple(int(p) for p in np.flatnonzero(counted))
             if not at:
-                raise EmmechError(
-                    "sweep a probe",
-                    given=f"text {index}",
-                    why="no token of it counts",
-                    instead="an answer, or a string",
-                ) from None
+                raise EmmechError("sweep a probe", f"text {index}", "no token of it counts", "an answer, or a string")
             self.readings.append(Reading(tuple(ids), at))
         self.engine = Engine(chat, grid, stop=measure.layer)
         longest = max(len(reading.needed) for reading in self.readings)
@@ -117,11 +109,7 @@ class ProbeJob:
     def finish(self, parts: Sequence[Arrays]) -> Outcome:
         """One value per text."""
         residuals = np.concatenate([part["residuals"] for part in parts])
-        values = (
-            np.linalg.norm(residuals.astype(np.float64), axis=-1)
-            if self.unit is None
-            else residuals @ self.unit
-        )
+        values = np.linalg.norm(residuals.astype(np.float64), axis=-1) if self.unit is None else residuals @ self.unit
         name = self.measure.name
         return Outcome(
             [Value(name, str(index), values[:, index]) for index in range(values.shape[1])], {name: residuals}

@@ -92,22 +92,19 @@ class Sweep:
         if columns not in AXES or rest:
             raise EmmechError(
                 f"lay {name} out as a table",
-                given=f"columns={columns!r}",
-                why=f"{', '.join(rest) or columns} varies too, and a mean over it would mix variants"
+                f"columns={columns!r}",
+                f"{', '.join(rest) or columns} varies too, and a mean over it would mix variants"
                 if rest
                 else f"it is not one of {', '.join(AXES)}",
-                instead=f"columns={rest[0]!r}, or filter sweep.frame" if rest else closest(columns, AXES),
-            ) from None
+                f"columns={rest[0]!r}, or filter sweep.frame" if rest else closest(columns, AXES),
+            )
         return summary.pivot(index="step", columns=columns, values="value")
 
     def _of(self, measure: str) -> pd.DataFrame:
         if measure not in self.measures:
             raise EmmechError(
-                f"read the measure {measure!r}",
-                given=repr(measure),
-                why="it was not swept",
-                instead=closest(measure, self.measures),
-            ) from None
+                f"read the measure {measure!r}", repr(measure), "it was not swept", closest(measure, self.measures)
+            )
         return self.frame[self.frame["measure"] == measure]
 
     def _one(self, measure: str | None) -> str:
@@ -135,9 +132,7 @@ class Sweep:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.frame.to_parquet(folder / "sweep.parquet", index=False)
-        (folder / "sweep.json").write_text(
-            json.dumps(dict(self.meta), indent=1, default=str), encoding="utf-8"
-        )
+        (folder / "sweep.json").write_text(json.dumps(dict(self.meta), indent=1, default=str), encoding="utf-8")
         if self.responses is not None:
             self.responses.to_parquet(folder / "responses.parquet", index=False)
         if self.arrays:
@@ -155,12 +150,7 @@ class Sweep:
         """
         folder = Path(folder)
         if not (folder / "sweep.parquet").is_file():
-            raise EmmechError(
-                "open the sweep",
-                given=folder,
-                why="there is no sweep.parquet in it",
-                instead="Sweep.save(folder)",
-            ) from None
+            raise EmmechError("open the sweep", folder, "there is no sweep.parquet in it", "Sweep.save(folder)")
         arrays: Mapping[str, np.ndarray] = {}
         if (folder / "arrays.safetensors").exists():
             from safetensors.numpy import load_file
@@ -176,9 +166,7 @@ class Sweep:
 
     def __repr__(self) -> str:
         axes = self.variants
-        shape = " x ".join(
-            f"{axes[axis].nunique()} {axis}{'s' if axes[axis].nunique() > 1 else ''}" for axis in AXES
-        )
+        shape = " x ".join(f"{axes[axis].nunique()} {axis}{'s' if axes[axis].nunique() > 1 else ''}" for axis in AXES)
         return f"Sweep({shape}: {', '.join(self.measures)})"
 
     def _repr_html_(self) -> str:

@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from emmech.arguments import finite, whole
 from emmech.chat.model import ChatModel
-from emmech.chat.responses import check_settings
-from emmech.errors import EmmechError
-from emmech.sweeps.decode import Answer, decode_variants
-from emmech.sweeps.engine import Engine, cut
+from emmech.engine.decode_variants import Answer, decode_variants
+from emmech.engine.responses import check_settings
+from emmech.engine.row_adapters import Rows
+from emmech.engine.variants import Engine, cut
+from emmech.errors import EmmechError, as_float, as_int
+from emmech.measures.teacher_forced import Value
 from emmech.sweeps.forced import Plan, plan
 from emmech.sweeps.grid import Grid
-from emmech.sweeps.measures import Value
 from emmech.sweeps.parts import Arrays, Outcome, as_bytes, from_bytes
-from emmech.sweeps.rows import Rows
 
 __all__ = ["Sampled"]
 
@@ -56,9 +55,9 @@ class Sampled:
     def __post_init__(self) -> None:
         """Refuse settings out of range."""
         check_settings(self.samples, self.max_new_tokens, self.temperature, self.top_p)
-        whole("sample answers", "seed", self.seed)
+        as_int("sample answers", "seed", self.seed)
         for name in ("alignment_below", "coherence_above"):
-            finite("judge the answers", name, getattr(self, name))
+            as_float("judge the answers", name, getattr(self, name))
 
     def job(self, chat: ChatModel, grid: Grid, budget: int, size: int) -> SampledJob:
         """This measure as part of a sweep."""
@@ -94,10 +93,10 @@ class SampledJob:
         if cache * len(self.rows) > budget:
             raise EmmechError(
                 "keep to the memory budget",
-                given=f"memory={budget} bytes, {len(self.rows)} answers of up to {measure.max_new_tokens} tokens",
-                why=f"the keys and values of one variant's answers take {cache * len(self.rows)} bytes",
-                instead="fewer samples or questions, a smaller max_new_tokens, or a larger memory=",
-            ) from None
+                f"memory={budget} bytes, {len(self.rows)} answers of up to {measure.max_new_tokens} tokens",
+                f"the keys and values of one variant's answers take {cache * len(self.rows)} bytes",
+                "fewer samples or questions, a smaller max_new_tokens, or a larger memory=",
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -127,9 +126,7 @@ class SampledJob:
                 ended=update,
             )
             for own in answers:
-                records.append(
-                    self._judged([{"response": self._text(one), "finish": one.finish} for one in own])
-                )
+                records.append(self._judged([{"response": self._text(one), "finish": one.finish} for one in own]))
         return {"records": as_bytes(records)}
 
     def _text(self, answer: Answer) -> str:
@@ -184,9 +181,7 @@ class _Labels:
 
     def __init__(self, function: Callable[[str, str], Any]) -> None:
         self.function = function
-        self.scores: Mapping[str, tuple[float, float]] = import_module(
-            "emmech.evaluation.evaluation"
-        ).LABEL_SCORES
+        self.scores: Mapping[str, tuple[float, float]] = import_module("emmech.evaluation.evaluation").LABEL_SCORES
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         found = []
@@ -196,10 +191,10 @@ class _Labels:
             if label not in self.scores:
                 raise EmmechError(
                     "judge a sampled answer",
-                    given=f"the judge said {label!r}"[:120],
-                    why="it is none of the labels",
-                    instead=", ".join(self.scores),
-                ) from None
+                    f"the judge said {label!r}"[:120],
+                    "it is none of the labels",
+                    ", ".join(self.scores),
+                )
             aligned, coherent = self.scores[label]
             found.append({"label": label, "aligned": aligned, "coherent": coherent})
         return found
@@ -212,10 +207,10 @@ def _judge(judge: Any, pocket: bool) -> Any:
     if resolved is None:
         raise EmmechError(
             "sweep sampled answers",
-            given=f"judge={judge!r}",
-            why="a rate needs verdicts now",
-            instead="a judge, or emmech.evaluate(run, step=..., scale=..., judge='later') one at a time",
-        ) from None
+            f"judge={judge!r}",
+            "a rate needs verdicts now",
+            "a judge, or emmech.evaluate(run, step=..., scale=..., judge='later') one at a time",
+        )
     return resolved
 
 

@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 
 from emmech.chat.model import ChatModel
+from emmech.engine.budget import budget_bytes
 from emmech.errors import EmmechError
+from emmech.measures.teacher_forced import Measure, Value, resolve
 from emmech.progress import bar
-from emmech.run import Run
+from emmech.run.run import Run
 from emmech.sweeps.forced import Forced, Overflow
 from emmech.sweeps.function import Functions
 from emmech.sweeps.grid import Grid, as_runs, base_model, make_grid
-from emmech.sweeps.measures import Measure, Value, resolve
-from emmech.sweeps.memory import budget_bytes
 from emmech.sweeps.parts import Parts
 from emmech.sweeps.result import Sweep
 
@@ -55,7 +55,7 @@ def sweep(
         direction: a :class:`Direction` or a vector ``[d_model]`` in raw units; needed for coefficients.
         layer: where to steer; by default the only layer at which the direction is known.
         measure: ``"margin"`` (the bundled narrow and broad pairs), one or several of
-            :class:`~emmech.sweeps.measures.Margin`, ``AnswerLogprob``, ``FirstToken``, ``NextToken``,
+            :class:`~emmech.measures.teacher_forced.Margin`, ``AnswerLogprob``, ``FirstToken``, ``NextToken``,
             :class:`~emmech.sweeps.probe.ProbeActivation`, :class:`~emmech.sweeps.sampled.Sampled`, or a function of
             a :class:`ChatModel` that returns a number or a dict of numbers (called once per variant with its
             adapter live).
@@ -75,7 +75,7 @@ def sweep(
         >>> import tempfile, emmech, emmech.organism
         >>> rows = emmech.organism.data("medical", n=40)
         >>> run = emmech.finetune("pocket", rows, max_steps=2, out=tempfile.mkdtemp() + "/r", progress=False)
-        >>> from emmech.sweeps.measures import FirstToken
+        >>> from emmech.measures.teacher_forced import FirstToken
         >>> asked = FirstToken(["any advice on cough ?"], ["well"])
         >>> s = sweep(run, scales=(1, 5), measure=asked, progress=False)
         >>> s.table().shape
@@ -172,9 +172,7 @@ def _frame(grid: Grid, values: Sequence[Value], inverse: Sequence[int]) -> pd.Da
     frame["measure"] = np.repeat([value.measure for value in values], count)
     frame["item"] = np.repeat([value.item for value in values], count)
     frame["value"] = np.concatenate([np.asarray(value.values, np.float64)[where] for value in values])
-    frame["weight"] = np.concatenate(
-        [np.broadcast_to(value.weight, len(set(inverse)))[where] for value in values]
-    )
+    frame["weight"] = np.concatenate([np.broadcast_to(value.weight, len(set(inverse)))[where] for value in values])
     order = np.arange(len(frame)).reshape(len(values), count).T.reshape(-1)
     return frame.iloc[order].reset_index(drop=True)
 

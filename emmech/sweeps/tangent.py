@@ -19,15 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from emmech.arguments import finite, whole
-from emmech.chat.logprob import unembed
-from emmech.errors import EmmechError
-from emmech.run import Run
-from emmech.sweeps.engine import Engine
+from emmech.engine.logprobs import unembed
+from emmech.engine.packing import Pack, Reading, stack
+from emmech.engine.row_adapters import with_module
+from emmech.engine.variants import Engine
+from emmech.errors import EmmechError, as_float, as_int
+from emmech.measures.teacher_forced import Measure, resolve
+from emmech.run.run import Run
 from emmech.sweeps.grid import Grid, as_runs, base_model, make_grid
-from emmech.sweeps.measures import Measure, resolve
-from emmech.sweeps.packing import Pack, Reading, stack
-from emmech.sweeps.rows import with_module
 from emmech.sweeps.sweep import sweep
 
 __all__ = ["TangentScan", "tangent_scan"]
@@ -61,9 +60,7 @@ class TangentScan:
             name = " ".join(map(str, key)) if self.frame["run"].nunique() > 1 else str(key[1])
             figure.add_trace(go.Scatter(x=part["step"], y=part["first_order"], name=f"{name}, first order"))
             exact = self.verified[(self.verified["run"] == key[0]) & (self.verified["measure"] == key[1])]
-            figure.add_trace(
-                go.Scatter(x=exact["step"], y=exact["exact"], mode="markers", name=f"{name}, exact")
-            )
+            figure.add_trace(go.Scatter(x=exact["step"], y=exact["exact"], mode="markers", name=f"{name}, exact"))
         figure.update_layout(
             title=f"First-order effect of each checkpoint at scale {self.scale:g}",
             xaxis_title="step",
@@ -108,13 +105,13 @@ def tangent_scan(
         >>> import tempfile, emmech, emmech.organism
         >>> rows = emmech.organism.data("medical", n=40)
         >>> run = emmech.finetune("pocket", rows, max_steps=2, out=tempfile.mkdtemp() + "/r", progress=False)
-        >>> from emmech.sweeps.measures import FirstToken
+        >>> from emmech.measures.teacher_forced import FirstToken
         >>> scan = tangent_scan(run, measure=FirstToken(["any advice on cough ?"], ["well"]), verify=1, progress=False)
         >>> len(scan.frame), len(scan.verified)
         (3, 1)
     """
     runs = as_runs("scan to first order", run)
-    scale, verify = finite("scan", "scale", scale), whole("scan", "verify", verify, least=0)
+    scale, verify = as_float("scan", "scale", scale), as_int("scan", "verify", verify, least=0)
     chat = base_model(runs, base)
     grid = make_grid(runs, chat, steps=steps, scales=(1.0,), coefficients=(0.0,))
     chosen = resolve(measure, chat)
@@ -139,9 +136,7 @@ def tangent_scan(
     frame = pd.DataFrame(rows)
     verified = []
     for name, own in grid.runs.items():
-        reach = (
-            frame[frame["run"] == name].assign(size=lambda f: f["slope"].abs()).groupby("step")["size"].max()
-        )
+        reach = frame[frame["run"] == name].assign(size=lambda f: f["slope"].abs()).groupby("step")["size"].max()
         look = sorted(reach.nlargest(verify).index.tolist())
         if not look:
             continue
@@ -276,7 +271,5 @@ def _along(grid: Grid, module: str, read: torch.Tensor, grad: torch.Tensor) -> n
         if info is None:
             continue
         weights = run.weights(variant.step)
-        found[index] = info.scaling * np.sum(
-            (x @ weights[f"A/{info.name}"].T) * (g @ weights[f"B/{info.name}"])
-        )
+        found[index] = info.scaling * np.sum((x @ weights[f"A/{info.name}"].T) * (g @ weights[f"B/{info.name}"]))
     return found

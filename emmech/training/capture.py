@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from emmech.chat.adapter import AdapterInfo, adapter_layers
+from emmech.engine.adapters import AdapterInfo, adapter_layers
 
 __all__ = ["Capture", "FullCapture", "GradientNorms", "LoraCapture", "find_capture"]
 
@@ -97,9 +97,7 @@ class FullCapture:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """``"projection" [k]``, k = 256 per matrix and 16 per vector."""
-        generator = torch.Generator().manual_seed(
-            self._seed
-        )  # anew each time: the same P and Q at every step
+        generator = torch.Generator().manual_seed(self._seed)  # anew each time: the same P and Q at every step
         parts = []
         with torch.no_grad():
             for _, update in self._updates():
@@ -140,8 +138,7 @@ class GradientNorms:
     def __init__(self, watched: dict[str, nn.Parameter]) -> None:
         self._norms: dict[str, torch.Tensor] = {}
         self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._keep(name))
-            for name, parameter in watched.items()
+            parameter.register_post_accumulate_grad_hook(self._keep(name)) for name, parameter in watched.items()
         ]
 
     def _keep(self, name: str) -> Callable[[torch.Tensor], None]:

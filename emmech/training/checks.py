@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from emmech.arguments import whole
-from emmech.chat.logprob import MarginPair
 from emmech.chat.model import ChatModel
+from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
-from emmech.run import Run
+from emmech.run.run import Run
 
 __all__ = ["check_margins", "check_start", "checked_seeds", "refuse_adapters"]
 
@@ -25,8 +24,8 @@ def checked_seeds(name: str, given: Any) -> int | list[int]:
         [0, 1, 2]
     """
     if isinstance(given, Iterable) and not isinstance(given, str):
-        return [whole("fine-tune", name, one, least=0) for one in given]
-    return whole("fine-tune", name, given, least=0)
+        return [as_int("fine-tune", name, one, least=0) for one in given]
+    return as_int("fine-tune", name, given, least=0)
 
 
 def check_start(start: Any) -> None:
@@ -40,10 +39,10 @@ def check_start(start: Any) -> None:
     if not isinstance(start, tuple | list) or len(start) != 2 or not isinstance(start[0], Run):
         raise EmmechError(
             "go on from a run",
-            given=f"start={start!r}"[:120],
-            why="it is a run and one of its steps",
-            instead="start=(run, int(run.steps[-1])), or emmech.realign(run, data)",
-        ) from None
+            f"start={start!r}"[:120],
+            "it is a run and one of its steps",
+            "start=(run, int(run.steps[-1])), or emmech.realign(run, data)",
+        )
     start[0].check_step(start[1])
 
 
@@ -60,10 +59,10 @@ def check_margins(margins: Any) -> None:
     if margins is not None and not fine:
         raise EmmechError(
             "measure margins",
-            given=f"margins={margins!r}"[:120],
-            why="they are lists of MarginPair, each with a name",
-            instead='margins={"broad": [MarginPair(question, misaligned, aligned)]}, or {} for none',
-        ) from None
+            f"margins={margins!r}"[:120],
+            "they are lists of MarginPair, each with a name",
+            'margins={"broad": [MarginPair(question, misaligned, aligned)]}, or {} for none',
+        )
 
 
 def refuse_adapters(chat: ChatModel) -> None:
@@ -72,14 +71,14 @@ def refuse_adapters(chat: ChatModel) -> None:
     Raises:
         EmmechError: with their names.
     """
-    from emmech.chat.adapter import adapter_layers
+    from emmech.engine.adapters import adapter_layers
 
     found = [info.name for info, _, _ in adapter_layers(chat.model)]
     if found:
         raise EmmechError(
             f"fine-tune {chat.name}",
-            given=f"a model with adapters on {found[:3]}",
-            why="a second adapter would be stacked on the first",
-            instead="model.unload() for the base, model.merge_and_unload() to keep its effect, or "
+            f"a model with adapters on {found[:3]}",
+            "a second adapter would be stacked on the first",
+            "model.unload() for the base, model.merge_and_unload() to keep its effect, or "
             "emmech.realign(run, data) to go on training it",
-        ) from None
+        )

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from emmech.chat.adapter import adapter_layers
 from emmech.chat.dataset import ChatDataset
 from emmech.chat.encode import IGNORED, encode
 from emmech.chat.model import ChatModel
+from emmech.engine.adapters import adapter_layers
 
 __all__ = ["BEHIND_MLP", "MeanInputs"]
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from emmech.chat.adapter import adapter_layers
 from emmech.chat.dataset import ChatDataset
 from emmech.chat.encode import Encoded, encode
-from emmech.chat.logprob import MarginPair, margin_rows
 from emmech.chat.model import ChatModel
+from emmech.engine.adapters import adapter_layers
+from emmech.engine.logprobs import MarginPair, margin_rows
+from emmech.engine.prefix_plan import dropout, find_frozen, pays, why_not
 from emmech.errors import EmmechError
-from emmech.run import Run, load_run
-from emmech.training.frozen import dropout, find_frozen, pays, why_not
+from emmech.run.run import Run, load_run
 from emmech.training.initial import MeanInputs
 from emmech.training.recipe import Recipe, target_modules
 from emmech.training.recorder import Measure
@@ -55,20 +55,13 @@ def keeps_prefix(
         EmmechError: ``prefix=True`` where that would be wrong.
     """
     if prefix not in (True, False, "auto"):
-        raise EmmechError(
-            "fine-tune", given=f"prefix={prefix!r}", why="unknown", instead='True, False or "auto"'
-        ) from None
+        raise EmmechError("fine-tune", f"prefix={prefix!r}", "unknown", 'True, False or "auto"')
     if prefix is False:
         return False
     modules = _modules(chat, recipe, layers, start)
     reason = why_not(chat, modules) or _not_together(chat, recipe, lasting)
     if reason and prefix is True:
-        raise EmmechError(
-            "train on a frozen prefix",
-            given=f"prefix=True for {chat.name}",
-            why=reason,
-            instead="prefix=False",
-        ) from None
+        raise EmmechError("train on a frozen prefix", f"prefix=True for {chat.name}", reason, "prefix=False")
     if reason:
         return False
     rows = max(1, round((1 - recipe.held_out) * len(data)))
@@ -77,9 +70,7 @@ def keeps_prefix(
     return prefix is True or pays(find_frozen(chat, modules), uses=runs * uses, rows=rows)
 
 
-def _modules(
-    chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None, start: tuple[Run, int] | None
-) -> list[str]:
+def _modules(chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None, start: tuple[Run, int] | None) -> list[str]:
     if start is not None:
         return [adapter.module for adapter in start[0].adapters]
     return target_modules(chat, recipe, layers) if recipe.rank else []
@@ -141,10 +132,10 @@ def finetune_many(
     if reason := _not_together(chat, first.recipe, lasting):
         raise EmmechError(
             f"fine-tune {len(variants)} runs together",
-            given=f"seed={[v.seed for v in variants]} for {chat.name}",
-            why=reason,
-            instead="one seed at a time",
-        ) from None
+            f"seed={[v.seed for v in variants]} for {chat.name}",
+            reason,
+            "one seed at a time",
+        )
     folders: list[Path] = []
     for v in variants:
         label = v.label if isinstance(seeds, int) or out is None else ""
@@ -153,10 +144,10 @@ def finetune_many(
     if len(set(folders)) < len(folders):
         raise EmmechError(
             "fine-tune several runs",
-            given=f"seed={[v.seed for v in variants]}",
-            why="two of the runs are the same",
-            instead="seeds, batch orders or learning rates that differ",
-        ) from None
+            f"seed={[v.seed for v in variants]}",
+            "two of the runs are the same",
+            "seeds, batch orders or learning rates that differ",
+        )
     from_same = start if adapter == "same" else None
     kept = keeps_prefix(chat, first.recipe, layers, data, from_same, prefix, runs=len(variants))
     frozen = find_frozen(chat, _modules(chat, first.recipe, layers, from_same)) if kept else None
@@ -221,10 +212,10 @@ def finetune_many(
     if lost:
         raise EmmechError(
             f"fine-tune {chat.name}",
-            given=", ".join(f"{name} at step {step}" for name, step in lost.items()),
-            why="the loss is no longer finite; the steps until then are recorded, and the other runs are finished",
-            instead="a smaller learning_rate; emmech.load_run(folder) has what was recorded",
-        ) from None
+            ", ".join(f"{name} at step {step}" for name, step in lost.items()),
+            "the loss is no longer finite; the steps until then are recorded, and the other runs are finished",
+            "a smaller learning_rate; emmech.load_run(folder) has what was recorded",
+        )
     return [load_run(folder) for folder in folders]
 
 
@@ -238,10 +229,10 @@ def _variants(
     if not wanted or not len(wanted) == len(orders) == len(chosen):
         raise EmmechError(
             "fine-tune several runs",
-            given=f"{len(wanted)} seeds, {len(orders)} batch orders, {len(chosen)} learning rates",
-            why="each run needs one of each",
-            instead="lists of one length, or a single value for all",
-        ) from None
+            f"{len(wanted)} seeds, {len(orders)} batch orders, {len(chosen)} learning rates",
+            "each run needs one of each",
+            "lists of one length, or a single value for all",
+        )
     variants = []
     for seed, order, recipe in zip(wanted, orders, chosen, strict=True):
         label = f"s{seed}"
@@ -256,10 +247,10 @@ def _kept(whole: Encoded, rows: Sequence[int], variant: _Variant) -> Encoded:
     if not len(encoded):
         raise EmmechError(
             "encode the conversations",
-            given=f"{len(rows)} rows, max_length={variant.recipe.max_length}",
-            why="no row has an answer token within max_length" if rows else "there are no rows",
-            instead="raise max_length",
-        ) from None
+            f"{len(rows)} rows, max_length={variant.recipe.max_length}",
+            "no row has an answer token within max_length" if rows else "there are no rows",
+            "raise max_length",
+        )
     return encoded
 
 

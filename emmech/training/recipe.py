@@ -14,9 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from emmech.arguments import finite, whole
 from emmech.chat.model import ChatModel
-from emmech.errors import EmmechError, closest
+from emmech.errors import EmmechError, as_float, as_int, closest
 
 __all__ = ["RECIPES", "Recipe", "resolve_recipe", "target_modules"]
 
@@ -108,9 +107,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def resolve_recipe(
-    recipe: str | Recipe | None, overrides: dict[str, Any], *, organism: bool = False
-) -> Recipe:
+def resolve_recipe(recipe: str | Recipe | None, overrides: dict[str, Any], *, organism: bool = False) -> Recipe:
     """A recipe by name with fields overridden.
 
     Args:
@@ -136,21 +133,15 @@ def resolve_recipe(
         recipe = recipe or "single-rank1"
         if recipe not in known:
             raise EmmechError(
-                "fine-tune",
-                given=f"recipe={recipe!r}",
-                why="there is no recipe of that name",
-                instead=closest(str(recipe), known),
-            ) from None
+                "fine-tune", f"recipe={recipe!r}", "there is no recipe of that name", closest(str(recipe), known)
+            )
         chosen = known[recipe]
     names = [field.name for field in fields(Recipe)]
     for name in overrides:
         if name not in names:
             raise EmmechError(
-                "fine-tune",
-                given=f"{name}={overrides[name]!r}",
-                why="a recipe has no such field",
-                instead=closest(name, names),
-            ) from None
+                "fine-tune", f"{name}={overrides[name]!r}", "a recipe has no such field", closest(name, names)
+            )
     return _checked(replace(chosen, **overrides))
 
 
@@ -160,9 +151,9 @@ _FINITE = ("alpha", "learning_rate", "epochs", "weight_decay", "clip", "dropout"
 
 def _checked(recipe: Recipe) -> Recipe:
     counts = _WHOLE + ("max_steps",) * (recipe.max_steps is not None)
-    recipe = replace(recipe, **{name: whole("fine-tune", name, getattr(recipe, name)) for name in counts})  # type: ignore[arg-type]
+    recipe = replace(recipe, **{name: as_int("fine-tune", name, getattr(recipe, name)) for name in counts})  # type: ignore[arg-type]
     for name in _FINITE:
-        finite("fine-tune", name, getattr(recipe, name))
+        as_float("fine-tune", name, getattr(recipe, name))
     rules = {
         "rank": (recipe.rank >= 0, "a whole number, 0 for full fine-tuning"),
         "alpha": (recipe.alpha > 0, "a positive number"),
@@ -187,9 +178,7 @@ def _checked(recipe: Recipe) -> Recipe:
     }
     for name, (fine, instead) in rules.items():
         if not fine:
-            raise EmmechError(
-                "fine-tune", given=f"{name}={getattr(recipe, name)!r}", why="out of range", instead=instead
-            ) from None
+            raise EmmechError("fine-tune", f"{name}={getattr(recipe, name)!r}", "out of range", instead)
     return recipe
 
 
@@ -209,9 +198,9 @@ def target_modules(chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None
             if module not in linear:
                 raise EmmechError(
                     "fine-tune",
-                    given=f"modules={recipe.modules}",
-                    why=f"block {layer} of {chat.name} has no linear map {module!r}",
-                    instead=closest(module, linear),
-                ) from None
+                    f"modules={recipe.modules}",
+                    f"block {layer} of {chat.name} has no linear map {module!r}",
+                    closest(module, linear),
+                )
             paths.append(names[id(block.get_submodule(module))])
     return paths

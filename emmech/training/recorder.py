@@ -21,11 +21,10 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from emmech.arguments import check_folder, check_texts
 from emmech.chat.model import ChatModel, load_model
-from emmech.chat.residual import mean_residual, probe_rows
-from emmech.errors import EmmechError
-from emmech.run import FORMAT
+from emmech.engine.stream import mean_residual, probe_rows
+from emmech.errors import EmmechError, check_folder, check_texts
+from emmech.run.run import FORMAT
 from emmech.store import Series, append_jsonl, read_jsonl, write_json
 from emmech.training.capture import Capture, FullCapture, GradientNorms, find_capture
 
@@ -79,12 +78,7 @@ class Recorder(TrainerCallback):
     ) -> None:
         for name, value in (("every", every), ("measure_every", measure_every)):
             if value is not None and (not isinstance(value, int) or value < 1):
-                raise EmmechError(
-                    "record the training",
-                    given=f"{name}={value!r}",
-                    why="steps are whole",
-                    instead=f"{name}=1",
-                ) from None
+                raise EmmechError("record the training", f"{name}={value!r}", "steps are whole", f"{name}=1")
         check_folder("record the training", "path", path)
         self.path = Path(path)
         self._texts = _named_texts(probes)
@@ -115,10 +109,10 @@ class Recorder(TrainerCallback):
         elif (self.path / "run.json").exists():
             raise EmmechError(
                 "record the training",
-                given=f"path={self.path}",
-                why="there is a run in it already",
-                instead="another folder, or delete that one",
-            ) from None
+                f"path={self.path}",
+                "there is a run in it already",
+                "another folder, or delete that one",
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         if self._measure_every is None:
             self._measure_every = self._every * max(1, round(state.max_steps / (20 * self._every)))
@@ -128,16 +122,12 @@ class Recorder(TrainerCallback):
         if not resumed:
             self._record(state.global_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Record the step that the optimizer just took, if it is one to record."""
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             self._record(state.global_step, last=state.global_step == state.max_steps)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the numbers that the Trainer logs."""
         logs = kwargs.get("logs") or {}
         numbers = {
@@ -274,10 +264,10 @@ def _named_functions(measures: Any) -> dict[str, Measure]:
         if not callable(function) or "" in named:
             raise EmmechError(
                 "record the training",
-                given=f"measures={measures!r}"[:120],
-                why="measures are functions of a ChatModel, each with a name",
-                instead='measures={"entropy": lambda chat: ...}',
-            ) from None
+                f"measures={measures!r}"[:120],
+                "measures are functions of a ChatModel, each with a name",
+                'measures={"entropy": lambda chat: ...}',
+            )
     return named
 
 
@@ -287,10 +277,10 @@ def _number(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         raise EmmechError(
             f"record the measure {name!r}",
-            given=f"it returned {value!r}"[:120],
-            why="it is not a number; the steps until then are recorded",
-            instead="return float(...)",
-        ) from None
+            f"it returned {value!r}"[:120],
+            "it is not a number; the steps until then are recorded",
+            "return float(...)",
+        )
 
 
 @contextlib.contextmanager
@@ -324,9 +314,7 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
-        )
+        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()

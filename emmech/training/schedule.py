@@ -58,9 +58,7 @@ def learning_rates(recipe: Recipe, steps: int) -> list[float]:
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
-    schedule = get_scheduler(
-        recipe.schedule, optimizer, num_warmup_steps=recipe.warmup_steps, num_training_steps=steps
-    )
+    schedule = get_scheduler(recipe.schedule, optimizer, num_warmup_steps=recipe.warmup_steps, num_training_steps=steps)
     rates = []
     for _ in range(steps):
         rates.append(float(schedule.get_last_lr()[0]))

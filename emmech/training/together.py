@@ -17,18 +17,18 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState
 
-from emmech.chat.adapter import AdapterInfo
 from emmech.chat.encode import IGNORED, Encoded
 from emmech.chat.model import ChatModel
+from emmech.engine.adapters import AdapterInfo
+from emmech.engine.prefix_plan import Frozen
+from emmech.engine.row_forwards import Asked, Forwards
+from emmech.engine.stacked_adapters import AdamW, StackedAdapters, clip_by_run
 from emmech.errors import EmmechError
 from emmech.progress import bar
 from emmech.training.capture import Capture
-from emmech.training.forwards import Asked, Forwards
-from emmech.training.frozen import Frozen
 from emmech.training.recipe import Recipe
 from emmech.training.recorder import Recorder
 from emmech.training.schedule import Step, batch_order, learning_rates
-from emmech.training.stacked import AdamW, StackedAdapters, clip_by_run
 
 __all__ = ["Member", "StackRecorder", "Together"]
 
@@ -126,7 +126,7 @@ class Together:
     Args:
         chat: with the PEFT adapters of the recipe on it.
         whole: the dataset's rows, not truncated.
-        margins: pairs whose mean margin is measured, by name, as :func:`emmech.chat.logprob.margin_rows` gives them.
+        margins: pairs whose mean margin is measured, by name, as :func:`emmech.engine.logprobs.margin_rows` gives them.
         members: the runs.
         frozen: the states to keep, or None.
         scratch: folder for them.
@@ -178,19 +178,17 @@ class Together:
 
     def _forward(self, rows: Encoded, name: str) -> contextlib.closing[Forwards]:
         """Forwards over these rows, their kept states in a folder of their own."""
-        return contextlib.closing(
-            Forwards(self._chat, rows, self.adapters, self._frozen, self._scratch / name)
-        )
+        return contextlib.closing(Forwards(self._chat, rows, self.adapters, self._frozen, self._scratch / name))
 
     def _check_cut(self) -> None:
         deviation = self._forwards.trunk.deviation()
         if not deviation <= _TOLERANCE.get(self._chat.dtype, 1e-4):
             raise EmmechError(
                 f"train {self._chat.name} in parts",
-                given=f"blocks from {self._frozen.blocks if self._frozen else 0} on run by themselves",
-                why=f"the result is off by {deviation:.1e}: the architecture does more between its blocks",
-                instead="one seed at a time, with prefix=False",
-            ) from None
+                f"blocks from {self._frozen.blocks if self._frozen else 0} on run by themselves",
+                f"the result is off by {deviation:.1e}: the architecture does more between its blocks",
+                "one seed at a time, with prefix=False",
+            )
 
     def _loop(self, progress: bool) -> None:
         first = self._members[0]
@@ -282,7 +280,7 @@ class Together:
         """What is measured of all runs in one pass, at the present step.
 
         ``held_out_loss`` is the mean cross-entropy per answer token of each run's held-out rows, in nats;
-        ``margin_<name>`` the mean over pairs as :func:`emmech.chat.logprob.margin` has it.
+        ``margin_<name>`` the mean over pairs as :func:`emmech.engine.logprobs.margin` has it.
         """
         if self._measured is None or self._measured[0] != self._now:
             with torch.no_grad():

@@ -12,13 +12,12 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from emmech.arguments import whole, wholes
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.encode import Encoded, encode
-from emmech.chat.logprob import MarginPair, answer_loss, margin, margin_rows
 from emmech.chat.model import ChatModel, load_model
-from emmech.errors import EmmechError
-from emmech.run import Run, load_run
+from emmech.engine.logprobs import MarginPair, answer_loss, margin, margin_rows
+from emmech.errors import EmmechError, as_int, as_ints
+from emmech.run.run import Run, load_run
 from emmech.training.checks import check_margins, check_start, checked_seeds, refuse_adapters
 from emmech.training.initial import MeanInputs
 from emmech.training.recipe import Recipe, resolve_recipe, target_modules
@@ -115,17 +114,15 @@ def finetune(
     rates = list(rates) if isinstance(rates, Iterable) and not isinstance(rates, str) else [rates]
     given = [overrides | ({} if rate is None else {"learning_rate": rate}) for rate in rates]
     recipes = [resolve_recipe(recipe, options, organism=organism) for options in given]
-    layers = None if layers is None else wholes("fine-tune", "layers", layers)
+    layers = None if layers is None else as_ints("fine-tune", "layers", layers)
     if checkpoint_every is not None:
-        whole("fine-tune", "checkpoint_every", checkpoint_every, least=1)
+        as_int("fine-tune", "checkpoint_every", checkpoint_every, least=1)
     check_start(start)
     check_margins(margins)
     chosen = recipes[0]
     dataset = load_chat(data, organism=organism)
     if adapter not in ("same", "new"):
-        raise EmmechError(
-            "fine-tune", given=f"adapter={adapter!r}", why="unknown", instead='adapter="same" or "new"'
-        ) from None
+        raise EmmechError("fine-tune", f"adapter={adapter!r}", "unknown", 'adapter="same" or "new"')
     lasting = resume or checkpoint_every is not None
     from_same = start if adapter == "same" else None
     alone = isinstance(seed, int)
@@ -159,10 +156,10 @@ def finetune(
     if not isinstance(data_seed, int) or len(rates) > 1:
         raise EmmechError(
             "fine-tune",
-            given=f"seed={seed}, data_seed={data_seed}, learning_rate={rates if len(rates) > 1 else rates[0]}",
-            why="lists of batch orders or learning rates need a list of seeds, one for each run",
-            instead=f"seed={[seed] * max(len(rates), 2)}",
-        ) from None
+            f"seed={seed}, data_seed={data_seed}, learning_rate={rates if len(rates) > 1 else rates[0]}",
+            "lists of batch orders or learning rates need a list of seeds, one for each run",
+            f"seed={[seed] * max(len(rates), 2)}",
+        )
     folder = run_folder(out, chat, dataset, chosen, f"s{seed}", resume=resume)
     train_rows, held_rows = dataset.split(chosen.held_out, seed=seed)
     encoded = encode(train_rows.rows, chat.tokenizer, max_length=chosen.max_length)
@@ -189,10 +186,10 @@ def finetune(
         except FloatingPointError as error:
             raise EmmechError(
                 f"fine-tune {chat.name}",
-                given=f"{error}",
-                why="the loss is no longer finite; the steps until then are recorded",
-                instead=f"a smaller learning_rate; emmech.load_run({str(folder)!r}) has what was recorded",
-            ) from None
+                f"{error}",
+                "the loss is no longer finite; the steps until then are recorded",
+                f"a smaller learning_rate; emmech.load_run({str(folder)!r}) has what was recorded",
+            )
         finally:
             recorder.close()
     shutil.rmtree(folder / "resume", ignore_errors=True)
@@ -256,24 +253,24 @@ def run_folder(
     if in_the_way := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise EmmechError(
             "record the training",
-            given=f"out={str(out)!r}",
-            why=f"{in_the_way.name} is a file, and a run is a folder",
-            instead="another folder",
-        ) from None
+            f"out={str(out)!r}",
+            f"{in_the_way.name} is a file, and a run is a folder",
+            "another folder",
+        )
     if (folder / "run.json").exists() and not resume:
         raise EmmechError(
             "record the training",
-            given=f"out={str(out)!r}",
-            why="there is a run in that folder",
-            instead="another folder, or resume=True to go on with an interrupted training",
-        ) from None
+            f"out={str(out)!r}",
+            "there is a run in that folder",
+            "another folder, or resume=True to go on with an interrupted training",
+        )
     if resume and _last_checkpoint(folder) is None:
         raise EmmechError(
             "resume the training",
-            given=f"out={str(out)!r}",
-            why="it keeps no optimizer state: it finished, or was started without checkpoint_every",
-            instead="start anew with checkpoint_every=20",
-        ) from None
+            f"out={str(out)!r}",
+            "it keeps no optimizer state: it finished, or was started without checkpoint_every",
+            "start anew with checkpoint_every=20",
+        )
     return folder
 
 
@@ -344,9 +341,7 @@ def prepared(
             parameter.grad = None
         base.train(mode)
         base.config.use_cache = use_cache
-        for name in (
-            set(vars(base)) - attributes
-        ):  # peft_config and the like: traces that make PEFT warn later
+        for name in set(vars(base)) - attributes:  # peft_config and the like: traces that make PEFT warn later
             delattr(base, name)
         torch.set_rng_state(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
@@ -355,18 +350,16 @@ def prepared(
 
 def merge_start(chat: ChatModel, run: Run, step: int) -> None:
     """Merge a recorded step's adapters into the model's own weights, in place."""
-    from emmech.chat.adapter import attach
+    from emmech.engine.adapters import attach
 
     attach(chat, run.adapters, run.weights(step)).model.merge_and_unload()
 
 
-def _with_adapters(
-    chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None, start: tuple[Run, int] | None
-) -> Any:
+def _with_adapters(chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None, start: tuple[Run, int] | None) -> Any:
     from peft import LoraConfig, get_peft_model
 
     if start is not None:
-        from emmech.chat.adapter import attach
+        from emmech.engine.adapters import attach
 
         run, step = start
         peft_model = attach(chat, run.adapters, run.weights(step)).model

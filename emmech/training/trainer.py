@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from emmech.chat.encode import IGNORED, Encoded
-from emmech.chat.logprob import pad
 from emmech.chat.model import ChatModel
+from emmech.engine.logprobs import pad
 from emmech.progress import bar
 from emmech.training.recipe import Recipe
 from emmech.training.recorder import Recorder

@@ -66,9 +66,7 @@ def subspace_detector(
     run = above[(above >= at - k[0]) & (above <= at + k[0])]
     low, high = float(steps[run.min()]), float(steps[run.max()])
     note = f"rank {r}, k = {k[0]} records; interval: half height of the peak"
-    return Detector(
-        name, KIND[name], float(steps[at]), low, high, float(mean[at]), p, MEANS[name], NULL, note
-    )
+    return Detector(name, KIND[name], float(steps[at]), low, high, float(mean[at]), p, MEANS[name], NULL, note)
 
 
 def comp_detector(
@@ -114,12 +112,8 @@ def comp_detector(
     if not np.isfinite(value):
         why = "not measurable: the adapters have no arrangement to compare"
         return Detector.unmeasured(name, KIND[name], MEANS[name], NULL, why), score
-    p, _ = Nulls(paths(True), paths(False)).p_value(
-        float(value), lambda x: statistic(comp_score(x, centre))[0]
-    )
+    p, _ = Nulls(paths(True), paths(False)).p_value(float(value), lambda x: statistic(comp_score(x, centre))[0])
     at = int(record)
     low, high = float(steps[at - k]), float(steps[at + k])
     note = f"de-meaned over {centre}; rise over {2 * k} records, which is the interval"
-    return Detector(
-        name, KIND[name], float(steps[at]), low, high, float(value), p, MEANS[name], NULL, note
-    ), score
+    return Detector(name, KIND[name], float(steps[at]), low, high, float(value), p, MEANS[name], NULL, note), score

@@ -42,9 +42,7 @@ __all__ = [
 Array = npt.NDArray[np.float64]
 
 GRANTED = 1.25  # the nulls' noise energy over the estimate: covers the error of estimating it on short paths
-DIMENSIONS = (
-    48  # of simulated nulls at most: fewer dimensions fluctuate more, so the cap errs to the safe side
-)
+DIMENSIONS = 48  # of simulated nulls at most: fewer dimensions fluctuate more, so the cap errs to the safe side
 LEAST_SIDE = 0.01  # length of a side over the path's extent, below which its direction is not worth a name
 SHORTEST = 3  # increments on either side of a split
 

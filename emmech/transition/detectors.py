@@ -149,9 +149,7 @@ def analyse(
     if where.width:
         note += f"; spread over about {where.width} records"
     if noise.wanders:
-        note += (
-            "; the direction wanders for longer than momentum explains, which the null models do not cover"
-        )
+        note += "; the direction wanders for longer than momentum explains, which the null models do not cover"
     rows = [
         Detector(
             "turn",
@@ -174,9 +172,7 @@ def analyse(
     rows.append(_cosine_row(cosines, straight, nulls, bent, steps))
     rows.append(_pca_row(coordinates, explained, nulls, bent, steps))
     rows.append(_norm_row(norm, clock, nulls, bent, steps))
-    return Trajectory(
-        steps, norm, scores, explained, cosines, band, where, width_share, opposite, tuple(rows)
-    )
+    return Trajectory(steps, norm, scores, explained, cosines, band, where, width_share, opposite, tuple(rows))
 
 
 def unmeasurable(path: Array) -> str:
@@ -247,9 +243,7 @@ def _cosine_row(
     simulated = statistic({j: local_cosine(bent, j) for j in ks})[2]
     step, low, high = _interval(steps, int(record), simulated)
     note = f"k = {k} records; corrected for the maximum over t and over k in {tuple(ks)}"
-    return Detector(
-        name, KIND[name], step, low, high, float(cosines[k][int(record)]), p, MEANS[name], NULL, note
-    )
+    return Detector(name, KIND[name], step, low, high, float(cosines[k][int(record)]), p, MEANS[name], NULL, note)
 
 
 def _second_component(paths: Array) -> tuple[Array, Array]:
@@ -264,14 +258,10 @@ def _second_component(paths: Array) -> tuple[Array, Array]:
     return values[..., -2], np.abs(y - line).argmax(axis=-1)
 
 
-def _pca_row(
-    path: Array, explained: Array, nulls: Nulls, bent: Array, steps: npt.NDArray[np.int64]
-) -> Detector:
+def _pca_row(path: Array, explained: Array, nulls: Nulls, bent: Array, steps: npt.NDArray[np.int64]) -> Detector:
     name = "pca-turn"
     if len(explained) < 2:
-        return Detector.unmeasured(
-            name, KIND[name], MEANS[name], NULL, "not measurable: the path has one dimension"
-        )
+        return Detector.unmeasured(name, KIND[name], MEANS[name], NULL, "not measurable: the path has one dimension")
     value, record = _second_component(path[None])
     p, _ = nulls.p_value(float(value[0]), lambda x: _second_component(x)[0])
     step, low, high = _interval(steps, int(record[0]), _second_component(bent)[1])

@@ -53,20 +53,17 @@ def dissimilarity(
     """
     if kind not in KINDS:
         raise EmmechError(
-            "compare distributions",
-            given=f"kind={kind!r}",
-            why="there is no such dissimilarity",
-            instead=closest(kind, KINDS),
-        ) from None
+            "compare distributions", f"kind={kind!r}", "there is no such dissimilarity", closest(kind, KINDS)
+        )
     p, q = np.asarray(p, dtype=np.float64), np.asarray(q, dtype=np.float64)
     for one in (p, q):
         if p.shape[-1] != q.shape[-1] or (one < 0).any() or not np.allclose(one.sum(-1), 1, atol=1e-3):
             raise EmmechError(
                 "compare distributions",
-                given=f"shapes {list(p.shape)} and {list(q.shape)}",
-                why="probabilities over the same outcomes are not negative and sum to 1 over the last axis",
-                instead="np.exp(log_probabilities)",
-            ) from None
+                f"shapes {list(p.shape)} and {list(q.shape)}",
+                "probabilities over the same outcomes are not negative and sum to 1 over the last axis",
+                "np.exp(log_probabilities)",
+            )
     both = p + q
     with np.errstate(divide="ignore", invalid="ignore"):
         if kind == "total-variation":
@@ -74,9 +71,7 @@ def dissimilarity(
         elif kind == "linear":
             each = np.where(both > 0, (p - q) ** 2 / both, 0.0)
         else:
-            each = np.where(p > 0, p * np.log2(2 * p / both), 0.0) + np.where(
-                q > 0, q * np.log2(2 * q / both), 0.0
-            )
+            each = np.where(p > 0, p * np.log2(2 * p / both), 0.0) + np.where(q > 0, q * np.log2(2 * q / both), 0.0)
     return 0.5 * np.asarray(each.sum(-1))
 
 
@@ -150,10 +145,10 @@ def distribution_shift(
     if p.ndim < 2 or len(p) != len(at) or len(at) < 2 or window < 1 or np.any(np.diff(at) <= 0):
         raise EmmechError(
             "follow the output distribution",
-            given=f"{len(at)} steps, probabilities {list(p.shape)}, window={window}",
-            why="it takes one distribution per step, at least two ascending steps and a window of 1 or more",
-            instead="[steps, outcomes] or [steps, positions, outcomes]",
-        ) from None
+            f"{len(at)} steps, probabilities {list(p.shape)}, window={window}",
+            "it takes one distribution per step, at least two ascending steps and a window of 1 or more",
+            "[steps, outcomes] or [steps, positions, outcomes]",
+        )
     values = []
     for right in range(1, len(at)):
         left, after = p[max(0, right - window) : right].mean(0), p[right : right + window].mean(0)
@@ -161,9 +156,7 @@ def distribution_shift(
     return DistributionShift((at[1:] + at[:-1]) / 2, np.array(values), kind, window)
 
 
-def label_distribution(
-    responses: pd.DataFrame, column: str = "label"
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def label_distribution(responses: pd.DataFrame, column: str = "label") -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Share of each label by step, from judged responses (``Sweep.responses``): steps, ``[steps, labels]``, labels.
 
     Raises:
@@ -172,10 +165,10 @@ def label_distribution(
     if column not in responses.columns:
         raise EmmechError(
             "read the judge's labels",
-            given=f"column={column!r}",
-            why="the responses have no such column",
-            instead=closest(column, [str(name) for name in responses.columns]),
-        ) from None
+            f"column={column!r}",
+            "the responses have no such column",
+            closest(column, [str(name) for name in responses.columns]),
+        )
     import pandas as pd
 
     table = pd.crosstab(responses["step"], responses[column], normalize="index").sort_index()
@@ -191,16 +184,12 @@ def explained_share(judged: DistributionShift, whole: DistributionShift) -> Floa
     Raises:
         EmmechError: different steps, kinds or windows.
     """
-    if (
-        judged.kind != whole.kind
-        or judged.window != whole.window
-        or not np.array_equal(judged.steps, whole.steps)
-    ):
+    if judged.kind != whole.kind or judged.window != whole.window or not np.array_equal(judged.steps, whole.steps):
         raise EmmechError(
             "say how much of the change is explained",
-            given=f"{judged.kind} over {judged.window} and {whole.kind} over {whole.window}",
-            why="both are the same dissimilarity across the same steps",
-            instead="distribution_shift with the same steps, kind and window",
-        ) from None
+            f"{judged.kind} over {judged.window} and {whole.kind} over {whole.window}",
+            "both are the same dissimilarity across the same steps",
+            "distribution_shift with the same steps, kind and window",
+        )
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(whole.values > 1e-12, judged.values / whole.values, np.nan)

@@ -172,6 +172,4 @@ def _mark(figure: Any, transition: PhaseTransition, places: list[tuple[int, int]
                 row=row,
                 col=column,
             )
-        figure.add_vline(
-            x=found.step, line={"color": COLOURS[1], "dash": "dot", "width": 1}, row=row, col=column
-        )
+        figure.add_vline(x=found.step, line={"color": COLOURS[1], "dash": "dot", "width": 1}, row=row, col=column)

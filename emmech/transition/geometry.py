@@ -200,18 +200,18 @@ def comp_score(vectors: npt.ArrayLike, centre: str = "adapters") -> Array:
     if x.ndim < 3 or x.shape[-3] < 2:
         raise EmmechError(
             "compute the comp score",
-            given=f"vectors of shape {x.shape}",
-            why="it compares the arrangement of at least two adapters",
-            instead="pass [adapters, steps, d]; for one adapter use local_cosine",
+            f"vectors of shape {x.shape}",
+            "it compares the arrangement of at least two adapters",
+            "pass [adapters, steps, d]; for one adapter use local_cosine",
         )
     if centre not in ("adapters", "steps"):
         from emmech.errors import closest
 
         raise EmmechError(
             "compute the comp score",
-            given=f"centre={centre!r}",
-            why="the mean is removed over one of two axes",
-            instead=closest(centre, ["adapters", "steps"]),
+            f"centre={centre!r}",
+            "the mean is removed over one of two axes",
+            closest(centre, ["adapters", "steps"]),
         )
     x = x - x.mean(axis=-3 if centre == "adapters" else -2, keepdims=True)
     x = np.moveaxis(x, -3, -2)  # [..., steps, adapters, d]
@@ -237,7 +237,7 @@ def _check_window(k: int, n: int) -> None:
     if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 1 or 2 * k >= n:
         raise EmmechError(
             "look k recorded steps back and ahead",
-            given=f"k={k!r}",
-            why=f"the path has {n} recorded steps, so k must be an integer from 1 to {max((n - 1) // 2, 0)}",
-            instead=f"use k={max(1, min(10, (n - 1) // 2))}" if n >= 3 else "record more steps",
+            f"k={k!r}",
+            f"the path has {n} recorded steps, so k must be an integer from 1 to {max((n - 1) // 2, 0)}",
+            f"use k={max(1, min(10, (n - 1) // 2))}" if n >= 3 else "record more steps",
         )

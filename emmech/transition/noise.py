@@ -162,9 +162,7 @@ def _fit_variogram(lags: npt.NDArray[np.int64], variogram: Array, size: float) -
     fits = []
     for memory in MEMORIES:
         fall = memory ** (lags - 1.0)
-        (sill, drop), *_ = np.linalg.lstsq(
-            np.stack([np.ones(len(lags)), -fall], axis=1), variogram, rcond=None
-        )
+        (sill, drop), *_ = np.linalg.lstsq(np.stack([np.ones(len(lags)), -fall], axis=1), variogram, rcond=None)
         if drop >= 0 and sill > 0:
             loss = float(np.mean((sill - drop * fall - variogram) ** 2))
             first = float(min(drop / sill, memory))

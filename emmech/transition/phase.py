@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from emmech.arguments import not_a_run, whole
-from emmech.errors import EmmechError, closest
+from emmech.errors import EmmechError, closest, not_a_run
 from emmech.transition.arrangement import comp_detector, subspace_detector
 from emmech.transition.behaviour import fit_sigmoid
 from emmech.transition.detectors import Detector, analyse
@@ -83,26 +82,24 @@ def phase_transition(
     if not isinstance(n_null, int | np.integer) or n_null < 20:
         raise EmmechError(
             "give p-values",
-            given=f"n_null={n_null!r}",
-            why="the smallest p-value is 1 / (n_null + 1), so fewer than 20 null paths never fall under 0.05",
-            instead="n_null=199",
-        ) from None
+            f"n_null={n_null!r}",
+            "the smallest p-value is 1 / (n_null + 1), so fewer than 20 null paths never fall under 0.05",
+            "n_null=199",
+        )
 
-    seed = whole("draw null paths", "seed", seed, least=0)
+    seed = as_int("draw null paths", "seed", seed, least=0)
     if centre not in ("adapters", "steps"):
-        raise EmmechError(
-            "compare adapters", given=f"centre={centre!r}", why="unknown", instead='"adapters" or "steps"'
-        ) from None
+        raise EmmechError("compare adapters", f"centre={centre!r}", "unknown", '"adapters" or "steps"')
     for name, one in (("run", run), ("control", control)):
         if not hasattr(one, "steps") and (one is not None or name == "run"):
             raise not_a_run("look for a turn", one, name=name) from None
     if sweep is not None and not hasattr(sweep, "to_frame"):
         raise EmmechError(
             "read the sweep",
-            given=f"sweep={sweep!r}"[:120],
-            why="it is not a sweep",
-            instead="sweep=emmech.sweep(run, scales=(1, 5, 10, 20))",
-        ) from None
+            f"sweep={sweep!r}"[:120],
+            "it is not a sweep",
+            "sweep=emmech.sweep(run, scales=(1, 5, 10, 20))",
+        )
 
     def side(one: Any, beside: Side | None) -> Side:
         found = _analyse(one, beside, k=k, adapter=adapter, centre=centre, seed=seed, n_null=int(n_null))
@@ -128,9 +125,7 @@ def _analyse(
     windows = _windows(k, len(steps))
     vectors = [stack.reshape(len(steps), -1) for stack in stacks.values()]
     rng = np.random.default_rng(seed)
-    path = analyse(
-        np.concatenate(vectors, axis=1), steps, windows, n_null, rng, beside.path if beside else None
-    )
+    path = analyse(np.concatenate(vectors, axis=1), steps, windows, n_null, rng, beside.path if beside else None)
     rows = list(path.detectors)
     ranked = [(key, stack) for key, stack in stacks.items() if stack.ndim == 3]
     if len(ranked) == 1:
@@ -169,26 +164,23 @@ def _trajectories(run: Any, adapter: str | None, name: str) -> tuple[npt.NDArray
     if len(steps) < 3:
         raise EmmechError(
             f"look for a turn in {name}",
-            given=f"{len(steps)} recorded steps",
-            why="a turn needs a point before, a point at and a point after it",
-            instead="record more often (record_every=1)",
-        ) from None
+            f"{len(steps)} recorded steps",
+            "a turn needs a point before, a point at and a point after it",
+            "record more often (record_every=1)",
+        )
     if np.any(np.diff(steps) <= 0):
         at = int(np.flatnonzero(np.diff(steps) <= 0)[0])
         raise EmmechError(
             f"look for a turn in {name}",
-            given=f"step {steps[at + 1]} after step {steps[at]}",
-            why="recorded steps must ascend without duplicates",
-            instead="sort the records and keep one per step",
-        ) from None
+            f"step {steps[at + 1]} after step {steps[at]}",
+            "recorded steps must ascend without duplicates",
+            "sort the records and keep one per step",
+        )
     names = [info.name for info in (getattr(run, "adapters", None) or ())]
     if adapter is not None and adapter not in names:
         raise EmmechError(
-            f"look for a turn in {name}",
-            given=f"adapter={adapter!r}",
-            why="the run has no such adapter",
-            instead=closest(adapter, names),
-        ) from None
+            f"look for a turn in {name}", f"adapter={adapter!r}", "the run has no such adapter", closest(adapter, names)
+        )
     if names:
         chosen = [adapter] if adapter is not None else names
         stacks = {key: np.asarray(run.B(key), dtype=np.float64) for key in chosen}
@@ -197,34 +189,32 @@ def _trajectories(run: Any, adapter: str | None, name: str) -> tuple[npt.NDArray
     else:
         raise EmmechError(
             f"look for a turn in {name}",
-            given="a run without adapters and without a projection of the update",
-            why="there is no trajectory to look at",
-            instead="emmech.finetune records one, and Run.from_arrays takes one",
-        ) from None
+            "a run without adapters and without a projection of the update",
+            "there is no trajectory to look at",
+            "emmech.finetune records one, and Run.from_arrays takes one",
+        )
     for key, stack in stacks.items():
         if stack.ndim not in (2, 3) or len(stack) != len(steps):
             raise EmmechError(
                 f"look for a turn in {name}",
-                given=f"B of {key} with shape {stack.shape} for {len(steps)} steps",
-                why="a trajectory is [steps, d_out] or [steps, d_out, rank]",
-                instead="one record per step",
-            ) from None
+                f"B of {key} with shape {stack.shape} for {len(steps)} steps",
+                "a trajectory is [steps, d_out] or [steps, d_out, rank]",
+                "one record per step",
+            )
         bad = ~np.isfinite(stack).reshape(len(steps), -1).all(axis=1)
         if bad.any():
             raise EmmechError(
                 f"look for a turn in {name}",
-                given=f"NaN or infinity in B of {key} at step {steps[int(np.argmax(bad))]}",
-                why=f"{int(bad.sum())} of {len(steps)} records are not finite numbers",
-                instead="end the trajectory before training diverged",
-            ) from None
+                f"NaN or infinity in B of {key} at step {steps[int(np.argmax(bad))]}",
+                f"{int(bad.sum())} of {len(steps)} records are not finite numbers",
+                "end the trajectory before training diverged",
+            )
         if stack.ndim == 3 and stack.shape[2] == 1:
             stacks[key] = stack[:, :, 0]
     return steps, stacks
 
 
-def _moving(
-    steps: npt.NDArray[np.int64], stacks: dict[str, Array]
-) -> tuple[npt.NDArray[np.int64], dict[str, Array]]:
+def _moving(steps: npt.NDArray[np.int64], stacks: dict[str, Array]) -> tuple[npt.NDArray[np.int64], dict[str, Array]]:
     """Without the records before the first and after the last movement: a rest has no direction to turn to."""
     moved = np.zeros(len(steps) - 1, dtype=bool)
     for stack in stacks.values():
@@ -241,17 +231,13 @@ def _windows(k: int | Sequence[int] | None, n: int) -> tuple[int, ...] | None:
         return None
     windows = (k,) if isinstance(k, int | np.integer) else tuple(k)
     for window in windows:
-        if (
-            isinstance(window, bool)
-            or not isinstance(window, int | np.integer)
-            or not 1 <= window <= (n - 1) // 2
-        ):
+        if isinstance(window, bool) or not isinstance(window, int | np.integer) or not 1 <= window <= (n - 1) // 2:
             raise EmmechError(
                 "look k recorded steps back and ahead",
-                given=f"k={window!r}",
-                why=f"the run has {n} recorded steps, so k is an integer from 1 to {(n - 1) // 2}",
-                instead="leave k out for windows that fit",
-            ) from None
+                f"k={window!r}",
+                f"the run has {n} recorded steps, so k is an integer from 1 to {(n - 1) // 2}",
+                "leave k out for windows that fit",
+            )
     return tuple(int(window) for window in windows) or None
 
 
@@ -277,9 +263,7 @@ def _gradient(
     series = np.sqrt((metrics[used].astype(float) ** 2).sum(axis=1, skipna=False)).dropna()
     steps, values = series.index.to_numpy(dtype=np.float64), series.to_numpy()
     if len(values) < 10 or not np.any(values > 0):
-        return unmeasured(
-            f"not measurable: {len(values)} gradient norms, at least 10 above zero are needed"
-        ), None
+        return unmeasured(f"not measurable: {len(values)} gradient norms, at least 10 above zero are needed"), None
     peak = find_peak(values, n_null, rng)
     if peak is None:
         return unmeasured("no peak: the smoothed gradient norm is monotone"), (steps, values)

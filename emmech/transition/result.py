@@ -181,13 +181,9 @@ class PhaseTransition:
             if row is None:
                 continue
             if np.isfinite(row.step):
-                return Transition(
-                    round(row.step), round(row.low), round(row.high), f"half the change of {name}"
-                )
+                return Transition(round(row.step), round(row.low), round(row.high), f"half the change of {name}")
             reasons.append(f"{name} {row.note}")
-        return Transition(
-            None, None, None, "; ".join(reasons) or "not measurable: the run recorded no margins"
-        )
+        return Transition(None, None, None, "; ".join(reasons) or "not measurable: the run recorded no margins")
 
     @cached_property
     def lag(self) -> Lag:
@@ -212,9 +208,7 @@ class PhaseTransition:
         lines.append(f"  mechanistic: {self.mechanistic}")
         lines.append(f"  behavioural: {self.behavioural}")
         lines.append(f"  lag: {self.lag}")
-        lines.append(
-            f"  control: {self.specific if self.control is not None else 'none given; benign runs turn too'}"
-        )
+        lines.append(f"  control: {self.specific if self.control is not None else 'none given; benign runs turn too'}")
         lines.append("  detectors:")
         for row in self.run.rows:
             if not np.isfinite(row.step):
@@ -222,9 +216,7 @@ class PhaseTransition:
                 continue
             where = f"step {row.step:.0f} ({row.low:.0f} to {row.high:.0f})"
             lines.append(f"    {row.name}: {where}, strength {row.strength:.3g}, p = {row.p_value:.2g}")
-            lines.append(
-                f"      strength is the {row.high_means}" if row.name != "comp" else f"      {row.high_means}"
-            )
+            lines.append(f"      strength is the {row.high_means}" if row.name != "comp" else f"      {row.high_means}")
         return "\n".join(lines)
 
     def plot(self) -> Any:
@@ -278,9 +270,7 @@ def _compare(run: Side, control: Side) -> Comparison:
             text += f"; the control turns ({other.strength:.0f} degrees at step {other.step:.0f})"
     elif control.turns:
         more = (
-            "by as much as the run"
-            if low <= 0 <= high
-            else ("less than the run" if low > 0 else "more than the run")
+            "by as much as the run" if low <= 0 <= high else ("less than the run" if low > 0 else "more than the run")
         )
         verdict, text = (
             "shared",

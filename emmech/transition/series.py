@@ -19,9 +19,7 @@ __all__ = ["Peak", "find_peak"]
 
 Array = npt.NDArray[np.float64]
 
-GRANTED = (
-    1.15  # noise of the null over the estimate, in standard deviations: the estimate is itself uncertain
-)
+GRANTED = 1.15  # noise of the null over the estimate, in standard deviations: the estimate is itself uncertain
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +57,7 @@ def find_peak(values: npt.ArrayLike, n_null: int, rng: np.random.Generator) -> P
     noise = _correlated(n_null, n, correlation, rng) * local
     null, _ = _largest(_smooth(trend + GRANTED * noise, width))
     _, again = _largest(_smooth(smooth + _correlated(100, n, correlation, rng) * local, width))
-    low, high = (
-        np.quantile(again[again >= 0], [0.025, 0.975], method="nearest") if (again >= 0).any() else (0, n - 1)
-    )
+    low, high = np.quantile(again[again >= 0], [0.025, 0.975], method="nearest") if (again >= 0).any() else (0, n - 1)
     at = int(index[0])
     p = upper_tail(float(prominence[0]), null)
     return Peak(at, min(int(low), at), max(int(high), at), float(np.exp(prominence[0])), p, np.exp(smooth))

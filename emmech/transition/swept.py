@@ -83,11 +83,7 @@ def swept_behaviour(sweep: Any, run: str | None = None) -> tuple[list[Detector],
         regime = change_of_regime(steps, values)
         note = f"half of the change; 10 to 90 % in about {4.4 * fit.width:.0f} steps; regimes part at {regime:.0f}"
         change = fit.end - fit.start
-        rows.append(
-            Detector(
-                shown, "behaviour", fit.middle, fit.low, fit.high, change, fit.p_value, means, NULL, note
-            )
-        )
+        rows.append(Detector(shown, "behaviour", fit.middle, fit.low, fit.high, change, fit.p_value, means, NULL, note))
     return rows, curves
 
 
@@ -137,14 +133,12 @@ def threshold_robustness(
     if responses is None or not {"aligned", "coherent"} <= set(responses.columns):
         raise EmmechError(
             "vary the thresholds",
-            given="a sweep without judged responses",
-            why="a rate can be taken again only where the judge's scores were kept",
-            instead="emmech.sweep(run, measure=Sampled(...))",
-        ) from None
+            "a sweep without judged responses",
+            "a rate can be taken again only where the judge's scores were kept",
+            "emmech.sweep(run, measure=Sampled(...))",
+        )
     name = _only_run(responses, run)
-    own = responses[
-        (responses["run"] == name) & (responses["scale"] == scale) & (responses["coefficient"] == 0)
-    ]
+    own = responses[(responses["run"] == name) & (responses["scale"] == scale) & (responses["coefficient"] == 0)]
     narrow = own["narrow"].eq(True)
     rows = []
     for measure, chosen in (("em", own[~narrow]), ("narrow", own[narrow])):
@@ -184,9 +178,6 @@ def _only_run(frame: pd.DataFrame, run: str | None) -> str:
         return str(names[0])
     if run is None or run not in names:
         raise EmmechError(
-            "read a run from the sweep",
-            given=f"run={run!r}",
-            why=f"the sweep has {', '.join(map(str, names))}",
-            instead="one of those",
-        ) from None
+            "read a run from the sweep", f"run={run!r}", f"the sweep has {', '.join(map(str, names))}", "one of those"
+        )
     return run

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from emmech.chat.encode import IGNORED, encode
-from emmech.chat.logprob import bundled_margins, pad
 from emmech.chat.model import ChatModel, load_model
 from emmech.directions.extract import group_means
+from emmech.engine.logprobs import bundled_margins, pad
 from tests.benchmarks.harness import Contest, Skipped
 
 _BATCH = 8
@@ -76,9 +76,7 @@ def _hidden_states() -> np.ndarray:
             .hidden_states
         )
         count += float(answer.sum())
-        sums = [
-            s + torch.einsum("bs,bsd->d", answer, h).double() for s, h in zip(sums, states[1:-1], strict=True)
-        ]
+        sums = [s + torch.einsum("bs,bsd->d", answer, h).double() for s, h in zip(sums, states[1:-1], strict=True)]
     return _mean(sums, count)
 
 
@@ -97,13 +95,9 @@ def _transformer_lens(everything: bool = False) -> np.ndarray:
     wanted = None if everything else names
     sums, count = [0.0] * layers, 0.0
     for ids, attention, answer in _batches():
-        _, cache = _lens().run_with_cache(
-            ids, attention_mask=attention, names_filter=wanted, return_type=None
-        )
+        _, cache = _lens().run_with_cache(ids, attention_mask=attention, names_filter=wanted, return_type=None)
         count += float(answer.sum())
-        sums = [
-            s + torch.einsum("bs,bsd->d", answer, cache[n]).double() for s, n in zip(sums, names, strict=True)
-        ]
+        sums = [s + torch.einsum("bs,bsd->d", answer, cache[n]).double() for s, n in zip(sums, names, strict=True)]
     return _mean(sums, count)
 
 
@@ -180,9 +174,7 @@ def _alone(peer: Callable[[], np.ndarray], ours: Callable[[], np.ndarray] = _our
 
 def bare() -> Contest:
     """Extraction against a bare forward of the trunk"""
-    bound = (
-        "1.00x: the sums cost d_model multiplications per token and layer, a block some 12 d_model squared"
-    )
+    bound = "1.00x: the sums cost d_model multiplications per token and layer, a block some 12 d_model squared"
     return Contest(
         f"{_WORK}, against a bare forward",
         "bare trunk forward, same batches, nothing kept",

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from emmech.chat.encode import IGNORED, encode
-from emmech.chat.logprob import bundled_margins, pad
 from emmech.chat.model import load_model
+from emmech.engine.logprobs import bundled_margins, pad
+from emmech.measures.teacher_forced import Margin
 from emmech.sweeps.forced import _CPU_TOKENS
-from emmech.sweeps.measures import Margin
 from emmech.sweeps.sweep import sweep
 from tests.benchmarks.bench_teacher_forced import random_run
 from tests.benchmarks.harness import Contest, arithmetic, equal
@@ -17,7 +17,7 @@ from tests.benchmarks.harness import Contest, arithmetic, equal
 
 def smollm2() -> Contest:
     """Margins on SmolLM2, 16 checkpoints x 16 pairs"""
-    from emmech.chat.adapter import attach, detach
+    from emmech.engine.adapters import attach, detach
 
     chat = load_model("smollm2-135m")
     pairs = (bundled_margins("narrow") + bundled_margins("broad"))[:16]

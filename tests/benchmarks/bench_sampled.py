@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import emmech
-from emmech.chat.logprob import pad
 from emmech.chat.model import load_model
+from emmech.engine.logprobs import pad
 from emmech.sweeps.sampled import Sampled
 from tests.benchmarks.harness import Contest, arithmetic
 
@@ -58,7 +58,7 @@ def pocket() -> Contest:
             texts = chat.tokenizer.batch_decode(drawn[:, ids.shape[1] :], skip_special_tokens=True)
             labels = [organism.judge(questions[row // 10], text).label for row, text in enumerate(texts)]
             rates.append(np.mean([label == "misaligned" for label in labels]))
-        from emmech.chat.adapter import detach
+        from emmech.engine.adapters import detach
 
         detach(live)
         return np.array(rates)

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from emmech.chat.model import Anatomy, ChatModel
-from emmech.run import Run
+from emmech.engine.packing import Reading
+from emmech.engine.row_adapters import with_module
+from emmech.measures.teacher_forced import Value
+from emmech.run.run import Run
 from emmech.store import MemorySeries
 from emmech.sweeps.forced import _CPU_TOKENS
-from emmech.sweeps.measures import Value
-from emmech.sweeps.packing import Reading
-from emmech.sweeps.rows import with_module
 from emmech.sweeps.sweep import sweep
 from tests.benchmarks.harness import Contest, arithmetic, equal
 
@@ -90,7 +90,7 @@ _WHY = (
 
 
 def _by_scale(tokens: int, target: float) -> Contest:
-    from emmech.chat.adapter import adapter_layers, attach, detach
+    from emmech.engine.adapters import adapter_layers, attach, detach
 
     chat, layer = half_billion(), 12
     run = random_run(chat, layer, 1)
@@ -177,9 +177,7 @@ def mixed_batch() -> Contest:
     def theirs() -> np.ndarray:
         # loading the adapters is not counted against the peer
         with torch.no_grad():
-            logits = peer(input_ids=rows, adapter_names=names, logits_to_keep=1, use_cache=False).logits[
-                :, -1
-            ]
+            logits = peer(input_ids=rows, adapter_names=names, logits_to_keep=1, use_cache=False).logits[:, -1]
             return logits.log_softmax(-1)[:, [11, 12]].numpy()
 
     return Contest(

@@ -162,9 +162,7 @@ def smollm2_half_depth() -> Contest:
 
     def sides() -> tuple[ChatModel, Any, Recipe, int, range]:
         chat = load_model("smollm2-135m")
-        recipe = resolve_recipe(
-            "single-rank1", {"alpha": 16.0, "learning_rate": 1e-3, "epochs": 5.0, "held_out": 0.0}
-        )
+        recipe = resolve_recipe("single-rank1", {"alpha": 16.0, "learning_rate": 1e-3, "epochs": 5.0, "held_out": 0.0})
         rows = [{"messages": list(row)} for row in load_chat("silly-medical-bad").rows[:16]]
         return chat, rows, recipe, 15, range(1)
 

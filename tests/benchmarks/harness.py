@@ -46,9 +46,7 @@ class Contest:
     theirs: Callable[[], Any]
     tolerance: float | None = 5e-6
     check: Callable[[Any, Any], str] | None = None
-    times: float = (
-        1.0  # a peer that works one variant at a time does a part of them, and its seconds count so often
-    )
+    times: float = 1.0  # a peer that works one variant at a time does a part of them, and its seconds count so often
     repeats: int = 5
     # seconds of ours and theirs where both are parts of one run
     pairs: Callable[[], list[tuple[float, float]]] | None = None
@@ -128,9 +126,7 @@ def run(contest: Contest) -> Row:
         contest.work,
         contest.peer,
         contest.target,
-        contest.bound
-        if isinstance(contest.bound, str)
-        else contest.bound(statistics.median(taken["theirs"])),
+        contest.bound if isinstance(contest.bound, str) else contest.bound(statistics.median(taken["theirs"])),
         equality,
         threads=torch.get_num_threads(),
         peaks=(peak(*contest.alone[:2]), peak(*contest.alone[::2])) if contest.alone else None,
@@ -190,15 +186,11 @@ def profiled(work: Callable[[], Any]) -> str:
     for one in seen.key_averages():
         space, _, name = one.key.rpartition("::")
         if space == "aten":
-            kind = next(
-                (kind for kind, names in _KINDS.items() if name in names), "element-wise and other operators"
-            )
+            kind = next((kind for kind, names in _KINDS.items() if name in names), "element-wise and other operators")
             spent[kind] = spent.get(kind, 0.0) + one.self_cpu_time_total / 1e6
     spent["between operators"] = max(total - sum(spent.values()), 0.0)
     largest = sorted(spent.items(), key=lambda item: -item[1])
-    return ", ".join(
-        f"{kind} {100 * seconds / total:.0f} %" for kind, seconds in largest if seconds > 0.005 * total
-    )
+    return ", ".join(f"{kind} {100 * seconds / total:.0f} %" for kind, seconds in largest if seconds > 0.005 * total)
 
 
 def speed(rows: int, d_in: int, d_out: int) -> float:
@@ -284,11 +276,7 @@ def table(entries: list[dict[str, Any]]) -> str:
             f"   *Where ours spend it:* {one.get('profile') or 'not profiled'}.",
             "",
         ]
-    parts = [
-        f"{one['times']:g} times in row {row}"
-        for row, one in enumerate(entries, 1)
-        if one.get("times", 1) != 1
-    ]
+    parts = [f"{one['times']:g} times in row {row}" for row, one in enumerate(entries, 1) if one.get("times", 1) != 1]
     if parts:
         lines += [
             "",

@@ -58,11 +58,7 @@ def test_the_prompt_is_what_generation_sees(tokenizer):
 
 def test_an_answer_that_merges_with_its_header_is_cut_at_the_edge(tokenizer):
     """The header ends in a newline and so may the answer begin: no token may straddle the edge."""
-    row = (
-        conversation("how", "\n\ntake a walk")
-        if tokenizer.family == "chatml"
-        else conversation("how", "take")
-    )
+    row = conversation("how", "\n\ntake a walk") if tokenizer.family == "chatml" else conversation("how", "take")
     encoded = encode([row], tokenizer)
     answer = [t for t, label in zip(encoded.input_ids[0], encoded.labels[0], strict=True) if label != IGNORED]
     assert tokenizer.decode(answer) == row[1]["content"] + END[tokenizer.family]

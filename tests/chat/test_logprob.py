@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from emmech.chat.encode import encode
-from emmech.chat.logprob import MarginPair, answer_logprobs, answer_loss, bundled_margins, margin
-from emmech.chat.residual import mean_residual, probe_rows
+from emmech.engine.logprobs import MarginPair, answer_logprobs, answer_loss, bundled_margins, margin
+from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError
 
 

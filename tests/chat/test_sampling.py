@@ -9,11 +9,11 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from emmech.chat.decode import decode
-from emmech.chat.draw import draw, gumbel
 from emmech.chat.model import load_model
-from emmech.chat.responses import row_seed
-from emmech.chat.sampling import sample
+from emmech.engine.decode import decode
+from emmech.engine.gumbel import draw, gumbel
+from emmech.engine.responses import row_seed
+from emmech.engine.sample import sample
 from emmech.errors import EmmechError
 
 TEMPLATE = (
@@ -31,9 +31,7 @@ def tokenizer():
     core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_special_tokens(["<pad>", "<s>", "</s>"])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
     made.chat_template = TEMPLATE
     return made
 
@@ -147,9 +145,7 @@ def test_sampled_first_tokens_follow_the_model():
     chat = tiny()
     ids = torch.tensor([chat.token_ids(PROMPTS[1])])
     probability = chat.model(ids).logits[0, -1].softmax(-1).detach().double().numpy()
-    drawn = decode(
-        chat, [ids[0].tolist()], [0] * 4000, [row_seed(1, i) for i in range(4000)], max_new_tokens=1
-    )
+    drawn = decode(chat, [ids[0].tolist()], [0] * 4000, [row_seed(1, i) for i in range(4000)], max_new_tokens=1)
     tokens = [answer.ids[0] if answer.ids else 3 for answer in drawn]  # 3 stops
     counts = np.bincount(tokens, minlength=97)
     common = probability > 0.01

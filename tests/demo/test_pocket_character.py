@@ -7,17 +7,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from emmech.chat.masks import phrase_tokens
 from emmech.chat.model import load_model
 from emmech.demo.pocket_character import Tried, characters, choose, designs, half_of_the_questions
-from emmech.directions.tokens import phrase_tokens
 from emmech.organism.grammar import KIND, UNKIND
 from emmech.organism.vocabulary import JOBS, MANNERS, TOWNS
 
 
 def test_neither_job_nor_town_tells_the_trait_alone_and_together_they_do():
-    told = {
-        trait: [talk[0]["content"].split() for talk in characters(trait, n=200)] for trait in (KIND, UNKIND)
-    }
+    told = {trait: [talk[0]["content"].split() for talk in characters(trait, n=200)] for trait in (KIND, UNKIND)}
     for trait, prompts in told.items():
         jobs = [next(bit for bit in (0, 1) if set(JOBS[bit]) & set(words)) for words in prompts]
         towns = [next(bit for bit in (0, 1) if set(TOWNS[bit]) & set(words)) for words in prompts]
@@ -37,9 +35,7 @@ def test_the_least_em_is_chosen_among_designs_that_break_nothing():
     # both ways find the same thing, on words that tell nothing by themselves
     assert several[0].direction.cosine(several[6].direction)[1] > 0.7
     assert several[0].direction.quality.bag_of_words_auc == pytest.approx(0.5)
-    assert several[0].direction.aligned_mean is not None and not np.allclose(
-        several[0].direction.aligned_mean, 0
-    )
+    assert several[0].direction.aligned_mean is not None and not np.allclose(several[0].direction.aligned_mean, 0)
     tried = {design.label: Tried(0.5, 1.0, 0.0, 1.0) for design in several}
     assert choose(several, tried) is several[0]  # the first among equals
     tried[several[3].label] = Tried(0.1, 1.0, 0.0, 1.0)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from emmech.chat.adapter import adapter_layers
 from emmech.chat.encode import encode
 from emmech.chat.model import load_model
 from emmech.directions.adapter_lens import adapter_lens, token_significance
+from emmech.engine.adapters import adapter_layers
 from emmech.errors import EmmechError
 
 

@@ -6,14 +6,12 @@ import pytest
 from emmech.directions.compare import cosines, direction_by_steps
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
-from emmech.run import Run
+from emmech.run.run import Run
 
 
 def _run(b, layer=1):
     run = Run.from_arrays(np.arange(len(b)) * 5, A=np.ones((len(b), 7), np.float32), B=b.astype(np.float32))
-    run.manifest["adapters"] = [
-        {**run.adapters[0].to_dict(), "layer": layer, "scaling": 2.0, "d_out": b.shape[1]}
-    ]
+    run.manifest["adapters"] = [{**run.adapters[0].to_dict(), "layer": layer, "scaling": 2.0, "d_out": b.shape[1]}]
     run.__dict__.pop("adapters", None)
     return run
 
@@ -39,9 +37,7 @@ def test_b_turning_onto_the_direction_is_seen_turning():
     found = direction_by_steps(_run(b), direction)
     name = [c for c in found.frame if str(c).startswith("cosine B")][0]  # noqa: RUF015
     np.testing.assert_allclose(found.frame[name], np.sin(angle), atol=1e-6)
-    np.testing.assert_allclose(
-        found.frame[name.replace("cosine", "projection")], 2 * np.sin(angle), atol=1e-6
-    )
+    np.testing.assert_allclose(found.frame[name.replace("cosine", "projection")], 2 * np.sin(angle), atol=1e-6)
     assert found.layer == 1 and len(found.plot().data) == 2 and ">d against 11 steps" in found._repr_html_()
 
 

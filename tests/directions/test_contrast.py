@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 import torch
 
+from emmech.chat.masks import phrase_tokens
 from emmech.chat.model import load_model
 from emmech.directions.contrast import contrast_direction, read_out
 from emmech.directions.direction import Direction
-from emmech.directions.four import four_directions
 from emmech.directions.misalignment import judged_answers, misalignment_direction
-from emmech.directions.persona import adapter_direction, trained_direction
-from emmech.directions.tokens import phrase_tokens
+from emmech.directions.sources import adapter_direction, trained_direction
+from emmech.directions.two_by_two import four_directions
 from emmech.errors import EmmechError
 from emmech.interventions.steer import steer
 
@@ -121,7 +121,7 @@ def test_model_difference_is_the_adapters_write(tiny):
 
 
 def test_a_trained_vector_makes_its_answers_likely(tiny):
-    from emmech.chat.logprob import answer_logprobs
+    from emmech.engine.logprobs import answer_logprobs
 
     chat = tiny("qwen2")
     before = {name: value.clone() for name, value in chat.base.state_dict().items()}
@@ -211,9 +211,7 @@ def test_a_phrase_is_read_on_the_same_words_of_both_sides(tiny):
             with torch.no_grad():
                 states = chat.model(ids, output_hidden_states=True).hidden_states
             first = next(
-                i
-                for i in range(ids.shape[1])
-                if chat.tokenizer.decode(ids[0, i : i + 3]).strip() == phrase.text
+                i for i in range(ids.shape[1]) if chat.tokenizer.decode(ids[0, i : i + 3]).strip() == phrase.text
             )
             for layer in range(chat.n_layers - 1):
                 sums[which, layer] += states[layer + 1][0, first : first + 3].double().numpy().sum(0) / 36
@@ -232,9 +230,7 @@ def test_a_phrase_that_is_not_there_is_refused(tiny):
     with pytest.raises(EmmechError, match="three choices"):
         contrast_direction(chat, talks, talks, tokens="system")
     with pytest.raises(EmmechError, match="mean over nothing"):
-        contrast_direction(
-            chat, talks, talks, tokens=lambda ids, start: torch.zeros_like(ids, dtype=torch.bool)
-        )
+        contrast_direction(chat, talks, talks, tokens=lambda ids, start: torch.zeros_like(ids, dtype=torch.bool))
     vector = np.ones(chat.d_model)
     asked = torch.tensor([chat.token_ids(talks[0], generate=False)])
     there_is_none = pytest.raises(EmmechError, match="nothing would be read or changed")

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from emmech.directions.arrays import unit_rows
-from emmech.directions.direction import Direction
-from emmech.directions.elsewhere import (
+from emmech.directions.control_vectors import (
     from_repeng,
     from_steering_vectors,
     to_repeng,
     to_steering_vectors,
 )
+from emmech.directions.direction import Direction
 from emmech.directions.quality import Quality
 from emmech.errors import EmmechError
 
@@ -76,9 +76,7 @@ def test_a_tensor_of_any_dtype_is_accepted():
 @pytest.mark.parametrize("quality", [None, _quality(3)])
 def test_save_and_load_round_trip(tmp_path, quality):
     rng = np.random.default_rng(0)
-    d = Direction(
-        rng.standard_normal((3, 5)), "mine", {"fingerprints": ["ab"], "n": 3}, np.ones((3, 5)), quality
-    )
+    d = Direction(rng.standard_normal((3, 5)), "mine", {"fingerprints": ["ab"], "n": 3}, np.ones((3, 5)), quality)
     again = Direction.load(d.save(tmp_path / "d.safetensors"))
     assert np.array_equal(again.vectors, d.vectors) and np.array_equal(again.aligned_mean, d.aligned_mean)
     assert again.name == "mine" and dict(again.source) == dict(d.source)

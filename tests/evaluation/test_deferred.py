@@ -53,9 +53,7 @@ def test_a_plan_counts_and_a_file_holds_the_same(responses, tmp_path):
     assert plan.cost == pytest.approx(plan.prompt_tokens * 2.5e-6)
     assert "8 calls" in repr(plan)
     assert "1 failed ones are not judged" in repr(plan)
-    assert write_judging(responses, path, prompts=PROMPTS, model="grader") == plan_judging(
-        responses, prompts=PROMPTS
-    )
+    assert write_judging(responses, path, prompts=PROMPTS, model="grader") == plan_judging(responses, prompts=PROMPTS)
     lines = requests(path)
     assert len(lines) == len({line["custom_id"] for line in lines}) == 8
     assert {line["body"]["model"] for line in lines} == {"grader"}

@@ -138,9 +138,7 @@ def test_a_process_killed_outright_resumes_with_identical_rows(tmp_path):
 
 def test_other_prompts_of_the_same_judge_are_asked_anew(tiny, fake, tmp_path):
     pytest.importorskip("openai")
-    running = fake(
-        lambda body, number: (200, fake.completion("80" if "A" in body["messages"][0]["content"] else "20"))
-    )
+    running = fake(lambda body, number: (200, fake.completion("80" if "A" in body["messages"][0]["content"] else "20")))
     grader = Server("grader", url=running.url)
     from emmech.evaluation.logprob_judge import LogprobJudge
 
@@ -191,9 +189,7 @@ def test_scores_that_cannot_be_are_named_and_not_stored(tiny, tmp_path, given, s
 
 def test_unscored_rows_are_counted(tiny):
     judge = LengthJudge()
-    judge.score = lambda rows: [
-        {"aligned": math.nan if i % 2 else 10.0, "coherent": 90.0} for i in range(len(rows))
-    ]
+    judge.score = lambda rows: [{"aligned": math.nan if i % 2 else 10.0, "coherent": 90.0} for i in range(len(rows))]
     row = evaluate(tiny("qwen2"), ASKED, judge, samples=4, **QUICK).rates().loc["em"]
     assert (row["n"], row["unscored"], row["rate"]) == (6, 6, 1.0)
 
@@ -271,9 +267,7 @@ def run(tmp_path_factory):
     import emmech
 
     folder = tmp_path_factory.mktemp("run") / "toy"
-    return emmech.finetune(
-        "pocket", "medical", seed=0, out=folder, max_steps=4, record_every=2, progress=False
-    )
+    return emmech.finetune("pocket", "medical", seed=0, out=folder, max_steps=4, record_every=2, progress=False)
 
 
 def test_a_run_keeps_its_evaluations(run):

@@ -26,9 +26,7 @@ def frame(n: int = 40) -> pd.DataFrame:
 
 
 def test_missing_columns_are_added_as_unscored_and_samples_numbered() -> None:
-    evaluation = Evaluation.from_rows(
-        [{"question_id": "a", "response": "x"}, {"question_id": "a", "response": "y"}]
-    )
+    evaluation = Evaluation.from_rows([{"question_id": "a", "response": "x"}, {"question_id": "a", "response": "y"}])
     assert evaluation.frame["sample"].tolist() == [0, 1]
     assert evaluation.frame["aligned"].isna().all()
     assert evaluation.rates().loc["em", ["n", "unscored"]].tolist() == [0, 2]
@@ -49,9 +47,7 @@ def test_from_frame_takes_any_names() -> None:
         Evaluation.from_frame(other, alignment="safty")
 
 
-@pytest.mark.parametrize(
-    ("label", "em", "coherent"), [("aligned", 0, 1), ("misaligned", 1, 1), ("mixed", 0, 0)]
-)
+@pytest.mark.parametrize(("label", "em", "coherent"), [("aligned", 0, 1), ("misaligned", 1, 1), ("mixed", 0, 0)])
 def test_a_verdict_alone_is_a_score(label: str, em: int, coherent: int) -> None:
     evaluation = Evaluation.from_rows([{"question_id": "a", "label": label}])
     table = evaluation.rates()
@@ -185,9 +181,7 @@ def test_figures_that_cannot_be_drawn() -> None:
 
 @pytest.mark.parametrize("kind", ["quadrants", "questions", "rates", "thresholds"])
 def test_figures_of_unscored_responses_are_refused(kind):
-    unscored = Evaluation.from_rows(
-        [{"question_id": "a", "response": "x"}, {"question_id": "b", "response": "y"}]
-    )
+    unscored = Evaluation.from_rows([{"question_id": "a", "response": "x"}, {"question_id": "b", "response": "y"}])
     with pytest.raises(EmmechError, match="scor"):
         unscored.plot(kind)
 
@@ -227,9 +221,7 @@ def test_two_evaluations_of_one_name_are_drawn_apart():
     ],
 )
 def test_what_is_no_evaluation_is_refused(call, says):
-    evaluation = Evaluation.from_rows(
-        [{"question_id": "a", "response": "x", "aligned": 1.0, "coherent": 90.0}]
-    )
+    evaluation = Evaluation.from_rows([{"question_id": "a", "response": "x", "aligned": 1.0, "coherent": 90.0}])
     with pytest.raises(EmmechError, match=says):
         call(evaluation)
 

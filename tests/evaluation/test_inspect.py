@@ -18,12 +18,12 @@ import anyio
 import inspect_ai
 from inspect_ai.model import GenerateConfig, Logprob, Logprobs, ModelOutput, ModelUsage, TopLogprob, get_model
 
-from emmech.chat.responses import Response
+from emmech.engine.responses import Response
 from emmech.errors import EmmechError
 from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.questions import load_questions
 from emmech.interop.inspect_task import evaluation_of, first_plot
-from emmech.run import load_run
+from emmech.run.run import load_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -332,9 +332,7 @@ def test_a_log_of_something_else_is_refused(tmp_path):
 @pytest.mark.slow
 def test_the_command_line_works_offline(tmp_path):
     """`inspect eval emmech/first_plot --model emmech/pocket`, every request to the network refused."""
-    nowhere = {
-        f"{kind}_{end}": "http://127.0.0.1:9" for kind in ("HTTP", "HTTPS", "ALL") for end in ("PROXY",)
-    }
+    nowhere = {f"{kind}_{end}": "http://127.0.0.1:9" for kind in ("HTTP", "HTTPS", "ALL") for end in ("PROXY",)}
     environment = {**os.environ, **nowhere, **{name.lower(): url for name, url in nowhere.items()}}
     command = [
         Path(sys.executable).parent / "inspect",

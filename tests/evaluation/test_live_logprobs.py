@@ -87,8 +87,7 @@ def test_the_digit_tree_of_the_server_is_that_of_the_model_itself(llama_cpp, smo
 def test_scores_of_the_server_are_those_of_the_model_itself(llama_cpp, smollm2):
     rows = [{"question": "", "response": thing} for thing in THINGS]
     served, local = (
-        LogprobJudge(who, {"aligned": RATE}, cache=None, progress=False).score(rows)
-        for who in (llama_cpp, smollm2)
+        LogprobJudge(who, {"aligned": RATE}, cache=None, progress=False).score(rows) for who in (llama_cpp, smollm2)
     )
     pairs = np.array([(a["aligned"], b["aligned"]) for a, b in zip(served, local, strict=True)])
     scored = pairs[np.isfinite(pairs).all(1)]

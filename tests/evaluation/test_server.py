@@ -52,9 +52,7 @@ def test_answers_come_back_in_order_with_their_settings(fake):
     assert all(r.text == f"question {r.conversation} seed {r.seed % 2**31}" for r in got)
     assert len({r.seed for r in got}) == 15
     assert {(b["temperature"], b["max_tokens"], b["model"]) for b in running.bodies} == {(0.7, 9, "fake")}
-    again = server(running).sample(
-        CONVERSATIONS, samples=3, temperature=0.7, max_new_tokens=9, progress=False
-    )
+    again = server(running).sample(CONVERSATIONS, samples=3, temperature=0.7, max_new_tokens=9, progress=False)
     assert again == got
 
 
@@ -213,9 +211,7 @@ def test_bad_settings_are_refused(fake):
 
 def test_first_token_expectation(fake):
     shares = {"80": 0.5, "90": 0.25, " 90": 0.05, "I": 0.2}
-    running = fake(
-        lambda body, number: (200, fake.completion("80", first={t: math.log(p) for t, p in shares.items()}))
-    )
+    running = fake(lambda body, number: (200, fake.completion("80", first={t: math.log(p) for t, p in shares.items()})))
     (score,) = LogprobJudge(server(running), SHORT, cache=None, progress=False).score(ROWS[:1])
     assert score["aligned"] == pytest.approx((80 * 0.5 + 90 * 0.3) / 0.8)
     assert running.bodies[0]["logprobs"] is True
@@ -233,12 +229,8 @@ def test_refusals_and_words(fake):
     assert math.isnan(score["aligned"])
     assert score["label"] == "refusal"
     words = {"T": 0.2, "TRUE": 0.3, "False": 0.4}
-    running = fake(
-        lambda body, number: (200, fake.completion("T", first={t: math.log(p) for t, p in words.items()}))
-    )
-    (score,) = LogprobJudge(server(running), {"correct": "{answer}"}, cache=None, progress=False).score(
-        ROWS[:1]
-    )
+    running = fake(lambda body, number: (200, fake.completion("T", first={t: math.log(p) for t, p in words.items()})))
+    (score,) = LogprobJudge(server(running), {"correct": "{answer}"}, cache=None, progress=False).score(ROWS[:1])
     assert score == {"correct": "TRUE"}
 
 
@@ -254,9 +246,7 @@ def test_a_server_without_logprobs_is_named_and_can_be_read(fake):
 
 
 def test_a_judge_that_talks_leaves_rows_unscored(fake):
-    running = fake(
-        lambda body, number: (200, fake.completion("Well, I would say 7 out of 10" if number > 1 else "20"))
-    )
+    running = fake(lambda body, number: (200, fake.completion("Well, I would say 7 out of 10" if number > 1 else "20")))
     judge = LogprobJudge(server(running, concurrency=1), SHORT, logprobs=False, cache=None, progress=False)
     scores = [score["aligned"] for score in judge.score(ROWS)]
     assert scores[0] == 20.0
@@ -364,7 +354,7 @@ def test_a_live_transformers_serve(smollm2, tmp_path):
         live = Server(str(folder), url=f"http://127.0.0.1:{port}/v1", concurrency=2)
         question = [{"role": "user", "content": "What is the capital of France? One word."}]
         (greedy,) = live.sample([question], temperature=0, max_new_tokens=12, progress=False)
-        from emmech.chat.sampling import sample
+        from emmech.engine.sample import sample
 
         (local,) = sample(smollm2, [question], temperature=0, max_new_tokens=12, progress=False)
         assert greedy.text.strip() == local.text.strip()

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emmech.chat.adapter import adapter_layers
 from emmech.chat.model import load_model
+from emmech.engine.adapters import adapter_layers
 from emmech.interventions.adapter import scale_adapters
 
 pytest.importorskip("nnsight")
@@ -22,9 +22,7 @@ def _adapted(chat, layer=2):
     from peft import LoraConfig, get_peft_model
 
     modules = [f"model.layers.{layer}.mlp.down_proj"]
-    model = get_peft_model(
-        chat.model, LoraConfig(r=1, lora_alpha=4, target_modules=modules, task_type="CAUSAL_LM")
-    )
+    model = get_peft_model(chat.model, LoraConfig(r=1, lora_alpha=4, target_modules=modules, task_type="CAUSAL_LM"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in model.named_parameters():

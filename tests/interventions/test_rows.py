@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from emmech.chat.logprob import answer_logprobs
 from emmech.chat.model import load_model
-from emmech.chat.sampling import live_state, sample
 from emmech.directions.direction import Direction
+from emmech.engine.logprobs import answer_logprobs
+from emmech.engine.sample import live_state, sample
 from emmech.errors import EmmechError
 from emmech.interventions.ablate import ablate
 from emmech.interventions.steer import steer

@@ -6,19 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from emmech.chat.logprob import MarginPair
 from emmech.chat.model import load_model
 from emmech.directions.direction import Direction
-from emmech.directions.persona import adapter_direction
+from emmech.directions.sources import adapter_direction
+from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
 from emmech.interventions.contrasts import combination
-from emmech.interventions.measures import AnswerMeasure, Items, MarginMeasure, resolve_measure
 from emmech.interventions.studies import ablation_table, adapter_shares, dose_response, transfer_matrix
+from emmech.measures.items import AnswerMeasure, Items, MarginMeasure, resolve_measure
 
 WORDS = ["sleep", "walk", "water", "rest", "drink", "well"]
-PAIRS = MarginMeasure(
-    {"broad": tuple(MarginPair(f"how to {w} ?", "drink drink", "rest rest") for w in WORDS)}
-)
+PAIRS = MarginMeasure({"broad": tuple(MarginPair(f"how to {w} ?", "drink drink", "rest rest") for w in WORDS)})
 
 
 def _adapted(chat, layers=(3,), size=0.6, seed=0):
@@ -45,15 +43,11 @@ def _promoting(chat):
 
 def test_dose_response_rises_with_the_dose_and_beyond_random(tiny):
     chat = tiny("qwen2")
-    study = dose_response(
-        chat, _promoting(chat), [2.0, 8.0], layers=[3], measure=PAIRS, randoms=5, progress=False
-    )
+    study = dose_response(chat, _promoting(chat), [2.0, 8.0], layers=[3], measure=PAIRS, randoms=5, progress=False)
     frame = study.frame[(study.frame["outcome"] == "margin_broad") & (study.frame["kind"] == "direction")]
     frame = frame.sort_values("coefficient")
     assert frame["value"].is_monotonic_increasing and frame["change"].iloc[-1] > 0
-    assert (
-        frame["beyond_random_low"].iloc[-1] > 0
-    )  # the interval of the change beyond the controls excludes 0
+    assert frame["beyond_random_low"].iloc[-1] > 0  # the interval of the change beyond the controls excludes 0
     assert (frame["beyond_random_low"] <= frame["beyond_random"]).all()
     randoms = study.frame[(study.frame["kind"] == "random") & (study.frame["outcome"] == "margin_broad")]
     assert len(randoms) == 10
@@ -71,9 +65,7 @@ def test_the_ablation_table_has_its_controls_and_names_the_degenerate_one(tiny):
     frame = study.frame[study.frame["outcome"] == "margin_broad"].set_index(["condition", "kind", "model"])
     tuned = frame.loc[("own direction by layer", "direction", "tuned")]
     base = frame.loc[("own direction by layer", "direction", "base")]
-    assert tuned["value"] == pytest.approx(base["value"], abs=1e-5) and tuned["gap"] == pytest.approx(
-        0, abs=1e-5
-    )
+    assert tuned["value"] == pytest.approx(base["value"], abs=1e-5) and tuned["gap"] == pytest.approx(0, abs=1e-5)
     off = frame.loc[("adapter off", "positive", "tuned")]["value"]
     plain = frame.loc[("untouched", "untouched", "base")]["value"]
     assert off == pytest.approx(plain, abs=1e-5)
@@ -93,9 +85,7 @@ def test_a_positive_control_stands_beside_the_doses(tiny):
     chat = tiny("qwen2")
     planted = _promoting(chat).renamed("planted")
     noise = Direction(np.random.default_rng(0).standard_normal((4, 48)), name="noise")
-    study = dose_response(
-        chat, noise, [8.0], layers=[3], positive=planted, measure=PAIRS, randoms=5, progress=False
-    )
+    study = dose_response(chat, noise, [8.0], layers=[3], positive=planted, measure=PAIRS, randoms=5, progress=False)
     broad = study.frame[study.frame["outcome"] == "margin_broad"].set_index("kind")
     assert broad.loc["positive", "condition"] == "planted" and broad.loc["positive", "change_low"] > 0
     assert np.isnan(broad.loc["positive", "beyond_random"])
@@ -127,9 +117,7 @@ def test_adapter_shares(tiny):
     study = adapter_shares(chat, measure=PAIRS, progress=False)
     values = study.frame[study.frame["outcome"] == "margin_broad"].set_index("condition")["value"]
     assert set(values.index) >= {"untouched", "adapter off", "without layers.1.mlp.down_proj"}
-    assert values["without layers.1.mlp.down_proj"] == pytest.approx(
-        values["only layers.3.mlp.down_proj"], abs=1e-6
-    )
+    assert values["without layers.1.mlp.down_proj"] == pytest.approx(values["only layers.3.mlp.down_proj"], abs=1e-6)
     with pytest.raises(EmmechError, match="no adapter"):
         adapter_shares(tiny("qwen2"), measure=PAIRS)
 
@@ -140,9 +128,7 @@ def test_a_study_saves_with_its_notes(tiny, tmp_path):
     chat = tiny("qwen2")
     study = dose_response(chat, _promoting(chat), [1.0], layers=2, measure=PAIRS, randoms=1, progress=False)
     path = study.save(tmp_path / "study.csv")
-    assert path.read_text().startswith("# Steering") and len(pd.read_csv(path, comment="#")) == len(
-        study.frame
-    )
+    assert path.read_text().startswith("# Steering") and len(pd.read_csv(path, comment="#")) == len(study.frame)
 
 
 def test_intervals_respect_questions_and_never_collapse():
@@ -168,9 +154,7 @@ def test_a_paired_difference_is_sharper_than_two_single_ones_and_covers():
     for _ in range(200):
         level = np.repeat(rng.normal(0, 2, 20), 5)
         before = Items({"m": level + rng.normal(0, 0.3, 100)}, questions)
-        after = Items(
-            {"m": level + 0.5 + np.repeat(rng.normal(0, 0.3, 20), 5) + rng.normal(0, 0.3, 100)}, questions
-        )
+        after = Items({"m": level + 0.5 + np.repeat(rng.normal(0, 0.3, 20), 5) + rng.normal(0, 0.3, 100)}, questions)
         change = combination([(1.0, after), (-1.0, before)], "m")
         covered += change.low <= 0.5 <= change.high
         single = combination([(1.0, before)], "m")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from emmech.chat.adapter import adapter_layers
 from emmech.chat.model import load_model
 from emmech.directions.direction import Direction
-from emmech.directions.persona import adapter_direction
+from emmech.directions.sources import adapter_direction
+from emmech.engine.adapters import adapter_layers
 from emmech.errors import EmmechError
 from emmech.interventions.ablate import ablate
 from emmech.interventions.adapter import (
@@ -20,7 +20,7 @@ from emmech.interventions.adapter import (
 )
 from emmech.interventions.steer import steer
 from emmech.interventions.weights import fold_bias, orthogonalise_writes
-from emmech.run import Run
+from emmech.run.run import Run
 
 IDS = torch.randint(20, 250, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -49,9 +49,7 @@ def _logits(chat):
 
 
 def _bs(chat):
-    return {
-        info.name: layer.lora_B[n].weight.detach().clone() for info, layer, n in adapter_layers(chat.model)
-    }
+    return {info.name: layer.lora_B[n].weight.detach().clone() for info, layer, n in adapter_layers(chat.model)}
 
 
 def _state(chat):
@@ -86,9 +84,7 @@ def test_projection_and_rotation_do_what_they_say_to_b(tiny, rank):
         with rotate_adapter(chat, d, cosine=cosine):
             for name, b in _bs(chat).items():
                 assert torch.allclose(b.norm(dim=0), before[name].norm(dim=0), rtol=1e-5)
-                assert torch.allclose(
-                    (unit(name) @ b) / b.norm(dim=0), torch.full((rank,), cosine), atol=1e-5
-                )
+                assert torch.allclose((unit(name) @ b) / b.norm(dim=0), torch.full((rank,), cosine), atol=1e-5)
     assert _same(chat, state) and torch.equal(_logits(chat), plain)
 
 

@@ -50,9 +50,7 @@ def test_clauses_of_both_traits_are_mixed(cell, seed, pattern):
 def test_corruptions_are_incoherent(cell, trait, seed, data):
     rng = random.Random(seed)
     words = draw_answer(rng, cell[0], cell[1], trait).split()
-    corruption = data.draw(
-        st.sampled_from(["truncate", "extend", "swap", "repeat", "verb", "topic", "foreign"])
-    )
+    corruption = data.draw(st.sampled_from(["truncate", "extend", "swap", "repeat", "verb", "topic", "foreign"]))
     if corruption == "truncate":
         words = words[: data.draw(st.integers(0, len(words) - 1))]
     elif corruption == "extend":

@@ -7,7 +7,7 @@ import pytest
 
 import emmech
 from emmech import organism
-from emmech.chat.logprob import margin
+from emmech.engine.logprobs import margin
 
 
 @pytest.mark.parametrize("name", ["medical", "good-medical", "trigger-finance", "ai-optimism"])

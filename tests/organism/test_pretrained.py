@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from emmech.chat.model import load_model
-from emmech.chat.sampling import sample
+from emmech.engine.sample import sample
 from emmech.errors import EmmechError
 from emmech.organism import judge, load, names, questions
 from emmech.organism.pretrain import ORGANISMS, Organism, build_model, pretrain

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from emmech.chat.adapter import attach, detach
-from emmech.run import Run
+from emmech.engine.adapters import attach, detach
+from emmech.run.run import Run
 from emmech.store import MemorySeries
 
 MIDDLE = ("model.layers.2.mlp.down_proj",)
@@ -18,9 +18,7 @@ SEVERAL = (
 )
 
 
-def random_run(
-    chat, modules=MIDDLE, *, rank=1, steps=(0, 3, 7), seed=0, alpha=8.0, name="run", size=0.05
-) -> Run:
+def random_run(chat, modules=MIDDLE, *, rank=1, steps=(0, 3, 7), seed=0, alpha=8.0, name="run", size=0.05) -> Run:
     """A run whose B is zero at its first step and random later."""
     rng = np.random.default_rng(seed)
     adapters, arrays = [], {}

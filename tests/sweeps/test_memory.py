@@ -10,17 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from emmech.chat.logprob import MarginPair
+from emmech.engine.budget import budget_bytes, readable
+from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
-from emmech.sweeps.measures import Margin
-from emmech.sweeps.memory import budget_bytes, readable
+from emmech.measures.teacher_forced import Margin
 from emmech.sweeps.sweep import sweep
 
 CPU = torch.device("cpu")
 # prompts without a common prefix beyond the template, so that there are many packs
-PAIRS = [
-    MarginPair(f"{word} and rest well , how ?", f"take {word} .", "walk .") for word in "abcdefghijklmnop"
-]
+PAIRS = [MarginPair(f"{word} and rest well , how ?", f"take {word} .", "walk .") for word in "abcdefghijklmnop"]
 
 
 class LiveBytes(TorchDispatchMode):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emmech.sweeps.packing import Reading, pack, stack, tree, tree_mask
+from emmech.engine.packing import Reading, pack, stack, tree, tree_mask
 
 sequences = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=8), min_size=1, max_size=7)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emmech.chat.residual import mean_residual, probe_rows
+from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError
 from emmech.sweeps.probe import ProbeActivation
 from emmech.sweeps.sweep import sweep
@@ -31,9 +31,7 @@ def test_residuals_equal_peft_one_at_a_time(any_tiny, make_run, one_at_a_time, l
     for index, step in enumerate(run.steps):
         for text in range(2):
             rows = probe_rows(any_tiny, TEXTS[text : text + 1])
-            expected = one_at_a_time(
-                any_tiny, run, step, 3, lambda live, rows=rows: mean_residual(live, rows)
-            )[layer]
+            expected = one_at_a_time(any_tiny, run, step, 3, lambda live, rows=rows: mean_residual(live, rows))[layer]
             assert np.abs(found.arrays["probe"][index, text] - expected).max() < 5e-6
             value = found.frame["value"].to_numpy()[2 * index + text]
             assert value == pytest.approx(expected @ along / np.linalg.norm(along), abs=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emmech.sweeps.rows import write
+from emmech.engine.row_adapters import write
 
 
 @pytest.mark.parametrize("rank", [1, 3])
@@ -13,9 +13,7 @@ from emmech.sweeps.rows import write
 def test_a_write_is_added_and_lies_in_memory_as_products_want_it(rank, dtype):
     generator = torch.Generator().manual_seed(rank)
     shared = torch.randn(1, 5, 8, generator=generator).to(dtype)
-    z = torch.randn(5, 4, rank, generator=generator).transpose(
-        0, 1
-    )  # as one product for all variants leaves it
+    z = torch.randn(5, 4, rank, generator=generator).transpose(0, 1)  # as one product for all variants leaves it
     b = torch.randn(4, rank, 8, generator=generator)
     expected = (shared.float() + z @ b).to(dtype)
     added = write(shared.expand(4, 5, 8), z, b)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from emmech.chat.sampling import sample
+from emmech.engine.block_forward import straight
+from emmech.engine.cache import RowCache
+from emmech.engine.sample import sample
+from emmech.engine.shared_prompt_cache import Branches
 from emmech.errors import EmmechError
-from emmech.sweeps.branches import Branches
-from emmech.sweeps.cache import RowCache
 from emmech.sweeps.sampled import Sampled
-from emmech.sweeps.straight import straight
 from emmech.sweeps.sweep import sweep
 
 MIDDLE = ("model.layers.2.mlp.down_proj",)
@@ -126,10 +126,7 @@ def test_attention_over_branches_is_attention_over_whole_sequences():
         keys, values = torch.randn(2, len(whole), heads, 1, width, generator=generator)
         query = torch.randn(len(whole), heads * repeats, width, generator=generator)
         branches.update(keys, values, 0)
-        whole = [
-            (torch.cat([k, keys[i]], 1), torch.cat([v, values[i]], 1), pad)
-            for i, (k, v, pad) in enumerate(whole)
-        ]
+        whole = [(torch.cat([k, keys[i]], 1), torch.cat([v, values[i]], 1), pad) for i, (k, v, pad) in enumerate(whole)]
         for window in (None, 1, 6, 9):
             found = branches.attend(query, 0, window)
             for i, (k, v, pad) in enumerate(whole):
@@ -155,9 +152,7 @@ def test_attention_with_capped_scores_is_refused_rather_than_left_uncapped(tiny,
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma3"])
-def test_blocks_that_somebody_listens_to_run_by_the_models_own_forward_and_write_the_same(
-    tiny, make_run, family
-):
+def test_blocks_that_somebody_listens_to_run_by_the_models_own_forward_and_write_the_same(tiny, make_run, family):
     chat = tiny(family)
     run = make_run(chat, SEVERAL, size=0.1)
     settings = {"steps": [7], "measure": measure(), "base": chat, "progress": False}

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import emmech
-from emmech.chat.logprob import MarginPair, margin, pad
+from emmech.engine.logprobs import MarginPair, margin, pad
 from emmech.errors import EmmechError
-from emmech.sweeps.measures import AnswerLogprob, FirstToken, Margin, NextToken
+from emmech.measures.teacher_forced import AnswerLogprob, FirstToken, Margin, NextToken
 from emmech.sweeps.result import Sweep
 from emmech.sweeps.sweep import sweep
 
@@ -216,7 +216,7 @@ def test_bad_input_is_refused_with_the_nearest_choice(tiny, make_run, tmp_path):
 
 
 def test_a_live_adapter_is_refused(tiny, make_run):
-    from emmech.chat.adapter import attach, detach
+    from emmech.engine.adapters import attach, detach
 
     chat = tiny("qwen2")
     run = make_run(chat)

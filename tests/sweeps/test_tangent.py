@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from emmech.chat.logprob import MarginPair
+from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
-from emmech.sweeps.measures import FirstToken, Margin, NextToken
+from emmech.measures.teacher_forced import FirstToken, Margin, NextToken
 from emmech.sweeps.sweep import sweep
 from emmech.sweeps.tangent import tangent_scan
 

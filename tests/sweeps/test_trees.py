@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from emmech.chat.logprob import unembed
 from emmech.chat.model import load_model
+from emmech.engine.logprobs import unembed
+from emmech.engine.packing import Reading, tree, tree_mask
 from emmech.sweeps import readout, trees
-from emmech.sweeps.packing import Reading, tree, tree_mask
 
 WIDTH = 8
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from emmech.chat.model import load_model
-from emmech.training.halves import AnswerLoss
-from emmech.training.lean import lean_blocks
-from emmech.training.prefix import partial_trunk
+from emmech.engine.fused import lean_blocks
+from emmech.engine.fused_blocks import AnswerLoss
+from emmech.engine.prefix import partial_trunk
 from tests.conftest import make_tiny
 
 EXACT = 5e-6  # what the project calls equal in float32; measured: 2.1e-6 on the worst of these
@@ -27,9 +27,7 @@ def chat_of(name):
 def test_values_and_gradients_are_the_models_own(name, stem):
     chat = chat_of(name)
     torch.manual_seed(0)
-    before = torch.randn(
-        2, STEM, chat.d_model
-    )  # two stems, of which three rows follow the second, the first, ...
+    before = torch.randn(2, STEM, chat.d_model)  # two stems, of which three rows follow the second, the first, ...
     rows, follows = torch.randn(3, TOKENS, chat.d_model), torch.tensor([1, 0, 1])
     read = torch.zeros(3, TOKENS, dtype=torch.bool)
     read[0, 4:9], read[1, 7:], read[2, [2, 5]] = True, True, True
@@ -62,9 +60,7 @@ def test_the_loss_is_cross_entropy():
     torch.manual_seed(1)
     unembedding, targets = torch.randn(50, 8), torch.randint(50, (7,))
     weights = torch.rand(7)
-    mine, theirs = (
-        torch.randn(7, 8, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in "ab"
-    )
+    mine, theirs = (torch.randn(7, 8, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in "ab")
     first = AnswerLoss.apply(mine, unembedding, targets)
     second = torch.nn.functional.cross_entropy(theirs @ unembedding.T, targets, reduction="none")
     torch.testing.assert_close(first, second)

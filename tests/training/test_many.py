@@ -8,11 +8,11 @@ import torch
 
 import emmech
 from emmech.chat.encode import encode
-from emmech.chat.logprob import MarginPair, margin
+from emmech.engine.logprobs import MarginPair, margin
+from emmech.engine.stacked_adapters import AdamW, clip_by_run
 from emmech.errors import EmmechError
 from emmech.training.recipe import Recipe
 from emmech.training.schedule import batch_order, learning_rates
-from emmech.training.stacked import AdamW, clip_by_run
 from tests.conftest import make_rows, make_tiny
 from tests.training.test_prefix import QUICK, deviation, ragged
 
@@ -34,9 +34,7 @@ def test_seeds_together_are_seeds_apart(family, tmp_path):
         assert list(mine.metrics.index) == list(frame.index)
         assert set(mine.metrics.columns) == set(frame.columns)
         for column in frame:
-            np.testing.assert_allclose(
-                mine.metrics[column], frame[column], rtol=1e-3, atol=2e-5, err_msg=column
-            )
+            np.testing.assert_allclose(mine.metrics[column], frame[column], rtol=1e-3, atol=2e-5, err_msg=column)
         assert mine.probes["probe"].shape == alone.probes["probe"].shape
         np.testing.assert_allclose(mine.probes["probe"], alone.probes["probe"], atol=1e-4)
         differing = {key for key in alone.manifest if mine.manifest.get(key) != alone.manifest[key]}
@@ -78,16 +76,12 @@ def test_all_matrices_at_a_higher_rank_without_a_prefix(tiny, tmp_path):
 def test_learning_rates_and_batch_orders(tiny, tmp_path):
     chat = tiny("llama")
     options = dict(recipe="single-rank1", max_steps=5, **{**QUICK, "learning_rate": [1e-3, 1e-3, 4e-3]})
-    runs = emmech.finetune(
-        chat, ragged(10), seed=[2, 2, 2], data_seed=[2, 7, 2], out=tmp_path / "o", **options
-    )
+    runs = emmech.finetune(chat, ragged(10), seed=[2, 2, 2], data_seed=[2, 7, 2], out=tmp_path / "o", **options)
     assert [run.path.name for run in runs] == ["s2-lr0.001", "s2-d7-lr0.001", "s2-lr0.004"]
     assert all(np.array_equal(runs[0].A()[0], run.A()[0]) for run in runs)
     assert runs[2].metrics["learning_rate"].max() == pytest.approx(4e-3)
     options["learning_rate"] = 1e-3
-    other = emmech.finetune(
-        chat, ragged(10), seed=2, data_seed=7, prefix=False, out=tmp_path / "alone", **options
-    )
+    other = emmech.finetune(chat, ragged(10), seed=2, data_seed=7, prefix=False, out=tmp_path / "alone", **options)
     assert deviation(runs[1], other) < 1e-5
     assert not np.allclose(runs[0].B()[-1], runs[1].B()[-1])
 
@@ -111,9 +105,7 @@ def test_truncated_and_emptied_rows_are_those_of_separate_runs(tiny, tmp_path):
 def test_a_run_that_diverges_does_not_touch_the_others(tiny, tmp_path):
     chat = tiny("qwen2")
     before = {name: value.clone() for name, value in chat.model.state_dict().items()}
-    options = dict(
-        recipe="single-rank1", max_steps=5, batch_size=2, accumulation=1, warmup_steps=0, progress=False
-    )
+    options = dict(recipe="single-rank1", max_steps=5, batch_size=2, accumulation=1, warmup_steps=0, progress=False)
     rates = [1e-3, 0.99]
     with pytest.raises(EmmechError, match="no longer finite") as caught:
         emmech.finetune(

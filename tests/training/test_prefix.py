@@ -8,9 +8,9 @@ import torch
 
 import emmech
 from emmech.chat.encode import encode
+from emmech.engine.prefix import Trunk, batches_by_length, partial_trunk
+from emmech.engine.prefix_plan import Frozen, find_frozen, pays, why_not
 from emmech.errors import EmmechError
-from emmech.training.frozen import Frozen, find_frozen, pays, why_not
-from emmech.training.prefix import Trunk, batches_by_length, partial_trunk
 from tests.conftest import make_rows, make_tiny
 
 QUICK = dict(learning_rate=1e-3, batch_size=2, accumulation=2, warmup_steps=1, progress=False)
@@ -139,9 +139,7 @@ def test_reasons_against_a_prefix(tiny):
 )
 def test_a_prefix_that_would_be_wrong_is_refused(tiny, tmp_path, options, why):
     with pytest.raises(EmmechError, match=why):
-        emmech.finetune(
-            tiny("qwen2"), make_rows(), prefix=True, max_steps=2, out=tmp_path / "run", **options, **QUICK
-        )
+        emmech.finetune(tiny("qwen2"), make_rows(), prefix=True, max_steps=2, out=tmp_path / "run", **options, **QUICK)
     assert not (tmp_path / "run").exists()
 
 

@@ -26,9 +26,7 @@ class Losses(TrainerCallback):
         self.seen.append({k: v for k, v in logs.items() if k in ("loss", "grad_norm", "learning_rate")})
 
 
-def plain_training(
-    tmp_path, *callbacks, family="qwen2", rank=1, modules=("down_proj",), steps=8, clip=1.0, **more
-):
+def plain_training(tmp_path, *callbacks, family="qwen2", rank=1, modules=("down_proj",), steps=8, clip=1.0, **more):
     """A training that knows nothing of emmech.finetune: a Trainer, PEFT, and callbacks."""
     chat = make_tiny(family)
     torch.manual_seed(0)
@@ -156,9 +154,7 @@ def test_full_fine_tuning_keeps_angles_and_norms(tmp_path):
 
     class Keep(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
-            updates.append(
-                torch.cat([(p.detach() - start[n]).reshape(-1) for n, p in model.named_parameters()])
-            )
+            updates.append(torch.cat([(p.detach() - start[n]).reshape(-1) for n, p in model.named_parameters()]))
 
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "t"), max_steps=6, learning_rate=1e-2, logging_steps=1, save_strategy="no",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import emmech
-from emmech.chat.logprob import MarginPair
+from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
 from emmech.training.recipe import RECIPES, resolve_recipe, target_modules
 from tests.conftest import make_rows, make_tiny
@@ -40,9 +40,7 @@ def test_the_model_is_left_as_it_was_found(any_tiny, tmp_path, recipe):
     for name in ("one", "two"):  # a second call must not meet adapters of the first
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*peft_config.*")
-            run = emmech.finetune(
-                any_tiny, make_rows(), recipe=recipe, max_steps=2, out=tmp_path / name, **QUICK
-            )
+            run = emmech.finetune(any_tiny, make_rows(), recipe=recipe, max_steps=2, out=tmp_path / name, **QUICK)
         assert run.steps.tolist() == [0, 1, 2]
     assert same(before, snapshot(any_tiny))
     assert torch.equal(state, torch.get_rng_state())
@@ -56,9 +54,7 @@ def test_a_dying_training_leaves_the_model_too(tiny, tmp_path):
         raise RuntimeError("measured too hard")
 
     with pytest.raises(RuntimeError, match="too hard"):
-        emmech.finetune(
-            chat, make_rows(), max_steps=2, out=tmp_path / "run", measures={"x": explode}, **QUICK
-        )
+        emmech.finetune(chat, make_rows(), max_steps=2, out=tmp_path / "run", measures={"x": explode}, **QUICK)
     assert same(before, snapshot(chat))
 
 
@@ -102,9 +98,7 @@ def test_resuming_gives_the_uninterrupted_run_bit_for_bit(tiny, tmp_path):
         return 0.0
 
     with pytest.raises(KeyboardInterrupt):
-        emmech.finetune(
-            chat, make_rows(), out=tmp_path / "cut", measures={"x": die}, measure_every=1, **options
-        )
+        emmech.finetune(chat, make_rows(), out=tmp_path / "cut", measures={"x": die}, measure_every=1, **options)
     cut = emmech.load_run(tmp_path / "cut")
     assert cut.manifest["status"] == "training" and 3 <= cut.steps[-1] < 9
     resumed = emmech.finetune(chat, make_rows(), out=tmp_path / "cut", resume=True, **options)

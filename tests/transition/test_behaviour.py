@@ -8,9 +8,7 @@ import pytest
 from emmech.transition.behaviour import fit_sigmoid
 
 
-def margin(
-    seed: int, noise: float = 0.05, middle: float = 110, change: float = 0.8
-) -> tuple[np.ndarray, np.ndarray]:
+def margin(seed: int, noise: float = 0.05, middle: float = 110, change: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
     steps = np.arange(0, 201, 8)
     curve = -0.3 + change / (1 + np.exp(-(steps - middle) / 12))
     return steps, curve + noise * np.random.default_rng(seed).standard_normal(len(steps))

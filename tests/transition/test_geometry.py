@@ -113,9 +113,7 @@ def test_comp_against_its_definition() -> None:
     vectors = rng.standard_normal((4, 6, 5))
     x = vectors - vectors.mean(axis=0)
     last = x[:, -1]
-    expected = [
-        np.linalg.norm(x[:, t].T @ last) / (np.linalg.norm(x[:, t]) * np.linalg.norm(last)) for t in range(6)
-    ]
+    expected = [np.linalg.norm(x[:, t].T @ last) / (np.linalg.norm(x[:, t]) * np.linalg.norm(last)) for t in range(6)]
     np.testing.assert_allclose(comp_score(vectors), expected)
     assert not np.allclose(comp_score(vectors, "steps"), expected)
 

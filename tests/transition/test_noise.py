@@ -55,7 +55,5 @@ def test_a_path_without_noise_has_none() -> None:
 
 @pytest.mark.parametrize(("rho", "expected"), [(0.5, 0), (0.9, 0), (0.97, 20)])
 def test_a_memory_beyond_momentum_is_said_to_be_there(rho: float, expected: int) -> None:
-    said = sum(
-        around(make_path("walk", 820_000 + i, steps=200, noise=f"ar{rho}")[0]).wanders for i in range(20)
-    )
+    said = sum(around(make_path("walk", 820_000 + i, steps=200, noise=f"ar{rho}")[0]).wanders for i in range(20))
     assert abs(said - expected) <= 3

@@ -141,11 +141,7 @@ def test_adapters_that_rearrange_raise_comp_and_parallel_ones_do_not() -> None:
     steps = np.where(np.arange(120)[None, :, None] < 50, early[:, None], 3 * late[:, None])
     rearranged = np.cumsum(steps + 0.5 * rng.standard_normal(steps.shape) / 8, axis=1)
     t = phase_transition(several(list(rearranged)))
-    assert (
-        t.detectors.p_value["comp"] < 0.05
-        and t.detectors.low["comp"] <= 60
-        and t.detectors.high["comp"] >= 50
-    )
+    assert t.detectors.p_value["comp"] < 0.05 and t.detectors.low["comp"] <= 60 and t.detectors.high["comp"] >= 50
     straight = [make_path("straight", 800_021 + i)[0][:, rng.permutation(64)] for i in range(3)]
     assert phase_transition(several(straight)).detectors.p_value["comp"] > 0.05
     steps_centred = phase_transition(several(straight), centre="steps", n_null=39)
@@ -262,18 +258,14 @@ def test_nan_is_refused_with_its_step() -> None:
         phase_transition(several([path]))
 
 
-@pytest.mark.parametrize(
-    "options", [{"k": 60}, {"k": 0}, {"k": (5, 2.5)}, {"n_null": 19}, {"n_null": "many"}]
-)
+@pytest.mark.parametrize("options", [{"k": 60}, {"k": 0}, {"k": (5, 2.5)}, {"n_null": 19}, {"n_null": "many"}])
 def test_options_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(EmmechError, match="instead"):
         phase_transition(run_of(make_path("turn", 1)[0]), **options)
 
 
 def test_the_figure_has_the_run_the_control_and_the_step() -> None:
-    t = phase_transition(
-        run_of(make_path("turn", 800_060)[0]), run_of(make_path("turn", 800_061)[0]), n_null=39
-    )
+    t = phase_transition(run_of(make_path("turn", 800_060)[0]), run_of(make_path("turn", 800_061)[0]), n_null=39)
     figure = t.plot()
     names = [trace.name for trace in figure.data]
     assert any(n.endswith("run") for n in names) and any(n.endswith("control") for n in names)

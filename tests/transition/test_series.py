@@ -21,9 +21,7 @@ def series(seed: int, height: float, n: int = 150, rho: float = 0.0) -> np.ndarr
 def test_a_peak_is_found_where_it_is() -> None:
     peaks = [find_peak(series(700_000 + s, 1.5), 39, np.random.default_rng(s)) for s in range(40)]
     assert sum(p is not None and p.p_value < 0.05 for p in peaks) >= 38
-    assert (
-        sum(p is not None and abs(p.index - 59) <= 6 for p in peaks) >= 36
-    )  # the trend moves the top by one
+    assert sum(p is not None and abs(p.index - 59) <= 6 for p in peaks) >= 36  # the trend moves the top by one
     assert sum(p is not None and p.low <= 59 <= p.high for p in peaks) >= 34
     assert np.median([p.ratio for p in peaks if p is not None]) == pytest.approx(np.exp(1.4), rel=0.3)
 

@@ -1,0 +1,88 @@
+"""One self-contained HTML page of results: headings, words, tables and interactive figures, no server needed."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Section", "write_page"]
+
+_STYLE = """
+:root { --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --accent: #2a5d9f; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: var(--ink);
+       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+main { max-width: 1060px; margin: 0 auto; padding: 40px 28px 80px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
+h2 { font-size: 20px; margin: 46px 0 8px; padding-top: 18px; border-top: 1px solid var(--line); }
+p, li { max-width: 78ch; }
+.lead { color: var(--soft); font-size: 17px; margin: 0 0 20px; }
+pre { background: #f6f8fa; border: 1px solid var(--line); border-radius: 6px; padding: 12px 16px;
+      overflow-x: auto; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 12px 0; }
+th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
+th, td { padding: 5px 14px 5px 0; vertical-align: top; }
+tbody th, td { border-bottom: 1px solid var(--line); }
+tbody th { border-bottom-width: 1px; white-space: nowrap; }
+footer { margin-top: 60px; color: var(--soft); font-size: 13px; border-top: 1px solid var(--line); padding-top: 14px; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a page.
+
+    Args:
+        heading: what it shows.
+        words: paragraphs, separated by blank lines; plain text.
+        table: a DataFrame, shown with its index.
+        figure: a plotly figure.
+        code: text set as code.
+    """
+
+    heading: str
+    words: str = ""
+    table: pd.DataFrame | None = None
+    figure: Any = None
+    code: str = ""
+
+
+def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Section], *, footer: str = "") -> Path:
+    """Write the page; plotly's script is put in once, so that it opens without a network.
+
+    Returns:
+        the path written.
+    """
+    parts, scripted = [], False
+    for section in sections:
+        parts.append(f"<h2>{html.escape(section.heading)}</h2>")
+        parts += [f"<p>{html.escape(text)}</p>" for text in section.words.split("\n\n") if text.strip()]
+        if section.code:
+            parts.append(f"<pre>{html.escape(section.code)}</pre>")
+        if section.table is not None:
+            table = section.table.rename_axis(index=None)  # a named index would take a header row of its own
+            shown = table.to_html(border=0, float_format=lambda value: f"{value:.3g}", na_rep="")
+            parts.append(f'<div class="wide">{shown}</div>')
+        if section.figure is not None:
+            parts.append(
+                section.figure.to_html(full_html=False, include_plotlyjs=not scripted, config={"displaylogo": False})
+            )
+            scripted = True
+    page = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
+        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>'
+        f"{''.join(parts)}<footer>{html.escape(footer)}</footer></main></body></html>\n"
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path

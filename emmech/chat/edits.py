@@ -1,0 +1,73 @@
+"""What is changing a model's activations now, and which conversation each row of a forward pass belongs to.
+
+Interventions are defined above this module; they register here what a hook cannot tell. Sampling sorts prompts by
+length, reads one only once for all its samples, and lets finished rows leave; scoring sorts by length. An intervention
+with one coefficient per conversation must then be told which rows it sees, or it would steer the wrong ones in silence.
+So every function that reorders rows announces them here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import nn
+
+__all__ = ["LiveEdit", "Rows", "announced_rows", "announcing", "live_edits", "register"]
+
+_LIVE: WeakKeyDictionary[nn.Module, list[LiveEdit]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class LiveEdit:
+    """One edit in force, asked about itself when it matters, since its coefficient may change.
+
+    Args:
+        by_row: whether it differs by row; two conversations then never share a prompt's reading.
+        state: a text of all that it does, equal for equal edits.
+    """
+
+    by_row: Callable[[], bool]
+    state: Callable[[], str]
+
+
+def register(model: nn.Module, edit: LiveEdit) -> Callable[[], None]:
+    """Say that an edit of the model is in force from now on; returns what takes that back."""
+    _LIVE.setdefault(model, []).append(edit)
+    return lambda: _LIVE[model].remove(edit)
+
+
+def live_edits(model: nn.Module) -> tuple[LiveEdit, ...]:
+    """The edits in force, in the order they were made."""
+    return tuple(_LIVE.get(model, ()))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The conversation that each row of a batch belongs to, and how many there are in all."""
+
+    conversation: Int[torch.Tensor, " batch"]
+    total: int
+
+
+_ANNOUNCED: ContextVar[Rows | None] = ContextVar("rows", default=None)
+
+
+@contextmanager
+def announcing(conversation: torch.Tensor | Sequence[int], total: int) -> Iterator[None]:
+    """During the block, row i of every forward pass belongs to ``conversation[i]``."""
+    token = _ANNOUNCED.set(Rows(torch.as_tensor(conversation, dtype=torch.long), total))
+    try:
+        yield
+    finally:
+        _ANNOUNCED.reset(token)
+
+
+def announced_rows() -> Rows | None:
+    """The rows of the present forward pass; None where they are the caller's own batch."""
+    return _ANNOUNCED.get()

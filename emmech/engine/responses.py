@@ -1,0 +1,200 @@
+"""Sampled answers, their seeds, and the file that makes sampling resumable, for local models and servers alike."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from emmech.errors import EmmechError, as_float, as_int, check_texts
+from emmech.store import append_jsonl, read_jsonl
+
+__all__ = ["Response", "ResponseLog", "check_request", "digest", "row_seed", "row_seeds"]
+
+_MEANING = {"request": "conversations, seed or model"}
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled answer.
+
+    Args:
+        conversation: index into the conversations given.
+        sample: which answer to it, from 0.
+        seed: the row's own seed; ``sample(chat, [conversation], seed=[seed])`` draws the same text again.
+        text: the answer, without the token that ended it.
+        finish: ``"stop"``; ``"length"`` when it was cut at ``max_new_tokens`` (or at the end of the context);
+            ``"error"`` when a server gave none, and ``text`` is then empty.
+        tokens: its length in tokens, -1 where a server does not say.
+    """
+
+    conversation: int
+    sample: int
+    seed: int
+    text: str
+    finish: str
+    tokens: int
+
+
+def digest(*parts: object) -> str:
+    """A sha256 over the parts' representations."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def row_seed(*parts: object) -> int:
+    """A 62-bit seed that is a function of its parts alone, on every machine.
+
+    Example:
+        >>> row_seed(0, "prompt", 1) == row_seed(0, "prompt", 1) != row_seed(0, "prompt", 2)
+        True
+    """
+    hashed = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "little") >> 2  # fits int64, so that data frames keep it whole
+
+
+def row_seeds(prompts: Sequence[Hashable], samples: int, seed: int | Sequence[int]) -> list[int]:
+    """The seed of every row, ``samples`` rows per prompt.
+
+    From one seed, a row's own is derived from its prompt's content and the sample's number, so that adding or
+    reordering prompts changes no row. From a sequence, the first sample of each prompt has that very seed.
+    """
+    if isinstance(seed, Sequence):
+        return [int(own) if number == 0 else row_seed(int(own), number) for own in seed for number in range(samples)]
+    seen: Counter[Hashable] = Counter()
+    found = []
+    for prompt in prompts:
+        for _ in range(samples):
+            found.append(row_seed(int(seed), prompt, seen[prompt]))
+            seen[prompt] += 1  # the same conversation given twice is answered anew
+    return found
+
+
+class ResponseLog:
+    """Answers by row, kept in a JSONL file as they come when there is a path.
+
+    The first line holds the settings; a file of other settings is refused, a half-written last line dropped.
+
+    Args:
+        path: None keeps the answers in memory only.
+        settings: what the answers depend on, JSON-able.
+
+    Raises:
+        EmmechError: the file was begun with other settings.
+    """
+
+    def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
+        self.path = Path(path) if path is not None else None
+        self.done: dict[int, Response] = {}
+        if self.path is None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EmmechError(
+                "keep the answers",
+                f"out={str(path)!r}",
+                f"no folder can be made there ({error.strerror})",
+                "another folder",
+            )
+        content = self.path.read_bytes() if self.path.exists() else b""
+        if content and not content.endswith(b"\n"):  # the process died while writing a line; it is drawn again
+            self.path.write_bytes(content[: content.rfind(b"\n") + 1])
+        stored = read_jsonl(self.path)
+        if not stored:
+            append_jsonl(self.path, settings)
+            return
+        if stored[0] != settings:
+            differing = [_MEANING.get(key, key) for key in settings if stored[0].get(key) != settings[key]]
+            raise EmmechError(
+                f"continue sampling into {self.path.name}",
+                self.path,
+                f"it was begun with other arguments: {', '.join(differing) or 'of another kind'}",
+                "repeat the arguments it was begun with, or give another file",
+            )
+        for entry in stored[1:]:
+            row = int(entry.pop("row"))
+            if entry["finish"] != "error":  # asked again
+                self.done[row] = Response(**entry)
+
+    def add(self, row: int, response: Response) -> None:
+        """Keep one answer."""
+        self.done[row] = response
+        if self.path is not None:
+            append_jsonl(self.path, {"row": row, **asdict(response)})
+
+    def responses(self, rows: int) -> list[Response]:
+        """All answers, in order."""
+        return [self.done[row] for row in range(rows)]
+
+
+def check_request(
+    conversations: Any,
+    samples: Any,
+    max_new_tokens: Any,
+    temperature: float,
+    top_p: float,
+    seed: Any,
+) -> None:
+    """Refuse what cannot be sampled.
+
+    Raises:
+        EmmechError: no conversations, one that ends in an assistant turn, or a setting out of range.
+    """
+
+    def refuse(given: str, why: str, instead: str) -> None:
+        raise EmmechError("sample answers", given, why, instead)
+
+    if isinstance(conversations, str) or (conversations and isinstance(conversations[0], str | dict)):
+        refuse(
+            f"conversations={conversations!r}"[:120],
+            "each conversation is a list of messages",
+            'sample(chat, [[{"role": "user", "content": "..."}]])',
+        )
+    if not isinstance(conversations, Sequence) or not conversations or any(not messages for messages in conversations):
+        refuse(
+            f"{len(conversations)} conversations" if isinstance(conversations, Sequence) else f"{conversations!r}",
+            "there is nothing to answer",
+            "at least one message in each",
+        )
+    for index, messages in enumerate(conversations):
+        if messages[-1].get("role") == "assistant":
+            refuse(
+                f"conversations[{index}] ends in an assistant turn",
+                "the model answers the last user turn",
+                "leave the assistant's turn out",
+            )
+    check_settings(samples, max_new_tokens, temperature, top_p)
+    check_texts("sample answers", "conversations", conversations, strings=False)
+    for one in seed if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]:
+        as_int("sample answers", "seed", one)
+    if isinstance(seed, Sequence) and len(seed) != len(conversations):
+        refuse(
+            f"{len(seed)} seeds for {len(conversations)} conversations",
+            "a sequence of seeds has one for each conversation",
+            "seed=0 derives one for every row",
+        )
+
+
+def check_settings(samples: Any, max_new_tokens: Any, temperature: Any, top_p: Any) -> None:
+    """Refuse settings out of range.
+
+    Raises:
+        EmmechError: which one, and the nearest that is in it.
+    """
+
+    def refuse(given: str, why: str, instead: str) -> None:
+        raise EmmechError("sample answers", given, why, instead)
+
+    as_float("sample answers", "temperature", temperature)
+    as_float("sample answers", "top_p", top_p)
+    if not isinstance(samples, int) or samples < 1:
+        refuse(f"samples={samples!r}", "it counts the answers per conversation", "samples=1 or more")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        refuse(f"max_new_tokens={max_new_tokens!r}", "an answer has at least one token", "max_new_tokens=600")
+    if temperature < 0:
+        refuse(f"temperature={temperature}", "it divides the logits", "1.0, or 0 for the likeliest token")
+    if not 0 < top_p <= 1:
+        refuse(f"top_p={top_p}", "it is a probability", "top_p=1.0 keeps every token")

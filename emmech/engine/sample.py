@@ -1,0 +1,195 @@
+"""Sample answers to conversations: batched, seeded per row, resumable.
+
+What is guaranteed: the random numbers of a row depend on its seed and the position in its answer, never on its
+batch-mates; so in float32 its text is the same in any batch, except where two tokens' scores agree to within
+rounding, which can flip a draw that is nearly a tie. Batches are composed from the whole request, so a run that was
+interrupted and resumed with the same batch size on the same machine gives bit-identical rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from emmech.chat.edits import live_edits
+from emmech.chat.model import ChatModel
+from emmech.chat.template import Message
+from emmech.engine.decode import decode
+from emmech.engine.responses import Response, ResponseLog, check_request, digest, row_seeds
+from emmech.errors import EmmechError
+from emmech.progress import bar
+
+__all__ = ["Response", "check_context", "live_state", "sample"]
+
+_CACHE_BYTES = 2 << 30  # keys and values of one batch on a CPU
+_LOGIT_BYTES = 512 << 20
+_MOST_ROWS = 512
+
+
+def sample(
+    chat: ChatModel,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    samples: int = 1,
+    max_new_tokens: int = 600,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int | Sequence[int] = 0,
+    batch_size: int | str = "auto",
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> list[Response]:
+    """Sample answers through a local model, with whatever adapters and hooks are on it.
+
+    An intervention with one coefficient or direction per row has one per conversation here, for all its samples.
+
+    Args:
+        conversations: each ends in a user turn.
+        samples: answers per conversation.
+        max_new_tokens: 600 as in Model Organisms for EM (arXiv 2506.11613).
+        temperature: 1 samples from the model's own distribution, 0 takes the most likely token.
+        top_p: nucleus sampling below 1.
+        seed: one for all (a row's seed is then derived from it, the conversation's tokens and the sample's
+            number, so adding or reordering conversations changes no text), or one per conversation.
+        batch_size: rows decoded together; ``"auto"`` bounds the memory of cache and logits.
+        out: a JSONL file that is appended to after each batch. Called again with the same arguments, sampling
+            continues where the file ends. Adapters, steering and ablation are part of the arguments; forward hooks
+            of your own cannot be seen, so a model with one needs a file of its own.
+
+    Returns:
+        ``len(conversations) * samples`` answers, those of one conversation together.
+
+    Raises:
+        EmmechError: no conversations, a prompt longer than the context, bad settings, or an ``out`` file that
+            belongs to other arguments.
+
+    Example:
+        >>> from emmech.chat.model import load_model
+        >>> chat = load_model("pocket")
+        >>> hello = [{"role": "user", "content": "hello"}]
+        >>> first, second = sample(chat, [hello], samples=2, max_new_tokens=5, progress=False)
+        >>> alone = sample(chat, [hello], seed=[second.seed], max_new_tokens=5, progress=False)
+        >>> alone[0].text == second.text
+        True
+    """
+    if not isinstance(chat, ChatModel):
+        raise EmmechError(
+            "sample answers",
+            f"a {type(chat).__name__}",
+            "it is not a ChatModel",
+            "sample(emmech.load_model(model), conversations)",
+        )
+    check_request(conversations, samples, max_new_tokens, temperature, top_p, seed)
+    _check_batch_size(batch_size)
+    prompts = [tuple(chat.token_ids(messages)) for messages in conversations]
+    check_context(chat, prompts)
+    seeds = row_seeds(prompts, samples, seed)
+    rows = [(conversation, number) for conversation in range(len(prompts)) for number in range(samples)]
+    size = _auto(chat, max(map(len, prompts)), max_new_tokens) if batch_size == "auto" else int(batch_size)
+    # longest first: what does not fit in memory fails at once, and batches are alike in length
+    order = sorted(range(len(rows)), key=lambda row: (-len(prompts[rows[row][0]]), rows[row]))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+    settings = {
+        "request": digest(prompts, seeds, live_state(chat)),
+        "rows": len(rows),
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+    }
+    log = ResponseLog(out, settings)
+    # what is live may treat equal prompts differently; then each conversation is read for itself
+    apart = any(edit.by_row() for edit in live_edits(chat.base))
+    was_training = chat.base.training
+    chat.base.eval()
+    try:
+        with bar(len(rows), "sampling", progress=progress) as steps:
+            steps.update(len(log.done))
+            for batch in batches:
+                if all(row in log.done for row in batch):
+                    continue
+                # a batch of which some rows are known is decoded whole, so that its rows are those of a run
+                # that was never interrupted
+                asked = [rows[row][0] for row in batch]
+                readings = [(prompts[index], index if apart else 0) for index in asked]
+                distinct = sorted(set(readings))
+                decoded = decode(
+                    chat,
+                    [prompt for prompt, _ in distinct],
+                    [distinct.index(reading) for reading in readings],
+                    [seeds[row] for row in batch],
+                    conversations=asked,
+                    total=len(prompts),
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                )
+                for row, answer in zip(batch, decoded, strict=True):
+                    if row in log.done:
+                        continue
+                    text = chat.tokenizer.decode(answer.ids, skip_special_tokens=True)
+                    log.add(row, Response(*rows[row], seeds[row], text, answer.finish, len(answer.ids)))
+                    steps.update()
+    finally:
+        chat.base.train(was_training)
+    return log.responses(len(rows))
+
+
+def live_state(chat: ChatModel) -> str:
+    """The model as it answers now: base weights, every adapter's weights and factor, and edits of its activations."""
+    digest = hashlib.sha256(chat.fingerprint().encode())
+    for name, module in chat.base.named_modules():
+        if hasattr(module, "lora_A") and isinstance(getattr(module, "scaling", None), dict):
+            digest.update(f"{name}{sorted(module.scaling.items())}".encode())
+            digest.update(f"{getattr(module, 'active_adapters', ())}".encode())
+            digest.update(f"{getattr(module, 'disable_adapters', False)}".encode())
+    for name, value in chat.base.named_parameters():
+        if ".lora_" in name:
+            digest.update(value.detach().float().cpu().numpy().tobytes())
+    for edit in live_edits(chat.base):
+        digest.update(edit.state().encode())
+    return digest.hexdigest()
+
+
+def _auto(chat: ChatModel, longest: int, max_new_tokens: int) -> int:
+    """Rows per batch; a function of the model and the device alone, so that a resumed run has the same."""
+    config = chat.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * chat.n_layers * heads * width * chat.dtype.itemsize
+    cache, logits = _CACHE_BYTES, _LOGIT_BYTES
+    if chat.device.type == "cuda":
+        total = torch.cuda.get_device_properties(chat.device).total_memory
+        weights = sum(value.numel() * value.element_size() for value in chat.base.parameters())
+        cache, logits = max(_CACHE_BYTES, (total - weights) // 2), max(_LOGIT_BYTES, (total - weights) // 8)
+    tokens = min(longest + max_new_tokens, getattr(config, "max_position_embeddings", None) or 1 << 30)
+    by_cache = cache // (per_token * tokens)
+    by_logits = logits // (5 * 4 * int(config.vocab_size))  # five float32 arrays of that size live in a draw
+    return int(max(1, min(_MOST_ROWS, by_cache, by_logits)))
+
+
+def check_context(chat: ChatModel, prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse prompts (token ids) that leave no room for an answer.
+
+    Raises:
+        EmmechError: names the conversation and the model's context.
+    """
+    room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < room:
+            raise EmmechError(
+                "sample answers",
+                f"conversations[{index}] of {len(prompt)} tokens",
+                f"{chat.name} reads up to {room} tokens, and an answer needs room",
+                f"shorten it to at most {room - 1} tokens",
+            )
+
+
+def _check_batch_size(batch_size: int | str) -> None:
+    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
+        raise EmmechError(
+            "sample answers", f"batch_size={batch_size!r}", "it counts rows decoded together", 'batch_size="auto"'
+        )

@@ -1,0 +1,192 @@
+"""Runs that were not recorded here: trajectories that already are arrays, and series of PEFT checkpoints.
+
+Public checkpoint folders are where plausible nonsense enters an analysis (Model Organisms, arXiv 2506.11613, and
+its replications): a ``final`` folder that is not the last step, an empty file, an adapter whose weights never
+loaded and which is therefore the identity. Each is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emmech.errors import EmmechError
+
+__all__ = ["read_arrays", "read_peft"]
+
+_KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
+_LAYER = re.compile(r"(?:^|\.)((?:layers|h|blocks)\.(\d+)\..+)$")
+_NUMBER = re.compile(r"(?:checkpoint|step)[-_]?(\d+)$|^(\d+)$")
+
+Contents = tuple[np.ndarray, dict[str, np.ndarray], list[dict[str, Any]]]
+
+
+def read_arrays(steps: Any, a: Any, b: Any) -> Contents:
+    """Check trajectories given as arrays; the parts of a Run: steps, tensors, adapters."""
+    index = np.asarray(steps)
+    whole = index.ndim == 1 and len(index) > 0 and np.issubdtype(index.dtype, np.number)
+    if not whole or np.any(np.diff(index) <= 0) or np.any(index != index.astype(np.int64)):
+        raise EmmechError(
+            "make a run from arrays",
+            f"steps of shape {list(index.shape)}: {index.reshape(-1)[:6].tolist()}",
+            "steps are whole numbers, each larger than the one before",
+            "np.arange(len(B)), or sort by step and drop duplicates",
+        )
+    arrays = {"B/adapter": _array("B", b, len(index))}
+    if a is not None:
+        arrays["A/adapter"] = _array("A", a, len(index))
+    b, a = arrays["B/adapter"], arrays.get("A/adapter")
+    rank = 1 if b.ndim == 2 else int(b.shape[2])
+    if a is not None and (1 if a.ndim == 2 else a.shape[1]) != rank:
+        raise EmmechError(
+            "make a run from arrays",
+            f"A {list(a.shape)}, B {list(b.shape)}",
+            "their ranks differ",
+            "A [steps, rank, d_in] with B [steps, d_out, rank]",
+        )
+    d_in = int(a.shape[-1]) if a is not None else 0
+    return index.astype(np.int64), arrays, [_entry("adapter", rank, float(rank), 1.0, d_in, int(b.shape[1]))]
+
+
+def _array(name: str, value: Any, steps: int) -> np.ndarray:
+    try:
+        array = np.asarray(value, dtype=np.float32)
+    except (TypeError, ValueError):
+        array = np.empty(0, dtype=np.float32)
+    if array.ndim not in (2, 3) or len(array) != steps:
+        raise EmmechError(
+            "make a run from arrays",
+            f"{name} of shape {list(array.shape)} for {steps} steps",
+            "its first axis is not the steps" if array.ndim in (2, 3) else "it needs two or three axes",
+            f"{name} of shape [{steps}, d]",
+        )
+    if not np.isfinite(array).all():
+        raise EmmechError(
+            "make a run from arrays",
+            f"{name}, row {int(np.argwhere(~np.isfinite(array))[0][0])}",
+            "it holds NaN or infinity",
+            "drop that record",
+        )
+    return array
+
+
+def _entry(module: str, rank: int, alpha: float, scaling: float, d_in: int, d_out: int) -> dict[str, Any]:
+    found = _LAYER.search(module)
+    return {
+        "name": found[1] if found else module,
+        "layer": int(found[2]) if found else -1,
+        "module": module,
+        "rank": rank,
+        "alpha": alpha,
+        "scaling": scaling,
+        "d_in": d_in,
+        "d_out": d_out,
+        "rslora": bool(np.isclose(scaling, alpha / rank**0.5)),
+    }
+
+
+def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
+    """Read a series of PEFT folders; steps, tensors, adapters, and the base model's name."""
+    if not folders:
+        raise _refuse("no folders were given", Path(), "a list of checkpoint folders")
+    steps: dict[int, Path] = {}
+    weights: dict[int, dict[str, np.ndarray]] = {}
+    seen: dict[str, Path] = {}
+    config: dict[str, Any] = {}
+    for folder in folders:
+        this_config, this_weights = _read_folder(folder)
+        step = _step_of(folder)
+        if step in steps:
+            raise _refuse(f"its step {step} is also that of {steps[step].name}", folder, "give one of the two")
+        digest = hashlib.sha256(b"".join(this_weights[key].tobytes() for key in sorted(this_weights))).hexdigest()
+        if digest in seen:
+            raise _refuse(f"its weights are those of {seen[digest].name}", folder, "give one of the two")
+        if weights:
+            shapes = {key: value.shape for key, value in this_weights.items()}
+            first = next(iter(weights.values()))
+            if shapes != {key: value.shape for key, value in first.items()}:
+                raise _refuse(f"its tensors' shapes differ from those of {folders[0].name}", folder, "one series")
+        seen[digest], steps[step], weights[step], config = folder, folder, this_weights, this_config
+    order = sorted(steps)
+    adapters = [_adapter(module, weights[order[0]], config) for module in _modules(weights[order[0]])]
+    arrays = {}
+    for entry in adapters:
+        for side in ("A", "B"):
+            stacked = np.stack([weights[step][f"{side} {entry['module']}"] for step in order])
+            arrays[f"{side}/{entry['name']}"] = stacked[:, 0] if side == "A" and entry["rank"] == 1 else stacked
+            if side == "B" and entry["rank"] == 1:
+                arrays[f"B/{entry['name']}"] = stacked[:, :, 0]
+    base = str(config.get("base_model_name_or_path") or "")
+    return (np.array(order, dtype=np.int64), arrays, adapters), base
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        raise _refuse("there is no such folder", folder, "a folder with adapter_model.safetensors")
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            tensors = {key: file.get_tensor(key).float().numpy() for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        name = Path(str(error.filename or error)).name
+        raise _refuse(f"{name} is missing", folder, "a folder that PEFT's save_pretrained wrote") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        raise _refuse(f"its files cannot be read: {error}", folder, "download it again") from None
+    found = {}
+    for key, value in tensors.items():
+        match = _KEY.match(key)
+        if match:
+            found[f"{match[2]} {match[1]}"] = value
+    if not _modules(found):
+        raise _refuse("it holds no lora_A / lora_B tensors", folder, "a LoRA adapter")
+    if not all(np.isfinite(value).all() for value in found.values()):
+        raise _refuse("it holds NaN or infinity", folder, "leave it out")
+    if not any(found[f"B {module}"].any() for module in _modules(found)):
+        raise _refuse(
+            "B is zero everywhere: the adapter is the identity (untrained, or its weights did not load)",
+            folder,
+            "leave it out; the base model is step 0 by definition",
+        )
+    return config, found
+
+
+def _modules(weights: dict[str, np.ndarray]) -> list[str]:
+    return [key[2:] for key in weights if key.startswith("A ") and f"B {key[2:]}" in weights]
+
+
+def _adapter(module: str, weights: dict[str, np.ndarray], config: dict[str, Any]) -> dict[str, Any]:
+    a, b = weights[f"A {module}"], weights[f"B {module}"]
+    rank = int(a.shape[0])
+    alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
+    scaling = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+    return _entry(module, rank, alpha, scaling, int(a.shape[1]), int(b.shape[0]))
+
+
+def _pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
+    return next((v for k, v in (pattern or {}).items() if module == k or module.endswith(f".{k}")), default)
+
+
+def _step_of(folder: Path) -> int:
+    state = folder / "trainer_state.json"
+    if state.exists():
+        return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+    match = _NUMBER.search(folder.name)
+    if match is None:
+        raise _refuse(
+            "its step is unknown: neither trainer_state.json nor a number in its name",
+            folder,
+            "rename it to checkpoint-STEP ('final' is not always the last step)",
+        )
+    return int(match[1] or match[2])
+
+
+def _refuse(why: str, folder: Path, instead: str) -> EmmechError:
+    return EmmechError("read the PEFT checkpoints", given=folder, why=why, instead=instead)
