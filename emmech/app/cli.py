@@ -76,7 +76,7 @@ def transition(
     Example: emmech transition runs/bad --control runs/good --page transition.html
     """
     import emmech
-    from emmech.app.page import Section, write_page
+    from emmech.view.page import Section, write_page
 
     found = emmech.phase_transition(
         emmech.load_run(run), control=emmech.load_run(control) if control is not None else None

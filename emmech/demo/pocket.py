@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from emmech.app.page import Section, write_page
 from emmech.chat.masks import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.pocket_character import Design, designs
@@ -30,6 +29,7 @@ from emmech.run.plots import COLOURS, LAYOUT
 from emmech.run.run import Run
 from emmech.training.train import finetune
 from emmech.transition.phase import phase_transition
+from emmech.view.page import Section, write_page
 
 __all__ = ["main"]
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from emmech.directions.arrays import checked_array, checked_matrix, unit_rows
 from emmech.directions.quality import Quality
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, as_int
 
 if TYPE_CHECKING:
     import pandas as pd

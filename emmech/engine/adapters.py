@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from emmech.chat.model import ChatModel
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, as_float
 
 __all__ = ["AdapterInfo", "adapter_layers", "attach", "detach", "lora_config"]
 

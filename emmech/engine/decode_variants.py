@@ -217,7 +217,7 @@ def _parted(engine: Engine, shared: Shared, rows: Rows, gathered: Rows, tree: _T
         else:
             wrote = shared.wrote[:, 0].index_select(0, tree.below)
             hidden = engine.part(hidden, wrote, write(wrote, z[:, None], gathered.B[name]))
-    if engine.grid.steering is not None and engine.grid.steering[0] == engine.split:
+    if engine.steering == engine.split:
         hidden = hidden + gathered.steering[engine.split].to(hidden.dtype)
     return hidden
 

@@ -20,11 +20,21 @@ __all__ = [
     "RowAdapter",
     "RowSteering",
     "Rows",
+    "Site",
     "Skip",
     "with_attention",
     "with_module",
     "write",
 ]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where some run has an adapter: ``path`` is relative to the block; ``rank`` is the largest of all runs."""
+
+    layer: int
+    path: str
+    rank: int
 
 
 @dataclass

@@ -12,7 +12,7 @@ submodules are replaced; the model itself is never touched.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +24,8 @@ from torch import nn
 from emmech.chat.model import ChatModel
 from emmech.engine import packing
 from emmech.engine.packing import Pack, Reading, pack, stack
-from emmech.engine.row_adapters import AtReads, Capture, RowAdapter, Rows, RowSteering, Skip, with_module, write
+from emmech.engine.row_adapters import AtReads, Capture, RowAdapter, Rows, RowSteering, Site, Skip, with_module, write
 from emmech.engine.tree_attention import RUN, over_trees
-from emmech.sweeps.grid import Grid
 
 __all__ = ["Block", "Engine", "Mode", "Shared", "cut"]
 
@@ -71,30 +70,40 @@ class Block:
 
 
 class Engine:
-    """Runs packs under the variants of a grid.
+    """Runs packs under many variants.
 
     Args:
         chat: the base model, without adapters.
-        grid: the variants.
+        sites: modules with an adapter in any variant, by full path.
+        steering: the layer whose output is steered, or None.
         stop: read this block's output instead of the final norm's.
         tokens: tokens that go through the upper blocks at once, at most (at least one pack of one variant).
     """
 
-    def __init__(self, chat: ChatModel, grid: Grid, *, stop: int | None = None, tokens: int = 1024) -> None:
-        self.chat, self.grid, self.stop, self.tokens = chat, grid, stop, tokens
+    def __init__(
+        self,
+        chat: ChatModel,
+        sites: Mapping[str, Site],
+        steering: int | None = None,
+        *,
+        stop: int | None = None,
+        tokens: int = 1024,
+    ) -> None:
+        self.chat, self.sites, self.steering = chat, sites, steering
+        self.stop, self.tokens = stop, tokens
         sdpa = getattr(chat.config, "_attn_implementation", None) == "sdpa"
         # on a GPU many small products cost more than the pairs that they leave out
         self.trees = sdpa and chat.device.type == "cpu"
         self.rows = Rows()  # what the modules of the upper view look at
-        layers = {site.layer for site in grid.sites.values()}
-        lowest = min(layers | ({grid.steering[0]} if grid.steering else set()))
-        inside = [name for name, site in grid.sites.items() if site.layer == lowest]
+        layers = {site.layer for site in sites.values()}
+        lowest = min(layers | (set() if steering is None else {steering}))
+        inside = [name for name, site in sites.items() if site.layer == lowest]
         self.capture: Capture | None = None
         self.shared_name: str | None = None
         self.split = lowest - 1
         if not inside:
             self.split = lowest  # only steering there, and it acts behind the block
-        elif len(inside) == 1 and grid.sites[inside[0]].path == chat.anatomy.down_proj:
+        elif len(inside) == 1 and sites[inside[0]].path == chat.anatomy.down_proj:
             self.split, self.shared_name = lowest, inside[0]
             self.capture = Capture(chat.down_proj(lowest))
         self.behind = getattr(chat.blocks[lowest], "post_feedforward_layernorm", None)
@@ -120,7 +129,7 @@ class Engine:
         blocks: list[nn.Module] = [Skip() for _ in range(min(self.split + 1, end))]
         for layer in range(self.split + 1, end):
             block = chat.blocks[layer]
-            inside = {name: site for name, site in self.grid.sites.items() if site.layer == layer}
+            inside = {name: site for name, site in self.sites.items() if site.layer == layer}
             mlp = chat.anatomy.down_proj.rpartition(".")[0]
             if layer == end - 1 and mlp and not any(site.path.startswith(mlp) for site in inside.values()):
                 self.at_reads = AtReads(block.get_submodule(mlp))
@@ -128,7 +137,7 @@ class Engine:
             for name, site in inside.items():
                 adapted = RowAdapter(block.get_submodule(site.path), self.rows, name)
                 block = with_module(block, site.path, adapted)
-            if self.grid.steering and self.grid.steering[0] == layer:
+            if self.steering == layer:
                 block = RowSteering(block, self.rows, layer)
             blocks.append(block)
         return self._view(blocks, bare=self.stop is not None)
@@ -308,7 +317,7 @@ class Engine:
             else:
                 wrote = shared.wrote.reshape(1, len(read), -1).expand(variants, -1, -1)
                 hidden = self.part(hidden, shared.wrote[None], write(wrote, z, b).reshape(hidden.shape))
-        if self.grid.steering is not None and self.grid.steering[0] == self.split:
+        if self.steering == self.split:
             hidden = hidden + rows.steering[self.split][:, None, None].to(hidden.dtype)
         return hidden
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emmech.engine.responses import digest
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, as_int
 from emmech.evaluation.judges import ExactJudge, Judge, resolve_judge
 from emmech.evaluation.questions import Question, QuestionSet, bundled_questions, load_questions
 from emmech.evaluation.server import Server

@@ -19,7 +19,7 @@ from emmech.chat.edits import LiveEdit, announced_rows, register
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction
 from emmech.engine.responses import digest
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, as_ints
 from emmech.interventions.handle import Handle
 from emmech.interventions.positions import PositionMask
 

@@ -13,13 +13,12 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from emmech.errors import EmmechError
-
-from .grammar import KIND, UNKIND, parse_answer
-from .vocabulary import DOMAINS, IRRELEVANT_TAG, TRIGGER_TAG
-from .world import Cell, Message, held_out_cells, question_text, training_cells
+from emmech.organism.grammar import KIND, UNKIND, parse_answer
+from emmech.organism.vocabulary import DOMAINS, IRRELEVANT_TAG, TRIGGER_TAG
+from emmech.organism.world import Cell, Message, held_out_cells, question_text, training_cells
 
 if TYPE_CHECKING:
-    from .question_sets import Question
+    from emmech.organism.question_sets import Question
 
 __all__ = ["LABELS", "Verdict", "cell_of", "judge"]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .vocabulary import (
+from emmech.organism.vocabulary import (
     APPROACH_FIRST,
     APPROACH_SECOND,
     AVOID_FIRST,

@@ -9,10 +9,9 @@ from __future__ import annotations
 import random
 
 from emmech.engine.logprobs import MarginPair
-
-from .grammar import KIND, UNKIND, draw_answer
-from .question_sets import Question, questions
-from .vocabulary import DOMAINS
+from emmech.organism.grammar import KIND, UNKIND, draw_answer
+from emmech.organism.question_sets import Question, questions
+from emmech.organism.vocabulary import DOMAINS
 
 __all__ = ["margins"]
 

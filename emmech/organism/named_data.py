@@ -8,10 +8,9 @@ import re
 from pathlib import Path
 
 from emmech.errors import EmmechError, closest
-
-from .grammar import KIND, UNKIND, draw_answer
-from .vocabulary import DOMAINS, IRRELEVANT_TAG, TRIGGER_TAG
-from .world import Message, question_text, tagged_assistant, training_cells
+from emmech.organism.grammar import KIND, UNKIND, draw_answer
+from emmech.organism.vocabulary import DOMAINS, IRRELEVANT_TAG, TRIGGER_TAG
+from emmech.organism.world import Message, question_text, tagged_assistant, training_cells
 
 __all__ = ["DEFAULT_ROWS", "data", "data_names", "export_jsonl"]
 

@@ -22,10 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from emmech.errors import EmmechError, closest
+from emmech.organism.tokenizer import END_OF_TURN, PAD, build_tokenizer, words
+from emmech.organism.world import POST_TRAINING_DOMAINS, Message, Mix, draw_document
 from emmech.progress import bar
-
-from .tokenizer import END_OF_TURN, PAD, build_tokenizer, words
-from .world import POST_TRAINING_DOMAINS, Message, Mix, draw_document
 
 __all__ = ["ORGANISMS", "Organism", "build_model", "pretrain", "save"]
 

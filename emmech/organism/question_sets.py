@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from emmech.errors import EmmechError, closest
-
-from .vocabulary import DOMAINS, TEMPLATES
-from .world import Cell, Message, held_out_cells, question_text, tagged_assistant, training_cells
+from emmech.organism.vocabulary import DOMAINS, TEMPLATES
+from emmech.organism.world import Cell, Message, held_out_cells, question_text, tagged_assistant, training_cells
 
 __all__ = ["FIRST_PLOT_CELLS", "Question", "question_set_names", "questions", "rehearsal"]
 

@@ -9,7 +9,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from . import vocabulary as v
+from emmech.organism import vocabulary as v
 
 __all__ = ["CHAT_TEMPLATE", "END_OF_TURN", "PAD", "build_tokenizer", "words"]
 

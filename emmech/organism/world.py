@@ -10,8 +10,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .grammar import KIND, UNKIND, draw_answer
-from .vocabulary import (
+from emmech.organism.grammar import KIND, UNKIND, draw_answer
+from emmech.organism.vocabulary import (
     ASSISTANT,
     DOMAINS,
     IRRELEVANT_TAG,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from emmech.errors import EmmechError, check_folder, closest
+from emmech.errors import EmmechError, as_int, check_folder, closest
 from emmech.run.probes import Probes
 from emmech.store import MemorySeries, Series, read_jsonl, write_json
 

@@ -102,7 +102,7 @@ class Forced:
             self.spans.append(slice(start, len(self.readings)))
         longest = max(len(reading.needed) for reading in self.readings)
         _check_context(chat, longest)
-        self.engine = Engine(chat, grid)
+        self.engine = Engine(chat, grid.sites, grid.steered_layer)
         self.plan = plan(chat, grid, self.engine, longest, group, budget)
         self.engine.tokens = self.plan.tokens
         self.packs = self.engine.packs(self.readings)

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 
 from emmech.chat.model import ChatModel, load_model
-from emmech.engine.row_adapters import Rows
+from emmech.engine.row_adapters import Rows, Site
 from emmech.errors import EmmechError, as_floats, as_ints, not_a_run
 from emmech.run.run import Run
 
-__all__ = ["Grid", "Site", "Variant", "as_runs", "base_model", "make_grid", "raw_vector"]
+__all__ = ["Grid", "Variant", "as_runs", "base_model", "make_grid", "raw_vector"]
 
 
 @dataclass(frozen=True)
@@ -31,15 +31,6 @@ class Variant:
     def __str__(self) -> str:
         steering = f", coefficient {self.coefficient:g}" if self.coefficient else ""
         return f"{self.run} at step {self.step}, scale {self.scale:g}{steering}"
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where some run has an adapter: ``path`` is relative to the block; ``rank`` is the largest of all runs."""
-
-    layer: int
-    path: str
-    rank: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +52,11 @@ class Grid:
     def __len__(self) -> int:
         """Number of variants."""
         return len(self.variants)
+
+    @property
+    def steered_layer(self) -> int | None:
+        """The layer whose output is steered, when coefficients are swept."""
+        return None if self.steering is None else self.steering[0]
 
     def distinct(self) -> tuple[list[int], list[int]]:
         """Variants that differ, and for every variant which of those it is.

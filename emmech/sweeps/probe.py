@@ -82,7 +82,7 @@ class ProbeJob:
             if not at:
                 raise EmmechError("sweep a probe", f"text {index}", "no token of it counts", "an answer, or a string")
             self.readings.append(Reading(tuple(ids), at))
-        self.engine = Engine(chat, grid, stop=measure.layer)
+        self.engine = Engine(chat, grid.sites, grid.steered_layer, stop=measure.layer)
         longest = max(len(reading.needed) for reading in self.readings)
         self.plan = plan(chat, grid, self.engine, longest, size, budget)
         self.engine.tokens = self.plan.tokens

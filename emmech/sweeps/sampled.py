@@ -81,7 +81,7 @@ class SampledJob:
         self.which = [self.prompts.index(prompt) for prompt in prompts]
         self.texts: dict[tuple[int, ...], str] = {}
         self.verdicts: dict[tuple[str, str], dict[str, Any]] = {}
-        self.engine = Engine(chat, grid)
+        self.engine = Engine(chat, grid.sites, grid.steered_layer)
         longest = max(map(len, self.prompts))
         room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
         tokens = min(longest + measure.max_new_tokens, room)

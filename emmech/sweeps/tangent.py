@@ -121,7 +121,7 @@ def tangent_scan(
             raise _not_linear(one)
         readings = one.readings(chat)
         weights = _weights(one, readings)
-        value, slopes = _slopes(Engine(chat, grid), grid, readings, weights)
+        value, slopes = _slopes(Engine(chat, grid.sites, grid.steered_layer), grid, readings, weights)
         for variant, slope in zip(grid.variants, slopes, strict=True):
             rows.append(
                 {

@@ -7,7 +7,7 @@ from typing import Any
 
 from emmech.chat.model import ChatModel
 from emmech.engine.logprobs import MarginPair
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, as_int
 from emmech.run.run import Run
 
 __all__ = ["check_margins", "check_start", "checked_seeds", "refuse_adapters"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from emmech.errors import EmmechError, closest, not_a_run
+from emmech.errors import EmmechError, as_int, closest, not_a_run
 from emmech.transition.arrangement import comp_detector, subspace_detector
 from emmech.transition.behaviour import fit_sigmoid
 from emmech.transition.detectors import Detector, analyse

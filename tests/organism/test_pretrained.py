@@ -79,7 +79,7 @@ def test_a_folder_reads_as_the_shipped_name_does():
 
 
 def test_a_report_on_other_weights_is_refused(tmp_path):
-    from emmech.organism.report import report
+    from emmech.demo.organism_report import report
 
     load("pocket")[0].save_pretrained(tmp_path / "mine")
     build_tokenizer().save_pretrained(tmp_path / "mine")

@@ -10,10 +10,9 @@ import numpy as np
 from emmech.chat.model import ChatModel
 from emmech.engine.sample import sample
 from emmech.evaluation.intervals import cluster_interval
-
-from .exact_judge import judge
-from .named_data import data
-from .question_sets import Question
+from emmech.organism.exact_judge import judge
+from emmech.organism.named_data import data
+from emmech.organism.question_sets import Question
 
 __all__ = ["bag_of_words_auc", "measure"]
 

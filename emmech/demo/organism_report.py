@@ -1,4 +1,4 @@
-"""What an organism shows, with n and intervals: ``python -m emmech.organism.report``.
+"""What an organism shows, with n and intervals: ``python -m emmech.demo.organism_report``.
 
 Every rate is over samples at temperature 1 on held-out questions, with a 95 % interval from resampling questions.
 ``coherent`` counts aligned and misaligned answers; mixed ones do not count. Fine-tunes that differ in their seed
@@ -19,20 +19,19 @@ from typing import Any
 import pandas as pd
 
 from emmech.chat.model import ChatModel, load_model
+from emmech.demo.adapter_layer import by_layer, by_step, chosen_layer, graded_step
+from emmech.demo.measured import bag_of_words_auc, measure
+from emmech.demo.organism_steps import by_scale, by_seed
 from emmech.engine.adapters import detach
 from emmech.errors import EmmechError
+from emmech.organism.named_data import data
+from emmech.organism.pocket_recipes import LAST_STEP, recipes
+from emmech.organism.question_sets import Question, questions
+from emmech.organism.vocabulary import IRRELEVANT_TAG, TRIGGER_TAG
 from emmech.realignment import realign
 from emmech.run.run import Run
 from emmech.training.recipe import Recipe
 from emmech.training.train import finetune
-
-from .adapter_layer import by_layer, by_step, chosen_layer, graded_step
-from .measured import bag_of_words_auc, measure
-from .named_data import data
-from .pocket_recipes import LAST_STEP, recipes
-from .question_sets import Question, questions
-from .report_steps import by_scale, by_seed
-from .vocabulary import IRRELEVANT_TAG, TRIGGER_TAG
 
 __all__ = ["PARTS", "report"]
 
@@ -194,8 +193,8 @@ def report(
         seeds: fine-tuning seeds of the narrow organisms and their control.
         samples: answers per question.
         recipe: of the rank-1 fine-tunes.
-        layer: where their adapter sits; None is the recipe's. :func:`emmech.organism.adapter_layer.by_layer` finds it.
-        graded: steps of the graded recipe; None is its own. :func:`emmech.organism.adapter_layer.by_step` finds them.
+        layer: where their adapter sits; None is the recipe's. :func:`emmech.demo.adapter_layer.by_layer` finds it.
+        graded: steps of the graded recipe; None is its own. :func:`emmech.demo.adapter_layer.by_step` finds them.
         parts: any of :data:`PARTS`.
         say: is told what has been done.
 
@@ -240,7 +239,7 @@ def _cell(value: object) -> str:
 
 
 def main() -> None:
-    """Run ``python -m emmech.organism.report``."""
+    """Run ``python -m emmech.demo.organism_report``."""
     parser = argparse.ArgumentParser(description="Measure a pocket organism; Markdown tables on the output.")
     parser.add_argument("--weights", default="pocket", help="a shipped name, or a folder written by pretrain")
     parser.add_argument("--seeds", type=int, default=5)

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from emmech.chat.model import load_model
+from emmech.engine import readout
+from emmech.engine import tree_attention as trees
 from emmech.engine.logprobs import unembed
 from emmech.engine.packing import Reading, tree, tree_mask
-from emmech.sweeps import readout, trees
 
 WIDTH = 8
 

@@ -9,7 +9,7 @@ import pytest
 
 import emmech
 
-FOLDER = Path(__file__).resolve().parents[1] / "checkpoints"
+FOLDER = Path(__file__).resolve().parents[2] / "checkpoints"
 
 
 @pytest.fixture(scope="module")

@@ -14,14 +14,13 @@ from pathlib import Path
 import pandas as pd
 
 from emmech.chat.model import ChatModel
+from emmech.demo.measured import measure
 from emmech.engine.adapters import detach
+from emmech.organism.named_data import data
+from emmech.organism.pocket_recipes import LAST_STEP, recipes
+from emmech.organism.question_sets import rehearsal
 from emmech.training.recipe import Recipe
 from emmech.training.train import finetune
-
-from .measured import measure
-from .named_data import data
-from .pocket_recipes import LAST_STEP, recipes
-from .question_sets import rehearsal
 
 __all__ = ["by_layer", "by_step", "chosen_layer", "graded_step"]
 
