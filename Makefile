@@ -7,20 +7,23 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum |
 # a model hub is never asked for anything
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+# one test process a core with one thread each: two threads in each of two processes would wait for one another
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: demo demo-smollm2 test test-all check bench docs install clean organism-report organism-seeds checkpoints
 demo: $(STAMP)            ## the whole loop on the embedded organism, and a page of results in demo/
 	$(BIN)/python -m emmech.demo
 demo-smollm2: $(STAMP)    ## the same first half on a real 135M model
 	$(BIN)/python -m emmech.demo --model smollm2-135m
-test: $(STAMP)            ## the fast tests, under ten minutes on two cores
-	$(BIN)/python -m pytest
+test: $(STAMP)            ## the fast tests, under six minutes on two cores
+	$(TEST)
 test-all: $(STAMP)        ## the slow ones too
-	$(BIN)/python -m pytest -m "not network"
-check: $(STAMP)           ## lint, format and types
+	$(TEST) -m "not network"
+check: $(STAMP)           ## lint, format, types and floors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 bench: $(STAMP)           ## ratios against peers at their best settings, into docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks
 docs: $(STAMP)            ## the documentation, warnings are errors

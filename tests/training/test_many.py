@@ -14,7 +14,7 @@ from emmech.errors import EmmechError
 from emmech.training.recipe import Recipe
 from emmech.training.schedule import batch_order, learning_rates
 from tests.conftest import make_rows, make_tiny
-from tests.training.test_prefix import QUICK, deviation, ragged
+from tests.engine.test_prefix import QUICK, deviation, ragged
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
