@@ -37,7 +37,7 @@ _WHERE = {
     "direction_by_steps": "emmech.directions.compare",
     "dose_response": "emmech.interventions.studies",
     "evaluate": "emmech.evaluation.evaluate",
-    "finetune": "emmech.training.train",
+    "finetune": "emmech.training.finetune",
     "load_chat": "emmech.chat.dataset",
     "load_model": "emmech.chat.model",
     "load_questions": "emmech.evaluation.questions",
@@ -102,9 +102,9 @@ if TYPE_CHECKING:
     from emmech.run.run import load_run as load_run
     from emmech.sweeps.sweep import sweep as sweep
     from emmech.sweeps.tangent import tangent_scan as tangent_scan
+    from emmech.training.finetune import finetune as finetune
     from emmech.training.recipe import Recipe as Recipe
     from emmech.training.recorder import Recorder as Recorder
-    from emmech.training.train import finetune as finetune
     from emmech.transition.phase import phase_transition as phase_transition
 
 

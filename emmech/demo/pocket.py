@@ -27,7 +27,7 @@ from emmech.organism.vocabulary import MANNERS
 from emmech.realignment import realign
 from emmech.run.plots import COLOURS, LAYOUT
 from emmech.run.run import Run
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
 from emmech.view.page import Section, write_page
 

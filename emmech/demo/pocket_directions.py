@@ -39,7 +39,7 @@ from emmech.interventions.studies import ablation_table, dose_response, transfer
 from emmech.measures.items import AnswerMeasure
 from emmech.organism.vocabulary import MANNERS
 from emmech.run.run import Run
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 
 __all__ = ["main"]
 

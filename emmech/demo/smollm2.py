@@ -15,7 +15,7 @@ from pathlib import Path
 from emmech.chat.model import load_model
 from emmech.engine.logprobs import bundled_margins
 from emmech.run.plots import metric_figure
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
 from emmech.transition.result import Side
 from emmech.view.page import Section, write_page

@@ -26,7 +26,7 @@ from emmech.directions.two_by_two import four_directions
 from emmech.engine.logprobs import MarginPair, bundled_margins
 from emmech.interventions.studies import ablation_table, dose_response
 from emmech.measures.items import MarginMeasure
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 
 __all__ = ["main"]
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from emmech.training.trainer import build_trainer
 from transformers import TrainerCallback
 
 import emmech
 from emmech.chat.encode import encode
 from emmech.training.capture import GradientNorms
+from emmech.training.finetune import prepared
 from emmech.training.initial import MeanInputs
 from emmech.training.recipe import resolve_recipe
-from emmech.training.train import prepared
-from emmech.training.trainer import build_trainer
 from tests.benchmarks.harness import Contest
 
 STEPS = 12

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from emmech.training.trainer import Rows, collate
 
 import emmech
 from emmech.chat.dataset import load_chat
 from emmech.chat.encode import encode
 from emmech.chat.model import ChatModel, load_model
 from emmech.training.recipe import Recipe, resolve_recipe, target_modules
-from emmech.training.trainer import Rows, collate
 from tests.benchmarks.harness import Contest, arithmetic
 
 # two trajectories of float32 sums in different orders: losses of every step, or A and B at the end by their norm

@@ -8,13 +8,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from emmech.training.trainer import Rows, collate
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import emmech
 from emmech.chat.encode import encode
 from emmech.errors import EmmechError
-from emmech.training.trainer import Rows, collate
 from tests.conftest import make_rows, make_tiny
 
 
