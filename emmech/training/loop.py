@@ -221,6 +221,8 @@ class _Loop(Trainer):
         rows = [row for member in members for row in member.rows]
         super().__init__(model=model, args=arguments, train_dataset=rows, callbacks=[_Recorders(self, progress)])
         self.remove_callback(PrinterCallback)
+        # there is nothing to free yet, and a collection of the whole heap takes as long as some ten steps
+        self.accelerator.free_memory = lambda *held: list(held)
 
     @property
     def lost_at(self) -> torch.Tensor:
