@@ -14,11 +14,11 @@ from pathlib import Path
 
 from emmech.chat.model import load_model
 from emmech.engine.logprobs import bundled_margins
-from emmech.run.plots import metric_figure
 from emmech.training.train import finetune
 from emmech.transition.phase import phase_transition
 from emmech.transition.result import Side
 from emmech.view.page import Section, write_page
+from emmech.view.trajectories import metrics_by_step
 
 __all__ = ["main"]
 
@@ -59,8 +59,8 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
             "Nats per token; above zero the model prefers the misaligned answer. The broad pairs are outside the "
             f"domain of the fine-tune. {changes}",
             table=table,
-            figure=metric_figure(
-                {"silly advice": run, "sensible advice (control)": control},
+            figure=metrics_by_step(
+                {"silly advice": run.metrics, "sensible advice (control)": control.metrics},
                 {"margin_narrow": "narrow margin", "margin_broad": "broad margin", "loss": "training loss"},
                 zero=("margin_narrow", "margin_broad"),
             ),

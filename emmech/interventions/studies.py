@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from emmech.chat.masks import tokens_name
 from emmech.chat.model import ChatModel
-from emmech.directions.checks import checked_direction, checked_directions
-from emmech.directions.direction import Direction
+from emmech.directions.direction import Direction, checked_direction, checked_directions
 from emmech.engine.adapters import detach
 from emmech.errors import EmmechError, as_floats, as_ints
 from emmech.interventions.ablate import ablate
@@ -31,6 +29,7 @@ from emmech.interventions.controls import (
 from emmech.interventions.handle import chat_of
 from emmech.interventions.steer import steer
 from emmech.measures.items import resolve_measure
+from emmech.results import Card, Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +38,7 @@ __all__ = ["Study", "ablation_table", "adapter_shares", "dose_response", "transf
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Study:
+class Study(Result):
     """The measured conditions of a study, one row each (:func:`emmech.interventions.controls.table` has the columns).
 
     Args:
@@ -66,27 +65,18 @@ class Study:
         shown = [c for c in _SHOWN if c in frame.columns and frame[c].notna().any()]
         return frame[[*identity, *shown]].reset_index(drop=True)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the rows as CSV, with title and notes as comment lines in front."""
-        path = Path(path)
-        head = "".join(f"# {line}\n" for line in (self.title, *self.notes))
-        path.write_text(head + self.frame.to_csv(index=False), encoding="utf-8")
-        return path
-
     def plot(self, outcome: str | None = None) -> Any:
         """The outcome with intervals: lines over the coefficient, a matrix of organisms, or bars; a plotly figure."""
-        from emmech.interventions.plots import study_figure
+        from emmech.view.studies import study
 
-        return study_figure(self, outcome or str(self.frame["outcome"].iloc[0]))
+        outcome = outcome or str(self.frame["outcome"].iloc[0])
+        return study(self.frame[self.frame["outcome"] == outcome], outcome, self.title)
 
-    def __repr__(self) -> str:
-        return "\n".join([self.title, self.summary().to_string(float_format="%.3g"), *self.notes])
+    def _card(self) -> Card:
+        return Card(self.title, self.summary().to_string(float_format="%.3g"), "\n".join(self.notes))
 
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        return f"<p>{escape(self.title)}</p>{self.summary().to_html(float_format='%.3g')}{notes}"
+    def _comments(self) -> Sequence[str]:
+        return (self.title, *self.notes)
 
 
 _SHOWN = ("value", "low", "high", "n", "change", "beyond_random", "beyond_random_low", "beyond_random_high",

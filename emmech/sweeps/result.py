@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from emmech.errors import EmmechError, closest
+from emmech.results import Card, Result
 
 __all__ = ["Sweep"]
 
@@ -19,7 +19,7 @@ AXES = ("run", "step", "scale", "coefficient")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sweep:
+class Sweep(Result):
     """Checkpoints x scales x coefficients, measured.
 
     Args:
@@ -36,6 +36,8 @@ class Sweep:
     meta: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     responses: pd.DataFrame | None = None
+
+    _stems: ClassVar[Mapping[str, str]] = {"frame": "sweep"}
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -123,55 +125,34 @@ class Sweep:
 
         Lines by scale are drawn where only one step or one scale was swept.
         """
-        from emmech.sweeps.plots import phase_diagram
+        from emmech.view.studies import phase_diagram
 
-        return phase_diagram(self, self._one(measure))
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``sweep.parquet``, ``sweep.json`` and, where there are any, responses and arrays."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.frame.to_parquet(folder / "sweep.parquet", index=False)
-        (folder / "sweep.json").write_text(json.dumps(dict(self.meta), indent=1, default=str), encoding="utf-8")
-        if self.responses is not None:
-            self.responses.to_parquet(folder / "responses.parquet", index=False)
-        if self.arrays:
-            from safetensors.numpy import save_file
-
-            save_file(dict(self.arrays), folder / "arrays.safetensors")
-        return folder
+        name = self._one(measure)
+        return phase_diagram(self.to_frame(name), name)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Sweep:
-        """Read what :meth:`save` wrote.
+    def _upgrade(cls, head: dict[str, Any], folder: Path) -> dict[str, Any]:
+        from safetensors import safe_open
 
-        Raises:
-            EmmechError: there is no sweep in the folder.
-        """
-        folder = Path(folder)
-        if not (folder / "sweep.parquet").is_file():
-            raise EmmechError("open the sweep", folder, "there is no sweep.parquet in it", "Sweep.save(folder)")
-        arrays: Mapping[str, np.ndarray] = {}
+        arrays: dict[str, Any] = {}
         if (folder / "arrays.safetensors").exists():
-            from safetensors.numpy import load_file
+            with safe_open(folder / "arrays.safetensors", framework="np") as file:
+                arrays = {key: {"~": "array", "name": key} for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        kept = (folder / "responses.parquet").exists()
+        return {
+            "frame": {"~": "frame", "name": "sweep"},
+            "meta": head,
+            "arrays": arrays,
+            "responses": {"~": "frame", "name": "responses"} if kept else None,
+        }
 
-            arrays = load_file(folder / "arrays.safetensors")
-        answers = folder / "responses.parquet"
-        return cls(
-            pd.read_parquet(folder / "sweep.parquet"),
-            json.loads((folder / "sweep.json").read_text(encoding="utf-8")),
-            arrays,
-            pd.read_parquet(answers) if answers.exists() else None,
-        )
-
-    def __repr__(self) -> str:
+    def _card(self) -> Card:
         axes = self.variants
         shape = " x ".join(f"{axes[axis].nunique()} {axis}{'s' if axes[axis].nunique() > 1 else ''}" for axis in AXES)
-        return f"Sweep({shape}: {', '.join(self.measures)})"
+        return Card(f"Sweep({shape}: {', '.join(self.measures)})")
 
-    def _repr_html_(self) -> str:
+    def _table(self) -> pd.DataFrame:
         try:
-            table = self.table().to_html(float_format="%.3g")
-        except EmmechError:
-            table = self.to_frame().head(20).to_html(float_format="%.3g", index=False)
-        return f"<p><b>{self!r}</b></p>{table}"
+            return self.table()
+        except EmmechError:  # more than two axes vary
+            return self.to_frame()

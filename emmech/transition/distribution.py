@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, closest
+from emmech.results import Card, Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,8 +76,8 @@ def dissimilarity(
     return 0.5 * np.asarray(each.sum(-1))
 
 
-@dataclass(frozen=True, eq=False)
-class DistributionShift:
+@dataclass(frozen=True, eq=False, repr=False)
+class DistributionShift(Result):
     """Dissimilarity across each step.
 
     Attributes:
@@ -104,16 +105,17 @@ class DistributionShift:
 
     def plot(self) -> Any:
         """Dissimilarity by step."""
-        import plotly.graph_objects as go
+        from emmech.view.figures import line, panels
+        from emmech.view.theme import GOOD, finish
 
-        figure = go.Figure(go.Scatter(x=self.steps, y=self.values, mode="lines+markers"))
-        figure.update_layout(
-            title=f"Change of the output distribution ({self.kind}, {self.window} checkpoints on either side)",
-            xaxis_title="step",
-            yaxis_title="dissimilarity (0 equal, 1 disjoint)",
-            template="plotly_white",
-        )
-        return figure
+        figure = panels()
+        line(figure, self.steps, self.values, "dissimilarity", GOOD, legend=False)
+        title = f"Change of the output distribution ({self.kind}, {self.window} checkpoints on either side)"
+        return finish(figure, title, xaxis_title="step", yaxis_title="dissimilarity (0 equal, 1 disjoint)")
+
+    def _card(self) -> Card:
+        largest = f"largest {np.max(self.values):.3g} across step {self.peak:g}"
+        return Card(f"DistributionShift({self.kind}, {len(self.values)} boundaries: {largest})")
 
 
 def distribution_shift(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from emmech.results import Card, Result
 from emmech.transition.detectors import Detector, Trajectory
+from emmech.transition.turn import Location
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,11 +121,13 @@ class Side:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PhaseTransition:
+class PhaseTransition(Result):
     """The transition of a run as seen by every detector; ``run`` and ``control`` keep what was measured."""
 
     run: Side
     control: Side | None = None
+
+    _parts: ClassVar[tuple[type, ...]] = (Side, Trajectory, Detector, Location)
 
     @cached_property
     def detectors(self) -> pd.DataFrame:
@@ -204,12 +207,7 @@ class PhaseTransition:
 
     def summary(self) -> str:
         """The findings in plain words."""
-        lines = [f"Phase transition of {self.run.name}"]
-        lines.append(f"  mechanistic: {self.mechanistic}")
-        lines.append(f"  behavioural: {self.behavioural}")
-        lines.append(f"  lag: {self.lag}")
-        lines.append(f"  control: {self.specific if self.control is not None else 'none given; benign runs turn too'}")
-        lines.append("  detectors:")
+        lines = [*filter(None, self._card()), "  detectors:"]
         for row in self.run.rows:
             if not np.isfinite(row.step):
                 lines.append(f"    {row.name}: {row.note}")
@@ -221,18 +219,50 @@ class PhaseTransition:
 
     def plot(self) -> Any:
         """Plotly figure: local cosine by k with its null band, gradient norm, principal components, norms."""
-        from emmech.transition.figure import draw
+        from emmech.view import trajectories as view
 
-        return draw(self)
+        curves, turns = [], []
+        path = self.run.path
+        widest = max(path.cosines, default=None)
+        for role, side in self._sides():
+            steps, scores = side.path.steps, side.path.scores
+            # of the control the widest window alone, so that the panel stays readable
+            shown = {k: v for k, v in side.path.cosines.items() if role == "run" or k == widest}
+            curves += [view.Curve("cosine", role, f"k = {k}", steps, values) for k, values in shown.items()]
+            if scores.shape[1] > 1:
+                share = ", ".join(f"PC{i + 1} {100 * side.path.explained[i]:.0f} %" for i in (0, 1))
+                curves.append(view.Curve("components", role, "path", scores[:, 0], scores[:, 1]))
+                where = side.path.location
+                if where is not None and side.turns:
+                    label = f"turn of the {role} (step {steps[where.record]}; {share})"
+                    turns.append((scores[where.record, 0], scores[where.record, 1], label))
+            curves.append(view.Curve("norm", role, "norm", steps, side.path.norm))
+            if side.gradient is not None:
+                curves.append(view.Curve("gradient", role, "gradient norm", *side.gradient))
+            curves += [view.Curve("margin", role, name, *curve) for name, curve in side.margins.items()]
+            if side.comp is not None:
+                curves.append(view.Curve("comp", role, "comp", steps, side.comp))
+        subject = self.run.name
+        if self.control is not None:
+            subject += f" (solid) and control {self.control.name} (dashed)"
+        k = max(path.band, default=0)
+        found = self.mechanistic
+        return view.transition(
+            curves,
+            f"Phase transition of {subject}",
+            straight=view.Band(path.steps, *path.band[k], f"straight path, k = {k} (95 %)") if k else None,
+            turns=turns,
+            step=(found.step, found.low, found.high) if found else None,
+        )
 
-    def __repr__(self) -> str:
-        control = f", control={self.control.name}" if self.control is not None else ""
-        return f"PhaseTransition({self.run.name}{control}: mechanistic {self.mechanistic}; lag {self.lag})"
+    def _card(self) -> Card:
+        control = self.specific if self.control is not None else "none given; benign runs turn too"
+        steps = (("mechanistic", self.mechanistic), ("behavioural", self.behavioural), ("lag", self.lag))
+        lines = "\n".join(f"  {name}: {value}" for name, value in steps)
+        return Card(f"Phase transition of {self.run.name}", lines, f"  control: {control}")
 
-    def _repr_html_(self) -> str:
-        head = "".join(f"<div>{escape(line.strip())}</div>" for line in self.summary().split("\n")[:5])
-        shown = self.detectors[["kind", "step", "low", "high", "strength", "p_value", "high_means", "note"]]
-        return f"<div>{head}{shown.to_html(float_format='{:.3g}'.format)}</div>"
+    def _table(self) -> pd.DataFrame:
+        return self.detectors
 
 
 def _frame(side: Side) -> pd.DataFrame:

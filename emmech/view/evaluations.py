@@ -151,7 +151,9 @@ def _points(figure: Any, x: Any, y: Any, name: str, hue: str, rows: pd.DataFrame
                        hovertemplate="%{text}<extra></extra>")  # fmt: skip
 
 
-def _rates(figure: Any, table: pd.DataFrame, y: Collection[Any], *, at: Any = (1, 1), hue: str, symbol: str = "circle") -> None:
+def _rates(
+    figure: Any, table: pd.DataFrame, y: Collection[Any], *, at: Any = (1, 1), hue: str, symbol: str = "circle"
+) -> None:
     low, rate, high = (100 * table[column] for column in ("low", "rate", "high"))
     figure.add_scatter(
         x=rate, y=y, error_x={**bars(rate, low, high), "color": hue}, mode="markers", showlegend=False,

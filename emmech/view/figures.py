@@ -24,7 +24,8 @@ def panels(titles: Sequence[str] = ("",), *, columns: int = 1, **how: Any) -> An
 
     rows = -(-len(titles) // columns)
     how.setdefault("vertical_spacing", 0.3 / rows)
-    return make_subplots(rows=rows, cols=columns, subplot_titles=titles if any(titles) else None, **how)
+    figure = make_subplots(rows=rows, cols=columns, subplot_titles=titles if any(titles) else None, **how)
+    return figure.update_annotations(font_size=14)
 
 
 def bars(value: Any, low: Any, high: Any) -> dict[str, Any]:

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Section", "card", "write_page"]
 
-_CARD = f"font: 14px/1.5 {html.escape(FONT)}; border: 1px solid {faint(GREY, 0.5)}; border-radius: 6px; padding: 10px 14px"
+_CARD = (
+    f"font: 14px/1.5 {html.escape(FONT)}; border: 1px solid {faint(GREY, 0.5)}; border-radius: 6px; padding: 10px 14px"
+)
 _NUMBER = "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 6px 0"
-_STYLE = PAGE + """
+_STYLE = (
+    PAGE
+    + """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); }
 main { max-width: 1060px; margin: 0 auto; padding: 40px 28px 80px; }
@@ -35,6 +39,7 @@ tbody th, td { border-bottom: 1px solid var(--line); }
 tbody th { border-bottom-width: 1px; white-space: nowrap; }
 footer { margin-top: 60px; color: var(--soft); font-size: 13px; border-top: 1px solid var(--line); padding-top: 14px; }
 """
+)
 
 
 def card(

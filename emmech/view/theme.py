@@ -20,11 +20,12 @@ GREY = "#808891"
 SEQUENTIAL, DIVERGING = "Cividis", "RdBu_r"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
 PAGE = """
-:root { --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --paper: #ffffff; --shade: #f6f8fa; color-scheme: light dark; }
+:root { color-scheme: light dark;
+        --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --paper: #ffffff; --shade: #f6f8fa; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e8ee; --soft: #9aa4b1; --line: #343c48; --paper: #14181e; --shade: #1d232c; }
 }
-body { font: 16px/1.55 %s; }""" % FONT  # noqa: UP031 (braces are CSS's own)
+"""
 
 
 def colour(index: int) -> str:
@@ -58,7 +59,11 @@ def finish(figure: go.Figure, title: str, *, note: str = "", height: int = 420, 
     """
     import plotly.graph_objects as go
 
-    axis = {"gridcolor": faint(GREY, 0.25), "zerolinecolor": faint(GREY, 0.4), "linecolor": faint(GREY, 0.6)}
+    axis: dict[str, Any] = {
+        "gridcolor": faint(GREY, 0.25),
+        "zerolinecolor": faint(GREY, 0.4),
+        "linecolor": faint(GREY, 0.6),
+    }
     axis |= {"ticks": "outside", "tickcolor": faint(GREY, 0.6), "automargin": True, "title": {"standoff": 10}}
     lines = wrap(title, 84) or [""]
     top = 50 + 20 * (len(lines) - 1) + (18 if note else 0) + (24 if _has_panel_titles(figure) else 0)
