@@ -162,8 +162,8 @@ def _pack(value: Any, name: str, frames: dict[str, pd.DataFrame], arrays: dict[s
         frames[name] = value
         return {"~": "frame", "name": name, "rows": len(value)}
     if is_dataclass(value):
-        packed = {field.name: inside(getattr(value, field.name), field.name) for field in fields(value)}
-        return {"~": type(value).__name__, **packed}
+        inner = {field.name: inside(getattr(value, field.name), field.name) for field in fields(value)}
+        return {"~": type(value).__name__, **inner}
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and key != "~" for key in value):
             return {key: inside(one, key) for key, one in value.items()}

@@ -114,9 +114,8 @@ class AdapterScalars(Result):
         column = self._column(adapter)
         mine = self.text == text
         top = float(np.abs(self.values[:, column]).max()) or 1.0
-        words = zip(
-            np.array(self.tokens, dtype=object)[mine], self.values[mine, column], self.answer[mine], strict=True
-        )
+        tokens = np.array(self.tokens, dtype=object)[mine]
+        words = zip(tokens, self.values[mine, column], self.answer[mine], strict=True)
         return shaded_text(words, top, f"A·x of {self.adapters[column]}, full shade at {top:.3g}; answers in bold")
 
     def plot(self, adapter: str | int = 0) -> Any:

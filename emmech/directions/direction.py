@@ -342,10 +342,7 @@ class Direction(Result):
 
 def _zero(asked: str) -> EmmechError:
     return EmmechError(
-        asked,
-        given="a direction of norm 0",
-        why="zero points nowhere",
-        instead="a direction from two different groups",
+        asked, given="a direction of norm 0", why="zero points nowhere", instead="a direction from two different groups"
     )
 
 

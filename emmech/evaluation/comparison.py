@@ -13,12 +13,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from emmech.errors import EmmechError, closest
-from emmech.evaluation.intervals import (
-    check_confidence,
-    check_resamples,
-    cluster_resamples,
-    expanded_quantiles,
-)
+from emmech.evaluation.intervals import check_confidence, check_resamples, cluster_resamples, expanded_quantiles
 from emmech.evaluation.rates import Denominator, Thresholds, measures, outcome
 from emmech.results import Card, Result
 
@@ -50,7 +45,10 @@ class Comparison(Result):
             if np.isfinite(row["difference"])
         ]
         denominator = self.frame["denominator"].iloc[0]
-        return Card(f"Comparison of {self.names[1]} with {self.names[0]} ({denominator} rows)", "\n".join(lines))
+        shared = int(self.frame["questions"].max())
+        caveat = f"  with {shared} shared questions a paired p cannot be below {2 / 2**shared:.2g}"
+        head = f"Comparison of {self.names[1]} with {self.names[0]} ({denominator} rows)"
+        return Card(head, "\n".join(lines), caveat)
 
     def to_frame(self) -> pd.DataFrame:
         """The table, indexed by measure."""

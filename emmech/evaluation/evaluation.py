@@ -254,8 +254,8 @@ class Evaluation(Result):
         scored = np.isfinite(frame["aligned"])
         if kind == "questions":
             self._check_scored(bool(scored.any()))
-            tables = [self.by_question(measure, denominator) for measure in ("em", "narrow")]
-            return evaluations.questions(frame, misaligned, *tables, pair[0], denominator, self.name)
+            broad, narrow = (self.by_question(measure, denominator) for measure in ("em", "narrow"))
+            return evaluations.questions(frame, misaligned, broad, narrow, pair[0], denominator, self.name)
         self._check_scored(bool((scored & np.isfinite(frame["coherent"])).any()))
         return evaluations.quadrants(frame, misaligned, pair, self.name)
 

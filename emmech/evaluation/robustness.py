@@ -68,7 +68,8 @@ class ThresholdSweep(Result):
         rates = rates[np.isfinite(rates)]
         said = f"{rates.min():.1%} to {rates.max():.1%}" if len(rates) else "not measurable"
         grid = f"{len(self.frame)} x {self.frame.shape[1]} thresholds"
-        return Card(f"ThresholdSweep({self.measure} of {self.denominator} rows: {said} over {grid})")
+        what = f"{self.measure} of {self.name}, " if self.name else f"{self.measure} of "
+        return Card(f"ThresholdSweep({what}{self.denominator} rows: {said} over {grid})")
 
     def to_frame(self) -> pd.DataFrame:
         """The grid of rates."""

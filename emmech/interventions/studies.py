@@ -131,12 +131,7 @@ def dose_response(
                 steered.append(("positive", positive))
             for kind, one in steered:
                 make = partial(
-                    steer,
-                    direction=one,
-                    coefficient=coefficient,
-                    layer=layer,
-                    positions=positions,
-                    units=units,
+                    steer, direction=one, coefficient=coefficient, layer=layer, positions=positions, units=units
                 )
                 label = one.name if kind == "positive" else direction.name
                 conditions.append(Condition(label, kind, make, settings))
@@ -186,9 +181,7 @@ def ablation_table(
     conditions = [untouched()]
     if with_base:
         conditions.append(adapter_off())
-    ways: list[tuple[str, Direction, dict[str, Any]]] = [
-        ("own direction by layer", direction, {}),
-    ]
+    ways: list[tuple[str, Direction, dict[str, Any]]] = [("own direction by layer", direction, {})]
     if only != [from_layer]:  # at one layer its own direction is the one direction
         ways.append((f"one direction (layer {from_layer})", direction, {"from_layer": from_layer}))
     if direction.aligned_mean is not None:
@@ -292,10 +285,7 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
     names = [info.name for info, _, _ in adapter_layers(chat.model)]
     conditions = [untouched(), adapter_off()]
     for name in names if len(names) > 1 else ():
-        for label, factors in (
-            ("without", {name: 0.0}),
-            ("only", {other: 0.0 for other in names if other != name}),
-        ):
+        for label, factors in (("without", {name: 0.0}), ("only", {other: 0.0 for other in names if other != name})):
             make = partial(scale_adapters, scale=factors)
             conditions.append(Condition(f"{label} {name}", "direction", make))
     measured = measure_conditions(chat, conditions, run, base=False, progress=progress)

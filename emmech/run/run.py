@@ -322,13 +322,7 @@ class Run(Shown):
         cls, contents: tuple[np.ndarray, Mapping[str, np.ndarray], list[Any]], name: str, rows: list[Any]
     ) -> Run:
         steps, arrays, adapters = contents
-        manifest = {
-            "format": FORMAT,
-            "kind": "lora",
-            "name": name,
-            "status": "complete",
-            "adapters": adapters,
-        }
+        manifest = {"format": FORMAT, "kind": "lora", "name": name, "status": "complete", "adapters": adapters}
         return cls(manifest, MemorySeries(steps, arrays), MemorySeries(np.empty(0, np.int64), {}), rows)
 
     # for people
@@ -416,9 +410,5 @@ def load_run(path: str | Path) -> Run:
             "upgrade emmech",
         )
     return Run(
-        manifest,
-        Series(folder / "trajectory"),
-        Series(folder / "probes"),
-        read_jsonl(folder / "metrics.jsonl"),
-        folder,
+        manifest, Series(folder / "trajectory"), Series(folder / "probes"), read_jsonl(folder / "metrics.jsonl"), folder
     )

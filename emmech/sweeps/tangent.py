@@ -62,7 +62,8 @@ class TangentScan(Result):
         steps = self.frame["step"].nunique()
         worst = self.verified["error"].abs().max() if len(self.verified) else float("nan")
         checked = f"off by at most {worst:.3g} at {len(self.verified)} verified values"
-        return Card(f"TangentScan({steps} steps, first order; {checked})")
+        caveat = "an estimate, not a measurement: along a trained adapter the effect saturates"
+        return Card(f"TangentScan({steps} steps, first order; {checked})", caveat=caveat)
 
     def _table(self) -> pd.DataFrame:
         return self.verified
@@ -217,11 +218,7 @@ def _slopes(
 
 
 def _value(
-    engine: Engine,
-    view: nn.Module,
-    packs: Sequence[Pack],
-    readings: Sequence[Reading],
-    weights: Sequence[np.ndarray],
+    engine: Engine, view: nn.Module, packs: Sequence[Pack], readings: Sequence[Reading], weights: Sequence[np.ndarray]
 ) -> torch.Tensor:
     """The weighted sum of log-probabilities over some packs."""
     chat = engine.chat

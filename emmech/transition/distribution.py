@@ -24,13 +24,7 @@ from emmech.results import Card, Result
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "DistributionShift",
-    "dissimilarity",
-    "distribution_shift",
-    "explained_share",
-    "label_distribution",
-]
+__all__ = ["DistributionShift", "dissimilarity", "distribution_shift", "explained_share", "label_distribution"]
 
 KINDS = ("total-variation", "jensen-shannon", "linear")
 

@@ -37,6 +37,13 @@ class Transition:
     high: int | None
     reason: str
 
+    @property
+    def interval(self) -> tuple[int, int, int] | None:
+        """The step, its lower and its upper bound; None where nothing was measured."""
+        if self.step is None or self.low is None or self.high is None:
+            return None
+        return self.step, self.low, self.high
+
     def __bool__(self) -> bool:
         return self.step is not None
 
@@ -191,12 +198,12 @@ class PhaseTransition(Result):
     @cached_property
     def lag(self) -> Lag:
         """Behavioural minus mechanistic step; the interval holds every difference the two intervals allow."""
-        m, b = self.mechanistic, self.behavioural
-        if m.step is None or m.low is None or m.high is None:
+        m, b = self.mechanistic.interval, self.behavioural.interval
+        if m is None:
             return Lag(None, None, None, "not measurable: no mechanistic step")
-        if b.step is None or b.low is None or b.high is None:
+        if b is None:
             return Lag(None, None, None, "not measurable: no behavioural step")
-        return Lag(float(b.step - m.step), float(b.low - m.high), float(b.high - m.low), b.reason)
+        return Lag(float(b[0] - m[0]), float(b[1] - m[2]), float(b[2] - m[1]), self.behavioural.reason)
 
     @cached_property
     def specific(self) -> Comparison | None:
@@ -252,7 +259,7 @@ class PhaseTransition(Result):
             f"Phase transition of {subject}",
             straight=view.Band(path.steps, *path.band[k], f"straight path, k = {k} (95 %)") if k else None,
             turns=turns,
-            step=(found.step, found.low, found.high) if found else None,
+            step=found.interval,
         )
 
     def _card(self) -> Card:
@@ -302,27 +309,10 @@ def _compare(run: Side, control: Side) -> Comparison:
         more = (
             "by as much as the run" if low <= 0 <= high else ("less than the run" if low > 0 else "more than the run")
         )
-        verdict, text = (
-            "shared",
-            f"the control turns as well, {more}: {both} ({measured}). Not specific to this data",
-        )
+        verdict, text = ("shared", f"the control turns as well, {more}: {both} ({measured}). Not specific to this data")
     elif low > 0:
-        verdict, text = (
-            "specific",
-            f"the control does not turn (p = {other.p_value:.2g}): {both} ({measured})",
-        )
+        verdict, text = ("specific", f"the control does not turn (p = {other.p_value:.2g}): {both} ({measured})")
     else:
         verdict = "undecided"
         text = f"the control's turn is not significant (p = {other.p_value:.2g}), but nor is the {measured}: {both}"
-    return Comparison(
-        verdict,
-        mine.step,
-        step,
-        here.angle,
-        there.angle,
-        difference,
-        low,
-        high,
-        other.p_value,
-        text,
-    )
+    return Comparison(verdict, mine.step, step, here.angle, there.angle, difference, low, high, other.p_value, text)

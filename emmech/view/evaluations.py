@@ -72,7 +72,7 @@ def questions(
     for label, rows, hue in (("other", scored & ~misaligned, GOOD), ("misaligned and coherent", misaligned, BAD)):
         rows = rows & scored
         _points(figure, aligned[rows], height[rows], label, hue, responses[rows], size=5)
-    _rates(figure, rate, list(range(len(order))), at=(1, 2), symbol="diamond", hue=BAD)
+    _rates(figure, rate, list(range(len(order))), BAD, column=2)
     mark(figure, limit, GREY)
     names = [f"{question} (narrow)" if question in tables[1].index else str(question) for question in order]
     figure.update_yaxes(tickmode="array", tickvals=list(range(len(order))), ticktext=names, col=1)
@@ -86,7 +86,7 @@ def rates(table: pd.DataFrame, counted: str, name: str) -> Any:
     """Every rate of a table (``rate``, ``low``, ``high``, ``events``, ``n``, ``unscored``) with its interval."""
     table = table.iloc[::-1]
     figure = panels()
-    _rates(figure, table, list(table.index), hue=GOOD)
+    _rates(figure, table, list(table.index), GOOD)
     for row in table.itertuples():
         figure.add_annotation(x=1.02, xref="paper", y=row.Index, text=f"{row.rate:.1%}  (n = {row.n})", showarrow=False,
                               xanchor="left")  # fmt: skip
@@ -151,14 +151,13 @@ def _points(figure: Any, x: Any, y: Any, name: str, hue: str, rows: pd.DataFrame
                        hovertemplate="%{text}<extra></extra>")  # fmt: skip
 
 
-def _rates(
-    figure: Any, table: pd.DataFrame, y: Collection[Any], *, at: Any = (1, 1), hue: str, symbol: str = "circle"
-) -> None:
-    low, rate, high = (100 * table[column] for column in ("low", "rate", "high"))
+def _rates(figure: Any, table: pd.DataFrame, y: Collection[Any], hue: str, *, column: int = 1) -> None:
+    low, rate, high = (100 * table[name] for name in ("low", "rate", "high"))
+    counts = [f"{row.events} of {row.n}" for row in table.itertuples()]
     figure.add_scatter(
         x=rate, y=y, error_x={**bars(rate, low, high), "color": hue}, mode="markers", showlegend=False,
-        marker={"color": hue, "size": 9, "symbol": symbol}, row=at[0], col=at[1],
-        text=[f"{row.events} of {row.n}" for row in table.itertuples()], hovertemplate="%{x:.1f} % (%{text})<extra></extra>",
+        marker={"color": hue, "size": 9, "symbol": "diamond"}, row=1, col=column, text=counts,
+        hovertemplate="%{x:.1f} % (%{text})<extra></extra>",
     )  # fmt: skip
 
 

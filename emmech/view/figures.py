@@ -39,6 +39,7 @@ def line(
     mode: str | None = None, legend: bool = True, hover: str | None = None, width: float = 2, **how: Any,
 ) -> None:  # fmt: skip
     """A line, with markers where the points are few; ``error`` is what :func:`bars` gives."""
+    error = error and {"color": faint(colour, 0.5), **error}
     figure.add_scatter(
         x=x, y=y, name=name, mode=mode or ("lines+markers" if len(x) <= 40 else "lines"), error_y=error,
         line={"color": colour, "width": width, "dash": dash}, marker={"color": colour}, showlegend=legend,
@@ -57,21 +58,24 @@ def band(figure: Any, x: Any, low: Any, high: Any, name: str, *, at: Place = FIR
     )  # fmt: skip
 
 
-def mark(figure: Any, x: float, colour: str, label: str = "", *, low: float | None = None, high: float | None = None,
-         at: Place = FIRST) -> None:  # fmt: skip
+def mark(
+    figure: Any, x: float, colour: str, label: str = "", *, low: Any = None, high: Any = None, at: Place = FIRST
+) -> None:
     """A vertical line at a step, shaded over its interval."""
-    where = {"row": at[0], "col": at[1]}
+    where: dict[str, Any] = {"row": at[0], "col": at[1]}
     if low is not None and high is not None and low != high:
         figure.add_vrect(low, high, fillcolor=faint(colour, 0.15), line_width=0, layer="below", **where)
-    figure.add_vline(x, line={"color": colour, "dash": "dot", "width": 1.5}, annotation_text=label or None, **where)
+    figure.add_vline(x, line={"color": colour, "dash": "dot", "width": 1.5}, **where, **_written(label, "top right"))
 
 
 def level(figure: Any, y: float, label: str = "", *, at: Place = FIRST) -> None:
     """A horizontal grey line: zero, chance, or the untouched model."""
-    figure.add_hline(
-        y, line={"color": GREY, "dash": "dot", "width": 1.2}, annotation_text=label or None,
-        annotation_position="bottom right", row=at[0], col=at[1],
-    )  # fmt: skip
+    style = {"color": GREY, "dash": "dot", "width": 1.2}
+    figure.add_hline(y, line=style, row=at[0], col=at[1], **_written(label, "top right"))
+
+
+def _written(label: str, position: str) -> dict[str, Any]:
+    return {"annotation": {"text": label, "font": {"color": GREY}}, "annotation_position": position} if label else {}
 
 
 def heat(

@@ -15,15 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Section", "card", "write_page"]
 
-_CARD = (
-    f"font: 14px/1.5 {html.escape(FONT)}; border: 1px solid {faint(GREY, 0.5)}; border-radius: 6px; padding: 10px 14px"
-)
+_CARD = f"font: 14px/1.5 {html.escape(FONT)}; border: 1px solid {faint(GREY, 0.5)}; border-radius: 6px; padding: 10px"
 _NUMBER = "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 6px 0"
-_STYLE = (
-    PAGE
-    + """
+_STYLE = """
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); }
+body { margin: 0; font-size: 16px; line-height: 1.55; background: var(--paper); color: var(--ink); }
 main { max-width: 1060px; margin: 0 auto; padding: 40px 28px 80px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
 h2 { font-size: 20px; margin: 46px 0 8px; padding-top: 18px; border-top: 1px solid var(--line); }
@@ -39,7 +35,6 @@ tbody th, td { border-bottom: 1px solid var(--line); }
 tbody th { border-bottom-width: 1px; white-space: nowrap; }
 footer { margin-top: 60px; color: var(--soft); font-size: 13px; border-top: 1px solid var(--line); padding-top: 14px; }
 """
-)
 
 
 def card(
@@ -107,7 +102,8 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
+        f"<title>{html.escape(title)}</title>"
+        f"<style>{PAGE}{_STYLE}body {{ font-family: {FONT} }}</style></head><body><main>"
         f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>'
         f"{''.join(parts)}<footer>{html.escape(footer)}</footer></main></body></html>\n"
     )

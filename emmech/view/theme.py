@@ -78,6 +78,7 @@ def finish(figure: go.Figure, title: str, *, note: str = "", height: int = 420, 
         yaxis=axis,
     )
     legend = {"orientation": "h", "x": 0, "xanchor": "left", "yanchor": "top", "y": -58 / max(height - top - 100, 100)}
+    below = any(trace.showlegend or (trace.showlegend is None and trace.type != "heatmap") for trace in figure.data)
     return figure.update_layout(
         template=go.layout.Template(layout=common),
         title={
@@ -89,7 +90,7 @@ def finish(figure: go.Figure, title: str, *, note: str = "", height: int = 420, 
             "yanchor": "top",
             "font": {"size": 16},
         },
-        margin={"t": top, "b": 100, "l": 64, "r": 24},
+        margin={"t": top, "b": 100 if below else 64, "l": 64, "r": 24},
         height=height,
         legend=legend,
     ).update_layout(**layout)
