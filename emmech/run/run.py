@@ -300,18 +300,25 @@ class Run:
         return cls._elsewhere(read_arrays(steps, A, B), name, rows)
 
     @classmethod
-    def from_peft(cls, folders: Sequence[str | Path]) -> Run:
+    def from_peft(cls, folders: str | Path | Sequence[str | Path]) -> Run:
         """A run from a series of PEFT checkpoint folders made elsewhere, in any order.
 
-        The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``).
+        The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``). The logits of
+        ``run.model(step)`` are those of ``PeftModel.from_pretrained``; a folder for which that would not hold is
+        refused.
+
+        Args:
+            folders: the folders, or one folder that holds them.
 
         Raises:
             EmmechError: names the folder that is missing, unreadable, of unknown step, a duplicate, of another
-                shape than the others, or untrained (B = 0).
+                shape than the others, or untrained (B = 0), and the tensor or the field of its configuration that
+                makes it more than a plain LoRA adapter.
         """
-        from emmech.run.importers import read_peft
+        from emmech.run.importers import read_peft, series_in
 
-        contents, base = read_peft([Path(folder) for folder in folders])
+        one = isinstance(folders, str | Path)
+        contents, base = read_peft(series_in(Path(folders)) if one else [Path(folder) for folder in folders])
         run = cls._elsewhere(contents, "peft", [])
         run.manifest["model"] = {"name": base or None}
         return run
