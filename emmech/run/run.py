@@ -317,8 +317,8 @@ class Run:
         """
         from emmech.run.importers import read_peft, series_in
 
-        one = isinstance(folders, str | Path)
-        contents, base = read_peft(series_in(Path(folders)) if one else [Path(folder) for folder in folders])
+        series = series_in(Path(folders)) if isinstance(folders, str | Path) else [Path(folder) for folder in folders]
+        contents, base = read_peft(series)
         run = cls._elsewhere(contents, "peft", [])
         run.manifest["model"] = {"name": base or None}
         return run

@@ -34,8 +34,12 @@ TRIED: dict[str, list[tuple[object, dict, str]]] = {
     "revision": [("main", {}, EQUAL)],
     "inference_mode": [(False, {}, EQUAL)],
     "r": [(1, {}, EQUAL), (3, {}, EQUAL)],
-    "target_modules": [(r".*layers\.[12]\..*(q_proj|up_proj)", {}, EQUAL), ("all-linear", {}, EQUAL)]
-    + [(["lm_head", "down_proj"], {}, REFUSED), (["embed_tokens", "down_proj"], {}, REFUSED)],
+    "target_modules": [
+        (r".*layers\.[12]\..*(q_proj|up_proj)", {}, EQUAL),
+        ("all-linear", {}, EQUAL),
+        (["lm_head", "down_proj"], {}, REFUSED),
+        (["embed_tokens", "down_proj"], {}, REFUSED),
+    ],
     "exclude_modules": [([r"model.layers.0.mlp.down_proj"], {}, EQUAL)],
     "lora_alpha": [(5, {}, EQUAL), (0.5, {}, EQUAL), (-4, {}, EQUAL), (0, {}, REFUSED)],
     "lora_dropout": [(0.5, {}, EQUAL)],
@@ -43,8 +47,13 @@ TRIED: dict[str, list[tuple[object, dict, str]]] = {
     "bias": [("all", {}, REFUSED), ("lora_only", {}, REFUSED)],
     "use_rslora": [(True, {}, EQUAL), (True, {"r": 1}, EQUAL)],
     "modules_to_save": [(["lm_head"], {}, REFUSED), (["norm"], {}, REFUSED)],
-    "init_lora_weights": [("gaussian", {}, EQUAL), (False, {}, EQUAL), ("orthogonal", {}, EQUAL)]
-    + [("pissa", {}, REFUSED), ("olora", {}, REFUSED)],
+    "init_lora_weights": [
+        ("gaussian", {}, EQUAL),
+        (False, {}, EQUAL),
+        ("orthogonal", {}, EQUAL),
+        ("pissa", {}, REFUSED),
+        ("olora", {}, REFUSED),
+    ],
     "layers_to_transform": [([1, 3], {}, EQUAL), (2, {}, EQUAL)],
     "layers_pattern": [("layers", {"layers_to_transform": [1]}, EQUAL)],
     "rank_pattern": [
