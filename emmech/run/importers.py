@@ -135,8 +135,8 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
     return (np.array(order, dtype=np.int64), arrays, adapters), base
 
 
-# The values of each field of a LoraConfig with which an adapter is what its A and B, r and alpha say and no more. A field
-# that is not listed must be empty: what a later version of PEFT adds is refused, not passed over.
+# The values of each field of a LoraConfig with which an adapter is what its A and B, r and alpha say and no more. A
+# field that is not listed must be empty: what a later version of PEFT adds is refused, not passed over.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "True", "False", "None")  # others change the base weights
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
