@@ -78,10 +78,11 @@ def by_panel(
         in_legend = entry not in named and (at_run == 0 if split else not any(several.values()) and len(runs) > 1)
         if in_legend:
             named.add(entry)
+        dash, hover = "dash" if at_run else "solid", f"{curve.run}, {curve.label}<br>%{{x}}: %{{y:.4g}}"
         hue = colour(labels.index(curve.label) if split else at_run)
         line(
             figure, curve.x, curve.y, entry if in_legend else name, hue, at=place[curve.panel], legend=in_legend,
-            dash="dash" if at_run else "solid", legendgroup=entry, hover=f"{curve.run}, {curve.label}<br>%{{x}}: %{{y:.4g}}",
+            dash=dash, legendgroup=entry, hover=hover,
         )  # fmt: skip
     for name, (row, column) in place.items():
         figure.update_xaxes(title_text=axes[name].x, row=row, col=column)
