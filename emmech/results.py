@@ -69,6 +69,11 @@ class Result(Shown):
     _parts: ClassVar[tuple[type, ...]] = ()  # dataclasses that its fields hold
     _stems: ClassVar[Mapping[str, str]] = {}  # names of parquet files that are not those of their fields
 
+    def to_frame(self) -> pd.DataFrame:
+        """A copy of the findings, as a table."""
+        frame: pd.DataFrame = self.frame  # type: ignore[attr-defined]  # of the results that are one table
+        return frame.copy()
+
     def _comments(self) -> Sequence[str]:
         """Lines before the table in a CSV file."""
         return ()

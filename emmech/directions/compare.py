@@ -98,10 +98,6 @@ class DirectionBySteps(Result):
     floor: float
     name: str
 
-    def to_frame(self) -> pd.DataFrame:
-        """The table by step."""
-        return self.frame.copy()
-
     def plot(self) -> Any:
         """Cosines above, projections and shifts in residual units below."""
         from emmech.view.directions import by_step

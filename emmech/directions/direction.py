@@ -151,7 +151,12 @@ class Direction(Result):
             EmmechError: it is zero at all layers.
         """
         if not self.layers:
-            raise _zero(f"normalise {self.name}")
+            given, why, instead = (
+                "a direction of norm 0",
+                "zero points nowhere",
+                "a direction from two different groups",
+            )
+            raise EmmechError(f"normalise {self.name}", given, why, instead)
         return self._with(unit_rows(self.vectors), f"unit({self.name})")
 
     def cosine(self, other: Direction) -> Float[np.ndarray, " layers"]:
@@ -338,12 +343,6 @@ class Direction(Result):
         where = f", known at {_listed(self.layers)}" if 0 < len(self.layers) < self.n_layers else ""
         first = f"Direction({self.name!r}, layers={self.n_layers}, d_model={self.d_model}, {span}{where})"
         return Card(first, "" if self.quality is None else str(self.quality))
-
-
-def _zero(asked: str) -> EmmechError:
-    return EmmechError(
-        asked, given="a direction of norm 0", why="zero points nowhere", instead="a direction from two different groups"
-    )
 
 
 def _listed(layers: Sequence[int]) -> str:

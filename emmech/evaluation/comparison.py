@@ -50,10 +50,6 @@ class Comparison(Result):
         head = f"Comparison of {self.names[1]} with {self.names[0]} ({denominator} rows)"
         return Card(head, "\n".join(lines), caveat)
 
-    def to_frame(self) -> pd.DataFrame:
-        """The table, indexed by measure."""
-        return self.frame.copy()
-
     def plot(self, measure: str = "em") -> Any:
         """Each question's rate in the two evaluations, joined by a line; a plotly figure."""
         from emmech.view.evaluations import paired_rates

@@ -268,10 +268,6 @@ class Evaluation(Result):
                 "judge them first: emmech.evaluate(..., judge=...), or emmech.evaluation.deferred",
             )
 
-    def to_frame(self) -> pd.DataFrame:
-        """A copy of the response rows."""
-        return self.frame.copy()
-
     @classmethod
     def _upgrade(cls, head: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {"frame": {"~": "frame", "name": "responses", "rows": head["responses"]}, "meta": head["meta"]}

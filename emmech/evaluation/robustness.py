@@ -71,10 +71,6 @@ class ThresholdSweep(Result):
         what = f"{self.measure} of {self.name}, " if self.name else f"{self.measure} of "
         return Card(f"ThresholdSweep({what}{self.denominator} rows: {said} over {grid})")
 
-    def to_frame(self) -> pd.DataFrame:
-        """The grid of rates."""
-        return self.frame.copy()
-
     def plot(self) -> Any:
         """The rate against the alignment threshold, one line per coherence threshold; a plotly figure."""
         from emmech.view.evaluations import thresholds

@@ -51,10 +51,6 @@ class Study(Result):
     frame: pd.DataFrame
     notes: tuple[str, ...] = ()
 
-    def to_frame(self) -> pd.DataFrame:
-        """The rows."""
-        return self.frame.copy()
-
     def summary(self, outcome: str | None = None) -> pd.DataFrame:
         """The rows of interventions (no random controls), with values and their change beyond the controls."""
         frame = self.frame[self.frame["kind"] != "random"]
@@ -177,10 +173,7 @@ def ablation_table(
     if from_layer is None:
         best = direction.source.get("layer", int(np.argmax(direction.norms)))
         from_layer = only[0] if len(only) == 1 else int(best)
-    put = partial(ablate, layers=layers, positions=positions)
-    conditions = [untouched()]
-    if with_base:
-        conditions.append(adapter_off())
+    conditions = [untouched(), *([adapter_off()] if with_base else [])]
     ways: list[tuple[str, Direction, dict[str, Any]]] = [("own direction by layer", direction, {})]
     if only != [from_layer]:  # at one layer its own direction is the one direction
         ways.append((f"one direction (layer {from_layer})", direction, {"from_layer": from_layer}))
@@ -190,13 +183,9 @@ def ablation_table(
     controls = direction.random(randoms, seed=seed)
     notes = list(_few_controls(randoms))
     for label, one, how in ways:
-        conditions.append(Condition(label, "direction", partial(put, direction=one, **how)))
-        own = {i: one.vectors[how.get("from_layer", i)] for i in range(chat.n_layers)}
-        touched = own if layers == "all" else {i: own[i] for i in _as_list(layers)}
-        if note := degenerate(chat, one, touched):
-            notes.append(f"{label} is {note}")
-        # a control is ablated the way its condition is
-        conditions += [Condition(label, "random", partial(put, direction=c, **how)) for c in controls]
+        added, note = _ablated(chat, label, one, controls, layers=layers, positions=positions, **how)
+        conditions += added
+        notes += [f"{label} is {note}"] if note else []
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
     return Study(f"Ablation on {chat.name}: {direction.name}", table(measured), tuple(notes))
 
@@ -254,13 +243,11 @@ def transfer_matrix(
         run = resolve_measure(measure, chat)
         conditions = [untouched(), *([adapter_off()] if has_adapter(chat) else [])]
         for name, direction in directions.items():
-            put = partial(ablate, layers=layers, from_layer=from_layer, towards=towards, positions=positions)
-            conditions.append(Condition(name, "direction", partial(put, direction=direction)))
-            own = {i: direction.vectors[i if from_layer is None else from_layer] for i in range(chat.n_layers)}
-            if note := degenerate(chat, direction, own if layers == "all" else {i: own[i] for i in _as_list(layers)}):
-                notes.append(f"{name} in {organism} is {note}")
             controls = direction.random(randoms, seed=seed)
-            conditions += [Condition(name, "random", partial(put, direction=control)) for control in controls]
+            how = dict(layers=layers, from_layer=from_layer, towards=towards, positions=positions)
+            added, note = _ablated(chat, name, direction, controls, **how)
+            conditions += added
+            notes += [f"{name} in {organism} is {note}"] if note else []
         frame = table(measure_conditions(chat, conditions, run, base=has_adapter(chat), progress=progress))
         frame.insert(0, "organism", organism)
         frames.append(frame)
@@ -301,6 +288,18 @@ def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple
             "measure the base model beside the fine-tuned one", chat.name, "it has no adapter to take off", "base=False"
         )
     return chat, resolve_measure(measure, chat), with_base
+
+
+def _ablated(
+    chat: ChatModel, label: str, direction: Direction, controls: Sequence[Direction], *, layers: Any, **how: Any
+) -> tuple[list[Condition], str]:
+    """An ablation and its random controls, ablated in the same way; and why it is degenerate, where it is."""
+    kinds = [("direction", direction), *(("random", control) for control in controls)]
+    conditions = [Condition(label, kind, partial(ablate, direction=one, layers=layers, **how)) for kind, one in kinds]
+    single = how.get("from_layer")
+    touched = range(chat.n_layers) if layers == "all" else _as_list(layers)
+    own = {layer: direction.vectors[layer if single is None else single] for layer in touched}
+    return conditions, degenerate(chat, direction, own)
 
 
 def _few_controls(randoms: int) -> tuple[str, ...]:

@@ -349,7 +349,7 @@ class Run(Shown):
         Of more than six adapters the six are drawn whose B is longest at the end.
         """
         from emmech.transition.geometry import local_cosine, norms, turn_angle
-        from emmech.view.trajectories import Axes, Curve, by_panel
+        from emmech.view.trajectories import Curve, by_panel
 
         paths = {one.name: self.B(one.name) for one in self.adapters}
         if self.projection is not None:
@@ -366,10 +366,10 @@ class Run(Shown):
                 series = self.metrics[column].dropna()
                 curves.append(Curve(panel, self.name, column.replace("_", " "), series.index, series))
         axes = {
-            "norm": Axes("Norm of B" if self.adapters else "Norm of the update", "step", "||B||"),
-            "turn": Axes(f"Turn angle over {k} records either side", "step", "degrees"),
-            "loss": Axes("Loss", "step", "nats per token"),
-            "margin": Axes("Margin of misaligned over aligned answers", "step", "nats per token"),
+            "norm": ("Norm of B" if self.adapters else "Norm of the update", "step", "||B||"),
+            "turn": (f"Turn angle over {k} records either side", "step", "degrees"),
+            "loss": ("Loss", "step", "nats per token"),
+            "margin": ("Margin of misaligned over aligned answers", "step", "nats per token"),
         }
         return by_panel(curves, axes, f"{self.name}: {len(self.steps)} recorded steps")[0]
 

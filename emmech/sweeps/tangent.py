@@ -48,10 +48,6 @@ class TangentScan(Result):
     verified: pd.DataFrame
     scale: float
 
-    def to_frame(self) -> pd.DataFrame:
-        """A copy of the first-order effects."""
-        return self.frame.copy()
-
     def plot(self) -> Any:
         """First order by step as lines, exact values as markers."""
         from emmech.view.studies import first_order

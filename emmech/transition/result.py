@@ -237,11 +237,10 @@ class PhaseTransition(Result):
             shown = {k: v for k, v in side.path.cosines.items() if role == "run" or k == widest}
             curves += [view.Curve("cosine", role, f"k = {k}", steps, values) for k, values in shown.items()]
             if scores.shape[1] > 1:
-                share = ", ".join(f"PC{i + 1} {100 * side.path.explained[i]:.0f} %" for i in (0, 1))
                 curves.append(view.Curve("components", role, "path", scores[:, 0], scores[:, 1]))
                 where = side.path.location
                 if where is not None and side.turns:
-                    label = f"turn of the {role} (step {steps[where.record]}; {share})"
+                    label = f"turn of the {role} (step {steps[where.record]})"
                     turns.append((scores[where.record, 0], scores[where.record, 1], label))
             curves.append(view.Curve("norm", role, "norm", steps, side.path.norm))
             if side.gradient is not None:
@@ -253,13 +252,13 @@ class PhaseTransition(Result):
         if self.control is not None:
             subject += f" (solid) and control {self.control.name} (dashed)"
         k = max(path.band, default=0)
-        found = self.mechanistic
         return view.transition(
             curves,
             f"Phase transition of {subject}",
-            straight=view.Band(path.steps, *path.band[k], f"straight path, k = {k} (95 %)") if k else None,
+            explained=path.explained,
+            straight=(path.steps, *path.band[k], f"straight path, k = {k} (95 %)") if k else None,
             turns=turns,
-            step=found.interval,
+            step=self.mechanistic.interval,
         )
 
     def _card(self) -> Card:
@@ -309,9 +308,9 @@ def _compare(run: Side, control: Side) -> Comparison:
         more = (
             "by as much as the run" if low <= 0 <= high else ("less than the run" if low > 0 else "more than the run")
         )
-        verdict, text = ("shared", f"the control turns as well, {more}: {both} ({measured}). Not specific to this data")
+        verdict, text = "shared", f"the control turns as well, {more}: {both} ({measured}). Not specific to this data"
     elif low > 0:
-        verdict, text = ("specific", f"the control does not turn (p = {other.p_value:.2g}): {both} ({measured})")
+        verdict, text = "specific", f"the control does not turn (p = {other.p_value:.2g}): {both} ({measured})"
     else:
         verdict = "undecided"
         text = f"the control's turn is not significant (p = {other.p_value:.2g}), but nor is the {measured}: {both}"

@@ -66,7 +66,7 @@ def finish(figure: go.Figure, title: str, *, note: str = "", height: int = 420, 
     }
     axis |= {"ticks": "outside", "tickcolor": faint(GREY, 0.6), "automargin": True, "title": {"standoff": 10}}
     lines = wrap(title, 84) or [""]
-    top = 50 + 20 * (len(lines) - 1) + (18 if note else 0) + (24 if _has_panel_titles(figure) else 0)
+    top = 50 + 20 * (len(lines) - 1) + (18 if note else 0) + (24 if figure.layout.annotations else 0)
     common = go.Layout(
         font={"family": FONT, "size": 13, "color": GREY},
         paper_bgcolor=faint(GREY, 0),
@@ -94,7 +94,3 @@ def finish(figure: go.Figure, title: str, *, note: str = "", height: int = 420, 
         height=height,
         legend=legend,
     ).update_layout(**layout)
-
-
-def _has_panel_titles(figure: go.Figure) -> bool:
-    return any(one.yref == "paper" and one.y is not None and one.y >= 1 for one in figure.layout.annotations)

@@ -12,15 +12,7 @@ from emmech.view.theme import BAD, GREY, colour, finish
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Axes", "Band", "Curve", "by_panel", "metrics_by_step", "rates_by_step", "transition"]
-
-
-class Axes(NamedTuple):
-    """A panel's title and its axes' titles."""
-
-    title: str
-    x: str
-    y: str
+__all__ = ["Curve", "by_panel", "metrics_by_step", "rates_by_step", "transition"]
 
 
 class Curve(NamedTuple):
@@ -33,22 +25,14 @@ class Curve(NamedTuple):
     y: Any
 
 
-class Band(NamedTuple):
-    """What a straight path would give: ``low`` to ``high`` at ``x``."""
-
-    x: Any
-    low: Any
-    high: Any
-    name: str
-
-
-TRANSITION = {
-    "cosine": Axes("Local cosine (-1 straight, +1 reversal; grey: straight)", "step", "c_k"),
-    "components": Axes("Principal components of B", "PC1", "PC2"),
-    "norm": Axes("Norm of B", "step", "||B||"),
-    "gradient": Axes("Gradient norm before clipping", "step", "gradient norm"),
-    "margin": Axes("Misaligned over aligned answers", "step", "nats per token"),
-    "comp": Axes("Similarity to the last step", "step", "comp score"),
+Axes = tuple[str, str, str]  # a panel's title and its axes' titles
+TRANSITION: dict[str, Axes] = {
+    "cosine": ("Local cosine (-1 straight, +1 reversal; grey: straight)", "step", "c_k"),
+    "components": ("Principal components of B", "PC1", "PC2"),
+    "norm": ("Norm of B", "step", "||B||"),
+    "gradient": ("Gradient norm before clipping", "step", "gradient norm"),
+    "margin": ("Misaligned over aligned answers", "step", "nats per token"),
+    "comp": ("Similarity to the last step", "step", "comp score"),
 }
 
 
@@ -65,7 +49,7 @@ def by_panel(
     """
     shown = [name for name in axes if any(curve.panel == name for curve in curves)]
     runs = list(dict.fromkeys(curve.run for curve in curves))
-    figure = panels([axes[name].title for name in shown], columns=columns, horizontal_spacing=0.1)
+    figure = panels([axes[name][0] for name in shown], columns=columns, horizontal_spacing=0.1)
     place = {name: (1 + index // columns, 1 + index % columns) for index, name in enumerate(shown)}
     several = {name: len({curve.label for curve in curves if curve.panel == name}) > 1 for name in shown}
     named: set[str] = set()
@@ -85,8 +69,8 @@ def by_panel(
             dash=dash, legendgroup=entry, hover=hover,
         )  # fmt: skip
     for name, (row, column) in place.items():
-        figure.update_xaxes(title_text=axes[name].x, row=row, col=column)
-        figure.update_yaxes(title_text=axes[name].y, row=row, col=column)
+        figure.update_xaxes(title_text=axes[name][1], row=row, col=column)
+        figure.update_yaxes(title_text=axes[name][2], row=row, col=column)
     return finish(figure, title, height=height * -(-len(shown) // columns) + 120), place
 
 
@@ -94,21 +78,28 @@ def transition(
     curves: Sequence[Curve],
     title: str,
     *,
-    straight: Band | None = None,
+    explained: Any = (),
+    straight: tuple[Any, Any, Any, str] | None = None,
     turns: Sequence[tuple[float, float, str]] = (),
     step: tuple[float, float, float] | None = None,
 ) -> Any:
     """The panels of a phase transition.
 
     Args:
+        explained: shares of variance of the run's two principal components.
+        straight: steps, low, high and name of what a straight path would give.
         turns: ``(PC1, PC2, name)`` of the step at which each run turns.
         step: the mechanistic step with its interval, marked in every panel over steps.
     """
     figure, place = by_panel(curves, TRANSITION, title)
     if straight is not None:
-        band(figure, straight.x, straight.low, straight.high, straight.name, at=place["cosine"])
+        band(figure, *straight, at=place["cosine"])
         figure.data[-1].showlegend = False
         figure.data = (figure.data[-1], *figure.data[:-1])  # below the curves
+    if "components" in place and len(explained) > 1:
+        where = dict(zip(("row", "col"), place["components"], strict=True))
+        figure.update_xaxes(title_text=f"PC1 ({explained[0]:.0%})", **where)
+        figure.update_yaxes(title_text=f"PC2 ({explained[1]:.0%})", **where)
     for index, (x, y, name) in enumerate(turns):
         line(figure, [x], [y], name, (BAD, GREY)[index % 2], at=place["components"], mode="markers", legend=False,
              marker_size=11, hover=name)  # fmt: skip
@@ -138,7 +129,7 @@ def metrics_by_step(
             why, instead = "none of them recorded it", "run.metrics.columns lists what was recorded"
             raise EmmechError(f"plot {column!r}", f"runs {list(metrics)}", why, instead)
         curves += [Curve(column, run, column, series.index, series) for run, series in found]
-    axes = {column: Axes(name, "step", "") for column, name in columns.items()}
+    axes = {column: (name, "step", "") for column, name in columns.items()}
     figure, place = by_panel(curves, axes, title, columns=len(columns))
     for column in zero:
         level(figure, 0.0, at=place[column])
