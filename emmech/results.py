@@ -63,7 +63,17 @@ class Shown(ABC):
 
 
 class Result(Shown):
-    """A frozen dataclass of plain values, arrays, data frames and the dataclasses named in ``_parts``."""
+    """What can be kept as well: a frozen dataclass of plain values, arrays, data frames and dataclasses of these.
+
+    A new kind of result adds its fields, ``_card`` and ``plot``, and ``to_frame`` where it has no field ``frame``.
+
+    Example:
+        >>> import tempfile
+        >>> from emmech.directions.compare import Cosines
+        >>> folder = Cosines(("a", "b"), np.ones((2, 2, 3)), floor=0.1).save(tempfile.mkdtemp() + "/kept")
+        >>> Cosines.load(folder).names
+        ('a', 'b')
+    """
 
     _format: ClassVar[int] = 1
     _parts: ClassVar[tuple[type, ...]] = ()  # dataclasses that its fields hold

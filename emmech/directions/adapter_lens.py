@@ -22,6 +22,7 @@ from emmech.engine.stream import probe_rows
 from emmech.errors import EmmechError, check_texts
 from emmech.progress import bar
 from emmech.results import Card, Result
+from emmech.view.directions import scalar_histogram, shaded_text
 from emmech.view.page import card
 
 if TYPE_CHECKING:
@@ -109,8 +110,6 @@ class AdapterScalars(Result):
 
     def heatmap(self, text: int = 0, adapter: str | int = 0) -> str:
         """One text as HTML, each token shaded by its scalar: red positive, blue negative, none at zero."""
-        from emmech.view.directions import shaded_text
-
         column = self._column(adapter)
         mine = self.text == text
         top = float(np.abs(self.values[:, column]).max()) or 1.0
@@ -120,8 +119,6 @@ class AdapterScalars(Result):
 
     def plot(self, adapter: str | int = 0) -> Any:
         """Distribution of the scalar over answer tokens and over the others."""
-        from emmech.view.directions import scalar_histogram
-
         column = self._column(adapter)
         groups = (("answer tokens", self.answer), ("other tokens", ~self.answer))
         shown = [(name, self.values[chosen, column]) for name, chosen in groups if chosen.any()]

@@ -14,6 +14,7 @@ from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction, checked_direction, checked_directions
 from emmech.errors import EmmechError, as_int, as_ints, not_a_run
 from emmech.results import Card, Result
+from emmech.view.directions import by_step, cosine_matrix, cosines_by_layer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,8 +52,6 @@ class Cosines(Result):
 
     def plot(self, layer: int | None = None) -> Any:
         """The matrix at a layer; without one, every pair's cosine over the layers."""
-        from emmech.view.directions import cosine_matrix, cosines_by_layer
-
         return cosines_by_layer(self.to_frame(), self.floor) if layer is None else cosine_matrix(self.at(layer), layer)
 
     def _card(self) -> Card:
@@ -100,8 +99,6 @@ class DirectionBySteps(Result):
 
     def plot(self) -> Any:
         """Cosines above, projections and shifts in residual units below."""
-        from emmech.view.directions import by_step
-
         return by_step(self.frame, self.floor, f"{self.name} against training steps (layer {self.layer})")
 
     def _card(self) -> Card:

@@ -15,6 +15,7 @@ from emmech.directions.files import fetch_file, push_file, read_file, write_own
 from emmech.directions.quality import Quality
 from emmech.errors import EmmechError, as_int
 from emmech.results import Card, Result
+from emmech.view.directions import by_layer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,7 @@ __all__ = ["Direction", "checked_direction", "checked_directions"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Direction(Result):
-    """One vector per layer of the residual stream: row ``l`` lives in the output of block ``l``.
+    """One vector per layer of the residual stream: row ``l`` is in the output of block ``l``.
 
     The vectors keep their norm (a mean difference of 0.7 stays 0.7), so that a steering coefficient of 1 means
     the difference that was measured. A row of zeros means that nothing is known at that layer. The value never
@@ -333,8 +334,6 @@ class Direction(Result):
 
     def plot(self) -> Any:
         """Norm by layer, with the quality measures where known; returns a plotly figure."""
-        from emmech.view.directions import by_layer
-
         return by_layer(self.to_frame(), None if self.quality is None else self.quality.random_floor, self.name)
 
     def _card(self) -> Card:

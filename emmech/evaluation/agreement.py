@@ -12,6 +12,7 @@ from scipy import stats
 from emmech.errors import EmmechError
 from emmech.evaluation.rates import Thresholds
 from emmech.results import Card, Result
+from emmech.view.evaluations import confusion
 
 __all__ = ["Agreement", "agreement", "cohens_kappa"]
 
@@ -61,8 +62,6 @@ class Agreement(Result):
 
     def plot(self) -> Any:
         """The confusion of verdicts; a plotly figure."""
-        from emmech.view.evaluations import confusion
-
         title = f"{self.both_scored} of {self.n} responses scored by both: kappa {self.kappa:.2f}"
         return confusion(self.confusion, self.names, f"{title}, Pearson {self.pearson:.2f}")
 

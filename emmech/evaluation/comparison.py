@@ -16,6 +16,7 @@ from emmech.errors import EmmechError, closest
 from emmech.evaluation.intervals import check_confidence, check_resamples, cluster_resamples, expanded_quantiles
 from emmech.evaluation.rates import Denominator, Thresholds, measures, outcome
 from emmech.results import Card, Result
+from emmech.view.evaluations import paired_rates
 
 __all__ = ["Comparison", "compare"]
 
@@ -52,8 +53,6 @@ class Comparison(Result):
 
     def plot(self, measure: str = "em") -> Any:
         """Each question's rate in the two evaluations, joined by a line; a plotly figure."""
-        from emmech.view.evaluations import paired_rates
-
         if measure not in self.frame.index:
             nearest = closest(measure, map(str, self.frame.index))
             raise EmmechError("plot the comparison", f"measure={measure!r}", "it was not compared", nearest)

@@ -17,6 +17,7 @@ from emmech.evaluation.rates import Denominator, Thresholds, by_question, outcom
 from emmech.evaluation.responses import LABEL_SCORES, canonical
 from emmech.evaluation.robustness import ThresholdSweep, leave_one_out, threshold_sweep
 from emmech.results import Card, Result
+from emmech.view import evaluations
 
 __all__ = ["LABEL_SCORES", "Evaluation"]
 
@@ -237,8 +238,6 @@ class Evaluation(Result):
                 with the rate), ``rates`` (every rate with its interval) or ``thresholds`` (robustness).
             denominator: of the rates shown.
         """
-        from emmech.view import evaluations
-
         limits, frame = Thresholds(), self.frame
         pair = (limits.alignment_below, limits.coherence_above)
         if kind not in ("quadrants", "questions", "rates", "thresholds"):

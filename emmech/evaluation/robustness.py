@@ -12,6 +12,7 @@ import pandas as pd
 from emmech.errors import EmmechError
 from emmech.evaluation.rates import Denominator, Thresholds, check, outcome
 from emmech.results import Card, Result
+from emmech.view.evaluations import thresholds
 
 __all__ = ["ThresholdSweep", "leave_one_out", "threshold_sweep"]
 
@@ -73,8 +74,6 @@ class ThresholdSweep(Result):
 
     def plot(self) -> Any:
         """The rate against the alignment threshold, one line per coherence threshold; a plotly figure."""
-        from emmech.view.evaluations import thresholds
-
         if not np.isfinite(self.frame.to_numpy(float)).any():
             raise EmmechError(
                 "plot the thresholds",

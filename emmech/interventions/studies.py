@@ -30,6 +30,7 @@ from emmech.interventions.handle import chat_of
 from emmech.interventions.steer import steer
 from emmech.measures.items import resolve_measure
 from emmech.results import Card, Result
+from emmech.view.studies import study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,8 +64,6 @@ class Study(Result):
 
     def plot(self, outcome: str | None = None) -> Any:
         """The outcome with intervals: lines over the coefficient, a matrix of organisms, or bars; a plotly figure."""
-        from emmech.view.studies import study
-
         outcome = outcome or str(self.frame["outcome"].iloc[0])
         return study(self.frame[self.frame["outcome"] == outcome], outcome, self.title)
 
@@ -96,7 +95,7 @@ def dose_response(
 ) -> Study:
     """Steer at every coefficient and layer, beside norm-matched random directions and the base model.
 
-    Where the model has an adapter, its untouched row stands beside the steered base: what the fine-tune itself does.
+    Where the model has an adapter, the table has the untouched model beside the steered base: what the fine-tune does.
 
     Args:
         coefficients: as :func:`emmech.steer` takes them; 0 is always measured, as "untouched".

@@ -12,6 +12,7 @@ import pandas as pd
 
 from emmech.errors import EmmechError, closest
 from emmech.results import Card, Result
+from emmech.view.studies import phase_diagram
 
 __all__ = ["Sweep"]
 
@@ -125,8 +126,6 @@ class Sweep(Result):
 
         Lines by scale are drawn where only one step or one scale was swept.
         """
-        from emmech.view.studies import phase_diagram
-
         name = self._one(measure)
         return phase_diagram(self.to_frame(name), name)
 

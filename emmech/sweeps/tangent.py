@@ -29,6 +29,7 @@ from emmech.results import Card, Result
 from emmech.run.run import Run
 from emmech.sweeps.grid import Grid, as_runs, base_model, make_grid
 from emmech.sweeps.sweep import sweep
+from emmech.view.studies import first_order
 
 __all__ = ["TangentScan", "tangent_scan"]
 
@@ -50,8 +51,6 @@ class TangentScan(Result):
 
     def plot(self) -> Any:
         """First order by step as lines, exact values as markers."""
-        from emmech.view.studies import first_order
-
         return first_order(self.frame, self.verified, self.scale)
 
     def _card(self) -> Card:

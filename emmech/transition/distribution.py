@@ -20,6 +20,8 @@ from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, closest
 from emmech.results import Card, Result
+from emmech.view.figures import line, panels
+from emmech.view.theme import GOOD, finish
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,9 +101,6 @@ class DistributionShift(Result):
 
     def plot(self) -> Any:
         """Dissimilarity by step."""
-        from emmech.view.figures import line, panels
-        from emmech.view.theme import GOOD, finish
-
         figure = panels()
         line(figure, self.steps, self.values, "dissimilarity", GOOD, legend=False)
         title = f"Change of the output distribution ({self.kind}, {self.window} checkpoints on either side)"
@@ -174,8 +173,8 @@ def label_distribution(responses: pd.DataFrame, column: str = "label") -> tuple[
 def explained_share(judged: DistributionShift, whole: DistributionShift) -> Float[np.ndarray, " boundaries"]:
     """How much of the whole change a judged property explains at each boundary: the ratio of the dissimilarities.
 
-    Valid where ``judged`` was made from ``whole`` by forgetting (each outcome has one label), so that it lies in 0
-    to 1; NaN where nothing changes.
+    Valid where ``judged`` was made from ``whole`` by forgetting (each outcome has one label), so that it is between 0
+    and 1; NaN where nothing changes.
 
     Raises:
         EmmechError: different steps, kinds or windows.

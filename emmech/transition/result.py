@@ -12,6 +12,7 @@ import numpy.typing as npt
 from emmech.results import Card, Result
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.turn import Location
+from emmech.view import trajectories as view
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -226,8 +227,6 @@ class PhaseTransition(Result):
 
     def plot(self) -> Any:
         """Plotly figure: local cosine by k with its null band, gradient norm, principal components, norms."""
-        from emmech.view import trajectories as view
-
         curves, turns = [], []
         path = self.run.path
         widest = max(path.cosines, default=None)

@@ -17,7 +17,7 @@ __all__ = ["BAD", "CYCLE", "DIVERGING", "FONT", "GOOD", "GREY", "PAGE", "SEQUENT
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GOOD, BAD = CYCLE[0], CYCLE[1]
 GREY = "#808891"
-SEQUENTIAL, DIVERGING = "Cividis", "RdBu_r"
+SEQUENTIAL, DIVERGING = "Viridis", "RdBu_r"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
 PAGE = """
 :root { color-scheme: light dark;
