@@ -47,12 +47,7 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
     sides = [side for side in (found.run, found.control) if side is not None]
     turns = f"The largest bend of B: {'; '.join(_turn(side) for side in sides)}."
     sections = [
-        Section(
-            "What the detectors say",
-            turns,
-            code=found.summary(),
-            table=found.detectors,
-        ),
+        Section("What the detectors say", turns, code=found.summary(), table=found.detectors),
         Section("The path of B", figure=found.plot()),
         Section(
             "The margin of misaligned over aligned answers",
@@ -81,12 +76,7 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
         sections,
         footer=f"Made by `make demo-smollm2` in {minutes:.1f} minutes.",
     )
-    for line in (
-        found.summary(),
-        turns,
-        table.to_string(float_format=lambda v: f"{v:+.3f}"),
-        changes,
-    ):
+    for line in (found.summary(), turns, table.to_string(float_format=lambda v: f"{v:+.3f}"), changes):
         _say(line)
     _say(f"\n{minutes:.1f} minutes. The page: {page}")
     return page

@@ -56,32 +56,19 @@ class Sweep(Result):
         Items are the clusters (questions, pairs), so the error is between items.
         """
         chosen = self.frame if measure is None else self._of(measure)
+        values, weights = chosen["value"].astype(float), chosen["weight"].astype(float)
+        values = values.where(np.isfinite(values) & (weights > 0))
 
-        def summary(part: pd.DataFrame) -> pd.Series:
-            values, weights = part["value"].to_numpy(float), part["weight"].to_numpy(float)
-            known = np.isfinite(values) & (weights > 0)
-            if not known.any():
-                return pd.Series({"value": np.nan, "error": np.nan, "items": 0, "samples": 0})
-            values, weights = values[known], weights[known] / weights[known].sum()
-            mean = float(weights @ values)
-            count = len(values)
-            spread = float(np.sqrt((weights**2 @ (values - mean) ** 2) * count / max(count - 1, 1)))
-            return pd.Series(
-                {
-                    "value": mean,
-                    "error": spread if count > 1 else np.nan,
-                    "items": count,
-                    "samples": int(part["weight"].sum()),
-                }
-            )
+        def by_variant(series: pd.Series) -> Any:
+            return series.groupby([chosen[column] for column in (*AXES, "measure")], sort=False)
 
-        columns = [*AXES, "measure"]
-        return (
-            chosen.groupby(columns, sort=False)[["value", "weight"]]
-            .apply(summary)
-            .reset_index()
-            .astype({"items": int, "samples": int})
-        )
+        known = weights.where(values.notna(), 0.0)
+        shares = known / by_variant(known).transform("sum")
+        count, mean = by_variant(values).count(), by_variant(shares * values).sum(min_count=1)
+        squares = by_variant((shares * (values - by_variant(shares * values).transform("sum"))) ** 2).sum()
+        samples = by_variant(weights).sum().where(count > 0, 0)
+        columns = {"value": mean, "error": np.sqrt(squares * count / (count - 1)).where(count > 1)}
+        return pd.DataFrame({**columns, "items": count, "samples": samples.astype(int)}).reset_index()
 
     def table(self, measure: str | None = None, *, columns: str = "scale") -> pd.DataFrame:
         """Mean over items, steps by scales (or by ``"coefficient"`` or ``"run"``).

@@ -59,38 +59,19 @@ def finish(figure: go.Figure, title: str, *, note: str = "", height: int = 420, 
     """
     import plotly.graph_objects as go
 
-    axis: dict[str, Any] = {
-        "gridcolor": faint(GREY, 0.25),
-        "zerolinecolor": faint(GREY, 0.4),
-        "linecolor": faint(GREY, 0.6),
-    }
-    axis |= {"ticks": "outside", "tickcolor": faint(GREY, 0.6), "automargin": True, "title": {"standoff": 10}}
     lines = wrap(title, 84) or [""]
     top = 50 + 20 * (len(lines) - 1) + (18 if note else 0) + (24 if figure.layout.annotations else 0)
-    common = go.Layout(
-        font={"family": FONT, "size": 13, "color": GREY},
-        paper_bgcolor=faint(GREY, 0),
-        plot_bgcolor=faint(GREY, 0),
-        colorway=CYCLE,
-        colorscale={"sequential": SEQUENTIAL, "diverging": DIVERGING},
-        hoverlabel={"align": "left"},
-        xaxis=axis,
-        yaxis=axis,
-    )
-    legend = {"orientation": "h", "x": 0, "xanchor": "left", "yanchor": "top", "y": -58 / max(height - top - 100, 100)}
     below = any(trace.showlegend or (trace.showlegend is None and trace.type != "heatmap") for trace in figure.data)
+    grid, rule, clear = faint(GREY, 0.25), faint(GREY, 0.5), faint(GREY, 0)
+    axis = dict(gridcolor=grid, zerolinecolor=rule, linecolor=rule, tickcolor=rule, ticks="outside", automargin=True)
+    common = go.Layout(
+        font=dict(family=FONT, size=13, color=GREY), paper_bgcolor=clear, plot_bgcolor=clear, colorway=CYCLE,
+        colorscale=dict(sequential=SEQUENTIAL, diverging=DIVERGING), hoverlabel_align="left", xaxis=axis, yaxis=axis,
+    )  # fmt: skip
+    heading = dict(text="<br>".join(lines), font_size=16, subtitle=dict(text=note, font_size=12))
     return figure.update_layout(
-        template=go.layout.Template(layout=common),
-        title={
-            "text": "<br>".join(lines),
-            "subtitle": {"text": note, "font": {"size": 12}},
-            "x": 0.01,
-            "yref": "container",
-            "y": 1 - 14 / height,
-            "yanchor": "top",
-            "font": {"size": 16},
-        },
-        margin={"t": top, "b": 100 if below else 64, "l": 64, "r": 24},
-        height=height,
-        legend=legend,
-    ).update_layout(**layout)
+        template=go.layout.Template(layout=common), height=height,
+        title=dict(**heading, x=0.01, y=1 - 14 / height, yref="container", yanchor="top"),
+        margin=dict(t=top, b=100 if below else 64, l=64, r=24),
+        legend=dict(orientation="h", x=0, xanchor="left", y=-58 / max(height - top - 100, 100), yanchor="top"),
+    ).update_layout(**layout)  # fmt: skip
