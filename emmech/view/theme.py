@@ -64,6 +64,7 @@ def finish(figure: go.Figure, title: str, *, note: str = "", height: int = 420, 
     below = any(trace.showlegend or (trace.showlegend is None and trace.type != "heatmap") for trace in figure.data)
     grid, rule, clear = faint(GREY, 0.25), faint(GREY, 0.5), faint(GREY, 0)
     axis = dict(gridcolor=grid, zerolinecolor=rule, linecolor=rule, tickcolor=rule, ticks="outside", automargin=True)
+    axis |= dict(title_standoff=8)
     common = go.Layout(
         font=dict(family=FONT, size=13, color=GREY), paper_bgcolor=clear, plot_bgcolor=clear, colorway=CYCLE,
         colorscale=dict(sequential=SEQUENTIAL, diverging=DIVERGING), hoverlabel_align="left", xaxis=axis, yaxis=axis,
