@@ -164,14 +164,14 @@ def rendered_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, tu
         found = _places(text, pieces, [messages[index]["content"] for index in marked])
         if isinstance(found, int):
             index = marked[min(found, len(marked) - 1)]
-            raise _rewritten(index, messages[index], "rewrites")
+            raise _rewritten(tokenizer, index, messages[index], "rewrites")
     ends = _once(tokenizer, "ends", lambda: _ends(tokenizer))
     spans = []
     for index, (start, content_end), following in zip(marked, found, pieces[1:], strict=True):
         if trained(messages[index]):
             stop = ends[index < len(messages) - 1]
             if not following.startswith(stop):
-                raise _rewritten(index, messages[index], f"does not write {stop!r} after")
+                raise _rewritten(tokenizer, index, messages[index], f"does not write {stop!r} after")
             spans.append(Span(start, content_end, content_end + len(stop)))
     return text, tuple(spans)
 
@@ -184,7 +184,7 @@ def _between(tokenizer: Any, messages: Sequence[Message], marked: Iterable[int])
     for index, mark in marks.items():
         before, found, rest = rest.partition(mark)
         if not found or mark in rest:
-            raise _rewritten(index, messages[index], "leaves out, repeats or moves")
+            raise _rewritten(tokenizer, index, messages[index], "leaves out, repeats or moves")
         pieces.append(before)
     return [*pieces, rest]
 
@@ -211,8 +211,8 @@ def _places(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[t
     return places if at == len(text) else len(contents) - 1
 
 
-def _rewritten(index: int, message: Message, does: str) -> EmmechError:
-    thinks = "</think>" in message["content"]
+def _rewritten(tokenizer: Any, index: int, message: Message, does: str) -> EmmechError:
+    thinks = "</think>" in message["content"] and "</think>" in str(tokenizer.chat_template)
     return EmmechError(
         "find the answers in the rendered conversation",
         given=f"turn {index} ({message['role']}): {message['content'][:60]!r}",
