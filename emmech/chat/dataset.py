@@ -265,9 +265,10 @@ def _array(path: Path, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[str, 
     def place(at: int) -> str:
         return f"{path}:{lines[bisect_right(begins, at) - 1][0]}"
 
-    index, at = 0, _skip(text, 0) + 1
+    index, at = 0, _skip(text, _skip(text, 0) + 1)
     try:
-        closed = text.startswith("]", at := _skip(text, at))
+        if closed := text.startswith("]", at):
+            at += 1
         while not closed:
             value, end = _DECODER.raw_decode(text, at)
             yield f"{place(at)}, row {index}", value
