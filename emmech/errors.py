@@ -117,7 +117,7 @@ def closest(name: str, choices: Iterable[str]) -> str:
     """
     names = sorted(str(choice) for choice in choices)
     listing = f"choices: {', '.join(names)}" if names else "there are none"
-    match = difflib.get_close_matches(str(name), names, n=1)
+    match = difflib.get_close_matches(str(name)[:200], names, n=1)
     return f"did you mean '{match[0]}'? {listing}" if match else listing
 
 

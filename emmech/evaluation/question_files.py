@@ -181,8 +181,8 @@ def parse(entry: Any, file: str, number: int) -> Question:
 
 def _prompts(value: Any, where: str) -> dict[str, str]:
     """Judge prompts as a mapping of templates (public files) or a list of bundled names."""
-    if isinstance(value, list):
-        return {str(name): judge_prompt(str(name)) for name in value}
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return {name: judge_prompt(name) for name in value}
     if not isinstance(value, Mapping):
         raise EmmechError(
             where,
