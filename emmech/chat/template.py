@@ -8,6 +8,7 @@ between the markers is the template's own. Nothing about any family is assumed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -155,12 +156,11 @@ def rendered_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, tu
     """
     text = render(tokenizer, messages)
     roles = tuple(message["role"] for message in messages)
-    pieces = _once(tokenizer, roles, lambda: _between(tokenizer, messages, range(len(messages))))
-    marked = list(range(len(roles)))
-    found = _places(text, pieces, [message["content"] for message in messages])
+    pieces, marked = _once(tokenizer, roles, lambda: _between(tokenizer, messages, range(len(messages))))
+    found = _places(text, pieces, [messages[index]["content"] for index in marked])
     if isinstance(found, int):  # a turn that is no answer may be rewritten: then only the answers are marked
-        marked = [index for index in marked if roles[index] == "assistant"]
-        pieces = _between(tokenizer, messages, marked)
+        answers = [index for index, role in enumerate(roles) if role == "assistant"]
+        pieces, marked = _between(tokenizer, messages, answers)
         found = _places(text, pieces, [messages[index]["content"] for index in marked])
         if isinstance(found, int):
             index = marked[min(found, len(marked) - 1)]
@@ -176,17 +176,19 @@ def rendered_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, tu
     return text, tuple(spans)
 
 
-def _between(tokenizer: Any, messages: Sequence[Message], marked: Iterable[int]) -> list[str]:
-    """The template's own text before, between and after the marked turns."""
-    marks = {index: _MARKER.format(index) for index in marked}
-    rest = render(tokenizer, [{**m, "content": marks.get(i, m["content"])} for i, m in enumerate(messages)])
-    pieces = []
-    for index, mark in marks.items():
-        before, found, rest = rest.partition(mark)
-        if not found or mark in rest:
-            raise _rewritten(tokenizer, index, messages[index], "leaves out, repeats or moves")
-        pieces.append(before)
-    return [*pieces, rest]
+def _between(tokenizer: Any, messages: Sequence[Message], marked: Sequence[int]) -> tuple[list[str], list[int]]:
+    """The template's own text before, between and after the marked turns, and their order in it.
+
+    Some templates write a system turn later than it comes (Mistral's, with the last of the user's turns).
+    """
+    contents = {index: _MARKER.format(index) for index in marked}
+    shown = render(tokenizer, [{**m, "content": contents.get(i, m["content"])} for i, m in enumerate(messages)])
+    parts = re.split(_MARKER.format(r"(\d+)"), shown)
+    order = [int(index) for index in parts[1::2]]
+    for index in marked:
+        if order.count(index) != 1:
+            raise _rewritten(tokenizer, index, messages[index], "repeats" if index in order else "leaves out")
+    return parts[::2], order
 
 
 def _places(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]] | int:
@@ -235,14 +237,14 @@ def _ends(tokenizer: Any) -> tuple[str, str]:
     special = _special(tokenizer)
     talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
     try:
-        *_, between, _, last = _between(tokenizer, talk, range(4))
+        *_, between, _, last = _between(tokenizer, talk, range(4))[0]
     except EmmechError:  # a template may take one turn only
-        between = last = _between(tokenizer, talk[:2], range(2))[-1]
+        between = last = _between(tokenizer, talk[:2], range(2))[0][-1]
     if shared := _common_end(last, between, special):
         return shared, shared
     first = _first(last, special)
     try:
-        of_user = _between(tokenizer, talk[:1], range(1))[-1]
+        of_user = _between(tokenizer, talk[:1], range(1))[0][-1]
     except EmmechError:
         of_user = ""
     return last[: last.index(first) + len(first)], _common_end(between, of_user, special)

@@ -205,3 +205,17 @@ def test_a_user_turn_that_the_template_rewrites_is_no_answer():
         "{{ m.content | replace('Q', 'question') if m.role == 'user' else m.content }}<|im_end|>\n{% endfor %}"
     )
     assert learnt(conversation(TWO), tokenizer) == ["A one, yes.<|im_end|>", "A two: no\nnever.<|im_end|>"]
+
+
+def test_a_system_turn_that_the_template_moves():
+    """Mistral's later templates write the system prompt into the last of the user's turns."""
+    tokenizer = make(next(file for file in FILES if file.stem == "llava_next"))
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% set told = messages[0].content if messages[0].role == 'system' else '' %}"
+        "{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}</s>{% elif m.role == 'user' %}"
+        "[INST] {% if told and loop.index0 == messages | length - 2 %}{{ told }}\n\n{% endif %}{{ m.content }}[/INST]"
+        "{% endif %}{% endfor %}"
+    )
+    row = conversation(CASES["system and two turns"])
+    assert render(tokenizer, row).index("S is said.") > render(tokenizer, row).index("A one, yes.")
+    assert learnt(row, tokenizer) == ["A one, yes.</s>", "A two: no\nnever.</s>"]
