@@ -64,6 +64,8 @@ class Recorder(TrainerCallback):
         ``run = emmech.load_run("checkpoints/my-run")``.
     """
 
+    watch = GradientNorms
+
     def __init__(
         self,
         path: str | Path,
@@ -126,7 +128,7 @@ class Recorder(TrainerCallback):
             self.measure_every = self._every * max(1, round(state.max_steps / (20 * self._every)))
         if not resumed:
             self._write_manifest(model, tokenizer, args, state, kwargs.get("train_dataloader"))
-        self._gradients = GradientNorms(self._capture.watched())
+        self._gradients = self.watch(self._capture.watched())
         if not resumed:
             self._record(state.global_step)
 
