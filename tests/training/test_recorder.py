@@ -8,7 +8,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from emmech.training.trainer import Rows, collate
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -16,6 +15,7 @@ import emmech
 from emmech.chat.encode import encode
 from emmech.errors import EmmechError
 from tests.conftest import make_rows, make_tiny
+from tests.training.plain import Rows, collate
 
 
 class Losses(TrainerCallback):
