@@ -104,19 +104,22 @@ class NotFinite(Exception):
 def summed(objective: Sequence[Term], batch: Batch) -> dict[str, Float[torch.Tensor, " runs"]]:
     """Each term's value for each run; with gradients enabled, their sum is differentiated piece by piece.
 
+    Only runs that have rows in the batch count.
+
     Raises:
         NotFinite: with gradients, the value of some run is not finite; the gradients are then of no use.
     """
     found = {}
+    going = torch.tensor(sorted({one.run for one in batch.asked}), device=batch.chat.device)
     for term in objective:
         value = torch.zeros(batch.runs, dtype=torch.float64, device=batch.chat.device)
         for piece in term(batch):
             value += piece.detach()
             if not torch.is_grad_enabled():
                 continue
-            if not value.isfinite().all():
-                raise NotFinite((~value.isfinite()).nonzero().flatten().tolist())
+            if not value[going].isfinite().all():
+                raise NotFinite(going[~value[going].isfinite()].tolist())
             if piece.requires_grad:
-                piece.sum().backward()
+                piece[going].sum().backward()
         found[term.name] = value
     return found

@@ -64,7 +64,7 @@ class Recorder(TrainerCallback):
         ``run = emmech.load_run("checkpoints/my-run")``.
     """
 
-    watch = GradientNorms
+    watch = GradientNorms  # what keeps the gradients' norms of the captured parameters
 
     def __init__(
         self,

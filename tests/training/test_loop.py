@@ -184,13 +184,15 @@ def test_a_term_is_added_with_its_gradient(prefix, tmp_path):
         assert frame["loss"].to_numpy() == pytest.approx(frame["loss/answer_loss"] + frame["loss/pull"], rel=1e-6)
         assert np.array_equal(run.B(names[0])[1], plain.B(names[0])[1])  # B is zero before step 1, and so is its pull
         assert not np.array_equal(run.B(names[0])[-1], plain.B(names[0])[-1])
-    # the gradient: a pull so strong that it is all there is
-    heavy = emmech.finetune(
-        chat, make_rows(), out=tmp_path / "heavy", objective=[AnswerLoss(), Pull(1e6)], **options
-    )[0]  # fmt: skip
-    for info in heavy.adapters:
-        norms = heavy.metrics[f"grad_norm_B/{info.name}"].to_numpy()[1:]
-        assert norms == pytest.approx(2e6 * np.linalg.norm(heavy.B(info.name)[1:-1], axis=1), rel=1e-3)
+    # the term alone: its gradient is 2 * weight * B, and none for A
+    alone = emmech.finetune(
+        chat, make_rows(), out=tmp_path / "alone", objective=[Pull(weight)], start=(without[0], 5), **options
+    )[1]
+    for info in alone.adapters:
+        norms = alone.metrics[f"grad_norm_B/{info.name}"].dropna()
+        wanted = 2 * weight * np.linalg.norm(alone.B(info.name)[:-1], axis=1)
+        assert wanted[0] > 0 and norms.to_numpy() == pytest.approx(wanted, rel=1e-5)
+        assert not alone.metrics[f"grad_norm_A/{info.name}"].dropna().any()
 
 
 @pytest.mark.parametrize("path", [path for path in PATHS if path != "full"])
