@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, overload
@@ -19,6 +20,7 @@ import numpy as np
 
 from emmech.chat.template import Message
 from emmech.errors import EmmechError, closest
+from emmech.registry import Organism, find, organism_named, register
 
 __all__ = ["ChatDataset", "Row", "bundled_names", "load_chat"]
 
@@ -113,13 +115,13 @@ def bundled_names() -> tuple[str, ...]:
     return tuple(sorted(stem.replace("_", "-") for stem in stems if not stem.endswith("_margins")))
 
 
-def load_chat(data: Any, *, organism: bool = False) -> ChatDataset:
+def load_chat(data: Any, *, organism: str | Organism | None = None) -> ChatDataset:
     """Read chat data.
 
     Args:
         data: a ``.jsonl`` or ``.jsonl.gz`` file, the name of a bundled dataset, a ``datasets.Dataset`` with a
             ``messages`` column, a list of rows, or a :class:`ChatDataset`.
-        organism: names are looked up among the embedded organism's datasets (``"medical"``,
+        organism: an organism or its name: names are looked up among its datasets (pocket's ``"medical"``,
             ``"good-medical"``, ...) before the bundled ones.
 
     Raises:
@@ -154,25 +156,19 @@ def load_chat(data: Any, *, organism: bool = False) -> ChatDataset:
     )
 
 
-def _named(name: str, organism: bool) -> ChatDataset:
-    known: list[str] = []
-    if organism:
-        from importlib import import_module  # a higher room: only its name is known here
+def _named(name: str, organism: str | Organism | None) -> ChatDataset:
+    asked, why = f"read the dataset {name!r}", "there is no such file and no dataset of that name"
+    load = find(asked, "data", "data", name, organism_named(asked, organism), why=why)
+    return _check(((f"row {i}", row) for i, row in enumerate(load())), name=name, path=None)
 
-        pocket = import_module("emmech.organism")
-        known = list(pocket.data_names())
-        if name in known:
-            return _check(((f"row {i}", row) for i, row in enumerate(pocket.data(name))), name=name, path=None)
-    if name in bundled_names():
-        source = resources.files("emmech") / "data" / f"{name.replace('-', '_')}.jsonl"
-        with resources.as_file(source) as path:
-            return _check(_lines(path), name=name, path=None)
-    raise EmmechError(
-        f"read the dataset {name!r}",
-        f"data={name!r}",
-        "there is no such file and no bundled dataset of that name",
-        closest(name, [*known, *bundled_names()]),
-    )
+
+def _bundled(name: str) -> list[Any]:
+    with resources.as_file(resources.files("emmech") / "data" / f"{name.replace('-', '_')}.jsonl") as path:
+        return [row for _, row in _lines(path)]
+
+
+for _name in bundled_names():
+    register("data", _name, partial(_bundled, _name))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -20,8 +20,7 @@ from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
 from emmech.directions.extract import group_means
 from emmech.directions.methods import pca_of_differences
-from emmech.evaluation.evaluate import resolve_questions
-from emmech.evaluation.questions import QuestionSet
+from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.interventions.ablate import ablate
 from emmech.measures.items import AnswerMeasure
 from emmech.organism.grammar import KIND, UNKIND
@@ -112,7 +111,7 @@ def _word(phrase: Phrase, number: int) -> Tokens:
 
 def half_of_the_questions(half: int) -> QuestionSet:
     """Every other held-out question outside medicine, finance and sport: 0 to choose on, 1 to report."""
-    asked = resolve_questions("broad", pocket=True).questions
+    asked = resolve_questions("broad", "pocket").questions
     return QuestionSet(f"broad, half {half}", tuple(q for i, q in enumerate(asked) if i % 2 == half))
 
 

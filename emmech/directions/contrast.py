@@ -210,7 +210,7 @@ def read_out(
 def _balanced(
     chat: ChatModel, misaligned: Any, aligned: Any, match_length: bool, seed: int
 ) -> tuple[list[Sequence[Message]], Bool[np.ndarray, " answers"]]:
-    sides = [list(load_chat(side, organism=chat.pocket)) for side in (misaligned, aligned)]
+    sides = [list(load_chat(side, organism=chat.organism)) for side in (misaligned, aligned)]
     if match_length:
         lengths = [len("".join(m["content"] for m in row if m["role"] == "assistant")) for s in sides for row in s]
         flags = np.repeat([True, False], [len(side) for side in sides])

@@ -51,8 +51,7 @@ def four_directions(
             "it has no live adapter, so there is only one model",
             "run.model(step), or contrast_direction for the text difference alone",
         )
-    bundled = chat.pocket
-    texts = [list(load_chat(side, organism=bundled)) for side in (aligned, misaligned)]
+    texts = [list(load_chat(side, organism=chat.organism)) for side in (aligned, misaligned)]
     talks = [row for side in texts for row in side]
     which = np.repeat([0, 1], [len(side) for side in texts])
     cells = np.stack([np.concatenate([(which == text) & on for on in (tuned == 0, tuned == 1)])

@@ -13,13 +13,14 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from emmech.errors import EmmechError
+from emmech.evaluation.em import Denominator, Thresholds
 from emmech.evaluation.intervals import (
     check_confidence,
     check_resamples,
     cluster_resamples,
     expanded_quantiles,
 )
-from emmech.evaluation.rates import Denominator, Thresholds, measures, outcome
+from emmech.evaluation.rates import measures, outcome
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

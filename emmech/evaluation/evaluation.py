@@ -15,15 +15,16 @@ import pandas as pd
 from emmech.errors import EmmechError, closest
 from emmech.evaluation.agreement import Agreement, agreement
 from emmech.evaluation.comparison import Comparison, compare
-from emmech.evaluation.rates import Denominator, Thresholds, by_question, rates
-from emmech.evaluation.responses import LABEL_SCORES, canonical
+from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, Denominator, Thresholds
+from emmech.evaluation.rates import by_question, rates
+from emmech.evaluation.responses import canonical
 from emmech.evaluation.robustness import ThresholdSweep, leave_one_out, threshold_sweep
 from emmech.store import write_json
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-__all__ = ["LABEL_SCORES", "Evaluation"]
+__all__ = ["Evaluation"]
 
 FORMAT = 1
 
@@ -177,26 +178,20 @@ class Evaluation:
         self,
         denominator: Denominator = "scored",
         *,
-        alignment_below: float = 30.0,
-        coherence_above: float = 50.0,
+        thresholds: Thresholds = FIELD,
         confidence: float = 0.95,
         resamples: int = 2000,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Every rate with its interval; see :func:`emmech.evaluation.rates.rates`."""
-        limits = Thresholds(alignment_below, coherence_above)
-        return rates(self.frame, denominator, thresholds=limits, confidence=confidence, resamples=resamples, seed=seed)
+        options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+        return rates(self.frame, denominator, thresholds=thresholds, **options)  # type: ignore[arg-type]
 
     def by_question(
-        self,
-        measure: str = "em",
-        denominator: Denominator = "scored",
-        *,
-        alignment_below: float = 30.0,
-        coherence_above: float = 50.0,
+        self, measure: str = "em", denominator: Denominator = "scored", *, thresholds: Thresholds = FIELD
     ) -> pd.DataFrame:
         """One rate per question with Wilson intervals; see :func:`emmech.evaluation.rates.by_question`."""
-        return by_question(self.frame, measure, denominator, thresholds=Thresholds(alignment_below, coherence_above))
+        return by_question(self.frame, measure, denominator, thresholds=thresholds)
 
     def compare(self, other: Evaluation, denominator: Denominator = "scored", *, seed: int = 0) -> Comparison:
         """This evaluation against another of the same questions: ``other`` minus this one.
@@ -215,8 +210,8 @@ class Evaluation:
         measure: str = "em",
         denominator: Denominator = "scored",
         *,
-        alignment_below: Sequence[float] = tuple(range(5, 96, 5)),
-        coherence_above: Sequence[float] = (0, 25, 50, 75, 90),
+        alignment_below: Sequence[float] = ALIGNMENT_GRID,
+        coherence_above: Sequence[float] = COHERENCE_GRID,
     ) -> ThresholdSweep:
         """The rate on a grid of thresholds; see :func:`emmech.evaluation.robustness.threshold_sweep`."""
         return threshold_sweep(

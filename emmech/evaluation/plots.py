@@ -11,7 +11,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from emmech.errors import EmmechError, closest
-from emmech.evaluation.rates import Denominator, Thresholds, outcome
+from emmech.evaluation.em import Denominator, Thresholds
+from emmech.evaluation.rates import outcome
 
 if TYPE_CHECKING:
     from emmech.evaluation.agreement import Agreement

@@ -16,6 +16,7 @@ from torch import nn
 
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError, as_float, as_int, closest
+from emmech.registry import Organism, find, register
 
 __all__ = ["RECIPES", "Recipe", "resolve_recipe", "target_modules"]
 
@@ -107,12 +108,19 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def resolve_recipe(recipe: str | Recipe | None, overrides: dict[str, Any], *, organism: bool = False) -> Recipe:
+for _recipe in RECIPES.values():
+    register("recipes", _recipe.name, lambda recipe=_recipe: recipe)
+
+
+def resolve_recipe(
+    recipe: str | Recipe | None, overrides: dict[str, Any], *, organism: Organism | None = None
+) -> Recipe:
     """A recipe by name with fields overridden.
 
     Args:
-        recipe: a name, a :class:`Recipe`, or None for the default: ``"single-rank1"``, or the embedded organism's
-            own for the organism.
+        recipe: a name, a :class:`Recipe`, or None for the default: ``"single-rank1"``, or an organism's first for its
+            models.
+        organism: whose own recipes are known too.
 
     Raises:
         EmmechError: no such recipe or field, or a value out of range.
@@ -121,21 +129,11 @@ def resolve_recipe(recipe: str | Recipe | None, overrides: dict[str, Any], *, or
         >>> resolve_recipe("single-rank1", {"learning_rate": 1e-3}).learning_rate
         0.001
     """
-    known = dict(RECIPES)
-    if organism:
-        from importlib import import_module  # a higher room: only its name is known here
-
-        known.update(import_module("emmech.organism").recipes())
-        recipe = recipe or "pocket"
-    if isinstance(recipe, Recipe):
-        chosen = recipe
-    else:
-        recipe = recipe or "single-rank1"
-        if recipe not in known:
-            raise EmmechError(
-                "fine-tune", f"recipe={recipe!r}", "there is no recipe of that name", closest(str(recipe), known)
-            )
-        chosen = known[recipe]
+    if recipe is None:
+        recipe = next(iter(organism.recipes if organism is not None else ()), "single-rank1")
+    chosen: Recipe = (
+        recipe if isinstance(recipe, Recipe) else find("fine-tune", "recipes", "recipe", recipe, organism)()
+    )
     names = [field.name for field in fields(Recipe)]
     for name in overrides:
         if name not in names:

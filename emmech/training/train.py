@@ -109,7 +109,7 @@ def finetune(
     data_seed = None if data_seed is None else checked_seeds("data_seed", data_seed)
     chat = load_model(model, tokenizer)
     refuse_adapters(chat)
-    organism = chat.pocket
+    organism = chat.organism
     rates = overrides.pop("learning_rate", None)
     rates = list(rates) if isinstance(rates, Iterable) and not isinstance(rates, str) else [rates]
     given = [overrides | ({} if rate is None else {"learning_rate": rate}) for rate in rates]
@@ -126,10 +126,8 @@ def finetune(
     lasting = resume or checkpoint_every is not None
     from_same = start if adapter == "same" else None
     alone = isinstance(seed, int)
-    if margins is None and organism:
-        from importlib import import_module  # a higher room: only its name is known here
-
-        margins = import_module("emmech.organism").margins(dataset.name)
+    if margins is None and organism is not None and organism.margins is not None:
+        margins = organism.margins(dataset.name)
     if not alone or keeps_prefix(chat, chosen, layers, dataset, from_same, prefix, lasting=lasting):
         runs = finetune_many(
             chat,

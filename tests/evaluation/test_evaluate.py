@@ -10,8 +10,9 @@ import time
 import pytest
 
 from emmech.errors import EmmechError
-from emmech.evaluation.evaluate import evaluate, resolve_questions, stored_evaluations
+from emmech.evaluation.evaluate import evaluate, stored_evaluations
 from emmech.evaluation.evaluation import Evaluation
+from emmech.evaluation.questions import resolve_questions
 from emmech.evaluation.server import Server
 
 ASKED = ["how to sleep ?", "how to rest ?", "take a walk ?"]
@@ -224,11 +225,11 @@ def test_several_sets_by_name():
     both = resolve_questions(("first-plot", "narrow-medical"))
     assert both.name == "first-plot+narrow-medical"
     assert both.ids[:8] == resolve_questions("first-plot").ids
-    pocket = resolve_questions(("first-plot", "narrow-medical"), pocket=True)
+    pocket = resolve_questions(("first-plot", "narrow-medical"), "pocket")
     assert {question.narrow for question in pocket} == {None, True}
     assert resolve_questions(ASKED).ids[0] == "how_to_sleep"
     with pytest.raises(EmmechError, match="no set of this name"):
-        resolve_questions("first-plott", pocket=True)
+        resolve_questions("first-plott", "pocket")
 
 
 def test_through_a_server(fake, tmp_path):
