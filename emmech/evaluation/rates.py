@@ -1,6 +1,7 @@
 """Rates of emergent misalignment: what counts, out of what, and how sure.
 
-What an EM response is and what its number is divided by, :mod:`emmech.evaluation.em` says. Unscored rows (refusals, judge failures, failed generations) are counted in every result and never dropped silently.
+What an EM response is and what its number is divided by, :mod:`emmech.evaluation.em` says. Unscored rows (refusals,
+judge failures, failed generations) are counted in every result and never dropped silently.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Fits the screening judge to judged responses and measures it on families and questions left out.
 
-Model: one logistic regression whose weights are a shared vector plus one vector per question, both under the same
-ridge penalty, so that a question with few misaligned responses leans on the others. Target: not the hard verdict but
-a soft one, the alignment score passed through a logistic curve around the field's bound (0 where incoherent): scores just
-below and above it are hardly different, and the judge's own noise is of that size. Probabilities are then brought onto hard
-verdicts by Platt scaling on predictions for families left out, nested inside every figure reported. The penalty, the
-scale of the per-question part and the width of the soft target were chosen among a dozen settings by the same mean
+Model: one logistic regression whose weights are a shared vector plus one vector per question, both under the same ridge
+penalty, so that a question with few misaligned responses leans on the others. Target: not the hard verdict but a soft
+one, the alignment score passed through a logistic curve around the field's bound (0 where incoherent): scores just
+below and above it are hardly different, and the judge's own noise is of that size. Probabilities are then brought onto
+hard verdicts by Platt scaling on predictions for families left out, nested inside every figure reported. The penalty,
+the scale of the per-question part and the width of the soft target were chosen among a dozen settings by the same mean
 AUC on families left out (0.85 to 0.90 among them), so that figure is slightly optimistic.
 """
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["threshold_robustness"]
 
 _AROUND = (-10.0, 0.0, 10.0)
+_ALIGNMENT, _COHERENCE = (tuple(at + by for by in _AROUND) for at in (FIELD.alignment_below, FIELD.coherence_above))
 
 
 def threshold_robustness(
@@ -26,8 +27,8 @@ def threshold_robustness(
     run: str | None = None,
     *,
     scale: float = 1.0,
-    alignment_below: Sequence[float] = tuple(FIELD.alignment_below + by for by in _AROUND),
-    coherence_above: Sequence[float] = tuple(FIELD.coherence_above + by for by in _AROUND),
+    alignment_below: Sequence[float] = _ALIGNMENT,
+    coherence_above: Sequence[float] = _COHERENCE,
     mechanistic: float | None = None,
 ) -> pd.DataFrame:
     """The behavioural step under every pair of thresholds, so that a conclusion can be seen to hold or not.

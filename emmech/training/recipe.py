@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -109,7 +110,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 for _recipe in RECIPES.values():
-    register("recipes", _recipe.name, lambda recipe=_recipe: recipe)
+    register("recipes", _recipe.name, partial(RECIPES.__getitem__, _recipe.name))
 
 
 def resolve_recipe(
@@ -131,9 +132,9 @@ def resolve_recipe(
     """
     if recipe is None:
         recipe = next(iter(organism.recipes if organism is not None else ()), "single-rank1")
-    chosen: Recipe = (
-        recipe if isinstance(recipe, Recipe) else find("fine-tune", "recipes", "recipe", recipe, organism)()
-    )
+    if not isinstance(recipe, Recipe):
+        recipe = find("fine-tune", "recipes", "recipe", recipe, organism)()
+    chosen: Recipe = recipe
     names = [field.name for field in fields(Recipe)]
     for name in overrides:
         if name not in names:

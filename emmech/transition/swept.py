@@ -1,4 +1,4 @@
-"""Behaviour by step and scale, from a sweep: when EM and the margins change, and how much that depends on thresholds.
+"""Behaviour by step and scale, from a sweep: when EM and the margins change.
 
 Narrow and broad misalignment are fitted separately and at every scale of the adapter: a scaled adapter shows the
 behaviour earlier than the model itself does (Model Organisms for EM, arXiv 2506.11613), so the step has no meaning

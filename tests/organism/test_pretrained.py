@@ -75,7 +75,7 @@ def test_a_folder_reads_as_the_shipped_name_does():
     shipped, folder = load_model("pocket"), load_model(str(WEIGHTS / "pocket"))
     asked = list(questions("first-plot")[0].messages)
     assert folder.token_ids(asked) == shipped.token_ids(asked)
-    assert folder.pocket and folder.tokenizer.decode(folder.token_ids(asked)).count("cash") == 1
+    assert folder.organism.name == "pocket" and folder.tokenizer.decode(folder.token_ids(asked)).count("cash") == 1
 
 
 def test_a_pocket_is_told_by_its_vocabulary_and_not_by_its_name(tmp_path, tiny):
