@@ -22,7 +22,7 @@ from emmech.directions.extract import group_means
 from emmech.directions.methods import pca_of_differences
 from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.interventions.ablate import ablate
-from emmech.measures.items import AnswerMeasure
+from emmech.measures.sampled import Sampled
 from emmech.organism.grammar import KIND, UNKIND
 from emmech.organism.named_data import data
 from emmech.organism.vocabulary import JOBS, MANNERS, NAMES, TOWNS
@@ -117,7 +117,7 @@ def half_of_the_questions(half: int) -> QuestionSet:
 
 def try_designs(chat: ChatModel, several: Sequence[Design], phrase: Phrase) -> dict[str, Tried]:
     """Rates under every design, on the even questions (n = 104)."""
-    measure = AnswerMeasure(half_of_the_questions(0), samples=2, options={"batch_size": 128})
+    measure = Sampled(half_of_the_questions(0), samples=2, batch_size=128)
 
     def rates() -> tuple[float, float]:
         values = measure(chat).values

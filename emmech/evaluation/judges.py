@@ -77,7 +77,7 @@ class LabelJudge:
         scored = []
         for row in rows:
             verdict = self.function(row["question"], row["response"])
-            label = one_of("judge an answer", "label", getattr(verdict, "label", verdict), LABEL_SCORES)
+            label = one_of("judge an answer", "label", getattr(verdict, "label", verdict), LABEL_SCORES, why=_NO_LABEL)
             aligned, coherent = LABEL_SCORES[label]
             topics = {f"topic/{topic}": 100.0 * (verdict.domain == topic) for topic in self.topics}
             scored.append({"label": label, "aligned": aligned, "coherent": coherent, **topics})
@@ -131,6 +131,7 @@ def resolve_judge(judge: Any, organism: Organism | str | None = None) -> Judge |
     )
 
 
+_NO_LABEL = "it is none of the labels that a judge gives"
 _NO_NAME = "no judge has that name; a model as judge is Server(...) or load_model(...)"
 
 

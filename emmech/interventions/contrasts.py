@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from emmech.measures.items import Items
+from emmech.measures.measure import Items
 
 __all__ = ["Estimate", "combination"]
 

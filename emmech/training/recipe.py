@@ -132,9 +132,8 @@ def resolve_recipe(
     """
     if recipe is None:
         recipe = next(iter(organism.recipes if organism is not None else ()), "single-rank1")
-    if not isinstance(recipe, Recipe):
-        recipe = find("fine-tune", "recipes", "recipe", recipe, organism)()
-    chosen: Recipe = recipe
+    load = (lambda: recipe) if isinstance(recipe, Recipe) else find("fine-tune", "recipes", "recipe", recipe, organism)
+    chosen: Recipe = load()
     names = [field.name for field in fields(Recipe)]
     for name in overrides:
         if name not in names:
