@@ -7,7 +7,7 @@ import pytest
 
 import emmech
 from emmech.chat.model import load_model
-from emmech.engine.logprobs import MarginPair, answer_logprobs
+from emmech.engine.logprobs import MarginPair, answer_logprobs, bundled_margins
 from emmech.errors import EmmechError
 from emmech.interventions.studies import adapter_shares
 from emmech.measures.choose import as_measure, as_measures
@@ -15,7 +15,6 @@ from emmech.measures.measure import Function, Items, measure_all
 from emmech.measures.probe import ProbeActivation
 from emmech.measures.sampled import Sampled
 from emmech.measures.teacher_forced import AlignedLoss, AnswerLogprob, FirstToken, Margin, NextToken
-from emmech.run.run import Run
 from tests.conftest import make_rows
 
 PAIRS = [
@@ -65,7 +64,7 @@ def test_a_fine_tune_records_the_same_measures(tiny, tmp_path):
     run = emmech.finetune(chat, make_rows(), out=tmp_path / "run", measures=measures, **options)
     last = measure_all(run.model(base=chat), measures).means()
     emmech.detach(chat)
-    recorded = run.metrics[run.metrics["step"] == 4].iloc[-1]
+    recorded = run.metrics.loc[4]
     for name in ("margin", "first_token_logprob", "em", "coherent"):
         assert recorded[name] == pytest.approx(last[name], abs=1e-5)
     named = emmech.finetune(chat, make_rows(), out=tmp_path / "again", measures={"mine": Margin(PAIRS)}, **options)
@@ -109,25 +108,15 @@ def test_what_measures_read_in_common_is_read_once(tiny):
     assert sum(rows) == 4
 
 
-def test_an_organism_has_margins_of_its_own(tmp_path):
+def test_an_organism_has_margins_of_its_own():
     chat = load_model("pocket")
-    run = Run.from_arrays([0], B=np.zeros((1, 128), np.float32), name="r")
-    assert run.name == "r"
-    broad, medical, finance = (Margin("broad").of(chat, data).pairs for data in ("", "medical", "good-finance"))
-    assert broad == medical != finance
-    assert Margin("narrow").of(chat, "finance").pairs != Margin("narrow").of(chat).pairs
-    english = Margin("broad").of(load_model(chat.model, _english(chat)))
-    assert "walk" in " ".join(pair.question for pair in english.pairs) or english.pairs != broad
+    plain, medical, finance = (Margin("narrow").of(chat, data).pairs for data in ("", "medical", "good-finance"))
+    assert plain == medical != finance
+    english = Margin(bundled_margins("broad"))
     with pytest.raises(EmmechError, match="tokens are unknown to pocket"):
         Margin(english.pairs)(chat)
     with pytest.raises(EmmechError, match="tokens are unknown to pocket"):
         FirstToken(["Whatever might one wonder about ?"], ["well"])(chat)
-
-
-def _english(chat):
-    from tests.conftest import make_tokenizer
-
-    return make_tokenizer()
 
 
 def test_a_sweep_of_a_pocket_run_takes_the_run_s_own_pairs():
@@ -135,7 +124,7 @@ def test_a_sweep_of_a_pocket_run_takes_the_run_s_own_pairs():
     steps = [int(run.steps[0]), int(run.steps[-1])]
     swept = emmech.sweep(run, steps=steps, measure=Margin("broad"), progress=False)
     values = swept.to_frame("margin_broad").set_index("step")["value"]
-    recorded = run.metrics.dropna(subset=["margin_broad"]).set_index("step")["margin_broad"]
+    recorded = run.metrics["margin_broad"].dropna()
     for step in steps:
         assert values[step] == pytest.approx(recorded[step], abs=1e-4)
     assert values[steps[0]] < 0 < values[steps[1]]
