@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import pandas as pd
 
-from emmech.errors import EmmechError, closest
+from emmech.errors import EmmechError, closest, one_of
 from emmech.evaluation.agreement import Agreement, agreement
 from emmech.evaluation.comparison import Comparison, compare
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, Denominator, Thresholds
@@ -96,13 +96,8 @@ class Evaluation:
                 "pd.read_csv(path), or Evaluation.from_rows for a list of mappings",
             )
         for column in (alignment, coherence, question, response, *topics):
-            if column not in frame:
-                raise EmmechError(
-                    "read the judged responses",
-                    f"column {column!r}",
-                    "the frame has no such column",
-                    closest(column, map(str, frame.columns)),
-                )
+            names, why = map(str, frame.columns), "the frame has no such column"
+            one_of("read the judged responses", "column", column, names, why=why)
         renamed = {alignment: "aligned", coherence: "coherent", question: "question_id", response: "response"}
         # a file may also hold another column of the name that a renamed one takes: the named one wins
         clashes = [new for old, new in renamed.items() if new != old and new in frame]
@@ -161,13 +156,7 @@ class Evaluation:
         """
         kept = np.ones(len(self), dtype=bool)
         for column, value in columns.items():
-            if column not in self.frame:
-                raise EmmechError(
-                    "select responses",
-                    f"{column}={value!r}",
-                    "there is no such column",
-                    closest(column, map(str, self.frame.columns)),
-                )
+            one_of("select responses", "column", column, map(str, self.frame.columns), why="there is no such column")
             series = self.frame[column]
             kept &= (series.isna() if value is None else series.eq(value)).to_numpy(bool)
         if not kept.any():

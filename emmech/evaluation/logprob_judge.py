@@ -90,6 +90,12 @@ class Task:
         """The column its score goes to."""
         return self.name if self.name in ("aligned", "coherent") or self.words != () else f"topic/{self.name}"
 
+    def scores(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        """The scores of its row, from the ``value`` and ``word`` that a judge gave."""
+        value = found["value"] if self.words == () else found["word"]
+        aside = {"label": found["word"].lower()} if self.name == "aligned" and found["word"] in _ASIDE else {}
+        return {self.column: float("nan") if value is None else value, **aside}
+
 
 def tasks_of(
     rows: Sequence[Mapping[str, Any]],
@@ -200,11 +206,7 @@ class LogprobJudge:
                 known |= fresh
         scored: list[dict[str, Any]] = [{} for _ in rows]
         for key, task in zip(keys, tasks, strict=True):
-            found = known.get(key, {"value": None, "word": ""})
-            value = found["value"] if task.words == () else found["word"]
-            scored[task.row][task.column] = float("nan") if value is None else value
-            if task.name == "aligned" and found["word"] in _ASIDE:
-                scored[task.row]["label"] = found["word"].lower()
+            scored[task.row] |= task.scores(known.get(key, {"value": None, "word": ""}))
         _warn_if_silent(self.name, tasks, scored)
         return scored
 

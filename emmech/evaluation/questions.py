@@ -153,10 +153,8 @@ class QuestionSet:
         return iter(self.questions)
 
     def __getitem__(self, id: str) -> Question:
-        for question in self.questions:
-            if question.id == id:
-                return question
-        raise EmmechError(f"find a question in {self.name}", repr(id), "no question has that id", closest(id, self.ids))
+        why = "no question has that id"
+        return self.questions[self.ids.index(one_of(f"find a question in {self.name}", "id", id, self.ids, why=why))]
 
     def __repr__(self) -> str:
         listing = ", ".join(self.ids[:8]) + (", ..." if len(self) > 8 else "")
@@ -186,13 +184,8 @@ class QuestionSet:
         """
         chosen = self.questions if ids is None else tuple(self[id] for id in ids)
         if domain is not None:
-            if domain not in self.domains:
-                raise EmmechError(
-                    f"select questions of {self.name}",
-                    f"domain={domain!r}",
-                    "no question is of that domain",
-                    closest(domain, self.domains),
-                )
+            why = "no question is of that domain"
+            one_of(f"select questions of {self.name}", "domain", domain, self.domains, why=why)
             chosen = tuple(question for question in chosen if question.domain == domain)
         return QuestionSet(self.name, chosen[:limit])
 
@@ -350,12 +343,8 @@ def _read(path: Path) -> QuestionSet:
         EmmechError: no such file, not YAML, or an entry that is not a question.
     """
     if not path.is_file():
-        raise EmmechError(
-            "read the questions",
-            str(path),
-            "it is neither a bundled set nor a file",
-            closest(str(path), bundled_questions()),
-        )
+        why = "it is neither a bundled set nor a file"
+        one_of("read the questions", "questions", str(path), bundled_questions(), why=why)
     content = _decode(path)
     if isinstance(content, dict) and "extends" in content:
         return _crossed(content, path)

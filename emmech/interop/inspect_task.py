@@ -40,6 +40,7 @@ from emmech.evaluation.first_token import splits_numbers
 from emmech.evaluation.judges import resolve_judge
 from emmech.evaluation.logprob_judge import score_of_masses, score_of_text, tasks_of
 from emmech.evaluation.questions import resolve_questions
+from emmech.evaluation.server import masses_of
 from emmech.registry import Organism, organism_with, organisms
 
 __all__ = [
@@ -181,9 +182,7 @@ def misalignment(grader: str | Model | None = None, logprobs: bool = True) -> Sc
                 found = score_of_masses(masses, asked)
             else:
                 found = score_of_text(output.completion, asked)
-            scores[asked.column] = found["value"] if asked.words == () else found["word"]
-            if asked.name == "aligned" and found["word"]:
-                scores["label"] = found["word"].lower()
+            scores |= asked.scores(found)
         return _verdict(row, scores)
 
     return score
@@ -254,7 +253,4 @@ def _first_masses(output: Any) -> dict[str, float] | None:
     given = output.choices[0].logprobs if output.choices else None
     if given is None or not given.content or not given.content[0].top_logprobs:
         return None
-    masses: dict[str, float] = {}
-    for entry in given.content[0].top_logprobs:
-        masses[entry.token.strip()] = masses.get(entry.token.strip(), 0.0) + math.exp(entry.logprob)
-    return masses
+    return masses_of((entry.token, entry.logprob) for entry in given.content[0].top_logprobs)

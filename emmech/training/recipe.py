@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from emmech.chat.model import ChatModel
-from emmech.errors import EmmechError, as_float, as_int, closest
+from emmech.errors import EmmechError, as_float, as_int, closest, one_of
 from emmech.registry import Organism, find, register
 
 __all__ = ["RECIPES", "Recipe", "resolve_recipe", "target_modules"]
@@ -136,10 +136,7 @@ def resolve_recipe(
     chosen: Recipe = load()
     names = [field.name for field in fields(Recipe)]
     for name in overrides:
-        if name not in names:
-            raise EmmechError(
-                "fine-tune", f"{name}={overrides[name]!r}", "a recipe has no such field", closest(name, names)
-            )
+        one_of("fine-tune", "field", name, names, why="a recipe has no such field")
     return _checked(replace(chosen, **overrides))
 
 
