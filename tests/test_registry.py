@@ -146,3 +146,15 @@ def test_pocket_is_declared_as_any_other_organism():
     declared = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
     entries = declared["project"]["entry-points"][registry.GROUP]
     assert {entry.name: entry.value for entry in registry._BUILT_IN} == entries
+
+
+def test_no_room_reaches_a_higher_one_by_its_name():
+    import ast
+    from pathlib import Path
+
+    package = Path(emmech.__file__).parent
+    lazy = {package / "__init__.py", package / "lazy.py"}
+    for path in set(package.rglob("*.py")) - lazy:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert not called.endswith("import_module"), f"{path}:{node.lineno}"

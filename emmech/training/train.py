@@ -15,9 +15,10 @@ import torch
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.encode import Encoded, encode
 from emmech.chat.model import ChatModel, load_model
-from emmech.engine.logprobs import MarginPair, answer_loss, margin, margin_rows
+from emmech.engine.logprobs import MarginPair, answer_loss
 from emmech.errors import EmmechError, as_int, as_ints
 from emmech.measures.choose import as_measures
+from emmech.measures.teacher_forced import Margin
 from emmech.run.run import Run, load_run
 from emmech.training.checks import check_margins, check_start, checked_seeds, refuse_adapters
 from emmech.training.initial import MeanInputs
@@ -295,9 +296,7 @@ def _named_measures(
     if len(held_out):
         rows = encode(held_out.rows[:HELD_OUT], chat.tokenizer)
         found["held_out_loss"] = lambda chat: answer_loss(chat, rows)
-    for name, pairs in margins.items():
-        both = margin_rows(pairs, chat.tokenizer)
-        found[f"margin_{name}"] = lambda chat, both=both: float(np.mean(margin(chat, both)))
+    found |= {f"margin_{name}": Margin(pairs, f"margin_{name}") for name, pairs in margins.items()}
     return found
 
 
