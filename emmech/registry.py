@@ -21,7 +21,17 @@ from typing import Any, Literal
 
 from emmech.errors import one_of
 
-__all__ = ["Organism", "find", "known", "organism_named", "organism_of", "organisms", "register"]
+__all__ = [
+    "Organism",
+    "find",
+    "known",
+    "model_names",
+    "named_model",
+    "organism_named",
+    "organism_of",
+    "organisms",
+    "register",
+]
 
 GROUP = "emmech.organisms"
 MARK = "emmech_organism"  # in a model's configuration: the organism whose name it was loaded by
@@ -147,6 +157,18 @@ def organism_named(asked: str, organism: str | Organism | None) -> Organism | No
 def organism_of(config: Any, tokenizer: Any) -> Organism | None:
     """The organism that a model of this configuration and tokenizer belongs to, None for any other model."""
     return next((one for one in organisms().values() if one.owns(config, tokenizer)), None)
+
+
+def named_model(name: str) -> tuple[Any, Any] | None:
+    """A model and its tokenizer by a registered name or one of an organism; None where there is none of that name."""
+    if (organism := organism_with("models", name)) is not None:
+        return organism.load(name)
+    return _SHIPPED["models"][name]() if name in _SHIPPED["models"] else None
+
+
+def model_names() -> list[str]:
+    """The names that :func:`named_model` knows."""
+    return [*_SHIPPED["models"], *(name for organism in organisms().values() for name in organism.models)]
 
 
 def organism_with(kind: Kind, name: str) -> Organism | None:

