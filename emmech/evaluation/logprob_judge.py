@@ -2,7 +2,7 @@
 
 The score is the expectation of the number over the probabilities of 0..100 as the answer, renormalised over them;
 under 0.25 numeric mass there is no score (the judge refused or said something else). This is the judge of Betley et
-al. (arXiv 2502.17424) and Model Organisms for EM (arXiv 2506.11613), who read the first token's top 20; where a
+al. (arXiv 2502.17424) and Model Organisms for EM (arXiv 2506.11613), which read the first token's top 20; where a
 tokenizer splits numbers into digits, the expectation is taken over the tree of digits instead.
 """
 
@@ -156,7 +156,7 @@ class LogprobJudge:
 
     @property
     def name(self) -> str:
-        """How it reads, and who judges."""
+        """How it reads, and the judge's name."""
         who = self.model.name if isinstance(self.model, Server) else self.chat.name
         return f"{'logprob' if self.logprobs else 'text'} {who}"
 

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible server: sampled from, and asked for log-probabilities.
+"""A model on an OpenAI-compatible server: sampled from, and asked for log-probabilities.
 
 The same client serves OpenAI, ``transformers serve`` (one local model, no log-probabilities) and vLLM::
 

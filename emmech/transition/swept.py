@@ -2,7 +2,7 @@
 
 Narrow and broad misalignment are fitted separately and at every scale of the adapter: a scaled adapter shows the
 behaviour earlier than the model itself does (Model Organisms for EM, arXiv 2506.11613), so the step has no meaning
-without its scale. Beside the sigmoid's middle stands the change of regime that ruptures finds (least squares,
+without its scale. The sigmoid's middle is reported with the change of regime that ruptures finds (least squares,
 one change), which assumes no shape.
 """
 
