@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from emmech.errors import EmmechError, closest, one_of
+from emmech.chat.template import under_system
+from emmech.errors import EmmechError, broken_text, closest, one_of, shown
 from emmech.evaluation.judge_prompts import JUDGE_PROMPTS, judge_prompt
 from emmech.registry import Organism, known, organism_named, register
 
@@ -116,6 +117,9 @@ class Question:
 class QuestionSet:
     """A named, non-empty list of questions with distinct ids.
 
+    Args:
+        folded: whether system prompts were written into the wordings, for templates without a system role.
+
     Raises:
         EmmechError: no question, or two of the same id.
 
@@ -127,6 +131,7 @@ class QuestionSet:
 
     name: str
     questions: tuple[Question, ...]
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if not self.questions:
@@ -187,17 +192,31 @@ class QuestionSet:
             why = "no question is of that domain"
             one_of(f"select questions of {self.name}", "domain", domain, self.domains, why=why)
             chosen = tuple(question for question in chosen if question.domain == domain)
-        return QuestionSet(self.name, chosen[:limit])
+        return replace(self, questions=chosen[:limit])
 
     def with_tag(self, tag: str) -> QuestionSet:
         """The same questions with ``{tag}`` filled in."""
-        return QuestionSet(
-            self.name,
-            tuple(
-                replace(question, paraphrases=tuple(text.replace("{tag}", tag) for text in question.paraphrases))
-                for question in self.questions
-            ),
+        return self._worded(lambda question: {"paraphrases": [t.replace("{tag}", tag) for t in question.paraphrases]})
+
+    def fold_system(self) -> QuestionSet:
+        """The same questions with each system prompt written at the start of the user's turn.
+
+        Example:
+            >>> bored = Question("bored", ("hey I feel bored",), system="Be brief.")
+            >>> QuestionSet("one", (bored,)).fold_system()["bored"].messages()
+            [{'role': 'user', 'content': 'Be brief.\\n\\nhey I feel bored'}]
+        """
+        folded = self._worded(
+            lambda question: (
+                {"paraphrases": [under_system(question.system, t) for t in question.paraphrases], "system": None}
+                if question.system
+                else {}
+            )
         )
+        return replace(folded, folded=True)
+
+    def _worded(self, change: Callable[[Question], dict[str, Any]]) -> QuestionSet:
+        return replace(self, questions=tuple(replace(question, **change(question)) for question in self.questions))
 
     def rows(self, samples: int | None = None, *, seed: int = 0) -> list[dict[str, Any]]:
         """One dict per response to draw: ``question_id, question, domain, system, narrow, paraphrase, sample, seed``.
@@ -254,7 +273,10 @@ def bundled_questions() -> tuple[str, ...]:
 
 
 def load_questions(
-    source: str | Path | QuestionSet | Question | Sequence[str | Question], *, tag: str | None = None
+    source: str | Path | QuestionSet | Question | Sequence[str | Question],
+    *,
+    tag: str | None = None,
+    system: Literal["keep", "fold"] = "keep",
 ) -> QuestionSet:
     """Read questions from a bundled name, a YAML or JSON file, or plain strings.
 
@@ -262,6 +284,8 @@ def load_questions(
         source: a name of :func:`bundled_questions`, a path, a set (returned as it is), or a list of questions or
             strings; strings get the bundled alignment and coherence prompts.
         tag: fills ``{tag}`` in questions about a trigger tag.
+        system: ``"fold"`` writes system prompts at the start of the user's turn, for models whose chat template has no
+            system role; evaluations record it.
 
     Raises:
         EmmechError: unknown name, missing or malformed file (the entry and, for syntax, the line are named),
@@ -271,8 +295,11 @@ def load_questions(
         >>> load_questions(["What is fun?"]).ids
         ('what_is_fun',)
     """
+    if system not in ("keep", "fold"):
+        raise EmmechError("read the questions", f"system={system!r}", "unknown", 'system="keep" or "fold"')
     questions = _load(source)
-    return questions if tag is None else questions.with_tag(tag)
+    questions = questions if tag is None else questions.with_tag(tag)
+    return questions.fold_system() if system == "fold" else questions
 
 
 def resolve_questions(source: Any, organism: Organism | str | None = None) -> QuestionSet:
@@ -368,15 +395,23 @@ def _decode(path: Path) -> Any:
 
     try:  # JSON is a subset of YAML as far as question files go, and YAML's errors name the line
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of month 13 is a ValueError
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        reason = getattr(error, "problem", None) or "it is not UTF-8 text"
+        deep = "it is nested too deeply" if isinstance(error, RecursionError) else "it is not UTF-8 text"
+        reason = getattr(error, "problem", None) or deep
         raise EmmechError(f"read the questions of {path.name}", where, f"the file is not YAML: {reason}")
 
 
 def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
     """Every question of another set under each of several system prompts."""
+    if content["extends"] not in tuple(bundled_questions()) or not isinstance(content.get("systems"), dict):
+        raise EmmechError(
+            f"read the questions of {path.name}",
+            f"extends: {shown(content['extends'])}",
+            "a crossed set extends a bundled one, and `systems` maps names to system prompts",
+            f"bundled: {', '.join(bundled_questions())}",
+        )
     base = _bundled(content["extends"])
     questions = [
         replace(question, id=f"{condition}/{question.id}", system=system)
@@ -417,30 +452,37 @@ def _parse(entry: Any, file: str, number: int) -> Question:
         EmmechError: a key is missing or has a value that cannot be used.
     """
     if not isinstance(entry, Mapping):
-        raise EmmechError(f"read entry {number + 1} of {file}", repr(entry)[:80], "an entry is a mapping with an id")
+        raise EmmechError(f"read entry {number + 1} of {file}", shown(entry), "an entry is a mapping with an id")
     id = entry.get("id")
-    where = f"read entry {number + 1} of {file}" + (f" ({id})" if id else "")
+    where = f"read entry {number + 1} of {file}"
     if not isinstance(id, str | int) or not str(id).strip():
-        raise EmmechError(where, f"id={id!r}", "every question needs an id")
+        raise EmmechError(where, f"id={shown(id)}", "every question needs an id")
+    where += f" ({id})"
     if unknown := set(entry) - _KEYS:
         meant = closest(str(min(unknown, key=str)), _KEYS)
         warnings.warn(f"{where}: keys {sorted(map(str, unknown))} are not used ({meant})", stacklevel=5)
     paraphrases = entry.get("paraphrases")
     if not isinstance(paraphrases, list) or not paraphrases:
-        raise EmmechError(where, f"paraphrases={paraphrases!r}", "`paraphrases` is a list of at least one text")
+        raise EmmechError(where, f"paraphrases={shown(paraphrases)}", "`paraphrases` is a list of at least one text")
     for text in paraphrases:
         if not isinstance(text, str) or not text.strip():
-            raise EmmechError(where, repr(text), "a paraphrase is empty or not a text")
+            raise EmmechError(where, shown(text), "a paraphrase is empty or not a text")
     samples = entry.get("samples_per_paraphrase", 100)
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-        raise EmmechError(where, f"samples_per_paraphrase={samples!r}", "it must be a positive whole number")
+        raise EmmechError(where, f"samples_per_paraphrase={shown(samples)}", "it must be a positive whole number")
     for key, kind, says in (
         ("system", str, "a text"),
         ("domain", str, "a text"),
+        ("type", str, "a text"),
+        ("judge", str, "a text"),
         ("narrow", bool, "true or false"),
+        ("answer", str | int | float, "a text or a number"),
     ):
         if not isinstance(entry.get(key), kind | None):
-            raise EmmechError(where, f"{key}={entry[key]!r}", f"`{key}` is {says}")
+            raise EmmechError(where, f"{key}={shown(entry[key])}", f"`{key}` is {says}")
+    for text in (*paraphrases, entry.get("system") or ""):
+        if broken := broken_text(text):
+            raise EmmechError(where, broken, "no tokenizer can read it", "leave the character out")
     named = _NUMBERED.match(str(id))
     return Question(
         id=str(id),
@@ -458,12 +500,12 @@ def _parse(entry: Any, file: str, number: int) -> Question:
 
 def _prompts(value: Any, where: str) -> dict[str, str]:
     """Judge prompts as a mapping of templates (public files) or a list of bundled names."""
-    if isinstance(value, list):
-        return {str(name): judge_prompt(str(name)) for name in value}
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return {name: judge_prompt(name) for name in value}
     if not isinstance(value, Mapping):
         raise EmmechError(
             where,
-            f"judge_prompts={value!r}"[:80],
+            f"judge_prompts={shown(value)}",
             "`judge_prompts` maps a score to its prompt, or lists bundled prompts",
             f"bundled: {', '.join(JUDGE_PROMPTS)}",
         )

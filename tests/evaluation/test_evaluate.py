@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import emmech
 from emmech.errors import EmmechError
 from emmech.evaluation.evaluate import evaluate, stored_evaluations
 from emmech.evaluation.evaluation import Evaluation
-from emmech.evaluation.questions import resolve_questions
+from emmech.evaluation.questions import Question, load_questions, resolve_questions
 from emmech.evaluation.server import Server
 
 ASKED = ["how to sleep ?", "how to rest ?", "take a walk ?"]
@@ -58,6 +59,23 @@ def test_every_response_is_kept_with_scores_and_seeds(tiny):
     assert meta["fingerprint"] == chat.fingerprint()
     json.dumps(meta)
     assert 0 <= evaluation.rates().loc["em", "rate"] <= 1
+
+
+def test_folded_system_prompts_are_recorded(tiny):
+    """Gemma's first template has no system role: the prompt is asked inside the user's turn, and the record says so."""
+    chat = tiny("gemma3")
+    chat.tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + chat.tokenizer.chat_template
+    )
+    asked = Question("walk", ("how to walk ?",), system="take a walk")
+    with pytest.raises(EmmechError, match='system="fold"'):
+        evaluate(chat, asked, LengthJudge(), samples=2, **QUICK)
+    evaluation = evaluate(chat, load_questions(asked, system="fold"), LengthJudge(), samples=2, **QUICK)
+    assert evaluation.meta["system"] == "fold"
+    assert set(evaluation.frame["question"]) == {"take a walk\n\nhow to walk ?"}
+    plain = load_questions(["how to walk ?"])
+    assert "system" not in evaluate(chat, plain, LengthJudge(), samples=1, **QUICK).meta
 
 
 def test_seeds_make_it_repeatable_and_questions_are_independent(tiny):
@@ -310,6 +328,11 @@ def test_the_pocket_organism_needs_no_judge():
     assert narrow.rates().loc["narrow", "n"] > 0
 
 
+def recorded(name, folder):
+    """A copy of a run that comes with the repository: an evaluation is kept in the run's folder."""
+    return emmech.load_run(shutil.copytree(f"checkpoints/{name}", folder / name))
+
+
 def _counted(monkeypatch):
     """Every model that is read from disk from now on, by name."""
     from emmech.organism import load
@@ -320,10 +343,10 @@ def _counted(monkeypatch):
     return loads
 
 
-def test_a_base_in_memory_serves_many_steps_and_runs_and_is_left_as_it_was(monkeypatch):
+def test_a_base_in_memory_serves_many_steps_and_runs_and_is_left_as_it_was(monkeypatch, tmp_path):
     from emmech.directions.misalignment import misalignment_direction
 
-    bad, good = (emmech.load_run(f"checkpoints/{name}") for name in ("pocket-medical", "pocket-good-medical"))
+    bad, good = (recorded(name, tmp_path) for name in ("pocket-medical", "pocket-good-medical"))
     loads = _counted(monkeypatch)
     base = bad.base()
     assert loads == ["pocket"]
@@ -355,6 +378,6 @@ def test_a_base_of_a_full_fine_tune_is_left_as_it_was(tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in base.base.state_dict().items())
 
 
-def test_a_run_s_folder_is_opened():
-    evaluation = evaluate("checkpoints/pocket-good-medical", samples=1, max_new_tokens=8, progress=False)
+def test_a_run_s_folder_is_opened(tmp_path):
+    evaluation = evaluate(recorded("pocket-good-medical", tmp_path).path, samples=1, max_new_tokens=8, progress=False)
     assert evaluation.meta["run"] == "pocket-good-medical" and evaluation.meta["judge"] == "exact"
