@@ -269,7 +269,7 @@ def _anatomy(chat: ChatModel, given: Anatomy | None) -> Anatomy:
         "find the model's blocks",
         f"{type(chat.base).__name__}, anatomy={found}",
         why,
-        'pass load_model(..., anatomy=emmech.Anatomy(trunk="model", blocks="layers", '
+        'pass load_model(..., anatomy=emmech.chat.Anatomy(trunk="model", blocks="layers", '
         'down_proj="mlp.down_proj", final_norm="norm", unembedding="lm_head")) with its own names',
     )
 

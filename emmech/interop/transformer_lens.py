@@ -20,7 +20,7 @@ def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 
     """A ``TransformerBridge`` on the weights of a run's model, adapter live.
 
     The user's model and tokenizer stay as they are. Changing the adapter's weights or scale on the model
-    (:func:`emmech.scale_adapters`, another step through ``run.model(step, base=chat)``) shows in the bridge at once;
+    (:func:`emmech.interventions.scale_adapters`, another step through ``run.model(step, base=chat)``) shows in the bridge at once;
     PEFT's ``disable_adapter`` does not: scale by 0 instead. There is no hook point for the adapter's scalar A·x
     (:func:`emmech.adapter_lens` reads it); ``blocks.N.mlp.hook_post`` is down_proj's input. Needs the extra ``lens``.
 

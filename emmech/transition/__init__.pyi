@@ -1,0 +1,15 @@
+from emmech.transition.distribution import DistributionShift as DistributionShift
+from emmech.transition.distribution import dissimilarity as dissimilarity
+from emmech.transition.distribution import distribution_shift as distribution_shift
+from emmech.transition.distribution import explained_share as explained_share
+from emmech.transition.distribution import label_distribution as label_distribution
+from emmech.transition.geometry import PrincipalComponents as PrincipalComponents
+from emmech.transition.geometry import comp_score as comp_score
+from emmech.transition.geometry import local_cosine as local_cosine
+from emmech.transition.geometry import norms as norms
+from emmech.transition.geometry import pca as pca
+from emmech.transition.geometry import peak_height as peak_height
+from emmech.transition.geometry import principal_angles as principal_angles
+from emmech.transition.geometry import principal_cosines as principal_cosines
+from emmech.transition.geometry import turn_angle as turn_angle
+from emmech.transition.swept import threshold_robustness as threshold_robustness
