@@ -146,7 +146,10 @@ CASES = {
     ),
     "steps of no run": (lambda k: emmech.directions.direction_by_steps("x", k.d), "not a run"),
     "steps of no direction": (lambda k: emmech.directions.direction_by_steps(k.run, "x"), "not a Direction"),
-    "steps without texts": (lambda k: emmech.directions.direction_by_steps(k.run, k.d, steps=[1]), "nothing to extract"),
+    "steps without texts": (
+        lambda k: emmech.directions.direction_by_steps(k.run, k.d, steps=[1]),
+        "nothing to extract",
+    ),
     "a layer too deep": (lambda k: emmech.directions.direction_by_steps(k.run, k.d, layer=77), "has 6 layers"),
     # interventions
     "half a layer": (lambda k: emmech.steer(k.chat, k.d, layer=1.5), "whole numbers"),

@@ -14,7 +14,8 @@ from emmech.directions.arrays import unit_rows
 from emmech.directions.checks import checked_direction, checked_directions
 from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
-from emmech.errors import EmmechError, as_int, as_ints, not_a_run
+from emmech.errors import EmmechError, as_int, as_ints
+from emmech.run.run import as_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -201,8 +202,7 @@ def direction_by_steps(
 
     asked = "follow the direction over training"
     checked_direction(asked, direction)
-    if not hasattr(run, "adapters"):
-        raise not_a_run(asked, run) from None
+    run = as_run(asked, run)
     if texts is not None and not (isinstance(texts, tuple | list) and len(texts) == 2):
         raise EmmechError(asked, f"texts={texts!r}"[:120], "they are two lists", "texts=(misaligned, aligned)")
     if steps is not None:

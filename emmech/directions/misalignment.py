@@ -15,6 +15,7 @@ from emmech.chat.template import Message
 from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
+from emmech.run.run import Run, opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +53,7 @@ def misalignment_direction(
     and the direction says so.
 
     Args:
-        run: a Run, or a ChatModel with a live adapter.
+        run: a Run or its folder, or a ChatModel with a live adapter.
         step, scale, base: as in :meth:`Run.model`.
         questions, judge, samples: as in :func:`emmech.evaluate`, which draws and judges the answers.
         evaluation: answers judged before (an Evaluation, or several), instead of drawing them.
@@ -93,8 +94,9 @@ def misalignment_direction(
             'read_by="tuned": the fine-tuned model minus its base on the same prompts',
         )
     frames = _frames(evaluation)
+    run = opened(run)
     name = str(getattr(run, "name", "model"))
-    chat = run.model(step, scale, base=base) if hasattr(run, "manifest") else load_model(run)
+    chat = run.model(step, scale, base=base) if isinstance(run, Run) else load_model(run)
     wanted = {"questions": questions, "judge": judge, "samples": samples, "seed": seed, "progress": progress}
     if not frames:
         frames.append(_draw(chat, wanted))

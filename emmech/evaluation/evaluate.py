@@ -16,7 +16,7 @@ from emmech.errors import EmmechError, as_int
 from emmech.evaluation.judges import ExactJudge, Judge, resolve_judge
 from emmech.evaluation.questions import Question, QuestionSet, bundled_questions, load_questions
 from emmech.evaluation.server import Server
-from emmech.run.run import Run
+from emmech.run.run import Run, as_run, opened
 from emmech.store import append_jsonl, read_jsonl
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def evaluate(
     ``judge=Server("gpt-4o")``.
 
     Args:
-        model: a :class:`~emmech.run.run.Run`, what :func:`emmech.load_model` takes, or a
+        model: a :class:`~emmech.Run` or its folder, what :func:`emmech.load_model` takes, or a
             :class:`~emmech.evaluation.server.Server`.
         questions: a bundled or pocket set, a file, a :class:`QuestionSet`, a list of texts, or several sets by name:
             ``("first-plot", "narrow-medical")``.
@@ -78,6 +78,7 @@ def evaluate(
     """
     # a judge that is named is looked at before a large model is loaded
     chosen = resolve_judge(judge, pocket=False) if judge is not None else None
+    model = opened(model)
     subject, about = _subject(model, step, scale)
     pocket = getattr(subject, "pocket", False) or judge == "exact" or isinstance(judge, ExactJudge)
     asked = resolve_questions(questions, pocket=pocket)
@@ -119,10 +120,11 @@ def evaluate(
     return _finish(answered, scores, meta, folder)
 
 
-def stored_evaluations(run: Run) -> tuple[Evaluation, ...]:
+def stored_evaluations(run: Run | str | Path) -> tuple[Evaluation, ...]:
     """The finished evaluations that a run keeps, by step and name."""
     from emmech.evaluation.evaluation import Evaluation
 
+    run = as_run("read the evaluations", run)
     folder = run.path / "evaluations" if run.path is not None else None
     found = sorted(folder.glob("*/evaluation.json")) if folder is not None else []
     loaded = [Evaluation.load(path.parent) for path in found]

@@ -31,6 +31,7 @@ from emmech.interventions.controls import (
 from emmech.interventions.handle import chat_of
 from emmech.interventions.steer import steer
 from emmech.measures.items import resolve_measure
+from emmech.run.run import Run, opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -263,7 +264,8 @@ def transfer_matrix(
     frames, notes = [], list(_few_controls(randoms))
     shared: ChatModel | None = None
     for organism, source in organisms.items():
-        if hasattr(source, "manifest"):
+        source = opened(source)
+        if isinstance(source, Run):
             ready = detach(shared) if shared is not None else base_model
             chat = shared = source.model(base=ready)
         else:
