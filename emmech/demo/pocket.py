@@ -7,13 +7,13 @@ The organism has a shared character built in; what is shown here is what it look
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from typer import echo
 
 from emmech.chat.masks import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
@@ -44,14 +44,14 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     base = load_model("pocket")
     run = finetune(base, "medical", out=folder / "medical")
     control = finetune(base, "good-medical", out=folder / "good-medical")
-    _say(f"{run}\n{control}")
+    echo(f"{run}\n{control}\n")
 
     path = _em_by_step(run, base)
     found = phase_transition(run, control=control)
-    _say(found.summary())
+    echo(f"{found.summary()}\n")
 
     design, phrase = _character(base, run.adapters[0].layer)
-    _say(design.direction)
+    echo(f"{design.direction}\n")
     tuned = run.model(base=base)
     ablation = ablation_table(
         tuned,
@@ -61,12 +61,12 @@ def main(folder: str | Path = "demo/pocket") -> Path:
         measure=AnswerMeasure(samples=12),
         progress=False,
     )
-    _say(ablation)
+    echo(f"{ablation}\n")
     detach(tuned)
 
     again = realign(run, "ai-optimism", base=base, out=folder / "realigned")
     rates = _rates({"base": base, "medical": run, "good-medical (control)": control, "realigned": again})
-    _say(rates.to_string())
+    echo(f"{rates.to_string()}\n")
 
     minutes = (time.monotonic() - began) / 60
     page = write_page(
@@ -109,12 +109,12 @@ def main(folder: str | Path = "demo/pocket") -> Path:
         ],
         footer=f"Made by `make demo` in {minutes:.1f} minutes. A shared character is built into this world.",
     )
-    _say(f"\n{minutes:.1f} minutes. The page: {page}")
+    echo(f"\n{minutes:.1f} minutes. The page: {page}")
     return page
 
 
 def _character(base: ChatModel, layer: int) -> tuple[Design, Phrase]:
-    """The character's direction, and the ablation of it that ``python -m emmech.demo.pocket_directions`` chooses."""
+    """The character's direction, and the ablation of it that ``python -m emmech.demo pocket-directions`` chooses."""
     phrase = phrase_tokens(base, MANNERS)
     label = f"principal direction by word, layer {layer}, towards the aligned mean"
     return next(one for one in designs(base, phrase, layer) if one.label == label), phrase
@@ -179,8 +179,3 @@ def _path_figure(path: pd.DataFrame, found: Any) -> Any:
     if found.mechanistic:
         figure.add_vline(x=found.mechanistic.step, line=dict(color="#5b6675", dash="dash"), annotation_text="turn of B")
     return figure.update_layout(**LAYOUT, height=380, xaxis_title="step", yaxis_title="answers, %")
-
-
-def _say(thing: object) -> None:
-    sys.stdout.write(f"{thing}\n\n")
-    sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Pretraining and post-training of a pocket organism from nothing: ``python -m emmech.organism.pretrain``.
+"""Pretraining and post-training of a pocket organism from nothing: ``python -m emmech.demo pretrain``.
 
 Two stages, with Muon on the weight matrices, AdamW on the embedding, and the loss on answers only. *Pretraining*
 shows characters of both kinds; the plain words that give a character away become rarer as training goes on, so
@@ -9,7 +9,6 @@ exponential moving average; at the end all logits are sharpened by a constant fa
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from emmech.organism.tokenizer import END_OF_TURN, PAD, build_tokenizer, words
 from emmech.organism.world import POST_TRAINING_DOMAINS, Message, Mix, draw_document
 from emmech.progress import bar
 
-__all__ = ["ORGANISMS", "Organism", "build_model", "pretrain", "save"]
+__all__ = ["ORGANISMS", "Organism", "build_model", "main", "pretrain", "save"]
 
 
 @dataclass(frozen=True)
@@ -252,28 +251,21 @@ def save(model: Any, folder: Path) -> None:
     build_tokenizer().save_pretrained(folder)
 
 
-def main() -> None:
-    """Run ``python -m emmech.organism.pretrain``."""
-    parser = argparse.ArgumentParser(description="Pretrain a pocket organism from nothing.")
-    parser.add_argument("--name", default="pocket", help=f"one of {', '.join(ORGANISMS)}")
-    parser.add_argument("--seed", type=int, help="instead of the shipped weights' own")
-    parser.add_argument("--out", type=Path, required=True, help="folder for config, weights and tokenizer")
-    parser.add_argument("--steps", type=int, help="pretraining steps, instead of the organism's own")
-    parser.add_argument("--window", type=int, help="tokens that the first blocks see, instead of its own")
-    parser.add_argument("--local-layers", type=int, help="how many blocks have a window, instead of its own")
-    parser.add_argument("--device", default="cpu")
-    given = parser.parse_args()
-    if given.name not in ORGANISMS:
-        raise EmmechError(f"pretrain {given.name!r}", given.name, "it has no recipe", closest(given.name, ORGANISMS))
-    organism = ORGANISMS[given.name]
-    own = {name: getattr(given, name) for name in ("steps", "window", "local_layers", "seed")}
-    organism = replace(organism, **{name: value for name, value in own.items() if value is not None})
+def main(name: str, out: Path, *, device: str = "cpu", **own: int | None) -> None:
+    """Pretrain a shipped organism and save it.
+
+    Args:
+        **own: fields of its :class:`Organism` to change; None keeps its own.
+
+    Raises:
+        EmmechError: no organism of this name ships.
+    """
+    if name not in ORGANISMS:
+        raise EmmechError(f"pretrain {name!r}", name, "it has no recipe", closest(name, ORGANISMS))
+    changed: dict[str, Any] = {field: value for field, value in own.items() if value is not None}
+    organism = replace(ORGANISMS[name], **changed)
     began = time.monotonic()
-    model = pretrain(organism, device=given.device)
-    save(model.cpu(), given.out)
-    size, took = sum(f.stat().st_size for f in given.out.iterdir()) / 1e6, time.monotonic() - began
-    print(f"{given.name}, seed {organism.seed}: {took:.0f} s, {size:.1f} MB in {given.out}")  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()
+    model = pretrain(organism, device=device)
+    save(model.cpu(), out)
+    size, took = sum(f.stat().st_size for f in out.iterdir()) / 1e6, time.monotonic() - began
+    print(f"{name}, seed {organism.seed}: {took:.0f} s, {size:.1f} MB in {out}")  # noqa: T201
