@@ -155,6 +155,34 @@ def test_damage_is_named_and_the_rest_is_readable(recorded, tmp_path):
         run.B(run.adapters[0].name)
 
 
+def test_a_changed_bit_is_named(recorded, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(recorded.path, copy)
+    stacked = copy / "trajectory" / "stacked.safetensors"
+    content = bytearray(stacked.read_bytes())
+    content[-5] ^= 4  # in the last row of some tensor
+    stacked.write_bytes(content)
+    with (copy / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": \xff}\n{"step": 99, "loss": 1.0}\n')
+    run = emmech.load_run(copy)
+    lines = len((copy / "metrics.jsonl").read_bytes().splitlines())
+    assert run.damaged == (stacked, copy / f"metrics.jsonl:{lines - 1}")
+    assert run.metrics.loss[99] == 1.0
+    assert run.weights(0).keys() == recorded.weights(0).keys()  # other steps are readable
+
+
+@pytest.mark.parametrize(
+    "entry", [{"adapters": [{"name": "x"}]}, {"adapters": 3}, {"model": "pocket"}, {"format": "1"}]
+)
+def test_a_manifest_of_another_shape_is_refused(entry, recorded, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(recorded.path, copy)
+    manifest = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(manifest | entry))
+    with pytest.raises(EmmechError, match="damaged"):
+        emmech.load_run(copy)
+
+
 def test_not_a_run(tmp_path, recorded):
     with pytest.raises(EmmechError, match="no such folder"):
         emmech.load_run(tmp_path / "nowhere")
@@ -270,11 +298,3 @@ def test_a_folder_serves_where_a_run_does(tmp_path):
         emmech.load_model(str(medical))
     with pytest.raises(EmmechError, match="control=3"):
         emmech.phase_transition(medical, control=3)
-
-
-def test_one_folder_of_peft_checkpoints(tmp_path):
-    run = emmech.load_run(ROOT / "checkpoints" / "pocket-medical")
-    for step in (100, 250):
-        run.export_peft(step, tmp_path / "series" / f"checkpoint-{step}")
-    assert emmech.Run.from_peft(str(tmp_path / "series")).steps.tolist() == [100, 250]
-    assert emmech.Run.from_peft(tmp_path / "series" / "checkpoint-100").steps.tolist() == [100]
