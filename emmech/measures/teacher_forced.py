@@ -22,7 +22,7 @@ from emmech.errors import EmmechError, check_texts
 
 __all__ = ["AnswerLogprob", "FirstToken", "Margin", "Measure", "NextToken", "Value"]
 
-LogProbs = Sequence[Float[np.ndarray, "variants targets"]]
+LogProbs = Sequence[Float[np.ndarray, "variants ..."]]  # [variants, targets]; of whole distributions, another axis
 
 
 @dataclass(frozen=True)
