@@ -49,15 +49,6 @@ KNOWN: dict[str, set[str]] = {
         "measures/items.py",
         "sweeps/sampled.py",
     },
-    "colours": {
-        "demo/pocket.py",
-        "directions/adapter_lens.py",
-        "evaluation/plots.py",
-        "interventions/plots.py",
-        "run/plots.py",
-        "transition/figure.py",
-        "view/page.py",
-    },
     "doubled_classes": {
         "chat/edits.py",
         "engine/row_adapters.py",

@@ -10,6 +10,13 @@ import yaml
 
 import emmech
 
+# named by the guide ahead of the change that brings them; an entry that exists fails its test
+PENDING = {
+    "emmech/chat/families.py",
+    "emmech/training/objective.py",
+    "tests/families/models.py",
+    "tests/test_registry.py",
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -27,7 +34,7 @@ def test_the_judge_of_the_guide_judges():
 def test_the_files_that_the_guide_names_exist():
     guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:emmech|tests|docs|\.ci)/[\w./-]+)`", guide))
-    assert len(named) > 10 and not [name for name in named if not (ROOT / name).exists()]
+    assert len(named) > 10 and {name for name in named if not (ROOT / name).exists()} == PENDING
 
 
 def test_the_commands_that_the_guide_names_exist():

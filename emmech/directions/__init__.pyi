@@ -4,6 +4,7 @@ from emmech.directions.compare import Cosines as Cosines
 from emmech.directions.compare import DirectionBySteps as DirectionBySteps
 from emmech.directions.compare import cosines as cosines
 from emmech.directions.compare import direction_by_steps as direction_by_steps
+from emmech.directions.contrast import four_directions as four_directions
 from emmech.directions.contrast import lexical_share as lexical_share
 from emmech.directions.contrast import read_out as read_out
 from emmech.directions.control_vectors import from_repeng as from_repeng
@@ -25,4 +26,3 @@ from emmech.directions.quality import Quality as Quality
 from emmech.directions.sources import adapter_direction as adapter_direction
 from emmech.directions.sources import persona_direction as persona_direction
 from emmech.directions.sources import trained_direction as trained_direction
-from emmech.directions.two_by_two import four_directions as four_directions
