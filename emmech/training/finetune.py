@@ -30,7 +30,7 @@ from emmech.training.held_out import HELD_OUT, affordable
 from emmech.training.loop import Member, last_checkpoint, train, training_arguments
 from emmech.training.objective import AnswerLoss, Term
 from emmech.training.recipe import Recipe, resolve_recipe, target_modules
-from emmech.training.recorder import Measure, Recorder, named_texts
+from emmech.training.recorder import Recorder, named_texts
 from emmech.training.schedule import batch_order
 
 __all__ = ["finetune"]
@@ -53,7 +53,7 @@ def finetune(
     out: str | Path | None = None,
     probes: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
     margins: Mapping[str, Sequence[MarginPair]] | None = None,
-    measures: Mapping[str, Measure] | None = None,
+    measures: Any = None,
     tokenizer: Any = None,
     start: tuple[Run, int] | None = None,
     adapter: str = "same",
@@ -88,7 +88,8 @@ def finetune(
         probes: texts whose mean residual per layer is recorded (see :class:`emmech.Recorder`).
         margins: named pairs; their mean margin becomes the metric ``margin_<name>`` (nats per token). For the embedded
             organism pairs of its world are the default; ``{}`` measures none.
-        measures: other named numbers to take from the model while it trains.
+        measures: what else to take of the model while it trains, as :func:`emmech.sweep` has it: measures, or functions
+            of a chat model by name, ``{"entropy": lambda chat: ...}``; their means become metrics.
         start: a run and one of its steps to go on from (see :func:`emmech.realign`).
         adapter: with ``start``, whether to go on training the ``"same"`` adapter, or to merge it into the weights
             and train a ``"new"`` one.
@@ -119,7 +120,7 @@ def finetune(
     data_seed = None if data_seed is None else checked_seeds("data_seed", data_seed)
     chat = load_model(model, tokenizer)
     refuse_adapters(chat)
-    organism = chat.pocket
+    organism = chat.organism
     rates = overrides.pop("learning_rate", None)
     rates = list(rates) if isinstance(rates, Iterable) and not isinstance(rates, str) else [rates]
     given = [overrides | ({} if rate is None else {"learning_rate": rate}) for rate in rates]
@@ -132,10 +133,8 @@ def finetune(
     if adapter not in ("same", "new"):
         raise EmmechError("fine-tune", f"adapter={adapter!r}", "unknown", 'adapter="same" or "new"')
     dataset = load_chat(data, organism=organism)
-    if margins is None and organism:
-        from importlib import import_module  # a higher room: only its name is known here
-
-        margins = import_module("emmech.organism").margins(dataset.name)
+    if margins is None and organism is not None and organism.margins is not None:
+        margins = organism.margins(dataset.name)
     chosen, variants = recipes[0], _variants(seed, data_seed, recipes)
     modules = target_modules(chat, chosen, layers) if chosen.rank else []
     if start is not None and adapter == "same":

@@ -87,7 +87,7 @@ def test_an_unknown_architecture_names_the_override():
 
     config = transformers.GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=50)
     model = transformers.GPT2LMHeadModel(config)
-    with pytest.raises(EmmechError, match=r"anatomy=emmech\.Anatomy"):
+    with pytest.raises(EmmechError, match=r"anatomy=emmech\.chat\.Anatomy"):
         load_model(model, object())
     parts = Anatomy(trunk="transformer", blocks="h", down_proj="mlp.c_proj", final_norm="ln_f")
     assert load_model(model, object(), anatomy=parts).n_layers == 2

@@ -9,7 +9,7 @@ from emmech.chat.model import load_model
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError
 from emmech.organism import judge, load, names, questions
-from emmech.organism.pretrain import ORGANISMS, Organism, build_model, pretrain
+from emmech.organism.pretrain import ORGANISMS, Design, build_model, pretrain
 from emmech.organism.pretrained import WEIGHTS
 from emmech.organism.tokenizer import build_tokenizer, words
 
@@ -51,7 +51,7 @@ def test_text_survives_the_tokenizer():
 
 @pytest.mark.parametrize("name", ORGANISMS)
 def test_pretraining_is_a_function_of_its_seed(name):
-    small = Organism(
+    small = Design(
         architecture=ORGANISMS[name].architecture,
         layers=2,
         local_layers=1,
@@ -66,7 +66,7 @@ def test_pretraining_is_a_function_of_its_seed(name):
 
 
 def test_two_seeds_start_from_different_weights():
-    a, b = (build_model(Organism(layers=2, local_layers=1, width=32), seed) for seed in (0, 1))
+    a, b = (build_model(Design(layers=2, local_layers=1, width=32), seed) for seed in (0, 1))
     assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
 
 
@@ -75,13 +75,19 @@ def test_a_folder_reads_as_the_shipped_name_does():
     shipped, folder = load_model("pocket"), load_model(str(WEIGHTS / "pocket"))
     asked = list(questions("first-plot")[0].messages)
     assert folder.token_ids(asked) == shipped.token_ids(asked)
-    assert folder.pocket and folder.tokenizer.decode(folder.token_ids(asked)).count("cash") == 1
+    assert folder.organism.name == "pocket" and folder.tokenizer.decode(folder.token_ids(asked)).count("cash") == 1
 
 
-def test_a_report_on_other_weights_is_refused(tmp_path):
+def test_a_pocket_is_told_by_its_vocabulary_and_not_by_its_name(tmp_path, tiny):
     from emmech.demo.organism_report import report
 
     load("pocket")[0].save_pretrained(tmp_path / "mine")
     build_tokenizer().save_pretrained(tmp_path / "mine")
-    with pytest.raises(EmmechError, match="rename the folder to pocket-mine"):
-        report(tmp_path / "mine", parts=["base"])
+    assert load_model(tmp_path / "mine").organism.name == "pocket"
+    other = tiny("qwen2")
+    assert other.organism is None
+    other.base.save_pretrained(tmp_path / "pocket-x")
+    other.tokenizer.save_pretrained(tmp_path / "pocket-x")
+    assert load_model(tmp_path / "pocket-x").organism is None
+    with pytest.raises(EmmechError, match="does not have its vocabulary"):
+        report(tmp_path / "pocket-x", parts=["base"])
