@@ -68,9 +68,9 @@ class Straight:
 
 def straight(view: Any, chat: ChatModel) -> Straight | None:
     """The view as a function of one token per row; None where a block is not one that is known here."""
-    blocks = list(view.get_submodule(chat.anatomy.blocks))
+    blocks = list(view.get_submodule(chat.family.blocks))
     kinds = list(getattr(chat.config, "layer_types", None) or ["full_attention"] * len(blocks))
-    norm = view.get_submodule(chat.anatomy.final_norm)
+    norm = view.get_submodule(chat.family.final_norm)
     if not hasattr(view, "rotary_emb") or has_hooks(view) or not all(map(_known, blocks)):
         return None
     return Straight(view, blocks, norm, kinds[: len(blocks)])

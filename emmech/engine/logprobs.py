@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from emmech.chat.edits import announcing
 from emmech.chat.encode import IGNORED, Encoded, encode
+from emmech.chat.families import own_logits
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.errors import EmmechError
@@ -101,15 +102,18 @@ def answer_loss(chat: ChatModel, conversations: Sequence[Sequence[Message]] | En
     return -float(np.average(answer_logprobs(chat, encoded), weights=tokens))
 
 
-def unembed(chat: ChatModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits ``[..., vocab]`` of residuals that already passed the final norm, soft-capped where the model is."""
-    return cap(chat, chat.unembedding(hidden))
+def unembed(chat: ChatModel, hidden: Float[torch.Tensor, "*places d_model"]) -> Float[torch.Tensor, "*places vocab"]:
+    """The model's own logits of what its trunk gave, multipliers and soft caps included.
 
-
-def cap(chat: ChatModel, logits: torch.Tensor) -> torch.Tensor:
-    """Logits soft-capped where the model soft-caps them."""
-    most = getattr(chat.config, "final_logit_softcapping", None)
-    return torch.tanh(logits / most) * most if most else logits
+    Example:
+        >>> from emmech.chat.model import load_model
+        >>> chat, ids = load_model("pocket"), torch.tensor([[5, 6, 7]])
+        >>> torch.equal(unembed(chat, chat.trunk(ids).last_hidden_state), chat(ids).logits)
+        True
+    """
+    if chat.family.own_head:
+        return own_logits(chat.base, chat.family, hidden)
+    return chat.family.logits(chat.unembedding(hidden))
 
 
 def margin_rows(pairs: Sequence[MarginPair], tokenizer: Any) -> Encoded:

@@ -64,8 +64,9 @@ def partial_trunk(chat: ChatModel, start: int, stop: int, *, norm: bool = True) 
     """
     blocks = list(chat.blocks)
     kept = [block if start <= i < stop else _Skip(block, i) for i, block in enumerate(blocks)]
-    view = _replaced(chat.trunk, chat.anatomy.blocks, nn.ModuleList(kept))
-    return view if norm else _replaced(view, chat.anatomy.final_norm, nn.Identity())
+    view = _replaced(chat.trunk, chat.family.blocks, nn.ModuleList(kept))
+    bare = None if norm else chat.family.final_norm
+    return view if bare is None else _replaced(view, bare, nn.Identity())
 
 
 def _replaced(module: nn.Module, path: str, value: nn.Module) -> nn.Module:

@@ -46,7 +46,7 @@ def find_frozen(chat: ChatModel, modules: Sequence[str]) -> Frozen:
     places = [_place(chat, module) for module in modules]
     layer = min(layer for layer, _ in places)
     lowest = [inner for at, inner in places if at == layer]
-    return Frozen(layer, lowest == [chat.anatomy.down_proj])
+    return Frozen(layer, lowest == [chat.family.down])
 
 
 def _place(chat: ChatModel, module: str) -> tuple[int, str]:

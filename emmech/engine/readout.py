@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import nn
 
 from emmech.chat.model import ChatModel
-from emmech.engine.logprobs import cap, unembed
+from emmech.engine.logprobs import unembed
 
 __all__ = ["WORDS", "target_logprobs"]
 
@@ -39,7 +39,7 @@ def target_logprobs(
     """
     head = chat.unembedding
     # any other head (quantised, say) is asked as a whole
-    if type(head) is not nn.Linear or head.weight.device != hidden.device:
+    if chat.family.own_head or type(head) is not nn.Linear or head.weight.device != hidden.device:
         logits = unembed(chat, hidden).float()
         return logits.gather(1, wanted) - logits.logsumexp(-1, keepdim=True)
     picked = torch.zeros(wanted.shape, device=hidden.device)
@@ -67,4 +67,4 @@ def _logits(chat: ChatModel, hidden: torch.Tensor, start: int) -> torch.Tensor:
     head: Any = chat.unembedding
     chosen = slice(start, start + WORDS)
     bias = head.bias[chosen] if head.bias is not None else None
-    return cap(chat, nn.functional.linear(hidden, head.weight[chosen], bias)).float()
+    return chat.family.logits(nn.functional.linear(hidden, head.weight[chosen], bias)).float()

@@ -103,7 +103,7 @@ class Engine:
         self.split = lowest - 1
         if not inside:
             self.split = lowest  # only steering there, and it acts behind the block
-        elif len(inside) == 1 and sites[inside[0]].path == chat.anatomy.down_proj:
+        elif len(inside) == 1 and sites[inside[0]].path == chat.family.down:
             self.split, self.shared_name = lowest, inside[0]
             self.capture = Capture(chat.down_proj(lowest))
         self.behind = getattr(chat.blocks[lowest], "post_feedforward_layernorm", None)
@@ -121,7 +121,7 @@ class Engine:
     def _lower(self) -> nn.Module:
         blocks = list(self.chat.blocks)[: self.split + 1]
         if self.capture is not None:
-            blocks[-1] = with_module(blocks[-1], self.chat.anatomy.down_proj, self.capture)
+            blocks[-1] = with_module(blocks[-1], str(self.chat.family.down), self.capture)
         return self._view(blocks, bare=True)
 
     def _upper(self) -> nn.Module:
@@ -130,7 +130,7 @@ class Engine:
         for layer in range(self.split + 1, end):
             block = chat.blocks[layer]
             inside = {name: site for name, site in self.sites.items() if site.layer == layer}
-            mlp = chat.anatomy.down_proj.rpartition(".")[0]
+            mlp = chat.family.mlp
             if layer == end - 1 and mlp and not any(site.path.startswith(mlp) for site in inside.values()):
                 self.at_reads = AtReads(block.get_submodule(mlp))
                 block = with_module(block, mlp, self.at_reads)
@@ -143,10 +143,11 @@ class Engine:
         return self._view(blocks, bare=self.stop is not None)
 
     def _view(self, blocks: Sequence[nn.Module], *, bare: bool) -> nn.Module:
-        view = with_module(self.chat.trunk, self.chat.anatomy.blocks, nn.ModuleList(blocks))
+        view = with_module(self.chat.trunk, self.chat.family.blocks, nn.ModuleList(blocks))
         if self.trees:
             view = over_trees(view)
-        return with_module(view, self.chat.anatomy.final_norm, nn.Identity()) if bare else view
+        norm = self.chat.family.final_norm
+        return with_module(view, norm, nn.Identity()) if bare and norm else view
 
     @torch.no_grad()
     def _write_is_added(self) -> bool:

@@ -205,7 +205,7 @@ def _slopes(
     view, taps = chat.trunk, {}
     for name, site in grid.sites.items():
         taps[name] = _Tap(chat.base.get_submodule(name))
-        view = with_module(view, f"{chat.anatomy.blocks}.{site.layer}.{site.path}", taps[name])
+        view = with_module(view, f"{chat.family.blocks}.{site.layer}.{site.path}", taps[name])
     flags = [(parameter, parameter.requires_grad) for parameter in chat.base.parameters()]
     training = chat.base.training
     total, slopes = 0.0, np.zeros(len(grid))
