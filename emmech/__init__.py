@@ -14,12 +14,12 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it; the whole face of the library on one page
 _WHERE = {
-    "Anatomy": "emmech.chat.model",
     "ChatDataset": "emmech.chat.dataset",
     "ChatModel": "emmech.chat.model",
     "Direction": "emmech.directions.direction",
     "EmmechError": "emmech.errors",
     "Evaluation": "emmech.evaluation.evaluation",
+    "Family": "emmech.chat.families",
     "LogprobJudge": "emmech.evaluation.logprob_judge",
     "MarginPair": "emmech.engine.logprobs",
     "Recipe": "emmech.training.recipe",
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from emmech import organism as organism
     from emmech.chat.dataset import ChatDataset as ChatDataset
     from emmech.chat.dataset import load_chat as load_chat
-    from emmech.chat.model import Anatomy as Anatomy
+    from emmech.chat.families import Family as Family
     from emmech.chat.model import ChatModel as ChatModel
     from emmech.chat.model import load_model as load_model
     from emmech.directions.adapter_lens import adapter_lens as adapter_lens

@@ -10,6 +10,7 @@ own forward, on a view of the trunk in which the other blocks are skipped: by th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,8 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import nn
 
+from emmech.chat.families import Parts
 from emmech.chat.model import ChatModel
-from emmech.engine.attention import NAME, RUN, Rowwise, queries_at
+from emmech.engine.attention import NAME, Rowwise, queries_at
 from emmech.engine.cache import Branches, KeysValues, new_past, selected
 from emmech.engine.modules import Skip, has_hooks, with_attention, with_module
 from emmech.engine.row_adapters import RowSteering
@@ -28,8 +30,6 @@ from emmech.engine.row_adapters import RowSteering
 __all__ = ["Blocks", "Places"]
 
 _MOST_READ = 0.8  # above this share of positions, leaving out the others costs more than it saves
-_BLOCKS = frozenset({"Qwen2DecoderLayer", "Qwen3DecoderLayer", "LlamaDecoderLayer", "Gemma3DecoderLayer"})
-_NORMS = frozenset({"Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm"})  # that multiply by their weight
 _Turn = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [..., 1, width]
 
 
@@ -82,23 +82,32 @@ class Blocks:
         edits: Mapping[str, Callable[[nn.Module], nn.Module]] | None = None,
     ) -> None:
         last = chat.n_layers if last is None else last
-        listed, normed = chat.anatomy.blocks, chat.anatomy.final_norm
-        kept = [block if first <= i < last else Skip(block, i) for i, block in enumerate(chat.blocks)]
+        family, listed = chat.family, chat.family.blocks
+        skipped = {i: Skip(block, i) for i, block in enumerate(chat.blocks) if not first <= i < last}
+        kept = [skipped.get(i, block) for i, block in enumerate(chat.blocks)]
+        self._enter = skipped.get(first - 1)
         view = with_module(chat.trunk, listed, nn.ModuleList(kept))
         for path, edit in (edits or {}).items():
             path = f"{listed}.{path}"
             view = with_module(view, path, edit(view.get_submodule(path)))
-        if not (last == chat.n_layers if norm is None else norm):
-            view = with_module(view, normed, nn.Identity())
+        bare = not (last == chat.n_layers if norm is None else norm)
+        if bare and family.final_norm is not None:
+            view = with_module(view, family.final_norm, nn.Identity())
         self.chat, self.view = chat, view
         self.blocks: list[Any] = list(view.get_submodule(listed))[first:last]  # type: ignore[arg-type]
-        self.final_norm: Any = view.get_submodule(normed)
+        self.final_norm: Any = nn.Identity() if bare else chat.final_norm
         kinds = getattr(chat.config, "layer_types", None) or ["full_attention"] * chat.n_layers
         self.kinds = list(kinds)[first:last]
         self.embed: Any = chat.trunk.get_input_embeddings()
-        self.rotary: Any = getattr(view, "rotary_emb", None)
+        self.rotary: Any = getattr(view, family.rotary or "", None)
+        self.parts = [family.parts(_bare(block)) for block in self.blocks]
         #: whether the blocks run as they are written out here
-        self.written = self.rotary is not None and not has_hooks(view) and all(map(_known, self.blocks))
+        self.written = (
+            family.written_out
+            and self.rotary is not None
+            and not has_hooks(view)
+            and all(_as_written(_bare(block), parts) for block, parts in zip(self.blocks, self.parts, strict=True))
+        )
 
     def __call__(self, x: torch.Tensor, places: Places = Places(), cache: Any = None) -> torch.Tensor:  # noqa: B008
         """What the blocks make of tokens or of the residual that enters them.
@@ -114,7 +123,7 @@ class Blocks:
         """
         if not self.written:
             return self._by_modules(x, places, cache)
-        hidden = x if x.is_floating_point() else self.embed(x)
+        hidden = x if x.is_floating_point() else self._embedded(x)
         if isinstance(cache, Branches):
             return self._run(hidden, self._turns(hidden, places.positions, 0), cache.step)
         stem = places.stems.length if places.stems is not None else 0
@@ -138,6 +147,11 @@ class Blocks:
         self(x, Places(reads=torch.zeros(1, dtype=torch.long, device=x.device)), past)
         return past
 
+    def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
+        scale = getattr(self.chat.config, "embedding_multiplier", None)  # of trunks that scale what they embed
+        embedded: torch.Tensor = self.embed(ids)
+        return embedded if scale is None else embedded * scale
+
     def _by_modules(self, x: torch.Tensor, places: Places, cache: Any) -> torch.Tensor:
         step = isinstance(cache, Branches)
         view, mask, positions = self.view, places.mask, places.positions
@@ -149,13 +163,16 @@ class Blocks:
         if places.stems is not None:
             cache = selected(places.stems, places.of_stem)
         entering = {"inputs_embeds" if x.is_floating_point() else "input_ids": x}
-        out: torch.Tensor = view(
-            **entering,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        # whatever the trunk does to embeddings before its first block has been done
+        given = contextlib.nullcontext() if self._enter is None else self._enter.giving(x)
+        with given:
+            out: torch.Tensor = view(
+                **entering,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
         if step:
             return out[:, 0]
         return out if places.reads is None else out.flatten(0, 1).index_select(0, places.reads)
@@ -208,64 +225,69 @@ class Blocks:
     ) -> torch.Tensor:
         """All blocks; the last one's queries only where ``asking`` says, and of those only the ``valid`` ones."""
         reading = asking is not None or valid is not None
-        for number, (block, kind) in enumerate(zip(self.blocks, self.kinds, strict=True), 1):
-            hidden = _block(block, hidden, turns[kind], attend, asking if number == len(self.blocks) else None)
+        last = len(self.blocks)
+        for number, (block, parts, kind) in enumerate(zip(self.blocks, self.parts, self.kinds, strict=True), 1):
+            hidden = self._block(parts, hidden, turns[kind], attend, asking if number == last else None)
+            if isinstance(block, RowSteering):
+                hidden = block.steered(hidden)
         if reading:
             hidden = hidden.flatten(0, 1)
             hidden = hidden if valid is None else hidden.index_select(0, valid)
-        return _normed(self.final_norm, hidden)
+        return self._normed(self.final_norm, hidden)
+
+    def _block(
+        self, parts: Parts, hidden: torch.Tensor, turn: _Turn, attend: Any, asking: torch.Tensor | None
+    ) -> torch.Tensor:
+        read = self._normed(parts.before_attention, hidden)
+        attended = self._attention(parts, read, turn, attend, asking)
+        hidden = self._added(parts.out, attended, parts.after_attention, _at(hidden, asking))
+        read = self._normed(parts.before_mlp, hidden)
+        gate, up = parts.mlp.act_fn(_linear(parts.gate, read)), _linear(parts.up, read)
+        opened = gate * up if gate.requires_grad else gate.mul_(up)
+        return self._added(parts.down, opened, parts.after_mlp, hidden)
+
+    def _attention(
+        self, parts: Parts, read: torch.Tensor, turn: _Turn, attend: Any, asking: torch.Tensor | None
+    ) -> torch.Tensor:
+        asked, turned = _at(read, asking), turn
+        if asking is not None:
+            cos, sin = (one.expand(len(asking), -1, -1, -1) for one in turn)
+            turned = _at(cos, asking), _at(sin, asking)
+        heads = (-1, parts.attention.head_dim)
+        query = _linear(parts.query, asked).unflatten(-1, heads)
+        keys, values = (_linear(one, read).unflatten(-1, heads) for one in (parts.key, parts.value))
+        query, keys = self._normed(parts.query_norm, query), self._normed(parts.key_norm, keys)
+        found = attend(parts.attention, _rotated(query, *turned), _rotated(keys, *turn), values, parts.window, asking)
+        return found.flatten(-2)  # type: ignore[no-any-return]
+
+    def _added(self, module: Any, x: torch.Tensor, norm: Any, onto: torch.Tensor) -> torch.Tensor:
+        """``onto`` plus what a half of the block writes."""
+        scale = self.chat.family.residual_scale
+        if norm is None and _is_plain(module) and module.bias is None:
+            flat = torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), module.weight.T, alpha=scale)
+            return flat.view(onto.shape)
+        wrote = self._normed(norm, _linear(module, x))
+        return onto + (wrote if scale == 1.0 else wrote * scale)
+
+    def _normed(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        eps = getattr(module, "variance_epsilon", None)
+        if module is None or eps is None or self.chat.family.norm_offset or x.dtype != torch.float32:
+            return x if module is None else module(x)
+        if has_hooks(module):
+            return module(x)  # type: ignore[no-any-return]
+        scale = (torch.linalg.vecdot(x, x) / x.shape[-1]).add_(eps).rsqrt_()
+        return (x * scale[..., None]).mul_(module.weight)
 
 
-def _known(block: nn.Module) -> bool:
-    """Whether the block is put together as :func:`_block` does it."""
-    block = block.block if isinstance(block, RowSteering) else block
-    attention, mlp = getattr(block, "self_attn", None), getattr(block, "mlp", None)
-    return (
-        type(block).__name__ in _BLOCKS
-        and not any(map(has_hooks, (block, attention, mlp)))
-        and getattr(attention, "attn_logit_softcapping", None) is None
-        and getattr(attention, "is_causal", True)
-    )
+def _bare(block: nn.Module) -> nn.Module:
+    return block.block if isinstance(block, RowSteering) else block
 
 
-def _block(
-    block: Any, hidden: torch.Tensor, turn: _Turn, attend: Any, asking: Int[torch.Tensor, "rows queries"] | None
-) -> torch.Tensor:
-    if isinstance(block, RowSteering):
-        return block.steered(_block(block.block, hidden, turn, attend, asking))
-    attended = _attention(block.self_attn, _normed(block.input_layernorm, hidden), turn, attend, asking)
-    hidden = _at(hidden, asking)
-    # Gemma norms what is written as well
-    before, after = getattr(block, "pre_feedforward_layernorm", None), block.post_attention_layernorm
-    mlp: Any = block.mlp
-    if before is None:
-        hidden = _linear(block.self_attn.o_proj, attended, hidden)
-        return _linear(mlp.down_proj, _opened(mlp, _normed(after, hidden)), hidden)
-    hidden = hidden + _normed(after, _linear(block.self_attn.o_proj, attended))
-    wrote = _linear(mlp.down_proj, _opened(mlp, _normed(before, hidden)))
-    return hidden + _normed(block.post_feedforward_layernorm, wrote)
-
-
-def _opened(mlp: Any, read: torch.Tensor) -> torch.Tensor:
-    """The input of ``down_proj``."""
-    gate, up = mlp.act_fn(_linear(mlp.gate_proj, read)), _linear(mlp.up_proj, read)
-    return gate * up if gate.requires_grad else gate.mul_(up)
-
-
-def _attention(
-    module: Any, read: torch.Tensor, turn: _Turn, attend: Any, asking: Int[torch.Tensor, "rows queries"] | None
-) -> torch.Tensor:
-    asked, turned = _at(read, asking), turn
-    if asking is not None:
-        cos, sin = (one.expand(len(asking), -1, -1, -1) for one in turn)
-        turned = _at(cos, asking), _at(sin, asking)
-    query = _linear(module.q_proj, asked).unflatten(-1, (-1, module.head_dim))
-    keys = _linear(module.k_proj, read).unflatten(-1, (-1, module.head_dim))
-    values = _linear(module.v_proj, read).unflatten(-1, (-1, module.head_dim))
-    if hasattr(module, "q_norm"):
-        query, keys = _normed(module.q_norm, query), _normed(module.k_norm, keys)
-    window = getattr(module, "sliding_window", None)
-    return attend(module, _rotated(query, *turned), _rotated(keys, *turn), values, window, asking).flatten(-2)  # type: ignore[no-any-return]
+def _as_written(block: nn.Module, parts: Parts) -> bool:
+    """Whether nothing on this block keeps it from being run part by part."""
+    attention = parts.attention
+    plain = not any(map(has_hooks, (block, attention, parts.mlp)))
+    return plain and parts.attention_cap is None and getattr(attention, "is_causal", True)
 
 
 def _at(x: torch.Tensor, asking: torch.Tensor | None) -> torch.Tensor:
@@ -286,18 +308,9 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return out
 
 
-def _linear(module: nn.Module, x: torch.Tensor, onto: torch.Tensor | None = None) -> torch.Tensor:
-    """The module's output, added ``onto`` something where that is given."""
-    if type(module) is not nn.Linear or has_hooks(module):
-        return module(x) if onto is None else onto + module(x)  # type: ignore[no-any-return]
-    if onto is None or module.bias is not None:
-        out = nn.functional.linear(x, module.weight, module.bias)
-        return out if onto is None else onto + out
-    return torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), module.weight.T).view(onto.shape)
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and not has_hooks(module)
 
 
-def _normed(module: Any, x: torch.Tensor) -> torch.Tensor:
-    if type(module).__name__ not in _NORMS or x.dtype != torch.float32 or has_hooks(module):
-        return module(x)  # type: ignore[no-any-return]
-    scale = (torch.linalg.vecdot(x, x) / x.shape[-1]).add_(module.variance_epsilon).rsqrt_()
-    return (x * scale[..., None]).mul_(module.weight)
+def _linear(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, module.weight, module.bias) if _is_plain(module) else module(x)

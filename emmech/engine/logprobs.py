@@ -18,6 +18,7 @@ from torch import nn
 
 from emmech.chat.edits import announcing
 from emmech.chat.encode import IGNORED, Encoded, encode
+from emmech.chat.families import own_logits
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.engine.modules import evaluating, has_hooks
@@ -137,15 +138,18 @@ def answer_loss(chat: ChatModel, conversations: Sequence[Sequence[Message]] | En
     return -float(np.average(answer_logprobs(chat, encoded), weights=tokens))
 
 
-def unembed(chat: ChatModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits ``[..., vocab]`` of residuals that already passed the final norm, soft-capped where the model is."""
-    return cap(chat, chat.unembedding(hidden))
+def unembed(chat: ChatModel, hidden: Float[torch.Tensor, "*places d_model"]) -> Float[torch.Tensor, "*places vocab"]:
+    """The model's own logits of what its trunk gave, multipliers and soft caps included.
 
-
-def cap(chat: ChatModel, logits: torch.Tensor) -> torch.Tensor:
-    """Logits soft-capped where the model soft-caps them."""
-    most = getattr(chat.config, "final_logit_softcapping", None)
-    return torch.tanh(logits / most) * most if most else logits
+    Example:
+        >>> from emmech.chat.model import load_model
+        >>> chat, ids = load_model("pocket"), torch.tensor([[5, 6, 7]])
+        >>> torch.equal(unembed(chat, chat.trunk(ids).last_hidden_state), chat(ids).logits)
+        True
+    """
+    if chat.family.own_head:
+        return own_logits(chat.base, chat.family, hidden)
+    return chat.family.logits(chat.unembedding(hidden))
 
 
 def target_logprobs(
@@ -169,7 +173,8 @@ def target_logprobs(
     """
     head: Any = chat.unembedding
     # any other head (quantised, say) is asked as a whole
-    sliced = type(head) is nn.Linear and not has_hooks(head) and head.weight.device == hidden.device
+    sliced = type(head) is nn.Linear and not chat.family.own_head and not has_hooks(head)
+    sliced = sliced and head.weight.device == hidden.device
     if sliced and not (hidden.requires_grad and torch.is_grad_enabled()):
         return _sliced_logprobs(chat, hidden, wanted, len(head.weight))
     logits = unembed(chat, hidden).float()
@@ -205,7 +210,7 @@ def _logits_of(chat: ChatModel, hidden: torch.Tensor, start: int) -> torch.Tenso
     head: Any = chat.unembedding
     chosen = slice(start, start + WORDS)
     bias = head.bias[chosen] if head.bias is not None else None
-    return cap(chat, nn.functional.linear(hidden, head.weight[chosen], bias)).float()
+    return chat.family.logits(nn.functional.linear(hidden, head.weight[chosen], bias)).float()
 
 
 def margin_rows(pairs: Sequence[MarginPair], tokenizer: Any) -> Encoded:

@@ -102,6 +102,16 @@ class Skip(nn.Module):
         super().__init__()
         self.__dict__["_skipped"] = block  # not a submodule
         self._layer = layer
+        self._given: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def giving(self, residual: torch.Tensor) -> Iterator[None]:
+        """For the time of the block, this is what comes out, whatever came in."""
+        self._given = residual
+        try:
+            yield
+        finally:
+            self._given = None
 
     def __getattr__(self, name: str) -> Any:
         """What the trunk asks of the block (its kind of attention, say) is the block's own."""
@@ -111,11 +121,11 @@ class Skip(nn.Module):
             return getattr(self.__dict__["_skipped"], name)
 
     def forward(self, hidden: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> torch.Tensor:
-        """What came in."""
+        """What came in, or what is given."""
         from transformers.cache_utils import Cache
 
         # the model reads the past's length off any layer of its own cache, also a skipped one
         if isinstance(past_key_values, Cache):
             nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
             past_key_values.update(nothing, nothing, self._layer)
-        return hidden
+        return hidden if self._given is None else self._given

@@ -61,12 +61,12 @@ def find_frozen(chat: ChatModel, modules: Sequence[str], steering: int | None = 
     if steering is not None and steering < layer:
         return Frozen(steering + 1, False)
     lowest = [inner for at, inner in places if at == layer]
-    return Frozen(layer, lowest == [chat.anatomy.down_proj])
+    return Frozen(layer, lowest == [chat.family.down])
 
 
 def _places(chat: ChatModel, modules: Sequence[str]) -> list[tuple[int, str]]:
     """Layer and path inside the block of each module; layer -1 outside the blocks."""
-    listed = f"{chat.anatomy.trunk}.{chat.anatomy.blocks}."
+    listed = f"{chat.family.trunk}.{chat.family.blocks}."
     found = []
     for module in modules:
         layer, _, inner = module.removeprefix(listed).partition(".")
@@ -98,11 +98,13 @@ class Lower:
         self._captured: Capture | None = None
         edits: dict[str, Callable[[nn.Module], nn.Module]] = {}
         if frozen.at_write:
-            edits[f"{frozen.layer}.{chat.anatomy.down_proj}"] = self._capture
+            edits[f"{frozen.layer}.{chat.family.down}"] = self._capture
         self.blocks = Blocks(chat, 0, frozen.blocks, norm=False, edits=edits)
-        # Gemma norms what the MLP wrote before it is added
-        block = chat.blocks[frozen.layer] if frozen.at_write else None
-        self.after_write: Any = getattr(block, "post_feedforward_layernorm", None)
+        # what some families do to a write before it is added
+        self._norm: Any = (chat.parts(frozen.layer).after_mlp if frozen.at_write else None) or nn.Identity()
+        self._scale = chat.family.residual_scale
+        #: whether :attr:`State.wrote` is looked at
+        self.uses_wrote = not isinstance(self._norm, nn.Identity) or self._scale != 1.0
 
     def _capture(self, module: nn.Module) -> nn.Module:
         self._captured = Capture(module)
@@ -124,11 +126,12 @@ class Lower:
             add: from a tensor and the adapter's input to the tensor with the adapter's write added.
         """
         assert state.read is not None
-        if self.after_write is None:
+        if not self.uses_wrote:
             return add(state.residual, state.read)
         # a norm is not linear: the change of the block's output is a difference
         assert state.wrote is not None
-        return state.residual + (self.after_write(add(state.wrote, state.read)) - self.after_write(state.wrote))  # type: ignore[no-any-return]
+        change = self._norm(add(state.wrote, state.read)) - self._norm(state.wrote)
+        return state.residual + change * self._scale  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

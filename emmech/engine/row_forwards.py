@@ -226,7 +226,7 @@ class Trunk:
         widths = {"residual": self._chat.d_model}
         if self.frozen.at_write:
             widths["read"] = self._chat.d_mlp
-            if self._lower.after_write is not None:
+            if self._lower.uses_wrote:
                 widths["wrote"] = self._chat.d_model
         self._folder.mkdir(parents=True, exist_ok=True)
         wanted = sum(widths.values()) * tokens * torch.finfo(dtype).bits // 8

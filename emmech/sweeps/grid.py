@@ -294,7 +294,7 @@ def _sites(runs: Mapping[str, Run], chat: ChatModel) -> dict[str, Site]:
             module = modules.get(info.module)
             weight = getattr(module, "weight", None)
             shape = tuple(weight.shape) if weight is not None else None
-            inside = f"{chat.anatomy.trunk}.{chat.anatomy.blocks}.{info.layer}."
+            inside = f"{chat.family.trunk}.{chat.family.blocks}.{info.layer}."
             if shape != (info.d_out, info.d_in) or not info.module.startswith(inside):
                 raise EmmechError(
                     f"put the adapters of {name} on the model",

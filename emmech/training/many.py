@@ -206,7 +206,7 @@ def finetune_many(
             )
         )
     with prepared(chat, first.recipe, layers, first.seed, start, adapter, inputs) as trained:
-        adapted = ChatModel(trained, chat.tokenizer, chat.name, chat.anatomy)
+        adapted = ChatModel(trained, chat.tokenizer, chat.name, chat.family)
         together = Together(adapted, whole, both, members, frozen, folders[0] / "prefix")
         lost = together.train(progress=progress)
     if lost:

@@ -97,7 +97,7 @@ class Recorder(TrainerCallback):
         model = kwargs["model"]
         tokenizer = kwargs.get("processing_class") or kwargs.get("tokenizer")
         self._capture: Capture = self._find_capture(model)
-        # no anatomy is needed to read adapters, so an architecture unknown to emmech can be recorded too
+        # no family is needed to read adapters, so an architecture unknown to emmech can be recorded too
         self._chat = load_model(model, tokenizer) if self._texts or self._measures else None
         if self._chat is not None:
             self._probe_rows = {name: probe_rows(self._chat, texts) for name, texts in self._texts.items()}

@@ -325,7 +325,7 @@ def prepared(
         if recipe.rank:
             trained = _with_adapters(chat, recipe, layers, start)
             if recipe.init == "inputs" and start is None:
-                inputs.add_to(ChatModel(trained, chat.tokenizer, chat.name, chat.anatomy))
+                inputs.add_to(ChatModel(trained, chat.tokenizer, chat.name, chat.family))
         else:
             trained = base
             for parameter in base.parameters():
