@@ -150,7 +150,7 @@ def deviation(
     block's writes, that a cut cannot see.
 
     Args:
-        found: after the final norm (of the block ``stop``, where that is given), at ``reads`` of ``ids [rows, tokens]``.
+        found: after the final norm, or of the block ``stop``, at ``reads`` of ``ids [rows, tokens]``.
         writes: what is added to modules' outputs, each a function of the module's input.
     """
 
@@ -158,7 +158,7 @@ def deviation(
         return lambda module, inputs, output: (output + write(inputs[0])).to(output.dtype)
 
     kept: list[torch.Tensor] = []
-    hooks = [(module, adding(write)) for module, write in writes.items()]
+    hooks: list[tuple[nn.Module, Callable[..., Any]]] = [(module, adding(write)) for module, write in writes.items()]
     if stop is not None:
         hooks.append((chat.blocks[stop], lambda module, inputs, output: kept.append(output)))
     with evaluating(chat), hooked(*hooks):

@@ -71,9 +71,7 @@ def stream(
         in_batches(chat, [ids for ids, _ in rows], batch_size, run)
 
 
-def mean_residual(
-    chat: ChatModel, rows: Sequence[Row], *, batch_size: int = 8
-) -> Float[np.ndarray, "layers d_model"]:
+def mean_residual(chat: ChatModel, rows: Sequence[Row], *, batch_size: int = 8) -> Float[np.ndarray, "layers d_model"]:
     """Token-weighted mean of each block's output over the tokens that count, ``[layers, d_model]`` float32."""
     totals = torch.zeros(chat.n_layers, chat.d_model, dtype=torch.float64)
 
