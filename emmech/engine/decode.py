@@ -25,13 +25,13 @@ from emmech.engine.blocks import Places
 from emmech.engine.cache import Branches, KeysValues, growing_cache
 from emmech.engine.gumbel import draw
 from emmech.engine.logprobs import pad, unembed
-from emmech.engine.modules import evaluating
+from emmech.engine.modules import evaluating, hooked
 from emmech.engine.packing import Reading, stack
-from emmech.engine.prefix_plan import State
+from emmech.engine.prefix_plan import TOLERANCE, State, deviation
 from emmech.engine.row_adapters import Rows, inner, write
-from emmech.engine.variants import Engine, Shared
+from emmech.engine.variants import UNFIT, Engine, Shared
 
-__all__ = ["Answer", "ModelSteps", "VariantSteps", "context", "write_answers"]
+__all__ = ["Answer", "ModelSteps", "VariantSteps", "context", "decode_variants", "write_answers"]
 
 _LEAVE = 0.8  # rows are moved together once no more than this share is still live
 
@@ -42,6 +42,63 @@ class Answer:
 
     ids: tuple[int, ...]
     finish: str
+
+
+@torch.no_grad()
+def decode_variants(
+    engine: Engine,
+    rows: Rows,
+    prompts: Sequence[Sequence[int]],
+    which: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int,
+    **options: Any,
+) -> list[Answer]:
+    """Answer every request under every variant: together where steps agree with whole forwards, else one by one.
+
+    Args:
+        prompts: distinct prompts, as token ids.
+        which: per request the index of its prompt.
+        seeds: per request its seed; the same under all variants.
+        options: as :func:`write_answers` takes them.
+
+    Returns:
+        answers in the order of variants, then requests.
+    """
+    chat, options = engine.chat, {"max_new_tokens": max_new_tokens, **options}
+    if engine.steps_agree is None:
+        engine.steps_agree = (engine.lower.blocks.written and engine.upper.written) or _steps_agree(engine)
+    if engine.steps_agree:
+        steps = VariantSteps(engine, rows, prompts, which, max_new_tokens)
+        return write_answers(chat, steps, [*seeds] * len(rows), **options)
+    answers = []
+    for variant in range(len(rows)):
+        one = rows.each(lambda tensor, at=variant: tensor[at])  # type: ignore[misc]
+        with evaluating(chat), hooked(*engine.hooks(one)):
+            answers += write_answers(chat, ModelSteps(chat, prompts, which), seeds, **options)
+    return answers
+
+
+def _steps_agree(engine: Engine) -> bool:
+    """Whether a step of two made-up variants gives what the model's own forward over the whole text does."""
+    chat, rows = engine.chat, engine.made_up()
+    prompts, after = [list(range(1, 13)), [*range(1, 9), 13]], 5
+    try:
+        steps = VariantSteps(engine, rows, prompts, [0, 1], 2)
+        places = steps.step(torch.full_like(steps.rows, after), steps.rows)
+        found = steps.hidden[places].view(2, 2, -1)
+    except UNFIT:
+        return False
+    for (variant, which), hidden in zip(np.ndindex(2, 2), found.flatten(0, 1), strict=True):
+        ids = torch.tensor([[*prompts[which], after]], device=chat.device)
+        reads = torch.zeros(ids.shape, dtype=torch.bool, device=chat.device)
+        reads[0, -1] = True
+        one = rows.each(lambda tensor, at=variant: tensor[at])  # type: ignore[misc]
+        off = deviation(chat, hidden[None], ids, reads, engine.hooks(one))
+        if not off <= TOLERANCE.get(chat.dtype, 1e-4):
+            return False
+    return True
 
 
 class Steps(Protocol):
@@ -178,7 +235,9 @@ class ModelSteps:
     def select(self, rows: torch.Tensor) -> None:
         """Go on with these rows; a row may come more than once."""
         self._copied = True
-        self._cache.batch_select_indices(rows)
+        for layer in self._cache.layers:
+            # what is kept by a recurrence or a convolution can be reordered, which may repeat and drop rows as well
+            getattr(layer, "batch_select_indices", layer.reorder_cache)(rows)
         self._positions, self._owner = self._positions[rows], self._owner[rows.cpu()]
         self._mask = self._mask[rows] if self._mask is not None else None
 

@@ -7,7 +7,7 @@ adapter reads what is the same for all, and only what it adds differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from emmech.chat.model import ChatModel
 from emmech.engine.blocks import Blocks, Places
-from emmech.engine.modules import evaluating, hooked
+from emmech.engine.modules import Hook, evaluating, hooked, residual
 from emmech.engine.row_adapters import Capture
 
 __all__ = ["TOLERANCE", "Frozen", "Lower", "State", "deviation", "dropout", "find_frozen", "pays", "why_not"]
@@ -140,7 +140,7 @@ def deviation(
     found: torch.Tensor,
     ids: torch.Tensor,
     reads: torch.Tensor,
-    writes: Mapping[nn.Module, Callable[[torch.Tensor], torch.Tensor]],
+    hooks: Sequence[Hook],
     mask: torch.Tensor | None = None,
     stop: int | None = None,
 ) -> float:
@@ -151,17 +151,14 @@ def deviation(
 
     Args:
         found: after the final norm, or of the block ``stop``, at ``reads`` of ``ids [rows, tokens]``.
-        writes: what is added to modules' outputs, each a function of the module's input.
+        hooks: the adapters, as hooks on the model's own modules.
     """
 
-    def adding(write: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda module, inputs, output: (output + write(inputs[0])).to(output.dtype)
-
     kept: list[torch.Tensor] = []
-    hooks: list[tuple[nn.Module, Callable[..., Any]]] = [(module, adding(write)) for module, write in writes.items()]
+    reading: list[Hook] = []
     if stop is not None:
-        hooks.append((chat.blocks[stop], lambda module, inputs, output: kept.append(output)))
-    with evaluating(chat), hooked(*hooks):
+        reading.append((chat.blocks[stop], lambda module, inputs, output: kept.append(residual(output))))
+    with evaluating(chat), hooked(*hooks, *reading):
         whole = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     wanted = (kept[0] if kept else whole)[reads].float()
     return float((found.float() - wanted).abs().max() / wanted.abs().max())

@@ -15,6 +15,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import nn
 
+from emmech.engine.modules import changed, residual
+
 __all__ = [
     "Capture",
     "RowAdapter",
@@ -131,15 +133,16 @@ class RowSteering(nn.Module):
         super().__init__()
         self.block, self.rows, self.layer = block, rows, layer
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output plus coefficient times direction."""
-        return self.steered(self.block(*args, **kwargs))
+        out = self.block(*args, **kwargs)
+        return changed(out, self.steered(residual(out)))
 
-    def steered(self, out: torch.Tensor) -> torch.Tensor:
-        """A block's output with its vector added."""
-        vectors = self.rows.steering[self.layer]
-        shaped = out.reshape(vectors.shape[0], -1, out.shape[-1])
-        return (shaped + vectors[:, None].to(out.dtype)).reshape(out.shape)
+    def steered(self, out: Float[torch.Tensor, "*streams rows *tokens d_model"]) -> torch.Tensor:
+        """A block's output with its vector added; ``[rows, d_model]`` in a step of one token per row."""
+        vectors = self.rows.steering[self.layer].to(out.dtype)
+        grouped = out.unflatten(max(-3, -out.ndim), (len(vectors), -1))
+        return (grouped + vectors.view(len(vectors), *[1] * (2 if out.ndim > 2 else 1), -1)).view(out.shape)
 
 
 class Capture(nn.Module):

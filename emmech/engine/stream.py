@@ -13,7 +13,7 @@ from emmech.chat.encode import IGNORED, encode
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.engine.logprobs import in_batches, pad
-from emmech.engine.modules import hooked
+from emmech.engine.modules import hooked, residual
 
 __all__ = ["mean_residual", "probe_rows", "stream"]
 
@@ -49,8 +49,6 @@ def stream(
 ) -> None:
     """Run the trunk once over all rows and reduce every block's output where it is made.
 
-    A block's output is a tensor in current transformers; ``output[0]`` would read the first row only.
-
     Args:
         reduce: called with the layer, its output ``[batch, seq, d_model]``, the mask of tokens that count
             ``[batch, seq]`` (0 at padding) and the rows' numbers.
@@ -60,7 +58,10 @@ def stream(
     now: np.ndarray = np.empty(0)
 
     def watch(layer: int) -> Callable[..., None]:
-        return lambda module, inputs, output: (reduce(layer, output, mask, now), None)[1]
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            reduce(layer, residual(output), mask, now)
+
+        return hook
 
     def run(chosen: np.ndarray, ids: torch.Tensor, attention: torch.Tensor) -> None:
         nonlocal mask, now

@@ -20,17 +20,21 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
 
+from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel
 from emmech.engine import packing
 from emmech.engine.attention import RUN
 from emmech.engine.blocks import Blocks, Places
-from emmech.engine.modules import evaluating
+from emmech.engine.modules import Hook, adding, evaluating
 from emmech.engine.packing import Pack, Reading, pack, stack
 from emmech.engine.prefix_plan import TOLERANCE, Frozen, Lower, State, deviation, find_frozen
 from emmech.engine.row_adapters import RowAdapter, Rows, RowSteering, Site, inner, write
 from emmech.errors import EmmechError
 
-__all__ = ["Block", "Engine", "Shared"]
+__all__ = ["UNFIT", "Block", "Engine", "Shared"]
+
+# what an unfamiliar architecture raises where its parts do not run by themselves
+UNFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError, EmmechError)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,7 @@ class Engine:
         self.chat, self.sites, self.steering, self.stop, self.tokens = chat, sites, steering, stop, tokens
         self.rows = Rows()  # what the modules of the upper blocks look at
         self.branching = True  # several readings in one row
+        self.steps_agree: bool | None = None  # with whole forwards, in decoding; None: not tried
         self._cut_at(find_frozen(chat, list(sites), steering))
         if not (self.lower.blocks.written and self.upper.written):
             self._settle()
@@ -119,8 +124,8 @@ class Engine:
             for self.branching in (True, False):
                 try:
                     off = self.deviation()
-                except (AttributeError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError):
-                    continue  # the parts do not even run
+                except UNFIT:
+                    continue
                 if off <= tolerance:
                     return
         raise EmmechError(
@@ -133,7 +138,7 @@ class Engine:
     @torch.no_grad()
     def deviation(self) -> float:
         """Largest relative difference of two made-up variants from the model's own forward, on two short texts."""
-        chat, rows = self.chat, self._made_up()
+        chat, rows = self.chat, self.made_up()
         texts = [tuple(range(1, 13)), (*range(1, 9), *range(13, 17))]
         readings = [Reading(ids, tuple(range(4, 12))) for ids in texts]
         worst = 0.0
@@ -146,17 +151,22 @@ class Engine:
         return worst
 
     def _off(self, found: torch.Tensor, ids: torch.Tensor, one: Rows) -> float:
-        modules = dict(self.chat.base.named_modules())
-        writes: dict[Any, Any] = {
-            modules[name]: lambda x, a=a, b=one.B[name]: (x.to(a.dtype) @ a) @ b for name, a in one.A.items()
-        }
-        for layer, vector in one.steering.items():
-            writes[self.chat.blocks[layer]] = lambda x, v=vector: v
         reads = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
         reads[:, 4:12] = True
-        return deviation(self.chat, found, ids, reads, writes, stop=self.stop)
+        return deviation(self.chat, found, ids, reads, self.hooks(one), stop=self.stop)
 
-    def _made_up(self) -> Rows:
+    def hooks(self, one: Rows) -> list[Hook]:
+        """One variant's adapters (its part of stacked rows) and steering, as hooks on the model's own modules."""
+        modules = dict(self.chat.base.named_modules())
+        found = [
+            (modules[name], adding(lambda x, a=a, b=one.B[name]: (x.to(a.dtype) @ a) @ b))  # type: ignore[misc]
+            for name, a in one.A.items()
+        ]
+        for layer, vector in one.steering.items():
+            found.append((self.chat.blocks[layer], adding(lambda x, v=vector: v)))  # type: ignore[misc]
+        return found
+
+    def made_up(self) -> Rows:
         """Adapters of two variants that write about a tenth of the residual."""
         made, chat = torch.Generator().manual_seed(0), self.chat
         dtype = torch.promote_types(torch.float32, chat.dtype)
@@ -166,7 +176,7 @@ class Engine:
 
         A, B = {}, {}
         for name, site in self.sites.items():
-            d_out, d_in = chat.base.get_submodule(name).weight.shape
+            d_in, d_out = map_widths(chat.base.get_submodule(name)) or (0, 0)
             A[name], B[name] = random(2, d_in, site.rank), 0.1 * random(2, site.rank, d_out)
         steering = {} if self.steering is None else {self.steering: 0.1 * random(2, chat.d_model)}
         return Rows(A, B, steering)
@@ -284,8 +294,13 @@ class Engine:
         heads = int(config.num_attention_heads)
         width = heads * int(getattr(config, "head_dim", None) or self.chat.d_model // heads)
         attention = 6 * width + 4 * self.chat.d_model
-        mlp = 4 * self.chat.d_mlp + 4 * self.chat.d_model
+        mlp = 4 * self.widest + 4 * self.chat.d_model
         return size * max(attention, mlp)
+
+    @property
+    def widest(self) -> int:
+        """The largest width of any linear map of a block: the MLP's, where it has one."""
+        return max(max(map_widths(module) or (0,)) for module in self.chat.blocks[-1].modules())
 
 
 def _own_reads(packs: Sequence[Pack]) -> tuple[tuple[int, np.ndarray], ...]:
