@@ -11,9 +11,9 @@ from jaxtyping import Float
 
 from emmech.chat.model import ChatModel
 from emmech.engine.budget import readable
-from emmech.engine.logprobs import unembed
+from emmech.engine.decode import context
+from emmech.engine.logprobs import WORDS, target_logprobs, unembed
 from emmech.engine.packing import Reading
-from emmech.engine.readout import WORDS, target_logprobs
 from emmech.engine.row_adapters import Rows
 from emmech.engine.variants import Block, Engine
 from emmech.errors import EmmechError
@@ -209,7 +209,7 @@ class Overflow(Exception):
 
 
 def _check_context(chat: ChatModel, longest: int) -> None:
-    room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
+    room = context(chat)
     if longest > room:
         raise EmmechError(
             "sweep over the texts",

@@ -10,6 +10,7 @@ import torch
 
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import attach, detach
+from emmech.engine.modules import hooked
 from emmech.engine.row_adapters import Rows
 from emmech.errors import EmmechError
 from emmech.measures.teacher_forced import Value
@@ -46,20 +47,19 @@ class Functions:
             variant = self.grid.variants[index]
             run = self.grid.runs[variant.run]
             live = attach(self.chat, run.adapters, run.weights(variant.step), scale=variant.scale)
-            handle = None
+            steered: list[tuple[Any, Any]] = []
             if self.grid.steering is not None and variant.coefficient:
                 layer, vector = self.grid.steering
                 push = torch.from_numpy(variant.coefficient * vector).to(self.chat.device, self.chat.dtype)
-                handle = live.block(layer).register_forward_hook(lambda _m, _i, out, push=push: out + push)
+                steered = [(live.block(layer), lambda _m, _i, out, push=push: out + push)]
             try:
                 found: dict[str, float] = {}
-                for function in self.functions:
-                    found |= _numbers(_name(function), function(live))
-                    update(1)
+                with hooked(*steered):
+                    for function in self.functions:
+                        found |= _numbers(_name(function), function(live))
+                        update(1)
                 records.append(found)
             finally:
-                if handle is not None:
-                    handle.remove()
                 detach(live)
                 self.chat.base.train(training)  # PEFT leaves it in evaluation mode
         return {"records": as_bytes(records)}

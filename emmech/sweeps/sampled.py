@@ -8,12 +8,13 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import torch
 
 from emmech.chat.model import ChatModel
-from emmech.engine.decode_variants import Answer, decode_variants
+from emmech.engine.decode import Answer, VariantSteps, context, write_answers
 from emmech.engine.responses import check_settings
 from emmech.engine.row_adapters import Rows
-from emmech.engine.variants import Engine, cut
+from emmech.engine.variants import Engine
 from emmech.errors import EmmechError, as_float, as_int
 from emmech.measures.teacher_forced import Value
 from emmech.sweeps.forced import Plan, plan
@@ -83,8 +84,7 @@ class SampledJob:
         self.verdicts: dict[tuple[str, str], dict[str, Any]] = {}
         self.engine = Engine(chat, grid.sites, grid.steered_layer)
         longest = max(map(len, self.prompts))
-        room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
-        tokens = min(longest + measure.max_new_tokens, room)
+        tokens = min(longest + measure.max_new_tokens, context(chat))
         cache = _cache_bytes(chat) * tokens
         self.plan: Plan = plan(chat, grid, self.engine, longest, size, max(budget - cache, 1))
         self.engine.tokens = self.plan.tokens
@@ -111,21 +111,21 @@ class SampledJob:
         """Answers and verdicts of a group of variants."""
         records: list[list[dict[str, Any]]] = []
         for start in range(0, len(group), self.variants_at_once):
-            chosen = slice(start, min(len(group), start + self.variants_at_once))
-            answers = decode_variants(
-                self.engine,
-                cut(rows, chosen),
-                chosen.stop - chosen.start,
-                self.prompts,
-                self.which,
-                [row["seed"] for row in self.rows],
+            chosen = rows.each(lambda one, at=start: one[at : at + self.variants_at_once])  # type: ignore[misc]
+            with torch.no_grad():
+                steps = VariantSteps(self.engine, chosen, self.prompts, self.which, self.measure.max_new_tokens)
+            answers = write_answers(
+                self.chat,
+                steps,
+                [row["seed"] for row in self.rows] * len(chosen),
                 max_new_tokens=self.measure.max_new_tokens,
                 temperature=self.measure.temperature,
                 top_p=self.measure.top_p,
-                logit_rows=self.plan.logit_rows * 8,
+                at_once=self.plan.logit_rows * 8,
                 ended=update,
             )
-            for own in answers:
+            for first in range(0, len(answers), len(self.rows)):
+                own = answers[first : first + len(self.rows)]
                 records.append(self._judged([{"response": self._text(one), "finish": one.finish} for one in own]))
         return {"records": as_bytes(records)}
 

@@ -22,6 +22,7 @@ from emmech.chat.dataset import ChatDataset
 from emmech.chat.encode import IGNORED, encode
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import adapter_layers
+from emmech.engine.modules import evaluating, hooked
 
 __all__ = ["BEHIND_MLP", "MeanInputs"]
 
@@ -71,17 +72,10 @@ class MeanInputs:
 
             return hook
 
-        handles = [layer.register_forward_pre_hook(adding(name)) for name, layer in layers.items()]
-        mode = chat.base.training
-        chat.base.eval()
-        try:
+        with evaluating(chat), hooked(*((layer, adding(name)) for name, layer in layers.items()), before=True):
             # one by one: no padding to leave out
             for ids, labels in zip(rows.input_ids, rows.labels, strict=True):
                 asked = torch.tensor(labels, device=chat.device) == IGNORED
                 chat.trunk(input_ids=torch.tensor([ids], device=chat.device), use_cache=False)
-        finally:
-            chat.base.train(mode)
-            for handle in handles:
-                handle.remove()
         tiny = torch.finfo(torch.float64).tiny
         return {name: total / total.norm().clamp_min(tiny) for name, total in sums.items()}

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from emmech.engine.block_forward import straight
-from emmech.engine.cache import RowCache
+from emmech.engine.blocks import Blocks
+from emmech.engine.cache import Branches, KeysValues
 from emmech.engine.sample import sample
-from emmech.engine.shared_prompt_cache import Branches
 from emmech.errors import EmmechError
 from emmech.sweeps.sampled import Sampled
 from emmech.sweeps.sweep import sweep
@@ -115,7 +114,7 @@ def test_pocket_has_its_own_judge_and_questions(make_run):
 def test_attention_over_branches_is_attention_over_whole_sequences():
     generator = torch.Generator().manual_seed(0)
     heads, repeats, width, lengths = 2, 3, 8, [4, 7, 5]
-    prompts = RowCache()
+    prompts = KeysValues()
     prompts.update(*torch.randn(2, 3, heads, 7, width, generator=generator), 0)
     whole = [(prompts.layers[0][0][i], prompts.layers[0][1][i], 7 - n) for i, n in enumerate(lengths)]
     branches = Branches(prompts, torch.tensor(lengths), room=30)
@@ -156,12 +155,12 @@ def test_blocks_that_somebody_listens_to_run_by_the_models_own_forward_and_write
     chat = tiny(family)
     run = make_run(chat, SEVERAL, size=0.1)
     settings = {"steps": [7], "measure": measure(), "base": chat, "progress": False}
-    assert straight(chat.trunk, chat) is not None
+    assert Blocks(chat).written
     plain = sweep(run, **settings).responses["response"].tolist()
     heard = []
     handle = chat.block(3).self_attn.register_forward_hook(lambda module, inputs, out: heard.append(1))
     try:
-        assert straight(chat.trunk, chat) is None
+        assert not Blocks(chat).written
         assert sweep(run, **settings).responses["response"].tolist() == plain
     finally:
         handle.remove()
