@@ -54,8 +54,9 @@ class Run:
         probes: Series | MemorySeries,
         metrics: Sequence[Mapping[str, Any]],
         path: Path | None = None,
+        damaged: Sequence[Path] = (),
     ) -> None:
-        self.path = path
+        self.path, self._damaged_lines = path, tuple(damaged)
         self.manifest = dict(manifest)
         self._trajectory = trajectory
         self._metrics = list(metrics)
@@ -149,8 +150,12 @@ class Run:
 
     @property
     def damaged(self) -> tuple[Path, ...]:
-        """Files that could not be read; the rest of the run is usable."""
-        return tuple(getattr(self._trajectory, "damaged", ())) + tuple(getattr(self.probes._series, "damaged", ()))
+        """Files and lines (``metrics.jsonl:17``) whose bytes are not what was written; the rest of the run is usable.
+
+        Every byte of the run is read for this.
+        """
+        series = (self._trajectory, self.probes._series)
+        return tuple(path for one in series if isinstance(one, Series) for path in one.verify()) + self._damaged_lines
 
     # what it can become
 
@@ -300,18 +305,25 @@ class Run:
         return cls._elsewhere(read_arrays(steps, A, B), name, rows)
 
     @classmethod
-    def from_peft(cls, folders: Sequence[str | Path]) -> Run:
+    def from_peft(cls, folders: str | Path | Sequence[str | Path]) -> Run:
         """A run from a series of PEFT checkpoint folders made elsewhere, in any order.
 
-        The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``).
+        The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``). The logits of
+        ``run.model(step)`` are those of ``PeftModel.from_pretrained``; a folder for which that would not hold is
+        refused.
+
+        Args:
+            folders: the folders, or one folder that holds them.
 
         Raises:
             EmmechError: names the folder that is missing, unreadable, of unknown step, a duplicate, of another
-                shape than the others, or untrained (B = 0).
+                shape than the others, or untrained (B = 0), and the tensor or the field of its configuration that
+                makes it more than a plain LoRA adapter.
         """
-        from emmech.run.importers import read_peft
+        from emmech.run.importers import read_peft, series_in
 
-        contents, base = read_peft([Path(folder) for folder in folders])
+        series = series_in(Path(folders)) if isinstance(folders, str | Path) else [Path(folder) for folder in folders]
+        contents, base = read_peft(series)
         run = cls._elsewhere(contents, "peft", [])
         run.manifest["model"] = {"name": base or None}
         return run
@@ -336,7 +348,8 @@ class Run:
         data = self.manifest.get("data", {}).get("name", "no data")
         what = ", ".join(f"{a.name} (rank {a.rank})" for a in self.adapters[:3]) or self.kind
         more = f" and {len(self.adapters) - 3} more" if len(self.adapters) > 3 else ""
-        damaged = f", damaged: {[path.name for path in self.damaged]}" if self.damaged else ""
+        known = [*getattr(self._trajectory, "damaged", ()), *self._damaged_lines]
+        damaged = f", damaged: {[path.name for path in known]}" if known else ""
         return f"Run({self.name!r}: {model} on {data}, {what}{more}, steps {span} ({len(self.steps)}){damaged})"
 
 
@@ -368,7 +381,8 @@ def load_run(path: str | Path) -> Run:
 
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        _check_manifest(manifest)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise EmmechError("open the run", manifest_path, f"it is damaged: {error}", "restore run.json")
     if manifest.get("format", 0) > FORMAT:
         raise EmmechError(
@@ -377,10 +391,20 @@ def load_run(path: str | Path) -> Run:
             f"this emmech reads formats up to {FORMAT}",
             "upgrade emmech",
         )
-    return Run(
-        manifest,
-        Series(folder / "trajectory"),
-        Series(folder / "probes"),
-        read_jsonl(folder / "metrics.jsonl"),
-        folder,
-    )
+    damaged: list[Path] = []
+    metrics = read_jsonl(folder / "metrics.jsonl", damaged)
+    return Run(manifest, Series(folder / "trajectory"), Series(folder / "probes"), metrics, folder, damaged)
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Raise ValueError where an entry that is read later is of another kind."""
+    kinds = {"format": int, "kind": str, "name": str, "model": dict, "data": dict, "recipe": dict, "adapters": list}
+    if not isinstance(manifest, dict):
+        raise ValueError("it is no JSON object")
+    for key, kind in kinds.items():
+        if not isinstance(manifest.get(key, kind()), kind):
+            raise ValueError(f"{key} is a {type(manifest[key]).__name__}, not a {kind.__name__}")
+    for entry in manifest.get("adapters", ()):
+        numbers = [entry[key] for key in ("layer", "rank", "alpha", "scaling", "d_in", "d_out")]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"the numbers of the adapter {entry.get('name')} are {numbers}")
