@@ -184,13 +184,11 @@ class ChatModel:
         """
         found: nn.Module | None = self.parts(layer).down
         if found is None:
-            half = self.family.mlp
+            fused = self.family.fused(self.block(layer))
             raise EmmechError(
                 f"find the MLP's write at layer {layer}",
                 f"{self.name} of the family {self.family.name}",
-                f"what its {half} writes there is no single linear map (fused experts, as a rule)"
-                if half
-                else "its block has no MLP",
+                "its experts are fused into one parameter" if fused else "its block has no single map of that role",
                 f"another map of the block, such as {self.family.out or self.family.query!r}",
             )
         return found

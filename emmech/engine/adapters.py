@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError, as_float
 
@@ -23,7 +24,7 @@ __all__ = ["AdapterInfo", "adapter_layers", "attach", "detach", "lora_config"]
 
 # the wrapper that `attach` made around a model, for as long as somebody holds it
 _WRAPPERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-_LAYER = re.compile(r"(?:^|\.)((?:layers|h|blocks)\.(\d+)\..+)$")
+_LAYER = re.compile(r"(?:^|\.)(\w+\.(\d+)\..+)$")  # from the list of blocks on
 
 
 @dataclass(frozen=True)
@@ -203,12 +204,11 @@ def detach(chat: ChatModel) -> ChatModel:
 def _check_widths(chat: ChatModel, adapters: Sequence[AdapterInfo]) -> None:
     modules = dict(chat.base.named_modules())
     for adapter in adapters:
-        target = modules.get(adapter.module)
-        shape = tuple(target.weight.shape) if target is not None else None
-        if shape != (adapter.d_out, adapter.d_in):
+        widths = map_widths(modules.get(adapter.module))
+        if widths != (adapter.d_in, adapter.d_out):
             raise EmmechError(
                 "put the adapter on the model",
                 f"{adapter.name}: d_in={adapter.d_in}, d_out={adapter.d_out}",
-                f"{chat.name} has there {'no such module' if shape is None else f'a weight {list(shape)}'}",
+                f"{chat.name} has there {f'widths {widths}' if widths else 'no linear map'}",
                 "use the base model that the run was trained on",
             )

@@ -171,8 +171,10 @@ class Rowwise:
                 kind = "sliding_attention" if window else "full_attention"
                 mask = self.mask[kind] if isinstance(self.mask, dict) else self.mask
             if asking is not None:
-                rows = mask[:, 0].expand(len(asking), -1, -1).gather(
-                    1, (asking % tokens)[..., None].expand(-1, -1, mask.shape[3])
+                rows = (
+                    mask[:, 0]
+                    .expand(len(asking), -1, -1)
+                    .gather(1, (asking % tokens)[..., None].expand(-1, -1, mask.shape[3]))
                 )
                 mask = rows[:, None]
             self._masks[key] = mask

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import nn
 
 from emmech.chat.families import Parts
@@ -109,7 +109,7 @@ class Blocks:
             and all(_as_written(_bare(block), parts) for block, parts in zip(self.blocks, self.parts, strict=True))
         )
 
-    def __call__(self, x: torch.Tensor, places: Places = Places(), cache: Any = None) -> torch.Tensor:  # noqa: B008
+    def __call__(self, x: torch.Tensor, places: Places = Places(), cache: Any = None) -> torch.Tensor:
         """What the blocks make of tokens or of the residual that enters them.
 
         Args:

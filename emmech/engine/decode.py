@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,10 +27,9 @@ from emmech.engine.gumbel import draw
 from emmech.engine.logprobs import pad, unembed
 from emmech.engine.modules import evaluating
 from emmech.engine.packing import Reading, stack
-from emmech.engine.prefix_plan import TOLERANCE, State
+from emmech.engine.prefix_plan import State
 from emmech.engine.row_adapters import Rows, inner, write
 from emmech.engine.variants import Engine, Shared
-from emmech.errors import EmmechError
 
 __all__ = ["Answer", "ModelSteps", "VariantSteps", "context", "write_answers"]
 

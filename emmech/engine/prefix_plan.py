@@ -155,12 +155,18 @@ def deviation(
     """
 
     def adding(write: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return lambda module, inputs, output: (output + write(inputs[0])).to(output.dtype)
+        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+            if module in blocks:
+                return chat.family.steered(output, write(inputs[0]))
+            return (output + write(inputs[0])).to(output.dtype)
+
+        return hook
 
     kept: list[torch.Tensor] = []
-    hooks = [(module, adding(write)) for module, write in writes.items()]
+    blocks = set(chat.blocks)
+    hooks: list[tuple[nn.Module, Callable[..., Any]]] = [(module, adding(write)) for module, write in writes.items()]
     if stop is not None:
-        hooks.append((chat.blocks[stop], lambda module, inputs, output: kept.append(output)))
+        hooks.append((chat.blocks[stop], lambda module, inputs, output: kept.append(chat.family.residual(output))))
     with evaluating(chat), hooked(*hooks):
         whole = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     wanted = (kept[0] if kept else whole)[reads].float()

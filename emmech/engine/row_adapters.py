@@ -15,6 +15,8 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import nn
 
+from emmech.chat.families import Family
+
 __all__ = [
     "Capture",
     "RowAdapter",
@@ -125,18 +127,19 @@ class RowAdapter(nn.Module):
 
 
 class RowSteering(nn.Module):
-    """A block with a vector added to its output, each group's own."""
+    """A block with a vector added to its residual stream, each group's own."""
 
-    def __init__(self, block: nn.Module, rows: Rows, layer: int) -> None:
+    def __init__(self, block: nn.Module, rows: Rows, layer: int, family: Family) -> None:
         super().__init__()
-        self.block, self.rows, self.layer = block, rows, layer
+        self.block, self.rows, self.layer, self._family = block, rows, layer, family
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output plus coefficient times direction."""
-        return self.steered(self.block(*args, **kwargs))
+        out = self.block(*args, **kwargs)
+        return self._family.with_residual(out, self.steered(self._family.residual(out)))
 
     def steered(self, out: torch.Tensor) -> torch.Tensor:
-        """A block's output with its vector added."""
+        """A residual stream with its vector added."""
         vectors = self.rows.steering[self.layer]
         shaped = out.reshape(vectors.shape[0], -1, out.shape[-1])
         return (shaped + vectors[:, None].to(out.dtype)).reshape(out.shape)

@@ -20,7 +20,7 @@ import torch
 from emmech.chat.encode import IGNORED, Encoded
 from emmech.chat.model import ChatModel
 from emmech.engine.blocks import Blocks, Places
-from emmech.engine.cache import detached, new_past, plain_past, selected
+from emmech.engine.cache import detached, plain_past
 from emmech.engine.logprobs import pad, target_logprobs
 from emmech.engine.prefix_plan import Frozen, Lower, State, deviation
 from emmech.engine.stacked_adapters import StackedAdapters
@@ -187,7 +187,9 @@ class Trunk:
             rows: None for the stem.
         """
         if self.frozen is None:
-            own = [self._ids[0][: self.stem]] * len(spans) if rows is None else [self._ids[i][self.stem :] for i in rows]
+            own = (
+                [self._ids[0][: self.stem]] * len(spans) if rows is None else [self._ids[i][self.stem :] for i in rows]
+            )
             ids = [token for one, (_, n) in zip(own, spans, strict=True) for token in one[:n]]
             return torch.tensor(ids, device=self._chat.device)
         state = {
@@ -196,9 +198,7 @@ class Trunk:
         }
         if write is None:
             return state["residual"]
-        return self._lower.entering(
-            State(**state), lambda onto, read: (onto + write(read)).to(self._chat.dtype)
-        )
+        return self._lower.entering(State(**state), lambda onto, read: (onto + write(read)).to(self._chat.dtype))
 
     @torch.no_grad()
     def deviation(self) -> float:

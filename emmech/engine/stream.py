@@ -49,10 +49,8 @@ def stream(
 ) -> None:
     """Run the trunk once over all rows and reduce every block's output where it is made.
 
-    A block's output is a tensor in current transformers; ``output[0]`` would read the first row only.
-
     Args:
-        reduce: called with the layer, its output ``[batch, seq, d_model]``, the mask of tokens that count
+        reduce: called with the layer, its residual ``[batch, seq, d_model]``, the mask of tokens that count
             ``[batch, seq]`` (0 at padding) and the rows' numbers.
         each: called for each batch with the rows' numbers and the function that runs it.
     """
@@ -60,7 +58,7 @@ def stream(
     now: np.ndarray = np.empty(0)
 
     def watch(layer: int) -> Callable[..., None]:
-        return lambda module, inputs, output: (reduce(layer, output, mask, now), None)[1]
+        return lambda module, inputs, output: (reduce(layer, chat.family.residual(output), mask, now), None)[1]
 
     def run(chosen: np.ndarray, ids: torch.Tensor, attention: torch.Tensor) -> None:
         nonlocal mask, now
@@ -71,9 +69,7 @@ def stream(
         in_batches(chat, [ids for ids, _ in rows], batch_size, run)
 
 
-def mean_residual(
-    chat: ChatModel, rows: Sequence[Row], *, batch_size: int = 8
-) -> Float[np.ndarray, "layers d_model"]:
+def mean_residual(chat: ChatModel, rows: Sequence[Row], *, batch_size: int = 8) -> Float[np.ndarray, "layers d_model"]:
     """Token-weighted mean of each block's output over the tokens that count, ``[layers, d_model]`` float32."""
     totals = torch.zeros(chat.n_layers, chat.d_model, dtype=torch.float64)
 

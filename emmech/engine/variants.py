@@ -20,6 +20,7 @@ import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
 
+from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel
 from emmech.engine import packing
 from emmech.engine.attention import RUN
@@ -106,7 +107,7 @@ class Engine:
             if frozen.blocks <= site.layer < last
         }
         if self.steering is not None and frozen.blocks <= self.steering < last:
-            edits[str(self.steering)] = partial(RowSteering, rows=self.rows, layer=self.steering)
+            edits[str(self.steering)] = partial(RowSteering, rows=self.rows, layer=self.steering, family=chat.family)
         self.upper = Blocks(chat, frozen.blocks, last, norm=self.stop is None, edits=edits)
 
     def _settle(self) -> None:
@@ -166,7 +167,7 @@ class Engine:
 
         A, B = {}, {}
         for name, site in self.sites.items():
-            d_out, d_in = chat.base.get_submodule(name).weight.shape
+            d_in, d_out = map_widths(chat.base.get_submodule(name)) or (0, 0)
             A[name], B[name] = random(2, d_in, site.rank), 0.1 * random(2, site.rank, d_out)
         steering = {} if self.steering is None else {self.steering: 0.1 * random(2, chat.d_model)}
         return Rows(A, B, steering)

@@ -29,8 +29,7 @@ _DELTA = {
     "linear_value_head_dim": 14,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
-_NO_HEAD_DIM = {"head_dim": None}
-_FULL = {"layer_types": ["full_attention"] * 3}
+_WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
 _GPT = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 512, "n_inner": 80}
 
 # model type -> what its configuration needs besides the shape that all share; None leaves a key out
@@ -43,7 +42,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_next": {**_MOE, **_DELTA, "shared_expert_intermediate_size": 36},
     "qwen3_5_text": _DELTA,
     "mistral": {"sliding_window": 6},
-    "ministral": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "ministral": {"sliding_window": 6, "layer_types": _WINDOWED},
     "mixtral": {"num_local_experts": 4},
     "gemma": {},
     "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 12},
@@ -52,7 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 5,
         "num_kv_shared_layers": 2,
         "intermediate_size": 80,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 1 + ["sliding_attention", "full_attention"],
+        "layer_types": [*_WINDOWED, "sliding_attention", "full_attention"],
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": None,
         "activation_sparsity_pattern": [0.0] * 5,
@@ -65,7 +64,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 2,
         "hidden_size_per_layer_input": 8,
         "vocab_size_per_layer_input": None,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "layer_types": [*_WINDOWED, "sliding_attention", "full_attention"],
         "sliding_window": 6,
     },
     "phi": {},
@@ -74,7 +73,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "olmo3": {"sliding_window": 6},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "granite": {"logits_scaling": 8.0, "residual_multiplier": 0.3, "embedding_multiplier": 6.0, "attention_multiplier": 0.2},
+    "granite": {
+        "logits_scaling": 8.0,
+        "residual_multiplier": 0.3,
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.2,
+    },
     "granitemoe": {"logits_scaling": 8.0, "residual_multiplier": 0.3, "num_local_experts": 4},
     "granitemoeshared": {"logits_scaling": 8.0, "num_local_experts": 4, "shared_intermediate_size": 36},
     "smollm3": {},
@@ -85,8 +89,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": _GPT,
     "gpt_bigcode": _GPT,
     "opt": {"ffn_dim": 80, "word_embed_proj_dim": 48, "dropout": 0.0},
-    "falcon": {**_NO_HEAD_DIM, "ffn_hidden_size": 80},
-    "stablelm": {},
+    "falcon": {"head_dim": None, "ffn_hidden_size": 80},
+    "stablelm": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 6},
     "deepseek_v2": {**_DEEPSEEK, "first_k_dense_replace": 1, "topk_method": "greedy"},
@@ -99,7 +103,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 512, "head_dim": None},
     "starcoder2": {},
     "hunyuan_v1_dense": {},
-    "exaone4": {"sliding_window": 6, "sliding_window_pattern": "LLG"},
+    "exaone4": {
+        "sliding_window": 6,
+        "layer_types": _WINDOWED,
+        "sliding_window_pattern": None,
+    },
     "ernie4_5": {},
     "seed_oss": {},
     "helium": {},
@@ -107,8 +115,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "apertus": {},
     "nanochat": {},
     "minicpm3": {**_LATENT, "head_dim": None, "num_key_value_heads": 4},
-    "recurrent_gemma": {"lru_width": 48, "attention_window_size": 6, "block_types": ["recurrent", "recurrent", "attention"]},
-    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 6, "lm_head_multiplier": 0.5},
+    "recurrent_gemma": {
+        "lru_width": 48,
+        "attention_window_size": 6,
+        "block_types": ["recurrent", "recurrent", "attention"],
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 6,
+        "lm_head_multiplier": 0.5,
+    },
     "mamba": {"state_size": 6, "intermediate_size": None, "expand": 2},
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cache
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import nn
 
 import emmech
 from emmech.chat.encode import IGNORED, encode
-from emmech.chat.families import ALL_MAPS, WRITE, map_widths
+from emmech.chat.families import ALL_MAPS, WRITE
 from emmech.engine.logprobs import MarginPair, answer_logprobs, unembed
 from emmech.engine.stream import mean_residual
 from emmech.errors import EmmechError
@@ -202,7 +201,7 @@ def test_two_steps_of_training(kind, prefix, run_of):
     run = run_of(kind, prefix)
     (info,) = run.adapters
     losses, norms, weights = trained_by_peft(kind, adapted_map(kind)[1], 2)
-    metrics = run.metrics.set_index("step")
+    metrics = run.metrics
     assert metrics["loss"].dropna().tolist() == pytest.approx(losses, abs=1e-4)
     for step, (norm_a, norm_b) in enumerate(norms, start=1):
         assert metrics[f"grad_norm_A/{info.name}"].dropna()[step] == pytest.approx(norm_a, rel=2e-3, abs=1e-6)
@@ -231,7 +230,7 @@ def test_sweep(kind, run_of):
     module = adapted_map(kind)[1]
     for step, scale, coefficient in ((0, 1.0, 0.0), (2, 1.0, 0.0), (1, 20.0, 0.0), (2, 20.0, 1.5)):
         weights = run.weights(step)
-        a, b = (torch.from_numpy(np.array(weights[f"{side}/{info.name}"])) for side in "AB")
+        a, b = (torch.from_numpy(np.array(weights[f"{side}/{info.name}"])).flatten() for side in "AB")
         hooks = [
             module.register_forward_hook(
                 lambda m, i, o, a=a, b=b, scale=scale: o + scale * info.scaling * (i[0] @ a)[..., None] * b
