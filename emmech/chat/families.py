@@ -119,7 +119,10 @@ class Family:
         """The modules of one block, by role; None where the block has no such part."""
         found = {role: _at(block, getattr(self, role)) for role in _MODULES}
         attention = found["attention"]
-        window = getattr(attention, "sliding_window", None)
+        config = getattr(attention, "config", None)
+        # where kinds of layers differ their attention says so itself
+        own = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+        window = getattr(attention, "sliding_window", own)
         cap = getattr(attention, "attn_logit_softcapping", None)
         return Parts(**found, window=int(window) if window else None, attention_cap=cap)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from emmech.chat.model import ChatModel
 
-__all__ = ["Skip", "evaluating", "has_hooks", "hooked", "with_attention", "with_module"]
+__all__ = ["Skip", "evaluating", "has_hooks", "hooked", "unhooked", "with_attention", "with_module"]
 
 
 def has_hooks(module: Any) -> bool:
@@ -42,6 +42,20 @@ def hooked(*pairs: tuple[nn.Module, Callable[..., Any]], before: bool = False) -
         for module, hook in pairs:
             stack.callback(register(module, hook).remove)
         yield
+
+
+@contextlib.contextmanager
+def unhooked(model: nn.Module) -> Iterator[None]:
+    """No forward hook of the model's modules is called for the time of the block."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(module, name, vars(module)[name]) for module in model.modules() for name in names if vars(module)[name]]
+    for module, name, hooks in kept:
+        setattr(module, name, type(hooks)())
+    try:
+        yield
+    finally:
+        for module, name, hooks in kept:
+            setattr(module, name, hooks)
 
 
 @contextlib.contextmanager

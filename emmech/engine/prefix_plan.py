@@ -19,9 +19,22 @@ from emmech.engine.blocks import Blocks, Places
 from emmech.engine.modules import evaluating, hooked
 from emmech.engine.row_adapters import Capture
 
-__all__ = ["TOLERANCE", "Frozen", "Lower", "State", "deviation", "dropout", "find_frozen", "pays", "why_not"]
+__all__ = [
+    "DOES_NOT_RUN",
+    "TOLERANCE",
+    "Frozen",
+    "Lower",
+    "State",
+    "deviation",
+    "dropout",
+    "find_frozen",
+    "pays",
+    "why_not",
+]
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of a deviation
+# what a model's modules raise when they are run in another way than their own
+DOES_NOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
 _PAYS_FROM = 1.4  # uses per row: the cache costs about one forward of the prefix per row, and a write to disk
 
@@ -199,10 +212,11 @@ def why_not(chat: ChatModel, modules: Sequence[str], frozen: Frozen | None = Non
 
 
 def dropout(chat: ChatModel) -> float:
-    """The highest dropout rate anywhere in the model, 0 for every current chat model as it is shipped."""
-    rates = [float(getattr(chat.config, "attention_dropout", 0.0) or 0.0)]
+    """The highest dropout rate anywhere in the model, 0 for most current chat models as they are shipped."""
+    said = chat.config.to_dict().items()  # of functions that draw without a module of their own
+    rates = [rate for name, rate in said if "drop" in name and "classifier" not in name and "summary" not in name]
     rates += [module.p for module in chat.base.modules() if isinstance(module, nn.Dropout)]
-    return max(rates)
+    return max((float(rate) for rate in rates if isinstance(rate, int | float)), default=0.0)
 
 
 def pays(frozen: Frozen, *, uses: float, rows: int) -> bool:

@@ -27,7 +27,7 @@ from emmech.engine.attention import RUN
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.modules import evaluating
 from emmech.engine.packing import Pack, Reading, pack, stack
-from emmech.engine.prefix_plan import TOLERANCE, Frozen, Lower, State, deviation, find_frozen
+from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation, find_frozen
 from emmech.engine.row_adapters import RowAdapter, Rows, RowSteering, Site, inner, write
 from emmech.errors import EmmechError
 
@@ -120,7 +120,7 @@ class Engine:
             for self.branching in (True, False):
                 try:
                     off = self.deviation()
-                except (AttributeError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError):
+                except DOES_NOT_RUN:
                     continue  # the parts do not even run
                 if off <= tolerance:
                     return
