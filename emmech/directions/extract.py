@@ -4,8 +4,8 @@ Only running sums are kept: a hook on each block reduces its output to one maske
 the sums go in float64 into as many groups as are asked for. Nothing else survives a block, the unembedding never
 runs, and so the pass costs what a bare forward of the trunk costs, in time and in memory.
 
-The masked tokens are exactly the answers (content and end-of-turn token, never the header), as in "Convergent Linear Representations
-of Emergent Misalignment" (arXiv 2506.11618).
+The masked tokens are exactly the answers (content and end-of-turn token, never the header), as in "Convergent Linear
+Representations of Emergent Misalignment" (arXiv 2506.11618).
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ class Blocks:
         if bare and family.final_norm is not None:
             view = with_module(view, family.final_norm, nn.Identity())
         self.chat, self.view = chat, view
-        self.blocks: list[Any] = list(view.get_submodule(listed))[first:last]  # type: ignore[arg-type]
+        listed_now: Any = view.get_submodule(listed)
+        self.blocks: list[Any] = list(listed_now)[first:last]
         self.final_norm: Any = nn.Identity() if bare else chat.final_norm
         kinds = getattr(chat.config, "layer_types", None) or ["full_attention"] * chat.n_layers
         self.kinds = list(kinds)[first:last]
@@ -160,7 +161,7 @@ class Blocks:
             x, positions, mask = x[:, None], positions[:, None], self._blank()
         if step or (mask is not None and self.by_runs):
             view = self._attending
-        if places.stems is not None:
+        if places.stems is not None and places.of_stem is not None:
             cache = selected(places.stems, places.of_stem)
         entering = {"inputs_embeds" if x.is_floating_point() else "input_ids": x}
         # whatever the trunk does to embeddings before its first block has been done

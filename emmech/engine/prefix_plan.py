@@ -163,7 +163,7 @@ def deviation(
     block's writes, that a cut cannot see.
 
     Args:
-        found: after the final norm (of the block ``stop``, where that is given), at ``reads`` of ``ids [rows, tokens]``.
+        found: after the final norm, or of the block ``stop``, at ``reads`` of ``ids [rows, tokens]``.
         writes: what is added to modules' outputs, each a function of the module's input.
     """
 
