@@ -384,18 +384,36 @@ def with_logits(model: Any, family: Family) -> Family:
         made = tried.logits(raw)
         if made.shape == wanted.shape and bool((made - wanted).abs().max() <= near * wanted.abs().max()):
             return tried
-    return replace(family, own_head=True)
+    own, ids = replace(family, own_head=True), torch.tensor([[0, 1]], device=weight.device)
+    with torch.no_grad():
+        given = own_logits(model, own, model.get_submodule(family.trunk)(input_ids=ids).last_hidden_state).float()
+        wanted = model(input_ids=ids).logits.float()
+    if given.shape != wanted.shape or bool((given - wanted).abs().max() > near * wanted.abs().max()):
+        raise EmmechError(
+            "find how the model makes its logits",
+            f"{type(model).__name__} (family {family.name})",
+            f"they are not made from what its trunk {family.trunk!r} gives",
+            "a decoder-only language model",
+        )
+    return own
 
 
 def own_logits(model: Any, family: Family, hidden: torch.Tensor) -> torch.Tensor:
     """Logits ``[..., vocab]`` of what the trunk gave ``[..., d_model]``, made by the model's own forward."""
     rows = hidden.reshape(1, -1, hidden.shape[-1])
-    view = copy.copy(model)
-    child = family.trunk.partition(".")[0]
-    view._modules = {**model._modules, child: _Given(model._modules[child], rows)}
+    view = _with_trunk(model, family.trunk, rows)
     ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=hidden.device)
     logits: torch.Tensor = type(model).forward(view, input_ids=ids, use_cache=False).logits
     return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def _with_trunk(module: Any, path: str, hidden: torch.Tensor) -> Any:
+    """A view of the model whose trunk gives these hidden states; weights are shared."""
+    child, _, rest = path.partition(".")
+    inner = module.get_submodule(child)
+    view = copy.copy(module)
+    view._modules = {**module._modules, child: _with_trunk(inner, rest, hidden) if rest else _Given(inner, hidden)}
+    return view
 
 
 class _Given(nn.Module):

@@ -180,13 +180,10 @@ class Engine:
             return [packing.tree(readings, [index]) for index in range(len(readings))]
         block = self.chat.blocks[-1]
         weights = sum(parameter.numel() for parameter in block.parameters())
-        width = self.chat.config.num_attention_heads * int(
-            getattr(self.chat.config, "head_dim", None) or self.chat.d_model // self.chat.config.num_attention_heads
-        )
         return pack(
             readings,
             linear_cost=2.0 * weights,
-            pair_cost=4.0 * width,
+            pair_cost=4.0 * self.chat.attention_width,
             longest=max(self.tokens, 256),
             reach=RUN + max(len(one.needed) for one in readings) if self.upper.by_runs else None,
         )
@@ -281,12 +278,10 @@ class Engine:
 
     def bytes_per_token(self) -> int:
         """Bytes that one token of one variant takes on its way up, by a count of the arrays that live at once."""
-        config, size = self.chat.config, self.chat.dtype.itemsize
-        heads = int(config.num_attention_heads)
-        width = heads * int(getattr(config, "head_dim", None) or self.chat.d_model // heads)
-        attention = 6 * width + 4 * self.chat.d_model
-        mlp = 4 * self.chat.d_mlp + 4 * self.chat.d_model
-        return size * max(attention, mlp)
+        chat = self.chat
+        # experts of a mixture are together about as wide as the MLP that they take the place of
+        inner = chat.d_mlp if chat.family.down else int(getattr(chat.config, "intermediate_size", 4 * chat.d_model))
+        return chat.dtype.itemsize * (4 * chat.d_model + max(6 * chat.attention_width, 4 * inner))
 
 
 def _own_reads(packs: Sequence[Pack]) -> tuple[tuple[int, np.ndarray], ...]:

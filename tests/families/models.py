@@ -30,7 +30,8 @@ _DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 _WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
-_GPT = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 512, "n_inner": 80}
+_CALM = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_GPT = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 512, "n_inner": 80, **_CALM}
 
 # model type -> what its configuration needs besides the shape that all share; None leaves a key out
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -94,7 +95,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.25, "sliding_window": 6},
     "deepseek_v2": {**_DEEPSEEK, "first_k_dense_replace": 1, "topk_method": "greedy"},
-    "deepseek_v3": {**_DEEPSEEK, "first_k_dense_replace": 2},
+    "deepseek_v3": {**_DEEPSEEK, "first_k_dense_replace": 1},
     "glm": {},
     "glm4": {},
     "glm4_moe": {**_DEEPSEEK, "first_k_dense_replace": 1, "num_key_value_heads": 2, "head_dim": 12},
@@ -109,7 +110,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": None,
     },
     "ernie4_5": {},
-    "seed_oss": {},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "helium": {},
     "arcee": {},
     "apertus": {},
