@@ -55,6 +55,8 @@ class Family:
         query_norm, key_norm: from a block to the norms of queries and keys.
         norm_offset: norms multiply by their weight plus this.
         residual_scale: each half's write is multiplied by this before it is added to the residual stream.
+        stream: blocks give several residual streams ``[streams, batch, seq, d_model]`` (Gemma 3n), and this is the one
+            that their halves read and write; None where there is one stream.
         parallel: the MLP reads what the attention reads, not what the attention wrote.
         logit_scale: logits are the unembedding's output times this.
         logit_cap: the logits are then soft-capped, ``cap * tanh(logits / cap)``; None where they are not.
@@ -91,6 +93,7 @@ class Family:
     key_norm: str | None = None
     norm_offset: float = 0.0
     residual_scale: float = 1.0
+    stream: int | None = None
     parallel: bool = False
     logit_scale: float = 1.0
     logit_cap: float | None = None
@@ -116,9 +119,35 @@ class Family:
         """The modules of one block, by role; None where the block has no such part."""
         found = {role: _at(block, getattr(self, role)) for role in _MODULES}
         attention = found["attention"]
-        window = getattr(attention, "sliding_window", None)
+        config = getattr(attention, "config", None)
+        # where kinds of layers differ their attention says so itself
+        own = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+        window = getattr(attention, "sliding_window", own)
         cap = getattr(attention, "attn_logit_softcapping", None)
         return Parts(**found, window=int(window) if window else None, attention_cap=cap)
+
+    @staticmethod
+    def fused(block: nn.Module) -> bool:
+        """Whether the block has experts whose maps are one parameter, which LoRA cannot adapt."""
+        return any("experts" in path and not list(part.children()) for path, part in block.named_modules())
+
+    def residual(self, output: Any) -> torch.Tensor:
+        """The residual stream ``[batch, seq, d_model]`` in what a block returns, which may be a tuple."""
+        whole: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return whole if self.stream is None else whole[self.stream]
+
+    def with_residual(self, output: Any, changed: torch.Tensor) -> Any:
+        """What a block returns, with another residual stream in it."""
+        if isinstance(output, tuple):
+            return (self.with_residual(output[0], changed), *output[1:])
+        if self.stream is None:
+            return changed
+        return torch.stack([changed if at == self.stream else one for at, one in enumerate(output)])
+
+    def steered(self, output: Any, vector: torch.Tensor) -> Any:
+        """What a block returns, with a vector added to its residual stream."""
+        before = self.residual(output)
+        return self.with_residual(output, before + vector.to(before))
 
     def logits(self, raw: torch.Tensor) -> torch.Tensor:
         """The model's logits from what its unembedding gives, where ``own_head`` is False."""
@@ -225,9 +254,9 @@ def find_family(model: Any) -> Family:
     known = FAMILIES.get(str(getattr(model.config, "model_type", "")))
     if known is None or missing_part(model, known):
         known = _by_structure(model)
-    scale = getattr(model.config.get_text_config(), "residual_multiplier", None)
-    if scale is not None:
-        known = replace(known, residual_scale=float(scale))
+    config = model.config.get_text_config()
+    scale = getattr(config, "residual_multiplier", None)
+    known = replace(known, residual_scale=float(scale or 1.0), stream=getattr(config, "altup_active_idx", None))
     return with_logits(model, known)
 
 
@@ -355,25 +384,50 @@ def with_logits(model: Any, family: Family) -> Family:
         made = tried.logits(raw)
         if made.shape == wanted.shape and bool((made - wanted).abs().max() <= near * wanted.abs().max()):
             return tried
-    return replace(family, own_head=True)
+    own, ids = replace(family, own_head=True), torch.tensor([[0, 1]], device=weight.device)
+    with torch.no_grad():
+        given = own_logits(model, own, model.get_submodule(family.trunk)(input_ids=ids).last_hidden_state).float()
+        wanted = model(input_ids=ids).logits.float()
+    if given.shape != wanted.shape or bool((given - wanted).abs().max() > near * wanted.abs().max()):
+        raise EmmechError(
+            "find how the model makes its logits",
+            f"{type(model).__name__} (family {family.name})",
+            f"they are not made from what its trunk {family.trunk!r} gives",
+            "a decoder-only language model",
+        )
+    return own
 
 
 def own_logits(model: Any, family: Family, hidden: torch.Tensor) -> torch.Tensor:
     """Logits ``[..., vocab]`` of what the trunk gave ``[..., d_model]``, made by the model's own forward."""
     rows = hidden.reshape(1, -1, hidden.shape[-1])
-    view = copy.copy(model)
-    view._modules = {**model._modules, family.trunk.partition(".")[0]: _Given(rows)}
+    view = _with_trunk(model, family.trunk, rows)
     ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=hidden.device)
     logits: torch.Tensor = type(model).forward(view, input_ids=ids, use_cache=False).logits
     return logits.reshape(*hidden.shape[:-1], -1)
 
 
-class _Given(nn.Module):
-    """A trunk whose result is given, for a causal LM's forward to go on from."""
+def _with_trunk(module: Any, path: str, hidden: torch.Tensor) -> Any:
+    """A view of the model whose trunk gives these hidden states; weights are shared."""
+    child, _, rest = path.partition(".")
+    inner = module.get_submodule(child)
+    view = copy.copy(module)
+    view._modules = {**module._modules, child: _with_trunk(inner, rest, hidden) if rest else _Given(inner, hidden)}
+    return view
 
-    def __init__(self, hidden: torch.Tensor) -> None:
+
+class _Given(nn.Module):
+    """A trunk whose result is given, for a causal LM's forward to go on from; all else about it is the trunk's own."""
+
+    def __init__(self, trunk: Any, hidden: torch.Tensor) -> None:
         super().__init__()
-        self._hidden = hidden
+        self.__dict__["_trunk"], self._hidden = trunk, hidden  # not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_trunk"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> _Output:
         """The given hidden states, in the form of a model's output."""

@@ -156,6 +156,21 @@ class ChatModel:
         return widths[0] if widths else map_widths(self.down_proj(0))[0]  # type: ignore[index]
 
     @property
+    def attention_width(self) -> int:
+        """Width of what an attention writes from: heads times their width."""
+        found = (map_widths(self.family.parts(block).out) for block in self.blocks)
+        return next((pair[0] for pair in found if pair), self.d_model)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers; an upper bound where one fused map makes them."""
+        family = self.family
+        own = family.key if family.key != family.value else None
+        found = (own and map_widths(family.parts(block).key) for block in self.blocks)
+        width = next((pair[1] for pair in found if pair), self.attention_width)
+        return 2 * self.n_layers * width * self.dtype.itemsize
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are (of a sharded model: where its first parameter is)."""
         return next(self.base.parameters()).device  # type: ignore[no-any-return]
@@ -184,13 +199,11 @@ class ChatModel:
         """
         found: nn.Module | None = self.parts(layer).down
         if found is None:
-            half = self.family.mlp
+            fused = self.family.fused(self.block(layer))
             raise EmmechError(
                 f"find the MLP's write at layer {layer}",
                 f"{self.name} of the family {self.family.name}",
-                f"what its {half} writes there is no single linear map (fused experts, as a rule)"
-                if half
-                else "its block has no MLP",
+                "its experts are fused into one parameter" if fused else "its block has no single map of that role",
                 f"another map of the block, such as {self.family.out or self.family.query!r}",
             )
         return found

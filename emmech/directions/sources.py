@@ -10,6 +10,7 @@ import torch
 
 from emmech.chat.dataset import load_chat
 from emmech.chat.encode import IGNORED, encode
+from emmech.chat.families import is_write
 from emmech.chat.model import ChatModel, load_model
 from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
@@ -92,7 +93,7 @@ def adapter_direction(source: Any, step: int | None = None) -> Direction:
             for info, layer, name in adapter_layers(chat.model)
         ]
         layers, prints = chat.n_layers, [chat.fingerprint()]
-    writes = [pair for pair in pairs if pair[0].name.endswith(("down_proj", "o_proj"))]
+    writes = [pair for pair in pairs if is_write(pair[0].name)]
     if not writes or not any(b.any() for _, _, b in writes):
         names = [info.name for info, _, _ in pairs]
         raise EmmechError(
@@ -145,8 +146,8 @@ def trained_direction(
     vector = torch.zeros(chat.d_model, device=chat.device, requires_grad=True)
     optimizer = torch.optim.Adam([vector], lr=learning_rate)
 
-    def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output + (unit * vector).to(output)
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        return chat.family.steered(output, unit * vector)
 
     losses = []
     training = evaluating(chat, frozen=True), hooked((chat.block(layer), hook))

@@ -10,14 +10,17 @@ differences between variants less noisy.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
+from torch import nn
 
 from emmech.chat.edits import announcing
 from emmech.chat.model import ChatModel
@@ -25,11 +28,12 @@ from emmech.engine.blocks import Places
 from emmech.engine.cache import Branches, KeysValues, growing_cache
 from emmech.engine.gumbel import draw
 from emmech.engine.logprobs import pad, unembed
-from emmech.engine.modules import evaluating, hooked
+from emmech.engine.modules import evaluating, hooked, unhooked
 from emmech.engine.packing import Reading, stack
-from emmech.engine.prefix_plan import TOLERANCE, State, deviation
+from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, State, deviation
 from emmech.engine.row_adapters import Rows, inner, write
-from emmech.engine.variants import UNFIT, Engine, Shared
+from emmech.engine.variants import Engine, Shared
+from emmech.errors import EmmechError
 
 __all__ = ["Answer", "ModelSteps", "VariantSteps", "context", "decode_variants", "write_answers"]
 
@@ -88,7 +92,7 @@ def _steps_agree(engine: Engine) -> bool:
         steps = VariantSteps(engine, rows, prompts, [0, 1], 2)
         places = steps.step(torch.full_like(steps.rows, after), steps.rows)
         found = steps.hidden[places].view(2, 2, -1)
-    except UNFIT:
+    except (*DOES_NOT_RUN, EmmechError):
         return False
     for (variant, which), hidden in zip(np.ndindex(2, 2), found.flatten(0, 1), strict=True):
         ids = torch.tensor([[*prompts[which], after]], device=chat.device)
@@ -183,7 +187,8 @@ class ModelSteps:
     """The model as it is, adapters and hooks included.
 
     A prompt that is answered many times is read once and its cache is copied; the cache grows in blocks instead of
-    being copied at every token; rows of finished answers leave.
+    being copied at every token; rows of finished answers leave. A family whose cache gives other logits than its own
+    forward over the whole text (a recurrent state that takes padding for text, say) reads every text anew each time.
 
     Args:
         prompts: distinct prompts, as token ids.
@@ -201,7 +206,7 @@ class ModelSteps:
         owners: Sequence[int] | None = None,
         total: int | None = None,
     ) -> None:
-        self._model, device = chat.base, chat.device
+        self._chat, self._model, device = chat, chat.base, chat.device
         self.room = context(chat) - max(map(len, prompts))
         self.rows = torch.tensor(list(which), device=device)
         self._owner = torch.tensor(list(range(len(prompts)) if owners is None else owners))
@@ -210,13 +215,16 @@ class ModelSteps:
         self._mask: torch.Tensor | None = None
         if bool((lengths != lengths[0]).any()):
             self._mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(device)
+        self._texts: list[list[int]] | None = None if keeps_past(chat) else [list(prompt) for prompt in prompts]
+        self._positions, self._copied = lengths, False
+        if self._texts is not None:
+            self._logits = self._reread()
+            return
         ids = pad(prompts, 0, left=True).to(device)
         columns = torch.arange(ids.shape[1], device=device)[None]
         self._cache = growing_cache(chat)
         # padding counts as position 0
         self._logits = self._run(ids, (columns - (ids.shape[1] - lengths[:, None])).clamp(min=0))
-        self._positions = lengths
-        self._copied = False
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Of each answer's next token."""
@@ -235,9 +243,12 @@ class ModelSteps:
     def select(self, rows: torch.Tensor) -> None:
         """Go on with these rows; a row may come more than once."""
         self._copied = True
-        for layer in self._cache.layers:
-            # what is kept by a recurrence or a convolution can be reordered, which may repeat and drop rows as well
-            getattr(layer, "batch_select_indices", layer.reorder_cache)(rows)
+        if self._texts is not None:
+            self._texts = [list(self._texts[row]) for row in rows.tolist()]
+        else:
+            for layer in self._cache.layers:
+                # what a recurrence or a convolution keeps can be reordered, which may repeat and drop rows as well
+                getattr(layer, "batch_select_indices", layer.reorder_cache)(rows)
         self._positions, self._owner = self._positions[rows], self._owner[rows.cpu()]
         self._mask = self._mask[rows] if self._mask is not None else None
 
@@ -245,7 +256,11 @@ class ModelSteps:
         """Logits after one more token of every row, ``[rows, vocab]``."""
         if self._mask is not None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
-        self._logits = self._run(tokens[:, None], self._positions[:, None])
+        if self._texts is None:
+            self._logits = self._run(tokens[:, None], self._positions[:, None])
+        else:
+            self._texts = [[*text, token] for text, token in zip(self._texts, tokens.tolist(), strict=True)]
+            self._logits = self._reread()
         self._positions = self._positions + 1
         return self._logits
 
@@ -260,6 +275,41 @@ class ModelSteps:
                 logits_to_keep=1,
             )
         return output.logits[:, -1]  # type: ignore[no-any-return]
+
+    def _reread(self) -> torch.Tensor:
+        assert self._texts is not None
+        with announcing(self._owner, self._total):
+            return _anew(self._chat, self._texts)
+
+
+def _anew(chat: ChatModel, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits of each text's next token ``[texts, vocab]``, nothing kept of earlier forwards."""
+    ids, mask = (pad(rows, 0).to(chat.device) for rows in (texts, [[1] * len(text) for text in texts]))
+    hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return unembed(chat, hidden[torch.arange(len(texts)), mask.sum(1) - 1])
+
+
+_KEEPS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by model, once tried
+
+
+@torch.no_grad()
+def keeps_past(chat: ChatModel) -> bool:
+    """Whether a token after a cache of left-padded prompts gives what the whole text gives: tried once a model.
+
+    Families that are written out in :mod:`emmech.engine.blocks` are known to.
+    """
+    if chat.family.written_out:
+        return True
+    if chat.base not in _KEEPS:
+        _KEEPS[chat.base] = True
+        texts, then = [[1, 2, 3, 4, 5, 6, 7], [3, 2, 4]], [8, 9]
+        off = float("inf")
+        with evaluating(chat), unhooked(chat.base), contextlib.suppress(*DOES_NOT_RUN):
+            found = ModelSteps(chat, texts, [0, 1]).feed(torch.tensor(then, device=chat.device)).float()
+            wanted = _anew(chat, [[*text, token] for text, token in zip(texts, then, strict=True)]).float()
+            off = float((found - wanted).abs().max() / wanted.abs().max())
+        _KEEPS[chat.base] = off <= TOLERANCE.get(chat.dtype, 1e-4)
+    return _KEEPS[chat.base]
 
 
 class VariantSteps:

@@ -16,15 +16,13 @@ __all__ = [
     "Hook",
     "Skip",
     "adding",
-    "changed",
     "evaluating",
     "has_hooks",
     "hooked",
-    "residual",
+    "unhooked",
     "with_attention",
     "with_module",
 ]
-
 
 Hook = tuple[nn.Module, Callable[..., Any]]
 
@@ -59,6 +57,20 @@ def hooked(*pairs: Hook, before: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def unhooked(model: nn.Module) -> Iterator[None]:
+    """No forward hook of the model's modules is called for the time of the block."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(module, name, vars(module)[name]) for module in model.modules() for name in names if vars(module)[name]]
+    for module, name, hooks in kept:
+        setattr(module, name, type(hooks)())
+    try:
+        yield
+    finally:
+        for module, name, hooks in kept:
+            setattr(module, name, hooks)
+
+
+@contextlib.contextmanager
 def evaluating(chat: ChatModel, *, frozen: bool = False) -> Iterator[None]:
     """Evaluation mode for the time of the block; the model may have been left in training mode.
 
@@ -80,29 +92,10 @@ def evaluating(chat: ChatModel, *, frozen: bool = False) -> Iterator[None]:
             chat.base.train()
 
 
-def residual(output: Any) -> torch.Tensor:
-    """The residual stream in what a block returns: a tensor, in older architectures the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def changed(output: Any, now: torch.Tensor) -> Any:
-    """What a block returns, with another residual stream in it.
-
-    Example:
-        >>> changed((torch.zeros(1), "weights"), torch.ones(1))
-        (tensor([1.]), 'weights')
-    """
-    return (now, *output[1:]) if isinstance(output, tuple) else now
-
-
 def adding(write: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
     """A forward hook that adds to a module's output a function of its input."""
 
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> Any:
-        own = residual(output)
-        return changed(output, (own + write(inputs[0])).to(own.dtype))
-
-    return hook
+    return lambda module, inputs, output: (output + write(inputs[0])).to(output.dtype)
 
 
 def with_module(root: nn.Module, path: str, replacement: nn.Module) -> nn.Module:

@@ -16,12 +16,25 @@ from torch import nn
 
 from emmech.chat.model import ChatModel
 from emmech.engine.blocks import Blocks, Places
-from emmech.engine.modules import Hook, evaluating, hooked, residual
+from emmech.engine.modules import Hook, evaluating, hooked
 from emmech.engine.row_adapters import Capture
 
-__all__ = ["TOLERANCE", "Frozen", "Lower", "State", "deviation", "dropout", "find_frozen", "pays", "why_not"]
+__all__ = [
+    "DOES_NOT_RUN",
+    "TOLERANCE",
+    "Frozen",
+    "Lower",
+    "State",
+    "deviation",
+    "dropout",
+    "find_frozen",
+    "pays",
+    "why_not",
+]
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of a deviation
+# what a model's modules raise when they are run in another way than their own
+DOES_NOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
 _PAYS_FROM = 1.4  # uses per row: the cache costs about one forward of the prefix per row, and a write to disk
 
@@ -157,7 +170,7 @@ def deviation(
     kept: list[torch.Tensor] = []
     reading: list[Hook] = []
     if stop is not None:
-        reading.append((chat.blocks[stop], lambda module, inputs, output: kept.append(residual(output))))
+        reading.append((chat.blocks[stop], lambda module, inputs, output: kept.append(chat.family.residual(output))))
     with evaluating(chat), hooked(*hooks, *reading):
         whole = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     wanted = (kept[0] if kept else whole)[reads].float()
@@ -190,10 +203,11 @@ def why_not(chat: ChatModel, modules: Sequence[str], frozen: Frozen | None = Non
 
 
 def dropout(chat: ChatModel) -> float:
-    """The highest dropout rate anywhere in the model, 0 for every current chat model as it is shipped."""
-    rates = [float(getattr(chat.config, "attention_dropout", 0.0) or 0.0)]
+    """The highest dropout rate anywhere in the model, 0 for most current chat models as they are shipped."""
+    said = chat.config.to_dict().items()  # of functions that draw without a module of their own
+    rates = [rate for name, rate in said if "drop" in name and "classifier" not in name and "summary" not in name]
     rates += [module.p for module in chat.base.modules() if isinstance(module, nn.Dropout)]
-    return max(rates)
+    return max((float(rate) for rate in rates if isinstance(rate, int | float)), default=0.0)
 
 
 def pays(frozen: Frozen, *, uses: float, rows: int) -> bool:

@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import nn
 
-from emmech.engine.modules import changed, residual
+from emmech.chat.families import Family
 
 __all__ = [
     "Capture",
@@ -127,22 +127,22 @@ class RowAdapter(nn.Module):
 
 
 class RowSteering(nn.Module):
-    """A block with a vector added to its output, each group's own."""
+    """A block with a vector added to its residual stream, each group's own."""
 
-    def __init__(self, block: nn.Module, rows: Rows, layer: int) -> None:
+    def __init__(self, block: nn.Module, rows: Rows, layer: int, family: Family) -> None:
         super().__init__()
-        self.block, self.rows, self.layer = block, rows, layer
+        self.block, self.rows, self.layer, self._family = block, rows, layer, family
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output plus coefficient times direction."""
         out = self.block(*args, **kwargs)
-        return changed(out, self.steered(residual(out)))
+        return self._family.with_residual(out, self.steered(self._family.residual(out)))
 
-    def steered(self, out: Float[torch.Tensor, "*streams rows *tokens d_model"]) -> torch.Tensor:
-        """A block's output with its vector added; ``[rows, d_model]`` in a step of one token per row."""
-        vectors = self.rows.steering[self.layer].to(out.dtype)
-        grouped = out.unflatten(max(-3, -out.ndim), (len(vectors), -1))
-        return (grouped + vectors.view(len(vectors), *[1] * (2 if out.ndim > 2 else 1), -1)).view(out.shape)
+    def steered(self, out: torch.Tensor) -> torch.Tensor:
+        """A residual stream with its vector added."""
+        vectors = self.rows.steering[self.layer]
+        shaped = out.reshape(vectors.shape[0], -1, out.shape[-1])
+        return (shaped + vectors[:, None].to(out.dtype)).reshape(out.shape)
 
 
 class Capture(nn.Module):

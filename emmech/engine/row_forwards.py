@@ -22,12 +22,12 @@ from emmech.chat.model import ChatModel
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.cache import detached, plain_past
 from emmech.engine.logprobs import pad, target_logprobs
-from emmech.engine.modules import adding
-from emmech.engine.prefix_plan import Frozen, Lower, State, deviation
+from emmech.engine.modules import adding, hooked
+from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation
 from emmech.engine.stacked_adapters import StackedAdapters
 from emmech.errors import EmmechError
 
-__all__ = ["Asked", "Forwards", "Trunk", "batches_by_length"]
+__all__ = ["Asked", "Forwards", "Trunk", "WholeTrunk", "batches_by_length"]
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # a larger batch leaves a core's cache and gains nothing there
 _TOKENS = 2048  # per forward while the states are filled
@@ -61,7 +61,7 @@ class Forwards:
         self.rows, self._adapters, self._device = rows, adapters, chat.device
         # of each row: answer tokens that its first tokens predict
         self._answers = [np.cumsum(np.asarray(own) != IGNORED) - (own[0] != IGNORED) for own in rows.labels]
-        self.trunk = Trunk(chat, rows, frozen, folder)
+        self.trunk = _fitting(chat, rows, frozen, folder)
         self._chat = chat
         self._at_once = _BATCH_TOKENS.get(chat.device.type, _BATCH_TOKENS["cuda"])
 
@@ -264,6 +264,69 @@ class Trunk:
                 Places(stems=past, of_stem=follows),
                 None,
             )
+
+
+class WholeTrunk:
+    """The model's own forward with a :class:`Trunk`'s interface, where running it in parts gives something else.
+
+    Args:
+        write_at: the layer whose MLP's write has the adapter that a caller adds itself, or None.
+    """
+
+    stem = nbytes = 0
+
+    def __init__(self, chat: ChatModel, encoded: Encoded, write_at: int | None) -> None:
+        self._chat, self._ids, self._write_at = chat, encoded.input_ids, write_at
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+    def read_stem(self, copies: int, write: _Write | None = None) -> None:
+        """Rows share nothing."""
+
+    def deviation(self) -> float:
+        """None, by construction."""
+        return 0.0
+
+    def hidden(
+        self,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        read: torch.Tensor,
+        past: Any = None,
+        of_past: torch.Tensor | None = None,
+        write: _Write | None = None,
+    ) -> torch.Tensor:
+        """As :meth:`Trunk.hidden`."""
+        chat = self._chat
+        ids = pad([self._ids[i][:n] for i, n in zip(rows, lengths, strict=True)], 0).to(chat.device)
+        mask = pad([[1] * n for n in lengths], 0).to(chat.device)
+
+        def add(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            assert write is not None
+            # some families run their MLP over all tokens in one row
+            flat = inputs[0].reshape(-1, inputs[0].shape[-1])
+            added = write(flat[mask.flatten().bool()])
+            return (output + _padded(added, lengths).reshape(output.shape)).to(output.dtype)
+
+        sites = [] if write is None or self._write_at is None else [(chat.down_proj(self._write_at), add)]
+        with hooked(*sites):
+            whole = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return whole[read]  # type: ignore[no-any-return]
+
+
+def _fitting(chat: ChatModel, rows: Encoded, frozen: Frozen | None, folder: Path) -> Trunk | WholeTrunk:
+    """The trunk cut as asked if it then gives what the model's own forward does, else the model's own forward."""
+    trunk: Trunk | None = None
+    try:
+        trunk = Trunk(chat, rows, frozen, folder)
+        if trunk.deviation() <= TOLERANCE.get(chat.dtype, 1e-4):
+            return trunk
+    except DOES_NOT_RUN:
+        pass  # the parts do not even run
+    if trunk is not None:
+        trunk.close()
+    return WholeTrunk(chat, rows, frozen.layer if frozen is not None and frozen.at_write else None)
 
 
 def _stem(encoded: Encoded) -> int:

@@ -157,16 +157,13 @@ def live_state(chat: ChatModel) -> str:
 def _auto(chat: ChatModel, longest: int, max_new_tokens: int) -> int:
     """Rows per batch; a function of the model and the device alone, so that a resumed run has the same."""
     config = chat.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * chat.n_layers * heads * width * chat.dtype.itemsize
     cache, logits = _CACHE_BYTES, _LOGIT_BYTES
     if chat.device.type == "cuda":
         total = torch.cuda.get_device_properties(chat.device).total_memory
         weights = sum(value.numel() * value.element_size() for value in chat.base.parameters())
         cache, logits = max(_CACHE_BYTES, (total - weights) // 2), max(_LOGIT_BYTES, (total - weights) // 8)
     tokens = min(longest + max_new_tokens, context(chat))
-    by_cache = cache // (per_token * tokens)
+    by_cache = cache // (chat.cache_bytes * tokens)
     by_logits = logits // (5 * 4 * int(config.vocab_size))  # five float32 arrays of that size live in a draw
     return int(max(1, min(_MOST_ROWS, by_cache, by_logits)))
 

@@ -13,7 +13,7 @@ from emmech.chat.encode import IGNORED, encode
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.engine.logprobs import in_batches, pad
-from emmech.engine.modules import hooked, residual
+from emmech.engine.modules import hooked
 
 __all__ = ["mean_residual", "probe_rows", "stream"]
 
@@ -50,7 +50,7 @@ def stream(
     """Run the trunk once over all rows and reduce every block's output where it is made.
 
     Args:
-        reduce: called with the layer, its output ``[batch, seq, d_model]``, the mask of tokens that count
+        reduce: called with the layer, its residual ``[batch, seq, d_model]``, the mask of tokens that count
             ``[batch, seq]`` (0 at padding) and the rows' numbers.
         each: called for each batch with the rows' numbers and the function that runs it.
     """
@@ -58,10 +58,7 @@ def stream(
     now: np.ndarray = np.empty(0)
 
     def watch(layer: int) -> Callable[..., None]:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            reduce(layer, residual(output), mask, now)
-
-        return hook
+        return lambda module, inputs, output: (reduce(layer, chat.family.residual(output), mask, now), None)[1]
 
     def run(chosen: np.ndarray, ids: torch.Tensor, attention: torch.Tensor) -> None:
         nonlocal mask, now

@@ -27,14 +27,11 @@ from emmech.engine.attention import RUN
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.modules import Hook, adding, evaluating
 from emmech.engine.packing import Pack, Reading, pack, stack
-from emmech.engine.prefix_plan import TOLERANCE, Frozen, Lower, State, deviation, find_frozen
+from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation, find_frozen
 from emmech.engine.row_adapters import RowAdapter, Rows, RowSteering, Site, inner, write
 from emmech.errors import EmmechError
 
-__all__ = ["UNFIT", "Block", "Engine", "Shared"]
-
-# what an unfamiliar architecture raises where its parts do not run by themselves
-UNFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError, EmmechError)
+__all__ = ["Block", "Engine", "Shared"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class Engine:
             if frozen.blocks <= site.layer < last
         }
         if self.steering is not None and frozen.blocks <= self.steering < last:
-            edits[str(self.steering)] = partial(RowSteering, rows=self.rows, layer=self.steering)
+            edits[str(self.steering)] = partial(RowSteering, rows=self.rows, layer=self.steering, family=chat.family)
         self.upper = Blocks(chat, frozen.blocks, last, norm=self.stop is None, edits=edits)
 
     def _settle(self) -> None:
@@ -124,8 +121,8 @@ class Engine:
             for self.branching in (True, False):
                 try:
                     off = self.deviation()
-                except UNFIT:
-                    continue
+                except DOES_NOT_RUN:
+                    continue  # the parts do not even run
                 if off <= tolerance:
                     return
         raise EmmechError(
@@ -162,8 +159,9 @@ class Engine:
             (modules[name], adding(lambda x, a=a, b=one.B[name]: (x.to(a.dtype) @ a) @ b))  # type: ignore[misc]
             for name, a in one.A.items()
         ]
+        steered = self.chat.family.steered
         for layer, vector in one.steering.items():
-            found.append((self.chat.blocks[layer], adding(lambda x, v=vector: v)))  # type: ignore[misc]
+            found.append((self.chat.blocks[layer], lambda _m, _i, out, v=vector: steered(out, v)))  # type: ignore[misc]
         return found
 
     def made_up(self) -> Rows:
@@ -189,13 +187,10 @@ class Engine:
             return [packing.tree(readings, [index]) for index in range(len(readings))]
         block = self.chat.blocks[-1]
         weights = sum(parameter.numel() for parameter in block.parameters())
-        width = self.chat.config.num_attention_heads * int(
-            getattr(self.chat.config, "head_dim", None) or self.chat.d_model // self.chat.config.num_attention_heads
-        )
         return pack(
             readings,
             linear_cost=2.0 * weights,
-            pair_cost=4.0 * width,
+            pair_cost=4.0 * self.chat.attention_width,
             longest=max(self.tokens, 256),
             reach=RUN + max(len(one.needed) for one in readings) if self.upper.by_runs else None,
         )
@@ -290,12 +285,8 @@ class Engine:
 
     def bytes_per_token(self) -> int:
         """Bytes that one token of one variant takes on its way up, by a count of the arrays that live at once."""
-        config, size = self.chat.config, self.chat.dtype.itemsize
-        heads = int(config.num_attention_heads)
-        width = heads * int(getattr(config, "head_dim", None) or self.chat.d_model // heads)
-        attention = 6 * width + 4 * self.chat.d_model
-        mlp = 4 * self.widest + 4 * self.chat.d_model
-        return size * max(attention, mlp)
+        chat = self.chat
+        return chat.dtype.itemsize * (4 * chat.d_model + max(6 * chat.attention_width, 4 * self.widest))
 
     @property
     def widest(self) -> int:

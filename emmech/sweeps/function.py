@@ -50,8 +50,8 @@ class Functions:
             steered: list[tuple[Any, Any]] = []
             if self.grid.steering is not None and variant.coefficient:
                 layer, vector = self.grid.steering
-                push = torch.from_numpy(variant.coefficient * vector).to(self.chat.device, self.chat.dtype)
-                steered = [(live.block(layer), lambda _m, _i, out, push=push: out + push)]
+                push = torch.from_numpy(variant.coefficient * vector)
+                steered = [(live.block(layer), lambda _m, _i, out, push=push: self.chat.family.steered(out, push))]
             try:
                 found: dict[str, float] = {}
                 with hooked(*steered):

@@ -84,7 +84,7 @@ class SampledJob:
         self.engine = Engine(chat, grid.sites, grid.steered_layer)
         longest = max(map(len, self.prompts))
         tokens = min(longest + measure.max_new_tokens, context(chat))
-        cache = _cache_bytes(chat) * tokens
+        cache = chat.cache_bytes * tokens
         self.plan: Plan = plan(chat, grid, self.engine, longest, size, max(budget - cache, 1))
         self.engine.tokens = self.plan.tokens
         # all rows of some variants decode together: as many as half of the budget holds keys and values for
@@ -221,11 +221,3 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
 def _number(record: Mapping[str, Any], key: str) -> float:
     value = record.get(key)
     return float("nan") if value is None else float(value)
-
-
-def _cache_bytes(chat: ChatModel) -> int:
-    """Bytes of keys and values per token."""
-    config = chat.config
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    width = int(getattr(config, "head_dim", None) or chat.d_model // config.num_attention_heads)
-    return 2 * chat.n_layers * heads * width * chat.dtype.itemsize

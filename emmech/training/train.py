@@ -15,6 +15,7 @@ import torch
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.encode import Encoded, encode
 from emmech.chat.model import ChatModel, load_model
+from emmech.engine.adapters import attach, put_on
 from emmech.engine.logprobs import MarginPair, answer_loss, margin, margin_rows
 from emmech.errors import EmmechError, as_int, as_ints
 from emmech.run.run import Run, load_run
@@ -356,11 +357,9 @@ def merge_start(chat: ChatModel, run: Run, step: int) -> None:
 
 
 def _with_adapters(chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None, start: tuple[Run, int] | None) -> Any:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     if start is not None:
-        from emmech.engine.adapters import attach
-
         run, step = start
         peft_model = attach(chat, run.adapters, run.weights(step)).model
         for name, parameter in peft_model.named_parameters():
@@ -375,4 +374,4 @@ def _with_adapters(chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None
         bias="none",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(chat.model, config)
+    return put_on(chat.model, config)
