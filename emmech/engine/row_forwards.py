@@ -139,6 +139,11 @@ class Trunk:
             self._fill()
 
     @property
+    def written(self) -> bool:
+        """Whether all blocks run as they are written out in :mod:`emmech.engine.blocks`."""
+        return self._lower.blocks.written and self._upper.written
+
+    @property
     def nbytes(self) -> int:
         """Size of the states on disk."""
         return sum(array.nbytes for array in self._arrays.values())
@@ -320,7 +325,7 @@ def _fitting(chat: ChatModel, rows: Encoded, frozen: Frozen | None, folder: Path
     trunk: Trunk | None = None
     try:
         trunk = Trunk(chat, rows, frozen, folder)
-        if trunk.deviation() <= TOLERANCE.get(chat.dtype, 1e-4):
+        if trunk.written or trunk.deviation() <= TOLERANCE.get(chat.dtype, 1e-4):
             return trunk
     except DOES_NOT_RUN:
         pass  # the parts do not even run
