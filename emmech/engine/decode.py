@@ -30,11 +30,12 @@ from emmech.engine.gumbel import draw
 from emmech.engine.logprobs import pad, unembed
 from emmech.engine.modules import evaluating, unhooked
 from emmech.engine.packing import Reading, stack
-from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, State
+from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, State, adding
 from emmech.engine.row_adapters import Rows, inner, write
 from emmech.engine.variants import Engine, Shared
+from emmech.errors import EmmechError
 
-__all__ = ["Answer", "ModelSteps", "VariantSteps", "context", "write_answers"]
+__all__ = ["Answer", "ModelSteps", "VariantSteps", "context", "variant_steps", "write_answers"]
 
 _LEAVE = 0.8  # rows are moved together once no more than this share is still live
 
@@ -373,3 +374,61 @@ class VariantSteps:
         self._upper = Branches(KeysValues.joined(upper, into), self._start.repeat(variants), room)
         self._lower = Branches(KeysValues.joined(lower, torch.cat(of_lower).argsort()), self._start, room)
         self.hidden = torch.cat(hidden)[into]
+
+
+class OneByOne:
+    """Many variants of a model that cannot share forwards, each under hooks and the model's own forward."""
+
+    _STRIDE = 1 << 32  # rows of the variants are numbered apart
+
+    def __init__(self, engine: Engine, rows: Rows, prompts: Sequence[Sequence[int]], which: Sequence[int]) -> None:
+        self._engine = engine
+        self._writes = [engine.writes(rows.each(lambda one, at=at: one[at])) for at in range(len(rows))]  # type: ignore[misc]
+        self._steps: list[ModelSteps] = []
+        for writes in self._writes:
+            with evaluating(engine.chat), adding(engine.chat, writes):
+                self._steps.append(ModelSteps(engine.chat, prompts, which))
+        self.room = self._steps[0].room
+        self.rows = torch.cat([steps.rows + at * self._STRIDE for at, steps in enumerate(self._steps)])
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of each answer's next token."""
+        of = rows // self._STRIDE
+        found = [self._steps[at].logits(rows[of == at] % self._STRIDE) for at in of.unique().tolist()]
+        return torch.cat(found)[torch.cat([(of == at).nonzero()[:, 0] for at in of.unique().tolist()]).argsort()]
+
+    def step(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Go on with a token of each answer that still goes on; the row that each is now."""
+        of, now = rows // self._STRIDE, torch.empty_like(rows)
+        for at in of.unique().tolist():
+            own = of == at
+            with evaluating(self._engine.chat), adding(self._engine.chat, self._writes[at]):
+                now[own] = self._steps[at].step(tokens[own], rows[own] % self._STRIDE) + at * self._STRIDE
+        return now
+
+
+@torch.no_grad()
+def variant_steps(
+    engine: Engine, rows: Rows, prompts: Sequence[Sequence[int]], which: Sequence[int], most: int
+) -> Steps:
+    """Many variants together where the model's family gives what each gives by itself, else one after another.
+
+    Families that are written out in :mod:`emmech.engine.blocks` are known to; any other is tried once.
+    """
+    if engine.decodes is None:
+        engine.decodes = (engine.lower.blocks.written and engine.upper.written) or _decodes(engine)
+    if engine.decodes:
+        return VariantSteps(engine, rows, prompts, which, most)
+    return OneByOne(engine, rows, prompts, which)
+
+
+def _decodes(engine: Engine) -> bool:
+    rows, prompts = engine.made_up(), [[1, 2, 3, 4, 5, 6, 7], [3, 2, 4]]
+    then = torch.tensor([8, 9, 8, 10], device=engine.chat.device)
+    with unhooked(engine.chat.base), contextlib.suppress(EmmechError, *DOES_NOT_RUN):
+        found, wanted = VariantSteps(engine, rows, prompts, [0, 1], 2), OneByOne(engine, rows, prompts, [0, 1])
+        pairs = [tuple(steps.logits(steps.rows).float() for steps in (found, wanted))]
+        pairs.append(tuple(steps.logits(steps.step(then, steps.rows)).float() for steps in (found, wanted)))
+        off = max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
+        return off <= TOLERANCE.get(engine.chat.dtype, 1e-4)
+    return False

@@ -8,6 +8,7 @@ adapter reads what is the same for all, and only what it adds differs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,13 +148,27 @@ class Lower:
         return state.residual + change * self._scale  # type: ignore[no-any-return]
 
 
+_Writes = Mapping[nn.Module, Callable[[torch.Tensor], torch.Tensor]]
+
+
+def adding(chat: ChatModel, writes: _Writes) -> AbstractContextManager[None]:
+    """For the time of the block, modules write more: each a function of its input (blocks to the residual stream)."""
+    blocks = set(chat.blocks)
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        added = writes[module](inputs[0])
+        return chat.family.steered(output, added) if module in blocks else (output + added).to(output.dtype)
+
+    return hooked(*((module, hook) for module in writes))
+
+
 @torch.no_grad()
 def deviation(
     chat: ChatModel,
     found: torch.Tensor,
     ids: torch.Tensor,
     reads: torch.Tensor,
-    writes: Mapping[nn.Module, Callable[[torch.Tensor], torch.Tensor]],
+    writes: _Writes,
     mask: torch.Tensor | None = None,
     stop: int | None = None,
 ) -> float:
@@ -167,20 +182,11 @@ def deviation(
         writes: what is added to modules' outputs, each a function of the module's input.
     """
 
-    def adding(write: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            if module in blocks:
-                return chat.family.steered(output, write(inputs[0]))
-            return (output + write(inputs[0])).to(output.dtype)
-
-        return hook
-
     kept: list[torch.Tensor] = []
-    blocks = set(chat.blocks)
-    hooks: list[tuple[nn.Module, Callable[..., Any]]] = [(module, adding(write)) for module, write in writes.items()]
+    stopped: list[tuple[nn.Module, Callable[..., Any]]] = []
     if stop is not None:
-        hooks.append((chat.blocks[stop], lambda module, inputs, output: kept.append(chat.family.residual(output))))
-    with evaluating(chat), hooked(*hooks):
+        stopped = [(chat.blocks[stop], lambda module, inputs, output: kept.append(chat.family.residual(output)))]
+    with evaluating(chat), adding(chat, writes), hooked(*stopped):
         whole = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     wanted = (kept[0] if kept else whole)[reads].float()
     return float((found.float() - wanted).abs().max() / wanted.abs().max())

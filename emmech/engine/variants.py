@@ -10,7 +10,7 @@ against the model's own forward first; what does not agree there is not shared.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
+from torch import nn
 
 from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel
@@ -90,6 +91,7 @@ class Engine:
         self.chat, self.sites, self.steering, self.stop, self.tokens = chat, sites, steering, stop, tokens
         self.rows = Rows()  # what the modules of the upper blocks look at
         self.branching = True  # several readings in one row
+        self.decodes: bool | None = None  # whether its variants decode together, once tried
         self._cut_at(find_frozen(chat, list(sites), steering))
         if not (self.lower.blocks.written and self.upper.written):
             self._settle()
@@ -134,7 +136,7 @@ class Engine:
     @torch.no_grad()
     def deviation(self) -> float:
         """Largest relative difference of two made-up variants from the model's own forward, on two short texts."""
-        chat, rows = self.chat, self._made_up()
+        chat, rows = self.chat, self.made_up()
         texts = [tuple(range(1, 13)), (*range(1, 9), *range(13, 17))]
         readings = [Reading(ids, tuple(range(4, 12))) for ids in texts]
         worst = 0.0
@@ -147,17 +149,19 @@ class Engine:
         return worst
 
     def _off(self, found: torch.Tensor, ids: torch.Tensor, one: Rows) -> float:
-        modules = dict(self.chat.base.named_modules())
-        writes: dict[Any, Any] = {
-            modules[name]: lambda x, a=a, b=one.B[name]: (x.to(a.dtype) @ a) @ b for name, a in one.A.items()
-        }
-        for layer, vector in one.steering.items():
-            writes[self.chat.blocks[layer]] = lambda x, v=vector: v
         reads = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
         reads[:, 4:12] = True
-        return deviation(self.chat, found, ids, reads, writes, stop=self.stop)
+        return deviation(self.chat, found, ids, reads, self.writes(one), stop=self.stop)
 
-    def _made_up(self) -> Rows:
+    def writes(self, one: Rows) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+        """What one variant adds to the outputs of modules, each a function of the module's input."""
+        modules = dict(self.chat.base.named_modules())
+        found: dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]] = {
+            modules[name]: partial(_write, one.A[name], one.B[name]) for name in one.A
+        }
+        return found | {self.chat.blocks[at]: partial(_push, vector) for at, vector in one.steering.items()}
+
+    def made_up(self) -> Rows:
         """Adapters of two variants that write about a tenth of the residual."""
         made, chat = torch.Generator().manual_seed(0), self.chat
         dtype = torch.promote_types(torch.float32, chat.dtype)
@@ -282,6 +286,14 @@ class Engine:
         # experts of a mixture are together about as wide as the MLP that they take the place of
         inner = chat.d_mlp if chat.family.down else int(getattr(chat.config, "intermediate_size", 4 * chat.d_model))
         return chat.dtype.itemsize * (4 * chat.d_model + max(6 * chat.attention_width, 4 * inner))
+
+
+def _write(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return (x.to(a.dtype) @ a) @ b
+
+
+def _push(vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return vector
 
 
 def _own_reads(packs: Sequence[Pack]) -> tuple[tuple[int, np.ndarray], ...]:

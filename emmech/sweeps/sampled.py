@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from emmech.chat.model import ChatModel
-from emmech.engine.decode import Answer, VariantSteps, context, write_answers
+from emmech.engine.decode import Answer, context, variant_steps, write_answers
 from emmech.engine.responses import check_settings
 from emmech.engine.row_adapters import Rows
 from emmech.engine.variants import Engine
@@ -113,7 +113,7 @@ class SampledJob:
         for start in range(0, len(group), self.variants_at_once):
             chosen = rows.each(lambda one, at=start: one[at : at + self.variants_at_once])  # type: ignore[misc]
             with torch.no_grad():
-                steps = VariantSteps(self.engine, chosen, self.prompts, self.which, self.measure.max_new_tokens)
+                steps = variant_steps(self.engine, chosen, self.prompts, self.which, self.measure.max_new_tokens)
             answers = write_answers(
                 self.chat,
                 steps,
