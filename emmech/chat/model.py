@@ -18,7 +18,7 @@ from torch import nn
 
 from emmech.chat.allocator import keep_freed_memory
 from emmech.chat.bundled import dequantised
-from emmech.chat.families import Family, Parts, find_family, map_widths, missing_part, with_logits
+from emmech.chat.families import Family, Parts, find_family, given_family, map_widths
 from emmech.chat.template import Message, end_of_turn, render
 from emmech.errors import EmmechError, closest
 
@@ -300,7 +300,7 @@ def load_model(
     """
     keep_freed_memory()
     if isinstance(model, ChatModel):
-        return model if family is None else replace(model, family=_checked(model.base, family))
+        return model if family is None else replace(model, family=given_family(model.base, family))
     if isinstance(model, nn.Module):
         loaded, name = model, str(getattr(model, "name_or_path", "") or type(model).__name__)
         if tokenizer is None:
@@ -318,18 +318,7 @@ def load_model(
         )
     base: Any = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded  # type: ignore[operator]
     dequantised(base)
-    return ChatModel(loaded, tokenizer, name, find_family(base) if family is None else _checked(base, family))
-
-
-def _checked(base: Any, family: Family) -> Family:
-    if missing := missing_part(base, family):
-        raise EmmechError(
-            "find the model's blocks",
-            f"{type(base).__name__}, family={family}",
-            f"{type(base).__name__} has no such part: {missing}",
-            "load_model(model) without family= finds the parts of most decoders",
-        )
-    return with_logits(base, family)
+    return ChatModel(loaded, tokenizer, name, find_family(base) if family is None else given_family(base, family))
 
 
 def _tokenizer_beside(model: Any) -> Any:
