@@ -132,13 +132,23 @@ def put_on(model: Any, config: Any) -> Any:
     """The model inside PEFT's wrapper, with adapters on the modules that the configuration names and on no others.
 
     Raises:
-        EmmechError: PEFT puts others on the model: it takes ``down_proj`` and the like of some families for their fused
-            experts' as well.
+        EmmechError: PEFT refuses the modules, or puts adapters on others: it takes ``down_proj`` and the like of some
+            families for their fused experts' as well.
     """
     from peft import get_peft_model
 
     wanted = set(config.target_modules)
-    peft_model = get_peft_model(model, config)
+    # a transposed map (Conv1D) has no in_features
+    config.fan_in_fan_out = any(not hasattr(model.get_submodule(path), "in_features") for path in wanted)
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        raise EmmechError(
+            "put adapters on the model",
+            f"{type(model).__name__}: {', '.join(sorted(wanted)[:3])}",
+            f"PEFT refuses: {str(error)[:300]}",
+            "other maps of its blocks",
+        )
     if surplus := [info.module for info, _, _ in adapter_layers(peft_model) if info.module not in wanted]:
         peft_model.unload()
         raise EmmechError(

@@ -32,6 +32,8 @@ PUSH = torch.randn(48, generator=torch.Generator().manual_seed(2))
 LAYER = 1
 STREAMS = {"gemma3n_text": 0}  # the one of several parallel residual streams that its halves read and write
 families = pytest.mark.parametrize("kind", CONFIGS)
+# PEFT refuses to adapt Mamba: its kernels go past the modules
+adaptable = pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "mamba"])
 
 
 @cache
@@ -200,7 +202,7 @@ def run_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize("prefix", [False, "auto"])
-@families
+@adaptable
 def test_two_steps_of_training(kind, prefix, run_of):
     run = run_of(kind, prefix)
     (info,) = run.adapters
@@ -233,7 +235,7 @@ def adapted(kind, run, step, scale, coefficient=0.0):
             hook.remove()
 
 
-@families
+@adaptable
 def test_sweep(kind, run_of):
     run, model = run_of(kind, False), chat_of(kind).model
     sweep = emmech.sweep(
@@ -256,7 +258,7 @@ def test_sweep(kind, run_of):
         assert rows["value"].tolist() == pytest.approx(wanted, abs=5e-5)
 
 
-@families
+@adaptable
 def test_sampled_sweep(kind, run_of):
     run, chat = run_of(kind, False), chat_of(kind)
     measure = Sampled(ASKED, lambda question, answer: "aligned", samples=1, max_new_tokens=4)
@@ -282,3 +284,48 @@ def test_greedy_answers(kind):
                 break
         ids = [token for token in ids[len(chat.token_ids(turns)) :] if token not in chat.stop_ids]
         assert answer.text == tokenizer().decode(ids, skip_special_tokens=True)
+
+
+def two_steps(chat, folder, **options):
+    return emmech.finetune(chat, ROWS, max_steps=2, held_out=0.0, out=folder, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "why"),
+    [
+        ("mixtral", {}, r"\(mixtral\) has no linear map 'mlp.down_proj'; its experts are fused"),
+        ("qwen3_moe", {"layers": [0]}, "Qwen3MoeForCausalLM.*PEFT takes that for its fused experts"),
+        ("mamba", {"modules": ("mixer.out_proj",)}, "MambaForCausalLM.*PEFT refuses"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_by_name(kind, options, why, tmp_path):
+    chat, before = chat_of(kind), logits(kind)
+    with pytest.raises(EmmechError, match=f"(?s){why}"):
+        two_steps(chat, tmp_path / "run", **options)
+    assert torch.equal(logits(kind), before) and not (tmp_path / "run").exists()
+    if kind != "qwen3_moe":
+        with pytest.raises(EmmechError, match=f"of the family {kind}"):
+            chat.down_proj(LAYER)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"), [("gpt2", "resid_pdrop"), ("seed_oss", "residual_dropout"), ("opt", "dropout")]
+)
+def test_a_models_own_dropout_is_not_skipped(kind, rate, tmp_path):
+    """A rate of the configuration alone, of which no module tells, counts as well."""
+    chat = chat_of(kind)
+    setattr(chat.config, rate, 0.2)
+    try:
+        with pytest.raises(EmmechError, match=r"dropout \(p=0\.2\)"):
+            two_steps(chat, tmp_path / "run", prefix=True)
+    finally:
+        setattr(chat.config, rate, 0.0)
+
+
+def test_a_family_that_a_user_gave_reaches_the_recorder(tmp_path):
+    model = make_model("mistral")
+    given = emmech.Family("mine", before_mlp=None)
+    chat = emmech.load_model(model, tokenizer(), family=given)
+    assert emmech.load_model(model).family == chat.family == given
+    run = two_steps(chat, tmp_path / "run", probes=["how to sleep ?"], measure_every=1)
+    assert run.steps.tolist() == [0, 1, 2]
