@@ -24,7 +24,7 @@ from emmech.chat.families import Parts
 from emmech.chat.model import ChatModel
 from emmech.engine.attention import NAME, Rowwise, queries_at
 from emmech.engine.cache import Branches, KeysValues, new_past, selected
-from emmech.engine.modules import Skip, has_hooks, with_attention, with_module
+from emmech.engine.modules import Skip, has_hooks, hooked, with_attention, with_module
 from emmech.engine.row_adapters import RowSteering
 
 __all__ = ["Blocks", "Places"]
@@ -83,7 +83,8 @@ class Blocks:
     ) -> None:
         last = chat.n_layers if last is None else last
         family, listed = chat.family, chat.family.blocks
-        skipped = {i: Skip(block, i) for i, block in enumerate(chat.blocks) if not first <= i < last}
+        as_tuple = not family.written_out and _returns_tuples(chat)
+        skipped = {i: Skip(block, i, as_tuple=as_tuple) for i, block in enumerate(chat.blocks) if not first <= i < last}
         kept = [skipped.get(i, block) for i, block in enumerate(chat.blocks)]
         self._enter = skipped.get(first - 1)
         view = with_module(chat.trunk, listed, nn.ModuleList(kept))
@@ -278,6 +279,21 @@ class Blocks:
             return module(x)  # type: ignore[no-any-return]
         scale = (torch.linalg.vecdot(x, x) / x.shape[-1]).add_(eps).rsqrt_()
         return (x * scale[..., None]).mul_(module.weight)
+
+
+_tuples: dict[type, bool] = {}  # by class of block
+
+
+def _returns_tuples(chat: ChatModel) -> bool:
+    """Whether the blocks return more than the residual stream, as the first of a tuple: looked at once."""
+    block = chat.blocks[0]
+    if type(block) not in _tuples:
+        seen: list[bool] = []
+        ids = torch.ones(1, 1, dtype=torch.long, device=chat.device)
+        with torch.no_grad(), hooked((block, lambda module, inputs, output: seen.append(isinstance(output, tuple)))):
+            chat.trunk(input_ids=ids, use_cache=False)
+        _tuples[type(block)] = seen[0]
+    return _tuples[type(block)]
 
 
 def _bare(block: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,14 +28,14 @@ from emmech.engine.blocks import Places
 from emmech.engine.cache import Branches, KeysValues, growing_cache
 from emmech.engine.gumbel import draw
 from emmech.engine.logprobs import pad, unembed
-from emmech.engine.modules import evaluating, unhooked
+from emmech.engine.modules import evaluating, hooked, unhooked
 from emmech.engine.packing import Reading, stack
-from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, State, adding
+from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, State, deviation
 from emmech.engine.row_adapters import Rows, inner, write
 from emmech.engine.variants import Engine, Shared
 from emmech.errors import EmmechError
 
-__all__ = ["Answer", "ModelSteps", "VariantSteps", "context", "variant_steps", "write_answers"]
+__all__ = ["Answer", "ModelSteps", "VariantSteps", "context", "decode_variants", "write_answers"]
 
 _LEAVE = 0.8  # rows are moved together once no more than this share is still live
 
@@ -46,6 +46,63 @@ class Answer:
 
     ids: tuple[int, ...]
     finish: str
+
+
+@torch.no_grad()
+def decode_variants(
+    engine: Engine,
+    rows: Rows,
+    prompts: Sequence[Sequence[int]],
+    which: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int,
+    **options: Any,
+) -> list[Answer]:
+    """Answer every request under every variant: together where steps agree with whole forwards, else one by one.
+
+    Args:
+        prompts: distinct prompts, as token ids.
+        which: per request the index of its prompt.
+        seeds: per request its seed; the same under all variants.
+        options: as :func:`write_answers` takes them.
+
+    Returns:
+        answers in the order of variants, then requests.
+    """
+    chat, options = engine.chat, {"max_new_tokens": max_new_tokens, **options}
+    if engine.steps_agree is None:
+        engine.steps_agree = (engine.lower.blocks.written and engine.upper.written) or _steps_agree(engine)
+    if engine.steps_agree:
+        steps = VariantSteps(engine, rows, prompts, which, max_new_tokens)
+        return write_answers(chat, steps, [*seeds] * len(rows), **options)
+    answers = []
+    for variant in range(len(rows)):
+        one = rows.each(lambda tensor, at=variant: tensor[at])  # type: ignore[misc]
+        with evaluating(chat), hooked(*engine.hooks(one)):
+            answers += write_answers(chat, ModelSteps(chat, prompts, which), seeds, **options)
+    return answers
+
+
+def _steps_agree(engine: Engine) -> bool:
+    """Whether a step of two made-up variants gives what the model's own forward over the whole text does."""
+    chat, rows = engine.chat, engine.made_up()
+    prompts, after = [list(range(1, 13)), [*range(1, 9), 13]], 5
+    try:
+        steps = VariantSteps(engine, rows, prompts, [0, 1], 2)
+        places = steps.step(torch.full_like(steps.rows, after), steps.rows)
+        found = steps.hidden[places].view(2, 2, -1)
+    except (*DOES_NOT_RUN, EmmechError):
+        return False
+    for (variant, which), hidden in zip(np.ndindex(2, 2), found.flatten(0, 1), strict=True):
+        ids = torch.tensor([[*prompts[which], after]], device=chat.device)
+        reads = torch.zeros(ids.shape, dtype=torch.bool, device=chat.device)
+        reads[0, -1] = True
+        one = rows.each(lambda tensor, at=variant: tensor[at])  # type: ignore[misc]
+        off = deviation(chat, hidden[None], ids, reads, engine.hooks(one))
+        if not off <= TOLERANCE.get(chat.dtype, 1e-4):
+            return False
+    return True
 
 
 class Steps(Protocol):
@@ -186,10 +243,12 @@ class ModelSteps:
     def select(self, rows: torch.Tensor) -> None:
         """Go on with these rows; a row may come more than once."""
         self._copied = True
-        if self._texts is None:
-            self._cache.batch_select_indices(rows)
-        else:
+        if self._texts is not None:
             self._texts = [list(self._texts[row]) for row in rows.tolist()]
+        else:
+            for layer in self._cache.layers:
+                # what a recurrence or a convolution keeps can be reordered, which may repeat and drop rows as well
+                getattr(layer, "batch_select_indices", layer.reorder_cache)(rows)
         self._positions, self._owner = self._positions[rows], self._owner[rows.cpu()]
         self._mask = self._mask[rows] if self._mask is not None else None
 
@@ -374,61 +433,3 @@ class VariantSteps:
         self._upper = Branches(KeysValues.joined(upper, into), self._start.repeat(variants), room)
         self._lower = Branches(KeysValues.joined(lower, torch.cat(of_lower).argsort()), self._start, room)
         self.hidden = torch.cat(hidden)[into]
-
-
-class OneByOne:
-    """Many variants of a model that cannot share forwards, each under hooks and the model's own forward."""
-
-    _STRIDE = 1 << 32  # rows of the variants are numbered apart
-
-    def __init__(self, engine: Engine, rows: Rows, prompts: Sequence[Sequence[int]], which: Sequence[int]) -> None:
-        self._engine = engine
-        self._writes = [engine.writes(rows.each(lambda one, at=at: one[at])) for at in range(len(rows))]  # type: ignore[misc]
-        self._steps: list[ModelSteps] = []
-        for writes in self._writes:
-            with evaluating(engine.chat), adding(engine.chat, writes):
-                self._steps.append(ModelSteps(engine.chat, prompts, which))
-        self.room = self._steps[0].room
-        self.rows = torch.cat([steps.rows + at * self._STRIDE for at, steps in enumerate(self._steps)])
-
-    def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of each answer's next token."""
-        of = rows // self._STRIDE
-        found = [self._steps[at].logits(rows[of == at] % self._STRIDE) for at in of.unique().tolist()]
-        return torch.cat(found)[torch.cat([(of == at).nonzero()[:, 0] for at in of.unique().tolist()]).argsort()]
-
-    def step(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Go on with a token of each answer that still goes on; the row that each is now."""
-        of, now = rows // self._STRIDE, torch.empty_like(rows)
-        for at in of.unique().tolist():
-            own = of == at
-            with evaluating(self._engine.chat), adding(self._engine.chat, self._writes[at]):
-                now[own] = self._steps[at].step(tokens[own], rows[own] % self._STRIDE) + at * self._STRIDE
-        return now
-
-
-@torch.no_grad()
-def variant_steps(
-    engine: Engine, rows: Rows, prompts: Sequence[Sequence[int]], which: Sequence[int], most: int
-) -> Steps:
-    """Many variants together where the model's family gives what each gives by itself, else one after another.
-
-    Families that are written out in :mod:`emmech.engine.blocks` are known to; any other is tried once.
-    """
-    if engine.decodes is None:
-        engine.decodes = (engine.lower.blocks.written and engine.upper.written) or _decodes(engine)
-    if engine.decodes:
-        return VariantSteps(engine, rows, prompts, which, most)
-    return OneByOne(engine, rows, prompts, which)
-
-
-def _decodes(engine: Engine) -> bool:
-    rows, prompts = engine.made_up(), [[1, 2, 3, 4, 5, 6, 7], [3, 2, 4]]
-    then = torch.tensor([8, 9, 8, 10], device=engine.chat.device)
-    with unhooked(engine.chat.base), contextlib.suppress(EmmechError, *DOES_NOT_RUN):
-        found, wanted = VariantSteps(engine, rows, prompts, [0, 1], 2), OneByOne(engine, rows, prompts, [0, 1])
-        pairs = [tuple(steps.logits(steps.rows).float() for steps in (found, wanted))]
-        pairs.append(tuple(steps.logits(steps.step(then, steps.rows)).float() for steps in (found, wanted)))
-        off = max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
-        return off <= TOLERANCE.get(engine.chat.dtype, 1e-4)
-    return False

@@ -12,7 +12,19 @@ from torch import nn
 
 from emmech.chat.model import ChatModel
 
-__all__ = ["Skip", "evaluating", "has_hooks", "hooked", "unhooked", "with_attention", "with_module"]
+__all__ = [
+    "Hook",
+    "Skip",
+    "adding",
+    "evaluating",
+    "has_hooks",
+    "hooked",
+    "unhooked",
+    "with_attention",
+    "with_module",
+]
+
+Hook = tuple[nn.Module, Callable[..., Any]]
 
 
 def has_hooks(module: Any) -> bool:
@@ -30,7 +42,7 @@ def has_hooks(module: Any) -> bool:
 
 
 @contextlib.contextmanager
-def hooked(*pairs: tuple[nn.Module, Callable[..., Any]], before: bool = False) -> Iterator[None]:
+def hooked(*pairs: Hook, before: bool = False) -> Iterator[None]:
     """Forward hooks for the time of the block.
 
     Args:
@@ -80,6 +92,12 @@ def evaluating(chat: ChatModel, *, frozen: bool = False) -> Iterator[None]:
             chat.base.train()
 
 
+def adding(write: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """A forward hook that adds to a module's output a function of its input."""
+
+    return lambda module, inputs, output: (output + write(inputs[0])).to(output.dtype)
+
+
 def with_module(root: nn.Module, path: str, replacement: nn.Module) -> nn.Module:
     """A view of ``root`` with the submodule at ``path`` replaced; everything else is shared, ``root`` untouched.
 
@@ -112,10 +130,10 @@ def with_attention(view: nn.Module, name: str) -> nn.Module:
 class Skip(nn.Module):
     """In the place of a block that is left out, so that layer numbers, masks and rotary tables keep theirs."""
 
-    def __init__(self, block: nn.Module, layer: int) -> None:
+    def __init__(self, block: nn.Module, layer: int, *, as_tuple: bool = False) -> None:
         super().__init__()
         self.__dict__["_skipped"] = block  # not a submodule
-        self._layer = layer
+        self._layer, self._as_tuple = layer, as_tuple
         self._given: torch.Tensor | None = None
 
     @contextlib.contextmanager
@@ -134,7 +152,7 @@ class Skip(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_skipped"], name)
 
-    def forward(self, hidden: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         """What came in, or what is given."""
         from transformers.cache_utils import Cache
 
@@ -142,4 +160,5 @@ class Skip(nn.Module):
         if isinstance(past_key_values, Cache):
             nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
             past_key_values.update(nothing, nothing, self._layer)
-        return hidden if self._given is None else self._given
+        out = hidden if self._given is None else self._given
+        return (out, None) if self._as_tuple else out

@@ -7,8 +7,7 @@ adapter reads what is the same for all, and only what it adds differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from emmech.chat.model import ChatModel
 from emmech.engine.blocks import Blocks, Places
-from emmech.engine.modules import evaluating, hooked
+from emmech.engine.modules import Hook, evaluating, hooked
 from emmech.engine.row_adapters import Capture
 
 __all__ = [
@@ -148,27 +147,13 @@ class Lower:
         return state.residual + change * self._scale  # type: ignore[no-any-return]
 
 
-_Writes = Mapping[nn.Module, Callable[[torch.Tensor], torch.Tensor]]
-
-
-def adding(chat: ChatModel, writes: _Writes) -> AbstractContextManager[None]:
-    """For the time of the block, modules write more: each a function of its input (blocks to the residual stream)."""
-    blocks = set(chat.blocks)
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        added = writes[module](inputs[0])
-        return chat.family.steered(output, added) if module in blocks else (output + added).to(output.dtype)
-
-    return hooked(*((module, hook) for module in writes))
-
-
 @torch.no_grad()
 def deviation(
     chat: ChatModel,
     found: torch.Tensor,
     ids: torch.Tensor,
     reads: torch.Tensor,
-    writes: _Writes,
+    hooks: Sequence[Hook],
     mask: torch.Tensor | None = None,
     stop: int | None = None,
 ) -> float:
@@ -179,14 +164,14 @@ def deviation(
 
     Args:
         found: after the final norm, or of the block ``stop``, at ``reads`` of ``ids [rows, tokens]``.
-        writes: what is added to modules' outputs, each a function of the module's input.
+        hooks: the adapters, as hooks on the model's own modules.
     """
 
     kept: list[torch.Tensor] = []
-    stopped: list[tuple[nn.Module, Callable[..., Any]]] = []
+    reading: list[Hook] = []
     if stop is not None:
-        stopped = [(chat.blocks[stop], lambda module, inputs, output: kept.append(chat.family.residual(output)))]
-    with evaluating(chat), adding(chat, writes), hooked(*stopped):
+        reading.append((chat.blocks[stop], lambda module, inputs, output: kept.append(chat.family.residual(output))))
+    with evaluating(chat), hooked(*hooks, *reading):
         whole = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     wanted = (kept[0] if kept else whole)[reads].float()
     return float((found.float() - wanted).abs().max() / wanted.abs().max())

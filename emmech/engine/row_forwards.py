@@ -22,7 +22,7 @@ from emmech.chat.model import ChatModel
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.cache import detached, plain_past
 from emmech.engine.logprobs import pad, target_logprobs
-from emmech.engine.modules import hooked
+from emmech.engine.modules import adding, hooked
 from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation
 from emmech.engine.stacked_adapters import StackedAdapters
 from emmech.errors import EmmechError
@@ -213,8 +213,8 @@ class Trunk:
         ids = pad([self._ids[i] for i in rows], 0).to(chat.device)
         mask = pad([[1] * len(self._ids[i]) for i in rows], 0).to(chat.device)
         reads = torch.cat([shown.new_zeros(len(rows), self.stem), shown], dim=1)
-        writes = {chat.down_proj(self.frozen.layer): write} if self.frozen and write else {}
-        return deviation(chat, found, ids, reads, writes, mask)
+        hooks = [(chat.down_proj(self.frozen.layer), adding(write))] if self.frozen and write else []
+        return deviation(chat, found, ids, reads, hooks, mask)
 
     def _shift(self, x: torch.Tensor) -> torch.Tensor:
         """A write of the size of ``down_proj``'s own, as an adapter might make it."""

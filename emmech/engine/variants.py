@@ -10,7 +10,7 @@ against the model's own forward first; what does not agree there is not shared.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Float
-from torch import nn
 
 from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel
 from emmech.engine import packing
 from emmech.engine.attention import RUN
 from emmech.engine.blocks import Blocks, Places
-from emmech.engine.modules import evaluating
+from emmech.engine.modules import Hook, adding, evaluating
 from emmech.engine.packing import Pack, Reading, pack, stack
 from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation, find_frozen
 from emmech.engine.row_adapters import RowAdapter, Rows, RowSteering, Site, inner, write
@@ -91,7 +90,7 @@ class Engine:
         self.chat, self.sites, self.steering, self.stop, self.tokens = chat, sites, steering, stop, tokens
         self.rows = Rows()  # what the modules of the upper blocks look at
         self.branching = True  # several readings in one row
-        self.decodes: bool | None = None  # whether its variants decode together, once tried
+        self.steps_agree: bool | None = None  # with whole forwards, in decoding; None: not tried
         self._cut_at(find_frozen(chat, list(sites), steering))
         if not (self.lower.blocks.written and self.upper.written):
             self._settle()
@@ -151,15 +150,19 @@ class Engine:
     def _off(self, found: torch.Tensor, ids: torch.Tensor, one: Rows) -> float:
         reads = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
         reads[:, 4:12] = True
-        return deviation(self.chat, found, ids, reads, self.writes(one), stop=self.stop)
+        return deviation(self.chat, found, ids, reads, self.hooks(one), stop=self.stop)
 
-    def writes(self, one: Rows) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-        """What one variant adds to the outputs of modules, each a function of the module's input."""
+    def hooks(self, one: Rows) -> list[Hook]:
+        """One variant's adapters (its part of stacked rows) and steering, as hooks on the model's own modules."""
         modules = dict(self.chat.base.named_modules())
-        found: dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]] = {
-            modules[name]: partial(_write, one.A[name], one.B[name]) for name in one.A
-        }
-        return found | {self.chat.blocks[at]: partial(_push, vector) for at, vector in one.steering.items()}
+        found = [
+            (modules[name], adding(lambda x, a=a, b=one.B[name]: (x.to(a.dtype) @ a) @ b))  # type: ignore[misc]
+            for name, a in one.A.items()
+        ]
+        steered = self.chat.family.steered
+        for layer, vector in one.steering.items():
+            found.append((self.chat.blocks[layer], lambda _m, _i, out, v=vector: steered(out, v)))  # type: ignore[misc]
+        return found
 
     def made_up(self) -> Rows:
         """Adapters of two variants that write about a tenth of the residual."""
@@ -236,8 +239,9 @@ class Engine:
     def tree_mask(self, packs: Sequence[Pack]) -> Any:
         """The attention mask of packs that branch; by kind of layer where the model has several."""
         config, device, dtype = self.chat.config, self.chat.device, self.chat.dtype
-        full = packing.tree_mask(packs, dtype, device)
         kinds = set(getattr(config, "layer_types", None) or ())
+        # where layers are of one kind, its window (or None) is that of all
+        full = packing.tree_mask(packs, dtype, device, window=None if kinds else self.chat.parts(0).window)
         if "sliding_attention" not in kinds:
             return full
         window = packing.tree_mask(packs, dtype, device, window=int(config.sliding_window))
@@ -283,17 +287,12 @@ class Engine:
     def bytes_per_token(self) -> int:
         """Bytes that one token of one variant takes on its way up, by a count of the arrays that live at once."""
         chat = self.chat
-        # experts of a mixture are together about as wide as the MLP that they take the place of
-        inner = chat.d_mlp if chat.family.down else int(getattr(chat.config, "intermediate_size", 4 * chat.d_model))
-        return chat.dtype.itemsize * (4 * chat.d_model + max(6 * chat.attention_width, 4 * inner))
+        return chat.dtype.itemsize * (4 * chat.d_model + max(6 * chat.attention_width, 4 * self.widest))
 
-
-def _write(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return (x.to(a.dtype) @ a) @ b
-
-
-def _push(vector: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return vector
+    @property
+    def widest(self) -> int:
+        """The largest width of any linear map of a block: the MLP's, where it has one."""
+        return max(max(map_widths(module) or (0,)) for module in self.chat.blocks[-1].modules())
 
 
 def _own_reads(packs: Sequence[Pack]) -> tuple[tuple[int, np.ndarray], ...]:

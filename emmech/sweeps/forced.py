@@ -64,7 +64,7 @@ def plan(chat: ChatModel, grid: Grid, engine: Engine, longest: int, variants: in
     per_token = engine.bytes_per_token() + scores
     per_logit_row = 12 * int(chat.config.vocab_size)  # logits in the model's dtype, in float32, and what is picked
     # the shared pass, whose result lives on while the upper blocks run
-    kept = variants * grid.bytes_per_variant(chat) + longest * 8 * (chat.d_mlp + 2 * chat.d_model)
+    kept = variants * grid.bytes_per_variant(chat) + longest * 8 * (engine.widest + 2 * chat.d_model)
     needed = kept + longest * per_token + per_logit_row
     if needed > budget:
         raise EmmechError(

@@ -8,10 +8,9 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
-import torch
 
 from emmech.chat.model import ChatModel
-from emmech.engine.decode import Answer, context, variant_steps, write_answers
+from emmech.engine.decode import Answer, context, decode_variants
 from emmech.engine.responses import check_settings
 from emmech.engine.row_adapters import Rows
 from emmech.engine.variants import Engine
@@ -112,12 +111,12 @@ class SampledJob:
         records: list[list[dict[str, Any]]] = []
         for start in range(0, len(group), self.variants_at_once):
             chosen = rows.each(lambda one, at=start: one[at : at + self.variants_at_once])  # type: ignore[misc]
-            with torch.no_grad():
-                steps = variant_steps(self.engine, chosen, self.prompts, self.which, self.measure.max_new_tokens)
-            answers = write_answers(
-                self.chat,
-                steps,
-                [row["seed"] for row in self.rows] * len(chosen),
+            answers = decode_variants(
+                self.engine,
+                chosen,
+                self.prompts,
+                self.which,
+                [row["seed"] for row in self.rows],
                 max_new_tokens=self.measure.max_new_tokens,
                 temperature=self.measure.temperature,
                 top_p=self.measure.top_p,

@@ -10,8 +10,8 @@ import torch
 
 from emmech.chat.families import find_family
 from emmech.chat.model import ChatModel
+from emmech.engine.modules import with_module
 from emmech.engine.packing import Reading
-from emmech.engine.row_adapters import with_module
 from emmech.measures.teacher_forced import Value
 from emmech.run.run import Run
 from emmech.store import MemorySeries

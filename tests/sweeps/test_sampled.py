@@ -156,6 +156,40 @@ def test_attention_with_capped_scores_is_decoded_variant_by_variant(tiny, make_r
     assert found["response"].tolist() == one_at_a_time(chat, run, 7, 4, alone)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "lfm2", "qwen3_moe", "granite"])
+def test_families_that_are_not_written_out_write_what_peft_writes(tiny, make_run, one_at_a_time, kind):
+    """Capped scores, convolutions beside attention, experts, a scaled residual."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tiny("qwen2").tokenizer
+    shape = dict(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=80, num_hidden_layers=4, head_dim=12,
+                 num_attention_heads=4, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+                 pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    shape |= {
+        "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 12},
+        "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 0.25},
+    }[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).eval()
+    model.get_output_embeddings().weight.data.mul_(6)  # logits that differ
+    chat = load_model(model, tokenizer)
+    module = f"{chat.family.trunk}.{chat.family.blocks}.2.{chat.family.down or chat.family.out}"
+    run = make_run(chat, (module,), size=0.3)
+    found = sweep(run, steps=[7], scales=(0, 5), measure=measure(), base=chat, progress=False)
+    texts = []
+    for scale, part in found.responses.groupby("scale"):
+        talks = [[{"role": "user", "content": question}] for question in part["question"]]
+
+        def alone(live, talks=talks, part=part):
+            drawn = sample(live, talks, seed=part["seed"].tolist(), max_new_tokens=10, progress=False)
+            return [answer.text for answer in drawn]
+
+        texts.append(one_at_a_time(chat, run, 7, scale, alone))
+        assert part["response"].tolist() == texts[-1]
+    assert texts[0] != texts[1]
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma3"])
 def test_blocks_that_somebody_listens_to_run_by_the_models_own_forward_and_write_the_same(tiny, make_run, family):
     chat = tiny(family)
