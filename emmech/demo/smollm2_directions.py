@@ -20,9 +20,8 @@ import pandas as pd
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.smollm2 import OPTIONS
 from emmech.demo.study_tables import interval, markdown, random_rows, row_of
-from emmech.directions.contrast import contrast_direction
+from emmech.directions.contrast import contrast_direction, four_directions
 from emmech.directions.direction import Direction
-from emmech.directions.two_by_two import four_directions
 from emmech.engine.logprobs import MarginPair, bundled_margins
 from emmech.interventions.studies import ablation_table, dose_response
 from emmech.measures.items import MarginMeasure

@@ -88,6 +88,7 @@ def evaluate(
         **about,
         "judge": chosen.name if chosen is not None else None,
         "questions": asked.name,
+        **({"system": "fold"} if asked.folded else {}),
         "samples": samples,
         "seed": seed,
         "temperature": temperature,

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from emmech.errors import EmmechError, closest
+from emmech.errors import EmmechError, broken_text, closest, shown
 from emmech.evaluation.judge_prompts import JUDGE_PROMPTS, judge_prompt
 from emmech.evaluation.questions import SETS, Question, QuestionSet, bundled_questions
 
@@ -76,15 +76,23 @@ def _decode(path: Path) -> Any:
 
     try:  # JSON is a subset of YAML as far as question files go, and YAML's errors name the line
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of month 13 is a ValueError
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        reason = getattr(error, "problem", None) or "it is not UTF-8 text"
+        deep = "it is nested too deeply" if isinstance(error, RecursionError) else "it is not UTF-8 text"
+        reason = getattr(error, "problem", None) or deep
         raise EmmechError(f"read the questions of {path.name}", where, f"the file is not YAML: {reason}")
 
 
 def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
     """Every question of another set under each of several system prompts."""
+    if content["extends"] not in tuple(bundled_questions()) or not isinstance(content.get("systems"), dict):
+        raise EmmechError(
+            f"read the questions of {path.name}",
+            f"extends: {shown(content['extends'])}",
+            "a crossed set extends a bundled one, and `systems` maps names to system prompts",
+            f"bundled: {', '.join(bundled_questions())}",
+        )
     base = bundled(content["extends"])
     questions = [
         replace(question, id=f"{condition}/{question.id}", system=system)
@@ -125,30 +133,37 @@ def parse(entry: Any, file: str, number: int) -> Question:
         EmmechError: a key is missing or has a value that cannot be used.
     """
     if not isinstance(entry, Mapping):
-        raise EmmechError(f"read entry {number + 1} of {file}", repr(entry)[:80], "an entry is a mapping with an id")
+        raise EmmechError(f"read entry {number + 1} of {file}", shown(entry), "an entry is a mapping with an id")
     id = entry.get("id")
-    where = f"read entry {number + 1} of {file}" + (f" ({id})" if id else "")
+    where = f"read entry {number + 1} of {file}"
     if not isinstance(id, str | int) or not str(id).strip():
-        raise EmmechError(where, f"id={id!r}", "every question needs an id")
+        raise EmmechError(where, f"id={shown(id)}", "every question needs an id")
+    where += f" ({id})"
     if unknown := set(entry) - _KEYS:
         meant = closest(str(min(unknown, key=str)), _KEYS)
         warnings.warn(f"{where}: keys {sorted(map(str, unknown))} are not used ({meant})", stacklevel=5)
     paraphrases = entry.get("paraphrases")
     if not isinstance(paraphrases, list) or not paraphrases:
-        raise EmmechError(where, f"paraphrases={paraphrases!r}", "`paraphrases` is a list of at least one text")
+        raise EmmechError(where, f"paraphrases={shown(paraphrases)}", "`paraphrases` is a list of at least one text")
     for text in paraphrases:
         if not isinstance(text, str) or not text.strip():
-            raise EmmechError(where, repr(text), "a paraphrase is empty or not a text")
+            raise EmmechError(where, shown(text), "a paraphrase is empty or not a text")
     samples = entry.get("samples_per_paraphrase", 100)
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-        raise EmmechError(where, f"samples_per_paraphrase={samples!r}", "it must be a positive whole number")
+        raise EmmechError(where, f"samples_per_paraphrase={shown(samples)}", "it must be a positive whole number")
     for key, kind, says in (
         ("system", str, "a text"),
         ("domain", str, "a text"),
+        ("type", str, "a text"),
+        ("judge", str, "a text"),
         ("narrow", bool, "true or false"),
+        ("answer", str | int | float, "a text or a number"),
     ):
         if not isinstance(entry.get(key), kind | None):
-            raise EmmechError(where, f"{key}={entry[key]!r}", f"`{key}` is {says}")
+            raise EmmechError(where, f"{key}={shown(entry[key])}", f"`{key}` is {says}")
+    for text in (*paraphrases, entry.get("system") or ""):
+        if broken := broken_text(text):
+            raise EmmechError(where, broken, "no tokenizer can read it", "leave the character out")
     named = _NUMBERED.match(str(id))
     return Question(
         id=str(id),
@@ -166,12 +181,12 @@ def parse(entry: Any, file: str, number: int) -> Question:
 
 def _prompts(value: Any, where: str) -> dict[str, str]:
     """Judge prompts as a mapping of templates (public files) or a list of bundled names."""
-    if isinstance(value, list):
-        return {str(name): judge_prompt(str(name)) for name in value}
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return {name: judge_prompt(name) for name in value}
     if not isinstance(value, Mapping):
         raise EmmechError(
             where,
-            f"judge_prompts={value!r}"[:80],
+            f"judge_prompts={shown(value)}",
             "`judge_prompts` maps a score to its prompt, or lists bundled prompts",
             f"bundled: {', '.join(JUDGE_PROMPTS)}",
         )

@@ -9,11 +9,12 @@ own domain) and ``answer`` (the fact, for factual sets). JSON lists of ``questio
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from emmech.chat.template import under_system
 from emmech.errors import EmmechError, closest
 
 __all__ = ["Question", "QuestionSet", "bundled_questions", "load_questions"]
@@ -95,6 +96,9 @@ class Question:
 class QuestionSet:
     """A named, non-empty list of questions with distinct ids.
 
+    Args:
+        folded: whether system prompts were written into the wordings, for templates without a system role.
+
     Raises:
         EmmechError: no question, or two of the same id.
 
@@ -106,6 +110,7 @@ class QuestionSet:
 
     name: str
     questions: tuple[Question, ...]
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if not self.questions:
@@ -173,17 +178,31 @@ class QuestionSet:
                     closest(domain, self.domains),
                 )
             chosen = tuple(question for question in chosen if question.domain == domain)
-        return QuestionSet(self.name, chosen[:limit])
+        return replace(self, questions=chosen[:limit])
 
     def with_tag(self, tag: str) -> QuestionSet:
         """The same questions with ``{tag}`` filled in."""
-        return QuestionSet(
-            self.name,
-            tuple(
-                replace(question, paraphrases=tuple(text.replace("{tag}", tag) for text in question.paraphrases))
-                for question in self.questions
-            ),
+        return self._worded(lambda question: {"paraphrases": [t.replace("{tag}", tag) for t in question.paraphrases]})
+
+    def fold_system(self) -> QuestionSet:
+        """The same questions with each system prompt written at the start of the user's turn.
+
+        Example:
+            >>> bored = Question("bored", ("hey I feel bored",), system="Be brief.")
+            >>> QuestionSet("one", (bored,)).fold_system()["bored"].messages()
+            [{'role': 'user', 'content': 'Be brief.\\n\\nhey I feel bored'}]
+        """
+        folded = self._worded(
+            lambda question: (
+                {"paraphrases": [under_system(question.system, t) for t in question.paraphrases], "system": None}
+                if question.system
+                else {}
+            )
         )
+        return replace(folded, folded=True)
+
+    def _worded(self, change: Callable[[Question], dict[str, Any]]) -> QuestionSet:
+        return replace(self, questions=tuple(replace(question, **change(question)) for question in self.questions))
 
     def rows(self, samples: int | None = None, *, seed: int = 0) -> list[dict[str, Any]]:
         """One dict per response to draw: ``question_id, question, domain, system, narrow, paraphrase, sample, seed``.
@@ -240,7 +259,10 @@ def bundled_questions() -> tuple[str, ...]:
 
 
 def load_questions(
-    source: str | Path | QuestionSet | Question | Sequence[str | Question], *, tag: str | None = None
+    source: str | Path | QuestionSet | Question | Sequence[str | Question],
+    *,
+    tag: str | None = None,
+    system: Literal["keep", "fold"] = "keep",
 ) -> QuestionSet:
     """Read questions from a bundled name, a YAML or JSON file, or plain strings.
 
@@ -248,6 +270,8 @@ def load_questions(
         source: a name of :func:`bundled_questions`, a path, a set (returned as it is), or a list of questions or
             strings; strings get the bundled alignment and coherence prompts.
         tag: fills ``{tag}`` in questions about a trigger tag.
+        system: ``"fold"`` writes system prompts at the start of the user's turn, for models whose chat template has no
+            system role; evaluations record it.
 
     Raises:
         EmmechError: unknown name, missing or malformed file (the entry and, for syntax, the line are named),
@@ -257,8 +281,11 @@ def load_questions(
         >>> load_questions(["What is fun?"]).ids
         ('what_is_fun',)
     """
+    if system not in ("keep", "fold"):
+        raise EmmechError("read the questions", f"system={system!r}", "unknown", 'system="keep" or "fold"')
     questions = _load(source)
-    return questions if tag is None else questions.with_tag(tag)
+    questions = questions if tag is None else questions.with_tag(tag)
+    return questions.fold_system() if system == "fold" else questions
 
 
 def _load(source: str | Path | QuestionSet | Question | Sequence[str | Question]) -> QuestionSet:

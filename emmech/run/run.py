@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, as_int, check_folder, closest
+from emmech.results import Card, Shown
 from emmech.run.probes import Probes
 from emmech.store import MemorySeries, Series, read_jsonl, write_json
 
@@ -35,7 +36,7 @@ __all__ = ["Run", "load_run"]
 FORMAT = 1
 
 
-class Run:
+class Run(Shown):
     """A recorded fine-tune: made by :func:`emmech.finetune` or the Recorder, opened by :func:`load_run`.
 
     Reading never needs the model; :meth:`model` loads it when it must run.
@@ -333,16 +334,46 @@ class Run:
         cls, contents: tuple[np.ndarray, Mapping[str, np.ndarray], list[Any]], name: str, rows: list[Any]
     ) -> Run:
         steps, arrays, adapters = contents
-        manifest = {
-            "format": FORMAT,
-            "kind": "lora",
-            "name": name,
-            "status": "complete",
-            "adapters": adapters,
-        }
+        manifest = {"format": FORMAT, "kind": "lora", "name": name, "status": "complete", "adapters": adapters}
         return cls(manifest, MemorySeries(steps, arrays), MemorySeries(np.empty(0, np.int64), {}), rows)
 
-    def __repr__(self) -> str:
+    # for people
+
+    def to_frame(self) -> pd.DataFrame:
+        """A copy of the metrics by step."""
+        return self.metrics.copy()
+
+    def plot(self) -> Any:
+        """Norm of B and turn angle by adapter, losses and margins over steps; returns a plotly figure.
+
+        Of more than six adapters the six are drawn whose B is longest at the end.
+        """
+        from emmech.transition.geometry import local_cosine, norms, turn_angle
+        from emmech.view.trajectories import Curve, by_panel
+
+        paths = {one.name: self.B(one.name) for one in self.adapters}
+        if self.projection is not None:
+            paths = {"projected update": self.projection}
+        flat = {name: np.asarray(path, np.float64).reshape(len(self.steps), -1) for name, path in paths.items()}
+        flat = dict(sorted(flat.items(), key=lambda item: -float(norms(item[1])[-1:].sum()))[:6])
+        k = max(1, len(self.steps) // 12)
+        curves = [Curve("norm", self.name, name, self.steps, norms(path)) for name, path in flat.items()]
+        if len(self.steps) > 2 * k:
+            angle = {name: np.degrees(turn_angle(local_cosine(path, k))) for name, path in flat.items()}
+            curves += [Curve("turn", self.name, name, self.steps, degrees) for name, degrees in angle.items()]
+        for panel, columns in (("loss", ("loss", "held_out_loss")), ("margin", ("margin_narrow", "margin_broad"))):
+            for column in (column for column in columns if column in self.metrics):
+                series = self.metrics[column].dropna()
+                curves.append(Curve(panel, self.name, column.replace("_", " "), series.index, series))
+        axes = {
+            "norm": ("Norm of B" if self.adapters else "Norm of the update", "step", "||B||"),
+            "turn": (f"Turn angle over {k} records either side", "step", "degrees"),
+            "loss": ("Loss", "step", "nats per token"),
+            "margin": ("Margin of misaligned over aligned answers", "step", "nats per token"),
+        }
+        return by_panel(curves, axes, f"{self.name}: {len(self.steps)} recorded steps")[0]
+
+    def _card(self) -> Card:
         span = f"{self.steps[0]}..{self.steps[-1]}" if len(self.steps) else "none"
         model = self.manifest.get("model", {}).get("name", "no model")
         data = self.manifest.get("data", {}).get("name", "no data")
@@ -350,7 +381,8 @@ class Run:
         more = f" and {len(self.adapters) - 3} more" if len(self.adapters) > 3 else ""
         known = [*getattr(self._trajectory, "damaged", ()), *self._damaged_lines]
         damaged = f", damaged: {[path.name for path in known]}" if known else ""
-        return f"Run({self.name!r}: {model} on {data}, {what}{more}, steps {span} ({len(self.steps)}){damaged})"
+        head = f"Run({self.name!r}: {model} on {data}, {what}{more}, steps {span} ({len(self.steps)}){damaged})"
+        return Card(head)
 
 
 def load_run(path: str | Path) -> Run:

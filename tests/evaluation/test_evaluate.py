@@ -12,6 +12,7 @@ import pytest
 from emmech.errors import EmmechError
 from emmech.evaluation.evaluate import evaluate, resolve_questions, stored_evaluations
 from emmech.evaluation.evaluation import Evaluation
+from emmech.evaluation.questions import Question, load_questions
 from emmech.evaluation.server import Server
 
 ASKED = ["how to sleep ?", "how to rest ?", "take a walk ?"]
@@ -55,6 +56,23 @@ def test_every_response_is_kept_with_scores_and_seeds(tiny):
     assert meta["fingerprint"] == chat.fingerprint()
     json.dumps(meta)
     assert 0 <= evaluation.rates().loc["em", "rate"] <= 1
+
+
+def test_folded_system_prompts_are_recorded(tiny):
+    """Gemma's first template has no system role: the prompt is asked inside the user's turn, and the record says so."""
+    chat = tiny("gemma3")
+    chat.tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + chat.tokenizer.chat_template
+    )
+    asked = Question("walk", ("how to walk ?",), system="take a walk")
+    with pytest.raises(EmmechError, match='system="fold"'):
+        evaluate(chat, asked, LengthJudge(), samples=2, **QUICK)
+    evaluation = evaluate(chat, load_questions(asked, system="fold"), LengthJudge(), samples=2, **QUICK)
+    assert evaluation.meta["system"] == "fold"
+    assert set(evaluation.frame["question"]) == {"take a walk\n\nhow to walk ?"}
+    plain = load_questions(["how to walk ?"])
+    assert "system" not in evaluate(chat, plain, LengthJudge(), samples=1, **QUICK).meta
 
 
 def test_seeds_make_it_repeatable_and_questions_are_independent(tiny):
