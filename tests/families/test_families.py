@@ -32,7 +32,19 @@ PUSH = torch.randn(48, generator=torch.Generator().manual_seed(2))
 LAYER = 1
 STREAMS = {"gemma3n_text": 0}  # the one of several parallel residual streams that its halves read and write
 # what they do is what another one does, so that they need not be tried at every change
-ALIKE = "arcee ernie4_5 exaone4 glm4_moe gptj granitemoeshared helium hunyuan_v1_dense ministral olmo seed_oss".split()
+ALIKE = {
+    "arcee",
+    "ernie4_5",
+    "exaone4",
+    "glm4_moe",
+    "gptj",
+    "granitemoeshared",
+    "helium",
+    "hunyuan_v1_dense",
+    "ministral",
+    "olmo",
+    "seed_oss",
+}
 KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE), id=kind) for kind in CONFIGS]
 families = pytest.mark.parametrize("kind", KINDS)
 # PEFT refuses to adapt Mamba: its kernels go past the modules
