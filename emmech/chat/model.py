@@ -192,7 +192,7 @@ class ChatModel:
         return tuple(sorted({int(token) for token in ids if token is not None}))
 
     def down_proj(self, layer: int) -> nn.Module:
-        """The MLP's write at ``layer`` (a PEFT LoRA layer when an adapter sits there).
+        """The MLP's write at ``layer`` (a PEFT LoRA layer where there is an adapter).
 
         Raises:
             EmmechError: there is no such layer, or its MLP does not write through one linear map.

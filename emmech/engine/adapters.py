@@ -22,14 +22,14 @@ from emmech.errors import EmmechError, as_float
 
 __all__ = ["AdapterInfo", "adapter_layers", "attach", "detach", "lora_config", "put_on"]
 
-# the wrapper that `attach` made around a model, for as long as somebody holds it
+# the wrapper that `attach` made around a model, for as long as it is in use
 _WRAPPERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 _LAYER = re.compile(r"(?:^|\.)(\w+\.(\d+)\..+)$")  # from the list of blocks on
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One LoRA pair: where it sits and how it is scaled.
+    """One LoRA pair: where it is and how it is scaled.
 
     Args:
         name: short and unique in a run, ``"layers.15.mlp.down_proj"``.
@@ -72,7 +72,7 @@ def adapter_layers(model: Any) -> Iterator[tuple[AdapterInfo, Any, str]]:
             raise EmmechError(
                 "read the adapter",
                 f"{path} with adapters {names}",
-                "more than one LoRA pair sits on this module, and their order has no meaning",
+                "more than one LoRA pair is on this module, and their order has no meaning",
                 "unload() the model, or delete_adapter() all but one",
             )
         name = names[0]
