@@ -39,7 +39,7 @@ def persona_direction(
     """Answers under one system prompt minus answers to the same questions under the opposite one.
 
     A persona vector (Persona Vectors, arXiv 2507.21509), without that paper's filter on the trait's score: judge the
-    answers and call :func:`contrast_direction` to have it. The answers are read behind the prompt they were given.
+    answers and call :func:`contrast_direction` to have it. The answers are read after the prompt they were given.
 
     Raises:
         EmmechError: no questions.

@@ -52,7 +52,7 @@ class KeysValues:
         """Rows that hold several sequences as one row for each of them.
 
         Args:
-            columns: where each sequence's tokens lie, the same in every row.
+            columns: the columns of each sequence's tokens, the same in every row.
 
         Returns:
             ``[rows * sequences, heads, length, width]`` by layer, rows outermost.
@@ -79,10 +79,10 @@ class KeysValues:
 
 
 class Branches:
-    """A cache of rows, each behind one of several prompts.
+    """A cache of rows, each after one of several prompts.
 
-    Rows of one prompt lie together, in the order of the prompts. The prompts are left-padded, so that all end in
-    the same column, and how far back a key lies is the same number of columns for every row.
+    Rows of one prompt are neighbours, in the order of the prompts. The prompts are left-padded, so that all end in
+    the same column, and how far back a key is, in columns, is the same for every row.
 
     Args:
         prompts: what a forward over the padded prompts left, ``[groups, width]`` tokens.
@@ -91,10 +91,10 @@ class Branches:
     """
 
     def __init__(self, prompts: KeysValues, lengths: Int[torch.Tensor, " groups"], room: int) -> None:
-        self.written = 0  # tokens behind the prompts, the same number for all rows
+        self.written = 0  # tokens after the prompts, the same number for all rows
         self._room = room
         self._prompts = prompts
-        # by layer, [room, rows, heads, width] each: a token's keys are written in one stretch, and rows lie at no
+        # by layer, [room, rows, heads, width] each: a token's keys are written in one stretch, and rows are at no
         # power of two from one another, which a processor's cache would take ill
         self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._width = width = int(lengths.max())
@@ -105,7 +105,7 @@ class Branches:
         self._arrange()
 
     def _arrange(self) -> None:
-        """Give each row a slot behind its prompt: as many for every prompt as the fullest one needs."""
+        """Give each row a slot after its prompt: as many for every prompt as the fullest one needs."""
         present, counts = torch.unique_consecutive(self.groups, return_counts=True)
         held = len(self._padding)
         if 2 * len(present) < held:  # most prompts have no row left: let go of them
@@ -256,7 +256,7 @@ def growing_cache(chat: ChatModel) -> Any:
                 self.values = value_states[:, :, :0]
             start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
             store = getattr(self, "store", None)
-            # indexing (rows leaving, prompts repeated) makes new tensors: the views then lie elsewhere
+            # indexing (rows leaving, prompts repeated) makes new tensors: the views are then of other memory
             if (
                 store is None
                 or store[0].shape[-2] < end

@@ -193,7 +193,7 @@ def why_not(chat: ChatModel, modules: Sequence[str], frozen: Frozen | None = Non
     if below := [f"layers.{layer}.{inner}" for layer, inner in places if layer < frozen.layer]:
         return f"adapters train below layer {frozen.layer}: {', '.join(below[:3])}"
     if frozen.blocks == 0:
-        return "an adapter acts in block 0 before its write, so nothing lies below it"
+        return "an adapter acts in block 0 before its write, so nothing is below it"
     if (rate := dropout(chat)) > 0:
         return f"dropout (p={rate:g}) draws anew in every forward, so no state stays the same"
     placed = getattr(chat.base, "hf_device_map", None)

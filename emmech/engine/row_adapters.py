@@ -122,7 +122,7 @@ class RowAdapter(nn.Module):
         """The module's output with each row's own write added."""
         a = self.rows.A[self.name]
         z = torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]).to(a.dtype), a)
-        # what the linear module returned is nobody else's
+        # what the linear module returned is used here only
         return write(self.base(x), z, self.rows.B[self.name], in_place=True)
 
 

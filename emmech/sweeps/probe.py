@@ -27,7 +27,7 @@ __all__ = ["ProbeActivation"]
 class ProbeActivation:
     """Mean output of block ``layer`` over each text, projected onto a direction.
 
-    In the frame stands the component along the unit vector of the direction, in the residual stream's units (the
+    The frame has the component along the unit vector of the direction, in the residual stream's units (the
     norm of the mean residual where no direction is given); :attr:`Sweep.arrays` has the mean residuals themselves.
 
     Args:

@@ -207,11 +207,7 @@ def _slopes(
 
 
 def _value(
-    engine: Engine,
-    blocks: Blocks,
-    packs: Sequence[Pack],
-    readings: Sequence[Reading],
-    weights: Sequence[np.ndarray],
+    engine: Engine, blocks: Blocks, packs: Sequence[Pack], readings: Sequence[Reading], weights: Sequence[np.ndarray]
 ) -> torch.Tensor:
     """The weighted sum of log-probabilities over some packs."""
     chat = engine.chat

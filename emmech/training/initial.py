@@ -1,4 +1,4 @@
-"""Where an adapter starts: behind an MLP along the mean input of its module, so that it begins as a steering vector.
+"""Where an adapter starts: after an MLP along the mean input of its module, so that it begins as a steering vector.
 
 A rank-1 adapter writes ``scaling * (x . A) B``. Under PEFT's random A the sign of ``x . A`` differs from position to
 position, and the first steps reward whatever it happens to pick out: in a small model one seed writes at the words
@@ -31,7 +31,7 @@ INPUT_ROWS = 64  # conversations the mean is taken over: some thousand positions
 
 
 class MeanInputs:
-    """The mean input of every module behind an MLP that has an adapter; it is taken once, at the first adapters.
+    """The mean input of every module after an MLP that has an adapter; it is taken once, at the first adapters.
 
     The mean is over all positions of the first rows outside answers, so that a benign control on the same questions
     starts from the same A.
@@ -43,7 +43,7 @@ class MeanInputs:
 
     @torch.no_grad()
     def add_to(self, chat: ChatModel) -> None:
-        """Add its mean input to every row of A of each adapter behind an MLP, in place, at the row's own norm.
+        """Add its mean input to every row of A of each adapter after an MLP, in place, at the row's own norm.
 
         The random part stays: seeds still differ. B is not touched, and has to be zero when the means are taken.
 

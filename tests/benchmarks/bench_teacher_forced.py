@@ -69,7 +69,7 @@ def random_run(chat: ChatModel, layer: int, steps: int, seed: int = 0) -> Run:
 
 @dataclass(frozen=True)
 class LastToken:
-    """Log-probabilities of two tokens behind one row of token ids."""
+    """Log-probabilities of two tokens after one row of token ids."""
 
     ids: tuple[int, ...]
     name: str = "last"

@@ -158,3 +158,37 @@ def test_views_share_weights_and_leave_the_model_alone(any_tiny):
         assert upper.blocks[1] is chat.block(3)
     assert len(chat.blocks) == 4
     assert torch.equal(chat.trunk(input_ids=ids, use_cache=False).last_hidden_state, before)
+
+
+OTHERS = {
+    "mistral": {"sliding_window": 8},
+    "gemma": {},
+    "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "attention_multiplier": 0.2},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_families_that_are_written_out(kind):
+    """Not tried at run time: their windows, scales and offsets are compared here with the model's own forward."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = dict(vocab_size=90, hidden_size=48, intermediate_size=80, num_hidden_layers=4, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=12, pad_token_id=0)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, **OTHERS[kind])).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))  # norms whose weights are not all the same
+    chat = load_model(model)
+    ids = torch.randint(90, (2, STEM + TOKENS))
+    ids[1, :STEM] = ids[0, :STEM]
+    with torch.no_grad():
+        own = chat.trunk(input_ids=ids, use_cache=False).last_hidden_state
+        whole, lower, upper = Blocks(chat), Blocks(chat, 0, 2), Blocks(chat, 2)
+        assert whole.written and lower.written and upper.written
+        assert off(whole(ids), own) < EXACT
+        assert off(upper(lower(ids)), own) < EXACT
+        followed = Places(stems=whole.stem(ids[:1, :STEM]), of_stem=torch.zeros(2, dtype=torch.long))
+        assert off(whole(ids[:, STEM:], followed), own[:, STEM:]) < EXACT
+        for blocks in (whole, lower, upper):
+            blocks.written = False
+        assert off(upper(lower(ids)), own) < EXACT
