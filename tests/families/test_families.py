@@ -17,8 +17,8 @@ from emmech.chat.families import ALL_MAPS, WRITE
 from emmech.engine.logprobs import MarginPair, answer_logprobs, unembed
 from emmech.engine.stream import mean_residual
 from emmech.errors import EmmechError
+from emmech.measures.sampled import Sampled
 from emmech.measures.teacher_forced import Margin
-from emmech.sweeps.sampled import Sampled
 from tests.conftest import make_rows
 from tests.families.models import CONFIGS, make_chat, make_model, tokenizer
 
