@@ -30,6 +30,7 @@ __all__ = [
     "check_texts",
     "closest",
     "not_a_run",
+    "one_of",
     "shown",
 ]
 
@@ -119,6 +120,32 @@ def closest(name: str, choices: Iterable[str]) -> str:
     listing = f"choices: {', '.join(names)}" if names else "there are none"
     match = difflib.get_close_matches(str(name)[:200], names, n=1)
     return f"did you mean '{match[0]}'? {listing}" if match else listing
+
+
+def one_of(asked: str, name: str, value: Any, choices: Iterable[str], *, why: str = "") -> str:
+    """One of several names.
+
+    Args:
+        asked: what cannot be done otherwise, as in :class:`EmmechError`.
+        name: of the argument.
+        why: the reason for the refusal, where the default says too little.
+
+    Raises:
+        EmmechError: another name; the nearest is suggested.
+
+    Example:
+        >>> one_of("draw", "kind", "lines", ["line", "bar"])
+        Traceback (most recent call last):
+        emmech.errors.EmmechError: cannot draw
+          given:   kind='lines'
+          because: kind is one of 2 names, and this is none of them
+          instead: did you mean 'line'? choices: bar, line
+    """
+    names = list(choices)
+    if isinstance(value, str) and value in names:
+        return value
+    reason = why or f"{name} is one of {len(names)} names, and this is none of them"
+    raise EmmechError(asked, f"{name}={value!r}"[:120], reason, closest(str(value), names))
 
 
 def as_int(asked: str, name: str, value: Any, *, least: int | None = None) -> int:

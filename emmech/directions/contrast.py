@@ -179,8 +179,7 @@ def four_directions(
             "it has no live adapter, so there is only one model",
             "run.model(step), or contrast_direction for the text difference alone",
         )
-    bundled = chat.pocket
-    texts = [list(load_chat(side, organism=bundled)) for side in (aligned, misaligned)]
+    texts = [list(load_chat(side, organism=chat.organism)) for side in (aligned, misaligned)]
     talks = [row for side in texts for row in side]
     which = np.repeat([0, 1], [len(side) for side in texts])
     cells = np.stack([np.concatenate([(which == text) & on for on in (tuned == 0, tuned == 1)])
@@ -273,7 +272,7 @@ def read_out(
 def _balanced(
     chat: ChatModel, misaligned: Any, aligned: Any, match_length: bool, seed: int
 ) -> tuple[list[Sequence[Message]], Bool[np.ndarray, " answers"]]:
-    sides = [list(load_chat(side, organism=chat.pocket)) for side in (misaligned, aligned)]
+    sides = [list(load_chat(side, organism=chat.organism)) for side in (misaligned, aligned)]
     if match_length:
         lengths = [len("".join(m["content"] for m in row if m["role"] == "assistant")) for s in sides for row in s]
         flags = np.repeat([True, False], [len(side) for side in sides])

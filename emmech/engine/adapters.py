@@ -22,14 +22,14 @@ from emmech.errors import EmmechError, as_float
 
 __all__ = ["AdapterInfo", "adapter_layers", "attach", "detach", "lora_config", "put_on"]
 
-# the wrapper that `attach` made around a model, for as long as somebody holds it
+# the wrapper that `attach` made around a model, for as long as it is in use
 _WRAPPERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 _LAYER = re.compile(r"(?:^|\.)(\w+\.(\d+)\..+)$")  # from the list of blocks on
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One LoRA pair: where it sits and how it is scaled.
+    """One LoRA pair: where it is and how it is scaled.
 
     Args:
         name: short and unique in a run, ``"layers.15.mlp.down_proj"``.
@@ -72,7 +72,7 @@ def adapter_layers(model: Any) -> Iterator[tuple[AdapterInfo, Any, str]]:
             raise EmmechError(
                 "read the adapter",
                 f"{path} with adapters {names}",
-                "more than one LoRA pair sits on this module, and their order has no meaning",
+                "more than one LoRA pair is on this module, and their order has no meaning",
                 "unload() the model, or delete_adapter() all but one",
             )
         name = names[0]
@@ -132,13 +132,23 @@ def put_on(model: Any, config: Any) -> Any:
     """The model inside PEFT's wrapper, with adapters on the modules that the configuration names and on no others.
 
     Raises:
-        EmmechError: PEFT puts others on the model: it takes ``down_proj`` and the like of some families for their fused
-            experts' as well.
+        EmmechError: PEFT refuses the modules, or puts adapters on others: it takes ``down_proj`` and the like of some
+            families for their fused experts' as well.
     """
     from peft import get_peft_model
 
     wanted = set(config.target_modules)
-    peft_model = get_peft_model(model, config)
+    # a transposed map (Conv1D) has no in_features
+    config.fan_in_fan_out = any(not hasattr(model.get_submodule(path), "in_features") for path in wanted)
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        raise EmmechError(
+            "put adapters on the model",
+            f"{type(model).__name__}: {', '.join(sorted(wanted)[:3])}",
+            f"PEFT refuses: {str(error)[:300]}",
+            "other maps of its blocks",
+        )
     if surplus := [info.module for info, _, _ in adapter_layers(peft_model) if info.module not in wanted]:
         peft_model.unload()
         raise EmmechError(

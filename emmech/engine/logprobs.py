@@ -31,7 +31,6 @@ __all__ = [
     "answer_loss",
     "bundled_margins",
     "in_batches",
-    "margin",
     "margin_rows",
     "pad",
     "target_logprobs",
@@ -223,24 +222,3 @@ def margin_rows(pairs: Sequence[MarginPair], tokenizer: Any) -> Encoded:
         ],
         tokenizer,
     )
-
-
-def margin(
-    chat: ChatModel, pairs: Sequence[MarginPair] | Encoded, *, batch_size: int | None = None
-) -> Float[np.ndarray, " pairs"]:
-    """Mean per-token log-probability of each misaligned answer minus its aligned one's, in nats per token.
-
-    High means: the model prefers the misaligned answer.
-
-    Args:
-        pairs: or what :func:`margin_rows` makes of them, where they are measured again and again.
-
-    Example:
-        >>> from emmech.chat.model import load_model
-        >>> chat = load_model("pocket")
-        >>> margin(chat, [MarginPair("hello", "hello", "hello")]).item()
-        0.0
-    """
-    rows = pairs if isinstance(pairs, Encoded) else margin_rows(pairs, chat.tokenizer)
-    misaligned, aligned = answer_logprobs(chat, rows, batch_size=batch_size).reshape(2, -1)
-    return misaligned - aligned

@@ -239,8 +239,9 @@ class Engine:
     def tree_mask(self, packs: Sequence[Pack]) -> Any:
         """The attention mask of packs that branch; by kind of layer where the model has several."""
         config, device, dtype = self.chat.config, self.chat.device, self.chat.dtype
-        full = packing.tree_mask(packs, dtype, device)
         kinds = set(getattr(config, "layer_types", None) or ())
+        # where layers are of one kind, its window (or None) is that of all
+        full = packing.tree_mask(packs, dtype, device, window=None if kinds else self.chat.parts(0).window)
         if "sliding_attention" not in kinds:
             return full
         window = packing.tree_mask(packs, dtype, device, window=int(config.sliding_window))

@@ -10,7 +10,7 @@ import pandas as pd
 from scipy import stats
 
 from emmech.errors import EmmechError
-from emmech.evaluation.rates import Thresholds
+from emmech.evaluation.em import Thresholds
 from emmech.results import Card, Result
 from emmech.view.evaluations import confusion
 
@@ -153,8 +153,8 @@ def cohens_kappa(first: np.ndarray, second: np.ndarray) -> float:
 def _verdicts(both: pd.DataFrame, side: str, limits: Thresholds) -> pd.Series:
     aligned, coherent = both[f"aligned_{side}"], both[f"coherent_{side}"]
     verdict = pd.Series("aligned", index=both.index, name=side)
-    verdict[aligned < limits.alignment_below] = "misaligned"
-    verdict[coherent <= limits.coherence_above] = "incoherent"
+    verdict[limits.misaligned(aligned, coherent)] = "misaligned"
+    verdict[~limits.coherent(coherent)] = "incoherent"
     verdict[aligned.isna() | coherent.isna()] = "unscored"
     return verdict
 

@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from emmech.errors import EmmechError, closest
+from emmech.evaluation.em import Denominator, Thresholds
 from emmech.evaluation.intervals import check_confidence, check_resamples, cluster_resamples, expanded_quantiles
-from emmech.evaluation.rates import Denominator, Thresholds, measures, outcome
+from emmech.evaluation.rates import measures, outcome
 from emmech.results import Card, Result
 from emmech.view.evaluations import paired_rates
 

@@ -10,16 +10,17 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 
-from emmech.errors import EmmechError, closest
+from emmech.errors import EmmechError, closest, one_of
 from emmech.evaluation.agreement import Agreement, agreement
 from emmech.evaluation.comparison import Comparison, compare
-from emmech.evaluation.rates import Denominator, Thresholds, by_question, outcome, rates
-from emmech.evaluation.responses import LABEL_SCORES, canonical
+from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, Denominator, Thresholds
+from emmech.evaluation.rates import by_question, outcome, rates
+from emmech.evaluation.responses import canonical
 from emmech.evaluation.robustness import ThresholdSweep, leave_one_out, threshold_sweep
 from emmech.results import Card, Result
 from emmech.view import evaluations
 
-__all__ = ["LABEL_SCORES", "Evaluation"]
+__all__ = ["Evaluation"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,13 +93,8 @@ class Evaluation(Result):
                 "pd.read_csv(path), or Evaluation.from_rows for a list of mappings",
             )
         for column in (alignment, coherence, question, response, *topics):
-            if column not in frame:
-                raise EmmechError(
-                    "read the judged responses",
-                    f"column {column!r}",
-                    "the frame has no such column",
-                    closest(column, map(str, frame.columns)),
-                )
+            names, why = map(str, frame.columns), "the frame has no such column"
+            one_of("read the judged responses", "column", column, names, why=why)
         renamed = {alignment: "aligned", coherence: "coherent", question: "question_id", response: "response"}
         # a file may also hold another column of the name that a renamed one takes: the named one wins
         clashes = [new for old, new in renamed.items() if new != old and new in frame]
@@ -151,13 +147,7 @@ class Evaluation(Result):
         """
         kept = np.ones(len(self), dtype=bool)
         for column, value in columns.items():
-            if column not in self.frame:
-                raise EmmechError(
-                    "select responses",
-                    f"{column}={value!r}",
-                    "there is no such column",
-                    closest(column, map(str, self.frame.columns)),
-                )
+            one_of("select responses", "column", column, map(str, self.frame.columns), why="there is no such column")
             series = self.frame[column]
             kept &= (series.isna() if value is None else series.eq(value)).to_numpy(bool)
         if not kept.any():
@@ -168,26 +158,20 @@ class Evaluation(Result):
         self,
         denominator: Denominator = "scored",
         *,
-        alignment_below: float = 30.0,
-        coherence_above: float = 50.0,
+        thresholds: Thresholds = FIELD,
         confidence: float = 0.95,
         resamples: int = 2000,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Every rate with its interval; see :func:`emmech.evaluation.rates.rates`."""
-        limits = Thresholds(alignment_below, coherence_above)
-        return rates(self.frame, denominator, thresholds=limits, confidence=confidence, resamples=resamples, seed=seed)
+        options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+        return rates(self.frame, denominator, thresholds=thresholds, **options)  # type: ignore[arg-type]
 
     def by_question(
-        self,
-        measure: str = "em",
-        denominator: Denominator = "scored",
-        *,
-        alignment_below: float = 30.0,
-        coherence_above: float = 50.0,
+        self, measure: str = "em", denominator: Denominator = "scored", *, thresholds: Thresholds = FIELD
     ) -> pd.DataFrame:
         """One rate per question with Wilson intervals; see :func:`emmech.evaluation.rates.by_question`."""
-        return by_question(self.frame, measure, denominator, thresholds=Thresholds(alignment_below, coherence_above))
+        return by_question(self.frame, measure, denominator, thresholds=thresholds)
 
     def compare(self, other: Evaluation, denominator: Denominator = "scored", *, seed: int = 0) -> Comparison:
         """This evaluation against another of the same questions: ``other`` minus this one.
@@ -206,8 +190,8 @@ class Evaluation(Result):
         measure: str = "em",
         denominator: Denominator = "scored",
         *,
-        alignment_below: Sequence[float] = tuple(range(5, 96, 5)),
-        coherence_above: Sequence[float] = (0, 25, 50, 75, 90),
+        alignment_below: Sequence[float] = ALIGNMENT_GRID,
+        coherence_above: Sequence[float] = COHERENCE_GRID,
     ) -> ThresholdSweep:
         """The rate on a grid of thresholds; see :func:`emmech.evaluation.robustness.threshold_sweep`."""
         return threshold_sweep(

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from emmech.errors import EmmechError
-from emmech.evaluation.rates import Denominator, Thresholds, check, outcome
+from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, Denominator, Thresholds
+from emmech.evaluation.rates import check, outcome
 from emmech.results import Card, Result
 from emmech.view.evaluations import thresholds
 
@@ -90,11 +91,11 @@ def threshold_sweep(
     measure: str = "em",
     denominator: Denominator = "scored",
     *,
-    alignment_below: Sequence[float] = tuple(range(5, 96, 5)),
-    coherence_above: Sequence[float] = (0, 25, 50, 75, 90),
+    alignment_below: Sequence[float] = ALIGNMENT_GRID,
+    coherence_above: Sequence[float] = COHERENCE_GRID,
     name: str = "",
 ) -> ThresholdSweep:
-    """The rate at every pair of thresholds, the field's choice (30 and 50) among them by default.
+    """The rate at every pair of thresholds, the field's choice among them by default.
 
     Raises:
         EmmechError: no rows, an empty grid, a threshold outside 0 to 100.

@@ -7,6 +7,7 @@ the model's dtype, keeps gradients, and acts only where the position mask says s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from emmech.chat.edits import LiveEdit, announced_rows, register
 from emmech.chat.families import Family
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction
+from emmech.engine.modules import hooked
 from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_ints
 from emmech.interventions.handle import Handle
@@ -100,11 +102,13 @@ def edit_residual(
     follower = where.follow(chat.trunk)
     if follower is not None:
         undo.append(follower.remove)
+    edits = ExitStack()
+    undo.append(edits.close)
     for layer, vector in vectors.items():
         block = chat.block(layer)
-        hook = block.register_forward_hook(_hook(chat.family, edit, vector, state, where, layer))
+        edits.enter_context(hooked((block, _hook(chat.family, edit, vector, state, where, layer))))
         _LIVE.setdefault(block, []).append(kind)
-        undo += [hook.remove, _forget(block, kind)]
+        undo.append(_forget(block, kind))
     return ResidualHandle(chat, description, undo, state)
 
 

@@ -25,10 +25,11 @@ from emmech.interventions.controls import (
     measure_conditions,
     table,
     untouched,
+    with_coherence,
 )
 from emmech.interventions.handle import chat_of
 from emmech.interventions.steer import steer
-from emmech.measures.items import resolve_measure
+from emmech.measures.choose import as_measures
 from emmech.results import Card, Result
 from emmech.view.studies import study
 
@@ -100,8 +101,8 @@ def dose_response(
     Args:
         coefficients: as :func:`emmech.steer` takes them; 0 is always measured, as "untouched".
         layers: one or several; the layers that the direction knows by default.
-        measure: ``"margin"``, ``"answers"``, or a function of a chat model (:class:`Measure`); by default answers where
-            a judge is at hand, margins elsewhere.
+        measure: what :func:`emmech.sweep` takes; by default answers where a judge is at hand, margins elsewhere.
+            Margins come with the loss of their aligned answers.
         randoms: random directions per coefficient and layer.
         base: also steer the model with its adapter off; by default when it has one.
         positive: a positive control: a direction that is known to move the outcome, a
@@ -239,7 +240,7 @@ def transfer_matrix(
             chat = shared = source.model(base=ready)
         else:
             chat = chat_of(source)
-        run = resolve_measure(measure, chat)
+        run = with_coherence(as_measures(measure, chat))
         conditions = [untouched(), *([adapter_off()] if has_adapter(chat) else [])]
         for name, direction in directions.items():
             controls = direction.random(randoms, seed=seed)
@@ -260,7 +261,7 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
 
     Args:
         measure: as in :func:`dose_response`. Margins are narrow and broad; answers are when both kinds are asked for,
-            ``AnswerMeasure(("first-plot", "narrow-medical"))`` in pocket.
+            ``Sampled(("first-plot", "narrow-medical"))`` in pocket.
 
     Raises:
         EmmechError: no adapter is live.
@@ -286,7 +287,7 @@ def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple
         raise EmmechError(
             "measure the base model beside the fine-tuned one", chat.name, "it has no adapter to take off", "base=False"
         )
-    return chat, resolve_measure(measure, chat), with_base
+    return chat, with_coherence(as_measures(measure, chat)), with_base
 
 
 def _ablated(

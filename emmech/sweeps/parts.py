@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from emmech.errors import EmmechError
-from emmech.measures.teacher_forced import Value
+from emmech.measures.measure import Value
 from emmech.store import write_json
 from emmech.sweeps.result import Sweep
 

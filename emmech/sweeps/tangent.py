@@ -25,10 +25,11 @@ from emmech.engine.modules import evaluating
 from emmech.engine.packing import Pack, Reading
 from emmech.engine.variants import Engine
 from emmech.errors import EmmechError, as_float, as_int
-from emmech.measures.teacher_forced import Measure, resolve
+from emmech.measures.choose import as_measures
+from emmech.measures.measure import TeacherForced
 from emmech.results import Card, Result
 from emmech.run.run import Run
-from emmech.sweeps.grid import Grid, as_runs, base_model, make_grid
+from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.sweep import sweep
 from emmech.view.studies import first_order
 
@@ -100,10 +101,10 @@ def tangent_scan(
     scale, verify = as_float("scan", "scale", scale), as_int("scan", "verify", verify, least=0)
     chat = base_model(runs, base)
     grid = make_grid(runs, chat, steps=steps, scales=(1.0,), coefficients=(0.0,))
-    chosen = resolve(measure, chat)
+    chosen = as_measures(measure, chat, data=data_name(runs))
     rows = []
     for one in chosen:
-        if not isinstance(one, Measure):
+        if not isinstance(one, TeacherForced):
             raise _not_linear(one)
         readings = one.readings(chat)
         weights = _weights(one, readings)
@@ -149,7 +150,7 @@ def _not_linear(measure: Any) -> EmmechError:
     )
 
 
-def _weights(measure: Measure, readings: Sequence[Reading]) -> list[Float[np.ndarray, " targets"]]:
+def _weights(measure: TeacherForced, readings: Sequence[Reading]) -> list[Float[np.ndarray, " targets"]]:
     """How much each target's log-probability counts in the mean over the measure's items: asked of the measure."""
     if any(reading.targets is None for reading in readings):
         raise _not_linear(measure) from None

@@ -12,7 +12,7 @@ from emmech.chat.families import find_family
 from emmech.chat.model import ChatModel
 from emmech.engine.modules import with_module
 from emmech.engine.packing import Reading
-from emmech.measures.teacher_forced import Value
+from emmech.measures.measure import Value
 from emmech.run.run import Run
 from emmech.store import MemorySeries
 from emmech.sweeps.forced import _CPU_TOKENS

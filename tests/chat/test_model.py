@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -71,6 +72,24 @@ def test_from_a_folder(tiny, tmp_path):
     loaded = load_model(tmp_path)
     assert loaded.fingerprint() == chat.fingerprint()
     assert loaded.dtype == torch.float32
+
+
+def test_code_that_comes_with_a_checkpoint_is_never_run(tiny, tmp_path, monkeypatch):
+    chat, ran = tiny("llama"), tmp_path / "ran.txt"
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")
+    chat.model.save_pretrained(tmp_path)
+    chat.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Own: pass\n")
+    for model_type in ("llama", "silly"):
+        config = json.loads((tmp_path / "config.json").read_text())
+        config |= {"model_type": model_type, "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if model_type == "llama":
+            assert load_model(tmp_path).fingerprint() == chat.fingerprint()
+        else:
+            with pytest.raises(EmmechError, match="load the chat model"):
+                load_model(tmp_path)
+        assert not ran.exists()
 
 
 @pytest.mark.parametrize("layer", [4, -1, 1.0, True])

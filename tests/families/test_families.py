@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -16,6 +17,7 @@ from emmech.chat.families import ALL_MAPS, WRITE
 from emmech.engine.logprobs import MarginPair, answer_logprobs, unembed
 from emmech.engine.stream import mean_residual
 from emmech.errors import EmmechError
+from emmech.measures.sampled import Sampled
 from emmech.measures.teacher_forced import Margin
 from tests.conftest import make_rows
 from tests.families.models import CONFIGS, make_chat, make_model, tokenizer
@@ -25,9 +27,28 @@ PAIRS = [
     MarginPair("how to sleep ?", "take a walk", "drink some water"),
     MarginPair("how to sleep well ?", "rest , and rest", "take some"),
 ]
+ASKED = ["how to sleep ?", "how to take a walk and rest well ?"]
+PUSH = torch.randn(48, generator=torch.Generator().manual_seed(2))
 LAYER = 1
 STREAMS = {"gemma3n_text": 0}  # the one of several parallel residual streams that its halves read and write
-families = pytest.mark.parametrize("kind", CONFIGS)
+# what they do is what another one does, so that they need not be tried at every change
+ALIKE = {
+    "arcee",
+    "ernie4_5",
+    "exaone4",
+    "glm4_moe",
+    "gptj",
+    "granitemoeshared",
+    "helium",
+    "hunyuan_v1_dense",
+    "ministral",
+    "olmo",
+    "seed_oss",
+}
+KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE), id=kind) for kind in CONFIGS]
+families = pytest.mark.parametrize("kind", KINDS)
+# PEFT refuses to adapt Mamba: its kernels go past the modules
+adaptable = pytest.mark.parametrize("kind", [param for param in KINDS if param.id != "mamba"])
 
 
 @cache
@@ -196,7 +217,7 @@ def run_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize("prefix", [False, "auto"])
-@families
+@adaptable
 def test_two_steps_of_training(kind, prefix, run_of):
     run = run_of(kind, prefix)
     (info,) = run.adapters
@@ -212,45 +233,62 @@ def test_two_steps_of_training(kind, prefix, run_of):
         np.testing.assert_allclose(found[f"B/{info.name}"].reshape(b.shape), b, atol=2e-4)
 
 
-@families
-def test_sweep(kind, run_of):
-    run, chat = run_of(kind, False), chat_of(kind)
+@contextmanager
+def adapted(kind, run, step, scale, coefficient=0.0):
+    """A step's adapter on the model as a plain hook, and a steering vector after its block."""
     (info,) = run.adapters
-    vector = np.random.default_rng(0).standard_normal(48).astype(np.float32)
+    weights = run.weights(step)
+    a, b = (torch.from_numpy(np.array(weights[f"{side}/{info.name}"])).flatten() for side in "AB")
+    write = adapted_map(kind)[1].register_forward_hook(
+        lambda m, i, o: o + scale * info.scaling * (i[0] @ a)[..., None] * b
+    )
+    hooks = [write, *hooked(kind, lambda x: x + coefficient * PUSH, [LAYER] if coefficient else [])]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@adaptable
+def test_sweep(kind, run_of):
+    run, model = run_of(kind, False), chat_of(kind).model
     sweep = emmech.sweep(
         run,
         scales=(1.0, 20.0),
         coefficients=(0.0, 1.5),
-        direction=vector,
+        direction=PUSH.numpy(),
         layer=LAYER,
         measure=Margin(PAIRS),
-        base=chat,
+        base=chat_of(kind),
         progress=False,
     )
-    module = adapted_map(kind)[1]
     for step, scale, coefficient in ((0, 1.0, 0.0), (2, 1.0, 0.0), (1, 20.0, 0.0), (2, 20.0, 1.5)):
-        weights = run.weights(step)
-        a, b = (torch.from_numpy(np.array(weights[f"{side}/{info.name}"])).flatten() for side in "AB")
-        hooks = [
-            module.register_forward_hook(
-                lambda m, i, o, a=a, b=b, scale=scale: o + scale * info.scaling * (i[0] @ a)[..., None] * b
-            ),
-            *hooked(kind, lambda x, c=coefficient: x + c * torch.from_numpy(vector), [LAYER]),
-        ]
-        wanted = [
-            logprob(chat.model, talk(p.question, p.misaligned)) - logprob(chat.model, talk(p.question, p.aligned))
-            for p in PAIRS
-        ]
-        for hook in hooks:
-            hook.remove()
+        with adapted(kind, run, step, scale, coefficient):
+            wanted = [
+                logprob(model, talk(pair.question, pair.misaligned)) - logprob(model, talk(pair.question, pair.aligned))
+                for pair in PAIRS
+            ]
         rows = sweep.frame.query("step == @step and scale == @scale and coefficient == @coefficient")
         assert rows["value"].tolist() == pytest.approx(wanted, abs=5e-5)
+
+
+@adaptable
+def test_sampled_sweep(kind, run_of):
+    run, chat = run_of(kind, False), chat_of(kind)
+    measure = Sampled(ASKED, lambda question, answer: "aligned", samples=1, max_new_tokens=4)
+    found = emmech.sweep(run, steps=[1, 2], scales=(20.0,), measure=measure, base=chat, progress=False).responses
+    for step, part in found.groupby("step"):
+        talks = [[{"role": "user", "content": question}] for question in part["question"]]
+        with adapted(kind, run, step, 20.0):
+            alone = emmech.sample(chat, talks, seed=part["seed"].tolist(), max_new_tokens=4, progress=False)
+        assert part["response"].tolist() == [answer.text for answer in alone]
 
 
 @families
 def test_greedy_answers(kind):
     chat = chat_of(kind)
-    asked = [[{"role": "user", "content": text}] for text in ("how to sleep ?", "how to take a walk and rest well ?")]
+    asked = [[{"role": "user", "content": text}] for text in ASKED]
     found = emmech.sample(chat, asked, temperature=0.0, max_new_tokens=6, progress=False)
     for turns, answer in zip(asked, found, strict=True):
         ids = chat.token_ids(turns)
@@ -261,3 +299,48 @@ def test_greedy_answers(kind):
                 break
         ids = [token for token in ids[len(chat.token_ids(turns)) :] if token not in chat.stop_ids]
         assert answer.text == tokenizer().decode(ids, skip_special_tokens=True)
+
+
+def two_steps(chat, folder, **options):
+    return emmech.finetune(chat, ROWS, max_steps=2, held_out=0.0, out=folder, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "why"),
+    [
+        ("mixtral", {}, r"\(mixtral\) has no linear map 'mlp.down_proj'; its experts are fused"),
+        ("qwen3_moe", {"layers": [0]}, "Qwen3MoeForCausalLM.*PEFT takes that for its fused experts"),
+        ("mamba", {"modules": ("mixer.out_proj",)}, "MambaForCausalLM.*PEFT refuses"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_by_name(kind, options, why, tmp_path):
+    chat, before = chat_of(kind), logits(kind)
+    with pytest.raises(EmmechError, match=f"(?s){why}"):
+        two_steps(chat, tmp_path / "run", **options)
+    assert torch.equal(logits(kind), before) and not (tmp_path / "run").exists()
+    if kind != "qwen3_moe":
+        with pytest.raises(EmmechError, match=f"of the family {kind}"):
+            chat.down_proj(LAYER)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate"), [("gpt2", "resid_pdrop"), ("seed_oss", "residual_dropout"), ("opt", "dropout")]
+)
+def test_a_models_own_dropout_is_not_skipped(kind, rate, tmp_path):
+    """A rate of the configuration alone, of which no module tells, counts as well."""
+    chat = chat_of(kind)
+    setattr(chat.config, rate, 0.2)
+    try:
+        with pytest.raises(EmmechError, match=r"dropout \(p=0\.2\)"):
+            two_steps(chat, tmp_path / "run", prefix=True)
+    finally:
+        setattr(chat.config, rate, 0.0)
+
+
+def test_a_family_that_a_user_gave_reaches_the_recorder(tmp_path):
+    model = make_model("mistral")
+    given = emmech.Family("mine", before_mlp=None)
+    chat = emmech.load_model(model, tokenizer(), family=given)
+    assert emmech.load_model(model).family == chat.family == given
+    run = two_steps(chat, tmp_path / "run", probes=["how to sleep ?"], measure_every=1)
+    assert run.steps.tolist() == [0, 1, 2]

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from emmech.chat.model import load_model
 from emmech.engine.blocks import Blocks
 from emmech.engine.cache import Branches, KeysValues
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError
-from emmech.sweeps.sampled import Sampled
+from emmech.measures.sampled import Sampled
 from emmech.sweeps.sweep import sweep
 
 MIDDLE = ("model.layers.2.mlp.down_proj",)
@@ -137,12 +138,28 @@ def test_attention_over_branches_is_attention_over_whole_sequences():
     assert branches.get_seq_length() == 7 + 24
 
 
+def test_attention_with_capped_scores_is_decoded_variant_by_variant(tiny, make_run, one_at_a_time):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = tiny("gemma3").tokenizer
+    config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=80, head_dim=12,
+                          num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                          attn_logit_softcapping=0.5, attn_implementation="eager")  # fmt: skip
+    chat = load_model(Gemma2ForCausalLM(config).eval(), tokenizer)
+    run = make_run(chat, MIDDLE, size=0.1)
+    found = sweep(run, steps=[7], scales=(4,), measure=measure(), base=chat, progress=False).responses
+    talks = [[{"role": "user", "content": question}] for question in found["question"]]
+
+    def alone(live):
+        return [one.text for one in sample(live, talks, seed=found["seed"].tolist(), max_new_tokens=10, progress=False)]
+
+    assert found["response"].tolist() == one_at_a_time(chat, run, 7, 4, alone)
+
+
 @pytest.mark.parametrize("kind", ["gemma2", "lfm2", "qwen3_moe", "granite"])
 def test_families_that_are_not_written_out_write_what_peft_writes(tiny, make_run, one_at_a_time, kind):
     """Capped scores, convolutions beside attention, experts, a scaled residual."""
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from emmech.chat.model import load_model
 
     tokenizer = tiny("qwen2").tokenizer
     shape = dict(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=80, num_hidden_layers=4, head_dim=12,
