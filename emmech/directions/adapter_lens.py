@@ -23,6 +23,7 @@ from emmech.engine.stream import probe_rows
 from emmech.errors import EmmechError, check_texts
 from emmech.progress import bar
 from emmech.results import Card, Result
+from emmech.run.run import Run, opened
 from emmech.view.directions import scalar_histogram, shaded_text
 from emmech.view.page import card
 
@@ -145,7 +146,7 @@ def adapter_lens(model: Any, texts: Sequence[Any], *, batch_size: int = 8, progr
     """Read the scalar of every rank-1 adapter on every token.
 
     Args:
-        model: a Run (its last step), or a chat model with live rank-1 adapters.
+        model: a Run or its folder (its last step), or a chat model with live rank-1 adapters.
         texts: conversations, or strings, which are asked as user turns.
 
     Raises:
@@ -153,7 +154,8 @@ def adapter_lens(model: Any, texts: Sequence[Any], *, batch_size: int = 8, progr
     """
     from emmech.engine.adapters import adapter_layers
 
-    chat: ChatModel = model.model() if hasattr(model, "manifest") else load_model(model)
+    model = opened(model)
+    chat: ChatModel = model.model() if isinstance(model, Run) else load_model(model)
     pairs = list(adapter_layers(chat.model))
     if not pairs or any(info.rank != 1 for info, _, _ in pairs):
         raise EmmechError(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from emmech.chat.encode import IGNORED, encode
 from emmech.chat.masks import Tokens, token_mask, tokens_name
@@ -178,7 +178,7 @@ def token_projections(
 
 def match_lengths(
     lengths: Sequence[int] | Int[np.ndarray, " answers"],
-    labels: Sequence[bool] | Int[np.ndarray, " answers"],
+    labels: Sequence[bool] | Shaped[np.ndarray, " answers"],
     *,
     caliper: float = 0.15,
     seed: int = 0,

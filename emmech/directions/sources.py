@@ -20,6 +20,7 @@ from emmech.engine.logprobs import pad, token_logprobs
 from emmech.engine.modules import evaluating, hooked
 from emmech.errors import EmmechError
 from emmech.progress import bar
+from emmech.run.run import Run, opened
 
 __all__ = ["adapter_direction", "persona_direction", "trained_direction"]
 
@@ -72,13 +73,14 @@ def adapter_direction(source: Any, step: int | None = None) -> Direction:
     """What the adapters write, at their own layers: ``scaling * B`` at rank 1 (:func:`adapter_write`).
 
     Args:
-        source: a Run (``step`` is the last one by default), or a chat model with live adapters.
+        source: a Run or its folder (``step`` is the last one by default), or a chat model with live adapters.
 
     Raises:
         EmmechError: no adapter writes into the residual stream, or B is zero.
     """
     pairs: list[tuple[Any, np.ndarray, np.ndarray]]
-    if hasattr(source, "manifest"):
+    source = opened(source)
+    if isinstance(source, Run):
         step = int(source.steps[-1]) if step is None else step
         weights = source.weights(step)
         pairs = [(info, weights[f"A/{info.name}"], weights[f"B/{info.name}"]) for info in source.adapters]

@@ -54,7 +54,7 @@ class Pack:
     depth: Int[np.ndarray, " tokens"]
     ancestors: Bool[np.ndarray, "tokens tokens"] | None
     readings: tuple[int, ...]
-    nodes: tuple[Int[np.ndarray, " reads"], ...]
+    nodes: tuple[Int[np.ndarray, " _reads"], ...]
 
     def __len__(self) -> int:
         """Number of tokens."""

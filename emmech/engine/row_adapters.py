@@ -65,12 +65,12 @@ class Rows:
 
 
 def write(
-    out: Float[torch.Tensor, "*groups seq d_out"],
+    out: Float[torch.Tensor, "*tokens d_out"],
     z: Float[torch.Tensor, "groups seq rank"],
     B: Float[torch.Tensor, "groups rank d_out"],
     *,
     in_place: bool = False,
-) -> Float[torch.Tensor, "*groups seq d_out"]:
+) -> Float[torch.Tensor, "*tokens d_out"]:
     """``out + z B`` with each group's own B; added in the adapter's dtype, as PEFT does."""
     grouped = out.reshape(B.shape[0], -1, out.shape[-1])
     in_place = in_place and grouped.dtype == B.dtype and not torch.is_grad_enabled()

@@ -18,8 +18,9 @@ from emmech.chat.model import ChatModel
 from emmech.directions.arrays import unit_rows
 from emmech.directions.direction import Direction, checked_direction
 from emmech.engine.adapters import AdapterInfo, adapter_layers
-from emmech.errors import EmmechError, as_float, closest, not_a_run
+from emmech.errors import EmmechError, as_float, closest
 from emmech.interventions.handle import Handle, chat_of, undoable
+from emmech.run.run import as_run
 
 __all__ = ["project_adapter", "rotate_adapter", "scale_adapters", "transplant_adapter"]
 
@@ -143,7 +144,7 @@ def transplant_adapter(
     """Put the A or B of another recorded step (or another run) into the live adapters, keeping the other side.
 
     Args:
-        run: the Run to take from; its adapters must have the live ones' names and shapes.
+        run: the Run to take from, or its folder; its adapters must have the live ones' names and shapes.
 
     Raises:
         EmmechError: the step was not recorded, or shapes differ.
@@ -151,9 +152,7 @@ def transplant_adapter(
     chat = chat_of(model)
     if side not in ("A", "B", "both"):
         raise EmmechError("transplant an adapter", f"side={side!r}", "it has two sides", '"A", "B" or "both"')
-    if not hasattr(run, "weights"):
-        raise not_a_run("transplant an adapter", run) from None
-    weights = run.weights(step)
+    weights = as_run("transplant an adapter", run).weights(step)
     undo: list[Callable[[], Any]] = []
     for info, layer, name in _chosen(chat, adapters, "transplant an adapter"):
         for own in ("A", "B") if side == "both" else (side,):

@@ -14,9 +14,9 @@ from jaxtyping import Float
 from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel, load_model
 from emmech.engine.row_adapters import Rows, Site
-from emmech.errors import EmmechError, as_floats, as_ints, not_a_run
+from emmech.errors import EmmechError, as_floats, as_ints
 from emmech.measures.probe import raw_vector
-from emmech.run.run import Run
+from emmech.run.run import Run, as_run
 
 __all__ = ["Grid", "Variant", "as_runs", "base_model", "data_name", "make_grid"]
 
@@ -138,15 +138,15 @@ class Grid:
 
 
 def as_runs(asked: str, run: Any) -> list[Run]:
-    """One run or several as a list.
+    """One run or several, or their folders, as a list of runs.
 
     Raises:
         EmmechError: something else.
     """
     runs = list(run) if isinstance(run, Iterable) and not isinstance(run, str) else [run]
-    if not runs or not all(isinstance(one, Run) for one in runs):
-        raise not_a_run(asked, run) from None
-    return runs
+    if not runs:
+        raise EmmechError(asked, f"run={run!r}", "it is not a run", "at least one")
+    return [as_run(asked, one) for one in runs]
 
 
 def data_name(runs: Sequence[Run]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class TangentScan(Result):
 
 
 def tangent_scan(
-    run: Run | Sequence[Run],
+    run: Run | str | Path | Sequence[Run | str | Path],
     *,
     steps: Iterable[int] | None = None,
     measure: Any = "margin",

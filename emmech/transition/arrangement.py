@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from emmech.geometry import comp_score, norms, peak_height, principal_cosines
 from emmech.transition.changepoint import DIMENSIONS, Nulls, accumulate, noise_around_drift
 from emmech.transition.detectors import KIND, MEANS, NULL, Detector, compact, default_windows, unmeasurable
-from emmech.transition.geometry import comp_score, norms, peak_height, principal_cosines
 
 __all__ = ["comp_detector", "subspace_detector"]
 

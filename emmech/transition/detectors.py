@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from emmech.geometry import local_cosine, norms, pca, peak_height
 from emmech.transition.changepoint import Nulls
-from emmech.transition.geometry import local_cosine, norms, pca, peak_height
 from emmech.transition.turn import Location, find_turn, locate
 
 __all__ = [
