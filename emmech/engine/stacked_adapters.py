@@ -16,6 +16,7 @@ from torch import nn
 
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import AdapterInfo, adapter_layers
+from emmech.engine.row_adapters import write_of
 
 __all__ = ["StackedAdapters"]
 
@@ -94,15 +95,9 @@ class StackedAdapters(nn.Module):
             x: ``[..., d_in]``.
             run_of: the run of each entry, ``[...]`` or broadcastable to it.
         """
-        a, b = self.A[info.name], self.B[info.name]
         if self.dropout and torch.is_grad_enabled():
             x = nn.functional.dropout(x, self.dropout)
-        inner = x.to(a.dtype) @ a.flatten(0, 1).T
-        if self.runs > 1:
-            own = run_of[..., None] == torch.arange(self.runs, device=run_of.device)
-            own = own.repeat_interleave(info.rank, dim=-1)
-            inner = torch.where(own, inner, 0.0)
-        return inner @ b.flatten(0, 1) * info.scaling
+        return write_of(x, self.A[info.name].transpose(1, 2), self.B[info.name], run_of) * info.scaling
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch
 
 from emmech.chat.encode import Encoded
 from emmech.chat.model import ChatModel
-from emmech.engine.adapters import adapter_layers, attach
+from emmech.engine.adapters import adapter_layers, attach, put_on
 from emmech.run.run import Run
 from emmech.training.initial import mean_inputs
 from emmech.training.recipe import Recipe, target_modules
@@ -95,7 +95,7 @@ def _with_adapters(
     chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None, seeds: Sequence[int]
 ) -> tuple[ChatModel, Starts]:
     """PEFT's layers, and the A that PEFT itself draws from each seed."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     config = LoraConfig(
         r=recipe.rank,
@@ -107,7 +107,7 @@ def _with_adapters(
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seeds[0])
-    model: Any = get_peft_model(chat.model, config)
+    model: Any = put_on(chat.model, config)
     pairs = list(adapter_layers(model))
     first = pairs[0][2]
     starts: Starts = {}

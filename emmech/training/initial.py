@@ -19,10 +19,10 @@ import torch
 from emmech.chat.encode import IGNORED, Encoded
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import adapter_layers
+from emmech.engine.modules import evaluating, hooked
 
 __all__ = ["mean_inputs"]
 
-_MLP_WRITE = "mlp.down_proj"  # what an MLP adds to the residual stream
 INPUT_ROWS = 64  # conversations the mean is taken over: some thousand positions
 
 
@@ -36,7 +36,9 @@ def mean_inputs(chat: ChatModel, rows: Encoded) -> dict[str, torch.Tensor]:
     Args:
         chat: the model with the adapters on it; their B has to be zero.
     """
-    layers = {info.name: layer for info, layer, _ in adapter_layers(chat.model) if info.name.endswith(_MLP_WRITE)}
+    layers = {
+        info.name: layer for info, layer, _ in adapter_layers(chat.model) if info.name.endswith(f".{chat.family.down}")
+    }
     sums: dict[str, torch.Tensor] = {}
     asked = torch.empty(0, dtype=torch.bool)  # [position], of the row that is running
 
@@ -47,17 +49,10 @@ def mean_inputs(chat: ChatModel, rows: Encoded) -> dict[str, torch.Tensor]:
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(adding(name)) for name, layer in layers.items()]
-    mode = chat.base.training
-    chat.base.eval()
-    try:
+    with evaluating(chat), hooked(*((layer, adding(name)) for name, layer in layers.items()), before=True):
         # one by one: no padding to leave out
         for ids, labels in zip(rows.input_ids[:INPUT_ROWS], rows.labels[:INPUT_ROWS], strict=True):
             asked = torch.tensor(labels, device=chat.device) == IGNORED
             chat.trunk(input_ids=torch.tensor([ids], device=chat.device), use_cache=False)
-    finally:
-        chat.base.train(mode)
-        for handle in handles:
-            handle.remove()
     tiny = torch.finfo(torch.float64).tiny
     return {name: total / total.norm().clamp_min(tiny) for name, total in sums.items()}

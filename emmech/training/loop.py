@@ -27,7 +27,6 @@ from emmech.chat.model import ChatModel
 from emmech.engine.prefix_plan import Frozen, dropout
 from emmech.engine.row_forwards import Asked, Forwards
 from emmech.engine.stacked_adapters import StackedAdapters
-from emmech.errors import EmmechError
 from emmech.progress import bar, forecast
 from emmech.training.capture import Capture, FullCapture, LoraCapture
 from emmech.training.held_out import HeldOut
@@ -38,8 +37,6 @@ from emmech.training.recorder import Recorder
 from emmech.training.schedule import Step, rate_factor
 
 __all__ = ["Member", "last_checkpoint", "train", "training_arguments"]
-
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True)
@@ -125,9 +122,6 @@ def train(
 
     Returns:
         the runs whose loss stopped being finite, by name, and the step at which it did.
-
-    Raises:
-        EmmechError: the architecture cannot be cut at the frozen prefix.
     """
     first = members[0]
     starts = [member.start for member in members if member.start is not None]
@@ -162,21 +156,9 @@ def _forwards(
     """Forwards of several sets of rows: block by block where that gives what the model's own forward does."""
     placed = len(set(getattr(chat.base, "hf_device_map", {"": 0}).values()))
     if stack is not None and not recipe.dropout and not dropout(chat) and placed == 1:
-        made = Forwards(chat, several[0], stack, frozen, scratch / "rows")
-        deviation = made.trunk.deviation()
-        if deviation <= _TOLERANCE.get(chat.dtype, 1e-4):
-            yield made
-            for number, rows in enumerate(several[1:]):
-                yield Forwards(chat, rows, stack, frozen, scratch / f"margin-{number}")
-            return
-        made.close()
-        if frozen is not None:
-            raise EmmechError(
-                f"train {chat.name} on a frozen prefix",
-                f"blocks from {frozen.blocks} on run by themselves",
-                f"the result is off by {deviation:.1e}: the architecture does more between its blocks",
-                "prefix=False",
-            )
+        for number, rows in enumerate(several):
+            yield Forwards(chat, rows, stack, frozen, scratch / str(number))
+        return
     for rows in several:
         yield ModelForwards(chat, rows, stack, recipe.batch_size)
 

@@ -108,7 +108,7 @@ class Recorder(TrainerCallback):
         # emmech's own training says which run of several this is
         self._capture: Capture = kwargs.get("capture") or find_capture(model, seed=self._seed, start=self._start)
         self._start = None
-        # no anatomy is needed to read adapters, so an architecture unknown to emmech can be recorded too
+        # no family is needed to read adapters, so an architecture unknown to emmech can be recorded too
         needed = self._texts or self._measures
         self._chat = (kwargs.get("chat") or load_model(model, tokenizer)) if needed else None
         if self._chat is not None:
