@@ -32,8 +32,6 @@ from emmech.interop.transformer_lens import to_transformer_lens as to_transforme
 from emmech.interventions.ablate import ablate as ablate
 from emmech.interventions.steer import steer as steer
 from emmech.realignment import realign as realign
-from emmech.registry import Organism as Organism
-from emmech.registry import register as register
 from emmech.results import Result as Result
 from emmech.run.run import Run as Run
 from emmech.run.run import load_run as load_run
