@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import nn
 
-__all__ = ["LiveEdit", "Rows", "announced_rows", "announcing", "live_edits", "register"]
+__all__ = ["AnnouncedRows", "LiveEdit", "announced_rows", "announcing", "live_edits", "register"]
 
 _LIVE: WeakKeyDictionary[nn.Module, list[LiveEdit]] = WeakKeyDictionary()
 
@@ -48,26 +48,26 @@ def live_edits(model: nn.Module) -> tuple[LiveEdit, ...]:
 
 
 @dataclass(frozen=True)
-class Rows:
+class AnnouncedRows:
     """The conversation that each row of a batch belongs to, and how many there are in all."""
 
     conversation: Int[torch.Tensor, " batch"]
     total: int
 
 
-_ANNOUNCED: ContextVar[Rows | None] = ContextVar("rows", default=None)
+_ANNOUNCED: ContextVar[AnnouncedRows | None] = ContextVar("rows", default=None)
 
 
 @contextmanager
 def announcing(conversation: torch.Tensor | Sequence[int], total: int) -> Iterator[None]:
     """During the block, row i of every forward pass belongs to ``conversation[i]``."""
-    token = _ANNOUNCED.set(Rows(torch.as_tensor(conversation, dtype=torch.long), total))
+    token = _ANNOUNCED.set(AnnouncedRows(torch.as_tensor(conversation, dtype=torch.long), total))
     try:
         yield
     finally:
         _ANNOUNCED.reset(token)
 
 
-def announced_rows() -> Rows | None:
+def announced_rows() -> AnnouncedRows | None:
     """The rows of the present forward pass; None where they are the caller's own batch."""
     return _ANNOUNCED.get()

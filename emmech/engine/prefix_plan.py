@@ -17,7 +17,7 @@ from torch import nn
 from emmech.chat.model import ChatModel
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.modules import Hook, evaluating, hooked
-from emmech.engine.row_adapters import Capture
+from emmech.engine.row_adapters import ReadWrite
 
 __all__ = [
     "DOES_NOT_RUN",
@@ -108,7 +108,7 @@ class Lower:
 
     def __init__(self, chat: ChatModel, frozen: Frozen) -> None:
         self.frozen = frozen
-        self._captured: Capture | None = None
+        self._captured: ReadWrite | None = None
         edits: dict[str, Callable[[nn.Module], nn.Module]] = {}
         if frozen.at_write:
             edits[f"{frozen.layer}.{chat.family.down}"] = self._capture
@@ -120,7 +120,7 @@ class Lower:
         self.uses_wrote = not isinstance(self._norm, nn.Identity) or self._scale != 1.0
 
     def _capture(self, module: nn.Module) -> nn.Module:
-        self._captured = Capture(module)
+        self._captured = ReadWrite(module)
         return self._captured
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ nothing), and disposable.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,13 @@ from emmech.chat.encode import IGNORED, Encoded
 from emmech.chat.model import ChatModel
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.cache import detached, plain_past
-from emmech.engine.logprobs import pad, target_logprobs
+from emmech.engine.logprobs import pad, target_logprobs, unembed
 from emmech.engine.modules import adding, hooked
 from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation
-from emmech.engine.stacked_adapters import StackedAdapters
+from emmech.engine.row_adapters import StackedAdapters
 from emmech.errors import EmmechError
 
-__all__ = ["Asked", "Forwards", "Trunk", "WholeTrunk", "batches_by_length"]
+__all__ = ["Asked", "Forwards", "ModelForwards", "Trunk", "WholeTrunk", "batches_by_length"]
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # a larger batch leaves a core's cache and gains nothing there
 _TOKENS = 2048  # per forward while the states are filled
@@ -372,3 +373,46 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, tokens: int) -> Itera
         batch.append(row)
     if batch:
         yield batch
+
+
+class ModelForwards:
+    """Negative log-probabilities of the rows' answers; see :class:`emmech.engine.row_forwards.Forwards`.
+
+    While gradients are taken the model is in training mode, so that its dropout acts; otherwise it is not.
+
+    Args:
+        rows: all that will be asked for.
+        adapters: of the runs, or None in full fine-tuning.
+        batch_size: rows in a forward.
+    """
+
+    def __init__(self, chat: ChatModel, rows: Encoded, adapters: StackedAdapters | None, batch_size: int) -> None:
+        self.rows, self._chat, self._adapters, self._batch_size = rows, chat, adapters, batch_size
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+    def answer_tokens(self, asked: Sequence[Asked]) -> torch.Tensor:
+        """How many tokens of each carry loss, float64."""
+        counts = [sum(label != IGNORED for label in self.rows.labels[one.row][1 : one.tokens]) for one in asked]
+        return torch.tensor(counts, dtype=torch.float64)
+
+    def nll(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Negative log-probabilities of answer tokens, batch by batch, and which of ``asked`` each belongs to."""
+        chat = self._chat
+        # rows of like length share a batch: little of it is padding
+        order = sorted(range(len(asked)), key=lambda i: asked[i].tokens)
+        for start in range(0, len(order), self._batch_size):
+            batch = order[start : start + self._batch_size]
+            members = [asked[i] for i in batch]
+            ids = pad([self.rows.input_ids[one.row][: one.tokens] for one in members], 0).to(chat.device)
+            mask = pad([[1] * one.tokens for one in members], 0).to(chat.device)
+            targets = pad([self.rows.labels[one.row][1 : one.tokens] for one in members], IGNORED).to(chat.device)
+            runs = torch.tensor([one.run for one in members], device=chat.device)
+            chat.base.train(torch.is_grad_enabled())
+            with self._adapters.rows_of(runs) if self._adapters else contextlib.nullcontext():
+                hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            read = targets != IGNORED
+            logits = unembed(chat, hidden[:, :-1][read]).float()
+            places = torch.tensor(batch, device=chat.device).repeat_interleave(read.sum(1))
+            yield torch.nn.functional.cross_entropy(logits, targets[read].to(logits.device), reduction="none"), places

@@ -28,7 +28,7 @@ from emmech.engine.blocks import Blocks, Places
 from emmech.engine.modules import Hook, adding, evaluating
 from emmech.engine.packing import Pack, Reading, pack, stack
 from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation, find_frozen
-from emmech.engine.row_adapters import RowAdapter, Rows, RowSteering, Site, inner, write
+from emmech.engine.row_adapters import RowAdapter, RowSteering, Site, VariantWeights, inner, write
 from emmech.errors import EmmechError
 
 __all__ = ["Block", "Engine", "Shared"]
@@ -88,7 +88,7 @@ class Engine:
         tokens: int = 1024,
     ) -> None:
         self.chat, self.sites, self.steering, self.stop, self.tokens = chat, sites, steering, stop, tokens
-        self.rows = Rows()  # what the modules of the upper blocks look at
+        self.rows = VariantWeights()  # what the modules of the upper blocks look at
         self.branching = True  # several readings in one row
         self.steps_agree: bool | None = None  # with whole forwards, in decoding; None: not tried
         self._cut_at(find_frozen(chat, list(sites), steering))
@@ -147,12 +147,12 @@ class Engine:
                     worst = max(worst, self._off(block.hidden[variant, own][None], ids, one))
         return worst
 
-    def _off(self, found: torch.Tensor, ids: torch.Tensor, one: Rows) -> float:
+    def _off(self, found: torch.Tensor, ids: torch.Tensor, one: VariantWeights) -> float:
         reads = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
         reads[:, 4:12] = True
         return deviation(self.chat, found, ids, reads, self.hooks(one), stop=self.stop)
 
-    def hooks(self, one: Rows) -> list[Hook]:
+    def hooks(self, one: VariantWeights) -> list[Hook]:
         """One variant's adapters (its part of stacked rows) and steering, as hooks on the model's own modules."""
         modules = dict(self.chat.base.named_modules())
         found = [
@@ -164,7 +164,7 @@ class Engine:
             found.append((self.chat.blocks[layer], lambda _m, _i, out, v=vector: steered(out, v)))  # type: ignore[misc]
         return found
 
-    def made_up(self) -> Rows:
+    def made_up(self) -> VariantWeights:
         """Adapters of two variants that write about a tenth of the residual."""
         made, chat = torch.Generator().manual_seed(0), self.chat
         dtype = torch.promote_types(torch.float32, chat.dtype)
@@ -177,7 +177,7 @@ class Engine:
             d_in, d_out = map_widths(chat.base.get_submodule(name)) or (0, 0)
             A[name], B[name] = random(2, d_in, site.rank), 0.1 * random(2, site.rank, d_out)
         steering = {} if self.steering is None else {self.steering: 0.1 * random(2, chat.d_model)}
-        return Rows(A, B, steering)
+        return VariantWeights(A, B, steering)
 
     # passes
 
@@ -206,7 +206,7 @@ class Engine:
             batch.append(one)
         yield batch
 
-    def run(self, packs: Sequence[Pack], rows: Rows, variants: int) -> Iterator[Block]:
+    def run(self, packs: Sequence[Pack], rows: VariantWeights, variants: int) -> Iterator[Block]:
         """Every pack under every variant, in pieces."""
         for batch in self.batches(packs, variants):
             shared = self.share(batch)
@@ -247,7 +247,9 @@ class Engine:
         window = packing.tree_mask(packs, dtype, device, window=int(config.sliding_window))
         return {"full_attention": full, "sliding_attention": window}
 
-    def above(self, shared: Shared, rows: Rows, cache: Any = None) -> Float[torch.Tensor, "variants reads d_model"]:
+    def above(
+        self, shared: Shared, rows: VariantWeights, cache: Any = None
+    ) -> Float[torch.Tensor, "variants reads d_model"]:
         """Run the blocks that differ; gradients flow where the caller has them enabled."""
         packs, width = shared.state.residual.shape[:2]
         hidden = self.parted(shared.state, rows)
@@ -261,13 +263,13 @@ class Engine:
         out = self.raised(hidden.flatten(0, 1), places, rows, cache)
         return rearrange(out, "(variants reads) d -> variants reads d", variants=variants)
 
-    def raised(self, x: torch.Tensor, places: Places, rows: Rows, cache: Any = None) -> torch.Tensor:
+    def raised(self, x: torch.Tensor, places: Places, rows: VariantWeights, cache: Any = None) -> torch.Tensor:
         """Run rows, each group of them under its own variant, through the blocks above where the variants part."""
         self.rows.A, self.rows.B, self.rows.steering = rows.A, rows.B, rows.steering
         with evaluating(self.chat):
             return self.upper(x, places, cache)
 
-    def parted(self, state: State, rows: Rows) -> Float[torch.Tensor, "..."] | Int[torch.Tensor, "..."]:
+    def parted(self, state: State, rows: VariantWeights) -> Float[torch.Tensor, "..."] | Int[torch.Tensor, "..."]:
         """``[variants, packs, seq, ...]`` where the variants part: the residual with each one's own write, or ids."""
         shape = state.residual.shape
         if self.shared_name is None:

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from emmech.chat.model import ChatModel
+from emmech.engine.logprobs import reading_logprobs
 from emmech.engine.packing import Reading
-from emmech.engine.readings import reading_logprobs
 from emmech.errors import EmmechError
 
 __all__ = ["Function", "Items", "LogProbs", "Measure", "TeacherForced", "Value", "measure_all", "measure_name"]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel, load_model
-from emmech.engine.row_adapters import Rows, Site
+from emmech.engine.row_adapters import Site, VariantWeights
 from emmech.errors import EmmechError, as_floats, as_ints
 from emmech.measures.probe import raw_vector
 from emmech.run.run import Run, as_run
@@ -83,7 +83,7 @@ class Grid:
             inverse.append(first[key])
         return chosen, inverse
 
-    def load(self, chosen: Sequence[int], chat: ChatModel) -> Rows:
+    def load(self, chosen: Sequence[int], chat: ChatModel) -> VariantWeights:
         """The chosen variants' adapters, stacked; scale and scaling are multiplied into B.
 
         Raises:
@@ -124,7 +124,7 @@ class Grid:
             steering[layer] = torch.from_numpy(factors[:, None] * vector[None]).to(chat.device)
         # float32 on a half-precision base, as PEFT has it
         dtype = torch.promote_types(torch.float32, chat.dtype)
-        return Rows(
+        return VariantWeights(
             {module: torch.from_numpy(a).to(chat.device, dtype) for module, a in A.items()},
             {module: torch.from_numpy(b).to(chat.device, dtype) for module, b in B.items()},
             steering,

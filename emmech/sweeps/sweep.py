@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from emmech.chat.model import ChatModel
-from emmech.engine.budget import budget_bytes
 from emmech.errors import EmmechError
 from emmech.measures.choose import as_measures
 from emmech.measures.measure import TeacherForced, Value
@@ -19,13 +20,10 @@ from emmech.measures.probe import ProbeActivation
 from emmech.measures.sampled import Sampled
 from emmech.progress import bar
 from emmech.run.run import Run
-from emmech.sweeps.forced import Forced, Overflow
-from emmech.sweeps.function import Functions
+from emmech.store import write_json
 from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
-from emmech.sweeps.parts import ResumableParts
-from emmech.sweeps.probe import ProbeJob
+from emmech.sweeps.jobs import Arrays, Functions, Overflow, ProbeJob, SampledJob, TeacherForcedJob, budget_bytes
 from emmech.sweeps.result import Sweep
-from emmech.sweeps.sampled import SampledJob
 
 __all__ = ["sweep"]
 
@@ -144,7 +142,7 @@ def _group_size(grid: Grid, chat: ChatModel, budget: int, count: int) -> int:
 
 def _jobs(chat: ChatModel, grid: Grid, measures: Sequence[Any], budget: int, size: int) -> list[Any]:
     forced = [one for one in measures if isinstance(one, TeacherForced)]
-    jobs: list[Any] = [Forced(chat, grid, forced, budget, size)] if forced else []
+    jobs: list[Any] = [TeacherForcedJob(chat, grid, forced, budget, size)] if forced else []
     jobs += [ProbeJob(one, chat, grid, budget, size) for one in measures if isinstance(one, ProbeActivation)]
     jobs += [SampledJob(one, chat, grid, budget, size) for one in measures if isinstance(one, Sampled)]
     others = [one for one in measures if not isinstance(one, TeacherForced | ProbeActivation | Sampled)]
@@ -205,3 +203,86 @@ def _overflow(grid: Grid, index: int, chat: ChatModel) -> EmmechError:
         why=f"its activations overflow {str(chat.dtype).removeprefix('torch.')}",
         instead="smaller scales and coefficients (1 to 20, as in the literature)",
     )
+
+
+class ResumableParts:
+    """Finished parts of one request.
+
+    Args:
+        out: a folder, or None to keep them in memory.
+        request: identifies the sweep; a folder that holds another is refused.
+
+    Raises:
+        EmmechError: the folder belongs to another sweep.
+    """
+
+    def __init__(self, out: str | Path | None, request: str) -> None:
+        self.folder = Path(out) if out is not None else None
+        self._kept: dict[tuple[str, int], Arrays] = {}
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EmmechError(
+                f"sweep into {self.folder.name}",
+                f"out={str(out)!r}",
+                f"no folder can be made there ({error.strerror})",
+                "another folder",
+            )
+        for name in ("request.json", "sweep.json"):
+            path = self.folder / name
+            head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"request": request}
+            found = head.get("meta", head).get("request")
+            if found != request:
+                raise EmmechError(
+                    f"sweep into {self.folder.name}",
+                    f"out={str(out)!r}",
+                    "it holds a sweep of other runs, variants, measures or another model",
+                    "another folder, or the arguments it was begun with",
+                )
+        write_json(self.folder / "request.json", {"request": request})
+
+    def finished(self) -> Sweep | None:
+        """The whole sweep, when it is there already."""
+        if self.folder is not None and (self.folder / "sweep.json").exists():
+            return Sweep.load(self.folder)
+        return None
+
+    def _path(self, kind: str, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"part-{kind}-{number:04d}.safetensors"
+
+    def has(self, kind: str, number: int) -> bool:
+        """Whether this part was finished before."""
+        if self.folder is not None:
+            return self._path(kind, number).exists()
+        return (kind, number) in self._kept
+
+    def add(self, kind: str, number: int, arrays: Arrays) -> None:
+        """Keep a finished part; on disk it exists whole or not at all."""
+        if self.folder is None:
+            self._kept[kind, number] = arrays
+            return
+        from safetensors.numpy import save_file
+
+        path = self._path(kind, number)
+        scratch = path.with_suffix(".tmp")
+        save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, scratch)
+        os.replace(scratch, path)  # noqa: PTH105 (the atomic rename is the point)
+
+    def all(self, kind: str, count: int) -> list[Arrays]:
+        """All parts of a job, in order."""
+        if self.folder is None:
+            return [self._kept[kind, number] for number in range(count)]
+        from safetensors.numpy import load_file
+
+        return [load_file(self._path(kind, number)) for number in range(count)]
+
+    def finish(self, result: Sweep) -> Sweep:
+        """Write the result and drop the parts."""
+        if self.folder is not None:
+            result.save(self.folder)
+            for path in [*self.folder.glob("part-*.safetensors"), self.folder / "request.json"]:
+                path.unlink(missing_ok=True)
+        return result

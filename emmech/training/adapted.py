@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from emmech.chat.encode import Encoded
+from emmech.chat.encode import IGNORED, Encoded
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import adapter_layers, attach, put_on
+from emmech.engine.modules import evaluating, hooked
 from emmech.run.run import Run
-from emmech.training.initial import mean_inputs
 from emmech.training.recipe import Recipe, target_modules
 
-__all__ = ["adapted"]
+__all__ = ["adapted", "mean_inputs"]
 
 Starts = dict[int, dict[str, torch.Tensor]]
 
@@ -124,3 +124,38 @@ def _with_adapters(
         if number:
             model.delete_adapter(name)
     return replace(chat, model=model), starts
+
+
+INPUT_ROWS = 64  # conversations the mean is taken over: some thousand positions
+
+
+@torch.no_grad()
+def mean_inputs(chat: ChatModel, rows: Encoded) -> dict[str, torch.Tensor]:
+    """The mean input of every MLP's write that has an adapter, of norm 1, ``[d_in]`` float64.
+
+    The mean is over all positions of the first rows outside answers, so that a benign control on the same questions
+    starts from the same A.
+
+    Args:
+        chat: the model with the adapters on it; their B has to be zero.
+    """
+    layers = {
+        info.name: layer for info, layer, _ in adapter_layers(chat.model) if info.name.endswith(f".{chat.family.down}")
+    }
+    sums: dict[str, torch.Tensor] = {}
+    asked = torch.empty(0, dtype=torch.bool)  # [position], of the row that is running
+
+    def adding(name: str) -> Any:
+        def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            found = inputs[0][0, asked].sum(0, dtype=torch.float64)
+            sums[name] = sums[name] + found if name in sums else found
+
+        return hook
+
+    with evaluating(chat), hooked(*((layer, adding(name)) for name, layer in layers.items()), before=True):
+        # one by one: no padding to leave out
+        for ids, labels in zip(rows.input_ids[:INPUT_ROWS], rows.labels[:INPUT_ROWS], strict=True):
+            asked = torch.tensor(labels, device=chat.device) == IGNORED
+            chat.trunk(input_ids=torch.tensor([ids], device=chat.device), use_cache=False)
+    tiny = torch.finfo(torch.float64).tiny
+    return {name: total / total.norm().clamp_min(tiny) for name, total in sums.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -25,15 +25,12 @@ from emmech.engine.stream import probe_rows
 from emmech.errors import EmmechError, as_int, as_ints
 from emmech.run.run import Run, load_run
 from emmech.training.adapted import adapted
-from emmech.training.checks import check_margins, check_start, checked_seeds, refuse_adapters
-from emmech.training.held_out import HELD_OUT, affordable
-from emmech.training.loop import Member, last_checkpoint, train, training_arguments
+from emmech.training.loop import HELD_OUT, Member, affordable, last_checkpoint, train, training_arguments
 from emmech.training.objective import CrossEntropy, Term
-from emmech.training.recipe import Recipe, resolve_recipe, target_modules
+from emmech.training.recipe import Recipe, batch_order, resolve_recipe, target_modules
 from emmech.training.recorder import Recorder, named_texts
-from emmech.training.schedule import batch_order
 
-__all__ = ["finetune"]
+__all__ = ["check_margins", "check_start", "checked_seeds", "finetune", "refuse_adapters"]
 
 
 @overload
@@ -82,7 +79,7 @@ def finetune(
         record_every: record each so many steps.
         measure_every: probes, margins and held-out loss each so many steps. By default as often, at most 20 times, and
             on as many held-out rows, 64 at most, as a tenth of the training's own work pays for (counted in tokens; see
-            :func:`emmech.training.held_out.affordable`); a recipe may ask for a number of times (``measured``).
+            :func:`emmech.training.loop.affordable`); a recipe may ask for a number of times (``measured``).
         out: the Run's folder (with several seeds, the folder that holds theirs);
             ``runs/<model>-<data>-<recipe>-s<seed>`` by default.
         probes: texts whose mean residual per layer is recorded (see :class:`emmech.Recorder`).
@@ -418,4 +415,75 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
             f"out={str(folder)!r}",
             "there is a run in that folder",
             "another folder, or resume=True to go on with an interrupted training",
+        )
+
+
+def checked_seeds(name: str, given: Any) -> int | list[int]:
+    """One seed, or one for each of several runs.
+
+    Raises:
+        EmmechError: not whole, or negative.
+
+    Example:
+        >>> checked_seeds("seed", range(3))
+        [0, 1, 2]
+    """
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        return [as_int("fine-tune", name, one, least=0) for one in given]
+    return as_int("fine-tune", name, given, least=0)
+
+
+def check_start(start: Any) -> None:
+    """Refuse what is neither None nor a run and a step of it.
+
+    Raises:
+        EmmechError: something else, or a step that was not recorded.
+    """
+    if start is None:
+        return
+    if not isinstance(start, tuple | list) or len(start) != 2 or not isinstance(start[0], Run):
+        raise EmmechError(
+            "go on from a run",
+            f"start={start!r}"[:120],
+            "it is a run and one of its steps",
+            "start=(run, int(run.steps[-1])), or emmech.realign(run, data)",
+        )
+    start[0].check_step(start[1])
+
+
+def check_margins(margins: Any) -> None:
+    """Refuse what is neither None nor named lists of pairs.
+
+    Raises:
+        EmmechError: something else.
+    """
+    fine = isinstance(margins, Mapping) and all(
+        isinstance(pairs, Collection) and all(isinstance(pair, MarginPair) for pair in pairs)
+        for pairs in margins.values()
+    )
+    if margins is not None and not fine:
+        raise EmmechError(
+            "measure margins",
+            f"margins={margins!r}"[:120],
+            "they are lists of MarginPair, each with a name",
+            'margins={"broad": [MarginPair(question, misaligned, aligned)]}, or {} for none',
+        )
+
+
+def refuse_adapters(chat: ChatModel) -> None:
+    """Refuse a model that has adapters already.
+
+    Raises:
+        EmmechError: with their names.
+    """
+    from emmech.engine.adapters import adapter_layers
+
+    found = [info.name for info, _, _ in adapter_layers(chat.model)]
+    if found:
+        raise EmmechError(
+            f"fine-tune {chat.name}",
+            f"a model with adapters on {found[:3]}",
+            "a second adapter would be stacked on the first",
+            "model.unload() for the base, model.merge_and_unload() to keep its effect, or "
+            "emmech.realign(run, data) to go on training it",
         )

@@ -22,8 +22,8 @@ from jaxtyping import Float
 
 from emmech.chat.encode import Encoded
 from emmech.chat.model import ChatModel
+from emmech.engine.row_adapters import StackedAdapters
 from emmech.engine.row_forwards import Asked
-from emmech.engine.stacked_adapters import StackedAdapters
 
 __all__ = ["Batch", "CrossEntropy", "NotFinite", "RowForwards", "Term", "summed"]
 

@@ -9,7 +9,7 @@ from emmech.chat.encode import IGNORED, encode
 from emmech.chat.model import load_model
 from emmech.engine.logprobs import bundled_margins, pad
 from emmech.measures.teacher_forced import Margin
-from emmech.sweeps.forced import _CPU_TOKENS
+from emmech.sweeps.jobs import _CPU_TOKENS
 from emmech.sweeps.sweep import sweep
 from tests.benchmarks.bench_teacher_forced import random_run
 from tests.benchmarks.harness import Contest, arithmetic, equal

@@ -15,7 +15,7 @@ from emmech.engine.packing import Reading
 from emmech.measures.measure import Value
 from emmech.run.run import Run
 from emmech.store import MemorySeries
-from emmech.sweeps.forced import _CPU_TOKENS
+from emmech.sweeps.jobs import _CPU_TOKENS
 from emmech.sweeps.sweep import sweep
 from tests.benchmarks.harness import Contest, arithmetic, equal
 

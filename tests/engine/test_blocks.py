@@ -11,7 +11,7 @@ from emmech.engine.cache import KeysValues
 from emmech.engine.logprobs import target_logprobs, unembed
 from emmech.engine.modules import hooked
 from emmech.engine.packing import Reading, stack, tree, tree_mask
-from emmech.engine.row_adapters import RowAdapter, Rows
+from emmech.engine.row_adapters import RowAdapter, VariantWeights
 from tests.conftest import FAMILIES, make_tiny
 
 EXACT = 5e-6  # what the project calls equal in float32; measured: 2.1e-6 on the worst of these
@@ -91,7 +91,7 @@ def test_a_tree_with_adapters_gives_the_same_either_way(name):
     window = getattr(chat.config, "sliding_window", None)
     if window:
         mask = {"full_attention": mask, "sliding_attention": tree_mask(packs, chat.dtype, chat.device, window=window)}
-    rows, edits = Rows(), {}
+    rows, edits = VariantWeights(), {}
     for layer, path in ((1, "self_attn.q_proj"), (2, "mlp.down_proj"), (chat.n_layers - 1, "mlp.up_proj")):
         d_out, d_in = chat.block(layer).get_submodule(path).weight.shape
         rows.A[path] = torch.randn(2, d_in, 3, generator=generator) / d_in**0.5

@@ -10,8 +10,7 @@ import torch
 from scipy.stats import chisquare
 
 from emmech.chat.model import load_model
-from emmech.engine.decode import ModelSteps, write_answers
-from emmech.engine.gumbel import draw, gumbel
+from emmech.engine.decode import ModelSteps, draw, gumbel, write_answers
 from emmech.engine.responses import row_seed
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError

@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from emmech.engine.budget import budget_bytes, readable
 from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
 from emmech.measures.teacher_forced import Margin
+from emmech.sweeps.jobs import budget_bytes, readable
 from emmech.sweeps.sweep import sweep
 
 CPU = torch.device("cpu")

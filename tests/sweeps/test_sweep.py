@@ -142,13 +142,13 @@ def test_the_model_is_left_as_it_was(tiny, make_run):
 
 def test_an_interrupted_sweep_continues_and_a_finished_one_is_read(tiny, make_run, tmp_path, monkeypatch):
     from emmech.sweeps import sweep as module
-    from emmech.sweeps.forced import Forced
+    from emmech.sweeps.jobs import TeacherForcedJob
 
     chat = tiny("qwen2")
     run = make_run(chat, MIDDLE, steps=tuple(range(6)))
     monkeypatch.setattr(module, "_GROUP", 2)
     whole = sweep(run, measure=Margin(PAIRS), base=chat, progress=False)
-    ran, truth = [], Forced.run
+    ran, truth = [], TeacherForcedJob.run
 
     def dies(self, rows, group, update):
         if len(ran) == 2:
@@ -156,10 +156,10 @@ def test_an_interrupted_sweep_continues_and_a_finished_one_is_read(tiny, make_ru
         ran.append(tuple(group))
         return truth(self, rows, group, update)
 
-    monkeypatch.setattr(Forced, "run", dies)
+    monkeypatch.setattr(TeacherForcedJob, "run", dies)
     with pytest.raises(KeyboardInterrupt):
         sweep(run, measure=Margin(PAIRS), base=chat, out=tmp_path / "s", progress=False)
-    monkeypatch.setattr(Forced, "run", lambda *a: (ran.append(a[2]), truth(*a))[1])
+    monkeypatch.setattr(TeacherForcedJob, "run", lambda *a: (ran.append(a[2]), truth(*a))[1])
     resumed = sweep(run, measure=Margin(PAIRS), base=chat, out=tmp_path / "s", progress=False)
     assert len(ran) == 3 and len(set(map(tuple, ran))) == 3  # no group ran twice
     assert resumed.frame["value"].tolist() == whole.frame["value"].tolist()

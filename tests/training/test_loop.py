@@ -14,7 +14,7 @@ from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
 from emmech.training import finetune as finetune_module
 from emmech.training.capture import LoraCapture
-from emmech.training.held_out import affordable
+from emmech.training.loop import affordable
 from emmech.training.objective import CrossEntropy
 from emmech.training.recipe import Recipe, resolve_recipe
 from tests.conftest import make_rows, make_tiny

@@ -1,0 +1,552 @@
+"""The teacher-forced part of a sweep: pool all measures' readings, run them packed, read log-probabilities."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from emmech.chat.model import ChatModel
+from emmech.engine.adapters import attach, detach
+from emmech.engine.decode import Answer, context, decode_variants
+from emmech.engine.logprobs import WORDS, target_logprobs, unembed
+from emmech.engine.modules import hooked
+from emmech.engine.packing import Reading
+from emmech.engine.row_adapters import VariantWeights
+from emmech.engine.stream import probe_rows
+from emmech.engine.variants import Block, Engine
+from emmech.errors import EmmechError
+from emmech.evaluation.judges import Judge, resolve_judge
+from emmech.evaluation.questions import resolve_questions
+from emmech.measures.measure import Measure, TeacherForced, Value, measure_all
+from emmech.measures.probe import ProbeActivation
+from emmech.measures.sampled import Sampled
+from emmech.registry import Organism
+from emmech.sweeps.grid import Grid
+
+__all__ = ["Functions", "Plan", "ProbeJob", "SampledJob", "TeacherForcedJob", "budget_bytes", "plan", "readable"]
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job makes of all its parts; every array has one entry per distinct variant."""
+
+    values: list[Value]
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    responses: list[dict] | None = None
+
+
+# On a CPU a forward of about this many tokens is the quickest: smaller products are slower, larger tensors fall out of
+# the cache.
+_CPU_TOKENS = 768
+_GPU_TOKENS = 1 << 16
+_CPU_LOGIT_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a memory budget is spent.
+
+    Args:
+        tokens: through the upper blocks at once.
+        logit_rows: read positions through the unembedding at once.
+        expected: bytes that are in use at the most, besides the weights.
+    """
+
+    tokens: int
+    logit_rows: int
+    expected: int
+    budget: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens at once, about {readable(self.expected)} of {readable(self.budget)}"
+
+
+def plan(chat: ChatModel, grid: Grid, engine: Engine, longest: int, variants: int, budget: int) -> Plan:
+    """Fit one forward into the budget.
+
+    Args:
+        longest: tokens of the longest single row.
+        variants: whose adapters are in memory together.
+
+    Raises:
+        EmmechError: not even one row of one variant fits.
+    """
+    eager = getattr(chat.config, "_attn_implementation", None) == "eager"
+    scores = 12 * int(chat.config.num_attention_heads) * longest if eager else 0
+    per_token = engine.bytes_per_token() + scores
+    per_logit_row = 12 * int(chat.config.vocab_size)  # logits in the model's dtype, in float32, and what is picked
+    # the shared pass, whose result lives on while the upper blocks run
+    kept = variants * grid.bytes_per_variant(chat) + longest * 8 * (engine.widest + 2 * chat.d_model)
+    needed = kept + longest * per_token + per_logit_row
+    if needed > budget:
+        raise EmmechError(
+            "keep to the memory budget",
+            f"memory={readable(budget)}",
+            f"one row of {longest} tokens, {variants} variants' adapters and one row of logits take about "
+            f"{readable(needed)}",
+            f'memory="{-(-needed // 10**6)}MB" or more',
+        )
+    free = budget - kept
+    cpu = chat.device.type == "cpu"
+    logit_rows = max(1, min(free // 4 // per_logit_row, _CPU_LOGIT_ROWS if cpu else _GPU_TOKENS))
+    room = free - logit_rows * per_logit_row
+    tokens = max(longest, min(_CPU_TOKENS if cpu else _GPU_TOKENS, room // per_token))
+    return Plan(
+        int(tokens),
+        int(logit_rows),
+        int(kept + max(tokens * per_token, 0) + logit_rows * per_logit_row),
+        budget,
+    )
+
+
+class TeacherForcedJob:
+    """All teacher-forced measures of a sweep as one job."""
+
+    kind = "forced"
+
+    def __init__(self, chat: ChatModel, grid: Grid, measures: Sequence[TeacherForced], budget: int, group: int) -> None:
+        self.chat, self.measures = chat, tuple(measures)
+        self.readings: list[Reading] = []
+        self.spans: list[slice] = []
+        for measure in self.measures:
+            start = len(self.readings)
+            self.readings += measure.readings(chat)
+            self.spans.append(slice(start, len(self.readings)))
+        longest = max(len(reading.needed) for reading in self.readings)
+        _check_context(chat, longest)
+        self.engine = Engine(chat, grid.sites, grid.steered_layer)
+        self.plan = plan(chat, grid, self.engine, longest, group, budget)
+        self.engine.tokens = self.plan.tokens
+        self.packs = self.engine.packs(self.readings)
+
+    def request(self) -> object:
+        """What identifies this job's work."""
+        return [(type(m).__name__, m.name) for m in self.measures], self.readings
+
+    def __len__(self) -> int:
+        return len(self.readings)
+
+    def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
+        """Log-probabilities of every reading under a group of variants: ``[variants, targets]`` by reading.
+
+        Raises:
+            Overflow: a variant's log-probabilities are not finite.
+        """
+        count = len(group)
+        found: Arrays = {}
+        for index, reading in enumerate(self.readings):
+            if reading.targets is None:
+                shape: tuple[int, ...] = (count, len(reading.at), int(self.chat.config.vocab_size))
+            else:
+                shape = (count, sum(map(len, reading.targets)))
+            found[str(index)] = np.empty(shape, np.float32)
+        with torch.no_grad():
+            for block in self.engine.run(self.packs, rows, count):
+                self._read(block, found)
+                update(block.hidden.shape[0] * len(block.readings))
+        return found
+
+    def _read(self, block: Block, found: dict[str, np.ndarray]) -> None:
+        variants, reads, d_model = block.hidden.shape
+        targets, columns = self._targets(block, reads)
+        whole = any(self.readings[index].targets is None for index, _ in block.readings)
+        wanted = torch.from_numpy(targets).to(block.hidden.device)
+        flat = block.hidden.reshape(-1, d_model)
+        picked = np.empty((len(flat), targets.shape[1]), np.float32)
+        everything = np.empty((len(flat), int(self.chat.config.vocab_size)), np.float32) if whole else None
+        step = self.plan.logit_rows
+        if everything is None:  # a slice of the vocabulary leaves room for more rows
+            step *= min(4, max(1, int(self.chat.config.vocab_size) // WORDS))
+        for start in range(0, len(flat), step):
+            end = min(len(flat), start + step)
+            targeted = wanted[torch.arange(start, end, device=flat.device) % reads]
+            if everything is None:
+                picked[start:end] = target_logprobs(self.chat, flat[start:end], targeted).cpu().numpy()
+                continue
+            logprobs = unembed(self.chat, flat[start:end]).float().log_softmax(-1)
+            picked[start:end] = logprobs.gather(1, targeted).cpu().numpy()
+            everything[start:end] = logprobs[:, : everything.shape[1]].cpu().numpy()
+        self._check(picked, block)
+        grid = picked.reshape(variants, reads, -1)
+        for index, own in block.readings:
+            if self.readings[index].targets is None:
+                assert everything is not None
+                found[str(index)][block.variants] = everything.reshape(variants, reads, -1)[:, own]
+            else:
+                rows, places = columns[index]
+                found[str(index)][block.variants] = grid[:, rows, places]
+
+    def _targets(self, block: Block, reads: int) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
+        """Token ids wanted at each read ``[reads, most]``, and where each reading finds its own among them."""
+        wanted: list[dict[int, int]] = [{} for _ in range(reads)]
+        columns = {}
+        for index, own in block.readings:
+            rows, places = [], []
+            for read, tokens in zip(own.tolist(), self.readings[index].targets or (), strict=False):
+                for token in tokens:
+                    rows.append(read)
+                    places.append(wanted[read].setdefault(token, len(wanted[read])))
+            columns[index] = (np.array(rows, dtype=np.int64), np.array(places, dtype=np.int64))
+        targets = np.zeros((reads, max(1, max(map(len, wanted)))), dtype=np.int64)
+        for read, tokens_at in enumerate(wanted):
+            for token, place in tokens_at.items():
+                targets[read, place] = token
+        return targets, columns
+
+    def _check(self, picked: Float[np.ndarray, "rows targets"], block: Block) -> None:
+        # a norm whose squares overflow divides by infinity: its output is exactly zero, and finite
+        zero = (block.hidden == 0).all(-1).any(-1).cpu().numpy()
+        bad = zero | ~np.isfinite(picked).reshape(len(zero), -1).all(1)
+        if bad.any():
+            raise Overflow(block.variants.start + int(np.flatnonzero(bad)[0]))
+
+    def finish(self, parts: Sequence[Arrays]) -> JobResult:
+        """What the measures make of the log-probabilities, and whole distributions where they were asked for."""
+        values: list[Value] = []
+        distributions: Arrays = {}
+        for measure, span in zip(self.measures, self.spans, strict=True):
+            own = [np.concatenate([part[str(index)] for part in parts]) for index in range(span.start, span.stop)]
+            values += measure.values(own)
+            if all(reading.targets is None for reading in self.readings[span]):
+                distributions[measure.name] = np.concatenate(own, axis=1)
+        return JobResult(values, distributions)
+
+
+class Overflow(Exception):
+    """A variant's activations left the range of the model's dtype."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(place)
+        self.place = place
+
+
+def _check_context(chat: ChatModel, longest: int) -> None:
+    room = context(chat)
+    if longest > room:
+        raise EmmechError(
+            "sweep over the texts",
+            f"a text of {longest} tokens",
+            f"{chat.name} reads up to {room} tokens",
+            "shorter texts",
+        )
+
+
+class Functions:
+    """Measures that are no more than functions of a :class:`ChatModel`.
+
+    Nothing can be shared between variants here, since such a measure may do anything with the model.
+    """
+
+    kind = "function"
+    plan = "one variant at a time"
+
+    def __init__(self, chat: ChatModel, grid: Grid, measures: Sequence[Measure]) -> None:
+        self.chat, self.grid, self.measures = chat, grid, measures
+
+    def __len__(self) -> int:
+        return len(self.measures)
+
+    def request(self) -> object:
+        """Names only: what a function does cannot be seen."""
+        return [one.name for one in self.measures]
+
+    def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
+        """Every measure on every variant."""
+        records = []
+        training = self.chat.base.training
+        for index in group:
+            variant = self.grid.variants[index]
+            run = self.grid.runs[variant.run]
+            live = attach(self.chat, run.adapters, run.weights(variant.step), scale=variant.scale)
+            steered: list[tuple[Any, Any]] = []
+            if self.grid.steering is not None and variant.coefficient:
+                layer, vector = self.grid.steering
+                push = torch.from_numpy(variant.coefficient * vector)
+                steered = [(live.block(layer), lambda _m, _i, out, push=push: self.chat.family.steered(out, push))]
+            try:
+                with hooked(*steered):
+                    items = measure_all(live, self.measures)
+                update(len(self.measures))
+                records.append(
+                    [
+                        (name, question, value)
+                        for name, values in items.values.items()
+                        for question, value in zip(items.questions, values.tolist(), strict=True)
+                        if not np.isnan(value)
+                    ]
+                )
+            finally:
+                detach(live)
+                self.chat.base.train(training)  # PEFT leaves it in evaluation mode
+        return {"records": as_bytes(records)}
+
+    def finish(self, parts: Sequence[Arrays]) -> JobResult:
+        """One value per outcome and question: the mean over its items."""
+        records = [record for part in parts for record in from_bytes(part["records"])]
+        found: dict[tuple[str, str], list[list[float]]] = {}
+        for variant, record in enumerate(records):
+            for name, question, value in record:
+                cells = found.setdefault((name, question), [[] for _ in records])
+                cells[variant].append(value)
+        return JobResult(
+            [
+                Value(
+                    name,
+                    question,
+                    np.array([np.mean(own) if own else np.nan for own in cells]),
+                    np.array([len(own) for own in cells]),
+                )
+                for (name, question), cells in found.items()
+            ]
+        )
+
+
+class ProbeJob:
+    """Reads the residuals of one group of variants after another."""
+
+    def __init__(self, measure: ProbeActivation, chat: ChatModel, grid: Grid, budget: int, size: int) -> None:
+        chat.check_layer(measure.layer)
+        lowest = min({site.layer for site in grid.sites.values()} | ({grid.steering[0]} if grid.steering else set()))
+        if measure.layer < lowest:
+            raise EmmechError(
+                "sweep a probe",
+                f"layer={measure.layer}",
+                f"nothing that is swept acts below layer {lowest}, so every variant is the same there",
+                f"layer={lowest} or higher",
+            )
+        self.measure, self.chat = measure, chat
+        measure.along(chat, np.zeros(chat.d_model))  # a direction that does not fit is refused at once
+        self.kind = f"probe-{measure.name}"
+        self.readings = []
+        for index, (ids, counted) in enumerate(probe_rows(chat, measure.texts)):
+            at = tuple(int(p) for p in np.flatnonzero(counted))
+            if not at:
+                raise EmmechError("sweep a probe", f"text {index}", "no token of it counts", "an answer, or a string")
+            self.readings.append(Reading(tuple(ids), at))
+        self.engine = Engine(chat, grid.sites, grid.steered_layer, stop=measure.layer)
+        longest = max(len(reading.needed) for reading in self.readings)
+        self.plan = plan(chat, grid, self.engine, longest, size, budget)
+        self.engine.tokens = self.plan.tokens
+        self.packs = self.engine.packs(self.readings)
+
+    def __len__(self) -> int:
+        return len(self.readings)
+
+    def request(self) -> object:
+        """What identifies this job's work."""
+        return self.measure.name, self.measure.layer, self.readings
+
+    def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
+        """Mean residuals ``[variants, texts, d_model]``."""
+        found = np.empty((len(group), len(self.readings), self.chat.d_model), np.float32)
+        with torch.no_grad():
+            for block in self.engine.run(self.packs, rows, len(group)):
+                for index, own in block.readings:
+                    read = block.hidden[:, torch.from_numpy(own).to(block.hidden.device)]
+                    found[block.variants, index] = read.double().mean(1).float().cpu().numpy()
+                update(block.hidden.shape[0] * len(block.readings))
+        return {"residuals": found}
+
+    def finish(self, parts: Sequence[Arrays]) -> JobResult:
+        """One value per text."""
+        residuals = np.concatenate([part["residuals"] for part in parts])
+        values = self.measure.along(self.chat, residuals)
+        name = self.measure.name
+        return JobResult(
+            [Value(name, str(index), values[:, index]) for index in range(values.shape[1])], {name: residuals}
+        )
+
+
+class SampledJob:
+    """Draws and judges the answers of one group of variants after another."""
+
+    def __init__(self, measure: Sampled, chat: ChatModel, grid: Grid, budget: int, size: int) -> None:
+        self.measure, self.chat = measure, chat
+        self.kind = f"sampled-{measure.name}"
+        questions = resolve_questions(measure.questions, chat.organism)
+        self.judge = _judge(measure.judge, chat.organism)
+        self.rows = questions.rows(measure.samples, seed=measure.seed)
+        self.ids = [question.id for question in questions]
+        prompts = [tuple(chat.token_ids(_turns(row))) for row in self.rows]
+        self.prompts = sorted(set(prompts))
+        self.which = [self.prompts.index(prompt) for prompt in prompts]
+        self.texts: dict[tuple[int, ...], str] = {}
+        self.verdicts: dict[tuple[str, str], dict[str, Any]] = {}
+        self.engine = Engine(chat, grid.sites, grid.steered_layer)
+        longest = max(map(len, self.prompts))
+        tokens = min(longest + measure.max_new_tokens, context(chat))
+        cache = chat.cache_bytes * tokens
+        self.plan: Plan = plan(chat, grid, self.engine, longest, size, max(budget - cache, 1))
+        self.engine.tokens = self.plan.tokens
+        # all rows of some variants decode together: as many as half of the budget holds keys and values for
+        self.variants_at_once = max(1, (budget // 2) // (cache * len(self.rows)))
+        if cache * len(self.rows) > budget:
+            raise EmmechError(
+                "keep to the memory budget",
+                f"memory={budget} bytes, {len(self.rows)} answers of up to {measure.max_new_tokens} tokens",
+                f"the keys and values of one variant's answers take {cache * len(self.rows)} bytes",
+                "fewer samples or questions, a smaller max_new_tokens, or a larger memory=",
+            )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def request(self) -> object:
+        """What identifies this job's work."""
+        one = self.measure
+        numbers = (
+            one.samples,
+            one.max_new_tokens,
+            one.temperature,
+            one.top_p,
+            one.seed,
+            *vars(one.thresholds).values(),
+        )
+        return one.name, getattr(self.judge, "name", ""), numbers, self.rows
+
+    def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
+        """Answers and verdicts of a group of variants."""
+        records: list[list[dict[str, Any]]] = []
+        for start in range(0, len(group), self.variants_at_once):
+            chosen = rows.each(lambda one, at=start: one[at : at + self.variants_at_once])  # type: ignore[misc]
+            answers = decode_variants(
+                self.engine,
+                chosen,
+                self.prompts,
+                self.which,
+                [row["seed"] for row in self.rows],
+                max_new_tokens=self.measure.max_new_tokens,
+                temperature=self.measure.temperature,
+                top_p=self.measure.top_p,
+                at_once=self.plan.logit_rows * 8,
+                ended=update,
+            )
+            for first in range(0, len(answers), len(self.rows)):
+                own = answers[first : first + len(self.rows)]
+                records.append(self._judged([{"response": self._text(one), "finish": one.finish} for one in own]))
+        return {"records": as_bytes(records)}
+
+    def _text(self, answer: Answer) -> str:
+        """The answer in words; most variants write what another has written already."""
+        if answer.ids not in self.texts:
+            self.texts[answer.ids] = self.chat.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+        return self.texts[answer.ids]
+
+    def _judged(self, drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        full = [{**row, **answer} for row, answer in zip(self.rows, drawn, strict=True)]
+        return [{**answer, **score} for answer, score in zip(drawn, self._scores(full), strict=True)]
+
+    def _scores(self, full: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Verdicts; the judge of an organism is a function of question and answer, and reads the same answer once."""
+        if getattr(self.judge, "organism", None) is None:
+            return list(self.judge.score(full))
+        asked = [(row["question"], row["response"]) for row in full]
+        fresh = {key: row for key, row in zip(asked, full, strict=True) if key not in self.verdicts}
+        self.verdicts.update(zip(fresh, self.judge.score(list(fresh.values())), strict=True))
+        return [self.verdicts[key] for key in asked]
+
+    def finish(self, parts: Sequence[Arrays]) -> JobResult:
+        """Rates by question, and every response with its verdict."""
+        records = [one for part in parts for one in from_bytes(part["records"])]
+        one, limits = self.measure, self.measure.thresholds
+        aligned = np.array([[_number(r, "aligned") for r in rows] for rows in records])
+        coherent = np.array([[_number(r, "coherent") for r in rows] for rows in records])
+        scored, em = limits.scored(aligned, coherent), limits.misaligned(aligned, coherent)
+        fine = scored & limits.coherent(coherent)
+        values = []
+        for question in self.ids:
+            own = np.array([row["question_id"] == question for row in self.rows])
+            narrow = any(row["narrow"] for row, mine in zip(self.rows, own, strict=True) if mine)
+            count = scored[:, own].sum(1)
+            with np.errstate(invalid="ignore"):
+                rate, whole = em[:, own].sum(1) / count, fine[:, own].sum(1) / count
+            values.append(Value("narrow" if narrow else one.name, question, rate, count))
+            values.append(Value("coherent", question, whole, count))
+        responses = [
+            {"variant": variant, **self.rows[place], **record}
+            for variant, rows in enumerate(records)
+            for place, record in enumerate(rows)
+        ]
+        return JobResult(values, responses=responses)
+
+
+def _judge(judge: Any, organism: Organism | None) -> Judge:
+    resolved = resolve_judge(judge, organism)
+    if resolved is None:
+        raise EmmechError(
+            "sweep sampled answers",
+            f"judge={judge!r}",
+            "a rate needs verdicts now",
+            "a judge, or emmech.evaluate(run, step=..., scale=..., judge='later') one at a time",
+        )
+    return resolved
+
+
+def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return [*system, {"role": "user", "content": row["question"]}]
+
+
+def _number(record: Mapping[str, Any], key: str) -> float:
+    value = record.get(key)
+    return float("nan") if value is None else float(value)
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+DEFAULT = 2 * 2**30
+
+
+def budget_bytes(memory: Any, device: torch.device) -> int:
+    """The budget in bytes: a number, ``"2GB"``, ``"512MiB"``; None is 2 GiB, or 60 % of what a GPU has free.
+
+    Raises:
+        EmmechError: not an amount of memory.
+
+    Example:
+        >>> budget_bytes("512MiB", torch.device("cpu"))
+        536870912
+    """
+    if memory is None:
+        if device.type == "cuda":
+            return int(0.6 * torch.cuda.mem_get_info(device)[0])
+        return DEFAULT
+    if isinstance(memory, int | float) and memory > 0:
+        return int(memory)
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]I?)?B?\s*", str(memory).upper())
+    if not match or not float(match[1]) > 0:
+        raise EmmechError("keep to a memory budget", f"memory={memory!r}", "it is not an amount", 'memory="2GB"')
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def readable(size: float) -> str:
+    """``"1.5 GiB"``, for people."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+        size /= 1024
+    return f"{size:.3g} GiB"
+
+
+def as_bytes(records: object) -> np.ndarray:
+    """JSON as an array of bytes, so that records travel with arrays.
+
+    Example:
+        >>> from_bytes(as_bytes([{"label": "aligned"}]))
+        [{'label': 'aligned'}]
+    """
+    return np.frombuffer(json.dumps(records).encode(), dtype=np.uint8).copy()
+
+
+def from_bytes(array: np.ndarray) -> list:
+    """The records of :func:`as_bytes`."""
+    found: list = json.loads(array.tobytes().decode())
+    return found
