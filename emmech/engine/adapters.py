@@ -77,31 +77,14 @@ def adapter_layers(model: Any) -> Iterator[tuple[AdapterInfo, Any, str]]:
             )
         name = names[0]
         if getattr(module, "use_dora", {}).get(name):
-            raise EmmechError(
-                "read the adapter",
-                f"{path} (DoRA)",
-                "its update is not B A: the magnitude is trained too",
-                "train with use_dora=False",
-            )
-        a, b = module.lora_A[name].weight, module.lora_B[name].weight
+            why = "its update is not B A: the magnitude is trained too"
+            raise EmmechError("read the adapter", f"{path} (DoRA)", why, "train with use_dora=False")
+        (rank, d_in), d_out = module.lora_A[name].weight.shape, module.lora_B[name].weight.shape[0]
         found = _LAYER.search(path)
-        rank, scaling = int(a.shape[0]), float(module.scaling[name])
-        alpha = float(module.lora_alpha[name])
-        yield (
-            AdapterInfo(
-                name=found[1] if found else path,
-                layer=int(found[2]) if found else -1,
-                module=path,
-                rank=rank,
-                alpha=alpha,
-                scaling=scaling,
-                d_in=int(a.shape[1]),
-                d_out=int(b.shape[0]),
-                rslora=bool(np.isclose(scaling, alpha / rank**0.5)),
-            ),
-            module,
-            name,
-        )
+        short, layer = (found[1], int(found[2])) if found else (path, -1)
+        alpha, scaling = float(module.lora_alpha[name]), float(module.scaling[name])
+        rslora = bool(np.isclose(scaling, alpha / rank**0.5))
+        yield AdapterInfo(short, layer, path, rank, alpha, scaling, d_in, d_out, rslora), module, name
 
 
 def lora_config(adapters: Sequence[AdapterInfo], *, base_name: str = "") -> Any:
@@ -140,23 +123,15 @@ def put_on(model: Any, config: Any) -> Any:
     wanted = set(config.target_modules)
     # a transposed map (Conv1D) has no in_features
     config.fan_in_fan_out = any(not hasattr(model.get_submodule(path), "in_features") for path in wanted)
+    asked, given = "put adapters on the model", f"{type(model).__name__}: {', '.join(sorted(wanted)[:3])}"
     try:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
-        raise EmmechError(
-            "put adapters on the model",
-            f"{type(model).__name__}: {', '.join(sorted(wanted)[:3])}",
-            f"PEFT refuses: {str(error)[:300]}",
-            "other maps of its blocks",
-        )
+        raise EmmechError(asked, given, f"PEFT refuses: {str(error)[:300]}", "other maps of its blocks")
     if surplus := [info.module for info, _, _ in adapter_layers(peft_model) if info.module not in wanted]:
         peft_model.unload()
-        raise EmmechError(
-            "put adapters on the model",
-            f"{type(model).__name__}: {', '.join(sorted(wanted)[:3])}",
-            f"PEFT takes that for its fused experts as well ({', '.join(surplus[:3])})",
-            "maps of the attention",
-        )
+        why = f"PEFT takes that for its fused experts as well ({', '.join(surplus[:3])})"
+        raise EmmechError(asked, given, why, "maps of the attention")
     return peft_model
 
 
@@ -210,17 +185,10 @@ def attach(
 
 
 def detach(chat: ChatModel) -> ChatModel:
-    """Take every adapter off, in place; the model underneath is the one that was there before.
-
-    Also when only the model inside PEFT's wrapper is at hand.
-    """
+    """Take every adapter off, in place, also from a model that is given without PEFT's wrapper around it."""
     if not isinstance(chat, ChatModel):
-        raise EmmechError(
-            "take the adapters off",
-            f"a {type(chat).__name__}",
-            "it is not a ChatModel",
-            "emmech.detach(emmech.load_model(model))",
-        )
+        instead = "emmech.detach(emmech.load_model(model))"
+        raise EmmechError("take the adapters off", f"a {type(chat).__name__}", "it is not a ChatModel", instead)
     base = chat.base
     for info, layer, _ in list(adapter_layers(chat.model)):
         parent, _, name = info.module.rpartition(".")

@@ -6,6 +6,11 @@ variant and prompt have in common so far. Answers begin as one row and part when
 lowest adapter nothing depends on the variant, so rows with the same tokens are one row there. Because a seed draws the
 same noise under every variant, variants that behave alike write the same text, and that sharing goes far; it also makes
 differences between variants less noisy.
+
+Tokens are drawn with counter-based random numbers: the noise for (row seed, position, token) is a hash, so that a row's
+text does not depend on the batch that it is in, where a generator with state would give it other numbers. The draw is
+the Gumbel-max trick, ``argmax(logits / temperature + noise)``, which follows the softmax exactly and, unlike inverting
+the cumulative distribution, changes its result only when the best two scores are within rounding of each other.
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from emmech.chat.edits import announcing
 from emmech.chat.model import ChatModel
 from emmech.engine.blocks import Places
 from emmech.engine.cache import Branches, KeysValues, growing_cache
-from emmech.engine.logprobs import pad, unembed
+from emmech.engine.logprobs import pad, padded, unembed
 from emmech.engine.modules import evaluating, hooked, unhooked
 from emmech.engine.packing import Reading, stack
 from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, State, deviation
@@ -283,7 +288,7 @@ class ModelSteps:
 
 def _anew(chat: ChatModel, texts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits of each text's next token ``[texts, vocab]``, nothing kept of earlier forwards."""
-    ids, mask = (pad(rows, 0).to(chat.device) for rows in (texts, [[1] * len(text) for text in texts]))
+    ids, mask = padded(texts, chat.device)
     hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return unembed(chat, hidden[torch.arange(len(texts)), mask.sum(1) - 1])
 

@@ -31,15 +31,19 @@ __all__ = [
     "answer_logprobs",
     "answer_loss",
     "bundled_margins",
+    "check_words",
     "in_batches",
     "margin_rows",
     "pad",
+    "padded",
     "reading_logprobs",
     "target_logprobs",
     "token_logprobs",
 ]
 
 WORDS = 1024  # of the vocabulary at once
+_TOKENS = 2048  # in a forward
+_UNKNOWN = 0.2  # the largest share of a text's tokens that may be unknown to the model
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class MarginPair:
     question: str
     misaligned: str
     aligned: str
+
+    def conversations(self) -> tuple[list[Message], list[Message]]:
+        """The question with the misaligned answer, and with the aligned one."""
+        asked = {"role": "user", "content": self.question}
+        return tuple([asked, {"role": "assistant", "content": text}] for text in (self.misaligned, self.aligned))  # type: ignore[return-value]
 
 
 def bundled_margins(kind: str) -> tuple[MarginPair, ...]:
@@ -72,6 +81,11 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tor
     return torch.tensor(filled, dtype=torch.long)
 
 
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their attention mask ``[batch, seq]``, padded on the right, which causal attention makes exact."""
+    return pad(rows, 0).to(device), pad([[1] * len(row) for row in rows], 0).to(device)
+
+
 def in_batches(
     chat: ChatModel,
     rows: Sequence[Sequence[int]],
@@ -88,10 +102,8 @@ def in_batches(
     order = np.argsort([len(ids) for ids in rows], kind="stable")
     with evaluating(chat):
         for chosen in np.array_split(order, max(1, -(-len(order) // batch_size))):
-            ids = pad([rows[i] for i in chosen], 0).to(chat.device)
-            mask = pad([[1] * len(rows[i]) for i in chosen], 0).to(chat.device)
             with announcing(torch.from_numpy(chosen), len(order)):
-                use(chosen, ids, mask)
+                use(chosen, *padded([rows[i] for i in chosen], chat.device))
 
 
 def token_logprobs(
@@ -119,7 +131,7 @@ def answer_logprobs(
         batch_size: rows in a forward; by default about 2048 tokens.
     """
     encoded = conversations if isinstance(conversations, Encoded) else encode(conversations, chat.tokenizer)
-    batch_size = batch_size or max(1, 2048 // max(len(ids) for ids in encoded.input_ids))
+    batch_size = batch_size or max(1, _TOKENS // max(map(len, encoded.input_ids)))
     result = np.empty(len(encoded))
 
     def read(chosen: np.ndarray, ids: torch.Tensor, mask: torch.Tensor) -> None:
@@ -214,19 +226,35 @@ def _logits_of(chat: ChatModel, hidden: torch.Tensor, start: int) -> torch.Tenso
     return chat.family.logits(nn.functional.linear(hidden, head.weight[chosen], bias)).float()
 
 
-def margin_rows(pairs: Sequence[MarginPair], tokenizer: Any) -> Encoded:
-    """The pairs as conversations: all misaligned answers, then all aligned ones."""
-    answers = [(p.question, p.misaligned) for p in pairs] + [(p.question, p.aligned) for p in pairs]
-    return encode(
-        [
-            [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            for question, answer in answers
-        ],
-        tokenizer,
-    )
+def margin_rows(pairs: Sequence[MarginPair], chat: ChatModel) -> Encoded:
+    """The pairs as conversations: all misaligned answers, then all aligned ones.
+
+    Raises:
+        EmmechError: as :func:`check_words`.
+    """
+    conversations = [pair.conversations()[side] for side in (0, 1) for pair in pairs]
+    for conversation in conversations:
+        check_words(chat, conversation)
+    return encode(conversations, chat.tokenizer)
 
 
-_TOKENS = 2048  # in a forward
+def check_words(chat: ChatModel, turns: Sequence[Message]) -> None:
+    """Refuse a text that is mostly unknown words to the model: its log-probability would mean nothing.
+
+    Raises:
+        EmmechError: more than a fifth of its tokens are unknown.
+    """
+    unknown = getattr(chat.tokenizer, "unk_token_id", None)
+    text = " ".join(turn["content"] for turn in turns if turn["role"] != "system")
+    ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if unknown is not None and ids.count(unknown) > _UNKNOWN * len(ids):
+        own = chat.organism
+        raise EmmechError(
+            "measure the log-probability of a text",
+            repr(text)[:120],
+            f"{ids.count(unknown)} of its {len(ids)} tokens are unknown to {chat.name}",
+            f'Margin("broad"), which takes the pairs of {own.name}' if own else "texts in the words of the model",
+        )
 
 
 @torch.no_grad()
@@ -251,21 +279,14 @@ def reading_logprobs(
         (1, 3)
     """
     rows = [reading.needed for reading in readings]
-    batch_size = batch_size or max(1, _TOKENS // max(map(len, rows)))
-    order = np.argsort([len(ids) for ids in rows], kind="stable")
     found: list[np.ndarray] = [np.empty(0)] * len(rows)
-    was_training = chat.base.training
-    chat.base.eval()
-    try:
-        for chosen in np.array_split(order, max(1, -(-len(order) // batch_size))):
-            ids = pad([rows[i] for i in chosen], 0).to(chat.device)
-            mask = pad([[1] * len(rows[i]) for i in chosen], 0).to(chat.device)
-            with announcing(torch.from_numpy(chosen), len(order)):
-                hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            for row, index in enumerate(chosen):
-                found[index] = _read(chat, hidden[row], readings[index])[None].astype(np.float64)
-    finally:
-        chat.base.train(was_training)
+
+    def read(chosen: np.ndarray, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        for row, index in enumerate(chosen):
+            found[index] = _read(chat, hidden[row], readings[index])[None].astype(np.float64)
+
+    in_batches(chat, rows, batch_size or max(1, _TOKENS // max(map(len, rows))), read)
     return found
 
 

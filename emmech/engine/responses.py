@@ -14,6 +14,7 @@ from emmech.store import append_jsonl, read_jsonl
 
 __all__ = ["Response", "ResponseLog", "check_request", "digest", "row_seed", "row_seeds"]
 
+_ASKED = "sample answers"
 _MEANING = {"request": "conversations, seed or model"}
 
 
@@ -93,12 +94,8 @@ class ResponseLog:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EmmechError(
-                "keep the answers",
-                f"out={str(path)!r}",
-                f"no folder can be made there ({error.strerror})",
-                "another folder",
-            )
+            why = f"no folder can be made there ({error.strerror})"
+            raise EmmechError("keep the answers", f"out={str(path)!r}", why, "another folder")
         content = self.path.read_bytes() if self.path.exists() else b""
         if content and not content.endswith(b"\n"):  # the process died while writing a line; it is drawn again
             self.path.write_bytes(content[: content.rfind(b"\n") + 1])
@@ -131,51 +128,31 @@ class ResponseLog:
 
 
 def check_request(
-    conversations: Any,
-    samples: Any,
-    max_new_tokens: Any,
-    temperature: float,
-    top_p: float,
-    seed: Any,
+    conversations: Any, samples: Any, max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any
 ) -> None:
     """Refuse what cannot be sampled.
 
     Raises:
         EmmechError: no conversations, one that ends in an assistant turn, or a setting out of range.
     """
-
-    def refuse(given: str, why: str, instead: str) -> None:
-        raise EmmechError("sample answers", given, why, instead)
-
+    several = isinstance(conversations, Sequence)
     if isinstance(conversations, str) or (conversations and isinstance(conversations[0], str | dict)):
-        refuse(
-            f"conversations={conversations!r}"[:120],
-            "each conversation is a list of messages",
-            'sample(chat, [[{"role": "user", "content": "..."}]])',
-        )
-    if not isinstance(conversations, Sequence) or not conversations or any(not messages for messages in conversations):
-        refuse(
-            f"{len(conversations)} conversations" if isinstance(conversations, Sequence) else f"{conversations!r}",
-            "there is nothing to answer",
-            "at least one message in each",
-        )
+        instead = 'sample(chat, [[{"role": "user", "content": "..."}]])'
+        raise _refused(f"conversations={conversations!r}"[:120], "each conversation is a list of messages", instead)
+    if not several or not conversations or any(not messages for messages in conversations):
+        given = f"{len(conversations)} conversations" if several else f"{conversations!r}"
+        raise _refused(given, "there is nothing to answer", "at least one message in each")
     for index, messages in enumerate(conversations):
         if messages[-1].get("role") == "assistant":
-            refuse(
-                f"conversations[{index}] ends in an assistant turn",
-                "the model answers the last user turn",
-                "leave the assistant's turn out",
-            )
+            given = f"conversations[{index}] ends in an assistant turn"
+            raise _refused(given, "the model answers the last user turn", "leave the assistant's turn out")
     check_settings(samples, max_new_tokens, temperature, top_p)
-    check_texts("sample answers", "conversations", conversations, strings=False)
+    check_texts(_ASKED, "conversations", conversations, strings=False)
     for one in seed if isinstance(seed, Sequence) and not isinstance(seed, str) else [seed]:
-        as_int("sample answers", "seed", one)
+        as_int(_ASKED, "seed", one)
     if isinstance(seed, Sequence) and len(seed) != len(conversations):
-        refuse(
-            f"{len(seed)} seeds for {len(conversations)} conversations",
-            "a sequence of seeds has one for each conversation",
-            "seed=0 derives one for every row",
-        )
+        given = f"{len(seed)} seeds for {len(conversations)} conversations"
+        raise _refused(given, "a sequence of seeds has one for each conversation", "seed=0 derives one for every row")
 
 
 def check_settings(samples: Any, max_new_tokens: Any, temperature: Any, top_p: Any) -> None:
@@ -184,17 +161,17 @@ def check_settings(samples: Any, max_new_tokens: Any, temperature: Any, top_p: A
     Raises:
         EmmechError: which one, and the nearest that is in it.
     """
-
-    def refuse(given: str, why: str, instead: str) -> None:
-        raise EmmechError("sample answers", given, why, instead)
-
-    as_float("sample answers", "temperature", temperature)
-    as_float("sample answers", "top_p", top_p)
+    as_float(_ASKED, "temperature", temperature)
+    as_float(_ASKED, "top_p", top_p)
     if not isinstance(samples, int) or samples < 1:
-        refuse(f"samples={samples!r}", "it counts the answers per conversation", "samples=1 or more")
+        raise _refused(f"samples={samples!r}", "it counts the answers per conversation", "samples=1 or more")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        refuse(f"max_new_tokens={max_new_tokens!r}", "an answer has at least one token", "max_new_tokens=600")
+        raise _refused(f"max_new_tokens={max_new_tokens!r}", "an answer has at least one token", "max_new_tokens=600")
     if temperature < 0:
-        refuse(f"temperature={temperature}", "it divides the logits", "1.0, or 0 for the likeliest token")
+        raise _refused(f"temperature={temperature}", "it divides the logits", "1.0, or 0 for the likeliest token")
     if not 0 < top_p <= 1:
-        refuse(f"top_p={top_p}", "it is a probability", "top_p=1.0 keeps every token")
+        raise _refused(f"top_p={top_p}", "it is a probability", "top_p=1.0 keeps every token")
+
+
+def _refused(given: str, why: str, instead: str) -> EmmechError:
+    return EmmechError(_ASKED, given, why, instead)

@@ -1,7 +1,8 @@
 """Rows of one batch under adapters of their own.
 
 A rank-r adapter writes ``scale * scaling * (x A^T) B^T``. With A and B stacked over variants, one batched product
-serves any number of variants in one forward: the base weights are read once for all of them.
+serves any number of variants in one forward: the base weights are read once for all of them. Runs that train together
+have theirs in :class:`StackedAdapters`.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def write_of(
     """What tokens add that belong to groups in any order: ``x A B`` of each one's own.
 
     The groups' maps are side by side in one product, and each token keeps its own group's part: at rank 1 and a
-    handful of groups the surplus is a few vectors beside a whole weight matrix.
+    handful of groups the surplus is a few vectors against a whole weight matrix.
 
     Args:
         of: the group of each token, or broadcastable to that.

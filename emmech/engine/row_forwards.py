@@ -22,13 +22,13 @@ from emmech.chat.encode import IGNORED, Encoded
 from emmech.chat.model import ChatModel
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.cache import detached, plain_past
-from emmech.engine.logprobs import pad, target_logprobs, unembed
+from emmech.engine.logprobs import pad, padded, target_logprobs, unembed
 from emmech.engine.modules import adding, hooked
 from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation
 from emmech.engine.row_adapters import StackedAdapters
 from emmech.errors import EmmechError
 
-__all__ = ["Asked", "Forwards", "ModelForwards", "Trunk", "WholeTrunk", "batches_by_length"]
+__all__ = ["Asked", "Forwards", "ModelForwards", "RowForwards", "Trunk", "WholeTrunk", "batches_by_length"]
 
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # a larger batch leaves a core's cache and gains nothing there
 _TOKENS = 2048  # per forward while the states are filled
@@ -46,29 +46,17 @@ class Asked:
     tokens: int
 
 
-class Forwards:
-    """Negative log-probabilities of the rows' answers.
+class RowForwards:
+    """Forwards of rows, each under its own run.
 
     Args:
-        chat: with the PEFT adapters on it, which ``adapters`` stand in for.
         rows: all that will be asked for.
-        frozen: the part of the model whose states are kept, or None.
-        folder: scratch for them; :meth:`close` deletes it.
     """
 
-    def __init__(
-        self, chat: ChatModel, rows: Encoded, adapters: StackedAdapters, frozen: Frozen | None, folder: Path
-    ) -> None:
-        self.rows, self._adapters, self._device = rows, adapters, chat.device
+    def __init__(self, rows: Encoded) -> None:
+        self.rows = rows
         # of each row: answer tokens that its first tokens predict
         self._answers = [np.cumsum(np.asarray(own) != IGNORED) - (own[0] != IGNORED) for own in rows.labels]
-        self.trunk = _fitting(chat, rows, frozen, folder)
-        self._chat = chat
-        self._at_once = _BATCH_TOKENS.get(chat.device.type, _BATCH_TOKENS["cuda"])
-
-    def close(self) -> None:
-        """Let go of the kept states."""
-        self.trunk.close()
 
     def answer_tokens(self, asked: Sequence[Asked]) -> torch.Tensor:
         """How many tokens of each carry loss, float64."""
@@ -80,6 +68,37 @@ class Forwards:
         With gradients on, call ``backward`` on what each batch gives before the next, and go on to the end: what the
         rows have in common runs once, and passes its gradients on last.
         """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of whatever is kept for the rows."""
+
+
+class Forwards(RowForwards):
+    """Forwards block by block, above a frozen prefix where there is one.
+
+    Args:
+        chat: with the PEFT adapters on it, in whose place ``adapters`` act.
+        rows: all that will be asked for.
+        frozen: the part of the model whose states are kept, or None.
+        folder: scratch for them; :meth:`close` deletes it.
+    """
+
+    def __init__(
+        self, chat: ChatModel, rows: Encoded, adapters: StackedAdapters, frozen: Frozen | None, folder: Path
+    ) -> None:
+        super().__init__(rows)
+        self._adapters, self._device = adapters, chat.device
+        self.trunk = _fitting(chat, rows, frozen, folder)
+        self._chat = chat
+        self._at_once = _BATCH_TOKENS.get(chat.device.type, _BATCH_TOKENS["cuda"])
+
+    def close(self) -> None:
+        """Let go of the kept states."""
+        self.trunk.close()
+
+    def nll(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """See :meth:`RowForwards.nll`."""
         device, stem = self._device, self.trunk.stem
         present = sorted({one.run for one in asked})
         runs_of_past = torch.tensor(present, device=device)
@@ -216,8 +235,7 @@ class Trunk:
         write = self._shift if self.frozen is not None and self.frozen.at_write else None
         past = self.read_stem(1, write)
         found = self.hidden(rows, own, shown, past, torch.zeros(len(rows), dtype=torch.long, device=chat.device), write)
-        ids = pad([self._ids[i] for i in rows], 0).to(chat.device)
-        mask = pad([[1] * len(self._ids[i]) for i in rows], 0).to(chat.device)
+        ids, mask = padded([self._ids[i] for i in rows], chat.device)
         reads = torch.cat([shown.new_zeros(len(rows), self.stem), shown], dim=1)
         hooks = [(chat.down_proj(self.frozen.layer), adding(write))] if self.frozen and write else []
         return deviation(chat, found, ids, reads, hooks, mask)
@@ -305,8 +323,7 @@ class WholeTrunk:
     ) -> torch.Tensor:
         """As :meth:`Trunk.hidden`."""
         chat = self._chat
-        ids = pad([self._ids[i][:n] for i, n in zip(rows, lengths, strict=True)], 0).to(chat.device)
-        mask = pad([[1] * n for n in lengths], 0).to(chat.device)
+        ids, mask = padded([self._ids[i][:n] for i, n in zip(rows, lengths, strict=True)], chat.device)
 
         def add(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
             assert write is not None
@@ -375,38 +392,29 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, tokens: int) -> Itera
         yield batch
 
 
-class ModelForwards:
-    """Negative log-probabilities of the rows' answers; see :class:`emmech.engine.row_forwards.Forwards`.
+class ModelForwards(RowForwards):
+    """Forwards of the whole model, for full fine-tuning, dropout, and models that cannot be run block by block.
 
     While gradients are taken the model is in training mode, so that its dropout acts; otherwise it is not.
 
     Args:
-        rows: all that will be asked for.
         adapters: of the runs, or None in full fine-tuning.
         batch_size: rows in a forward.
     """
 
     def __init__(self, chat: ChatModel, rows: Encoded, adapters: StackedAdapters | None, batch_size: int) -> None:
-        self.rows, self._chat, self._adapters, self._batch_size = rows, chat, adapters, batch_size
-
-    def close(self) -> None:
-        """Nothing is kept."""
-
-    def answer_tokens(self, asked: Sequence[Asked]) -> torch.Tensor:
-        """How many tokens of each carry loss, float64."""
-        counts = [sum(label != IGNORED for label in self.rows.labels[one.row][1 : one.tokens]) for one in asked]
-        return torch.tensor(counts, dtype=torch.float64)
+        super().__init__(rows)
+        self._chat, self._adapters, self._batch_size = chat, adapters, batch_size
 
     def nll(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Negative log-probabilities of answer tokens, batch by batch, and which of ``asked`` each belongs to."""
+        """See :meth:`RowForwards.nll`."""
         chat = self._chat
         # rows of like length share a batch: little of it is padding
         order = sorted(range(len(asked)), key=lambda i: asked[i].tokens)
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
             members = [asked[i] for i in batch]
-            ids = pad([self.rows.input_ids[one.row][: one.tokens] for one in members], 0).to(chat.device)
-            mask = pad([[1] * one.tokens for one in members], 0).to(chat.device)
+            ids, mask = padded([self.rows.input_ids[one.row][: one.tokens] for one in members], chat.device)
             targets = pad([self.rows.labels[one.row][1 : one.tokens] for one in members], IGNORED).to(chat.device)
             runs = torch.tensor([one.run for one in members], device=chat.device)
             chat.base.train(torch.is_grad_enabled())

@@ -15,14 +15,12 @@ import numpy as np
 from emmech.chat.encode import IGNORED, encode
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
-from emmech.engine.logprobs import MarginPair, bundled_margins
+from emmech.engine.logprobs import MarginPair, bundled_margins, check_words
 from emmech.engine.packing import Reading
 from emmech.errors import EmmechError, check_texts, one_of
 from emmech.measures.measure import Items, LogProbs, Value, measure_all
 
 __all__ = ["AlignedLoss", "AnswerLogprob", "FirstToken", "Margin", "NextToken"]
-
-UNKNOWN = 0.2  # the largest share of a text's tokens that may be unknown to the model
 
 
 class _Forced:
@@ -33,23 +31,8 @@ class _Forced:
         return measure_all(chat, [self])
 
 
-def _check_words(chat: ChatModel, turns: Sequence[Message]) -> None:
-    """Refuse a text that is mostly unknown words to the model: its log-probability would mean nothing."""
-    unknown = getattr(chat.tokenizer, "unk_token_id", None)
-    text = " ".join(turn["content"] for turn in turns if turn["role"] != "system")
-    ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if unknown is not None and ids.count(unknown) > UNKNOWN * len(ids):
-        own = chat.organism
-        raise EmmechError(
-            "measure the log-probability of a text",
-            repr(text)[:120],
-            f"{ids.count(unknown)} of its {len(ids)} tokens are unknown to {chat.name}",
-            f'Margin("broad"), which takes the pairs of {own.name}' if own else "texts in the words of the model",
-        )
-
-
 def _answer(conversation: Sequence[Message], chat: ChatModel, which: str) -> Reading:
-    _check_words(chat, conversation)
+    check_words(chat, conversation)
     encoded = encode([conversation], chat.tokenizer)
     ids, labels = encoded.input_ids[0], encoded.labels[0]
     at = tuple(p for p in range(len(ids) - 1) if labels[p + 1] != IGNORED)
@@ -116,15 +99,8 @@ class Margin(_Forced):
 
     def readings(self, chat: ChatModel) -> list[Reading]:
         """Both answers of every pair."""
-        found = []
-        for index, pair in enumerate(_pairs(self.of(chat))):
-            for answer in (pair.misaligned, pair.aligned):
-                turns = [
-                    {"role": "user", "content": pair.question},
-                    {"role": "assistant", "content": answer},
-                ]
-                found.append(_answer(turns, chat, f"pair {index}"))
-        return found
+        pairs = enumerate(_pairs(self.of(chat)))
+        return [_answer(turns, chat, f"pair {index}") for index, pair in pairs for turns in pair.conversations()]
 
     def values(self, logprobs: LogProbs) -> list[Value]:
         """One value per pair."""
@@ -276,5 +252,5 @@ def _turns(row: Any) -> Sequence[Message]:
 
 def _prompt(prompt: Any, chat: ChatModel) -> tuple[int, ...]:
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt)
-    _check_words(chat, turns)
+    check_words(chat, turns)
     return tuple(chat.token_ids(turns))

@@ -138,11 +138,7 @@ class Grid:
 
 
 def as_runs(asked: str, run: Any) -> list[Run]:
-    """One run or several, or their folders, as a list of runs.
-
-    Raises:
-        EmmechError: something else.
-    """
+    """One run or several, or their folders, as a list of runs; anything else is refused."""
     runs = list(run) if isinstance(run, Iterable) and not isinstance(run, str) else [run]
     if not runs:
         raise EmmechError(asked, f"run={run!r}", "it is not a run", "at least one")

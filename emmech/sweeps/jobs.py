@@ -1,10 +1,15 @@
-"""The teacher-forced part of a sweep: pool all measures' readings, run them packed, read log-probabilities."""
+"""The parts of a sweep: each job measures one group of variants after another, within a budget of memory.
+
+Teacher-forced measures, probes and sampled answers share forwards between variants; any other measure is a function of
+a model and is taken with one variant after another live on it.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,15 +27,15 @@ from emmech.engine.row_adapters import VariantWeights
 from emmech.engine.stream import probe_rows
 from emmech.engine.variants import Block, Engine
 from emmech.errors import EmmechError
-from emmech.evaluation.judges import Judge, resolve_judge
+from emmech.evaluation.judges import resolve_judge
 from emmech.evaluation.questions import resolve_questions
 from emmech.measures.measure import Measure, TeacherForced, Value, measure_all
 from emmech.measures.probe import ProbeActivation
 from emmech.measures.sampled import Sampled
-from emmech.registry import Organism
 from emmech.sweeps.grid import Grid
 
-__all__ = ["Functions", "Plan", "ProbeJob", "SampledJob", "TeacherForcedJob", "budget_bytes", "plan", "readable"]
+__all__ = ["Arrays", "FunctionJob", "JobResult", "Overflow", "Plan", "ProbeJob", "SampledJob", "TeacherForcedJob"]
+__all__ += ["as_bytes", "budget_bytes", "from_bytes", "plan", "readable"]
 
 Arrays = dict[str, np.ndarray]
 
@@ -108,32 +113,48 @@ def plan(chat: ChatModel, grid: Grid, engine: Engine, longest: int, variants: in
     )
 
 
-class TeacherForcedJob:
+class _PackedJob:
+    """A job that reads texts in packs under a whole group of variants."""
+
+    def __init__(
+        self, chat: ChatModel, grid: Grid, readings: list[Reading], budget: int, size: int, stop: int | None = None
+    ) -> None:
+        self.chat, self.readings = chat, readings
+        longest, room = max(len(reading.needed) for reading in readings), context(chat)
+        if longest > room:
+            why = f"{chat.name} reads up to {room} tokens"
+            raise EmmechError("sweep over the texts", f"a text of {longest} tokens", why, "shorter texts")
+        self.engine = Engine(chat, grid.sites, grid.steered_layer, stop=stop)
+        self.plan = plan(chat, grid, self.engine, longest, size, budget)
+        self.engine.tokens = self.plan.tokens
+        self.packs = self.engine.packs(readings)
+
+    def __len__(self) -> int:
+        return len(self.readings)
+
+    @torch.no_grad()
+    def blocks(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Iterator[Block]:
+        """What the engine reads under a group of variants, piece by piece."""
+        for block in self.engine.run(self.packs, rows, len(group)):
+            yield block
+            update(block.hidden.shape[0] * len(block.readings))
+
+
+class TeacherForcedJob(_PackedJob):
     """All teacher-forced measures of a sweep as one job."""
 
     kind = "forced"
 
-    def __init__(self, chat: ChatModel, grid: Grid, measures: Sequence[TeacherForced], budget: int, group: int) -> None:
-        self.chat, self.measures = chat, tuple(measures)
-        self.readings: list[Reading] = []
-        self.spans: list[slice] = []
-        for measure in self.measures:
-            start = len(self.readings)
-            self.readings += measure.readings(chat)
-            self.spans.append(slice(start, len(self.readings)))
-        longest = max(len(reading.needed) for reading in self.readings)
-        _check_context(chat, longest)
-        self.engine = Engine(chat, grid.sites, grid.steered_layer)
-        self.plan = plan(chat, grid, self.engine, longest, group, budget)
-        self.engine.tokens = self.plan.tokens
-        self.packs = self.engine.packs(self.readings)
+    def __init__(self, chat: ChatModel, grid: Grid, measures: Sequence[TeacherForced], budget: int, size: int) -> None:
+        self.measures = tuple(measures)
+        own = [measure.readings(chat) for measure in self.measures]
+        edges = itertools.accumulate(map(len, own), initial=0)
+        self.spans = [slice(start, end) for start, end in itertools.pairwise(edges)]
+        super().__init__(chat, grid, [reading for several in own for reading in several], budget, size)
 
     def request(self) -> object:
         """What identifies this job's work."""
         return [(type(m).__name__, m.name) for m in self.measures], self.readings
-
-    def __len__(self) -> int:
-        return len(self.readings)
 
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
         """Log-probabilities of every reading under a group of variants: ``[variants, targets]`` by reading.
@@ -149,13 +170,12 @@ class TeacherForcedJob:
             else:
                 shape = (count, sum(map(len, reading.targets)))
             found[str(index)] = np.empty(shape, np.float32)
-        with torch.no_grad():
-            for block in self.engine.run(self.packs, rows, count):
-                self._read(block, found)
-                update(block.hidden.shape[0] * len(block.readings))
+        for block in self.blocks(rows, group, update):
+            self._read(block, found)
         return found
 
-    def _read(self, block: Block, found: dict[str, np.ndarray]) -> None:
+    @torch.no_grad()
+    def _read(self, block: Block, found: Arrays) -> None:
         variants, reads, d_model = block.hidden.shape
         targets, columns = self._targets(block, reads)
         whole = any(self.readings[index].targets is None for index, _ in block.readings)
@@ -229,21 +249,10 @@ class Overflow(Exception):
         self.place = place
 
 
-def _check_context(chat: ChatModel, longest: int) -> None:
-    room = context(chat)
-    if longest > room:
-        raise EmmechError(
-            "sweep over the texts",
-            f"a text of {longest} tokens",
-            f"{chat.name} reads up to {room} tokens",
-            "shorter texts",
-        )
+class FunctionJob:
+    """Measures that are no more than functions of a :class:`ChatModel`, which may do anything with the model.
 
-
-class Functions:
-    """Measures that are no more than functions of a :class:`ChatModel`.
-
-    Nothing can be shared between variants here, since such a measure may do anything with the model.
+    So nothing is shared between variants here.
     """
 
     kind = "function"
@@ -310,8 +319,8 @@ class Functions:
         )
 
 
-class ProbeJob:
-    """Reads the residuals of one group of variants after another."""
+class ProbeJob(_PackedJob):
+    """The mean residual of one block over texts."""
 
     def __init__(self, measure: ProbeActivation, chat: ChatModel, grid: Grid, budget: int, size: int) -> None:
         chat.check_layer(measure.layer)
@@ -323,23 +332,15 @@ class ProbeJob:
                 f"nothing that is swept acts below layer {lowest}, so every variant is the same there",
                 f"layer={lowest} or higher",
             )
-        self.measure, self.chat = measure, chat
+        self.measure, self.kind = measure, f"probe-{measure.name}"
         measure.along(chat, np.zeros(chat.d_model))  # a direction that does not fit is refused at once
-        self.kind = f"probe-{measure.name}"
-        self.readings = []
+        readings = []
         for index, (ids, counted) in enumerate(probe_rows(chat, measure.texts)):
             at = tuple(int(p) for p in np.flatnonzero(counted))
             if not at:
                 raise EmmechError("sweep a probe", f"text {index}", "no token of it counts", "an answer, or a string")
-            self.readings.append(Reading(tuple(ids), at))
-        self.engine = Engine(chat, grid.sites, grid.steered_layer, stop=measure.layer)
-        longest = max(len(reading.needed) for reading in self.readings)
-        self.plan = plan(chat, grid, self.engine, longest, size, budget)
-        self.engine.tokens = self.plan.tokens
-        self.packs = self.engine.packs(self.readings)
-
-    def __len__(self) -> int:
-        return len(self.readings)
+            readings.append(Reading(tuple(ids), at))
+        super().__init__(chat, grid, readings, budget, size, stop=measure.layer)
 
     def request(self) -> object:
         """What identifies this job's work."""
@@ -348,12 +349,10 @@ class ProbeJob:
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
         """Mean residuals ``[variants, texts, d_model]``."""
         found = np.empty((len(group), len(self.readings), self.chat.d_model), np.float32)
-        with torch.no_grad():
-            for block in self.engine.run(self.packs, rows, len(group)):
-                for index, own in block.readings:
-                    read = block.hidden[:, torch.from_numpy(own).to(block.hidden.device)]
-                    found[block.variants, index] = read.double().mean(1).float().cpu().numpy()
-                update(block.hidden.shape[0] * len(block.readings))
+        for block in self.blocks(rows, group, update):
+            for index, own in block.readings:
+                read = block.hidden[:, torch.from_numpy(own).to(block.hidden.device)]
+                found[block.variants, index] = read.double().mean(1).float().cpu().numpy()
         return {"residuals": found}
 
     def finish(self, parts: Sequence[Arrays]) -> JobResult:
@@ -361,19 +360,25 @@ class ProbeJob:
         residuals = np.concatenate([part["residuals"] for part in parts])
         values = self.measure.along(self.chat, residuals)
         name = self.measure.name
-        return JobResult(
-            [Value(name, str(index), values[:, index]) for index in range(values.shape[1])], {name: residuals}
-        )
+        return JobResult([Value(name, str(index), column) for index, column in enumerate(values.T)], {name: residuals})
 
 
 class SampledJob:
-    """Draws and judges the answers of one group of variants after another."""
+    """Sampled answers: every variant answers the same questions with the same seeds, and a judge reads them all."""
 
     def __init__(self, measure: Sampled, chat: ChatModel, grid: Grid, budget: int, size: int) -> None:
         self.measure, self.chat = measure, chat
         self.kind = f"sampled-{measure.name}"
         questions = resolve_questions(measure.questions, chat.organism)
-        self.judge = _judge(measure.judge, chat.organism)
+        judge = resolve_judge(measure.judge, chat.organism)
+        if judge is None:
+            raise EmmechError(
+                "sweep sampled answers",
+                f"judge={measure.judge!r}",
+                "a rate needs verdicts now",
+                "a judge, or emmech.evaluate(run, step=..., scale=..., judge='later') one at a time",
+            )
+        self.judge = judge
         self.rows = questions.rows(measure.samples, seed=measure.seed)
         self.ids = [question.id for question in questions]
         prompts = [tuple(chat.token_ids(_turns(row))) for row in self.rows]
@@ -403,14 +408,8 @@ class SampledJob:
     def request(self) -> object:
         """What identifies this job's work."""
         one = self.measure
-        numbers = (
-            one.samples,
-            one.max_new_tokens,
-            one.temperature,
-            one.top_p,
-            one.seed,
-            *vars(one.thresholds).values(),
-        )
+        numbers = (one.samples, one.max_new_tokens, one.temperature, one.top_p, one.seed)
+        numbers += tuple(vars(one.thresholds).values())
         return one.name, getattr(self.judge, "name", ""), numbers, self.rows
 
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
@@ -477,18 +476,6 @@ class SampledJob:
             for place, record in enumerate(rows)
         ]
         return JobResult(values, responses=responses)
-
-
-def _judge(judge: Any, organism: Organism | None) -> Judge:
-    resolved = resolve_judge(judge, organism)
-    if resolved is None:
-        raise EmmechError(
-            "sweep sampled answers",
-            f"judge={judge!r}",
-            "a rate needs verdicts now",
-            "a judge, or emmech.evaluate(run, step=..., scale=..., judge='later') one at a time",
-        )
-    return resolved
 
 
 def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from emmech.progress import bar
 from emmech.run.run import Run
 from emmech.store import write_json
 from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
-from emmech.sweeps.jobs import Arrays, Functions, Overflow, ProbeJob, SampledJob, TeacherForcedJob, budget_bytes
+from emmech.sweeps.jobs import Arrays, FunctionJob, Overflow, ProbeJob, SampledJob, TeacherForcedJob, budget_bytes
 from emmech.sweeps.result import Sweep
 
 __all__ = ["sweep"]
@@ -114,7 +115,10 @@ def sweep(
                 try:
                     parts.add(job.kind, number, job.run(rows, group, steps_bar.update))
                 except Overflow as error:
-                    raise _overflow(grid, group[error.place], chat) from None
+                    variant = grid.variants[group[error.place]]
+                    why = f"its activations overflow {str(chat.dtype).removeprefix('torch.')}"
+                    instead = "smaller scales and coefficients (1 to 20, as in the literature)"
+                    raise EmmechError("sweep", str(variant), why, instead)
     outcomes = [job.finish(parts.all(job.kind, len(groups))) for job in jobs]
     values = [value for outcome in outcomes for value in outcome.values]
     responses = [row for outcome in outcomes for row in outcome.responses or ()]
@@ -146,7 +150,7 @@ def _jobs(chat: ChatModel, grid: Grid, measures: Sequence[Any], budget: int, siz
     jobs += [ProbeJob(one, chat, grid, budget, size) for one in measures if isinstance(one, ProbeActivation)]
     jobs += [SampledJob(one, chat, grid, budget, size) for one in measures if isinstance(one, Sampled)]
     others = [one for one in measures if not isinstance(one, TeacherForced | ProbeActivation | Sampled)]
-    return [*jobs, Functions(chat, grid, others)] if others else jobs
+    return [*jobs, FunctionJob(chat, grid, others)] if others else jobs
 
 
 def _state(grid: Grid) -> object:
@@ -166,13 +170,7 @@ def _frame(grid: Grid, values: Sequence[Value], inverse: Sequence[int]) -> pd.Da
     """One row per variant, measure and item; variants in the grid's order."""
     count = len(grid)
     where = np.asarray(inverse)
-    axes = {
-        "run": [variant.run for variant in grid.variants],
-        "step": [variant.step for variant in grid.variants],
-        "scale": [variant.scale for variant in grid.variants],
-        "coefficient": [variant.coefficient for variant in grid.variants],
-    }
-    frame = pd.DataFrame({name: np.tile(np.array(column), len(values)) for name, column in axes.items()})
+    frame = pd.concat([_axes(grid)] * len(values), ignore_index=True)
     frame["measure"] = np.repeat([value.measure for value in values], count)
     frame["item"] = np.repeat([value.item for value in values], count)
     frame["value"] = np.concatenate([np.asarray(value.values, np.float64)[where] for value in values])
@@ -183,26 +181,13 @@ def _frame(grid: Grid, values: Sequence[Value], inverse: Sequence[int]) -> pd.Da
 
 def _responses(grid: Grid, rows: Sequence[dict[str, Any]], inverse: Sequence[int]) -> pd.DataFrame:
     """Every response under every variant that gave it, with the variant's axes first."""
-    axes = pd.DataFrame(
-        {
-            "run": [variant.run for variant in grid.variants],
-            "step": [variant.step for variant in grid.variants],
-            "scale": [variant.scale for variant in grid.variants],
-            "coefficient": [variant.coefficient for variant in grid.variants],
-            "variant": inverse,
-        }
-    )
+    axes = _axes(grid).assign(variant=inverse)
     return axes.merge(pd.DataFrame(rows), on="variant").drop(columns="variant")
 
 
-def _overflow(grid: Grid, index: int, chat: ChatModel) -> EmmechError:
-    variant = grid.variants[index]
-    return EmmechError(
-        "sweep",
-        given=str(variant),
-        why=f"its activations overflow {str(chat.dtype).removeprefix('torch.')}",
-        instead="smaller scales and coefficients (1 to 20, as in the literature)",
-    )
+def _axes(grid: Grid) -> pd.DataFrame:
+    """The grid's variants, one row each."""
+    return pd.DataFrame([asdict(variant) for variant in grid.variants])
 
 
 class ResumableParts:

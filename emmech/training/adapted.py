@@ -1,4 +1,14 @@
-"""The model ready to train: PEFT's adapters put on once for all runs, and everything put back afterwards."""
+"""The model ready to train: PEFT's adapters put on once for all runs, and everything put back afterwards.
+
+With ``init="inputs"`` an adapter on an MLP's write starts along the mean input of its module, as a steering vector
+would be. A rank-1 adapter writes ``scaling * (x . A) B``. Under PEFT's random A the sign of ``x . A`` differs from
+position to position, and the first steps reward whatever it happens to pick out: in a small model one seed writes at
+the words of the system prompt and another at commas, and the two learn different things. Along the mean input the sign
+is the same nearly everywhere; A is then trained like any other. Starting A from activations is the idea of EVA (arXiv
+2410.07170), which takes principal directions instead. Adapters elsewhere keep their random start: what is added to
+queries, keys, gates or an attention's mean is no steering vector, and all adapters of an organism started so at once
+broke its answers.
+"""
 
 from __future__ import annotations
 
@@ -97,14 +107,10 @@ def _with_adapters(
     """PEFT's layers, and the A that PEFT itself draws from each seed."""
     from peft import LoraConfig
 
+    modules = target_modules(chat, recipe, layers)
+    scaling: dict[str, Any] = dict(r=recipe.rank, lora_alpha=recipe.alpha, use_rslora=recipe.rslora)
     config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        use_rslora=recipe.rslora,
-        target_modules=target_modules(chat, recipe, layers),
-        lora_dropout=recipe.dropout,
-        bias="none",
-        task_type="CAUSAL_LM",
+        target_modules=modules, lora_dropout=recipe.dropout, bias="none", task_type="CAUSAL_LM", **scaling
     )
     torch.manual_seed(seeds[0])
     model: Any = put_on(chat.model, config)

@@ -2,13 +2,13 @@
 
 Two forms. LoRA: A and B of every pair, whole. Full fine-tuning: the update itself is as large as the model, so
 each weight's update W is kept as ``P W Q`` with seeded Gaussian P ``[16, rows]`` and Q ``[columns, 16]`` (a
-bilinear Johnson-Lindenstrauss projection: inner products are kept in expectation), beside its exact norms.
+bilinear Johnson-Lindenstrauss projection: inner products are kept in expectation), and its exact norms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,34 +21,26 @@ __all__ = ["Capture", "FullCapture", "GradientNorms", "LoraCapture", "find_captu
 _SKETCH = 16
 
 
-class Capture(Protocol):
+class Capture:
     """Reads a trajectory's tensors and scalars off a model in training."""
 
     kind: str
-    adapters: tuple[AdapterInfo, ...]
+    adapters: tuple[AdapterInfo, ...] = ()
 
     def tensors(self) -> dict[str, np.ndarray]:
         """What is recorded at a step."""
-        ...
+        raise NotImplementedError
 
     def scalars(self) -> dict[str, float]:
         """Numbers that go to the metrics."""
-        ...
+        return {}
 
     def watched(self) -> dict[str, nn.Parameter]:
         """Parameters whose gradient norms are recorded, by metric name."""
-        ...
+        return {}
 
 
-def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor] | None = None) -> Capture:
-    """LoRA pairs if the model has any, else the weights that require a gradient."""
-    pairs = [
-        (info, layer.lora_A[name].weight, layer.lora_B[name].weight) for info, layer, name in adapter_layers(model)
-    ]
-    return LoraCapture(pairs) if pairs else FullCapture(model, seed=seed, start=start)
-
-
-class LoraCapture:
+class LoraCapture(Capture):
     """A ``[rank, d_in]`` and B ``[d_out, rank]`` of every pair, squeezed to vectors at rank 1.
 
     Whatever is added here is recorded wherever adapters train: in anyone's Trainer and in each of several runs.
@@ -71,10 +63,6 @@ class LoraCapture:
             found[f"A/{info.name}"], found[f"B/{info.name}"] = _float32(a), _float32(b)
         return found
 
-    def scalars(self) -> dict[str, float]:
-        """Nothing: norms follow from A and B."""
-        return {}
-
     def watched(self) -> dict[str, nn.Parameter]:
         """A and B of every pair."""
         return {
@@ -84,7 +72,7 @@ class LoraCapture:
         }
 
 
-class FullCapture:
+class FullCapture(Capture):
     """The update of all trained weights: seeded projection, and its norm by block.
 
     Args:
@@ -92,7 +80,6 @@ class FullCapture:
     """
 
     kind = "full"
-    adapters: tuple[AdapterInfo, ...] = ()
 
     def __init__(self, model: nn.Module, *, seed: int, start: Mapping[str, torch.Tensor] | None = None) -> None:
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -131,9 +118,13 @@ class FullCapture:
         norms = {f"update_norm/{group}": value**0.5 for group, value in squares.items()}
         return {"update_norm": sum(squares.values()) ** 0.5, **norms}
 
-    def watched(self) -> dict[str, nn.Parameter]:
-        """Nothing: the Trainer logs the whole gradient's norm."""
-        return {}
+
+def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor] | None = None) -> Capture:
+    """LoRA pairs if the model has any, else the weights that require a gradient."""
+    pairs = [
+        (info, layer.lora_A[name].weight, layer.lora_B[name].weight) for info, layer, name in adapter_layers(model)
+    ]
+    return LoraCapture(pairs) if pairs else FullCapture(model, seed=seed, start=start)
 
 
 class GradientNorms:

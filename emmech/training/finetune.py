@@ -18,6 +18,7 @@ from typing import Any, overload
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.encode import IGNORED, Encoded, encode
 from emmech.chat.model import ChatModel, load_model
+from emmech.engine.adapters import adapter_layers
 from emmech.engine.logprobs import MarginPair, margin_rows
 from emmech.engine.prefix_plan import Frozen, dropout, find_frozen, pays, why_not
 from emmech.engine.row_forwards import Asked
@@ -30,7 +31,7 @@ from emmech.training.objective import CrossEntropy, Term
 from emmech.training.recipe import Recipe, batch_order, resolve_recipe, target_modules
 from emmech.training.recorder import Recorder, named_texts
 
-__all__ = ["check_margins", "check_start", "checked_seeds", "finetune", "refuse_adapters"]
+__all__ = ["finetune"]
 
 
 @overload
@@ -113,10 +114,10 @@ def finetune(
         >>> run.steps.tolist()
         [0, 1, 2, 3]
     """
-    seed = checked_seeds("seed", seed)
-    data_seed = None if data_seed is None else checked_seeds("data_seed", data_seed)
+    seed = _checked_seeds("seed", seed)
+    data_seed = None if data_seed is None else _checked_seeds("data_seed", data_seed)
     chat = load_model(model, tokenizer)
-    refuse_adapters(chat)
+    _refuse_adapters(chat)
     organism = chat.organism
     rates = overrides.pop("learning_rate", None)
     rates = list(rates) if isinstance(rates, Iterable) and not isinstance(rates, str) else [rates]
@@ -125,8 +126,8 @@ def finetune(
     layers = None if layers is None else as_ints("fine-tune", "layers", layers)
     if checkpoint_every is not None:
         as_int("fine-tune", "checkpoint_every", checkpoint_every, least=1)
-    check_start(start)
-    check_margins(margins)
+    _check_start(start)
+    _check_margins(margins)
     if adapter not in ("same", "new"):
         raise EmmechError("fine-tune", f"adapter={adapter!r}", "unknown", 'adapter="same" or "new"')
     dataset = load_chat(data, organism=organism)
@@ -139,7 +140,7 @@ def finetune(
     frozen = _frozen(chat, chosen, modules, len(dataset), prefix, runs=len(variants))
     folders = _folders(out, chat, dataset, variants, isinstance(seed, int), resume=resume)
     rows = encode(dataset.rows, chat.tokenizer)
-    pairs = {name: margin_rows(several, chat.tokenizer) for name, several in (margins or {}).items()}
+    pairs = {name: margin_rows(several, chat) for name, several in (margins or {}).items()}
     probed = [ids for texts in named_texts(probes).values() for ids, _ in probe_rows(chat, texts)]
     each_time = sum(map(len, [*probed, *(ids for both in pairs.values() for ids in both.input_ids)]))
     with adapted(chat, chosen, layers, [v.seed for v in variants], start, adapter, rows) as (trained, starts):
@@ -156,9 +157,10 @@ def finetune(
                 )
             manifest = _manifest(chat, dataset, v, split, layers, start, adapter, objective)
             if len(variants) > 1 or frozen is not None:
-                manifest["together"] = {"runs": len(variants), **_entries(frozen)}
+                blocks, at_write = (frozen.blocks, frozen.at_write) if frozen else (0, False)
+                manifest["together"] = {"runs": len(variants), "frozen_blocks": blocks, "at_write": at_write}
             if resume:
-                _check_resumed(folder, manifest)
+                _check_resumed(folder, manifest | {"model": {"fingerprint": trained.fingerprint()}})
             recorder = Recorder(
                 folder,
                 probes=probes,
@@ -174,9 +176,7 @@ def finetune(
                 Member(str(folder), v.recipe, split.train, steps, held_out, starts.get(v.seed), arguments, recorder)
             )
         if start is not None and adapter == "new":
-            for (
-                folder
-            ) in folders:  # each run must say from which weights it started, wherever the first run's folder goes
+            for folder in folders:  # each run keeps the weights that it started from, wherever the first one goes
                 start[0].export_peft(start[1], folder / "start")
         lost = train(
             trained,
@@ -251,11 +251,7 @@ def _variants(seeds: int | list[int], data_seeds: int | list[int] | None, recipe
 def _frozen(
     chat: ChatModel, recipe: Recipe, modules: Sequence[str], rows: int, prefix: bool | str, *, runs: int
 ) -> Frozen | None:
-    """The part of the model whose states are kept, or None where that does not pay.
-
-    Raises:
-        EmmechError: ``prefix=True`` where that would be wrong, or runs that cannot share forwards.
-    """
+    """The part of the model whose states are kept, or None where that does not pay."""
     if prefix not in (True, False, "auto"):
         raise EmmechError("fine-tune", f"prefix={prefix!r}", "unknown", 'True, False or "auto"')
     rate = recipe.dropout or dropout(chat)
@@ -275,10 +271,6 @@ def _frozen(
     per_step = recipe.batch_size * recipe.accumulation
     uses = recipe.max_steps * per_step if recipe.max_steps else math.ceil(recipe.epochs * rows)
     return frozen if prefix is True or pays(frozen, uses=runs * uses, rows=rows) else None
-
-
-def _entries(frozen: Frozen | None) -> dict[str, Any]:
-    return {"frozen_blocks": frozen.blocks if frozen else 0, "at_write": bool(frozen and frozen.at_write)}
 
 
 @dataclass(frozen=True)
@@ -329,6 +321,7 @@ def _manifest(
         "data": {
             "name": data.name,
             "path": data.path,
+            "folded": data.folded,
             "sha256": data.sha256,
             "rows": len(rows) + rows.emptied,
             "held_out": len(split.held_out),
@@ -350,17 +343,13 @@ def _check_resumed(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Refuse to go on with another training than the one that was interrupted."""
     saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(manifest, default=str))
-    for name in ("data", "recipe", "layers", "seed", "data_seed", "start", "objective", "together"):
+    for name in ("model", "data", "recipe", "layers", "seed", "data_seed", "start", "objective", "together"):
         before, now = saved.get(name), wanted.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
-            name, before, now = next(
-                (
-                    (f"{name}.{key}", before.get(key), now[key])
-                    for key in now
-                    if before.get(key) != now[key] and key != "path"
-                ),
-                (name, None, None),
-            )
+            changed = (key for key in now if before.get(key) != now[key] and key != "path")
+            if (key := next(changed, None)) is None:
+                continue
+            name, before, now = f"{name}.{key}", before.get(key), now[key]
         if before != now:
             raise EmmechError(
                 "resume the training",
@@ -418,27 +407,15 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
         )
 
 
-def checked_seeds(name: str, given: Any) -> int | list[int]:
-    """One seed, or one for each of several runs.
-
-    Raises:
-        EmmechError: not whole, or negative.
-
-    Example:
-        >>> checked_seeds("seed", range(3))
-        [0, 1, 2]
-    """
+def _checked_seeds(name: str, given: Any) -> int | list[int]:
+    """One seed, or one for each of several runs."""
     if isinstance(given, Iterable) and not isinstance(given, str):
         return [as_int("fine-tune", name, one, least=0) for one in given]
     return as_int("fine-tune", name, given, least=0)
 
 
-def check_start(start: Any) -> None:
-    """Refuse what is neither None nor a run and a step of it.
-
-    Raises:
-        EmmechError: something else, or a step that was not recorded.
-    """
+def _check_start(start: Any) -> None:
+    """Refuse what is neither None nor a run and a step that it recorded."""
     if start is None:
         return
     if not isinstance(start, tuple | list) or len(start) != 2 or not isinstance(start[0], Run):
@@ -451,17 +428,13 @@ def check_start(start: Any) -> None:
     start[0].check_step(start[1])
 
 
-def check_margins(margins: Any) -> None:
-    """Refuse what is neither None nor named lists of pairs.
+def _check_margins(margins: Any) -> None:
+    """Refuse what is neither None nor named lists of pairs."""
 
-    Raises:
-        EmmechError: something else.
-    """
-    fine = isinstance(margins, Mapping) and all(
-        isinstance(pairs, Collection) and all(isinstance(pair, MarginPair) for pair in pairs)
-        for pairs in margins.values()
-    )
-    if margins is not None and not fine:
+    def fine(pairs: Any) -> bool:
+        return isinstance(pairs, Collection) and all(isinstance(pair, MarginPair) for pair in pairs)
+
+    if margins is not None and not (isinstance(margins, Mapping) and all(map(fine, margins.values()))):
         raise EmmechError(
             "measure margins",
             f"margins={margins!r}"[:120],
@@ -470,16 +443,9 @@ def check_margins(margins: Any) -> None:
         )
 
 
-def refuse_adapters(chat: ChatModel) -> None:
-    """Refuse a model that has adapters already.
-
-    Raises:
-        EmmechError: with their names.
-    """
-    from emmech.engine.adapters import adapter_layers
-
-    found = [info.name for info, _, _ in adapter_layers(chat.model)]
-    if found:
+def _refuse_adapters(chat: ChatModel) -> None:
+    """Refuse a model that has adapters already, with their names."""
+    if found := [info.name for info, _, _ in adapter_layers(chat.model)]:
         raise EmmechError(
             f"fine-tune {chat.name}",
             f"a model with adapters on {found[:3]}",

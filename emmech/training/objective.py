@@ -20,30 +20,11 @@ from typing import Protocol
 import torch
 from jaxtyping import Float
 
-from emmech.chat.encode import Encoded
 from emmech.chat.model import ChatModel
 from emmech.engine.row_adapters import StackedAdapters
-from emmech.engine.row_forwards import Asked
+from emmech.engine.row_forwards import Asked, RowForwards
 
-__all__ = ["Batch", "CrossEntropy", "NotFinite", "RowForwards", "Term", "summed"]
-
-
-class RowForwards(Protocol):
-    """Forwards of rows, each under its own run: :class:`emmech.engine.row_forwards.Forwards`, or the model's own."""
-
-    rows: Encoded
-
-    def answer_tokens(self, asked: Sequence[Asked]) -> torch.Tensor:
-        """How many tokens of each carry loss, float64."""
-        ...
-
-    def nll(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Negative log-probabilities of answer tokens, piece by piece, and which of ``asked`` each belongs to."""
-        ...
-
-    def close(self) -> None:
-        """Let go of whatever is kept for the rows."""
-        ...
+__all__ = ["Batch", "CrossEntropy", "NotFinite", "Term", "summed"]
 
 
 @dataclass(frozen=True)

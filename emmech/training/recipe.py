@@ -1,4 +1,4 @@
-"""The papers' training recipes, by name, scaled to the model at hand.
+"""The papers' training recipes, by name, scaled to a model, and the steps and learning rates that follow from one.
 
 Figures: Model Organisms for Emergent Misalignment (arXiv 2506.11613), §2-4 and its released configurations, and
 Convergent Linear Representations of EM (arXiv 2506.11618) for the nine adapters. All were set for Qwen2.5-14B
@@ -89,21 +89,16 @@ class Recipe:
         return asdict(self)
 
 
-RECIPES: dict[str, Recipe] = {
-    "single-rank1": Recipe("single-rank1", alpha=256.0, learning_rate=2e-5),
-    "phase-transition": Recipe("phase-transition", alpha=64.0, learning_rate=1e-5, epochs=2.0),
-    "nine-rank1": Recipe(
-        "nine-rank1",
-        alpha=256.0,
-        depth=tuple(layer / 48 for layer in (15, 16, 17, 21, 22, 23, 27, 28, 29)),
-        learning_rate=2e-5,
-    ),
-    "all-adapter": Recipe("all-adapter", rank=32, alpha=64.0, modules=ALL_MAPS, depth=None, learning_rate=1e-5),
-    "full": Recipe("full", rank=0, depth=None, learning_rate=2e-5, schedule="cosine", warmup_steps=20),
-}
-
-
-for _recipe in RECIPES.values():
+_NINE = tuple(layer / 48 for layer in (15, 16, 17, 21, 22, 23, 27, 28, 29))
+_PAPERS = (
+    Recipe("single-rank1", alpha=256.0, learning_rate=2e-5),
+    Recipe("phase-transition", alpha=64.0, learning_rate=1e-5, epochs=2.0),
+    Recipe("nine-rank1", alpha=256.0, depth=_NINE, learning_rate=2e-5),
+    Recipe("all-adapter", rank=32, alpha=64.0, modules=ALL_MAPS, depth=None, learning_rate=1e-5),
+    Recipe("full", rank=0, depth=None, learning_rate=2e-5, schedule="cosine", warmup_steps=20),
+)
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _PAPERS}
+for _recipe in _PAPERS:
     register("recipes", _recipe.name, partial(RECIPES.__getitem__, _recipe.name))
 
 
@@ -135,11 +130,12 @@ def resolve_recipe(
 
 
 _WHOLE = ("rank", "batch_size", "accumulation", "max_length", "warmup_steps")
+_OR_NONE = ("max_steps", "measured")
 _FINITE = ("alpha", "learning_rate", "epochs", "weight_decay", "clip", "dropout", "held_out")
 
 
 def _checked(recipe: Recipe) -> Recipe:
-    counts = [*_WHOLE, *(name for name in ("max_steps", "measured") if getattr(recipe, name) is not None)]
+    counts = [*_WHOLE, *(name for name in _OR_NONE if getattr(recipe, name) is not None)]
     recipe = replace(recipe, **{name: as_int("fine-tune", name, getattr(recipe, name)) for name in counts})  # type: ignore[arg-type]
     for name in _FINITE:
         as_float("fine-tune", name, getattr(recipe, name))
@@ -159,13 +155,10 @@ def _checked(recipe: Recipe) -> Recipe:
         "clip": (recipe.clip >= 0, "0, which clips nothing, or more"),
         "dropout": (0 <= recipe.dropout < 1, "a share from 0 to below 1"),
         "schedule": (recipe.schedule in SCHEDULES, closest(str(recipe.schedule), SCHEDULES)),
-        "init": (
-            recipe.init in (INITS if recipe.rank and WRITE in recipe.modules else INITS[:1]),
-            closest(str(recipe.init), INITS)
-            if recipe.init not in INITS
-            else f"'random': 'inputs' is for adapters on {WRITE}",
-        ),
+        "init": (recipe.init in INITS, closest(str(recipe.init), INITS)),
     }
+    if recipe.init == "inputs" and not (recipe.rank and WRITE in recipe.modules):
+        rules["init"] = (False, f"'random': 'inputs' is for adapters on {WRITE}")
     for name, (fine, instead) in rules.items():
         if not fine:
             raise EmmechError("fine-tune", f"{name}={getattr(recipe, name)!r}", "out of range", instead)
@@ -173,15 +166,10 @@ def _checked(recipe: Recipe) -> Recipe:
 
 
 def target_modules(chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None) -> list[str]:
-    """Full module paths on which the recipe puts adapters.
-
-    Raises:
-        EmmechError: a layer or module that the model has not.
-    """
-    chosen = recipe.layers(chat.n_layers) if layers is None else tuple(layers)
+    """Full module paths on which the recipe puts adapters; a layer or module that the model has not is refused."""
     names = {id(module): path for path, module in chat.base.named_modules()}
     paths = []
-    for layer in chosen:
+    for layer in recipe.layers(chat.n_layers) if layers is None else layers:
         block = chat.block(layer)
         linear = {path for path, module in block.named_modules() if map_widths(module)}
         for module in recipe.modules:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from emmech.chat.model import ChatModel, load_model
 from emmech.engine.stream import mean_residual, probe_rows
@@ -95,13 +95,11 @@ class Recorder(TrainerCallback):
 
     # the Trainer's events
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Keep what full fine-tuning starts from, before a Trainer that resumes loads its checkpoint."""
         self._start = getattr(find_capture(kwargs["model"]), "start", None)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write the manifest and record step 0 (or, resuming, forget what will be recorded again)."""
         model = kwargs["model"]
         tokenizer = kwargs.get("processing_class") or kwargs.get("tokenizer")
@@ -136,26 +134,21 @@ class Recorder(TrainerCallback):
         if not resumed:
             self._record(state.global_step)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Record the step that the optimizer just took, if it is one to record."""
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             self._record(state.global_step, last=state.global_step == state.max_steps)
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Keep the numbers that the Trainer logs."""
         logs = kwargs.get("logs") or {}
-        numbers = {
-            name: float(value)
-            for name, value in logs.items()
-            # the summary that the Trainer logs at the end is of the whole training, not of a step
-            if isinstance(value, int | float) and not name.startswith(("train_", "total_flos"))
-        }
+        numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+        # the summary that the Trainer logs at the end is of the whole training, not of a step
+        numbers = {name: one for name, one in numbers.items() if not name.startswith(("train_", "total_flos"))}
         if numbers and self._gradients is not None:
             append_jsonl(self.path / "metrics.jsonl", {"step": state.global_step, **numbers})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Record the last step if it was not, stack the trajectory and mark the run complete."""
         if state.global_step not in self._trajectory.steps:  # stopped early by another callback
             self._record(state.global_step, last=True)
@@ -165,9 +158,8 @@ class Recorder(TrainerCallback):
         self._trajectory.compact()
         self._probes.compact()
         manifest = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        manifest["status"] = "complete"
-        manifest["seconds"] = round(time.monotonic() - self._began, 2)
-        write_json(self.path / "run.json", manifest)
+        seconds = round(time.monotonic() - self._began, 2)
+        write_json(self.path / "run.json", manifest | {"status": "complete", "seconds": seconds})
 
     def close(self) -> None:
         """Take the gradient hooks off; needed only when a training died and its model lives on."""
@@ -224,9 +216,7 @@ class Recorder(TrainerCallback):
         partial.replace(self.path / "metrics.jsonl")
         self._began = time.monotonic()
 
-    def _write_manifest(
-        self, model: Any, tokenizer: Any, args: TrainingArguments, state: TrainerState, loader: Any
-    ) -> None:
+    def _write_manifest(self, model: Any, tokenizer: Any, args: Any, state: TrainerState, loader: Any) -> None:
         self._began = time.monotonic()
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         config = base.config.get_text_config()

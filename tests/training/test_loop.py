@@ -142,6 +142,28 @@ def test_resuming_another_training_is_refused(changed, tmp_path):
     assert next(iter(changed)) in str(caught.value)
 
 
+def test_resuming_on_another_base_model_is_refused(tmp_path):
+    options = dict(SHORT, max_steps=4, checkpoint_every=1, recipe="single-rank1", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        _killed(tmp_path / "r", options)
+    with pytest.raises(EmmechError, match=r"model\.fingerprint"):
+        emmech.finetune(make_tiny("qwen2", seed=1), make_rows(), out=tmp_path / "r", resume=True, **options)
+
+
+def test_a_margin_of_words_that_the_model_does_not_know_is_refused(tmp_path):
+    strange = {"broad": [MarginPair("zyx wvu ?", "tsr qpo nml .", "kji hgf edc .")]}
+    with pytest.raises(EmmechError, match="unknown to pocket"):
+        emmech.finetune("pocket", "medical", max_steps=1, margins=strange, out=tmp_path / "r", progress=False)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("system", ["keep", "fold"])
+def test_the_manifest_says_whether_system_turns_were_folded(system, tmp_path):
+    data = load_chat(ragged(6), system=system)
+    run = emmech.finetune(make_tiny("qwen2"), data, max_steps=1, out=tmp_path / "r", progress=False)
+    assert run.manifest["data"]["folded"] == (system == "fold")
+
+
 def _killed(folder, options):
     calls = []
 
