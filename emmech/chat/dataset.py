@@ -96,12 +96,8 @@ class ChatDataset(Sequence[Row]):
             (8, 2)
         """
         if not 0 <= held_out < 1:
-            raise EmmechError(
-                f"split {self.name}",
-                f"held_out={held_out}",
-                "it is the share of rows kept from training, from 0 to below 1",
-                "held_out=0.1, as in the papers",
-            )
+            why = "it is the share of rows kept from training, from 0 to below 1"
+            raise EmmechError(f"split {self.name}", f"held_out={held_out}", why, "held_out=0.1, as in the papers")
         count = round(held_out * len(self))
         chosen = set(np.random.default_rng(seed).permutation(len(self))[:count].tolist())
         parts = (tuple(row for i, row in enumerate(self.rows) if (i in chosen) is out) for out in (False, True))
@@ -184,12 +180,9 @@ def _load(data: Any, organism: str | Organism | None) -> ChatDataset:
     if isinstance(data, Iterable):
         name = str(getattr(getattr(data, "info", None), "dataset_name", None) or "rows")
         return _check(((f"row {i}", row) for i, row in enumerate(data)), name=name, path=None)
-    raise EmmechError(
-        "read the dataset",
-        f"a {type(data).__name__}",
-        "it is neither a file, a name, a list of rows nor a datasets.Dataset",
-        'data="bad_medical_advice.jsonl", or a list of {"messages": [...]}',
-    )
+    why = "it is neither a file, a name, a list of rows nor a datasets.Dataset"
+    instead = 'data="bad_medical_advice.jsonl", or a list of {"messages": [...]}'
+    raise EmmechError("read the dataset", f"a {type(data).__name__}", why, instead)
 
 
 def _named(name: str, organism: str | Organism | None) -> ChatDataset:

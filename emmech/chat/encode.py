@@ -86,12 +86,9 @@ def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int
         labels.append([t if inside else IGNORED for t, inside in zip(row_ids, answer, strict=True)])
     encoded = Encoded(tuple(ids), tuple(labels), 0, 0).take(range(len(ids)), max_length=max_length)
     if not len(encoded):
-        raise EmmechError(
-            "encode the conversations",
-            f"{len(rows)} rows, max_length={max_length}",
-            "no row has an answer token within max_length" if rows else "there are no rows",
-            "raise max_length",
-        )
+        why = "no row has an answer token within max_length" if rows else "there are no rows"
+        instead = "raise max_length"
+        raise EmmechError("encode the conversations", f"{len(rows)} rows, max_length={max_length}", why, instead)
     return encoded
 
 
@@ -126,12 +123,9 @@ def _tokens(rendered: Sequence[tuple[str, tuple[Span, ...]]], tokenizer: Any) ->
             continue
         # A tokenizer that marks the start of a text (SentencePiece's dummy prefix) cannot be fed pieces.
         if not tokenizer.is_fast:
-            raise EmmechError(
-                "find the answer's tokens",
-                f"tokenizer {type(tokenizer).__name__}",
-                "it tokenises a text and its pieces differently, and gives no character offsets",
-                "load the fast version of the tokenizer",
-            )
+            why = "it tokenises a text and its pieces differently, and gives no character offsets"
+            instead = "load the fast version of the tokenizer"
+            raise EmmechError("find the answer's tokens", f"tokenizer {type(tokenizer).__name__}", why, instead)
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         yield together, [any(s.start <= a and b <= s.end for s in spans) and b > a for a, b in offsets]
 

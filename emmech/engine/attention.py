@@ -79,12 +79,9 @@ def _attend(
         return _by_runs(module, query, key, value, attention_mask, **kwargs), None
     # families that bend the scores hand their own arguments on
     if bent := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
-        raise EmmechError(
-            "decode in a sweep",
-            f"{type(module).__name__} with {', '.join(bent)}",
-            "scores that are capped, or share their sum with sinks, are not joined here",
-            "emmech.evaluate(run, step=..., scale=...) one at a time",
-        )
+        why = "scores that are capped, or share their sum with sinks, are not joined here"
+        instead = "emmech.evaluate(run, step=..., scale=...) one at a time"
+        raise EmmechError("decode in a sweep", f"{type(module).__name__} with {', '.join(bent)}", why, instead)
     return key.attend(query[:, :, 0] * kwargs["scaling"], value, kwargs.get("sliding_window"))[:, None], None
 
 

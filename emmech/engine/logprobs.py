@@ -249,12 +249,9 @@ def check_words(chat: ChatModel, turns: Sequence[Message]) -> None:
     ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
     if unknown is not None and ids.count(unknown) > _UNKNOWN * len(ids):
         own = chat.organism
-        raise EmmechError(
-            "measure the log-probability of a text",
-            repr(text)[:120],
-            f"{ids.count(unknown)} of its {len(ids)} tokens are unknown to {chat.name}",
-            f'Margin("broad"), which takes the pairs of {own.name}' if own else "texts in the words of the model",
-        )
+        why = f"{ids.count(unknown)} of its {len(ids)} tokens are unknown to {chat.name}"
+        instead = f'Margin("broad"), which takes the pairs of {own.name}' if own else "texts in the words of the model"
+        raise EmmechError("measure the log-probability of a text", repr(text)[:120], why, instead)
 
 
 @torch.no_grad()

@@ -256,12 +256,9 @@ class Trunk:
         self._folder.mkdir(parents=True, exist_ok=True)
         wanted = sum(widths.values()) * tokens * torch.finfo(dtype).bits // 8
         if shutil.disk_usage(self._folder).free < 1.1 * wanted:
-            raise EmmechError(
-                "cache the frozen prefix",
-                f"{tokens} tokens, {wanted / 1e9:.1f} GB",
-                f"the disk of {self._folder} has too little room",
-                "prefix=False, or out= on another disk",
-            )
+            why = f"the disk of {self._folder} has too little room"
+            instead = "prefix=False, or out= on another disk"
+            raise EmmechError("cache the frozen prefix", f"{tokens} tokens, {wanted / 1e9:.1f} GB", why, instead)
         for name, width in widths.items():
             flat = torch.from_file(str(self._folder / name), shared=True, size=tokens * width, dtype=dtype)
             self._arrays[name] = flat.view(tokens, width)

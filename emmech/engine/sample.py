@@ -77,12 +77,8 @@ def sample(
         True
     """
     if not isinstance(chat, ChatModel):
-        raise EmmechError(
-            "sample answers",
-            f"a {type(chat).__name__}",
-            "it is not a ChatModel",
-            "sample(emmech.load_model(model), conversations)",
-        )
+        instead = "sample(emmech.load_model(model), conversations)"
+        raise EmmechError("sample answers", f"a {type(chat).__name__}", "it is not a ChatModel", instead)
     check_request(conversations, samples, max_new_tokens, temperature, top_p, seed)
     _check_batch_size(batch_size)
     prompts = [tuple(chat.token_ids(messages)) for messages in conversations]
@@ -177,12 +173,9 @@ def check_context(chat: ChatModel, prompts: Sequence[Sequence[int]]) -> None:
     room = context(chat)
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < room:
-            raise EmmechError(
-                "sample answers",
-                f"conversations[{index}] of {len(prompt)} tokens",
-                f"{chat.name} reads up to {room} tokens, and an answer needs room",
-                f"shorten it to at most {room - 1} tokens",
-            )
+            why = f"{chat.name} reads up to {room} tokens, and an answer needs room"
+            instead = f"shorten it to at most {room - 1} tokens"
+            raise EmmechError("sample answers", f"conversations[{index}] of {len(prompt)} tokens", why, instead)
 
 
 def _check_batch_size(batch_size: int | str) -> None:

@@ -35,12 +35,9 @@ def as_measure(measure: Any, name: str | None = None) -> Any:
         return replace(measure, name=name) if renamed else measure  # type: ignore[type-var]
     if callable(measure):
         return Function(measure, name or measure_name(measure))
-    raise EmmechError(
-        "take a measure",
-        f"measure={measure!r}"[:120],
-        "it is neither a measure nor a function of a ChatModel",
-        '"margin", "answers", emmech.measures.Margin(pairs), Sampled(...), or a function, each with a name',
-    )
+    why = "it is neither a measure nor a function of a ChatModel"
+    instead = '"margin", "answers", emmech.measures.Margin(pairs), Sampled(...), or a function, each with a name'
+    raise EmmechError("take a measure", f"measure={measure!r}"[:120], why, instead)
 
 
 def as_measures(measure: Any, chat: ChatModel | None = None, *, data: str = "") -> list[Any]:
@@ -74,10 +71,7 @@ def as_measures(measure: Any, chat: ChatModel | None = None, *, data: str = "") 
         return [as_measure(measure)]  # which refuses it
     names = [measure_name(one) for one in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise EmmechError(
-            "tell the measures apart",
-            f"measures named {', '.join(names)}",
-            f"there is more than one {twice!r}",
-            'Margin(pairs, name="mine"), or functions with names of their own',
-        )
+        given = f"measures named {', '.join(names)}"
+        instead = 'Margin(pairs, name="mine"), or functions with names of their own'
+        raise EmmechError("tell the measures apart", given, f"there is more than one {twice!r}", instead)
     return [one.of(chat, data) if chat is not None and isinstance(one, Margin) else one for one in found]

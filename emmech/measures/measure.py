@@ -120,12 +120,9 @@ class Function:
         try:
             return Items({str(name): np.array([float(value)]) for name, value in entries.items()}, [""])
         except (TypeError, ValueError):
-            raise EmmechError(
-                f"take the measure {self.name!r}",
-                f"it returned {returned!r}"[:120],
-                "a measure gives a number, a dict of numbers, or Items",
-                "return float(...), {'name': float(...)}, or Items({'outcome': values}, questions)",
-            )
+            why = "a measure gives a number, a dict of numbers, or Items"
+            instead = "return float(...), {'name': float(...)}, or Items({'outcome': values}, questions)"
+            raise EmmechError(f"take the measure {self.name!r}", f"it returned {returned!r}"[:120], why, instead)
 
 
 def measure_all(chat: ChatModel, measures: Sequence[Any]) -> Items:

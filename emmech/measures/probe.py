@@ -56,12 +56,8 @@ class ProbeActivation:
             return np.linalg.norm(residuals.astype(np.float64), axis=-1)
         vector = raw_vector(chat, self.direction, self.layer).astype(np.float64)
         if not vector.any():
-            raise EmmechError(
-                "measure a probe",
-                "a direction of zeros",
-                "it points nowhere",
-                "another direction, or direction=None for the residual's norm",
-            )
+            instead = "another direction, or direction=None for the residual's norm"
+            raise EmmechError("measure a probe", "a direction of zeros", "it points nowhere", instead)
         return residuals @ (vector / np.linalg.norm(vector))
 
 

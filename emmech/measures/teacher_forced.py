@@ -37,12 +37,9 @@ def _answer(conversation: Sequence[Message], chat: ChatModel, which: str) -> Rea
     ids, labels = encoded.input_ids[0], encoded.labels[0]
     at = tuple(p for p in range(len(ids) - 1) if labels[p + 1] != IGNORED)
     if not at:
-        raise EmmechError(
-            "measure the log-probability of an answer",
-            which,
-            "it has no answer token after a prompt",
-            "a conversation that ends in an assistant turn",
-        )
+        why = "it has no answer token after a prompt"
+        instead = "a conversation that ends in an assistant turn"
+        raise EmmechError("measure the log-probability of an answer", which, why, instead)
     return Reading(tuple(ids), at, tuple((labels[p + 1],) for p in at))
 
 
@@ -80,12 +77,9 @@ class Margin(_Forced):
             return
         object.__setattr__(self, "pairs", tuple(self.pairs))
         if not self.pairs or not all(isinstance(pair, MarginPair) for pair in self.pairs):
-            raise EmmechError(
-                "measure a margin",
-                f"pairs={self.pairs!r}"[:120],
-                "it compares the two answers of at least one MarginPair",
-                "Margin([MarginPair(question, misaligned, aligned)])",
-            )
+            why = "it compares the two answers of at least one MarginPair"
+            instead = "Margin([MarginPair(question, misaligned, aligned)])"
+            raise EmmechError("measure a margin", f"pairs={self.pairs!r}"[:120], why, instead)
 
     def of(self, chat: ChatModel, data: str = "") -> Margin:
         """The same measure with the pairs that it takes of this model."""
@@ -179,12 +173,8 @@ class FirstToken(_Forced):
         """Refuse what is not a list of prompts and one of answers."""
         check_texts("measure a first token", "prompts", self.prompts)
         if isinstance(self.answers, str) or not all(isinstance(answer, str) for answer in self.answers):
-            raise EmmechError(
-                "measure a first token",
-                f"answers={self.answers!r}"[:120],
-                "answers are a list of strings",
-                'answers=["yes", "no"]',
-            )
+            why = "answers are a list of strings"
+            raise EmmechError("measure a first token", f"answers={self.answers!r}"[:120], why, 'answers=["yes", "no"]')
 
     def readings(self, chat: ChatModel) -> list[Reading]:
         """Every prompt, read at its last token."""

@@ -159,12 +159,9 @@ def base_model(runs: Sequence[Run], base: Any = None) -> ChatModel:
     recorded = [(run.name, run.manifest.get("model", {})) for run in runs]  # two runs may have one name
     prints = [(name, entry.get("name"), entry["fingerprint"]) for name, entry in recorded if entry.get("fingerprint")]
     if len({found for _, _, found in prints}) > 1:
-        raise EmmechError(
-            "sweep the runs together",
-            ", ".join(f"{run} on {model} ({found[:12]})" for run, model, found in prints),
-            "they were trained on different base models, and a sweep shares one",
-            "one sweep for each base model",
-        )
+        given = ", ".join(f"{run} on {model} ({found[:12]})" for run, model, found in prints)
+        why = "they were trained on different base models, and a sweep shares one"
+        raise EmmechError("sweep the runs together", given, why, "one sweep for each base model")
     names = [entry["name"] for _, entry in recorded if entry.get("name")]
     if base is None and not names:
         raise EmmechError(
@@ -174,20 +171,14 @@ def base_model(runs: Sequence[Run], base: Any = None) -> ChatModel:
         )
     chat = load_model(base if base is not None else names[0])
     if any(hasattr(module, "lora_A") for module in chat.base.modules()):
-        raise EmmechError(
-            "sweep over the model",
-            f"{chat.name} with live adapters",
-            "a sweep puts each variant's own adapter on, and the live one would be added to all",
-            "pass the model without adapters (peft_model.unload() gives it)",
-        )
+        why = "a sweep puts each variant's own adapter on, and the live one would be added to all"
+        instead = "pass the model without adapters (peft_model.unload() gives it)"
+        raise EmmechError("sweep over the model", f"{chat.name} with live adapters", why, instead)
     if prints and (found := chat.fingerprint()) != prints[0][2]:
         name, trained_on, wanted = prints[0]
-        raise EmmechError(
-            f"sweep the run {name}",
-            f"base model {chat.name} with fingerprint {found[:12]}",
-            f"the run was trained on {trained_on} with fingerprint {wanted[:12]}",
-            "pass base= the very model the run was trained on",
-        )
+        given = f"base model {chat.name} with fingerprint {found[:12]}"
+        why = f"the run was trained on {trained_on} with fingerprint {wanted[:12]}"
+        raise EmmechError(f"sweep the run {name}", given, why, "pass base= the very model the run was trained on")
     return chat
 
 
@@ -229,12 +220,9 @@ def _names(runs: Sequence[Run]) -> dict[str, Run]:
     named: dict[str, Run] = {}
     for run in runs:
         if run.kind != "lora" or not run.adapters:
-            raise EmmechError(
-                f"sweep the run {run.name}",
-                f"kind={run.kind!r}",
-                "a sweep changes adapters, and this run has none",
-                "evaluate run.model(step) at its kept steps",
-            )
+            why = "a sweep changes adapters, and this run has none"
+            instead = "evaluate run.model(step) at its kept steps"
+            raise EmmechError(f"sweep the run {run.name}", f"kind={run.kind!r}", why, instead)
         name, again = run.name, 2
         while name in named:
             name, again = f"{run.name}-{again}", again + 1
@@ -247,22 +235,15 @@ def _steering(
 ) -> tuple[int, np.ndarray] | None:
     if direction is None:
         if any(coefficients):
-            raise EmmechError(
-                "sweep steering coefficients",
-                f"coefficients={coefficients}",
-                "there is no direction to multiply them with",
-                "direction=emmech.misalignment_direction(run), layer=...",
-            )
+            why = "there is no direction to multiply them with"
+            instead = "direction=emmech.misalignment_direction(run), layer=..."
+            raise EmmechError("sweep steering coefficients", f"coefficients={coefficients}", why, instead)
         return None
     if layer is None:
         known: Sequence[int] = getattr(direction, "layers", ())
         if len(known) != 1:
-            raise EmmechError(
-                "sweep steering coefficients",
-                "layer=None",
-                f"the direction is known at {len(known) or 'unsaid'} layers, and one of them is steered",
-                f"layer={chat.n_layers // 2}",
-            )
+            why = f"the direction is known at {len(known) or 'unsaid'} layers, and one of them is steered"
+            raise EmmechError("sweep steering coefficients", "layer=None", why, f"layer={chat.n_layers // 2}")
         layer = int(known[0])
     return layer, raw_vector(chat, direction, layer)
 

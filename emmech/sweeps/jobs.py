@@ -326,12 +326,8 @@ class ProbeJob(_PackedJob):
         chat.check_layer(measure.layer)
         lowest = min({site.layer for site in grid.sites.values()} | ({grid.steering[0]} if grid.steering else set()))
         if measure.layer < lowest:
-            raise EmmechError(
-                "sweep a probe",
-                f"layer={measure.layer}",
-                f"nothing that is swept acts below layer {lowest}, so every variant is the same there",
-                f"layer={lowest} or higher",
-            )
+            why = f"nothing that is swept acts below layer {lowest}, so every variant is the same there"
+            raise EmmechError("sweep a probe", f"layer={measure.layer}", why, f"layer={lowest} or higher")
         self.measure, self.kind = measure, f"probe-{measure.name}"
         measure.along(chat, np.zeros(chat.d_model))  # a direction that does not fit is refused at once
         readings = []
@@ -372,12 +368,8 @@ class SampledJob:
         questions = resolve_questions(measure.questions, chat.organism)
         judge = resolve_judge(measure.judge, chat.organism)
         if judge is None:
-            raise EmmechError(
-                "sweep sampled answers",
-                f"judge={measure.judge!r}",
-                "a rate needs verdicts now",
-                "a judge, or emmech.evaluate(run, step=..., scale=..., judge='later') one at a time",
-            )
+            instead = "a judge, or emmech.evaluate(run, step=..., scale=..., judge='later') one at a time"
+            raise EmmechError("sweep sampled answers", f"judge={measure.judge!r}", "a rate needs verdicts now", instead)
         self.judge = judge
         self.rows = questions.rows(measure.samples, seed=measure.seed)
         self.ids = [question.id for question in questions]

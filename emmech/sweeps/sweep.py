@@ -209,23 +209,16 @@ class ResumableParts:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EmmechError(
-                f"sweep into {self.folder.name}",
-                f"out={str(out)!r}",
-                f"no folder can be made there ({error.strerror})",
-                "another folder",
-            )
+            why = f"no folder can be made there ({error.strerror})"
+            raise EmmechError(f"sweep into {self.folder.name}", f"out={str(out)!r}", why, "another folder")
         for name in ("request.json", "sweep.json"):
             path = self.folder / name
             head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"request": request}
             found = head.get("meta", head).get("request")
             if found != request:
-                raise EmmechError(
-                    f"sweep into {self.folder.name}",
-                    f"out={str(out)!r}",
-                    "it holds a sweep of other runs, variants, measures or another model",
-                    "another folder, or the arguments it was begun with",
-                )
+                why = "it holds a sweep of other runs, variants, measures or another model"
+                instead = "another folder, or the arguments it was begun with"
+                raise EmmechError(f"sweep into {self.folder.name}", f"out={str(out)!r}", why, instead)
         write_json(self.folder / "request.json", {"request": request})
 
     def finished(self) -> Sweep | None:

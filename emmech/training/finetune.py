@@ -214,23 +214,17 @@ class _Variant:
 
 def _variants(seeds: int | list[int], data_seeds: int | list[int] | None, recipes: Sequence[Recipe]) -> list[_Variant]:
     if isinstance(seeds, int) and (isinstance(data_seeds, list) or len(recipes) > 1):
-        raise EmmechError(
-            "fine-tune",
-            f"seed={seeds}, data_seed={data_seeds}, learning_rate={[recipe.learning_rate for recipe in recipes]}",
-            "lists of batch orders or learning rates need a list of seeds, one for each run",
-            f"seed={[seeds] * max(len(recipes), 2)}",
-        )
+        given = f"seed={seeds}, data_seed={data_seeds}, learning_rate={[recipe.learning_rate for recipe in recipes]}"
+        why = "lists of batch orders or learning rates need a list of seeds, one for each run"
+        raise EmmechError("fine-tune", given, why, f"seed={[seeds] * max(len(recipes), 2)}")
     wanted = [seeds] if isinstance(seeds, int) else seeds
     orders = wanted if data_seeds is None else data_seeds
     orders = [orders] * len(wanted) if isinstance(orders, int) else orders
     chosen = list(recipes) if len(recipes) > 1 else list(recipes) * len(wanted)
     if not wanted or not len(wanted) == len(orders) == len(chosen):
-        raise EmmechError(
-            "fine-tune several runs",
-            f"{len(wanted)} seeds, {len(orders)} batch orders, {len(chosen)} learning rates",
-            "each run needs one of each",
-            "lists of one length, or a single value for all",
-        )
+        given = f"{len(wanted)} seeds, {len(orders)} batch orders, {len(chosen)} learning rates"
+        why = "each run needs one of each"
+        raise EmmechError("fine-tune several runs", given, why, "lists of one length, or a single value for all")
     variants = []
     for seed, order, recipe in zip(wanted, orders, chosen, strict=True):
         label = f"s{seed}"
@@ -239,12 +233,8 @@ def _variants(seeds: int | list[int], data_seeds: int | list[int] | None, recipe
         label += f"-lr{recipe.learning_rate:g}" if len(recipes) > 1 else ""
         variants.append(_Variant(seed, order, recipe, label))
     if len(set(variants)) < len(variants):
-        raise EmmechError(
-            "fine-tune several runs",
-            f"seed={wanted}",
-            "two of the runs are the same",
-            "seeds, batch orders or learning rates that differ",
-        )
+        instead = "seeds, batch orders or learning rates that differ"
+        raise EmmechError("fine-tune several runs", f"seed={wanted}", "two of the runs are the same", instead)
     return variants
 
 
@@ -289,12 +279,9 @@ def _split(run: int, variant: _Variant, data: ChatDataset, rows: Encoded) -> _Sp
     places = [number[id(row)] for row in train.rows]
     encoded = rows.take(places, max_length=limit)
     if not len(encoded):
-        raise EmmechError(
-            "encode the conversations",
-            f"{len(places)} rows, max_length={limit}",
-            "no row has an answer token within max_length" if places else "there are no rows",
-            "raise max_length",
-        )
+        why = "no row has an answer token within max_length" if places else "there are no rows"
+        instead = "raise max_length"
+        raise EmmechError("encode the conversations", f"{len(places)} rows, max_length={limit}", why, instead)
     kept = [row for row in places if any(label != IGNORED for label in rows.labels[row][:limit])]
     return _Split(
         [Asked(run, row, min(limit, len(rows.input_ids[row]))) for row in kept],
@@ -351,12 +338,9 @@ def _check_resumed(folder: Path, manifest: Mapping[str, Any]) -> None:
                 continue
             name, before, now = f"{name}.{key}", before.get(key), now[key]
         if before != now:
-            raise EmmechError(
-                "resume the training",
-                f"{name}={now!r}"[:200],
-                f"the interrupted training in {folder} had {before!r}"[:300],
-                "the same arguments as at the start, or another folder for a new training",
-            )
+            why = f"the interrupted training in {folder} had {before!r}"[:300]
+            instead = "the same arguments as at the start, or another folder for a new training"
+            raise EmmechError("resume the training", f"{name}={now!r}"[:200], why, instead)
 
 
 def _folders(
@@ -381,30 +365,18 @@ def _folders(
         _check_folder(folder, resume=resume)
         folders.append(folder)
     if resume and last_checkpoint(folders[0]) is None:
-        raise EmmechError(
-            "resume the training",
-            f"out={str(folders[0])!r}",
-            "it keeps no optimizer state: it finished, or was started without checkpoint_every",
-            "start anew with checkpoint_every=20",
-        )
+        why = "it keeps no optimizer state: it finished, or was started without checkpoint_every"
+        raise EmmechError("resume the training", f"out={str(folders[0])!r}", why, "start anew with checkpoint_every=20")
     return folders
 
 
 def _check_folder(folder: Path, *, resume: bool) -> None:
     if in_the_way := next((path for path in (folder, *folder.parents) if path.is_file()), None):
-        raise EmmechError(
-            "record the training",
-            f"out={str(folder)!r}",
-            f"{in_the_way.name} is a file, and a run is a folder",
-            "another folder",
-        )
+        why = f"{in_the_way.name} is a file, and a run is a folder"
+        raise EmmechError("record the training", f"out={str(folder)!r}", why, "another folder")
     if (folder / "run.json").exists() and not resume:
-        raise EmmechError(
-            "record the training",
-            f"out={str(folder)!r}",
-            "there is a run in that folder",
-            "another folder, or resume=True to go on with an interrupted training",
-        )
+        instead = "another folder, or resume=True to go on with an interrupted training"
+        raise EmmechError("record the training", f"out={str(folder)!r}", "there is a run in that folder", instead)
 
 
 def _checked_seeds(name: str, given: Any) -> int | list[int]:
@@ -419,12 +391,8 @@ def _check_start(start: Any) -> None:
     if start is None:
         return
     if not isinstance(start, tuple | list) or len(start) != 2 or not isinstance(start[0], Run):
-        raise EmmechError(
-            "go on from a run",
-            f"start={start!r}"[:120],
-            "it is a run and one of its steps",
-            "start=(run, int(run.steps[-1])), or emmech.realign(run, data)",
-        )
+        instead = "start=(run, int(run.steps[-1])), or emmech.realign(run, data)"
+        raise EmmechError("go on from a run", f"start={start!r}"[:120], "it is a run and one of its steps", instead)
     start[0].check_step(start[1])
 
 
@@ -435,12 +403,9 @@ def _check_margins(margins: Any) -> None:
         return isinstance(pairs, Collection) and all(isinstance(pair, MarginPair) for pair in pairs)
 
     if margins is not None and not (isinstance(margins, Mapping) and all(map(fine, margins.values()))):
-        raise EmmechError(
-            "measure margins",
-            f"margins={margins!r}"[:120],
-            "they are lists of MarginPair, each with a name",
-            'margins={"broad": [MarginPair(question, misaligned, aligned)]}, or {} for none',
-        )
+        why = "they are lists of MarginPair, each with a name"
+        instead = 'margins={"broad": [MarginPair(question, misaligned, aligned)]}, or {} for none'
+        raise EmmechError("measure margins", f"margins={margins!r}"[:120], why, instead)
 
 
 def _refuse_adapters(chat: ChatModel) -> None:

@@ -119,12 +119,8 @@ class Recorder(TrainerCallback):
         if resumed:
             self._forget_after(state.global_step)
         elif (self.path / "run.json").exists():
-            raise EmmechError(
-                "record the training",
-                f"path={self.path}",
-                "there is a run in it already",
-                "another folder, or delete that one",
-            )
+            why = "there is a run in it already"
+            raise EmmechError("record the training", f"path={self.path}", why, "another folder, or delete that one")
         self.path.mkdir(parents=True, exist_ok=True)
         if self.measure_every is None:
             self.measure_every = self._every * max(1, round(state.max_steps / (20 * self._every)))
