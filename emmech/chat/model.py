@@ -10,20 +10,20 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from emmech.chat.allocator import keep_freed_memory
 from emmech.chat.bundled import dequantised
 from emmech.chat.families import Family, Parts, find_family, given_family, map_widths
 from emmech.chat.template import Message, end_of_turn, render
 from emmech.errors import EmmechError, closest
 from emmech.registry import Organism, model_names, named_model, organism_of
 
-__all__ = ["ChatModel", "load_model"]
+__all__ = ["ChatModel", "keep_freed_memory", "load_model"]
 
 
 class _NoTokenizer:
@@ -397,3 +397,19 @@ def _device(device: str | torch.device | None) -> str:
             )
         return str(device)
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let memory of freed tensors stay with the process, so that it is not given to the next ones page by page.
+
+    The C library hands the end of its heap back to the system as soon as enough of it is free, and every page that
+    comes back costs a fault and is cleared. glibc learns from what a program frees: once a block of 32 MiB (it learns
+    from no larger one) has come and gone, it maps no smaller block apart, and keeps up to 64 MiB of free heap. A block
+    that is never touched lets it learn at once. Elsewhere than in glibc this does nothing; no number changes.
+
+    Example:
+        >>> keep_freed_memory()
+    """
+    block = torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)  # less what the block is rounded up by
+    del block

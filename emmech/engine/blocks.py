@@ -22,10 +22,9 @@ from torch import nn
 
 from emmech.chat.families import Parts
 from emmech.chat.model import ChatModel
-from emmech.engine.attention import NAME, Rowwise, queries_at
-from emmech.engine.cache import Branches, KeysValues, new_past, selected
+from emmech.engine.adapters import RowSteering
+from emmech.engine.attention import NAME, Branches, KeysValues, Rowwise, new_past, queries_at, selected
 from emmech.engine.modules import Skip, has_hooks, hooked, with_attention, with_module
-from emmech.engine.row_adapters import RowSteering
 
 __all__ = ["Blocks", "Places"]
 

@@ -29,13 +29,13 @@ from torch import nn
 
 from emmech.chat.edits import announcing
 from emmech.chat.model import ChatModel
+from emmech.engine.adapters import VariantWeights, inner, write
+from emmech.engine.attention import Branches, KeysValues, growing_cache
 from emmech.engine.blocks import Places
-from emmech.engine.cache import Branches, KeysValues, growing_cache
 from emmech.engine.logprobs import pad, padded, unembed
 from emmech.engine.modules import evaluating, hooked, unhooked
 from emmech.engine.packing import Reading, stack
 from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, State, deviation
-from emmech.engine.row_adapters import VariantWeights, inner, write
 from emmech.engine.variants import Engine, Shared
 from emmech.errors import EmmechError
 

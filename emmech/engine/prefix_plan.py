@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from emmech.chat.model import ChatModel
+from emmech.engine.adapters import ReadWrite
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.modules import Hook, evaluating, hooked
-from emmech.engine.row_adapters import ReadWrite
 
 __all__ = [
     "DOES_NOT_RUN",

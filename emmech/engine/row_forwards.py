@@ -20,12 +20,12 @@ import torch
 
 from emmech.chat.encode import IGNORED, Encoded
 from emmech.chat.model import ChatModel
+from emmech.engine.adapters import StackedAdapters
+from emmech.engine.attention import detached, plain_past
 from emmech.engine.blocks import Blocks, Places
-from emmech.engine.cache import detached, plain_past
 from emmech.engine.logprobs import pad, padded, target_logprobs, unembed
 from emmech.engine.modules import adding, hooked
 from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation
-from emmech.engine.row_adapters import StackedAdapters
 from emmech.errors import EmmechError
 
 __all__ = ["Asked", "Forwards", "ModelForwards", "RowForwards", "Trunk", "WholeTrunk", "batches_by_length"]

@@ -23,12 +23,12 @@ from jaxtyping import Float, Int
 from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel
 from emmech.engine import packing
+from emmech.engine.adapters import RowAdapter, RowSteering, Site, VariantWeights, inner, write
 from emmech.engine.attention import RUN
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.modules import Hook, adding, evaluating
 from emmech.engine.packing import Pack, Reading, pack, stack
 from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation, find_frozen
-from emmech.engine.row_adapters import RowAdapter, RowSteering, Site, VariantWeights, inner, write
 from emmech.errors import EmmechError
 
 __all__ = ["Block", "Engine", "Shared"]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel, load_model
-from emmech.engine.row_adapters import Site, VariantWeights
+from emmech.engine.adapters import Site, VariantWeights
 from emmech.errors import EmmechError, as_floats, as_ints
 from emmech.measures.probe import raw_vector
 from emmech.run.run import Run, as_run

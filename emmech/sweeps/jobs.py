@@ -18,12 +18,11 @@ import torch
 from jaxtyping import Float
 
 from emmech.chat.model import ChatModel
-from emmech.engine.adapters import attach, detach
+from emmech.engine.adapters import VariantWeights, attach, detach
 from emmech.engine.decode import Answer, context, decode_variants
 from emmech.engine.logprobs import WORDS, target_logprobs, unembed
 from emmech.engine.modules import hooked
 from emmech.engine.packing import Reading
-from emmech.engine.row_adapters import VariantWeights
 from emmech.engine.stream import probe_rows
 from emmech.engine.variants import Block, Engine
 from emmech.errors import EmmechError

@@ -25,14 +25,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from emmech.chat.encode import Encoded
 from emmech.chat.model import ChatModel
+from emmech.engine.adapters import StackedAdapters
 from emmech.engine.prefix_plan import Frozen, dropout
-from emmech.engine.row_adapters import StackedAdapters
 from emmech.engine.row_forwards import Asked, Forwards, ModelForwards, RowForwards
 from emmech.progress import bar, forecast
-from emmech.training.capture import Capture, FullCapture, LoraCapture
 from emmech.training.objective import Batch, CrossEntropy, NotFinite, Term, summed
 from emmech.training.recipe import Recipe, Step, rate_factor
-from emmech.training.recorder import Recorder
+from emmech.training.recorder import Capture, FullCapture, LoraCapture, Recorder
 
 __all__ = ["HELD_OUT", "HeldOut", "Member", "affordable", "last_checkpoint", "train", "training_arguments"]
 

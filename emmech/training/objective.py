@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 
 from emmech.chat.model import ChatModel
-from emmech.engine.row_adapters import StackedAdapters
+from emmech.engine.adapters import StackedAdapters
 from emmech.engine.row_forwards import Asked, RowForwards
 
 __all__ = ["Batch", "CrossEntropy", "NotFinite", "Term", "summed"]

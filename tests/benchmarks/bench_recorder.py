@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 
 import emmech
 from emmech.chat.encode import encode
-from emmech.training.capture import GradientNorms
 from emmech.training.recipe import resolve_recipe
+from emmech.training.recorder import GradientNorms
 from tests.benchmarks.harness import Contest
 
 STEPS = 12

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from emmech.chat.allocator import keep_freed_memory
+from emmech.chat.model import keep_freed_memory
 keep_freed_memory()
 def work():  # four live tensors of 11 MB, as in a gated MLP, and then none
     tensors = [torch.zeros(576, 4864) for _ in range(4)]

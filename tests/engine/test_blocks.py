@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from emmech.chat.model import load_model
+from emmech.engine.adapters import RowAdapter, VariantWeights
+from emmech.engine.attention import KeysValues
 from emmech.engine.blocks import Blocks, Places
-from emmech.engine.cache import KeysValues
 from emmech.engine.logprobs import target_logprobs, unembed
 from emmech.engine.modules import hooked
 from emmech.engine.packing import Reading, stack, tree, tree_mask
-from emmech.engine.row_adapters import RowAdapter, VariantWeights
 from tests.conftest import FAMILIES, make_tiny
 
 EXACT = 5e-6  # what the project calls equal in float32; measured: 2.1e-6 on the worst of these

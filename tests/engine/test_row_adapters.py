@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from emmech.engine.row_adapters import write
+from emmech.engine.adapters import write
 
 
 @pytest.mark.parametrize("rank", [1, 3])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from emmech.chat.model import load_model
+from emmech.engine.attention import Branches, KeysValues
 from emmech.engine.blocks import Blocks
-from emmech.engine.cache import Branches, KeysValues
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError
 from emmech.measures.sampled import Sampled

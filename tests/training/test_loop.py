@@ -13,10 +13,10 @@ from emmech.chat.encode import encode
 from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
 from emmech.training import finetune as finetune_module
-from emmech.training.capture import LoraCapture
 from emmech.training.loop import affordable
 from emmech.training.objective import CrossEntropy
 from emmech.training.recipe import Recipe, resolve_recipe
+from emmech.training.recorder import LoraCapture
 from tests.conftest import make_rows, make_tiny
 from tests.engine.test_prefix import ragged
 from tests.training.plain import plain_training
