@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,10 +132,12 @@ class _PackedJob:
         return len(self.readings)
 
     @torch.no_grad()
-    def blocks(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Iterator[Block]:
-        """What the engine reads under a group of variants, piece by piece."""
-        for block in self.engine.run(self.packs, rows, len(group)):
-            yield block
+    def each(
+        self, use: Callable[[Block], object], rows: VariantWeights, variants: int, update: Callable[[int], object]
+    ) -> None:
+        """Use whatever the engine reads under some variants, piece by piece."""
+        for block in self.engine.run(self.packs, rows, variants):
+            use(block)
             update(block.hidden.shape[0] * len(block.readings))
 
 
@@ -169,11 +171,9 @@ class TeacherForcedJob(_PackedJob):
             else:
                 shape = (count, sum(map(len, reading.targets)))
             found[str(index)] = np.empty(shape, np.float32)
-        for block in self.blocks(rows, group, update):
-            self._read(block, found)
+        self.each(lambda block: self._read(block, found), rows, count, update)
         return found
 
-    @torch.no_grad()
     def _read(self, block: Block, found: Arrays) -> None:
         variants, reads, d_model = block.hidden.shape
         targets, columns = self._targets(block, reads)
@@ -344,10 +344,13 @@ class ProbeJob(_PackedJob):
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
         """Mean residuals ``[variants, texts, d_model]``."""
         found = np.empty((len(group), len(self.readings), self.chat.d_model), np.float32)
-        for block in self.blocks(rows, group, update):
+
+        def use(block: Block) -> None:
             for index, own in block.readings:
                 read = block.hidden[:, torch.from_numpy(own).to(block.hidden.device)]
                 found[block.variants, index] = read.double().mean(1).float().cpu().numpy()
+
+        self.each(use, rows, len(group), update)
         return {"residuals": found}
 
     def finish(self, parts: Sequence[Arrays]) -> JobResult:
