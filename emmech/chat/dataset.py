@@ -40,6 +40,7 @@ from emmech.registry import Organism, find, organism_named, register
 
 __all__ = ["ChatDataset", "Refused", "Row", "bundled_names", "known_format", "load_chat", "read_row"]
 
+Row = tuple[Message, ...]
 _TABLES = 'other tables: load_chat(datasets.load_dataset("csv" or "parquet", data_files=path)["train"])'
 _NOT_JSON = {  # how a file begins that is no JSON: what it is, and what to do
     b"PAR1": ("it is a parquet file", _TABLES),
@@ -340,7 +341,6 @@ def _bad(where: str, why: str, instead: str) -> EmmechError:
     return EmmechError("read the dataset", given=where, why=why, instead=instead)
 
 
-Row = tuple[Message, ...]
 _ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 _TOOL_ROLES = ("tool", "function", "function_call", "observation", "ipython")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")

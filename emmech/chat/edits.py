@@ -1,9 +1,8 @@
 """What is changing a model's activations now, and which conversation each row of a forward pass belongs to.
 
-Interventions are defined above this module; they register here what a hook cannot tell. Sampling sorts prompts by
-length, reads one only once for all its samples, and lets finished rows leave; scoring sorts by length. An intervention
-with one coefficient per conversation must then be told which rows it sees, or it would steer the wrong ones in silence.
-So every function that reorders rows announces them here.
+Interventions register here what a hook cannot tell. Sampling sorts prompts by length, reads one once for all its
+samples, and drops finished rows; scoring sorts by length. An intervention with one coefficient per conversation must
+then be told which rows it sees, or it would steer the wrong ones in silence: functions that reorder rows announce them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ model must learn to stop with. The template's trailing newline, if any, is not a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,12 @@ class Encoded:
         """How many tokens carry loss."""
         return sum(int(np.sum(np.asarray(row) != IGNORED)) for row in self.labels)
 
-    def take(self, rows: Iterable[int], *, max_length: int | None = None) -> Encoded:
-        """Some of the rows, in the order given, cut at ``max_length`` tokens; rows left without answer are dropped."""
+    def take(self, rows: Sequence[int], *, max_length: int | None = None) -> Encoded:
+        """Some of the rows, in the order given, cut at ``max_length`` tokens; rows left without answer are dropped.
+
+        Raises:
+            EmmechError: no row is left.
+        """
         all_ids, all_labels, truncated, emptied = [], [], 0, 0
         for row in rows:
             ids, labels = self.input_ids[row], self.labels[row]
@@ -60,6 +64,10 @@ class Encoded:
                 truncated += cut
             all_ids.append(ids)
             all_labels.append(labels)
+        if not all_ids:
+            given = f"{len(rows)} rows, max_length={max_length}"
+            why = "no row has an answer token within max_length" if len(rows) else "there are no rows"
+            raise EmmechError("encode the conversations", given, why, "raise max_length")
         return Encoded(tuple(all_ids), tuple(all_labels), truncated, emptied)
 
 
@@ -84,12 +92,7 @@ def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int
     for row_ids, answer in _tokens(list(_rendered(rows, tokenizer)), tokenizer):
         ids.append(row_ids)
         labels.append([t if inside else IGNORED for t, inside in zip(row_ids, answer, strict=True)])
-    encoded = Encoded(tuple(ids), tuple(labels), 0, 0).take(range(len(ids)), max_length=max_length)
-    if not len(encoded):
-        why = "no row has an answer token within max_length" if rows else "there are no rows"
-        instead = "raise max_length"
-        raise EmmechError("encode the conversations", f"{len(rows)} rows, max_length={max_length}", why, instead)
-    return encoded
+    return Encoded(tuple(ids), tuple(labels), 0, 0).take(range(len(ids)), max_length=max_length)
 
 
 def _rendered(rows: Sequence[Sequence[Message]], tokenizer: Any) -> Iterator[tuple[str, tuple[Span, ...]]]:

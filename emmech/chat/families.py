@@ -33,15 +33,8 @@ __all__ = [
 ]
 
 WRITE = "mlp.down_proj"  # the MLP's write into the residual stream, as recipes name it
-ALL_MAPS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    WRITE,
-)
+_ATTENTION_MAPS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+ALL_MAPS = (*_ATTENTION_MAPS, "mlp.gate_proj", "mlp.up_proj", WRITE)
 _ROLES = ("query", "key", "value", "out", "gate", "up", "down")  # of ALL_MAPS, in their order
 
 
@@ -240,14 +233,7 @@ _BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", 
 _AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
 _ATTENTION = ("attention", "attn", "mixer", "mamba", "deltanet", "conv")
 _MLP = ("mlp", "ffn", "feed_forward", "feedforward", "moe")
-_NOT_THE_WRITE = (
-    ".base_layer",
-    ".lora_",
-    "shared",
-    "gate",
-    "router",
-    "norm",
-)  # maps inside an MLP that are not its last
+_NOT_THE_WRITE = (".base_layer", ".lora_", "shared", "gate", "router", "norm")  # maps of an MLP that are not its last
 
 
 def find_family(model: Any) -> Family:
@@ -291,15 +277,13 @@ def given_family(model: Any, family: Family) -> Family:
 
 
 def _missing(model: nn.Module, family: Family) -> str | None:
-    """The first path of the family that leads nowhere in the model, as ``'final_norm="norm"'``, or None."""
+    """The first path of the family that the model does not have, as ``'final_norm="norm"'``, or None."""
     trunk = _at(model, family.trunk)
     blocks = _at(trunk, family.blocks)
     if trunk is None or not isinstance(blocks, nn.ModuleList) or not len(blocks):
         return f'trunk="{family.trunk}"' if trunk is None else f'blocks="{family.blocks}"'
-    places = [("unembedding", model), ("final_norm", trunk), ("down", None)]
-    for name, parent in places:
+    for name, parents in (("unembedding", [model]), ("final_norm", [trunk]), ("down", list(blocks))):
         path = getattr(family, name)
-        parents = list(blocks) if parent is None else [parent]
         if path is not None and all(_at(one, path) is None for one in parents):
             return f'{name}="{path}"'
     return None
@@ -316,8 +300,8 @@ def _by_structure(model: Any) -> Family:
         if isinstance(module, nn.ModuleList) and len(module) and any(True for _ in module[0].children())
     ]
     # the text decoder holds the input embedding, which tells it from an image or audio tower
-    beside = [one for one in lists if any(part is embedding for part in _parent(model, one[0]).children())]
-    if head is None or id(head) not in paths or not beside:
+    near = [one for one in lists if any(part is embedding for part in _parent(model, one[0]).children())]
+    if head is None or id(head) not in paths or not near:
         raise EmmechError(
             "find the model's blocks",
             f"{type(model).__name__} (model type {name!r})",
@@ -325,7 +309,7 @@ def _by_structure(model: Any) -> Family:
             'a decoder-only language model, or load_model(..., family=emmech.Family(trunk="model", blocks="layers", '
             'final_norm="norm", unembedding="lm_head")) with its own names',
         )
-    whole, blocks = max(beside, key=lambda one: len(one[1]))
+    whole, blocks = max(near, key=lambda one: len(one[1]))
     trunk, _, inner = whole.rpartition(".")
     parent = model.get_submodule(trunk)
     found: dict[str, Any] = {"rotary": "rotary_emb" if hasattr(parent, "rotary_emb") else None}
@@ -364,8 +348,8 @@ def _write_path(model: Any, block: nn.Module) -> str | None:
     if any("experts" in path for path, _ in block.named_modules()):
         return None  # what the experts write does not go through one map
     within = [path for path, inside in found if inside]
-    beside = [path for path, inside in found if not inside and "." not in path and path.startswith("fc")]
-    return (within or beside or [None])[-1]
+    near = [path for path, inside in found if not inside and "." not in path and path.startswith("fc")]
+    return (within or near or [None])[-1]
 
 
 def map_widths(module: Any) -> tuple[int, int] | None:

@@ -1,6 +1,6 @@
 """Which tokens of a conversation a direction is read at, and an intervention may act at.
 
-``"answer"``: the tokens of assistant turns behind their header, end-of-turn token included; ``"prompt"``: every other
+``"answer"``: the tokens of assistant turns after their header, end-of-turn token included; ``"prompt"``: every other
 one; ``"all"``. Or a function ``(ids [batch, seq], start) -> mask [batch, seq]``, where ``start`` counts the tokens that
 a key-value cache holds before these; the same function serves as ``tokens`` of an extraction and as ``positions`` of an
 intervention. :func:`phrase_tokens` makes one.
@@ -25,18 +25,18 @@ Tokens = Literal["answer", "prompt", "all"] | Callable[[torch.Tensor, int], torc
 
 @dataclass(frozen=True)
 class Phrase:
-    """The tokens of a phrase, wherever it stands in a row; see :func:`phrase_tokens`.
+    """The tokens of a phrase, wherever it is in a row; see :func:`phrase_tokens`.
 
     Args:
         text: the phrase.
-        spellings: its token ids, at the start of a text and behind a blank, where those differ.
+        spellings: its token ids, at the start of a text and after a blank, where those differ.
     """
 
     text: str
     spellings: tuple[tuple[int, ...], ...]
 
     def __call__(self, ids: Int[torch.Tensor, "batch seq"], start: int = 0) -> Bool[torch.Tensor, "batch seq"]:
-        """Mask of the phrase's tokens; nothing behind a cache, which holds the phrase already.
+        """Mask of the phrase's tokens; nothing after a cache, which holds the phrase already.
 
         Raises:
             EmmechError: a row does not have the phrase.
@@ -51,14 +51,10 @@ class Phrase:
             wanted = torch.tensor(spelling, device=ids.device)
             for row, first in (ids.unfold(1, size, 1) == wanted).all(-1).nonzero().tolist():
                 found[row, first : first + size] = True
-        without = (~found.any(1)).nonzero().flatten().tolist()
-        if without:
-            raise EmmechError(
-                "find the tokens of a phrase",
-                f"{self.text!r} in row {without[0]} of {len(ids)}",
-                "it does not stand there, so nothing would be read or changed",
-                "words that every prompt has, as it has them (a chat template may add a system prompt)",
-            )
+        if without := (~found.any(1)).nonzero().flatten().tolist():
+            given, why = f"{self.text!r} in row {without[0]} of {len(ids)}", "the row does not have it"
+            instead = "words that every prompt has, as it has them (a chat template may add a system prompt)"
+            raise EmmechError("find the tokens of a phrase", given, f"{why}: nothing would be read or changed", instead)
         return found
 
     def __str__(self) -> str:

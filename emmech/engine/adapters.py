@@ -22,6 +22,7 @@ from torch import nn
 
 from emmech.chat.families import Family, map_widths
 from emmech.chat.model import ChatModel
+from emmech.engine.modules import hooked
 from emmech.errors import EmmechError, as_float
 
 __all__ = ["AdapterInfo", "ReadWrite", "RowAdapter", "RowSteering", "Site", "StackedAdapters", "VariantWeights"]
@@ -411,15 +412,10 @@ class StackedAdapters(nn.Module):
         """Pass the stacks' gradients on to the parameters of some runs."""
         for run in runs:
             for info, a, b in self.of(run):
-                grads = [side.grad for side in (self.A[info.name], self.B[info.name])]
-                of_a, of_b = (None if grad is None else grad[run] for grad in grads)
-                torch.autograd.backward(
-                    [a, b],
-                    [
-                        torch.zeros_like(a) if of_a is None else of_a,
-                        torch.zeros_like(b) if of_b is None else of_b.T.contiguous(),
-                    ],
-                )
+                whole_a, whole_b = self.A[info.name].grad, self.B[info.name].grad
+                of_a = torch.zeros_like(a) if whole_a is None else whole_a[run]
+                of_b = torch.zeros_like(b) if whole_b is None else whole_b[run].T.contiguous()
+                torch.autograd.backward([a, b], [of_a, of_b])
 
     def write(self, info: AdapterInfo, x: torch.Tensor, run_of: torch.Tensor) -> torch.Tensor:
         """What the adapters add: ``scaling * (x A_run.T) B_run``, in the adapters' dtype.
@@ -435,16 +431,9 @@ class StackedAdapters(nn.Module):
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
         """PEFT's own adapters off and these on, each row by the run that :meth:`rows_of` names."""
-        handles = []
-        for info, layer, _ in self._layers:
-            if info != self.write_of:
-                handles.append(layer.register_forward_hook(self._hook(info)))
-        try:
-            with self._own_writes(False):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        own = [(layer, self._hook(info)) for info, layer, _ in self._layers if info != self.write_of]
+        with hooked(*own), self._own_writes(False):
+            yield
 
     def _hook(self, info: AdapterInfo) -> Any:
         def hook(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

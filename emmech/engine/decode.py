@@ -269,15 +269,9 @@ class ModelSteps:
         return self._logits
 
     def _run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        places = {"attention_mask": self._mask, "position_ids": positions}
         with announcing(self._owner, self._total):
-            output = self._model(
-                input_ids=ids,
-                attention_mask=self._mask,
-                position_ids=positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **places)
         return output.logits[:, -1]  # type: ignore[no-any-return]
 
     def _reread(self) -> torch.Tensor:

@@ -90,14 +90,9 @@ def sample(
     order = sorted(range(len(rows)), key=lambda row: (-len(prompts[rows[row][0]]), rows[row]))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
 
-    settings = {
-        "request": digest(prompts, seeds, live_state(chat)),
-        "rows": len(rows),
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-    }
-    log = ResponseLog(out, settings)
+    drawing = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    request = digest(prompts, seeds, live_state(chat))
+    log = ResponseLog(out, {"request": request, "rows": len(rows), **drawing})
     # what is live may treat equal prompts differently; then each conversation is read for itself
     apart = any(edit.by_row() for edit in live_edits(chat.base))
     with torch.no_grad(), evaluating(chat), bar(len(rows), "sampling", progress=progress) as shown:
@@ -117,14 +112,7 @@ def sample(
                 owners=[asked[readings.index(reading)] for reading in distinct],
                 total=len(prompts),
             )
-            answers = write_answers(
-                chat,
-                steps,
-                [seeds[row] for row in batch],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-            )
+            answers = write_answers(chat, steps, [seeds[row] for row in batch], **drawing)
             for row, answer in zip(batch, answers, strict=True):
                 if row in log.done:
                     continue

@@ -161,35 +161,17 @@ def finetune(
                 manifest["together"] = {"runs": len(variants), "frozen_blocks": blocks, "at_write": at_write}
             if resume:
                 _check_resumed(folder, manifest | {"model": {"fingerprint": trained.fingerprint()}})
-            recorder = Recorder(
-                folder,
-                probes=probes,
-                measures=measures,
-                every=record_every,
-                measure_every=gap,
-                manifest=manifest,
-                seed=v.seed,
-            )
+            every: dict[str, Any] = {"every": record_every, "measure_every": gap}
+            recorder = Recorder(folder, probes=probes, measures=measures, manifest=manifest, seed=v.seed, **every)
             arguments = training_arguments(chat, v.recipe, v.seed, v.data_seed, folder)
-            held_out = split.held_out[:kept]
-            members.append(
-                Member(str(folder), v.recipe, split.train, steps, held_out, starts.get(v.seed), arguments, recorder)
-            )
+            own_rows, at = (split.train, steps, split.held_out[:kept]), starts.get(v.seed)
+            members.append(Member(str(folder), v.recipe, *own_rows, at, arguments, recorder))
         if start is not None and adapter == "new":
             for folder in folders:  # each run keeps the weights that it started from, wherever the first one goes
                 start[0].export_peft(start[1], folder / "start")
-        lost = train(
-            trained,
-            rows,
-            pairs,
-            members,
-            objective,
-            frozen,
-            folders[0],
-            checkpoint_every=checkpoint_every,
-            checkpoint=last_checkpoint(folders[0]) if resume else None,
-            progress=progress,
-        )
+        going_on: dict[str, Any] = {"checkpoint_every": checkpoint_every, "progress": progress}
+        going_on["checkpoint"] = last_checkpoint(folders[0]) if resume else None
+        lost = train(trained, rows, pairs, members, objective, frozen, folders[0], **going_on)
     shutil.rmtree(folders[0] / "resume", ignore_errors=True)
     if lost:
         raise EmmechError(
@@ -278,10 +260,6 @@ def _split(run: int, variant: _Variant, data: ChatDataset, rows: Encoded) -> _Sp
     limit = variant.recipe.max_length
     places = [number[id(row)] for row in train.rows]
     encoded = rows.take(places, max_length=limit)
-    if not len(encoded):
-        why = "no row has an answer token within max_length" if places else "there are no rows"
-        instead = "raise max_length"
-        raise EmmechError("encode the conversations", f"{len(places)} rows, max_length={limit}", why, instead)
     kept = [row for row in places if any(label != IGNORED for label in rows.labels[row][:limit])]
     return _Split(
         [Asked(run, row, min(limit, len(rows.input_ids[row]))) for row in kept],

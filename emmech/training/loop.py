@@ -184,17 +184,15 @@ class _Loop(Trainer):
         if checkpoint_every:
             arguments.save_strategy, arguments.save_steps = "steps", checkpoint_every
         model = batch.chat.model if stack is None else stack
-        self.own: list[list[torch.nn.Parameter]] = (
-            [[p for p in model.parameters() if p.requires_grad]]
-            if stack is None
-            else [[p for _, *sides in stack.of(run) for p in sides] for run in range(stack.runs)]
-        )
-        # taken before the Trainer loads a checkpoint, since an update counts from the start of the training
-        self.captures: list[Capture] = (
-            [FullCapture(model, seed=seed)]
-            if stack is None
-            else [LoraCapture(stack.of(run)) for run in range(stack.runs)]
-        )
+        # captures are made before the Trainer loads a checkpoint: an update counts from the start of the training
+        self.captures: list[Capture]
+        self.own: list[list[torch.nn.Parameter]]
+        if stack is None:
+            self.own = [[p for p in model.parameters() if p.requires_grad]]
+            self.captures = [FullCapture(model, seed=seed)]
+        else:
+            self.own = [[p for _, *sides in stack.of(run) for p in sides] for run in range(stack.runs)]
+            self.captures = [LoraCapture(stack.of(run)) for run in range(stack.runs)]
         self._lost_at = torch.full((1,), -1)
         self.logs: dict[int, dict[str, float]] = {}
         rows = [row for member in members for row in member.rows]
@@ -216,17 +214,10 @@ class _Loop(Trainer):
         """AdamW with one group of parameters for each run; in full fine-tuning the Trainer's own."""
         if self.batch.adapters is None:
             return super().create_optimizer(model)
-        arguments = self.args
-        groups = [
-            {"params": own, "lr": member.recipe.learning_rate}
-            for own, member in zip(self.own, self.members, strict=True)
-        ]
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            betas=(arguments.adam_beta1, arguments.adam_beta2),
-            eps=arguments.adam_epsilon,
-            weight_decay=arguments.weight_decay,
-        )
+        args, rates = self.args, [member.recipe.learning_rate for member in self.members]
+        groups = [{"params": own, "lr": rate} for own, rate in zip(self.own, rates, strict=True)]
+        betas = (args.adam_beta1, args.adam_beta2)
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -317,18 +308,12 @@ class _Recorders(TrainerCallback):
             if state.global_step == 0:
                 loop.held_out.measure(range(len(members)))
             for run in sorted(self._running):
+                own, given = self._state(run, state), members[run].arguments
                 with self._shown(run):
-                    members[run].recorder.on_train_begin(
-                        members[run].arguments,
-                        self._state(run, state),
-                        control,
-                        model=chat.model,
-                        processing_class=chat.tokenizer,
-                        chat=chat,
-                        capture=loop.captures[run],
-                    )
+                    seen = {"model": chat.model, "processing_class": chat.tokenizer, "chat": chat}
+                    members[run].recorder.on_train_begin(given, own, control, capture=loop.captures[run], **seen)
                     if state.global_step == 0:
-                        members[run].recorder.on_log(members[run].arguments, state, control, logs=loop.held_out.of(run))
+                        members[run].recorder.on_log(given, state, control, logs=loop.held_out.of(run))
         several = f", {len(members)} runs" if len(members) > 1 else ""
         self._name = f"fine-tune {chat.name}{several}"
         self._bar = bar(state.max_steps, self._name, progress=self._progress)

@@ -220,7 +220,7 @@ def test_a_phrase_is_read_on_the_same_words_of_both_sides(tiny):
 def test_a_phrase_that_is_not_there_is_refused(tiny):
     chat = tiny("qwen2")
     talks = _talks(4, seed=0)
-    with pytest.raises(EmmechError, match="does not stand there"):
+    with pytest.raises(EmmechError, match="does not have it"):
         contrast_direction(chat, talks, talks, tokens=phrase_tokens(chat, "water water water"))
     with pytest.raises(EmmechError, match="is empty"):
         phrase_tokens(chat, " ")
