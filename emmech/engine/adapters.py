@@ -247,8 +247,12 @@ class VariantWeights:
         """Number of variants."""
         return len(next(iter((*self.A.values(), *self.steering.values())), ()))
 
+    def __getitem__(self, at: int | slice) -> VariantWeights:
+        """Those of some groups; of one group without the first axis."""
+        return self.each(lambda tensor: tensor[at])
+
     def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> VariantWeights:
-        """The rows with every tensor ``[groups, ...]`` replaced by a function of it: some groups, say."""
+        """The same with every tensor ``[groups, ...]`` replaced by a function of it."""
         pick = {field.name: {k: function(v) for k, v in getattr(self, field.name).items()} for field in fields(self)}
         return VariantWeights(**pick)  # type: ignore[arg-type]
 

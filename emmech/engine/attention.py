@@ -164,10 +164,7 @@ class Branches:
     ) -> None:
         """Keep what every row wrote at its new token."""
         if layer not in self._own:
-            self._own[layer] = (
-                keys.new_empty(self._room, *keys.shape),
-                values.new_empty(self._room, *values.shape),
-            )
+            self._own[layer] = (keys.new_empty(self._room, *keys.shape), values.new_empty(self._room, *values.shape))
         for store, new in zip(self._own[layer], (keys, values), strict=True):
             store[self.written] = new
 
@@ -379,12 +376,7 @@ def _by_runs(
 
 
 def _attend(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: Any,
-    value: Any,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
+    module: nn.Module, query: torch.Tensor, key: Any, value: Any, attention_mask: torch.Tensor | None, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """The attention function that the model's own modules call."""
     if not isinstance(key, Branches):

@@ -35,7 +35,7 @@ from emmech.engine.blocks import Places
 from emmech.engine.logprobs import pad, padded, unembed
 from emmech.engine.modules import evaluating, hooked, unhooked
 from emmech.engine.packing import Reading, stack
-from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, State, deviation
+from emmech.engine.prefix_plan import DOES_NOT_RUN, State, deviation, tolerance
 from emmech.engine.variants import Engine, Shared
 from emmech.errors import EmmechError
 
@@ -82,8 +82,7 @@ def decode_variants(
         return write_answers(chat, steps, [*seeds] * len(rows), **options)
     answers = []
     for variant in range(len(rows)):
-        one = rows.each(lambda tensor, at=variant: tensor[at])  # type: ignore[misc]
-        with evaluating(chat), hooked(*engine.hooks(one)):
+        with evaluating(chat), hooked(*engine.hooks(rows[variant])):
             answers += write_answers(chat, ModelSteps(chat, prompts, which), seeds, **options)
     return answers
 
@@ -102,9 +101,7 @@ def _steps_agree(engine: Engine) -> bool:
         ids = torch.tensor([[*prompts[which], after]], device=chat.device)
         reads = torch.zeros(ids.shape, dtype=torch.bool, device=chat.device)
         reads[0, -1] = True
-        one = rows.each(lambda tensor, at=variant: tensor[at])  # type: ignore[misc]
-        off = deviation(chat, hidden[None], ids, reads, engine.hooks(one))
-        if not off <= TOLERANCE.get(chat.dtype, 1e-4):
+        if not deviation(chat, hidden[None], ids, reads, engine.hooks(rows[variant])) <= tolerance(chat):
             return False
     return True
 
@@ -306,7 +303,7 @@ def keeps_past(chat: ChatModel) -> bool:
             found = ModelSteps(chat, texts, [0, 1]).feed(torch.tensor(then, device=chat.device)).float()
             wanted = _anew(chat, [[*text, token] for text, token in zip(texts, then, strict=True)]).float()
             off = float((found - wanted).abs().max() / wanted.abs().max())
-        _KEEPS[chat.base] = off <= TOLERANCE.get(chat.dtype, 1e-4)
+        _KEEPS[chat.base] = off <= tolerance(chat)
     return _KEEPS[chat.base]
 
 
@@ -422,8 +419,7 @@ class VariantSteps:
             at_once = max(1, engine.tokens // len(one))
             for start in range(0, variants, at_once):
                 above, end = KeysValues(), min(variants, start + at_once)
-                chosen = rows.each(lambda tensor, part=slice(start, end): tensor[part])  # type: ignore[misc]
-                hidden.append(engine.above(shared, chosen, cache=above).flatten(0, 1))
+                hidden.append(engine.above(shared, rows[start:end], cache=above).flatten(0, 1))
                 upper.append(above.spread(columns))
                 present = torch.arange(start, end, device=device)
                 of_upper.append(rearrange(present[:, None] * len(prompts) + own, "variants own -> (variants own)"))

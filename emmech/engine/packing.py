@@ -97,12 +97,7 @@ def tree(readings: Sequence[Reading], chosen: Sequence[int]) -> Pack:
 
 
 def pack(
-    readings: Sequence[Reading],
-    *,
-    linear_cost: float,
-    pair_cost: float,
-    longest: int = 4096,
-    reach: int | None = None,
+    readings: Sequence[Reading], *, linear_cost: float, pair_cost: float, longest: int = 4096, reach: int | None = None
 ) -> list[Pack]:
     """Group readings into packs at the least estimated work.
 

@@ -21,7 +21,6 @@ from emmech.engine.modules import Hook, evaluating, hooked
 
 __all__ = [
     "DOES_NOT_RUN",
-    "TOLERANCE",
     "Frozen",
     "Lower",
     "State",
@@ -29,10 +28,11 @@ __all__ = [
     "dropout",
     "find_frozen",
     "pays",
+    "tolerance",
     "why_not",
 ]
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # of a deviation
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # what a model's modules raise when they are run in another way than their own
 DOES_NOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
@@ -145,6 +145,11 @@ class Lower:
         assert state.wrote is not None
         change = self._norm(add(state.wrote, state.read)) - self._norm(state.wrote)
         return state.residual + change * self._scale  # type: ignore[no-any-return]
+
+
+def tolerance(chat: ChatModel) -> float:
+    """The largest deviation that rounding in the model's dtype explains."""
+    return _TOLERANCE.get(chat.dtype, 1e-4)
 
 
 @torch.no_grad()

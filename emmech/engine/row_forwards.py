@@ -25,7 +25,7 @@ from emmech.engine.attention import detached, plain_past
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.logprobs import pad, padded, target_logprobs, unembed
 from emmech.engine.modules import adding, hooked
-from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation
+from emmech.engine.prefix_plan import DOES_NOT_RUN, Frozen, Lower, State, deviation, tolerance
 from emmech.errors import EmmechError
 
 __all__ = ["Asked", "Forwards", "ModelForwards", "RowForwards", "Trunk", "WholeTrunk", "batches_by_length"]
@@ -340,7 +340,7 @@ def _fitting(chat: ChatModel, rows: Encoded, frozen: Frozen | None, folder: Path
     trunk: Trunk | None = None
     try:
         trunk = Trunk(chat, rows, frozen, folder)
-        if trunk.written or trunk.deviation() <= TOLERANCE.get(chat.dtype, 1e-4):
+        if trunk.written or trunk.deviation() <= tolerance(chat):
             return trunk
     except DOES_NOT_RUN:
         pass  # the parts do not even run

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def sample(
     order = sorted(range(len(rows)), key=lambda row: (-len(prompts[rows[row][0]]), rows[row]))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
 
-    drawing = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    drawing: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     request = digest(prompts, seeds, live_state(chat))
     log = ResponseLog(out, {"request": request, "rows": len(rows), **drawing})
     # what is live may treat equal prompts differently; then each conversation is read for itself

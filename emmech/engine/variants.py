@@ -28,7 +28,7 @@ from emmech.engine.attention import RUN
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.modules import Hook, adding, evaluating
 from emmech.engine.packing import Pack, Reading, pack, stack
-from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation, find_frozen
+from emmech.engine.prefix_plan import DOES_NOT_RUN, Frozen, Lower, State, deviation, find_frozen, tolerance
 from emmech.errors import EmmechError
 
 __all__ = ["Block", "Engine", "Shared"]
@@ -98,9 +98,8 @@ class Engine:
     def _cut_at(self, frozen: Frozen) -> None:
         chat, self.frozen = self.chat, frozen
         self.lower = Lower(chat, frozen)
-        self.shared_name = next((n for n, site in self.sites.items() if site.layer == frozen.layer), None)
-        if not frozen.at_write:
-            self.shared_name = None
+        lowest = (name for name, site in self.sites.items() if site.layer == frozen.layer)
+        self.shared_name = next(lowest, None) if frozen.at_write else None
         last = chat.n_layers if self.stop is None else self.stop + 1
         edits: dict[str, Any] = {
             f"{site.layer}.{site.path}": partial(RowAdapter, rows=self.rows, name=name)
@@ -113,9 +112,7 @@ class Engine:
 
     def _settle(self) -> None:
         """Share as much as agrees with the model's own forward, and branch only where that does."""
-        found = self.frozen
-        tolerance = TOLERANCE.get(self.chat.dtype, 1e-4)
-        off = float("inf")
+        found, off = self.frozen, float("inf")
         for frozen in dict.fromkeys((found, Frozen(found.layer, False), Frozen(0, False))):
             self._cut_at(frozen)
             for self.branching in (True, False):
@@ -123,14 +120,12 @@ class Engine:
                     off = self.deviation()
                 except DOES_NOT_RUN:
                     continue  # the parts do not even run
-                if off <= tolerance:
+                if off <= tolerance(self.chat):
                     return
-        raise EmmechError(
-            "run many variants of the model at once",
-            f"{self.chat.name} ({type(self.chat.base).__name__})",
-            f"its blocks give other results in parts than as a whole (off by {off:.1e})",
-            "emmech.evaluate(run, step=..., scale=...) one at a time, or a function of the model as measure",
-        )
+        given = f"{self.chat.name} ({type(self.chat.base).__name__})"
+        why = f"its blocks give other results in parts than as a whole (off by {off:.1e})"
+        instead = "emmech.evaluate(run, step=..., scale=...) one at a time, or a function of the model as measure"
+        raise EmmechError("run many variants of the model at once", given, why, instead)
 
     @torch.no_grad()
     def deviation(self) -> float:
@@ -142,15 +137,12 @@ class Engine:
         for block in self.run(self.packs(readings), rows, 2):
             for index, own in block.readings:
                 ids = torch.tensor([texts[index]], device=chat.device)
+                reads = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+                reads[:, 4:12] = True
                 for variant in range(2):
-                    one = rows.each(lambda tensor, at=variant: tensor[at])  # type: ignore[misc]
-                    worst = max(worst, self._off(block.hidden[variant, own][None], ids, one))
+                    found, hooks = block.hidden[variant, own][None], self.hooks(rows[variant])
+                    worst = max(worst, deviation(chat, found, ids, reads, hooks, stop=self.stop))
         return worst
-
-    def _off(self, found: torch.Tensor, ids: torch.Tensor, one: VariantWeights) -> float:
-        reads = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
-        reads[:, 4:12] = True
-        return deviation(self.chat, found, ids, reads, self.hooks(one), stop=self.stop)
 
     def hooks(self, one: VariantWeights) -> list[Hook]:
         """One variant's adapters (its part of stacked rows) and steering, as hooks on the model's own modules."""
@@ -217,8 +209,7 @@ class Engine:
             edges = np.linspace(0, variants, pieces + 1).round().astype(int).tolist()
             for start, end in itertools.pairwise(edges):
                 chosen = slice(start, end)
-                own = rows.each(lambda one, chosen=chosen: one[chosen])  # type: ignore[misc]
-                yield Block(chosen, readings, self.above(shared, own))
+                yield Block(chosen, readings, self.above(shared, rows[chosen]))
 
     def share(self, packs: Sequence[Pack]) -> Shared:
         """Run the blocks that all variants have in common."""

@@ -105,10 +105,7 @@ def plan(chat: ChatModel, grid: Grid, engine: Engine, longest: int, variants: in
     room = free - logit_rows * per_logit_row
     tokens = max(longest, min(_CPU_TOKENS if cpu else _GPU_TOKENS, room // per_token))
     return Plan(
-        int(tokens),
-        int(logit_rows),
-        int(kept + max(tokens * per_token, 0) + logit_rows * per_logit_row),
-        budget,
+        int(tokens), int(logit_rows), int(kept + max(tokens * per_token, 0) + logit_rows * per_logit_row), budget
     )
 
 
@@ -410,10 +407,9 @@ class SampledJob:
         """Answers and verdicts of a group of variants."""
         records: list[list[dict[str, Any]]] = []
         for start in range(0, len(group), self.variants_at_once):
-            chosen = rows.each(lambda one, at=start: one[at : at + self.variants_at_once])  # type: ignore[misc]
             answers = decode_variants(
                 self.engine,
-                chosen,
+                rows[start : start + self.variants_at_once],
                 self.prompts,
                 self.which,
                 [row["seed"] for row in self.rows],
