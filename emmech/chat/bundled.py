@@ -10,15 +10,13 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = ["WHEELS", "cache_folder", "dequantised", "unpack"]
 
 
-@dataclass(frozen=True)
-class Wheel:
+class Wheel(NamedTuple):
     """A model in a wheel: its import name, its wheel on PyPI, and the same model's name on the hub."""
 
     module: str

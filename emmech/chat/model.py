@@ -201,12 +201,10 @@ class ChatModel:
         found: nn.Module | None = self.parts(layer).down
         if found is None:
             fused = self.family.fused(self.block(layer))
-            raise EmmechError(
-                f"find the MLP's write at layer {layer}",
-                f"{self.name} of the family {self.family.name}",
-                "its experts are fused into one parameter" if fused else "its block has no single map of that role",
-                f"another map of the block, such as {self.family.out or self.family.query!r}",
-            )
+            given = f"{self.name} of the family {self.family.name}"
+            why = "its experts are fused into one parameter" if fused else "its block has no single map of that role"
+            instead = f"another map of the block, such as {self.family.out or self.family.query!r}"
+            raise EmmechError(f"find the MLP's write at layer {layer}", given, why, instead)
         return found
 
     def parts(self, layer: int) -> Parts:

@@ -86,12 +86,10 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generate: bool = Fals
         EmmechError: the tokenizer has no chat template, or the template refuses the messages.
     """
     if getattr(tokenizer, "chat_template", None) is None:
-        raise EmmechError(
-            "render the conversation",
-            f"tokenizer {getattr(tokenizer, 'name_or_path', '')!r}",
-            "it has no chat template (a base model's tokenizer, most likely)",
-            "use the instruct model's tokenizer, or set tokenizer.chat_template",
-        )
+        given = f"tokenizer {getattr(tokenizer, 'name_or_path', '')!r}"
+        why = "it has no chat template (a base model's tokenizer, most likely)"
+        instead = "use the instruct model's tokenizer, or set tokenizer.chat_template"
+        raise EmmechError("render the conversation", given, why, instead)
     as_parts = _once(tokenizer, "parts", lambda: _wants_parts(tokenizer))
     return _apply(tokenizer, messages, as_parts, generate)
 

@@ -166,12 +166,10 @@ def attach(
         chat = replace(chat, model=wrapper) if wrapper is not None else detach(chat)
         live = list(adapter_layers(chat.model))
     if live and [info.module for info, _, _ in live] != [info.module for info in adapters]:
-        raise EmmechError(
-            "put the adapter on the model",
-            f"{chat.name} with adapters {[info.name for info, _, _ in live]}",
-            "other adapters are on it already, and PEFT would stack them",
-            "pass the model without adapters (peft_model.unload() or emmech.detach(chat) gives it)",
-        )
+        given = f"{chat.name} with adapters {[info.name for info, _, _ in live]}"
+        why = "other adapters are on it already, and PEFT would stack them"
+        instead = "pass the model without adapters (peft_model.unload() or emmech.detach(chat) gives it)"
+        raise EmmechError("put the adapter on the model", given, why, instead)
     scale = as_float("put the adapter on the model", "scale", scale)
     _check_widths(chat, adapters)
     if not live:
@@ -210,12 +208,10 @@ def _check_widths(chat: ChatModel, adapters: Sequence[AdapterInfo]) -> None:
     for adapter in adapters:
         widths = map_widths(modules.get(adapter.module))
         if widths != (adapter.d_in, adapter.d_out):
-            raise EmmechError(
-                "put the adapter on the model",
-                f"{adapter.name}: d_in={adapter.d_in}, d_out={adapter.d_out}",
-                f"{chat.name} has there {f'widths {widths}' if widths else 'no linear map'}",
-                "use the base model that the run was trained on",
-            )
+            given = f"{adapter.name}: d_in={adapter.d_in}, d_out={adapter.d_out}"
+            why = f"{chat.name} has there {f'widths {widths}' if widths else 'no linear map'}"
+            instead = "use the base model that the run was trained on"
+            raise EmmechError("put the adapter on the model", given, why, instead)
 
 
 @dataclass(frozen=True)

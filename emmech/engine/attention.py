@@ -64,14 +64,7 @@ class KeysValues:
         return 0
 
     def spread(self, columns: Int[torch.Tensor, "sequences length"]) -> KeysValues:
-        """Rows that hold several sequences as one row for each of them.
-
-        Args:
-            columns: the columns of each sequence's tokens, the same in every row.
-
-        Returns:
-            ``[rows * sequences, heads, length, width]`` by layer, rows outermost.
-        """
+        """Rows that hold several sequences, at these columns of each, as one row for each sequence; rows outermost."""
         found = KeysValues()
         for layer, pair in self.layers.items():
             keys, values = (one[:, :, columns].transpose(1, 2).flatten(0, 1).contiguous() for one in pair)
@@ -264,25 +257,16 @@ def growing_cache(chat: ChatModel) -> Any:
         def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-                self.keys = key_states[:, :, :0]
-                self.values = value_states[:, :, :0]
+                self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
             start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-            store = getattr(self, "store", None)
+            store: Any = getattr(self, "store", None)
+            roomy = store is not None and store[0].shape[-2] >= end and store[0].shape[0] == self.keys.shape[0]
             # indexing (rows leaving, prompts repeated) makes new tensors: the views are then of other memory
-            if (
-                store is None
-                or store[0].shape[-2] < end
-                or store[0].data_ptr() != self.keys.data_ptr()
-                or store[0].shape[0] != self.keys.shape[0]
-            ):
-                store = tuple(
-                    old.new_empty(*old.shape[:2], end + _BLOCK, old.shape[-1]) for old in (self.keys, self.values)
-                )
-                store[0][:, :, :start] = self.keys
-                store[1][:, :, :start] = self.values
-                self.store = store
-            store[0][:, :, start:end] = key_states
-            store[1][:, :, start:end] = value_states
+            if not roomy or store[0].data_ptr() != self.keys.data_ptr():
+                old = (self.keys, self.values)
+                self.store = store = tuple(one.new_empty(*one.shape[:2], end + _BLOCK, one.shape[-1]) for one in old)
+                store[0][:, :, :start], store[1][:, :, :start] = old
+            store[0][:, :, start:end], store[1][:, :, start:end] = key_states, value_states
             self.keys, self.values = store[0][:, :, :end], store[1][:, :, :end]
             return self.keys, self.values
 

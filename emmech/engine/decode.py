@@ -66,13 +66,9 @@ def decode_variants(
     """Answer every request under every variant: together where steps agree with whole forwards, else one by one.
 
     Args:
-        prompts: distinct prompts, as token ids.
-        which: per request the index of its prompt.
+        prompts, which: as :class:`VariantSteps` takes them.
         seeds: per request its seed; the same under all variants.
         options: as :func:`write_answers` takes them.
-
-    Returns:
-        answers in the order of variants, then requests.
     """
     chat, options = engine.chat, {"max_new_tokens": max_new_tokens, **options}
     if engine.steps_agree is None:
@@ -187,9 +183,9 @@ def context(chat: ChatModel) -> int:
 class ModelSteps:
     """The model as it is, adapters and hooks included.
 
-    A prompt that is answered many times is read once and its cache is copied; the cache grows in blocks instead of
-    being copied at every token; rows of finished answers leave. A family whose cache gives other logits than its own
-    forward over the whole text (a recurrent state that takes padding for text, say) reads every text anew each time.
+    A prompt that is answered many times is read once and its cache is copied; rows of finished answers are dropped. A
+    family whose cache gives other logits than its own forward over the whole text (a recurrent state that takes padding
+    for text, say) reads every text anew each time.
 
     Args:
         prompts: distinct prompts, as token ids.
@@ -396,11 +392,7 @@ class VariantSteps:
         self._gathered = own.each(lambda one: one.index_select(0, self._variant))
 
     def _prefill(self, prompts: Sequence[Sequence[int]], room: int) -> None:
-        """Read every prompt: what prompts have in common once, below once for all variants, above once per variant.
-
-        Args:
-            room: how many tokens an answer may have.
-        """
+        """Read every prompt: what prompts have in common once, below once for all variants, above once per variant."""
         engine, rows, variants = self._engine, self._rows, len(self._rows)
         device, width = engine.chat.device, max(map(len, prompts))
         lower, upper, hidden = [], [], []

@@ -256,12 +256,10 @@ def _sites(runs: Mapping[str, Run], chat: ChatModel) -> dict[str, Site]:
             widths = map_widths(modules.get(info.module))
             inside = f"{chat.family.trunk}.{chat.family.blocks}.{info.layer}."
             if widths != (info.d_in, info.d_out) or not info.module.startswith(inside):
-                raise EmmechError(
-                    f"put the adapters of {name} on the model",
-                    f"{info.name}: d_in={info.d_in}, d_out={info.d_out}",
-                    f"{chat.name} has there {f'widths {widths}' if widths else 'no linear map'}",
-                    "use the base model that the run was trained on",
-                )
+                given = f"{info.name}: d_in={info.d_in}, d_out={info.d_out}"
+                why = f"{chat.name} has there {f'widths {widths}' if widths else 'no linear map'}"
+                instead = "use the base model that the run was trained on"
+                raise EmmechError(f"put the adapters of {name} on the model", given, why, instead)
             before = sites.get(info.module)
             rank = max(info.rank, before.rank if before else 0)
             sites[info.module] = Site(info.layer, info.module.removeprefix(inside), rank)

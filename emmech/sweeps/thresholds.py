@@ -51,12 +51,10 @@ def threshold_robustness(
 
     responses = getattr(sweep, "responses", None)
     if responses is None or not {"aligned", "coherent"} <= set(responses.columns):
-        raise EmmechError(
-            "vary the thresholds",
-            "a sweep without judged responses",
-            "a rate can be taken again only where the judge's scores were kept",
-            "emmech.sweep(run, measure=Sampled(...))",
-        )
+        asked = "vary the thresholds"
+        given = "a sweep without judged responses"
+        instead = "emmech.sweep(run, measure=Sampled(...))"
+        raise EmmechError(asked, given, "a rate can be taken again only where the judge's scores were kept", instead)
     name = only_run(responses, run)
     own = responses[(responses["run"] == name) & (responses["scale"] == scale) & (responses["coefficient"] == 0)]
     narrow = own["narrow"].eq(True)

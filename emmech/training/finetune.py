@@ -174,12 +174,10 @@ def finetune(
         lost = train(trained, rows, pairs, members, objective, frozen, folders[0], **going_on)
     shutil.rmtree(folders[0] / "resume", ignore_errors=True)
     if lost:
-        raise EmmechError(
-            f"fine-tune {chat.name}",
-            ", ".join(f"{name} at step {step}" for name, step in lost.items()),
-            "the loss is no longer finite; the steps until then are recorded, and other runs are finished",
-            "a smaller learning_rate; emmech.load_run(folder) has what was recorded",
-        )
+        where = ", ".join(f"{name} at step {step}" for name, step in lost.items())
+        why = "the loss is no longer finite; the steps until then are recorded, and other runs are finished"
+        instead = "a smaller learning_rate; emmech.load_run(folder) has what was recorded"
+        raise EmmechError(f"fine-tune {chat.name}", where, why, instead)
     runs = [load_run(folder) for folder in folders]
     return runs[0] if isinstance(seed, int) else runs
 
@@ -280,21 +278,13 @@ def _manifest(
 ) -> dict[str, Any]:
     """What only the caller of the Recorder knows."""
     rows = split.encoded
+    of_data = {name: getattr(data, name) for name in ("name", "path", "folded", "sha256", "answer_length")}
+    of_rows = {name: getattr(rows, name) for name in ("truncated", "emptied", "answer_tokens")}
+    counts = {"rows": len(rows) + rows.emptied, "held_out": len(split.held_out)}
     return {
         "model": {"name": chat.name},
         "tokenizer": {"name": chat.name},
-        "data": {
-            "name": data.name,
-            "path": data.path,
-            "folded": data.folded,
-            "sha256": data.sha256,
-            "rows": len(rows) + rows.emptied,
-            "held_out": len(split.held_out),
-            "truncated": rows.truncated,
-            "emptied": rows.emptied,
-            "answer_tokens": rows.answer_tokens,
-            "answer_length": data.answer_length,
-        },
+        "data": of_data | counts | of_rows,
         "recipe": variant.recipe.to_dict(),
         "layers": list(layers) if layers is not None else None,
         "seed": variant.seed,
@@ -389,10 +379,7 @@ def _check_margins(margins: Any) -> None:
 def _refuse_adapters(chat: ChatModel) -> None:
     """Refuse a model that has adapters already, with their names."""
     if found := [info.name for info, _, _ in adapter_layers(chat.model)]:
-        raise EmmechError(
-            f"fine-tune {chat.name}",
-            f"a model with adapters on {found[:3]}",
-            "a second adapter would be stacked on the first",
-            "model.unload() for the base, model.merge_and_unload() to keep its effect, or "
-            "emmech.realign(run, data) to go on training it",
-        )
+        given, why = f"a model with adapters on {found[:3]}", "a second adapter would be stacked on the first"
+        instead = "model.unload() for the base, model.merge_and_unload() to keep its effect, or "
+        instead += "emmech.realign(run, data) to go on training it"
+        raise EmmechError(f"fine-tune {chat.name}", given, why, instead)

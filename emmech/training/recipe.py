@@ -132,6 +132,17 @@ def resolve_recipe(
 _WHOLE = ("rank", "batch_size", "accumulation", "max_length", "warmup_steps")
 _OR_NONE = ("max_steps", "measured")
 _FINITE = ("alpha", "learning_rate", "epochs", "weight_decay", "clip", "dropout", "held_out")
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("rank",), lambda value: value >= 0, "a whole number, 0 for full fine-tuning"),
+    (("alpha", "epochs"), lambda value: value > 0, "a positive number"),
+    (("learning_rate",), lambda value: 0 < value < 1, "between 0 and 1, such as 2e-5"),
+    (_OR_NONE, lambda value: value is None or value > 0, "None or a positive whole number"),
+    (("batch_size", "accumulation"), lambda value: value > 0, "a positive whole number"),
+    (("held_out", "dropout"), lambda value: 0 <= value < 1, "a share from 0 to below 1"),
+    (("max_length",), lambda value: value > 1, "at least 2 tokens"),
+    (("warmup_steps", "weight_decay"), lambda value: value >= 0, "0 or more"),
+    (("clip",), lambda value: value >= 0, "0, which clips nothing, or more"),
+)
 
 
 def _checked(recipe: Recipe) -> Recipe:
@@ -139,24 +150,9 @@ def _checked(recipe: Recipe) -> Recipe:
     recipe = replace(recipe, **{name: as_int("fine-tune", name, getattr(recipe, name)) for name in counts})  # type: ignore[arg-type]
     for name in _FINITE:
         as_float("fine-tune", name, getattr(recipe, name))
-    rules = {
-        "rank": (recipe.rank >= 0, "a whole number, 0 for full fine-tuning"),
-        "alpha": (recipe.alpha > 0, "a positive number"),
-        "learning_rate": (0 < recipe.learning_rate < 1, "between 0 and 1, such as 2e-5"),
-        "epochs": (recipe.epochs > 0, "a positive number"),
-        "max_steps": (recipe.max_steps is None or recipe.max_steps > 0, "None or a positive whole number"),
-        "measured": (recipe.measured is None or recipe.measured > 0, "None or a positive whole number"),
-        "batch_size": (recipe.batch_size > 0, "a positive whole number"),
-        "accumulation": (recipe.accumulation > 0, "a positive whole number"),
-        "held_out": (0 <= recipe.held_out < 1, "a share from 0 to below 1"),
-        "max_length": (recipe.max_length > 1, "at least 2 tokens"),
-        "warmup_steps": (recipe.warmup_steps >= 0, "0 or more"),
-        "weight_decay": (recipe.weight_decay >= 0, "0 or more"),
-        "clip": (recipe.clip >= 0, "0, which clips nothing, or more"),
-        "dropout": (0 <= recipe.dropout < 1, "a share from 0 to below 1"),
-        "schedule": (recipe.schedule in SCHEDULES, closest(str(recipe.schedule), SCHEDULES)),
-        "init": (recipe.init in INITS, closest(str(recipe.init), INITS)),
-    }
+    rules = {name: (holds(getattr(recipe, name)), say) for names, holds, say in _RULES for name in names}
+    rules["schedule"] = (recipe.schedule in SCHEDULES, closest(str(recipe.schedule), SCHEDULES))
+    rules["init"] = (recipe.init in INITS, closest(str(recipe.init), INITS))
     if recipe.init == "inputs" and not (recipe.rank and WRITE in recipe.modules):
         rules["init"] = (False, f"'random': 'inputs' is for adapters on {WRITE}")
     for name, (fine, instead) in rules.items():
