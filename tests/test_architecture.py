@@ -24,14 +24,9 @@ KNOWN: dict[str, set[str]] = {
         "interventions/positions.py",
     },
     "doubled_classes": {
-        "chat/edits.py",
-        "engine/row_adapters.py",
         "evaluation/comparison.py",
         "evaluation/questions.py",
-        "evaluation/rates.py",
         "organism/question_sets.py",
-        "sweeps/parts.py",
-        "training/capture.py",
         "transition/result.py",
     },
 }
