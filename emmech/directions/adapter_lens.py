@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from emmech.chat.model import ChatModel, load_model
-from emmech.directions.methods import held_out_auc
+from emmech.directions.extract import held_out_auc
 from emmech.engine.logprobs import in_batches
 from emmech.engine.modules import evaluating, hooked
 from emmech.engine.stream import probe_rows
@@ -24,8 +24,8 @@ from emmech.errors import EmmechError, check_texts
 from emmech.progress import bar
 from emmech.results import Card, Result
 from emmech.run.run import Run, opened
-from emmech.view.directions import scalar_histogram, shaded_text
 from emmech.view.page import card
+from emmech.view.plots import scalar_histogram, shaded_text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from emmech.directions.arrays import unit_rows
-from emmech.directions.contrast import contrast_direction
-from emmech.directions.direction import Direction, checked_direction, checked_directions
+from emmech.directions.direction import Direction, checked_direction, checked_directions, unit_rows
+from emmech.directions.sources import contrast_direction
 from emmech.errors import EmmechError, as_int, as_ints
 from emmech.results import Card, Result
 from emmech.run.run import as_run
-from emmech.view.directions import by_step, cosine_matrix, cosines_by_layer
+from emmech.view.plots import by_step, cosine_matrix, cosines_by_layer
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,28 +1,180 @@
-"""A direction in the residual stream, as a value: one vector per layer, in raw units, with where it came from."""
+"""A direction in the residual stream, as a value: one vector per layer, in raw units, with its origin and quality.
+
+emmech writes one safetensors file, with name, source and quality as JSON in its metadata. repeng writes one tensor
+``direction.<layer>`` per layer, where layer ``l`` is the output of block ``l`` (as ``hidden_states[l + 1]``), and
+llama.cpp reads the same file. steering-vectors keeps ``layer_activations``, a mapping from layer to vector for
+``layer_type="decoder_block"``, which is the block's output too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from jaxtyping import Float
 
-from emmech.directions.arrays import checked_array, checked_matrix, unit_rows
-from emmech.directions.files import fetch_file, push_file, read_file, write_own
-from emmech.directions.quality import Quality
 from emmech.errors import EmmechError, as_int
 from emmech.results import Card, Result
-from emmech.view.directions import by_layer
+from emmech.view.plots import by_layer
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from emmech.chat.model import ChatModel
 
-__all__ = ["Direction", "checked_direction", "checked_directions"]
+__all__ = [
+    "Direction",
+    "Quality",
+    "checked_array",
+    "checked_direction",
+    "checked_directions",
+    "checked_matrix",
+    "fetch_file",
+    "from_repeng",
+    "from_steering_vectors",
+    "push_file",
+    "read_file",
+    "read_repeng",
+    "read_steering_vectors",
+    "to_repeng",
+    "to_steering_vectors",
+    "unit_rows",
+    "write_own",
+]
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Scale the rows ``[..., d_model]`` to norm 1; rows of zeros stay zero."""
+    wide = np.asarray(vectors, dtype=np.float64)
+    norms = np.linalg.norm(wide, axis=-1, keepdims=True)
+    return np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0)
+
+
+def checked_array(value: Any, what: str) -> np.ndarray:
+    """An array or tensor of numbers as finite float32, copied.
+
+    Raises:
+        EmmechError: not numbers, or not finite.
+    """
+    if hasattr(value, "detach"):
+        value = value.detach().float().cpu().numpy()
+    try:
+        array = np.array(value, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise EmmechError(
+            "make a Direction",
+            f"{what}: {type(value).__name__}",
+            "it is not an array of numbers",
+            "an array or tensor [layers, d_model]",
+        )
+    if not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))[0].tolist()
+        raise EmmechError(
+            "make a Direction",
+            f"{what} with {int((~np.isfinite(array)).sum())} values that are not finite, first at {bad}",
+            "NaN or infinity in a direction poisons every activation it touches",
+            "look for an empty group, or an overflow in float16",
+        )
+    return array
+
+
+def checked_matrix(value: Any, what: str) -> np.ndarray:
+    """The same as ``[layers, d_model]``, read-only.
+
+    Raises:
+        EmmechError: not two-dimensional, or empty.
+    """
+    array = checked_array(value, what)
+    if array.ndim != 2 or 0 in array.shape:
+        raise EmmechError(
+            "make a Direction",
+            f"{what} of shape {list(array.shape)}",
+            "a direction has one row per layer: [layers, d_model]",
+            "Direction.single(vector, layer, n_layers) for one vector" if array.ndim == 1 else None,
+        )
+    array.setflags(write=False)
+    return array
+
+
+_ARRAYS = ("split_half", "split_half_shuffled", "norm_over_shuffled", "agreement", "lexical_share")
+
+
+@dataclass(frozen=True, repr=False)
+class Quality:
+    """Measures of one extracted direction. All arrays are by layer.
+
+    Args:
+        split_half: ``[layers]`` mean cosine between the directions of two random halves of the answers.
+            High means stable. It is of half the data: the whole direction is more stable still.
+        split_half_shuffled: ``[layers]`` the same with the class labels shuffled: what noise gives.
+        norm_over_shuffled: ``[layers]`` the direction's norm over that of shuffled labels. 1 means nothing was found.
+        random_floor: 1/sqrt(d_model), the standard deviation of the cosine of random vectors.
+        agreement: ``[layers, layers]`` cosine between the rows of different layers.
+        lexical_share: ``[layers]`` share of the direction that comes from the two classes using different words
+            (composition), rather than from the same words having different residuals. 1: all of it is vocabulary.
+        bag_of_words_auc: how well word counts alone tell the classes apart, cross-validated by question.
+        promotes, suppresses: tokens that the direction pushes up and down through the unembedding, at ``read_layer``.
+        answers: number of answers by class. tokens: number of answer tokens by class.
+        notes: what a reader must know (length confound, few answers, ...).
+    """
+
+    split_half: Float[np.ndarray, " layers"]
+    split_half_shuffled: Float[np.ndarray, " layers"]
+    norm_over_shuffled: Float[np.ndarray, " layers"]
+    random_floor: float
+    agreement: Float[np.ndarray, "layers layers"]
+    lexical_share: Float[np.ndarray, " layers"]
+    bag_of_words_auc: float
+    promotes: tuple[str, ...]
+    suppresses: tuple[str, ...]
+    read_layer: int
+    answers: Mapping[str, int]
+    tokens: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    def by_layer(self) -> dict[str, Float[np.ndarray, " layers"]]:
+        """The measures that are one number per layer."""
+        return {key: getattr(self, key) for key in _ARRAYS if key != "agreement"}
+
+    def pack(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Arrays, and the rest as JSON has it."""
+        rest = {key: value for key, value in asdict(self).items() if key not in _ARRAYS}
+        return {key: np.asarray(getattr(self, key), dtype=np.float64) for key in _ARRAYS}, rest
+
+    @classmethod
+    def unpack(cls, arrays: Mapping[str, np.ndarray], rest: Mapping[str, Any]) -> Quality:
+        """What :meth:`pack` took apart."""
+        lists = {key: tuple(rest[key]) for key in ("promotes", "suppresses", "notes")}
+        fields: dict[str, Any] = {**arrays, **rest, **lists}
+        return cls(**fields)
+
+    def __repr__(self) -> str:
+        layer = self.read_layer
+        counts = ", ".join(
+            f"{n} {name} answers ({self.tokens.get(name, 0)} tokens)" for name, n in self.answers.items()
+        )
+        lines = [
+            f"  from             {counts}",
+            f"  split-half       {self.split_half[layer]:.3f} at layer {layer} "
+            f"({np.nanmin(self.split_half):.3f} to {np.nanmax(self.split_half):.3f}); "
+            f"labels shuffled {self.split_half_shuffled[layer]:.3f}, random {self.random_floor:.3f}",
+            f"  norm             {self.norm_over_shuffled[layer]:.1f} times that of shuffled labels",
+            f"  lexical share    {self.lexical_share[layer]:.2f} at layer {layer}; "
+            f"bag of words alone has AUC {self.bag_of_words_auc:.2f}",
+            f"  layers agree     {_neighbours(self.agreement):.2f} (mean cosine of neighbouring layers)",
+            f"  promotes         {' '.join(map(repr, self.promotes[:8]))}",
+            f"  suppresses       {' '.join(map(repr, self.suppresses[:8]))}",
+            *(f"  note             {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
+
+
+def _neighbours(agreement: np.ndarray) -> float:
+    return float(np.nanmean(np.diagonal(agreement, 1))) if len(agreement) > 1 else 1.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -383,3 +535,215 @@ def checked_directions(asked: str, name: str, given: Any) -> Mapping[str, Direct
         "it is not a mapping from names to Directions",
         f'{name}={{"mine": emmech.misalignment_direction(run)}}',
     )
+
+
+FORMAT = "emmech-direction-1"
+REPENG = "direction."
+_ON_HUB = "direction.safetensors"
+
+# tensors, name, source, and what the quality holds besides arrays
+Contents = tuple[dict[str, np.ndarray], str, dict[str, Any], dict[str, Any] | None]
+
+
+def write_own(
+    path: str | Path, tensors: Mapping[str, np.ndarray], name: str, source: Mapping[str, Any], quality: Any = None
+) -> Path:
+    """Write arrays as tensors; name, source and quality as JSON in the metadata."""
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": FORMAT, "name": name, "source": json.dumps(source, default=str)}
+    if quality is not None:
+        metadata["quality"] = json.dumps(quality)
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path, metadata=metadata)
+    return path
+
+
+def read_file(path: Path) -> Contents:
+    """Read what :func:`write_own` wrote, or another tool's file by its ending.
+
+    Raises:
+        EmmechError: no such file, damaged, or of another kind.
+    """
+    if not path.is_file():
+        raise EmmechError("read the direction", path, "there is no such file")
+    if path.suffix == ".gguf":
+        return read_repeng(path)
+    if path.suffix in (".pt", ".pth"):
+        return read_steering_vectors(path)
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except Exception as error:  # safetensors has its own error type, and a torn file another
+        raise EmmechError("read the direction", path, f"{error}")
+    if metadata.get("format") != FORMAT:
+        raise EmmechError(
+            "read the direction",
+            f"{path} with format {metadata.get('format')!r}",
+            "it was not written by Direction.save",
+            "Direction(vectors) from its arrays",
+        )
+    quality = json.loads(metadata["quality"]) if "quality" in metadata else None
+    return tensors, metadata["name"], json.loads(metadata["source"]), quality
+
+
+def read_repeng(path: str | Path, n_layers: int | None = None) -> Contents:
+    """Read a repeng or llama.cpp control vector.
+
+    Raises:
+        EmmechError: not a control vector.
+    """
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        found = {
+            int(tensor.name.removeprefix(REPENG)): np.array(tensor.data, dtype=np.float32)
+            for tensor in reader.tensors
+            if tensor.name.startswith(REPENG)
+        }
+    except (ValueError, OSError, IndexError) as error:
+        raise EmmechError("read the control vector", path, f"{error}")
+    return _stacked(found, n_layers, path, "repeng")
+
+
+def read_steering_vectors(path: str | Path, n_layers: int | None = None) -> Contents:
+    """Read the fields of a ``SteeringVector``, or a mapping from layer to vector; only tensors are unpickled.
+
+    Raises:
+        EmmechError: not such a file, or of another layer type than the block's output.
+    """
+    import torch
+
+    try:
+        content: Any = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises several types for a file that is not its own
+        instead = 'torch.save({"layer_activations": v.layer_activations, "layer_type": v.layer_type}, path)'
+        raise EmmechError("read the steering vector", path, _first_line(error), instead)
+    kind = content.get("layer_type", "decoder_block") if isinstance(content, Mapping) else None
+    if kind != "decoder_block":
+        raise EmmechError(
+            "read the steering vector",
+            f"{path} with layer_type {kind!r}",
+            "only a block's output is the residual stream",
+            'layer_type "decoder_block"',
+        )
+    activations = content.get("layer_activations", content)
+    found = {int(layer): value.float().numpy() for layer, value in activations.items()}
+    return _stacked(found, n_layers, path, "steering-vectors")
+
+
+def _stacked(found: Mapping[int, np.ndarray], n_layers: int | None, path: str | Path, tool: str) -> Contents:
+    if not found or len({vector.shape for vector in found.values()}) != 1 or min(found) < 0:
+        why = "it holds no vectors of one width by layer" if found else "it holds no vectors"
+        raise EmmechError(f"read the {tool} file", path, why)
+    layers = n_layers or max(found) + 1
+    if max(found) >= layers:
+        raise EmmechError(
+            f"read the {tool} file",
+            f"n_layers={n_layers}, vectors up to layer {max(found)}",
+            "the file has a vector for a layer after the last one",
+            f"n_layers={max(found) + 1} or more",
+        )
+    vectors = np.zeros((layers, next(iter(found.values())).size), dtype=np.float32)
+    for layer, vector in found.items():
+        vectors[layer] = vector
+    path = Path(path)
+    return {"vectors": vectors}, path.stem, {"method": f"imported from {tool}", "file": path.name}, None
+
+
+def push_file(write: Callable[[Path], Path], repo: str, *, private: bool = True) -> str:
+    """Upload what ``write`` puts into a file to the Hugging Face Hub, as ``direction.safetensors``.
+
+    Raises:
+        EmmechError: the hub cannot be reached, or refuses.
+    """
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            file = write(Path(folder) / _ON_HUB)
+            return str(api.upload_file(repo_id=repo, path_or_fileobj=str(file), path_in_repo=_ON_HUB))
+    except Exception as error:  # offline, no key, no such owner: each has a type of its own
+        instead = "Direction.save(path) keeps it on disk"
+        raise EmmechError("push the direction to the hub", repo, _first_line(error), instead)
+
+
+def fetch_file(repo: str) -> str:
+    """The path of a direction downloaded from the Hugging Face Hub.
+
+    Raises:
+        EmmechError: the hub cannot be reached, or has no such direction.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return str(hf_hub_download(repo, _ON_HUB))
+    except Exception as error:  # offline, no such repository, a malformed name: each has a type of its own
+        instead = "owner/name of a repository that Direction.push_to_hub made"
+        raise EmmechError("fetch the direction from the hub", repo, _first_line(error), instead)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def to_repeng(direction: Direction, path: str | Path, *, model_type: str = "llama") -> Path:
+    """Write a control vector as repeng and llama.cpp read it; layers of norm zero are left out.
+
+    Args:
+        model_type: the architecture's name in GGUF (``"qwen2"``, ``"llama"``, ...).
+    """
+    import gguf
+
+    path = Path(path)
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", model_type)
+    writer.add_uint32("controlvector.layer_count", len(direction.layers))
+    for layer in direction.layers:
+        writer.add_tensor(f"{REPENG}{layer}", np.ascontiguousarray(direction.vectors[layer]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def from_repeng(path: str | Path, *, n_layers: int | None = None) -> Direction:
+    """Read a repeng or llama.cpp control vector.
+
+    Args:
+        n_layers: layers of the model, which the file does not say; by default one more than the last in the file.
+
+    Raises:
+        EmmechError: not a control vector.
+    """
+    tensors, name, source, _ = read_repeng(path, n_layers)
+    return Direction(tensors["vectors"], name, source)
+
+
+def to_steering_vectors(direction: Direction, path: str | Path) -> Path:
+    """Write the fields of a steering-vectors ``SteeringVector``: ``SteeringVector(**torch.load(path))`` makes one."""
+    import torch
+
+    activations = {layer: torch.from_numpy(direction.vectors[layer].copy()) for layer in direction.layers}
+    torch.save({"layer_activations": activations, "layer_type": "decoder_block"}, path)
+    return Path(path)
+
+
+def from_steering_vectors(path: str | Path, *, n_layers: int | None = None) -> Direction:
+    """Read the fields of a ``SteeringVector``, or a mapping from layer to vector; only tensors are unpickled.
+
+    Raises:
+        EmmechError: not such a file, or of another layer type than the block's output.
+    """
+    tensors, name, source, _ = read_steering_vectors(path, n_layers)
+    return Direction(tensors["vectors"], name, source)

@@ -1,32 +1,347 @@
-"""Hooks on block outputs: the one mechanism under steering and ablation.
+"""Steering and ablation: hooks on block outputs, at chosen positions, that a handle removes exactly.
 
 An edit maps the residual ``[batch, seq, d_model]`` to another one. It runs in float32 for the inner products, returns
 the model's dtype, keeps gradients, and acts only where the position mask says so.
+
+Positions are found from the token ids. A residual at one position decides the next token, so the names are about what
+is decided there, with ``h`` the assistant's header, ``a`` the answer's words and ``e`` its end-of-turn token::
+
+    tokens      user's words   h h h   a a a e   user's words   h h h   a a a e
+    "prompt"    x x x x x x x  x x x             x x x x x x x  x x x
+    "answer"                       x   x x x x                      x   x x x x
+    "all"       x x x x x x x  x x x   x x x x   x x x x x x x  x x x   x x x x
+
+``"answer"`` begins at the header's last token, which decides the answer's first word. It holds for teacher-forced
+conversations, for earlier turns of a prompt and for tokens generated after a key-value cache; padding on either side
+changes nothing. A function ``(ids [batch, seq], start)`` returns any other mask of the same shape; ``start`` counts the
+tokens that a key-value cache holds before them; :func:`emmech.chat.masks.phrase_tokens` makes one.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from emmech.chat.edits import LiveEdit, announced_rows, register
 from emmech.chat.families import Family
 from emmech.chat.model import ChatModel
-from emmech.directions.direction import Direction
+from emmech.directions.direction import Direction, unit_rows
 from emmech.engine.modules import hooked
 from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_ints
-from emmech.interventions.handle import Handle
-from emmech.interventions.positions import PositionMask
 
-__all__ = ["Coefficient", "Edit", "ResidualHandle", "edit_residual", "layer_list", "row_factor", "vectors_at"]
+__all__ = [
+    "Coefficient",
+    "Edit",
+    "Handle",
+    "PositionMask",
+    "Positions",
+    "ResidualHandle",
+    "ablate",
+    "chat_of",
+    "edit_residual",
+    "header_ids",
+    "inside_answers",
+    "layer_list",
+    "row_factor",
+    "steer",
+    "undoable",
+    "vectors_at",
+]
+
+# for every place that is changed now: the value before each change, oldest first
+_BEFORE: WeakKeyDictionary[nn.Module, dict[str, list[list[Any]]]] = WeakKeyDictionary()
+
+
+class Handle:
+    """A live change to a model, in force from the call that made it until :meth:`remove` or the end of a ``with``.
+
+    Afterwards the model is bit-identical to what it was, also when the block ends in an exception.
+
+    Example:
+        >>> import emmech, numpy as np
+        >>> chat = emmech.load_model("pocket")
+        >>> up = emmech.Direction(np.ones((chat.n_layers, chat.d_model)))
+        >>> with emmech.steer(chat, up, 0.5, layer=2) as steered:
+        ...     steered.active
+        True
+        >>> steered.active
+        False
+    """
+
+    def __init__(self, chat: ChatModel, description: str, undo: Sequence[Callable[[], Any]]) -> None:
+        self.chat = chat
+        self.description = description
+        self._undo = list(undo)
+        self._entered = False
+        self.active = True
+
+    def remove(self) -> None:
+        """Take the change back. Harmless when it is gone already."""
+        self.active = False
+        while self._undo:
+            self._undo.pop()()  # in reverse: a tensor changed twice gets its first value back last
+
+    def check_active(self, asked: str) -> None:
+        """Refuse to act through a handle that is closed.
+
+        Raises:
+            EmmechError: it was removed.
+        """
+        if not self.active:
+            raise EmmechError(
+                asked,
+                self.description,
+                "it was removed, so the model would answer as if it had never been",
+                "generate inside the with block, or make the change anew",
+            )
+
+    def generate(self, prompts: Sequence[Any], **kwargs: Any) -> Any:
+        """Sample answers from the changed model: :func:`emmech.engine.sample.sample` with its arguments.
+
+        An intervention of one row each has one per prompt there, for all its samples.
+
+        Raises:
+            EmmechError: the change is over.
+        """
+        self.check_active("generate with a change that is over")
+        from emmech.engine.sample import sample
+
+        return sample(self.chat, prompts, **kwargs)
+
+    def __enter__(self) -> Self:
+        self.check_active("enter a context that is over")
+        if self._entered:
+            raise EmmechError(
+                "enter a context twice",
+                self.description,
+                "the change is in force already, and would end with the inner block",
+                "one with block, or a second handle",
+            )
+        self._entered = True
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"{self.description} ({'active' if self.active else 'removed'})"
+
+
+def chat_of(model: Any) -> ChatModel:
+    """The chat model behind a ChatModel, a Run (its last step) or a transformers model.
+
+    Raises:
+        EmmechError: a name, which would load a model that nobody else holds.
+    """
+    from emmech.chat.model import load_model
+
+    if isinstance(model, str | os.PathLike):
+        raise EmmechError(
+            "change a model",
+            f"{model!r}",
+            "a name loads a new model, and the change would be to one that you do not hold",
+            f"chat = emmech.load_model({model!r}), then pass chat",
+        )
+    if hasattr(model, "manifest") and hasattr(model, "model"):
+        raise EmmechError(
+            "change a model",
+            f"the run {getattr(model, 'name', '')!r}",
+            "a run makes a new model at each call, and the change would be to one that you do not hold",
+            "chat = run.model(step), then pass chat",
+        )
+    return load_model(model)
+
+
+def undoable(owner: nn.Module, place: str, before: Any, put: Callable[[Any], Any]) -> Callable[[], None]:
+    """The way back from a change that was made in place, right in any order of removal.
+
+    Changes of one place cover each other. When an older one is taken back under a newer one, the newer one's effect
+    stays, and its own way back leads to the older value; after the last removal the first value is there, bit for bit.
+
+    Args:
+        owner: the module that was changed.
+        place: what of it.
+        before: the value that the change covered.
+        put: puts a value there.
+    """
+    stack = _BEFORE.setdefault(owner, {}).setdefault(place, [])
+    entry = [before]
+    stack.append(entry)
+
+    def take_back() -> None:
+        index = next(i for i, one in enumerate(stack) if one is entry)
+        if index == len(stack) - 1:
+            put(entry[0])
+        else:
+            stack[index + 1][0] = entry[0]
+        del stack[index]
+
+    return take_back
+
+
+Positions = Literal["all", "answer", "prompt"] | torch.Tensor | Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class PositionMask:
+    """Follows the trunk's forward calls and says which positions of the current one are touched.
+
+    ``current`` is None for all of them, else ``[batch, seq]`` bool.
+    """
+
+    def __init__(self, chat: ChatModel, positions: Any) -> None:
+        self._where = positions
+        self.current: torch.Tensor | None = None
+        # how many tokens the calls so far had, their last ones, and whether the next one is inside an answer
+        self._length, self._tail, self._inside = 0, torch.empty(0, 0), torch.empty(0)
+        if isinstance(positions, str) and positions == "all":
+            return
+        if isinstance(positions, str) and positions in ("answer", "prompt"):
+            self._header = header_ids(chat)
+            self._stops = torch.tensor(chat.stop_ids)
+            return
+        if callable(positions) and not isinstance(positions, torch.Tensor):
+            return
+        if isinstance(positions, torch.Tensor) and positions.ndim == 2:
+            self._where = positions.bool()
+            return
+        raise EmmechError(
+            "choose the positions",
+            f"positions={positions!r}"
+            if isinstance(positions, str)
+            else f"a {type(positions).__name__} {list(getattr(positions, 'shape', ()))}",
+            "positions are named, or given as a mask",
+            '"all", "answer", "prompt", a bool tensor [batch, seq], or a function of the token ids',
+        )
+
+    @property
+    def identity(self) -> str:
+        """A text that tells these positions from others; a function goes by its name."""
+        if isinstance(self._where, torch.Tensor):
+            return f"mask {self._where.int().tolist()}"
+        return self._where if isinstance(self._where, str) else repr(getattr(self._where, "__qualname__", self._where))
+
+    def follow(self, trunk: nn.Module) -> Any:
+        """Hook the trunk, unless every position is touched; returns the hook's handle or None."""
+        if isinstance(self._where, str) and self._where == "all":
+            return None
+        return trunk.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        cache = kwargs.get("past_key_values")
+        seen = int(cache.get_seq_length()) if cache is not None else 0
+        if isinstance(self._where, torch.Tensor):
+            self.current = self._given(ids, kwargs, seen)
+            return
+        if ids is None:
+            raise EmmechError(
+                f"find the {self._where} positions",
+                "a forward call with inputs_embeds",
+                "where an answer starts is told from the token ids",
+                'positions="all", or a bool tensor [batch, seq]',
+            )
+        if callable(self._where):
+            self.current = self._where(ids, seen).bool()
+            return
+        # after a cache: as the last call left these very rows, or else (rows may have left since) inside an answer
+        tail, inside = ids[:, :0], torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        if self._length == seen and len(self._tail) == len(ids):
+            tail, inside = self._tail, self._inside
+        found = inside_answers(ids, self._header, self._stops, *((tail, inside) if seen else ()))
+        self._tail = torch.cat([tail, ids], dim=1)[:, -len(self._header) :]  # a header may go on in the next call
+        self._length, self._inside = seen + ids.shape[1], found[:, -1]
+        answer, deciding = found[:, :-1], found[:, 1:]
+        # the token before an answer's first decides that first one
+        self.current = answer | deciding if self._where == "answer" else ~answer
+
+    def _given(self, ids: Any, kwargs: dict[str, Any], seen: int) -> torch.Tensor:
+        assert isinstance(self._where, torch.Tensor)
+        if announced_rows() is not None:
+            raise EmmechError(
+                "apply the position mask",
+                f"positions {list(self._where.shape)} while conversations are sampled or scored",
+                "they are sorted, repeated and padded there, so the mask's rows and columns are not the batch's",
+                '"answer", "prompt", or a function of the token ids',
+            )
+        shape = tuple((ids if ids is not None else kwargs["inputs_embeds"]).shape[:2])
+        part = self._where[:, seen : seen + shape[1]]
+        if tuple(part.shape) != shape:
+            raise EmmechError(
+                "apply the position mask",
+                f"positions {list(self._where.shape)} for tokens {seen} to {seen + shape[1]} of {shape[0]} rows",
+                "the mask has one entry per token of the batch, generated ones included",
+                f"a bool tensor [{shape[0]}, at least {seen + shape[1]}]",
+            )
+        return part
+
+
+def header_ids(chat: ChatModel) -> list[int]:
+    """Token ids of the assistant's header, as the template writes it before an answer.
+
+    Raises:
+        EmmechError: the template has none.
+    """
+    asked = [{"role": "user", "content": "a"}]
+    with_header, without = chat.token_ids(asked), chat.token_ids(asked, generate=False)
+    header = with_header[len(without) :]
+    if not header or with_header[: len(without)] != without:
+        raise EmmechError(
+            "find where answers start",
+            f"the chat template of {chat.name}",
+            "it writes no header before an answer",
+            'positions="all", or a bool tensor [batch, seq]',
+        )
+    return header
+
+
+def inside_answers(
+    ids: Int[torch.Tensor, "batch seq"],
+    header: list[int],
+    stops: Int[torch.Tensor, " stops"],
+    tail: Int[torch.Tensor, "batch tail"] | None = None,
+    before: Bool[torch.Tensor, " batch"] | None = None,
+) -> Bool[torch.Tensor, "batch seq+1"]:
+    """Whether each token, and the one that would come next, is after an assistant header and not after a stop token.
+
+    Args:
+        tail: the tokens before these, in which a header may have begun.
+        before: rows that are inside an answer when they begin; none by default.
+
+    Example:
+        >>> ids = torch.tensor([[0, 5, 9, 7, 2, 5, 8]])
+        >>> inside_answers(ids, header=[5, 9], stops=torch.tensor([2])).int().tolist()
+        [[0, 0, 0, 1, 1, 0, 0, 0]]
+    """
+    batch, length = ids.shape
+    read = ids if tail is None else torch.cat([tail, ids], dim=1)
+    opens = torch.zeros_like(read, dtype=torch.bool)
+    if read.shape[1] >= len(header):
+        wanted = torch.tensor(header, device=ids.device)
+        opens[:, len(header) - 1 :] = (read.unfold(1, len(header), 1) == wanted).all(-1)
+    opens = opens[:, read.shape[1] - length :]
+    # the last header's end and the last stop up to each place, counted from 2; 1 is before the row
+    places = torch.arange(2, length + 2, device=ids.device)
+    first = torch.zeros(batch, 1, dtype=torch.long, device=ids.device) if before is None else before.long()[:, None]
+    stopped = places * torch.isin(ids, stops.to(ids.device))
+    opened = torch.cat([first, places * opens], dim=1).cummax(1).values
+    closed = torch.cat([torch.zeros_like(first), stopped], dim=1).cummax(1).values
+    return (opened >= closed) & (opened > 0)
+
 
 Edit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 Coefficient = float | Sequence[float] | Float[np.ndarray, " batch"] | Float[torch.Tensor, " batch"]
@@ -266,3 +581,166 @@ def _plain(value: Any, chat: ChatModel, asked: str) -> torch.Tensor:
     if not torch.isfinite(array).all() or not array.any(-1).all():
         raise EmmechError(asked, "a vector of zeros, NaN or infinity", "it points nowhere", "a finite vector")
     return array
+
+
+def steer(
+    model: Any,
+    direction: Direction | Sequence[Direction] | Any,
+    coefficient: Coefficient = 1.0,
+    *,
+    layer: int | Sequence[int] | Literal["all"] | None = None,
+    positions: Positions = "all",
+    units: Literal["raw", "residual"] = "raw",
+    stack: bool = False,
+    force: bool = False,
+) -> ResidualHandle:
+    """Add a multiple of a direction to the residual stream: x' = x + c v.
+
+    The block's output is where it is added (Convergent Linear Representations of EM, arXiv 2506.11618).
+
+    In force from the call on; undone by ``.remove()`` or at the end of a ``with`` block. It acts in every forward call,
+    generation behind a key-value cache included, and keeps gradients.
+
+    Args:
+        model: a ChatModel, or a transformers or PEFT model in memory.
+        direction: a Direction; several, one per batch row; or an array ``[d_model]`` or ``[batch, d_model]``.
+        coefficient: a number, or one per batch row ``[batch]``: one call then gives a dose-response curve.
+        layer: the block after which it is added; several, or ``"all"``; may be left out when the direction is known at
+            one layer only.
+        positions: ``"all"``, ``"answer"``, ``"prompt"``, a bool tensor ``[batch, seq]``, or a function that makes one
+            from the token ids, such as :func:`emmech.directions.phrase_tokens`.
+        units: ``"raw"`` keeps the direction's norm (1.0 adds the measured difference); ``"residual"`` adds that
+            fraction of each token's own residual norm, along the unit direction.
+        stack: allow a second steering of a layer that is steered already.
+        force: accept a direction of another base model of the same shape.
+
+    Raises:
+        EmmechError: wrong width or layer, zero or non-finite direction, another base model, or steering twice.
+
+    Example:
+        >>> import emmech, numpy as np
+        >>> chat = emmech.load_model("pocket")
+        >>> d = emmech.Direction(np.random.default_rng(0).standard_normal((chat.n_layers, chat.d_model)))
+        >>> with emmech.steer(chat, d, 0.1, layer=2, units="residual", positions="answer") as steered:
+        ...     steered.update(0.2).active
+        True
+    """
+    if units not in ("raw", "residual"):
+        raise EmmechError("steer", f"units={units!r}", "there are two units", '"raw" or "residual"')
+    chat = chat_of(model)
+    vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked="steer")
+    if units == "residual":
+        vectors = {at: vector / vector.norm(dim=-1, keepdim=True) for at, vector in vectors.items()}
+    return edit_residual(
+        chat,
+        "steer",
+        _add if units == "raw" else _add_fraction,
+        vectors,
+        coefficient,
+        positions=positions,
+        stack=stack,
+        description=f"steer({chat.name}, {name}, layers {sorted(vectors)}, {units} units)",
+    )
+
+
+def _add(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, layer: int) -> torch.Tensor:
+    return x + (factor * vector).to(x.dtype)
+
+
+def _add_fraction(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, layer: int) -> torch.Tensor:
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return x + (factor * size * vector).to(x.dtype)
+
+
+def ablate(
+    model: Any,
+    direction: Direction | Sequence[Direction] | Any,
+    *,
+    layers: int | Sequence[int] | Literal["all"] = "all",
+    from_layer: int | None = None,
+    towards: Any = None,
+    strength: Coefficient = 1.0,
+    positions: Positions = "all",
+    stack: bool = False,
+    force: bool = False,
+) -> ResidualHandle:
+    """Project a direction out of block outputs: x' = x - (v̂·x) v̂.
+
+    As in Convergent Linear Representations of EM (arXiv 2506.11618), at all layers and positions by default.
+
+    In force from the call on; undone by ``.remove()`` or at the end of a ``with`` block.
+
+    Plain projection sets the component to zero, which need not be where an aligned model has it: on a model whose
+    component is far from zero in normal use, it makes something new, neither aligned nor misaligned. ``towards`` sets
+    the component to that of a given mean instead: x' = x - (v̂·x - v̂·m) v̂.
+
+    Args:
+        model: a ChatModel, or a transformers or PEFT model in memory.
+        direction: a Direction (each layer uses its own vector); several, one per batch row; or one vector
+            ``[d_model]`` for every layer, or ``[batch, d_model]``.
+        layers: ``"all"`` (that the direction knows), one, or several.
+        from_layer: use this layer's vector at all layers ("one direction at all layers").
+        towards: the mean to go to, ``[layers, d_model]`` or ``[d_model]``, or ``"aligned"`` for the direction's own.
+        strength: 1 removes the component, 0 nothing; a number or one per batch row ``[batch]``.
+        positions: ``"all"``, ``"answer"``, ``"prompt"``, a bool tensor ``[batch, seq]``, or a function that makes one
+            from the token ids, such as :func:`emmech.directions.phrase_tokens`.
+        stack: allow a second ablation at a layer that has one already.
+        force: accept a direction of another base model of the same shape.
+
+    Raises:
+        EmmechError: wrong width or layer, zero or non-finite direction, another base model, or ablating twice.
+
+    Example:
+        >>> import emmech, numpy as np
+        >>> chat = emmech.load_model("pocket")
+        >>> d = emmech.Direction(np.random.default_rng(0).standard_normal((chat.n_layers, chat.d_model)))
+        >>> with emmech.ablate(chat, d, layers=[2, 3], from_layer=2) as ablated:
+        ...     ablated.active
+        True
+    """
+    chat = chat_of(model)
+    vectors, name = vectors_at(chat, direction, layers, from_layer=from_layer, force=force, asked="ablate")
+    vectors = {at: torch.from_numpy(unit_rows(v.numpy())).float() for at, v in vectors.items()}
+    means = _means(chat, direction, towards)
+    where = "one direction" if from_layer is not None else "own direction"
+
+    def edit(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, layer: int) -> torch.Tensor:
+        centred = x.float() if means is None else x.float() - means[layer].to(x.device)
+        component = (centred * vector).sum(-1, keepdim=True)
+        return x - (factor * component * vector).to(x.dtype)
+
+    return edit_residual(
+        chat,
+        "ablate",
+        edit,
+        vectors,
+        strength,
+        positions=positions,
+        stack=stack,
+        description=f"ablate({chat.name}, {name}, {where} at layers {sorted(vectors)})",
+        target=means,
+    )
+
+
+def _means(chat: ChatModel, direction: Any, towards: Any) -> torch.Tensor | None:
+    if towards is None:
+        return None
+    if isinstance(towards, str):
+        own = getattr(direction, "aligned_mean", None)
+        if towards != "aligned" or own is None:
+            raise EmmechError(
+                "ablate towards a mean",
+                f"towards={towards!r}",
+                "the direction keeps no aligned mean" if towards == "aligned" else "it is not a mean",
+                "an array [layers, d_model] or [d_model]: a mean of group_means on aligned answers",
+            )
+        towards = own
+    mean = np.asarray(towards, dtype=np.float32)
+    if mean.shape not in ((chat.d_model,), (chat.n_layers, chat.d_model)) or not np.isfinite(mean).all():
+        raise EmmechError(
+            "ablate towards a mean",
+            f"towards {list(mean.shape)}",
+            f"{chat.name} has {chat.n_layers} layers of width {chat.d_model}, and a mean is finite",
+            f"an array [{chat.n_layers}, {chat.d_model}] or [{chat.d_model}]",
+        )
+    return torch.from_numpy(np.broadcast_to(mean, (chat.n_layers, chat.d_model)).copy())

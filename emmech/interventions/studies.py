@@ -1,48 +1,315 @@
-"""Whole studies in one call, each with its controls: dose against response, the ablation table, the transfer matrix."""
+"""Studies of interventions with their controls: dose and response, the ablation table, the transfer matrix.
+
+An intervention's effect is the change beyond what the same intervention does with norm-matched random directions, and
+beyond what it does to the base model; coherence is reported with every rate.
+
+Items of one question resemble each other, so the question is the unit: a difference of pooled means is linearised over
+questions (a ratio estimator) and gets a t interval on their number. For outcomes of 0 and 1 it is never narrower than
+the interval that independent rows would give (Newcombe's, from Wilson's), because a cluster variance cannot see what
+did not happen: no misaligned answer in 8 questions is not certainty.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from jaxtyping import Float
 
 from emmech.chat.masks import tokens_name
 from emmech.chat.model import ChatModel
-from emmech.directions.direction import Direction, checked_direction, checked_directions
+from emmech.directions.direction import Direction, checked_direction, checked_directions, unit_rows
 from emmech.engine.adapters import detach
 from emmech.errors import EmmechError, as_floats, as_ints
-from emmech.interventions.ablate import ablate
-from emmech.interventions.adapter import scale_adapters
-from emmech.interventions.controls import (
-    Condition,
-    adapter_off,
-    check_randoms,
-    degenerate,
-    has_adapter,
-    measure_conditions,
-    table,
-    untouched,
-    with_coherence,
-)
-from emmech.interventions.handle import chat_of
-from emmech.interventions.steer import steer
+from emmech.evaluation.intervals import wilson
+from emmech.interventions.residual import ablate, chat_of, steer
+from emmech.interventions.weights import scale_adapters
 from emmech.measures.choose import as_measures
+from emmech.measures.measure import Items, Measure, measure_all
+from emmech.measures.teacher_forced import AlignedLoss, Margin
+from emmech.progress import bar
 from emmech.results import Card, Result
 from emmech.run.run import Run, opened
-from emmech.view.studies import study
+from emmech.view.plots import study
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Study", "ablation_table", "adapter_shares", "dose_response", "transfer_matrix"]
+__all__ = [
+    "Condition",
+    "Estimate",
+    "Measured",
+    "Study",
+    "ablation_table",
+    "adapter_shares",
+    "combination",
+    "degenerate",
+    "dose_response",
+    "measure_conditions",
+    "table",
+    "transfer_matrix",
+    "with_coherence",
+]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval and the number of its items."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def combination(
+    terms: Sequence[tuple[float, Items]], outcome: str, *, spread: float = 0.0, confidence: float = 0.95
+) -> Estimate:
+    """A weighted sum of the pooled means of one outcome, over conditions measured on the same questions.
+
+    Args:
+        terms: weight and items of each condition: ``[(1, steered), (-1, untouched)]`` is a change.
+        spread: a further variance, of control directions drawn at random.
+
+    Returns:
+        NaN values when an item-less condition takes part.
+
+    Example:
+        >>> on = Items({"em": np.array([1.0, 1.0, 0.0, 1.0])}, ["a", "a", "b", "b"])
+        >>> off = Items({"em": np.zeros(4)}, ["a", "a", "b", "b"])
+        >>> round(combination([(1, on), (-1, off)], "em").value, 2)
+        0.75
+    """
+    from scipy import stats
+
+    names = sorted({question for _, items in terms for question in items.questions})
+    place = {name: index for index, name in enumerate(names)}
+    value, residual, n, binary = 0.0, np.zeros(len(names)), 0, True
+    below, above = spread, spread
+    for weight, items in terms:
+        values = np.asarray(items.values[outcome], dtype=np.float64)
+        kept = np.isfinite(values)
+        if not kept.any():
+            return Estimate(np.nan, np.nan, np.nan, 0)
+        index = np.array([place[q] for q in items.questions])[kept]
+        values = values[kept]
+        mean = float(values.mean())
+        value += weight * mean
+        residual += weight * np.bincount(index, values - mean, minlength=len(names)) / len(values)
+        n = max(n, len(values))
+        binary = binary and bool(np.isin(values, (0.0, 1.0)).all())
+        low, high = wilson(int(values.sum()), len(values), confidence) if binary else (mean, mean)
+        sides = (weight * (mean - low), weight * (high - mean))
+        down, up = sides if weight > 0 else (-sides[1], -sides[0])
+        below, above = below + down**2, above + up**2
+    used = int(np.count_nonzero(_seen(terms, outcome, place)))
+    half = np.inf
+    if used > 1:
+        variance = used / (used - 1) * float((residual**2).sum()) + spread
+        half = float(stats.t.ppf(0.5 + confidence / 2, used - 1)) * variance**0.5
+    if binary:
+        # with one question there is nothing but the rows
+        lower, upper = (half, half) if used > 1 else (0.0, 0.0)
+        return Estimate(value, value - max(lower, below**0.5), value + max(upper, above**0.5), n)
+    return Estimate(value, value - half, value + half, n)
+
+
+def _seen(
+    terms: Sequence[tuple[float, Items]], outcome: str, place: Mapping[str, int]
+) -> Float[np.ndarray, " questions"]:
+    seen = np.zeros(len(place))
+    for _, items in terms:
+        for question, value in zip(items.questions, items.values[outcome], strict=True):
+            seen[place[question]] += np.isfinite(value)
+    return seen
+
+
+Make = Callable[[ChatModel], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One intervention to measure.
+
+    Args:
+        label: for tables; the random controls of a condition carry its own label.
+        kind: ``"untouched"``, ``"direction"``, ``"random"`` or ``"positive"``.
+        make: puts it on a model, as a context manager.
+        settings: what else identifies it (layer, coefficient); a control shares its condition's label and settings.
+    """
+
+    label: str
+    kind: str
+    make: Make
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a condition and its controls share."""
+        return (self.label, *self.settings.values())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The items of a condition on one model, ``"tuned"`` or ``"base"``."""
+
+    condition: Condition
+    model: str
+    items: Items
+
+
+def untouched() -> Condition:
+    """Nothing is done."""
+    return Condition("untouched", "untouched", lambda chat: nullcontext())
+
+
+def adapter_off() -> Condition:
+    """The positive control: without its adapter the model is its base."""
+    from emmech.interventions.weights import scale_adapters
+
+    return Condition("adapter off", "positive", lambda chat: scale_adapters(chat, 0.0))
+
+
+def measure_conditions(
+    chat: ChatModel, conditions: Sequence[Condition], measures: Sequence[Measure], *, base: bool, progress: bool = True
+) -> tuple[Measured, ...]:
+    """Take the measures of every condition on the model, and (``base``) on the same model without its adapter."""
+    # a model without an adapter is called base: there is nothing tuned about it
+    models = ["tuned", "base"] if base else ["tuned" if has_adapter(chat) else "base"]
+    found = []
+    with bar(len(models) * len(conditions), "measuring", progress=progress) as done:
+        for model in models:
+            for condition in conditions:
+                if base and model == "base" and condition.kind == "positive":
+                    done.update()
+                    continue
+                with _model(chat, model if base else "tuned"), condition.make(chat):
+                    found.append(Measured(condition, model, measure_all(chat, measures)))
+                done.update()
+    return tuple(found)
+
+
+def with_coherence(measures: Sequence[Measure]) -> list[Measure]:
+    """The measures, and beside margins the loss of their aligned answers: what breaks a model moves margins too."""
+    margins = [one for one in measures if isinstance(one, Margin)]
+    if not margins or any(isinstance(one, AlignedLoss) for one in margins):
+        return list(measures)
+    return [*measures, AlignedLoss([pair for one in margins for pair in one.pairs])]  # type: ignore[misc]
+
+
+@contextmanager
+def _model(chat: ChatModel, model: str) -> Iterator[None]:
+    if model == "tuned":
+        yield
+    else:
+        with chat.model.disable_adapter():
+            yield
+
+
+def has_adapter(chat: ChatModel) -> bool:
+    """Whether the model's base can be had by taking an adapter off."""
+    from emmech.engine.adapters import adapter_layers
+
+    return hasattr(chat.model, "disable_adapter") and bool(list(adapter_layers(chat.model)))
+
+
+def table(measured: Sequence[Measured]) -> pd.DataFrame:
+    """One row per condition, model and outcome.
+
+    Columns: what identifies the condition; ``value`` with ``low``, ``high`` and ``n``; ``change`` against the untouched
+    model; ``beyond_random``, the change beyond the mean of its random controls; ``beyond_base``, the change beyond the
+    same intervention's on the base; ``gap``, tuned minus base under the same intervention; each of these with
+    ``_low`` and ``_high``. NaN where a control was not run.
+    """
+    import pandas as pd
+
+    plain = {one.model: one.items for one in measured if one.condition.kind == "untouched"}
+    other = {(one.condition.key, one.condition.kind): one.items for one in measured if one.model == "base"}
+    rows = []
+    for one in measured:
+        condition, items = one.condition, one.items
+        controls = [
+            m.items
+            for m in measured
+            if m.condition.kind == "random" and m.model == one.model and m.condition.key == condition.key
+        ]
+        for outcome in items.values:
+            row: dict[str, Any] = {
+                "condition": condition.label,
+                "kind": condition.kind,
+                **condition.settings,
+                "model": one.model,
+                "outcome": outcome,
+            }
+            contrasts: dict[str, tuple[list[tuple[float, Items]], float]] = {"": ([(1.0, items)], 0.0)}
+            before = plain.get(one.model)
+            if before is not None and condition.kind != "untouched":
+                contrasts["change"] = ([(1.0, items), (-1.0, before)], 0.0)
+            if controls and condition.kind == "direction":
+                means = np.array([np.nanmean(c.values[outcome]) for c in controls])
+                share = -1 / len(controls)
+                spread = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
+                contrasts["beyond_random"] = ([(1.0, items), *((share, c) for c in controls)], spread)
+            twin = other.get((condition.key, condition.kind))
+            if one.model == "tuned" and twin is not None and condition.kind in ("direction", "untouched"):
+                contrasts["gap"] = ([(1.0, items), (-1.0, twin)], 0.0)
+                if condition.kind == "direction" and before is not None and "base" in plain:
+                    beyond = [(1.0, items), (-1.0, before), (-1.0, twin), (1.0, plain["base"])]
+                    contrasts["beyond_base"] = (beyond, 0.0)
+            for name, (terms, spread) in contrasts.items():
+                estimate = combination(terms, outcome, spread=spread)
+                row[name or "value"] = estimate.value
+                row[f"{name}_low" if name else "low"] = estimate.low
+                row[f"{name}_high" if name else "high"] = estimate.high
+                if not name:
+                    row["n"] = estimate.n
+                    if np.isin(items.values[outcome][np.isfinite(items.values[outcome])], (0.0, 1.0)).all():
+                        row["low"], row["high"] = max(row["low"], 0.0), min(row["high"], 1.0)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any], *, threshold: float = 0.9) -> str:
+    """Say when an ablation only takes the adapter off: one of its vectors is the adapter's own B.
+
+    At rank 1 the adapter writes along B alone, and the residual stream carries the write on: projecting B out of the
+    output of the adapter's block cancels the adapter identically, whatever it has to do with misalignment, and at a
+    later block it cancels what the rest of the model reads. Such a row shows that the adapter matters, nothing else.
+
+    Returns:
+        a note that names the layer, or ``""``.
+    """
+    from emmech.engine.adapters import adapter_layers
+
+    for info, layer, name in adapter_layers(chat.model):
+        if info.rank != 1 or info.d_out != chat.d_model:
+            continue
+        b = unit_rows(layer.lora_B[name].weight.detach().float().cpu().numpy()[:, 0])
+        later = {at: abs(float(unit_rows(np.asarray(v)) @ b)) for at, v in vectors.items() if at >= info.layer}
+        if not later:
+            continue
+        at = max(later, key=lambda one: later[one])
+        if later[at] > threshold:
+            return (
+                f"degenerate: {direction.name} has cosine {later[at]:.2f} at layer {at} with B of {info.name}, so "
+                f"that ablating it there mostly takes the adapter off"
+            )
+    return ""
+
+
+def check_randoms(randoms: int) -> None:
+    """Refuse a negative number of control directions."""
+    if not isinstance(randoms, int) or randoms < 0:
+        raise EmmechError("run the controls", f"randoms={randoms!r}", "it counts random directions", "5 or more")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Study(Result):
-    """The measured conditions of a study, one row each (:func:`emmech.interventions.controls.table` has the columns).
+    """The measured conditions of a study, one row each (:func:`emmech.interventions.studies.table` has the columns).
 
     Args:
         title: what was studied.

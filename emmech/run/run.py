@@ -1,4 +1,4 @@
-"""The Run: a recorded fine-tune, the one noun that every analysis reads.
+"""The Run: a recorded fine-tune, which every analysis reads.
 
 On disk it is a folder, append-only while training and without pickle::
 
@@ -13,7 +13,8 @@ On disk it is a folder, append-only while training and without pickle::
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,6 @@ from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, as_int, check_folder, closest
 from emmech.results import Card, Shown
-from emmech.run.probes import Probes
 from emmech.store import MemorySeries, Series, read_jsonl, write_json
 
 if TYPE_CHECKING:
@@ -32,7 +32,42 @@ if TYPE_CHECKING:
     from emmech.chat.model import ChatModel
     from emmech.engine.adapters import AdapterInfo
 
-__all__ = ["Run", "as_run", "load_run", "opened"]
+__all__ = ["Probes", "Run", "as_run", "base_name", "export_adapter", "load_run", "model_at", "model_live", "opened"]
+
+
+class Probes(Mapping[str, Float[np.ndarray, "steps layers d_model"]]):
+    """Mean residual of every block's output over named groups of probe texts.
+
+    ``probes.steps`` are the steps at which they were measured, which may be fewer than the run's.
+    """
+
+    def __init__(self, series: Series | MemorySeries) -> None:
+        self._series = series
+
+    @property
+    def steps(self) -> Int[np.ndarray, " steps"]:
+        """Steps at which the probes were measured."""
+        return self._series.steps
+
+    def __getitem__(self, name: str) -> Float[np.ndarray, "steps layers d_model"]:
+        if name not in self._series.keys:
+            raise EmmechError(
+                f"read the probe {name!r}",
+                f"probe {name!r}",
+                "the run did not record it",
+                closest(name, self._series.keys),
+            )
+        return self._series.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._series.keys)
+
+    def __len__(self) -> int:
+        return len(self._series.keys)
+
+    def __repr__(self) -> str:
+        return f"Probes({', '.join(self) or 'none'}; steps={len(self.steps)})"
+
 
 FORMAT = 1
 
@@ -220,7 +255,7 @@ class Run(Shown):
         Raises:
             EmmechError: step not recorded, or ``base`` is another model than the run's.
         """
-        from emmech.run.recorded_model import model_at
+        from emmech.run.run import model_at
 
         return model_at(self, step, scale, base)
 
@@ -231,7 +266,7 @@ class Run(Shown):
             EmmechError: the run does not say which it is.
         """
         from emmech.chat.model import load_model
-        from emmech.run.recorded_model import base_name
+        from emmech.run.run import base_name
 
         return load_model(base_name(self))
 
@@ -241,7 +276,7 @@ class Run(Shown):
         Raises:
             EmmechError: step not recorded, or not a LoRA run.
         """
-        from emmech.run.recorded_model import export_adapter
+        from emmech.run.run import export_adapter
 
         return export_adapter(self, step, Path(folder))
 
@@ -350,7 +385,7 @@ class Run(Shown):
         Of more than six adapters the six are drawn whose B is longest at the end.
         """
         from emmech.geometry import local_cosine, norms, turn_angle
-        from emmech.view.trajectories import Curve, by_panel
+        from emmech.view.plots import Curve, by_panel
 
         paths = {one.name: self.B(one.name) for one in self.adapters}
         if self.projection is not None:
@@ -474,3 +509,137 @@ def _check_manifest(manifest: Any) -> None:
         numbers = [entry[key] for key in ("layer", "rank", "alpha", "scaling", "d_in", "d_out")]
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError(f"the numbers of the adapter {entry.get('name')} are {numbers}")
+
+
+def model_at(run: Run, step: int | None, scale: float, base: Any) -> ChatModel:
+    """The model of a step; see :meth:`emmech.run.run.Run.model` for the arguments.
+
+    Raises:
+        EmmechError: step not recorded, or ``base`` is another model than the run's.
+    """
+    from emmech.chat.model import load_model
+    from emmech.engine.adapters import attach
+
+    step = int(run.steps[-1]) if step is None else step
+    run.check_step(step)
+    given = base is not None
+    chat = _started(run, load_model(base if given else base_name(run)), given=given)
+    expected = run.manifest.get("model", {}).get("fingerprint")
+    if expected and run.kind == "lora" and chat.fingerprint() != expected:
+        raise EmmechError(
+            f"open step {step} of {run.name}",
+            f"base model {chat.name} with fingerprint {chat.fingerprint()[:12]}",
+            f"the run was trained on {run.manifest['model'].get('name')} with fingerprint {expected[:12]}",
+            "pass base= the very model the run was trained on",
+        )
+    if run.kind == "lora":
+        return attach(chat, run.adapters, run.weights(step), scale=scale)
+    return _full_model(run, chat, step, scale)
+
+
+@contextmanager
+def model_live(run: Run, step: int | None, scale: float, base: Any = None) -> Iterator[ChatModel]:
+    """The model of a step for as long as it is used; a ``base`` that was given is as it was afterwards.
+
+    Raises:
+        EmmechError: as :func:`model_at`.
+    """
+    from emmech.chat.model import load_model
+    from emmech.engine.adapters import detach
+
+    if base is None:
+        yield model_at(run, step, scale, None)
+        return
+    own = load_model(base).base
+    if any(hasattr(module, "lora_A") for module in own.modules()):
+        raise EmmechError(
+            f"open a step of {run.name} on the base model",
+            "base= with live adapters",
+            "it is left as it was afterwards, and swapping its adapters would lose them",
+            "emmech.detach(base), or run.model(step, base=base) to swap them",
+        )
+    kept = {} if run.kind == "lora" else {name: value.detach().clone() for name, value in own.state_dict().items()}
+    training = own.training
+    chat = model_at(run, step, scale, base)
+    try:
+        yield chat
+    finally:
+        if run.kind == "lora":
+            detach(chat)
+        own.load_state_dict(kept, strict=False)
+        own.train(training)
+
+
+def base_name(run: Run) -> str:
+    """Name of the model the run started from.
+
+    Raises:
+        EmmechError: the run does not say which it is.
+    """
+    name = run.manifest.get("model", {}).get("name")
+    if not name:
+        raise EmmechError(
+            f"load the base model of {run.name}",
+            why="the run does not say which it is (it was made from arrays or by hand)",
+            instead="pass it: run.model(step, base=model)",
+        )
+    return str(name)
+
+
+def export_adapter(run: Run, step: int, folder: Path) -> Path:
+    """Write a step as an adapter folder that ``PeftModel.from_pretrained`` loads.
+
+    Raises:
+        EmmechError: step not recorded, or not a LoRA run.
+    """
+    from safetensors.numpy import save_file
+
+    from emmech.engine.adapters import lora_config
+
+    weights = run.weights(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for adapter in run.adapters:
+        for side in ("A", "B"):
+            key = f"base_model.model.{adapter.module}.lora_{side}.weight"
+            tensors[key] = np.ascontiguousarray(weights[f"{side}/{adapter.name}"])
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    name = str(run.manifest.get("model", {}).get("name", ""))
+    lora_config(run.adapters, base_name=name).save_pretrained(folder)
+    return folder
+
+
+def _started(run: Run, chat: ChatModel, *, given: bool) -> ChatModel:
+    """The weights that the training began with: the base model's, or those with an earlier adapter merged in."""
+    start = (run.path or Path()) / "start"
+    if not start.is_dir() or chat.fingerprint() == run.manifest.get("model", {}).get("fingerprint"):
+        return chat
+    import copy
+    from dataclasses import replace
+
+    from peft import PeftModel
+
+    # merging would change the caller's weights
+    model = copy.deepcopy(chat.model) if given else chat.model
+    return replace(chat, model=PeftModel.from_pretrained(model, str(start)).merge_and_unload())
+
+
+def _full_model(run: Run, chat: ChatModel, step: int, scale: float) -> ChatModel:
+    from safetensors.torch import load_file
+
+    folder = (run.path or Path()) / "weights"
+    kept = {int(path.stem.split("-")[1]): path for path in sorted(folder.glob("step-*.safetensors"))}
+    if step not in kept and step != 0:
+        raise EmmechError(
+            f"open step {step} of {run.name}",
+            f"step={step}",
+            "full fine-tuning keeps whole weights at few steps only, and not at this one",
+            f"kept: 0 (the base), {', '.join(map(str, kept)) or 'no other'}",
+        )
+    if scale != 1.0:
+        raise EmmechError(
+            f"scale the update of {run.name}", f"scale={scale}", "a full fine-tune has no adapter to scale", "scale=1.0"
+        )
+    if step in kept:
+        chat.base.load_state_dict(load_file(kept[step]), strict=False)
+    return chat

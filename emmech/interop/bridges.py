@@ -1,8 +1,7 @@
-"""TransformerLens over a run's model: hook points, caches and patching, on the same weights.
+"""TransformerLens and nnsight on a run's model, over the same weights.
 
-TransformerLens rewires the model that it is given (modules are swapped, attention becomes eager, keys are renamed), so
-it gets a copy that shares the weights. What it is for here: direct logit attribution and path patching of what the
-adapter writes, see :func:`adapter_attribution`.
+Both tools rewire the model that they wrap: nnsight replaces ``forward`` on every module for good, and TransformerLens
+swaps modules, makes attention eager and renames keys. Each therefore gets a copy that shares the weights.
 """
 
 from __future__ import annotations
@@ -10,10 +9,68 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from emmech.chat.model import ChatModel, load_model
 from emmech.errors import EmmechError
-from emmech.interop.shared_view import chat_from, weight_sharing_copy
+from emmech.run.run import Run, opened
 
-__all__ = ["adapter_attribution", "to_transformer_lens"]
+__all__ = ["adapter_attribution", "chat_from", "to_nnsight", "to_transformer_lens", "weight_sharing_copy"]
+
+
+def weight_sharing_copy(chat: ChatModel) -> Any:
+    """Copy the module tree, not the tensors: edits of weights, adapters and adapter scaling show in both.
+
+    Parameters and buffers are the same objects, and so is every LoRA layer's scaling; modules, configuration and hooks
+    are the copy's own. Hooks that are live on the original (steering) are left behind.
+    """
+    base = chat.base
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
+    for module in base.modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict):
+            memo[id(scaling)] = scaling  # a plain dict of factors: shared, so that a new scale is seen at once
+    view = copy.deepcopy(base, memo)
+    for module in view.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            hooks.clear()
+    return view.eval()
+
+
+def chat_from(source: Any, step: int | None, scale: float) -> ChatModel:
+    """The chat model of a Run at a step, or the one given."""
+    source = opened(source)
+    return source.model(step, scale) if isinstance(source, Run) else load_model(source)
+
+
+def to_nnsight(source: Any, step: int | None = None, *, scale: float = 1.0) -> Any:
+    """An nnsight ``TransformersModel`` on the weights of a run's model, adapter live.
+
+    The user's model and tokenizer stay as they are. Changing the adapter's weights or scale on the model shows in the
+    view at once; PEFT's ``disable_adapter`` does not: scale by 0 instead. Needs the extra ``lens``.
+
+    The rank-1 scalar A·x of every token is one line of a trace::
+
+        view = emmech.to_nnsight(run)
+        with view.trace("hello"):
+            scalar = view.model.layers[3].mlp.down_proj.lora_A.default.output.save()
+
+    and on a model of the hub that is too large for this machine, ``view.trace(..., remote=True)`` runs the same block
+    on NDIF, given a key.
+
+    Logits equal the model's to rounding. nnsight counts positions from the first real token of a left-padded row, as
+    generation does: in bfloat16, compare with the same ``position_ids``.
+
+    Args:
+        source: a Run, or a chat model (``step`` and ``scale`` are then not used).
+
+    Raises:
+        EmmechError: nnsight is not installed.
+    """
+    try:
+        from nnsight import TransformersModel
+    except ImportError:
+        raise EmmechError("bridge to nnsight", why="nnsight is not installed", instead='pip install "emmech[lens]"')
+    chat = chat_from(source, step, scale)
+    return TransformersModel(weight_sharing_copy(chat), tokenizer=copy.deepcopy(chat.tokenizer), task="text-generation")
 
 
 def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 1.0) -> Any:
