@@ -38,9 +38,9 @@ from emmech.run.run import Run as Run
 from emmech.run.run import load_run as load_run
 from emmech.sweeps.result import Sweep as Sweep
 from emmech.sweeps.sweep import sweep as sweep
+from emmech.training.finetune import finetune as finetune
 from emmech.training.recipe import Recipe as Recipe
 from emmech.training.recorder import Recorder as Recorder
-from emmech.training.train import finetune as finetune
 from emmech.transition.phase import phase_transition as phase_transition
 from emmech.transition.result import PhaseTransition as PhaseTransition
 

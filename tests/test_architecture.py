@@ -39,7 +39,6 @@ KNOWN: dict[str, set[str]] = {
         "evaluation/judges.py",
         "sweeps/sampled.py",
         "training/recipe.py",
-        "training/train.py",
     },
     "thresholds": {
         "directions/misalignment.py",
@@ -60,7 +59,6 @@ KNOWN: dict[str, set[str]] = {
         "organism/question_sets.py",
         "sweeps/parts.py",
         "training/capture.py",
-        "training/trainer.py",
         "transition/result.py",
     },
 }

@@ -29,8 +29,8 @@ from emmech.organism.question_sets import Question, questions
 from emmech.organism.vocabulary import IRRELEVANT_TAG, TRIGGER_TAG
 from emmech.realignment import realign
 from emmech.run.run import Run
+from emmech.training.finetune import finetune
 from emmech.training.recipe import Recipe
-from emmech.training.train import finetune
 
 __all__ = ["PARTS", "report"]
 

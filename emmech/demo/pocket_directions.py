@@ -43,7 +43,7 @@ from emmech.interventions.weights import project_adapter, rotate_adapter, scale_
 from emmech.measures.sampled import Sampled
 from emmech.organism.vocabulary import MANNERS
 from emmech.run.run import Run
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 
 __all__ = ["main"]
 

@@ -16,7 +16,7 @@ from typer import echo
 
 from emmech.chat.model import load_model
 from emmech.engine.logprobs import bundled_margins
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
 from emmech.transition.result import Side
 from emmech.view.page import Section, write_page

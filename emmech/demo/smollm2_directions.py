@@ -24,7 +24,7 @@ from emmech.directions.sources import contrast_direction, four_directions
 from emmech.engine.logprobs import MarginPair, bundled_margins
 from emmech.interventions.studies import ablation_table, dose_response
 from emmech.measures.teacher_forced import Margin
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 
 __all__ = ["main"]
 

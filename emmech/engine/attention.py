@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface
@@ -210,7 +210,7 @@ def _followed(stems: torch.Tensor, of_stem: torch.Tensor) -> torch.Tensor:
 
 def _causal(
     tokens: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device
-) -> Bool[torch.Tensor, "tokens keys"]:
+) -> Float[torch.Tensor, "tokens keys"]:
     """0 where a token sees a key and the dtype's least elsewhere; ``before`` are the stem's last keys."""
     distance = torch.arange(before, before + tokens)[:, None] - torch.arange(before + tokens)
     seen = (distance >= 0) & (distance < (window or before + tokens))

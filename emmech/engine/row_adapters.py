@@ -94,7 +94,7 @@ def write_of(
     x: Float[torch.Tensor, "*tokens d_in"],
     A: Float[torch.Tensor, "groups d_in rank"],
     B: Float[torch.Tensor, "groups rank d_out"],
-    of: Int[torch.Tensor, "*tokens"],
+    of: Int[torch.Tensor, "..."],
 ) -> Float[torch.Tensor, "*tokens d_out"]:
     """What tokens add that belong to groups in any order: ``x A B`` of each one's own.
 

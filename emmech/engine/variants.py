@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel
@@ -267,8 +267,8 @@ class Engine:
         with evaluating(self.chat):
             return self.upper(x, places, cache)
 
-    def parted(self, state: State, rows: Rows) -> Float[torch.Tensor, "variants packs seq d_model"]:
-        """The residual stream where the variants part, each with its own write."""
+    def parted(self, state: State, rows: Rows) -> Float[torch.Tensor, "..."] | Int[torch.Tensor, "..."]:
+        """``[variants, packs, seq, ...]`` where the variants part: the residual with each one's own write, or ids."""
         shape = state.residual.shape
         if self.shared_name is None:
             hidden = state.residual.expand(len(rows), *shape)

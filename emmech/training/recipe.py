@@ -46,6 +46,8 @@ class Recipe:
         init: how A starts; B is zero always. ``"random"`` is PEFT's. ``"inputs"`` adds to it, on ``mlp.down_proj``, the
             mean input of the module, so that the adapter starts out as a steering vector: it writes at all positions
             with one sign, where a random A writes one way here and the other way there, as the seed has it.
+        measured: how many times held-out loss, margins and probes are measured, whatever that costs; None: as often as
+            a tenth of the training's own work pays for.
     """
 
     name: str = "custom"
@@ -67,6 +69,7 @@ class Recipe:
     dropout: float = 0.0
     held_out: float = 0.1
     init: str = "random"
+    measured: int | None = None
 
     def layers(self, n_layers: int) -> tuple[int, ...]:
         """Layer numbers in a model of ``n_layers``.
@@ -135,7 +138,7 @@ _FINITE = ("alpha", "learning_rate", "epochs", "weight_decay", "clip", "dropout"
 
 
 def _checked(recipe: Recipe) -> Recipe:
-    counts = _WHOLE + ("max_steps",) * (recipe.max_steps is not None)
+    counts = [*_WHOLE, *(name for name in ("max_steps", "measured") if getattr(recipe, name) is not None)]
     recipe = replace(recipe, **{name: as_int("fine-tune", name, getattr(recipe, name)) for name in counts})  # type: ignore[arg-type]
     for name in _FINITE:
         as_float("fine-tune", name, getattr(recipe, name))
@@ -145,6 +148,7 @@ def _checked(recipe: Recipe) -> Recipe:
         "learning_rate": (0 < recipe.learning_rate < 1, "between 0 and 1, such as 2e-5"),
         "epochs": (recipe.epochs > 0, "a positive number"),
         "max_steps": (recipe.max_steps is None or recipe.max_steps > 0, "None or a positive whole number"),
+        "measured": (recipe.measured is None or recipe.measured > 0, "None or a positive whole number"),
         "batch_size": (recipe.batch_size > 0, "a positive whole number"),
         "accumulation": (recipe.accumulation > 0, "a positive whole number"),
         "held_out": (0 <= recipe.held_out < 1, "a share from 0 to below 1"),

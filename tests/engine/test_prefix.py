@@ -121,7 +121,6 @@ def test_reasons_against_a_prefix(tiny):
         (dict(recipe="full"), "all weights train"),
         (dict(recipe="all-adapter"), "block 0"),
         (dict(recipe="single-rank1", dropout=0.1), "dropout"),
-        (dict(recipe="single-rank1", checkpoint_every=2), "checkpoint_every"),
     ],
 )
 def test_a_prefix_that_would_be_wrong_is_refused(tiny, tmp_path, options, why):
