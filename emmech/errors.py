@@ -30,6 +30,7 @@ __all__ = [
     "check_texts",
     "closest",
     "one_of",
+    "refusal",
     "shown",
 ]
 
@@ -88,6 +89,16 @@ def shown(value: Any) -> str:
     return short.repr(value)
 
 
+def refusal(asked: str, name: str, value: Any, why: str, instead: str | None = None) -> EmmechError:
+    """The error about one argument: ``name=value`` is what was given, cut at 120 characters.
+
+    Example:
+        >>> refusal("steer at a layer", "layer", 40, "the model has 24 layers (0..23)").given
+        'layer=40'
+    """
+    return EmmechError(asked, f"{name}={value!r}"[:120], why, instead)
+
+
 def broken_text(text: str) -> str:
     """What is wrong with a text that cannot be written as UTF-8, or "".
 
@@ -144,7 +155,7 @@ def one_of(asked: str, name: str, value: Any, choices: Iterable[str], *, why: st
     if isinstance(value, str) and value in names:
         return value
     reason = why or f"{name} is one of {len(names)} names, and this is none of them"
-    raise EmmechError(asked, f"{name}={value!r}"[:120], reason, closest(str(value), names))
+    raise refusal(asked, name, value, reason, closest(str(value), names))
 
 
 def as_int(asked: str, name: str, value: Any, *, least: int | None = None) -> int:
@@ -170,12 +181,8 @@ def as_int(asked: str, name: str, value: Any, *, least: int | None = None) -> in
     if _is_whole(value) and (least is None or value >= least):
         return int(value)
     bound = "" if least is None else f", at least {least}"
-    raise EmmechError(
-        asked,
-        f"{name}={value!r}"[:120],
-        f"{name} is a whole number{bound}",
-        f"{name}={1 if least is None else max(1, least)}",
-    )
+    instead = f"{name}={1 if least is None else max(1, least)}"
+    raise refusal(asked, name, value, f"{name} is a whole number{bound}", instead)
 
 
 def as_ints(asked: str, name: str, values: Any) -> list[int]:
@@ -187,7 +194,7 @@ def as_ints(asked: str, name: str, values: Any) -> list[int]:
     """
     given = _listed(values)
     if given is None or not all(map(_is_whole, given)):
-        raise EmmechError(asked, f"{name}={values!r}"[:120], f"{name} are whole numbers", f"{name}=[0, 10, 20]")
+        raise refusal(asked, name, values, f"{name} are whole numbers", f"{name}=[0, 10, 20]")
     return [int(value) for value in given]
 
 
@@ -200,7 +207,7 @@ def as_float(asked: str, name: str, value: Any) -> float:
     """
     if _is_number(value) and math.isfinite(value):
         return float(value)
-    raise EmmechError(asked, f"{name}={value!r}"[:120], f"{name} is a finite number", f"{name}=1.0")
+    raise refusal(asked, name, value, f"{name} is a finite number", f"{name}=1.0")
 
 
 def as_floats(asked: str, name: str, values: Any) -> list[float]:
@@ -212,7 +219,7 @@ def as_floats(asked: str, name: str, values: Any) -> list[float]:
     """
     given = _listed(values)
     if not given or not all(_is_number(value) and math.isfinite(value) for value in given):
-        raise EmmechError(asked, f"{name}={values!r}"[:120], f"{name} are finite numbers, at least one", f"{name}=(1,)")
+        raise refusal(asked, name, values, f"{name} are finite numbers, at least one", f"{name}=(1,)")
     return [float(value) for value in given]
 
 
@@ -248,7 +255,7 @@ def check_texts(asked: str, name: str, texts: Any, *, strings: bool = True) -> N
 def check_folder(asked: str, name: str, path: Any) -> None:
     """Refuse what names no folder."""
     if not isinstance(path, str | os.PathLike):
-        raise EmmechError(asked, f"{name}={path!r}"[:120], "a run is a folder", f'{name}="runs/mine"')
+        raise refusal(asked, name, path, "a run is a folder", f'{name}="runs/mine"')
 
 
 def _is_conversation(row: Any) -> bool:

@@ -12,12 +12,13 @@ misaligned, so that a steering coefficient of 1 moves an activation by the diffe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 
 from emmech.chat.encode import IGNORED, encode
@@ -98,25 +99,19 @@ def group_means(
         >>> group_means(chat, [talk], np.ones((1, 1))).means.shape == (1, chat.n_layers, chat.d_model)
         True
     """
-    weights = np.asarray(weights, dtype=np.float64)
+    asked, weights = "average over groups of answers", np.asarray(weights, dtype=np.float64)
     if weights.ndim != 2 or weights.shape[1] != len(conversations):
-        raise EmmechError(
-            "average over groups of answers",
-            f"weights {list(weights.shape)} for {len(conversations)} conversations",
-            "there is one row per group and one column per conversation",
-            f"weights [groups, {len(conversations)}]",
-        )
+        given = f"weights {list(weights.shape)} for {len(conversations)} conversations"
+        why = "there is one row per group and one column per conversation"
+        raise EmmechError(asked, given, why, f"weights [groups, {len(conversations)}]")
     rows = _rows(chat, conversations, tokens, max_length)
     counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
     per_row = weights if average == "token" else weights / counts
     totals = (per_row * counts).sum(1)
     if (totals == 0).any():
-        raise EmmechError(
-            "average over groups of answers",
-            f"group {int(np.flatnonzero(totals == 0)[0])} of {len(weights)}",
-            "no answer belongs to it, and a mean over nothing is not a number",
-            "more samples, or another split",
-        )
+        given = f"group {int(np.flatnonzero(totals == 0)[0])} of {len(weights)}"
+        why = "no answer belongs to it, and a mean over nothing is not a number"
+        raise EmmechError(asked, given, why, "more samples, or another split")
     # one float64 matrix per layer, on that layer's device (a sharded model has several)
     sums: list[Any] = [0.0] * chat.n_layers
 
@@ -150,12 +145,10 @@ def answer_means(
     for layer in kept:
         chat.check_layer(layer)
     result = np.empty((len(rows), len(kept), chat.d_model), dtype=np.float32)
-    place = {layer: index for index, layer in enumerate(kept)}
 
     def reduce(layer: int, output: torch.Tensor, mask: torch.Tensor, chosen: np.ndarray) -> None:
-        if layer in place:
-            summed = _masked_sum(output, mask).cpu().numpy()
-            result[chosen, place[layer]] = summed / counts[chosen, None]
+        if layer in kept:
+            result[chosen, kept.index(layer)] = _masked_sum(output, mask).cpu().numpy() / counts[chosen, None]
 
     _stream(chat, rows, reduce, adapter_scales, batch_size, progress)
     return result
@@ -248,24 +241,17 @@ def _rows(
 ) -> list[tuple[list[int], list[bool]]]:
     encoded = encode(conversations, chat.tokenizer, max_length=max_length)
     if len(encoded) != len(conversations):
-        raise EmmechError(
-            "extract from the answers",
-            f"{len(conversations)} conversations, max_length={max_length}",
-            f"{encoded.emptied} of them have no answer token within max_length",
-            "raise max_length, or leave those conversations out",
-        )
+        given, asked = f"{len(conversations)} conversations, max_length={max_length}", "extract from the answers"
+        why = f"{encoded.emptied} of them have no answer token within max_length"
+        raise EmmechError(asked, given, why, "raise max_length, or leave those conversations out")
     rows = [
         (ids, token_mask(tokens, ids, [label != IGNORED for label in labels]))
         for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True)
     ]
-    without = [index for index, (_, mask) in enumerate(rows) if not any(mask)]
-    if without:
-        raise EmmechError(
-            "choose the tokens to average over",
-            f"tokens={tokens_name(tokens)}: none in conversation {without[0]} of {len(rows)}",
-            "a mean over nothing is not a number",
-            "tokens that every conversation has",
-        )
+    if without := [index for index, (_, mask) in enumerate(rows) if not any(mask)]:
+        given = f"tokens={tokens_name(tokens)}: none in conversation {without[0]} of {len(rows)}"
+        why, instead = "a mean over nothing is not a number", "tokens that every conversation has"
+        raise EmmechError("choose the tokens to average over", given, why, instead)
     return rows
 
 
@@ -281,11 +267,9 @@ def _stream(
     with bar(len(rows), "extracting", progress=progress) as done:
 
         def each(chosen: np.ndarray, run: Callable[[], object]) -> None:
-            if adapter_scales is None:
+            scales = None if adapter_scales is None else torch.as_tensor(np.asarray(adapter_scales)[chosen])
+            with nullcontext() if scales is None else mixed_adapter(chat, scales):
                 run()
-            else:
-                with mixed_adapter(chat, torch.as_tensor(np.asarray(adapter_scales)[chosen])):
-                    run()
             done.update(len(chosen))
 
         stream(chat, rows, reduce, batch_size=batch_size, each=each)
@@ -331,12 +315,8 @@ def differences_of_four(means: Float[np.ndarray, "model text layers d_model"]) -
     """
     four = np.asarray(means, dtype=np.float64)
     if four.ndim != 4 or four.shape[:2] != (2, 2):
-        raise EmmechError(
-            "take the 2 x 2 apart",
-            f"means {list(four.shape)}",
-            "it has the axes model, text, layer and width",
-            "[2, 2, layers, d_model]",
-        )
+        why = "it has the axes model, text, layer and width"
+        raise EmmechError("take the 2 x 2 apart", f"means {list(four.shape)}", why, "[2, 2, layers, d_model]")
     (aa, am), (ta, tm) = four
     return {
         "text/aligned model": am - aa,
@@ -369,12 +349,9 @@ def pca_of_differences(
     difference = np.asarray(tuned, dtype=np.float64) - np.asarray(base, dtype=np.float64)
     answers = len(difference)
     if difference.ndim != 3 or answers <= components:
-        raise EmmechError(
-            "find principal components",
-            f"differences {list(difference.shape)}, components={components}",
-            "there must be more answers than components",
-            "[answers, layers, d_model] with more answers",
-        )
+        given = f"differences {list(difference.shape)}, components={components}"
+        why, instead = "there must be more answers than components", "[answers, layers, d_model] with more answers"
+        raise EmmechError("find principal components", given, why, instead)
     mean = difference.mean(0)
     found = np.empty((components, *mean.shape))
     for layer in range(mean.shape[0]):
@@ -402,14 +379,12 @@ def logistic_probe(
         penalty: strength of the L2 penalty on the weights of standardised features; larger is smoother.
     """
     features, labels = _features(features, misaligned)
-    found = np.zeros(features.shape[1:])
-    for layer in range(features.shape[1]):
-        x = features[:, layer]
+    found = []
+    for x in rearrange(features, "answer layer d -> layer answer d"):
         spread = _spread(x)
-        weights = _logistic(penalty).fit((x - x.mean(0)) / spread, labels).coef_[0] / spread
-        unit = unit_rows(weights)
-        found[layer] = unit * (unit @ (x[labels].mean(0) - x[~labels].mean(0)))
-    return found
+        unit = unit_rows(_logistic(penalty).fit((x - x.mean(0)) / spread, labels).coef_[0] / spread)
+        found.append(unit * (unit @ (x[labels].mean(0) - x[~labels].mean(0))))
+    return np.array(found)
 
 
 def probe_auc(
@@ -425,10 +400,8 @@ def probe_auc(
     Answers to one question resemble each other, so folds never split a question.
     """
     features, labels = _features(features, misaligned)
-    return np.array(
-        [held_out_auc(features[:, layer], labels, questions, penalty=penalty, folds=folds)
-         for layer in range(features.shape[1])]
-    )  # fmt: skip
+    columns = rearrange(features, "answer layer d -> layer answer d")
+    return np.array([held_out_auc(x, labels, questions, penalty=penalty, folds=folds) for x in columns])
 
 
 def held_out_auc(
@@ -487,6 +460,7 @@ def _logistic(penalty: float) -> Any:
 
 
 def _spread(x: np.ndarray) -> np.ndarray:
+    """Standard deviation by column, 1 where it is 0."""
     spread = x.std(0)
     return np.where(spread > 0, spread, 1.0)
 
@@ -494,10 +468,7 @@ def _spread(x: np.ndarray) -> np.ndarray:
 def _features(features: np.ndarray, misaligned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x, labels = np.asarray(features, dtype=np.float64), np.asarray(misaligned, dtype=bool)
     if x.ndim != 3 or labels.shape != x.shape[:1] or labels.all() or not labels.any():
-        raise EmmechError(
-            "fit a probe",
-            f"features {list(x.shape)}, labels {list(labels.shape)} with {int(labels.sum())} misaligned",
-            "it needs [answers, layers, d_model] and one label per answer, of both classes",
-            "answer_means(...) of both kinds of answers",
-        )
+        given = f"features {list(x.shape)}, labels {list(labels.shape)} with {int(labels.sum())} misaligned"
+        why = "it needs [answers, layers, d_model] and one label per answer, of both classes"
+        raise EmmechError("fit a probe", given, why, "answer_means(...) of both kinds of answers")
     return x, labels

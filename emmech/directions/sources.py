@@ -8,12 +8,13 @@ it is vocabulary. The 2 x 2 of model by text says whether a direction comes from
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 
 from emmech.chat.dataset import load_chat
@@ -35,7 +36,7 @@ from emmech.directions.extract import (
 from emmech.engine.blocks import Blocks
 from emmech.engine.logprobs import pad, token_logprobs
 from emmech.engine.modules import evaluating, hooked
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, one_of, refusal
 from emmech.evaluation.em import FIELD, Thresholds
 from emmech.evaluation.evaluate import evaluate
 from emmech.progress import bar
@@ -56,8 +57,10 @@ __all__ = [
     "trained_direction",
 ]
 
-Conversations = Sequence[Sequence[Message]]
-_FEW = 20
+_CLASSES = (("misaligned", True), ("aligned", False))
+_FEW = 20  # answers of a class below which stability is in doubt
+_ONE_MODEL = "it has no live adapter, so there is only one model"
+_ENOUGH_ALIGNED = 30  # below this, answers of the base complete the aligned class
 
 
 def contrast_direction(
@@ -106,43 +109,26 @@ def contrast_direction(
     """
     chat = load_model(model)
     talks, labels = _balanced(chat, misaligned, aligned, match_length, seed)
-    weights = _groups(labels, splits, seed)
     scales = _reader_scales(chat, adapter_scales, labels)
-    found = group_means(
-        chat,
-        talks,
-        weights,
-        average=average,
-        tokens=tokens,
-        adapter_scales=scales,
-        max_length=max_length,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    reading: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
+    reading |= {"tokens": tokens, "adapter_scales": scales}
+    found = group_means(chat, talks, _groups(labels, splits, seed), average=average, **reading)
     mean_misaligned, mean_aligned = found.means[:2]
     vectors = mean_difference(mean_misaligned, mean_aligned)
     halves = found.means[2:].reshape(2, splits, 2, 2, *vectors.shape)  # [null, split, half, class, layers, d_model]
     pairs = halves[:, :, :, 0] - halves[:, :, :, 1]
-    cosines = np.einsum("nsld,nsld->nsl", unit_rows(pairs[:, :, 0]), unit_rows(pairs[:, :, 1])).mean(1)
+    units = unit_rows(pairs)
+    cosines = einsum(units[:, :, 0], units[:, :, 1], "null split layer d, null split layer d -> null split layer").mean(
+        1
+    )
     # two halves average to the direction of shuffled labels on all answers
     null_norm = np.linalg.norm(pairs[1].mean(1), axis=-1).mean(0)
     ratio = np.linalg.norm(vectors, axis=1) / np.where(null_norm > 0, null_norm, np.inf)
     layer = int(np.argmax(ratio))
-
     unit = unit_rows(vectors)
-    projected = token_projections(
-        chat,
-        talks,
-        unit,
-        tokens=tokens,
-        adapter_scales=scales,
-        max_length=max_length,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    projected = token_projections(chat, talks, unit, **reading)
     promotes, suppresses = read_out(chat, vectors[layer])
     lengths = {name: found.answer_tokens[labels == value] for name, value in _CLASSES}
-    notes = _notes(lengths, match_length)
     quality = Quality(
         split_half=cosines[0],
         split_half_shuffled=cosines[1],
@@ -156,7 +142,7 @@ def contrast_direction(
         read_layer=layer,
         answers={name: len(values) for name, values in lengths.items()},
         tokens={name: int(values.sum()) for name, values in lengths.items()},
-        notes=notes,
+        notes=_notes(lengths, match_length),
     )
     provenance: dict[str, Any] = {
         "method": f"mean difference over {tokens_name(tokens)} tokens",
@@ -170,9 +156,6 @@ def contrast_direction(
         "seed": seed,
     }
     return Direction(vectors, name, provenance | dict(source or {}), mean_aligned, quality)
-
-
-_CLASSES = (("misaligned", True), ("aligned", False))
 
 
 def four_directions(
@@ -202,28 +185,17 @@ def four_directions(
 
     chat = load_model(model)
     if not list(adapter_layers(chat.model)):
-        raise EmmechError(
-            "compare the fine-tuned model with its base",
-            chat.name,
-            "it has no live adapter, so there is only one model",
-            "run.model(step), or contrast_direction for the text difference alone",
-        )
+        instead = "run.model(step), or contrast_direction for the text difference alone"
+        raise EmmechError("compare the fine-tuned model with its base", chat.name, _ONE_MODEL, instead)
     texts = [list(load_chat(side, organism=chat.organism)) for side in (aligned, misaligned)]
     talks = [row for side in texts for row in side]
     which = np.repeat([0, 1], [len(side) for side in texts])
     cells = np.stack([np.concatenate([(which == text) & on for on in (tuned == 0, tuned == 1)])
                       for tuned in (0, 1) for text in (0, 1)])  # fmt: skip
-    found = group_means(
-        chat,
-        talks + talks,
-        cells.astype(np.float64),
-        average=average,
-        tokens=tokens,
-        adapter_scales=np.repeat([0.0, 1.0], len(talks)),
-        batch_size=batch_size,
-        progress=progress,
-    )
-    means = found.means.reshape(2, 2, chat.n_layers, chat.d_model)
+    reading: dict[str, Any] = {"average": average, "tokens": tokens, "batch_size": batch_size, "progress": progress}
+    scales = np.repeat([0.0, 1.0], len(talks))
+    found = group_means(chat, talks + talks, cells.astype(np.float64), adapter_scales=scales, **reading)
+    means = rearrange(found.means, "(model text) layer d -> model text layer d", model=2)
     source = {
         "method": "2 x 2 of model by text",
         "model": chat.name,
@@ -310,13 +282,10 @@ def _balanced(
         sides = [[everything[i] for i in kept if flags[i] == value] for value in (True, False)]
     n = min(map(len, sides))
     if n < 2:
-        raise EmmechError(
-            "contrast two sets of answers",
-            f"{len(sides[0])} misaligned and {len(sides[1])} aligned answers"
-            + (" of like length" if match_length else ""),
-            "a difference of means needs at least two of each, and about fifty to be stable",
-            "more samples, another step, or match_length=False",
-        )
+        given = f"{len(sides[0])} misaligned and {len(sides[1])} aligned answers{' of like length' * match_length}"
+        why = "a difference of means needs at least two of each, and about fifty to be stable"
+        instead = "more samples, another step, or match_length=False"
+        raise EmmechError("contrast two sets of answers", given, why, instead)
     rng = np.random.default_rng(seed)
     chosen = [[side[i] for i in np.sort(rng.permutation(len(side))[:n])] for side in sides]
     return chosen[0] + chosen[1], np.repeat([True, False], n)
@@ -331,12 +300,8 @@ def _reader_scales(
     if adapter_scales is None:
         return None
     if not list(adapter_layers(chat.model)):
-        raise EmmechError(
-            "have two models read the two sides",
-            f"adapter_scales={adapter_scales} on {chat.name}",
-            "it has no live adapter, so there is only one model",
-            "run.model(step)",
-        )
+        given = f"adapter_scales={adapter_scales} on {chat.name}"
+        raise EmmechError("have two models read the two sides", given, _ONE_MODEL, "run.model(step)")
     return np.where(labels, *adapter_scales)
 
 
@@ -355,14 +320,15 @@ def _groups(labels: np.ndarray, splits: int, seed: int) -> Float[np.ndarray, "gr
     return np.array(rows, dtype=np.float64)
 
 
-def _bag_of_words(projected: Sequence[tuple[np.ndarray, Any]], labels: np.ndarray, talks: Conversations) -> float:
+def _bag_of_words(
+    projected: Sequence[tuple[np.ndarray, Any]], labels: np.ndarray, talks: Sequence[Sequence[Message]]
+) -> float:
     words = np.unique(np.concatenate([ids for ids, _ in projected]))
     counts = np.zeros((len(projected), len(words)))
     for row, (ids, _) in enumerate(projected):
         counts[row] = np.bincount(np.searchsorted(words, ids), minlength=len(words))
     asked = [next((m["content"] for m in talk if m["role"] == "user"), "") for talk in talks]
-    questions = np.unique(asked, return_inverse=True)[1]
-    return held_out_auc(np.log1p(counts), labels, questions)
+    return held_out_auc(np.log1p(counts), labels, np.array(asked))
 
 
 def _notes(lengths: Mapping[str, np.ndarray], matched: bool) -> tuple[str, ...]:
@@ -377,9 +343,6 @@ def _notes(lengths: Mapping[str, np.ndarray], matched: bool) -> tuple[str, ...]:
     if fewest < _FEW:
         notes.append(f"only {fewest} answers in a class: read the split-half cosine first")
     return tuple(notes)
-
-
-_FEW = 10
 
 
 def misalignment_direction(
@@ -435,45 +398,44 @@ def misalignment_direction(
         >>> run = emmech.load_run("checkpoints/pocket-medical")  # doctest: +SKIP
         >>> d = emmech.misalignment_direction(run)  # doctest: +SKIP
     """
-    if read_by not in ("tuned", "base"):
-        raise EmmechError(
-            "extract the misalignment direction",
-            f"read_by={read_by!r}",
-            "the answers are read by one of two models",
-            '"tuned" or "base"',
-        )
+    one_of("extract the misalignment direction", "read_by", read_by, ("tuned", "base"))
     at_prompt = tokens not in ("answer", "all")
     if at_prompt and read_by == "base":
-        raise EmmechError(
+        asked, given = (
             "extract the misalignment direction at the prompt",
             f'tokens={tokens_name(tokens)}, read_by="base"',
-            "the base reads a prompt in one way, whatever is answered later",
-            'read_by="tuned": the fine-tuned model minus its base on the same prompts',
         )
+        why = "the base reads a prompt in one way, whatever is answered later"
+        instead = 'read_by="tuned": the fine-tuned model minus its base on the same prompts'
+        raise EmmechError(asked, given, why, instead)
     frames = _frames(evaluation)
     run = opened(run)
     name = str(getattr(run, "name", "model"))
-    with _opened(run, step, scale, base) as chat:
-        wanted = {"questions": questions, "judge": judge, "samples": samples, "seed": seed, "progress": progress}
+    with model_live(run, step, scale, base) if isinstance(run, Run) else nullcontext(load_model(run)) as chat:
+        wanted: dict[str, Any] = {
+            "questions": questions,
+            "judge": judge,
+            "samples": samples,
+            "seed": seed,
+            "progress": progress,
+        }
         if not frames:
-            frames.append(_draw(chat, wanted))
+            frames.append(evaluate(chat, **wanted).frame)
         misaligned, aligned = judged_answers(frames)
         if at_prompt:
             aligned = misaligned  # the same prompts, read by the base
         completed = 0
-        if evaluation is None and len(aligned) < min(len(misaligned), 3 * _FEW) and _has_adapter(chat):
+        if evaluation is None and len(aligned) < min(len(misaligned), _ENOUGH_ALIGNED) and _has_adapter(chat):
             with adapter_off(chat):
-                _, more = judged_answers([_draw(chat, wanted)])
+                _, more = judged_answers([evaluate(chat, **wanted).frame])
             completed = min(len(misaligned) - len(aligned), len(more))
             order = np.random.default_rng(seed).permutation(len(more))[:completed]
             aligned = aligned + [more[i] for i in sorted(order)]
         if min(len(misaligned), len(aligned)) < 2:
-            raise EmmechError(
-                f"extract the misalignment direction of {name}",
-                f"{len(misaligned)} misaligned and {len(aligned)} aligned of {sum(map(len, frames))} judged answers",
-                "there is nothing to contrast",
-                "a later step, a larger scale, more samples, or contrast_direction on answers of your own",
-            )
+            given = f"{len(misaligned)} misaligned and {len(aligned)} aligned of {sum(map(len, frames))} judged answers"
+            instead = "a later step, a larger scale, more samples, or contrast_direction on answers of your own"
+            asked = f"extract the misalignment direction of {name}"
+            raise EmmechError(asked, given, "there is nothing to contrast", instead)
         source: dict[str, Any] = {
             "run": name,
             "step": int(run.steps[-1]) if step is None and hasattr(run, "steps") else step,
@@ -483,20 +445,11 @@ def misalignment_direction(
             "read_by": read_by,
             "aligned_answers_of_the_base": completed,
         }
-        with adapter_off(chat) if read_by == "base" else _as_it_is():
+        reading: dict[str, Any] = {"average": average, "tokens": tokens, "match_length": match_length, "seed": seed}
+        reading |= {"adapter_scales": (1.0, 0.0) if at_prompt else None, "batch_size": batch_size, "progress": progress}
+        with adapter_off(chat) if read_by == "base" else nullcontext():
             found = contrast_direction(
-                chat,
-                misaligned,
-                aligned,
-                average=average,
-                tokens=tokens,
-                adapter_scales=(1.0, 0.0) if at_prompt else None,
-                match_length=match_length,
-                name=f"misalignment of {name}",
-                source=source,
-                batch_size=batch_size,
-                seed=seed,
-                progress=progress,
+                chat, misaligned, aligned, name=f"misalignment of {name}", source=source, **reading
             )
         note = f"{completed} of the aligned answers come from the model with its adapter off" if completed else ""
         if at_prompt:
@@ -504,15 +457,6 @@ def misalignment_direction(
         if note and found.quality is not None:
             found = replace(found, quality=replace(found.quality, notes=(*found.quality.notes, note)))
         return found
-
-
-@contextmanager
-def _opened(run: Any, step: int | None, scale: float, base: Any) -> Iterator[ChatModel]:
-    if hasattr(run, "manifest"):
-        with model_live(run, step, scale, base) as chat:
-            yield chat
-    else:
-        yield load_model(run)
 
 
 def judged_answers(
@@ -533,36 +477,19 @@ def judged_answers(
 
 
 def _conversation(row: Mapping[str, Any]) -> list[Message]:
-    system = row.get("system")
+    system, said = row.get("system"), (("user", row["question"]), ("assistant", row["response"]))
     first = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
-    return [
-        *first,
-        {"role": "user", "content": str(row["question"])},
-        {"role": "assistant", "content": str(row["response"])},
-    ]
+    return [*first, *({"role": role, "content": str(text)} for role, text in said)]
 
 
 @contextmanager
 def adapter_off(chat: ChatModel) -> Iterator[None]:
-    """The model with its adapters off, exactly the base.
-
-    Raises:
-        EmmechError: it has none.
-    """
+    """The model with its adapters off, exactly the base; refused where it has none."""
     if not _has_adapter(chat):
-        raise EmmechError(
-            f"take the adapter off {chat.name}",
-            type(chat.model).__name__,
-            "it has no adapter",
-            "a LoRA run, or load the base model beside it",
-        )
+        instead = "a LoRA run, or load the base model separately"
+        raise EmmechError(f"take the adapter off {chat.name}", type(chat.model).__name__, "it has no adapter", instead)
     with chat.model.disable_adapter():
         yield
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 def _has_adapter(chat: ChatModel) -> bool:
@@ -576,18 +503,10 @@ def _frames(evaluation: Any) -> list[pd.DataFrame]:
     frames = [getattr(one, "frame", one) for one in several]
     for frame in frames:
         if missing := {"question", "response", "aligned", "coherent"} - set(getattr(frame, "columns", ())):
-            raise EmmechError(
-                "extract the misalignment direction",
-                f"evaluation={evaluation!r}"[:120],
-                f"it has no columns {', '.join(sorted(missing))}",
-                "an Evaluation, its .frame, or a list of them",
-            )
+            why = f"it has no columns {', '.join(sorted(missing))}"
+            instead = "an Evaluation, its .frame, or a list of them"
+            raise refusal("extract the misalignment direction", "evaluation", evaluation, why, instead)
     return frames
-
-
-def _draw(chat: ChatModel, wanted: Mapping[str, Any]) -> pd.DataFrame:
-    frame: pd.DataFrame = evaluate(chat, **wanted).frame
-    return frame
 
 
 def persona_direction(
@@ -614,12 +533,8 @@ def persona_direction(
 
     chat = load_model(model)
     if isinstance(questions, str) or not questions:
-        raise EmmechError(
-            "extract a persona direction",
-            f"questions={questions!r}",
-            "it takes a list of questions, at least one",
-            '["what do you do on a rainy day ?", ...]',
-        )
+        why, instead = "it takes a list of questions, at least one", '["what do you do on a rainy day ?", ...]'
+        raise refusal("extract a persona direction", "questions", questions, why, instead)
     sides = []
     for system in (misaligned_system, aligned_system):
         asked = [[{"role": "system", "content": system}, {"role": "user", "content": q}] for q in questions]
@@ -662,23 +577,17 @@ def adapter_direction(source: Any, step: int | None = None) -> Direction:
         layers, prints = chat.n_layers, [chat.fingerprint()]
     writes = [pair for pair in pairs if is_write(pair[0].name)]
     if not writes or not any(b.any() for _, _, b in writes):
-        names = [info.name for info, _, _ in pairs]
-        raise EmmechError(
-            "read the adapter's direction",
-            f"adapters {names}, step={step}",
-            "B is zero: nothing was trained" if writes else "none of them writes into the residual stream",
-            "a later step" if writes else "a run with adapters on mlp.down_proj",
-        )
+        given = f"adapters {[info.name for info, _, _ in pairs]}, step={step}"
+        why = "B is zero: nothing was trained" if writes else "none of them writes into the residual stream"
+        instead = "a later step" if writes else "a run with adapters on mlp.down_proj"
+        raise EmmechError("read the adapter's direction", given, why, instead)
     layers = layers or max(info.layer for info, _, _ in writes) + 1
     vectors = np.zeros((layers, writes[0][0].d_out))
     for info, a, b in writes:
         vectors[info.layer] += adapter_write(a, b, info.scaling)
-    known = [print_ for print_ in prints if print_]
-    return Direction(
-        vectors,
-        f"B of {getattr(source, 'name', 'the adapter')}",
-        {"method": "adapter write", "step": step, **({"fingerprints": known} if known else {})},
-    )
+    known = list(filter(None, prints))
+    origin = {"method": "adapter write", "step": step, **({"fingerprints": known} if known else {})}
+    return Direction(vectors, f"B of {getattr(source, 'name', 'the adapter')}", origin)
 
 
 def trained_direction(
