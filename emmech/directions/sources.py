@@ -398,7 +398,8 @@ def misalignment_direction(
         >>> run = emmech.load_run("checkpoints/pocket-medical")  # doctest: +SKIP
         >>> d = emmech.misalignment_direction(run)  # doctest: +SKIP
     """
-    one_of("extract the misalignment direction", "read_by", read_by, ("tuned", "base"))
+    why = "the answers are read by one of two models"
+    one_of("extract the misalignment direction", "read_by", read_by, ("tuned", "base"), why=why)
     at_prompt = tokens not in ("answer", "all")
     if at_prompt and read_by == "base":
         asked, given = (

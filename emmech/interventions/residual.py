@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
+from functools import partial
 from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
@@ -37,22 +37,19 @@ from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction, unit_rows
 from emmech.engine.modules import hooked
 from emmech.engine.responses import digest
-from emmech.errors import EmmechError, as_ints
+from emmech.errors import EmmechError, as_ints, one_of, refusal
 
 __all__ = [
     "Coefficient",
-    "Edit",
     "Handle",
     "PositionMask",
     "Positions",
     "ResidualHandle",
     "ablate",
     "chat_of",
-    "edit_residual",
     "header_ids",
     "inside_answers",
     "layer_list",
-    "row_factor",
     "steer",
     "undoable",
     "vectors_at",
@@ -86,24 +83,16 @@ class Handle:
         self.active = True
 
     def remove(self) -> None:
-        """Take the change back. Harmless when it is gone already."""
+        """Take the change back; a second call does nothing."""
         self.active = False
         while self._undo:
             self._undo.pop()()  # in reverse: a tensor changed twice gets its first value back last
 
     def check_active(self, asked: str) -> None:
-        """Refuse to act through a handle that is closed.
-
-        Raises:
-            EmmechError: it was removed.
-        """
+        """Refuse to act through a handle that was removed."""
         if not self.active:
-            raise EmmechError(
-                asked,
-                self.description,
-                "it was removed, so the model would answer as if it had never been",
-                "generate inside the with block, or make the change anew",
-            )
+            why = "it was removed, so the model would answer as if it had never been"
+            raise EmmechError(asked, self.description, why, "generate inside the with block, or make the change anew")
 
     def generate(self, prompts: Sequence[Any], **kwargs: Any) -> Any:
         """Sample answers from the changed model: :func:`emmech.engine.sample.sample` with its arguments.
@@ -121,21 +110,12 @@ class Handle:
     def __enter__(self) -> Self:
         self.check_active("enter a context that is over")
         if self._entered:
-            raise EmmechError(
-                "enter a context twice",
-                self.description,
-                "the change is in force already, and would end with the inner block",
-                "one with block, or a second handle",
-            )
+            why = "the change is in force already, and would end with the inner block"
+            raise EmmechError("enter a context twice", self.description, why, "one with block, or a second handle")
         self._entered = True
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:
@@ -143,35 +123,24 @@ class Handle:
 
 
 def chat_of(model: Any) -> ChatModel:
-    """The chat model behind a ChatModel, a Run (its last step) or a transformers model.
-
-    Raises:
-        EmmechError: a name, which would load a model that nobody else holds.
-    """
+    """The chat model of a ChatModel or a transformers model; what would load a new model is refused."""
     from emmech.chat.model import load_model
 
+    given, lost = f"{model!r}", "and the change would be to one that you do not hold"
     if isinstance(model, str | os.PathLike):
-        raise EmmechError(
-            "change a model",
-            f"{model!r}",
-            "a name loads a new model, and the change would be to one that you do not hold",
-            f"chat = emmech.load_model({model!r}), then pass chat",
-        )
+        why, instead = f"a name loads a new model, {lost}", f"chat = emmech.load_model({model!r}), then pass chat"
+        raise EmmechError("change a model", given, why, instead)
     if hasattr(model, "manifest") and hasattr(model, "model"):
-        raise EmmechError(
-            "change a model",
-            f"the run {getattr(model, 'name', '')!r}",
-            "a run makes a new model at each call, and the change would be to one that you do not hold",
-            "chat = run.model(step), then pass chat",
-        )
+        given, why = f"the run {getattr(model, 'name', '')!r}", f"a run makes a new model at each call, {lost}"
+        raise EmmechError("change a model", given, why, "chat = run.model(step), then pass chat")
     return load_model(model)
 
 
 def undoable(owner: nn.Module, place: str, before: Any, put: Callable[[Any], Any]) -> Callable[[], None]:
-    """The way back from a change that was made in place, right in any order of removal.
+    """A function that takes back a change made in place; it is right in any order of removal.
 
-    Changes of one place cover each other. When an older one is taken back under a newer one, the newer one's effect
-    stays, and its own way back leads to the older value; after the last removal the first value is there, bit for bit.
+    Changes of one place cover each other. When an older one is taken back before a newer one, the newer one's effect
+    stays, and taking it back restores the older value; after the last removal the first value is there, bit for bit.
 
     Args:
         owner: the module that was changed.
@@ -208,25 +177,18 @@ class PositionMask:
         self.current: torch.Tensor | None = None
         # how many tokens the calls so far had, their last ones, and whether the next one is inside an answer
         self._length, self._tail, self._inside = 0, torch.empty(0, 0), torch.empty(0)
-        if isinstance(positions, str) and positions == "all":
-            return
         if isinstance(positions, str) and positions in ("answer", "prompt"):
             self._header = header_ids(chat)
             self._stops = torch.tensor(chat.stop_ids)
-            return
-        if callable(positions) and not isinstance(positions, torch.Tensor):
-            return
-        if isinstance(positions, torch.Tensor) and positions.ndim == 2:
+        elif isinstance(positions, torch.Tensor) and positions.ndim == 2:
             self._where = positions.bool()
-            return
-        raise EmmechError(
-            "choose the positions",
-            f"positions={positions!r}"
-            if isinstance(positions, str)
-            else f"a {type(positions).__name__} {list(getattr(positions, 'shape', ()))}",
-            "positions are named, or given as a mask",
-            '"all", "answer", "prompt", a bool tensor [batch, seq], or a function of the token ids',
-        )
+        elif not self.everywhere and (isinstance(positions, torch.Tensor) or not callable(positions)):
+            shape = list(getattr(positions, "shape", ()))
+            given = (
+                f"positions={positions!r}" if isinstance(positions, str) else f"a {type(positions).__name__} {shape}"
+            )
+            instead = '"all", "answer", "prompt", a bool tensor [batch, seq], or a function of the token ids'
+            raise EmmechError("choose the positions", given, "positions are named, or given as a mask", instead)
 
     @property
     def identity(self) -> str:
@@ -235,13 +197,13 @@ class PositionMask:
             return f"mask {self._where.int().tolist()}"
         return self._where if isinstance(self._where, str) else repr(getattr(self._where, "__qualname__", self._where))
 
-    def follow(self, trunk: nn.Module) -> Any:
-        """Hook the trunk, unless every position is touched; returns the hook's handle or None."""
-        if isinstance(self._where, str) and self._where == "all":
-            return None
-        return trunk.register_forward_pre_hook(self._see, with_kwargs=True)
+    @property
+    def everywhere(self) -> bool:
+        """Whether every position is touched, so that no call need be followed."""
+        return isinstance(self._where, str) and self._where == "all"
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read a call of the trunk, as a hook before it."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
         seen = int(cache.get_seq_length()) if cache is not None else 0
@@ -249,12 +211,9 @@ class PositionMask:
             self.current = self._given(ids, kwargs, seen)
             return
         if ids is None:
-            raise EmmechError(
-                f"find the {self._where} positions",
-                "a forward call with inputs_embeds",
-                "where an answer starts is told from the token ids",
-                'positions="all", or a bool tensor [batch, seq]',
-            )
+            why = "where an answer starts is told from the token ids"
+            instead = 'positions="all", or a bool tensor [batch, seq]'
+            raise EmmechError(f"find the {self._where} positions", "a forward call with inputs_embeds", why, instead)
         if callable(self._where):
             self.current = self._where(ids, seen).bool()
             return
@@ -271,41 +230,28 @@ class PositionMask:
 
     def _given(self, ids: Any, kwargs: dict[str, Any], seen: int) -> torch.Tensor:
         assert isinstance(self._where, torch.Tensor)
+        asked, given = "apply the position mask", f"positions {list(self._where.shape)}"
         if announced_rows() is not None:
-            raise EmmechError(
-                "apply the position mask",
-                f"positions {list(self._where.shape)} while conversations are sampled or scored",
-                "they are sorted, repeated and padded there, so the mask's rows and columns are not the batch's",
-                '"answer", "prompt", or a function of the token ids',
-            )
-        shape = tuple((ids if ids is not None else kwargs["inputs_embeds"]).shape[:2])
-        part = self._where[:, seen : seen + shape[1]]
-        if tuple(part.shape) != shape:
-            raise EmmechError(
-                "apply the position mask",
-                f"positions {list(self._where.shape)} for tokens {seen} to {seen + shape[1]} of {shape[0]} rows",
-                "the mask has one entry per token of the batch, generated ones included",
-                f"a bool tensor [{shape[0]}, at least {seen + shape[1]}]",
-            )
+            why = "they are sorted, repeated and padded there, so the mask's rows and columns are not the batch's"
+            instead = '"answer", "prompt", or a function of the token ids'
+            raise EmmechError(asked, f"{given} while conversations are sampled or scored", why, instead)
+        rows, length = (ids if ids is not None else kwargs["inputs_embeds"]).shape[:2]
+        part = self._where[:, seen : seen + length]
+        if part.shape != (rows, length):
+            why = "the mask has one entry per token of the batch, generated ones included"
+            instead = f"a bool tensor [{rows}, at least {seen + length}]"
+            raise EmmechError(asked, f"{given} for tokens {seen} to {seen + length} of {rows} rows", why, instead)
         return part
 
 
 def header_ids(chat: ChatModel) -> list[int]:
-    """Token ids of the assistant's header, as the template writes it before an answer.
-
-    Raises:
-        EmmechError: the template has none.
-    """
-    asked = [{"role": "user", "content": "a"}]
-    with_header, without = chat.token_ids(asked), chat.token_ids(asked, generate=False)
+    """Token ids of the assistant's header, as the template writes it before an answer; refused where it has none."""
+    question = [{"role": "user", "content": "a"}]
+    with_header, without = chat.token_ids(question), chat.token_ids(question, generate=False)
     header = with_header[len(without) :]
     if not header or with_header[: len(without)] != without:
-        raise EmmechError(
-            "find where answers start",
-            f"the chat template of {chat.name}",
-            "it writes no header before an answer",
-            'positions="all", or a bool tensor [batch, seq]',
-        )
+        given, why = f"the chat template of {chat.name}", "it writes no header before an answer"
+        raise EmmechError("find where answers start", given, why, 'positions="all", or a bool tensor [batch, seq]')
     return header
 
 
@@ -366,7 +312,7 @@ class ResidualHandle(Handle):
         return value
 
     def update(self, coefficient: Coefficient) -> ResidualHandle:
-        """Change the coefficient of a live edit, as a slider does.
+        """Change the coefficient of a live edit.
 
         Raises:
             EmmechError: the edit was removed, or the coefficient is not finite.
@@ -399,12 +345,9 @@ def edit_residual(
     """
     taken = [layer for layer in vectors if kind in _LIVE.get(chat.block(layer), ())]
     if taken and not stack:
-        raise EmmechError(
-            f"{kind} at layer {taken[0]} twice",
-            description,
-            f"another {kind} is live there, and the two would add up unseen",
-            "remove() the first, or stack=True if both are meant",
-        )
+        why = f"another {kind} is live there, and the two would add up unseen"
+        instead = "remove() the first, or stack=True if both are meant"
+        raise EmmechError(f"{kind} at layer {taken[0]} twice", description, why, instead)
     state: dict[str, Any] = {"coefficient": _coefficient(coefficient)}
     where = PositionMask(chat, positions)
     each = any(vector.ndim == 2 for vector in vectors.values())
@@ -413,17 +356,15 @@ def edit_residual(
         by_row=lambda: each or state["coefficient"].ndim == 1,
         state=lambda: f"{fixed} {state['coefficient'].tolist()}",
     )
-    undo: list[Callable[[], Any]] = [register(chat.base, live)]
-    follower = where.follow(chat.trunk)
-    if follower is not None:
-        undo.append(follower.remove)
     edits = ExitStack()
-    undo.append(edits.close)
+    undo: list[Callable[[], Any]] = [register(chat.base, live), edits.close]
+    if not where.everywhere:
+        edits.enter_context(hooked((chat.trunk, where.see), before=True, keywords=True))
     for layer, vector in vectors.items():
         block = chat.block(layer)
         edits.enter_context(hooked((block, _hook(chat.family, edit, vector, state, where, layer))))
         _LIVE.setdefault(block, []).append(kind)
-        undo.append(_forget(block, kind))
+        undo.append(partial(_LIVE[block].remove, kind))
     return ResidualHandle(chat, description, undo, state)
 
 
@@ -451,28 +392,19 @@ def row_factor(coefficient: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
 
 
 def _one_per_row(values: torch.Tensor, output: torch.Tensor, what: str) -> torch.Tensor:
-    """The values of the rows before us: the batch's own, or those of the conversations that sampling announced."""
+    """The values of the batch's rows, or of the conversations that sampling announced for them."""
     rows = announced_rows()
     expected, of = (len(output), "a batch of {} rows") if rows is None else (rows.total, "{} conversations")
     if len(values) != expected:
-        raise EmmechError(
-            "give each row its own intervention",
-            f"{len(values)} {what} for {of.format(expected)}",
-            "row by row there must be as many as the batch has rows, or sampling has conversations",
-            "repeat them as the batch repeats its prompts (not its samples), or pass one for all",
-        )
+        given = f"{len(values)} {what} for {of.format(expected)}"
+        why = "row by row there must be as many as the batch has rows, or sampling has conversations"
+        instead = "repeat them as the batch repeats its prompts (not its samples), or pass one for all"
+        raise EmmechError("give each row its own intervention", given, why, instead)
     return values if rows is None else values[rows.conversation.to(values.device)]
 
 
 def _bytes(value: torch.Tensor | None) -> bytes:
     return b"" if value is None else value.detach().float().cpu().numpy().tobytes()
-
-
-def _forget(block: nn.Module, kind: str) -> Callable[[], None]:
-    def forget() -> None:
-        _LIVE[block].remove(kind)
-
-    return forget
 
 
 def _coefficient(value: Coefficient) -> torch.Tensor:
@@ -481,30 +413,18 @@ def _coefficient(value: Coefficient) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError):
         tensor = torch.tensor(float("nan"))
     if tensor.ndim > 1 or not torch.isfinite(tensor).all():
-        raise EmmechError(
-            "use the coefficient",
-            f"{value!r}",
-            "a coefficient is a finite number, or one per batch row",
-            "a float, or a tensor [batch]",
-        )
+        why = "a coefficient is a finite number, or one per batch row"
+        raise EmmechError("use the coefficient", f"{value!r}", why, "a float, or a tensor [batch]")
     return tensor
 
 
 def layer_list(chat: ChatModel, layers: Any, known: Sequence[int], asked: str) -> list[int]:
-    """Resolve ``layers``: a number, several, ``"all"`` (those the direction knows), or None when there is only one.
-
-    Raises:
-        EmmechError: no such layer, or none was named and there are several.
-    """
+    """The layers named by a number, several, ``"all"`` (the known ones), or None when only one is known."""
     if layers is None:
         if len(known) == 1:
             return [known[0]]
-        raise EmmechError(
-            asked,
-            "layer=None",
-            f"the direction is known at {len(known)} layers",
-            f"name one: layer={chat.n_layers // 2} is the middle",
-        )
+        why = f"the direction is known at {len(known)} layers"
+        raise EmmechError(asked, "layer=None", why, f"name one: layer={chat.n_layers // 2} is the middle")
     if isinstance(layers, str):
         if layers != "all":
             raise EmmechError(asked, f"{layers!r}", "layers are numbers", '"all", 3, or [3, 4]')
@@ -527,43 +447,24 @@ def vectors_at(
             ``[batch, d_model]`` with one row per batch row.
         from_layer: use this layer's vector at every layer.
     """
-    if isinstance(direction, Direction):
-        return _of_directions(chat, [direction], layers, from_layer, force, asked), direction.name
-    if isinstance(direction, Sequence) and direction and all(isinstance(d, Direction) for d in direction):
-        found = _of_directions(chat, direction, layers, from_layer, force, asked)
-        return found, f"{len(direction)} directions"
-    array = _plain(direction, chat, asked)
-    known = range(chat.n_layers)
-    return dict.fromkeys(layer_list(chat, layers, known, asked), array), "a vector"
-
-
-def _of_directions(
-    chat: ChatModel,
-    directions: Sequence[Direction],
-    layers: Any,
-    from_layer: int | None,
-    force: bool,
-    asked: str,
-) -> dict[int, torch.Tensor]:
-    for direction in directions:
-        direction.check_fits(chat, force=force)
-    known: Sequence[int]
-    if from_layer is not None:
-        known = range(chat.n_layers)
-    else:
-        known = sorted(set.intersection(*(set(direction.layers) for direction in directions)))
+    several: list[Direction] = [direction] if isinstance(direction, Direction) else []
+    if isinstance(direction, Sequence) and all(isinstance(one, Direction) for one in direction):
+        several = list(direction)
+    if not several:
+        array = _plain(direction, chat, asked)
+        return dict.fromkeys(layer_list(chat, layers, range(chat.n_layers), asked), array), "a vector"
+    for one in several:
+        one.check_fits(chat, force=force)
+    known = sorted(set.intersection(*(set(one.layers) for one in several)))
+    known = known if from_layer is None else list(range(chat.n_layers))
     if not known:
-        raise EmmechError(
-            asked,
-            f"{directions[0].name}, zero at every layer",
-            "a direction of norm 0 points nowhere",
-            "a direction from two different groups",
-        )
+        why, instead = "a direction of norm 0 points nowhere", "a direction from two different groups"
+        raise EmmechError(asked, f"{several[0].name}, zero at every layer", why, instead)
     found = {}
     for layer in layer_list(chat, layers, known, asked):
-        stacked = np.stack([d.at(layer if from_layer is None else from_layer) for d in directions])
-        found[layer] = torch.from_numpy(stacked[0] if len(directions) == 1 else stacked)
-    return found
+        stacked = np.stack([one.at(layer if from_layer is None else from_layer) for one in several])
+        found[layer] = torch.from_numpy(stacked[0] if len(several) == 1 else stacked)
+    return found, several[0].name if len(several) == 1 else f"{len(several)} directions"
 
 
 def _plain(value: Any, chat: ChatModel, asked: str) -> torch.Tensor:
@@ -572,12 +473,11 @@ def _plain(value: Any, chat: ChatModel, asked: str) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError):
         array = torch.empty(0)
     if array.ndim not in (1, 2) or array.shape[-1] != chat.d_model:
-        raise EmmechError(
-            asked,
+        given, why = (
             f"a {type(value).__name__} {list(array.shape)}",
             f"the residual stream of {chat.name} has width {chat.d_model}",
-            f"a Direction, or an array [{chat.d_model}] or [batch, {chat.d_model}]",
         )
+        raise EmmechError(asked, given, why, f"a Direction, or an array [{chat.d_model}] or [batch, {chat.d_model}]")
     if not torch.isfinite(array).all() or not array.any(-1).all():
         raise EmmechError(asked, "a vector of zeros, NaN or infinity", "it points nowhere", "a finite vector")
     return array
@@ -599,7 +499,7 @@ def steer(
     The block's output is where it is added (Convergent Linear Representations of EM, arXiv 2506.11618).
 
     In force from the call on; undone by ``.remove()`` or at the end of a ``with`` block. It acts in every forward call,
-    generation behind a key-value cache included, and keeps gradients.
+    generation with a key-value cache included, and keeps gradients.
 
     Args:
         model: a ChatModel, or a transformers or PEFT model in memory.
@@ -625,21 +525,15 @@ def steer(
         ...     steered.update(0.2).active
         True
     """
-    if units not in ("raw", "residual"):
-        raise EmmechError("steer", f"units={units!r}", "there are two units", '"raw" or "residual"')
+    one_of("steer", "units", units, ("raw", "residual"), why="there are two units")
     chat = chat_of(model)
     vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked="steer")
     if units == "residual":
         vectors = {at: vector / vector.norm(dim=-1, keepdim=True) for at, vector in vectors.items()}
+    described = f"steer({chat.name}, {name}, layers {sorted(vectors)}, {units} units)"
+    edit = _add if units == "raw" else _add_fraction
     return edit_residual(
-        chat,
-        "steer",
-        _add if units == "raw" else _add_fraction,
-        vectors,
-        coefficient,
-        positions=positions,
-        stack=stack,
-        description=f"steer({chat.name}, {name}, layers {sorted(vectors)}, {units} units)",
+        chat, "steer", edit, vectors, coefficient, positions=positions, stack=stack, description=described
     )
 
 
@@ -702,45 +596,32 @@ def ablate(
     vectors, name = vectors_at(chat, direction, layers, from_layer=from_layer, force=force, asked="ablate")
     vectors = {at: torch.from_numpy(unit_rows(v.numpy())).float() for at, v in vectors.items()}
     means = _means(chat, direction, towards)
-    where = "one direction" if from_layer is not None else "own direction"
 
     def edit(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, layer: int) -> torch.Tensor:
         centred = x.float() if means is None else x.float() - means[layer].to(x.device)
         component = (centred * vector).sum(-1, keepdim=True)
         return x - (factor * component * vector).to(x.dtype)
 
-    return edit_residual(
-        chat,
-        "ablate",
-        edit,
-        vectors,
-        strength,
-        positions=positions,
-        stack=stack,
-        description=f"ablate({chat.name}, {name}, {where} at layers {sorted(vectors)})",
-        target=means,
-    )
+    where = "one direction" if from_layer is not None else "own direction"
+    described = f"ablate({chat.name}, {name}, {where} at layers {sorted(vectors)})"
+    how = {"positions": positions, "stack": stack, "description": described, "target": means}
+    return edit_residual(chat, "ablate", edit, vectors, strength, **how)
 
 
 def _means(chat: ChatModel, direction: Any, towards: Any) -> torch.Tensor | None:
     if towards is None:
         return None
+    asked = "ablate towards a mean"
     if isinstance(towards, str):
         own = getattr(direction, "aligned_mean", None)
         if towards != "aligned" or own is None:
-            raise EmmechError(
-                "ablate towards a mean",
-                f"towards={towards!r}",
-                "the direction keeps no aligned mean" if towards == "aligned" else "it is not a mean",
-                "an array [layers, d_model] or [d_model]: a mean of group_means on aligned answers",
-            )
+            why = "the direction keeps no aligned mean" if towards == "aligned" else "it is not a mean"
+            instead = "an array [layers, d_model] or [d_model]: a mean of group_means on aligned answers"
+            raise refusal(asked, "towards", towards, why, instead)
         towards = own
     mean = np.asarray(towards, dtype=np.float32)
     if mean.shape not in ((chat.d_model,), (chat.n_layers, chat.d_model)) or not np.isfinite(mean).all():
-        raise EmmechError(
-            "ablate towards a mean",
-            f"towards {list(mean.shape)}",
-            f"{chat.name} has {chat.n_layers} layers of width {chat.d_model}, and a mean is finite",
-            f"an array [{chat.n_layers}, {chat.d_model}] or [{chat.d_model}]",
-        )
+        why = f"{chat.name} has {chat.n_layers} layers of width {chat.d_model}, and a mean is finite"
+        instead = f"an array [{chat.n_layers}, {chat.d_model}] or [{chat.d_model}]"
+        raise EmmechError(asked, f"towards {list(mean.shape)}", why, instead)
     return torch.from_numpy(np.broadcast_to(mean, (chat.n_layers, chat.d_model)).copy())

@@ -194,7 +194,7 @@ def measure_conditions(
 
 
 def with_coherence(measures: Sequence[Measure]) -> list[Measure]:
-    """The measures, and beside margins the loss of their aligned answers: what breaks a model moves margins too."""
+    """The measures, and for margins also the loss of their aligned answers: what breaks a model moves margins too."""
     margins = [one for one in measures if isinstance(one, Margin)]
     if not margins or any(isinstance(one, AlignedLoss) for one in margins):
         return list(measures)
@@ -235,16 +235,11 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
         controls = [
             m.items
             for m in measured
-            if m.condition.kind == "random" and m.model == one.model and m.condition.key == condition.key
+            if (m.condition.kind, m.model, m.condition.key) == ("random", one.model, condition.key)
         ]
         for outcome in items.values:
-            row: dict[str, Any] = {
-                "condition": condition.label,
-                "kind": condition.kind,
-                **condition.settings,
-                "model": one.model,
-                "outcome": outcome,
-            }
+            row: dict[str, Any] = {"condition": condition.label, "kind": condition.kind, **condition.settings}
+            row |= {"model": one.model, "outcome": outcome}
             contrasts: dict[str, tuple[list[tuple[float, Items]], float]] = {"": ([(1.0, items)], 0.0)}
             before = plain.get(one.model)
             if before is not None and condition.kind != "untouched":
@@ -294,17 +289,15 @@ def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any]
             continue
         at = max(later, key=lambda one: later[one])
         if later[at] > threshold:
-            return (
-                f"degenerate: {direction.name} has cosine {later[at]:.2f} at layer {at} with B of {info.name}, so "
-                f"that ablating it there mostly takes the adapter off"
-            )
+            near = f"{direction.name} has cosine {later[at]:.2f} at layer {at} with B of {info.name}"
+            return f"degenerate: {near}, so that ablating it there mostly takes the adapter off"
     return ""
 
 
 def check_randoms(randoms: int) -> None:
     """Refuse a negative number of control directions."""
     if not isinstance(randoms, int) or randoms < 0:
-        raise EmmechError("run the controls", f"randoms={randoms!r}", "it counts random directions", "5 or more")
+        raise refusal("run the controls", "randoms", randoms, "it counts random directions", "5 or more")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -362,14 +355,14 @@ def dose_response(
     seed: int = 0,
     progress: bool = True,
 ) -> Study:
-    """Steer at every coefficient and layer, beside norm-matched random directions and the base model.
+    """Steer at every coefficient and layer, with norm-matched random directions and the base model as controls.
 
-    Where the model has an adapter, the table has the untouched model beside the steered base: what the fine-tune does.
+    Where the model has an adapter, the table has both the untouched model and the steered base: what the fine-tune does.
 
     Args:
         coefficients: as :func:`emmech.steer` takes them; 0 is always measured, as "untouched".
         layers: one or several; the layers that the direction knows by default.
-        measure: what :func:`emmech.sweep` takes; by default answers where a judge is at hand, margins elsewhere.
+        measure: what :func:`emmech.sweep` takes; by default answers where there is a judge, margins elsewhere.
             Margins come with the loss of their aligned answers.
         randoms: random directions per coefficient and layer.
         base: also steer the model with its adapter off; by default when it has one.
@@ -418,7 +411,7 @@ def ablation_table(
     seed: int = 0,
     progress: bool = True,
 ) -> Study:
-    """Ablate a direction in every way, beside random directions, the base model and the adapter taken off.
+    """Ablate a direction in every way, with random directions, the base model and the adapter taken off as controls.
 
     The rows: each layer's own direction; one direction at all layers (``from_layer``); towards the aligned mean, if the
     direction keeps one; and the ``others``, directions of other organisms (transfer). Random controls are ablated in
@@ -472,7 +465,7 @@ def transfer_matrix(
     seed: int = 0,
     progress: bool = True,
 ) -> Study:
-    """Ablate every direction in every organism: does what one fine-tune learned carry another's misalignment?
+    """Ablate every direction in every organism: is one fine-tune's direction what carries another's misalignment?
 
     Args:
         organisms: Runs (their last step) or chat models by name.
@@ -485,21 +478,15 @@ def transfer_matrix(
     """
     import pandas as pd
 
+    asked = "make a transfer matrix"
     check_randoms(randoms)
-    directions = checked_directions("make a transfer matrix", "directions", directions)
+    directions = checked_directions(asked, "directions", directions)
     if not isinstance(organisms, Mapping):
-        raise EmmechError(
-            "make a transfer matrix",
-            f"organisms={organisms!r}"[:120],
-            "it is not a mapping from names to runs or chat models",
-            'organisms={"medical": run}',
-        )
+        why, instead = "it is not a mapping from names to runs or chat models", 'organisms={"medical": run}'
+        raise refusal(asked, "organisms", organisms, why, instead)
     if not organisms or not directions:
-        raise EmmechError(
-            "make a transfer matrix",
-            f"{len(organisms)} organisms, {len(directions)} directions",
-            "it crosses at least one with at least one",
-        )
+        given = f"{len(organisms)} organisms, {len(directions)} directions"
+        raise EmmechError(asked, given, "it crosses at least one with at least one")
     frames, notes = [], list(_few_controls(randoms))
     shared: ChatModel | None = None
     for organism, source in organisms.items():
@@ -553,9 +540,8 @@ def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple
     chat = chat_of(model)
     with_base = has_adapter(chat) if base is None else base
     if with_base and not has_adapter(chat):
-        raise EmmechError(
-            "measure the base model beside the fine-tuned one", chat.name, "it has no adapter to take off", "base=False"
-        )
+        asked = "measure the base model as well as the fine-tuned one"
+        raise EmmechError(asked, chat.name, "it has no adapter to take off", "base=False")
     return chat, with_coherence(as_measures(measure, chat)), with_base
 
 

@@ -19,7 +19,7 @@ from emmech.chat.families import WRITE, is_write
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction, checked_direction, unit_rows
 from emmech.engine.adapters import AdapterInfo, adapter_layers
-from emmech.errors import EmmechError, as_float, closest
+from emmech.errors import EmmechError, as_float, closest, one_of, refusal
 from emmech.interventions.residual import Handle, chat_of, layer_list, undoable, vectors_at
 from emmech.run.run import as_run
 
@@ -53,10 +53,8 @@ def scale_adapters(model: Any, scale: float | Mapping[str, float], *, adapters: 
     """
     chat = chat_of(model)
     chosen = _chosen(chat, list(scale) if isinstance(scale, Mapping) else adapters, "scale the adapters")
-    factors = {
-        info.name: as_float("scale the adapters", "scale", scale[info.name] if isinstance(scale, Mapping) else scale)
-        for info, _, _ in chosen
-    }
+    by_name = scale if isinstance(scale, Mapping) else {info.name: scale for info, _, _ in chosen}
+    factors = {info.name: as_float("scale the adapters", "scale", by_name[info.name]) for info, _, _ in chosen}
     undo: list[Callable[[], Any]] = []
     for info, layer, name in chosen:
         before = layer.scaling[name]
@@ -82,7 +80,7 @@ def project_adapter(
         adapters: names or layers; all that write into the residual stream by default.
 
     Raises:
-        EmmechError: no adapter there writes into the residual stream, or (with ``renormalise``) B lies along the
+        EmmechError: no adapter there writes into the residual stream, or (with ``renormalise``) B is along the
             direction, so that nothing is left to renormalise.
     """
     chat = chat_of(model)
@@ -94,12 +92,10 @@ def project_adapter(
             return left
         kept, norms = np.linalg.norm(left, axis=0), np.linalg.norm(b, axis=0)
         if (kept < 1e-4 * norms).any():
-            raise EmmechError(
-                "renormalise the projected adapter",
-                f"{info.name}, of which {float((kept / norms).min()):.1e} is left",
-                "B lies along the direction: projecting it out is taking the adapter off",
-                "a direction from another organism, or renormalise=False",
-            )
+            given = f"{info.name}, of which {float((kept / norms).min()):.1e} is left"
+            why = "B is along the direction: projecting it out is taking the adapter off"
+            instead = "a direction from another organism, or renormalise=False"
+            raise EmmechError("renormalise the projected adapter", given, why, instead)
         return left * (norms / np.where(kept > 0, kept, 1.0))
 
     how = "renormalised" if renormalise else "not renormalised"
@@ -125,7 +121,7 @@ def rotate_adapter(
     chat = chat_of(model)
     checked_direction("rotate the adapter", direction)
     if not -1.0 <= as_float("rotate the adapter", "cosine", cosine) <= 1.0:
-        raise EmmechError("rotate the adapter", f"cosine={cosine}", "a cosine lies between -1 and 1")
+        raise EmmechError("rotate the adapter", f"cosine={cosine}", "a cosine is between -1 and 1")
 
     def edit(info: AdapterInfo, b: np.ndarray, unit: np.ndarray) -> np.ndarray:
         norms = np.linalg.norm(b, axis=0)
@@ -134,12 +130,9 @@ def rotate_adapter(
         # what rounding leaves of a B along the direction is no plane to turn in
         lost = (np.linalg.norm(left, axis=0) < 1e-4 * norms) & (abs(cosine) < 1)
         if (norms == 0).any() or lost.any():
-            raise EmmechError(
-                "rotate the adapter",
-                f"{info.name} with column norms {norms.tolist()}",
-                "B is zero or lies along the direction, so there is no plane to turn in",
-                "a later step, or cosine=1.0",
-            )
+            given = f"{info.name} with column norms {norms.tolist()}"
+            why = "B is zero or along the direction, so there is no plane to turn in"
+            raise EmmechError("rotate the adapter", given, why, "a later step, or cosine=1.0")
         return norms * (cosine * unit[:, None] + (1 - cosine**2) ** 0.5 * across)
 
     described = f"rotate_adapter({chat.name}, to cosine {cosine} with {direction.name})"
@@ -158,11 +151,11 @@ def transplant_adapter(
         EmmechError: the step was not recorded, or shapes differ.
     """
     chat = chat_of(model)
-    if side not in ("A", "B", "both"):
-        raise EmmechError("transplant an adapter", f"side={side!r}", "it has two sides", '"A", "B" or "both"')
-    weights = as_run("transplant an adapter", run).weights(step)
+    asked = "transplant an adapter"
+    one_of(asked, "side", side, ("A", "B", "both"))
+    weights = as_run(asked, run).weights(step)
     undo: list[Callable[[], Any]] = []
-    for info, layer, name in _chosen(chat, adapters, "transplant an adapter"):
+    for info, layer, name in _chosen(chat, adapters, asked):
         for own in ("A", "B") if side == "both" else (side,):
             value = weights.get(f"{own}/{info.name}")
             linear = getattr(layer, f"lora_{own}")[name]
@@ -170,13 +163,10 @@ def transplant_adapter(
             if value is None or value.shape != tuple(parameter.shape):
                 for take_back in reversed(undo):
                     take_back()
-                raise EmmechError(
-                    "transplant an adapter",
-                    f"{own} of {info.name} from {run.name}",
-                    f"it has there {'nothing' if value is None else list(value.shape)}, "
-                    f"and the live one is {list(parameter.shape)}",
-                    "a run of the same recipe",
-                )
+                given = f"{own} of {info.name} from {run.name}"
+                there = "nothing" if value is None else list(value.shape)
+                why = f"it has there {there}, and the live one is {list(parameter.shape)}"
+                raise EmmechError(asked, given, why, "a run of the same recipe")
             undo.append(_overwrite(linear, value))
     return Handle(chat, f"transplant_adapter({chat.name}, {side} of {run.name} at step {step})", undo)
 
@@ -189,18 +179,15 @@ def _edit_b(
     description: str,
     force: bool,
 ) -> Handle:
+    asked = "edit the adapter's B"
     direction.check_fits(chat, force=force)
-    chosen = _chosen(chat, adapters, "edit the adapter's B")
+    chosen = _chosen(chat, adapters, asked)
     if adapters is None:
         chosen = [entry for entry in chosen if is_write(entry[0].name)]
     wrong = [info.name for info, _, _ in chosen if not is_write(info.name)]
     if wrong or not chosen:
-        raise EmmechError(
-            "edit the adapter's B",
-            wrong or "no adapter that writes there",
-            "only what the MLP and the attention write goes into the residual stream, where the direction is",
-            f"adapters on {WRITE}",
-        )
+        why = "only what the MLP and the attention write goes into the residual stream, where the direction is"
+        raise EmmechError(asked, wrong or "no adapter that writes there", why, f"adapters on {WRITE}")
     # all edits are computed before the first is made, so that a refusal leaves nothing half done
     edits = []
     for info, layer, name in chosen:
@@ -211,7 +198,7 @@ def _edit_b(
 
 
 def _overwrite(linear: Any, value: np.ndarray) -> Callable[[], Any]:
-    """Write into the weight in place: who shares it sees the change."""
+    """Write into the weight in place, so that views that share it see the change."""
     parameter = linear.weight
     before = parameter.detach().clone()
 
@@ -228,25 +215,16 @@ def _chosen(chat: ChatModel, adapters: Subset, asked: str) -> list[tuple[Adapter
     if not live:
         raise EmmechError(asked, chat.name, "no adapter is live on it", "run.model(step)")
     if any(getattr(layer, "merged", False) for _, layer, _ in live):
-        raise EmmechError(
-            asked,
-            chat.name,
-            "the adapter is merged into the weights, and editing it would change nothing",
-            "unmerge_adapter() first",
-        )
+        why = "the adapter is merged into the weights, and editing it would change nothing"
+        raise EmmechError(asked, chat.name, why, "unmerge_adapter() first")
     if adapters is None:
         return live
     wanted = [adapters] if isinstance(adapters, str | int) else list(adapters)
-    names = {info.name for info, _, _ in live}
-    known_layers = {info.layer for info, _, _ in live}
+    names, layers = {info.name for info, _, _ in live}, {info.layer for info, _, _ in live}
     for one in wanted:
-        if one not in (known_layers if isinstance(one, int) else names):
-            raise EmmechError(
-                asked,
-                f"adapters={one!r}",
-                f"the live ones are at layers {sorted(known_layers)}",
-                closest(str(one), names),
-            )
+        if one not in (layers if isinstance(one, int) else names):
+            why = f"the live ones are at layers {sorted(layers)}"
+            raise refusal(asked, "adapters", one, why, closest(str(one), names))
     return [entry for entry in live if entry[0].name in wanted or entry[0].layer in wanted]
 
 
@@ -271,13 +249,11 @@ def fold_bias(
         ...     chat.down_proj(2).bias.shape[0] == chat.d_model
         True
     """
-    chat = chat_of(model)
-    _refuse_norm_after(chat, "fold steering into a bias", "emmech.steer")
-    vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked="fold steering into a bias")
+    chat, asked = chat_of(model), "fold steering into a bias"
+    _refuse_norm_after(chat, asked, "emmech.steer")
+    vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked=asked)
     if any(vector.ndim != 1 for vector in vectors.values()):
-        raise EmmechError(
-            "fold steering into a bias", "one direction per row", "weights are shared by all rows", "emmech.steer"
-        )
+        raise EmmechError(asked, "one direction per row", "weights are shared by all rows", "emmech.steer")
     undo: list[Callable[[], Any]] = []
     for at, vector in vectors.items():
         linear = _plain_linear(chat.down_proj(at))
@@ -301,7 +277,7 @@ def orthogonalise_writes(
 
     With all layers and the embedding, no residual anywhere has a component along it, inside the blocks too (Refusal is
     Mediated by a Single Direction, arXiv 2406.11717). Live adapters on those matrices are projected as well. A tied
-    unembedding keeps the old weights. The new matrices exist beside the old ones while it is in force.
+    unembedding keeps the old weights. The old matrices are kept in memory while it is in force.
 
     Args:
         direction: a Direction (with ``from_layer``, unless it is known at one only), or a vector ``[d_model]``.
@@ -311,26 +287,21 @@ def orthogonalise_writes(
     Raises:
         EmmechError: as :func:`emmech.ablate`; or a norm after the writes (Gemma), which would bring it back.
     """
-    chat = chat_of(model)
-    _refuse_norm_after(chat, "orthogonalise the writes", "emmech.ablate")
+    chat, asked = chat_of(model), "orthogonalise the writes"
+    _refuse_norm_after(chat, asked, "emmech.ablate")
+    vector: Any = direction
     if isinstance(direction, Direction):
         at = from_layer if from_layer is not None else (direction.layers[0] if len(direction.layers) == 1 else None)
         if at is None:
-            raise EmmechError(
-                "orthogonalise the writes",
-                "from_layer=None",
-                f"the direction has a vector at each of {len(direction.layers)} layers, and one is taken out",
-                f"from_layer={chat.n_layers // 2} is the middle",
-            )
+            why = f"the direction has a vector at each of {len(direction.layers)} layers, and one is taken out"
+            raise EmmechError(asked, "from_layer=None", why, f"from_layer={chat.n_layers // 2} is the middle")
         direction.check_fits(chat, force=force)
-        vector: Any = direction.at(at)
-    else:
-        vector = direction
-    found, name = vectors_at(chat, vector, 0, from_layer=None, force=force, asked="orthogonalise the writes")
+        vector = direction.at(at)
+    found, name = vectors_at(chat, vector, 0, from_layer=None, force=force, asked=asked)
     name = getattr(direction, "name", name)
     unit = torch.from_numpy(unit_rows(found[0].numpy()))
     undo: list[Callable[[], Any]] = []
-    for layer in layer_list(chat, layers, range(chat.n_layers), "orthogonalise the writes"):
+    for layer in layer_list(chat, layers, range(chat.n_layers), asked):
         for module in (chat.parts(layer).out, chat.down_proj(layer)):
             lora: Any = getattr(module, "lora_B", {})
             matrices: list[Any] = [_plain_linear(module), *lora.values()]
@@ -355,7 +326,7 @@ def _without(weight: torch.Tensor, unit: torch.Tensor, *, rows: bool) -> nn.Para
 
 
 def _replace(module: nn.Module, name: str, value: nn.Parameter) -> Callable[[], Any]:
-    # the parameter object itself is swapped, not its values: what is tied to the old one keeps it
+    """Swap the parameter object itself, not its values, so that what is tied to the old one keeps it."""
     before = getattr(module, name)
     setattr(module, name, value)
     return undoable(module, name, before, partial(setattr, module, name))
@@ -370,9 +341,5 @@ def _refuse_norm_after(chat: ChatModel, asked: str, instead: str) -> None:
     if family.out is None or family.stream is not None or family.residual_scale != 1.0:
         raise EmmechError(asked, given, "its writes are not added to one residual stream as they are", instead)
     if family.after_mlp is not None:
-        raise EmmechError(
-            asked,
-            given,
-            "a norm is between its writes and the residual stream",
-            f"{instead} does it by a hook",
-        )
+        why = "a norm is between its writes and the residual stream"
+        raise EmmechError(asked, given, why, f"{instead} does it by a hook")
