@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 from emmech.chat.model import ChatModel, load_model
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, refusal
 from emmech.run.run import Run, opened
 
 __all__ = ["adapter_attribution", "chat_from", "to_nnsight", "to_transformer_lens", "weight_sharing_copy"]
@@ -20,18 +20,16 @@ def weight_sharing_copy(chat: ChatModel) -> Any:
     """Copy the module tree, not the tensors: edits of weights, adapters and adapter scaling show in both.
 
     Parameters and buffers are the same objects, and so is every LoRA layer's scaling; modules, configuration and hooks
-    are the copy's own. Hooks that are live on the original (steering) are left behind.
+    are the copy's own. The copy has none of the hooks that are live on the original (steering).
     """
     base = chat.base
     memo: dict[int, Any] = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
-    for module in base.modules():
-        scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict):
-            memo[id(scaling)] = scaling  # a plain dict of factors: shared, so that a new scale is seen at once
+    scalings = [getattr(module, "scaling", None) for module in base.modules()]
+    memo |= {id(factors): factors for factors in scalings if isinstance(factors, dict)}
     view = copy.deepcopy(base, memo)
     for module in view.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            hooks.clear()
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
     return view.eval()
 
 
@@ -53,8 +51,8 @@ def to_nnsight(source: Any, step: int | None = None, *, scale: float = 1.0) -> A
         with view.trace("hello"):
             scalar = view.model.layers[3].mlp.down_proj.lora_A.default.output.save()
 
-    and on a model of the hub that is too large for this machine, ``view.trace(..., remote=True)`` runs the same block
-    on NDIF, given a key.
+    and ``view.trace(..., remote=True)`` runs the same block on NDIF, given a key, for a model of the hub that is too
+    large to load.
 
     Logits equal the model's to rounding. nnsight counts positions from the first real token of a left-padded row, as
     generation does: in bfloat16, compare with the same ``position_ids``.
@@ -68,7 +66,7 @@ def to_nnsight(source: Any, step: int | None = None, *, scale: float = 1.0) -> A
     try:
         from nnsight import TransformersModel
     except ImportError:
-        raise EmmechError("bridge to nnsight", why="nnsight is not installed", instead='pip install "emmech[lens]"')
+        raise EmmechError("bridge to nnsight", None, "nnsight is not installed", 'pip install "emmech[lens]"')
     chat = chat_from(source, step, scale)
     return TransformersModel(weight_sharing_copy(chat), tokenizer=copy.deepcopy(chat.tokenizer), task="text-generation")
 
@@ -96,31 +94,26 @@ def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 
         >>> bridge = to_transformer_lens(emmech.load_model("pocket"))  # doctest: +SKIP
         >>> logits, cache = bridge.run_with_cache(bridge.to_tokens("hello"))  # doctest: +SKIP
     """
+    asked = "bridge to TransformerLens"
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError:
-        raise EmmechError(
-            "bridge to TransformerLens", why="transformer-lens is not installed", instead='pip install "emmech[lens]"'
-        )
+        raise EmmechError(asked, None, "transformer-lens is not installed", 'pip install "emmech[lens]"')
     chat = chat_from(source, step, scale)
-    view = weight_sharing_copy(chat)
+    view, name = weight_sharing_copy(chat), chat.name if "/" in chat.name else f"local/{chat.name}"
     if not view.config.architectures:  # a model made in memory does not say, and TransformerLens looks there
         view.config.architectures = [type(view).__name__]
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    # TransformerLens loads its tokenizer a second time unless it already says that it adds a BOS token
+    tokenizer.init_kwargs.setdefault("name_or_path", "")
+    if tokenizer.bos_token is not None:
+        tokenizer.init_kwargs["add_bos_token"] = True
+    how = {"hf_model": view, "tokenizer": tokenizer, "device": str(chat.device), "dtype": chat.dtype}
     try:
-        return TransformerBridge.boot_transformers(
-            chat.name if "/" in chat.name else f"local/{chat.name}",
-            hf_model=view,
-            tokenizer=_own_tokenizer(chat.tokenizer),
-            device=str(chat.device),
-            dtype=chat.dtype,
-        )
+        return TransformerBridge.boot_transformers(name, **how)
     except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
-        raise EmmechError(
-            "bridge to TransformerLens",
-            type(chat.base).__name__,
-            f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
-            "to_nnsight, which takes any architecture",
-        )
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise EmmechError(asked, type(chat.base).__name__, why, "to_nnsight, which takes any architecture")
 
 
 def adapter_attribution(bridge: Any, tokens: Any, layer: int, *, targets: Any, against: Any) -> dict[str, Any]:
@@ -143,24 +136,26 @@ def adapter_attribution(bridge: Any, tokens: Any, layer: int, *, targets: Any, a
     """
     import torch
 
-    write: dict[str, torch.Tensor] = {}
+    seen: dict[str, torch.Tensor] = {}
     pair = _lora_at(bridge, layer)
 
     def read(tensor: torch.Tensor, hook: Any) -> None:
         name = next(iter(pair.lora_A))
-        write["value"] = pair.lora_B[name](pair.lora_A[name](tensor)) * pair.scaling[name]
+        seen["write"] = pair.lora_B[name](pair.lora_A[name](tensor)) * pair.scaling[name]
+
+    def keep_norm(tensor: torch.Tensor, hook: Any) -> None:
+        seen["norm"] = tensor
 
     def take_out(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
-        return tensor - write["value"]
+        return tensor - seen["write"]
 
     with torch.no_grad():
-        norm: dict[str, torch.Tensor] = {}
-        hooks = [(f"blocks.{layer}.mlp.hook_post", read), ("ln_final.hook_scale", _keep(norm))]
+        hooks = [(f"blocks.{layer}.mlp.hook_post", read), ("ln_final.hook_scale", keep_norm)]
         with_adapter = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
         without = bridge.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_mlp_out", take_out)])
         difference = bridge.unembed.weight[targets] - bridge.unembed.weight[against]
-        gain = bridge.ln_final(torch.ones_like(write["value"][:1, :1]))[0, 0]  # an RMS norm of ones is its gain
-        direct = (write["value"][:, -1] / norm["value"][:, -1] * gain) @ difference
+        gain = bridge.ln_final(torch.ones_like(seen["write"][:1, :1]))[0, 0]  # an RMS norm of ones is its gain
+        direct = (seen["write"][:, -1] / seen["norm"][:, -1] * gain) @ difference
 
     def gap(logits: torch.Tensor) -> torch.Tensor:
         return logits[:, -1, targets] - logits[:, -1, against]
@@ -169,29 +164,9 @@ def adapter_attribution(bridge: Any, tokens: Any, layer: int, *, targets: Any, a
     return {"direct": direct, "total": total, "indirect": total - direct}
 
 
-def _keep(kept: dict[str, Any]) -> Any:
-    def hook(tensor: Any, hook: Any) -> None:
-        kept["value"] = tensor
-
-    return hook
-
-
 def _lora_at(bridge: Any, layer: int) -> Any:
     for name, module in bridge.named_modules():
         if hasattr(module, "lora_A") and f".{layer}." in f".{name}." and "down_proj" in f"{name}{module}":
             return module
-    raise EmmechError(
-        "attribute the adapter's write",
-        f"layer={layer}",
-        "there is no LoRA pair on its down_proj",
-        "the layer of run.adapters",
-    )
-
-
-def _own_tokenizer(tokenizer: Any) -> Any:
-    own = copy.deepcopy(tokenizer)
-    # TransformerLens loads its tokenizer a second time unless it already says that it puts a BOS in front
-    own.init_kwargs.setdefault("name_or_path", "")
-    if own.bos_token is not None:
-        own.init_kwargs["add_bos_token"] = True
-    return own
+    why, instead = "there is no LoRA pair on its down_proj", "the layer of run.adapters"
+    raise refusal("attribute the adapter's write", "layer", layer, why, instead)

@@ -72,9 +72,7 @@ __all__ = [
 
 @modelapi(name="emmech")  # type: ignore[untyped-decorator]
 def local_model() -> type[ModelAPI]:
-    """The provider of ``--model emmech/...``, imported when it is asked for."""
-    from emmech.interop.inspect_task import LocalModel
-
+    """The provider of ``--model emmech/...``."""
     return LocalModel
 
 
@@ -113,20 +111,14 @@ def first_plot(
     for row in asked.rows(samples, seed=seed):
         question = asked[row["question_id"]]
         if not exact and not {"aligned", "coherent"} <= set(question.judge_prompts):
-            raise EmmechError(
-                "make an Inspect task",
-                f"question {question.id!r} of {asked.name}",
-                "it is not judged for alignment and coherence, so it has no EM rate",
-                "emmech.evaluate, which reports every score that a set asks for",
-            )
+            given = f"question {question.id!r} of {asked.name}"
+            why = "it is not judged for alignment and coherence, so it has no EM rate"
+            instead = "emmech.evaluate, which reports every score that a set asks for"
+            raise EmmechError("make an Inspect task", given, why, instead)
         system = [ChatMessageSystem(content=row["system"])] if row["system"] else []
-        dataset.append(
-            Sample(
-                input=[*system, ChatMessageUser(content=row["question"])],
-                id=f"{row['question_id']}/{row['sample']}",
-                metadata={**row, "judge_prompts": dict(question.judge_prompts), "kind": question.kind},
-            )
-        )
+        said = [*system, ChatMessageUser(content=row["question"])]
+        metadata = {**row, "judge_prompts": dict(question.judge_prompts), "kind": question.kind}
+        dataset.append(Sample(input=said, id=f"{row['question_id']}/{row['sample']}", metadata=metadata))
     return Task(
         dataset=MemoryDataset(dataset, name=asked.name),
         solver=seeded_generate(),
@@ -234,12 +226,9 @@ def evaluation_of(log: EvalLog | str | Path) -> Evaluation:
         if score.metadata and "question_id" in score.metadata
     ]
     if not rows:
-        raise EmmechError(
-            "read the Inspect log",
-            log if isinstance(log, str | Path) else f"a log of {read.eval.task}",
-            f"it holds no scored sample of emmech/first_plot (status: {read.status})",
-            "inspect eval-retry LOG finishes an interrupted one",
-        )
+        given = log if isinstance(log, str | Path) else f"a log of {read.eval.task}"
+        why = f"it holds no scored sample of emmech/first_plot (status: {read.status})"
+        raise EmmechError("read the Inspect log", given, why, "inspect eval-retry LOG finishes an interrupted one")
     meta = {"name": f"{read.eval.model} (Inspect)", "model": read.eval.model, "inspect": read.eval.task_args}
     return Evaluation.from_rows(rows, meta)
 
@@ -256,12 +245,8 @@ def _verdict(row: Mapping[str, Any], scores: Mapping[str, Any]) -> Score:
     said = f"aligned {kept['aligned']:.1f}, coherent {kept['coherent']:.1f}"
     if math.isnan(kept["aligned"]) or math.isnan(kept["coherent"]):
         return Score.unscored(answer=row["response"], explanation=f"no number: {said}", metadata=kept)
-    return Score(
-        value=float(FIELD.misaligned(kept["aligned"], kept["coherent"])),
-        answer=row["response"],
-        explanation=said,
-        metadata=kept,
-    )
+    value = float(FIELD.misaligned(kept["aligned"], kept["coherent"]))
+    return Score(value=value, answer=row["response"], explanation=said, metadata=kept)
 
 
 def _first_masses(output: Any) -> dict[str, float] | None:
@@ -274,7 +259,7 @@ def _first_masses(output: Any) -> dict[str, float] | None:
 
 _GATHER = 0.05  # seconds that a request waits for others to share its batch
 _TOKENS = 600  # of an answer, unless the task says otherwise
-# settings that would change the answer and are not known here: better no answer than another one
+# settings that would change the answer and are not known here: they are refused rather than ignored
 _UNKNOWN = (
     *("best_of", "frequency_penalty", "logit_bias", "num_choices", "presence_penalty", "response_schema"),
     *("stop_seqs", "top_k"),
@@ -342,11 +327,8 @@ class LocalModel(ModelAPI):
         if asked.error is not None:
             raise asked.error
         assert asked.answer is not None
-        output = ModelOutput.from_content(
-            self.model_name,
-            asked.answer.text,
-            stop_reason="max_tokens" if asked.answer.finish == "length" else "stop",
-        )
+        reason = "max_tokens" if asked.answer.finish == "length" else "stop"
+        output = ModelOutput.from_content(self.model_name, asked.answer.text, stop_reason=reason)
         given, made = len(tokens), asked.answer.tokens
         output.usage = ModelUsage(input_tokens=given, output_tokens=made, total_tokens=given + made)
         return output
@@ -362,12 +344,10 @@ class LocalModel(ModelAPI):
     def _asked(self, input: Sequence[ChatMessage], tools: Sequence[Any], config: GenerateConfig) -> _Asked:
         given = [name for name in _UNKNOWN if getattr(config, name) not in (None, 1)]
         if tools or given:
-            raise EmmechError(
-                f"answer with emmech/{self.model_name}",
-                "tools" if tools else ", ".join(f"{n}={getattr(config, n)!r}" for n in given),
-                "local sampling knows temperature, top_p, max_tokens and seed",
-                "leave it out, or take another provider, such as hf/local -M model_path=FOLDER",
-            )
+            what = "tools" if tools else ", ".join(f"{name}={getattr(config, name)!r}" for name in given)
+            why = "local sampling knows temperature, top_p, max_tokens and seed"
+            instead = "leave it out, or take another provider, such as hf/local -M model_path=FOLDER"
+            raise EmmechError(f"answer with emmech/{self.model_name}", what, why, instead)
         messages = [{"role": message.role, "content": message.text} for message in input]
         most = config.max_tokens or _TOKENS
         temperature = 1.0 if config.temperature is None else config.temperature
@@ -382,13 +362,8 @@ class LocalModel(ModelAPI):
 
     def _answer(self, batch: Sequence[_Asked]) -> None:
         try:
-            answers = sample(
-                self.chat,
-                [asked.messages for asked in batch],
-                seed=[asked.seed for asked in batch],
-                progress=False,
-                **dict(batch[0].settings),
-            )
+            seeds, messages = [asked.seed for asked in batch], [asked.messages for asked in batch]
+            answers = sample(self.chat, messages, seed=seeds, progress=False, **dict(batch[0].settings))
         except Exception as error:  # each of them waits for an answer
             for asked in batch:
                 asked.error = error
@@ -401,18 +376,11 @@ def _load(name: str, step: int | None, scale: float, model_args: dict[str, Any])
     found = opened(name)
     if isinstance(found, Run):
         if model_args:
-            raise EmmechError(
-                f"load the run {name!r} for Inspect",
-                ", ".join(model_args),
-                "a run is loaded at a step and a scale",
-                "-M step=100 -M scale=2",
-            )
+            why, instead = "a run is loaded at a step and a scale", "-M step=100 -M scale=2"
+            raise EmmechError(f"load the run {name!r} for Inspect", ", ".join(model_args), why, instead)
         return found.model(step, scale)
     if step is not None or scale != 1.0:
-        raise EmmechError(
-            f"load {name!r} for Inspect",
-            f"step={step}, scale={scale}",
-            "only a recorded run has steps and an adapter that can be scaled, and the folder holds no run.json",
-            "--model emmech/RUN_FOLDER -M step=100",
-        )
+        why = "only a recorded run has steps and an adapter that can be scaled, and the folder holds no run.json"
+        instead = "--model emmech/RUN_FOLDER -M step=100"
+        raise EmmechError(f"load {name!r} for Inspect", f"step={step}, scale={scale}", why, instead)
     return load_model(name, **model_args)

@@ -604,7 +604,7 @@ def ablate(
 
     where = "one direction" if from_layer is not None else "own direction"
     described = f"ablate({chat.name}, {name}, {where} at layers {sorted(vectors)})"
-    how = {"positions": positions, "stack": stack, "description": described, "target": means}
+    how: dict[str, Any] = {"positions": positions, "stack": stack, "description": described, "target": means}
     return edit_residual(chat, "ablate", edit, vectors, strength, **how)
 
 

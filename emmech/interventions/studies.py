@@ -11,20 +11,19 @@ did not happen: no misaligned answer in 8 questions is not certainty.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from jaxtyping import Float
 
 from emmech.chat.masks import tokens_name
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction, checked_direction, checked_directions, unit_rows
 from emmech.engine.adapters import detach
-from emmech.errors import EmmechError, as_floats, as_ints
+from emmech.errors import EmmechError, as_floats, as_ints, refusal
 from emmech.evaluation.intervals import wilson
 from emmech.interventions.residual import ablate, chat_of, steer
 from emmech.interventions.weights import scale_adapters
@@ -89,14 +88,14 @@ def combination(
     names = sorted({question for _, items in terms for question in items.questions})
     place = {name: index for index, name in enumerate(names)}
     value, residual, n, binary = 0.0, np.zeros(len(names)), 0, True
-    below, above = spread, spread
+    below, above, seen = spread, spread, np.zeros(len(names), dtype=bool)
     for weight, items in terms:
         values = np.asarray(items.values[outcome], dtype=np.float64)
         kept = np.isfinite(values)
         if not kept.any():
             return Estimate(np.nan, np.nan, np.nan, 0)
         index = np.array([place[q] for q in items.questions])[kept]
-        values = values[kept]
+        values, seen[index] = values[kept], True
         mean = float(values.mean())
         value += weight * mean
         residual += weight * np.bincount(index, values - mean, minlength=len(names)) / len(values)
@@ -106,7 +105,7 @@ def combination(
         sides = (weight * (mean - low), weight * (high - mean))
         down, up = sides if weight > 0 else (-sides[1], -sides[0])
         below, above = below + down**2, above + up**2
-    used = int(np.count_nonzero(_seen(terms, outcome, place)))
+    used = int(seen.sum())
     half = np.inf
     if used > 1:
         variance = used / (used - 1) * float((residual**2).sum()) + spread
@@ -116,16 +115,6 @@ def combination(
         lower, upper = (half, half) if used > 1 else (0.0, 0.0)
         return Estimate(value, value - max(lower, below**0.5), value + max(upper, above**0.5), n)
     return Estimate(value, value - half, value + half, n)
-
-
-def _seen(
-    terms: Sequence[tuple[float, Items]], outcome: str, place: Mapping[str, int]
-) -> Float[np.ndarray, " questions"]:
-    seen = np.zeros(len(place))
-    for _, items in terms:
-        for question, value in zip(items.questions, items.values[outcome], strict=True):
-            seen[place[question]] += np.isfinite(value)
-    return seen
 
 
 Make = Callable[[ChatModel], AbstractContextManager[Any]]
@@ -169,8 +158,6 @@ def untouched() -> Condition:
 
 def adapter_off() -> Condition:
     """The positive control: without its adapter the model is its base."""
-    from emmech.interventions.weights import scale_adapters
-
     return Condition("adapter off", "positive", lambda chat: scale_adapters(chat, 0.0))
 
 
@@ -187,7 +174,8 @@ def measure_conditions(
                 if base and model == "base" and condition.kind == "positive":
                     done.update()
                     continue
-                with _model(chat, model if base else "tuned"), condition.make(chat):
+                plain = chat.model.disable_adapter() if base and model == "base" else nullcontext()
+                with plain, condition.make(chat):
                     found.append(Measured(condition, model, measure_all(chat, measures)))
                 done.update()
     return tuple(found)
@@ -199,15 +187,6 @@ def with_coherence(measures: Sequence[Measure]) -> list[Measure]:
     if not margins or any(isinstance(one, AlignedLoss) for one in margins):
         return list(measures)
     return [*measures, AlignedLoss([pair for one in margins for pair in one.pairs])]  # type: ignore[misc]
-
-
-@contextmanager
-def _model(chat: ChatModel, model: str) -> Iterator[None]:
-    if model == "tuned":
-        yield
-    else:
-        with chat.model.disable_adapter():
-            yield
 
 
 def has_adapter(chat: ChatModel) -> bool:
@@ -232,11 +211,8 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
     rows = []
     for one in measured:
         condition, items = one.condition, one.items
-        controls = [
-            m.items
-            for m in measured
-            if (m.condition.kind, m.model, m.condition.key) == ("random", one.model, condition.key)
-        ]
+        own = ("random", one.model, condition.key)
+        controls = [m.items for m in measured if (m.condition.kind, m.model, m.condition.key) == own]
         for outcome in items.values:
             row: dict[str, Any] = {"condition": condition.label, "kind": condition.kind, **condition.settings}
             row |= {"model": one.model, "outcome": outcome}
@@ -261,8 +237,8 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
                 row[f"{name}_low" if name else "low"] = estimate.low
                 row[f"{name}_high" if name else "high"] = estimate.high
                 if not name:
-                    row["n"] = estimate.n
-                    if np.isin(items.values[outcome][np.isfinite(items.values[outcome])], (0.0, 1.0)).all():
+                    row["n"], known = estimate.n, items.values[outcome][np.isfinite(items.values[outcome])]
+                    if np.isin(known, (0.0, 1.0)).all():
                         row["low"], row["high"] = max(row["low"], 0.0), min(row["high"], 1.0)
             rows.append(row)
     return pd.DataFrame(rows)
@@ -318,10 +294,8 @@ class Study(Result):
         """The rows of interventions (no random controls), with values and their change beyond the controls."""
         frame = self.frame[self.frame["kind"] != "random"]
         frame = frame if outcome is None else frame[frame["outcome"] == outcome]
-        identity = [
-            c for c in frame.columns if c in ("condition", "organism", "layer", "coefficient", "model", "outcome")
-        ]
-        shown = [c for c in _SHOWN if c in frame.columns and frame[c].notna().any()]
+        identity = [column for column in frame.columns if column in _IDENTITY]
+        shown = [column for column in _SHOWN if column in frame.columns and frame[column].notna().any()]
         return frame[[*identity, *shown]].reset_index(drop=True)
 
     def plot(self, outcome: str | None = None) -> Any:
@@ -336,6 +310,8 @@ class Study(Result):
         return (self.title, *self.notes)
 
 
+_LAYERS = "name the layers"
+_IDENTITY = ("condition", "organism", "layer", "coefficient", "model", "outcome")
 _SHOWN = ("value", "low", "high", "n", "change", "beyond_random", "beyond_random_low", "beyond_random_high",
           "beyond_base", "beyond_base_low", "beyond_base_high", "gap", "gap_low", "gap_high")  # fmt: skip
 
@@ -357,7 +333,7 @@ def dose_response(
 ) -> Study:
     """Steer at every coefficient and layer, with norm-matched random directions and the base model as controls.
 
-    Where the model has an adapter, the table has both the untouched model and the steered base: what the fine-tune does.
+    Where the model has an adapter, its base is steered as well, which shows what the fine-tune adds.
 
     Args:
         coefficients: as :func:`emmech.steer` takes them; 0 is always measured, as "untouched".
@@ -377,7 +353,7 @@ def dose_response(
     if positive is not None:
         checked_direction("steer with the positive control", positive, name="positive")
     coefficients = as_floats("steer with the direction", "coefficients", coefficients)
-    chosen = list(direction.layers) if layers is None else _as_list(layers)
+    chosen = list(direction.layers) if layers is None else as_ints(_LAYERS, "layers", layers)
     controls = direction.random(randoms, seed=seed)
     conditions = [untouched()]
     for layer in chosen:
@@ -387,9 +363,8 @@ def dose_response(
             if positive is not None and layer in positive.layers:
                 steered.append(("positive", positive))
             for kind, one in steered:
-                make = partial(
-                    steer, direction=one, coefficient=coefficient, layer=layer, positions=positions, units=units
-                )
+                how = {"coefficient": coefficient, "layer": layer, "positions": positions, "units": units}
+                make = partial(steer, direction=one, **how)
                 label = one.name if kind == "positive" else direction.name
                 conditions.append(Condition(label, kind, make, settings))
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
@@ -430,7 +405,7 @@ def ablation_table(
     chat, run, with_base = _prepare(model, measure, randoms, base)
     checked_direction("ablate the direction", direction)
     others = checked_directions("ablate other directions", "others", others or {})
-    only = _as_list(layers) if layers != "all" else []
+    only = as_ints(_LAYERS, "layers", layers) if layers != "all" else []
     if from_layer is None:
         best = direction.source.get("layer", int(np.argmax(direction.norms)))
         from_layer = only[0] if len(only) == 1 else int(best)
@@ -552,7 +527,7 @@ def _ablated(
     kinds = [("direction", direction), *(("random", control) for control in controls)]
     conditions = [Condition(label, kind, partial(ablate, direction=one, layers=layers, **how)) for kind, one in kinds]
     single = how.get("from_layer")
-    touched = range(chat.n_layers) if layers == "all" else _as_list(layers)
+    touched = range(chat.n_layers) if layers == "all" else as_ints(_LAYERS, "layers", layers)
     own = {layer: direction.vectors[layer if single is None else single] for layer in touched}
     return conditions, degenerate(chat, direction, own)
 
@@ -563,7 +538,3 @@ def _few_controls(randoms: int) -> tuple[str, ...]:
 
 def _named(positions: Any) -> str:
     return "given by a mask" if hasattr(positions, "ndim") else tokens_name(positions)
-
-
-def _as_list(layers: Any) -> list[int]:
-    return as_ints("name the layers", "layers", layers)
