@@ -113,7 +113,7 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
             raise _refuse(f"its lora_alpha or use_rslora differs from {folders[0].name}'s", folder, "one series")
         seen[digest], steps[step], weights[step], adapters = folder, folder, this_weights, found
     order = sorted(steps)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for entry in adapters:
         a, b = (np.stack([weights[step][f"{side} {entry['module']}"] for step in order]) for side in "AB")
         if entry["rank"] == 1:
