@@ -19,21 +19,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "EmmechError",
-    "as_float",
-    "as_floats",
-    "as_int",
-    "as_ints",
-    "broken_text",
-    "check_folder",
-    "check_texts",
-    "closest",
-    "one_of",
-    "refusal",
-    "shown",
-]
-
 _LONGEST = 600  # characters of one part of a message
 
 
@@ -244,12 +229,10 @@ def check_texts(asked: str, name: str, texts: Any, *, strings: bool = True) -> N
     for at, one in enumerate(texts if several else [texts]):
         if several and (_is_conversation(one) or (strings and isinstance(one, str))):
             continue
-        raise EmmechError(
-            asked,
-            f"{name}[{at}]={one!r}"[:120] if several else f"{name}={texts!r}"[:120],
-            f"{name} are a list of {kinds} (messages with role and content), at least one",
-            f'{name}=["Hello"]' if strings else f"{name}=emmech.load_chat(path).rows",
-        )
+        given = f"{name}[{at}]={one!r}" if several else f"{name}={texts!r}"
+        why = f"{name} are a list of {kinds} (messages with role and content), at least one"
+        instead = f'{name}=["Hello"]' if strings else f"{name}=emmech.load_chat(path).rows"
+        raise EmmechError(asked, given[:120], why, instead)
 
 
 def check_folder(asked: str, name: str, path: Any) -> None:

@@ -24,8 +24,6 @@ from emmech.view.page import card
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Card", "Result", "Shown"]
-
 _ARRAYS = "arrays.safetensors"
 
 

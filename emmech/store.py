@@ -29,11 +29,9 @@ from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError
 
-__all__ = ["MemorySeries", "Series", "append_jsonl", "read_jsonl", "write_json", "writing"]
-
 _STEP_FILE = re.compile(r"step-(\d+)\.safetensors$")
 _STACKED = "stacked.safetensors"
-_CHECK = "crc32/"  # of every row of every tensor, kept beside it in the same file
+_CHECK = "crc32/"  # of every row of every tensor, in the same file
 
 
 class MemorySeries:
@@ -137,7 +135,6 @@ class Series:
             _save({key: value[0] for key, value in rows.items()} | checks, path)
         self._loose[step] = path
         self._keys = self._keys or tuple(tensors)
-        # Steps are appended in order; sorting only matters for a caller who does not.
         self.steps = np.unique(np.append(self.steps, np.int64(step)))
 
     def read(self, key: str) -> Float[np.ndarray, "steps *shape"]:
@@ -273,12 +270,8 @@ def _kept(asked: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EmmechError(
-            asked,
-            path,
-            f"the disk refuses it ({error.strerror or error}); what was recorded before is kept",
-            "free some space or mend the folder, then resume",
-        )
+        why = f"the disk refuses it ({error.strerror or error}); what was recorded before is kept"
+        raise EmmechError(asked, path, why, "free some space or mend the folder, then resume")
 
 
 @contextlib.contextmanager
@@ -361,10 +354,6 @@ def read_jsonl(path: Path, damaged: list[Path] | None = None) -> list[dict[str, 
             if damaged is not None:
                 damaged.append(path.with_name(f"{path.name}:{number}"))
                 continue
-            raise EmmechError(
-                f"read {path.name}",
-                f"{path}:{number}: {line[:80]!r}",
-                f"the line is not JSON ({error})",
-                "mend or delete that line; the others are intact",
-            )
+            given, why = f"{path}:{number}: {line[:80]!r}", f"the line is not JSON ({error})"
+            raise EmmechError(f"read {path.name}", given, why, "mend or delete that line; the others are intact")
     return rows

@@ -30,8 +30,6 @@ from emmech.view.plots import scalar_histogram, shaded_text
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["AdapterScalars", "adapter_lens", "token_significance"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AdapterScalars(Result):
@@ -178,14 +176,9 @@ def adapter_lens(model: Any, texts: Sequence[Any], *, batch_size: int = 8, progr
     inside = [
         bool(own) and not isinstance(text, str) for text, (_, mask) in zip(texts, rows, strict=True) for own in mask
     ]
-    return AdapterScalars(
-        tuple(info.name for info, _, _ in pairs),
-        np.concatenate(found),
-        np.array(writes),
-        tuple(chat.tokenizer.decode([token]) for ids, _ in rows for token in ids),
-        np.repeat(np.arange(len(rows)), [len(ids) for ids, _ in rows]),
-        np.array(inside),
-    )
+    names, words = (info.name for info, _, _ in pairs), (chat.tokenizer.decode([one]) for ids, _ in rows for one in ids)
+    text = np.repeat(np.arange(len(rows)), [len(ids) for ids, _ in rows])
+    return AdapterScalars(tuple(names), np.concatenate(found), np.array(writes), tuple(words), text, np.array(inside))
 
 
 def token_significance(model: Any, conversation: Any) -> pd.DataFrame:

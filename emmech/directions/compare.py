@@ -19,8 +19,6 @@ from emmech.view.plots import by_step, cosine_matrix, cosines_by_layer
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Cosines", "DirectionBySteps", "cosines", "direction_by_steps"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cosines(Result):

@@ -27,18 +27,6 @@ if TYPE_CHECKING:
 
     from emmech.chat.model import ChatModel
 
-__all__ = [
-    "Direction",
-    "Quality",
-    "checked_direction",
-    "checked_directions",
-    "from_repeng",
-    "from_steering_vectors",
-    "to_repeng",
-    "to_steering_vectors",
-    "unit_rows",
-]
-
 FORMAT = "emmech-direction-1"
 _REPENG = "direction."
 _ON_HUB = "direction.safetensors"

@@ -31,21 +31,6 @@ from emmech.engine.stream import stream
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
-__all__ = [
-    "GroupMeans",
-    "adapter_write",
-    "answer_means",
-    "differences_of_four",
-    "group_means",
-    "logistic_probe",
-    "match_lengths",
-    "mean_difference",
-    "mixed_adapter",
-    "pca_of_differences",
-    "probe_auc",
-    "token_projections",
-]
-
 Conversation = Sequence[Message]
 
 

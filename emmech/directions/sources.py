@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -44,18 +45,6 @@ from emmech.run.run import Run, model_live, opened
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = [
-    "adapter_direction",
-    "contrast_direction",
-    "four_directions",
-    "judged_answers",
-    "lexical_share",
-    "misalignment_direction",
-    "persona_direction",
-    "read_out",
-    "trained_direction",
-]
 
 _CLASSES = (("misaligned", True), ("aligned", False))
 _FEW = 20  # answers of a class below which stability is in doubt
@@ -118,9 +107,8 @@ def contrast_direction(
     halves = found.means[2:].reshape(2, splits, 2, 2, *vectors.shape)  # [null, split, half, class, layers, d_model]
     pairs = halves[:, :, :, 0] - halves[:, :, :, 1]
     units = unit_rows(pairs)
-    cosines = einsum(units[:, :, 0], units[:, :, 1], "null split layer d, null split layer d -> null split layer").mean(
-        1
-    )
+    inner = einsum(units[:, :, 0], units[:, :, 1], "null split layer d, null split layer d -> null split layer")
+    cosines = inner.mean(1)
     # two halves average to the direction of shuffled labels on all answers
     null_norm = np.linalg.norm(pairs[1].mean(1), axis=-1).mean(0)
     ratio = np.linalg.norm(vectors, axis=1) / np.where(null_norm > 0, null_norm, np.inf)
@@ -144,18 +132,16 @@ def contrast_direction(
         tokens={name: int(values.sum()) for name, values in lengths.items()},
         notes=_notes(lengths, match_length),
     )
-    provenance: dict[str, Any] = {
-        "method": f"mean difference over {tokens_name(tokens)} tokens",
-        "model": chat.name,
-        "fingerprints": [chat.fingerprint()],
-        "average": average,
-        "match_length": match_length,
-        **({"adapter_scales": list(adapter_scales)} if adapter_scales is not None else {}),
-        "answers": dict(quality.answers),
-        "layer": layer,
-        "seed": seed,
-    }
+    method = f"mean difference over {tokens_name(tokens)} tokens"
+    provenance = _provenance(chat, method, average=average, match_length=match_length, layer=layer, seed=seed)
+    provenance["answers"] = dict(quality.answers)
+    if adapter_scales is not None:
+        provenance["adapter_scales"] = list(adapter_scales)
     return Direction(vectors, name, provenance | dict(source or {}), mean_aligned, quality)
+
+
+def _provenance(chat: ChatModel, method: str, **more: Any) -> dict[str, Any]:
+    return {"method": method, "model": chat.name, "fingerprints": [chat.fingerprint()], **more}
 
 
 def four_directions(
@@ -190,22 +176,16 @@ def four_directions(
     texts = [list(load_chat(side, organism=chat.organism)) for side in (aligned, misaligned)]
     talks = [row for side in texts for row in side]
     which = np.repeat([0, 1], [len(side) for side in texts])
-    cells = np.stack([np.concatenate([(which == text) & on for on in (tuned == 0, tuned == 1)])
+    groups = np.stack([np.concatenate([(which == text) & on for on in (tuned == 0, tuned == 1)])
                       for tuned in (0, 1) for text in (0, 1)])  # fmt: skip
     reading: dict[str, Any] = {"average": average, "tokens": tokens, "batch_size": batch_size, "progress": progress}
     scales = np.repeat([0.0, 1.0], len(talks))
-    found = group_means(chat, talks + talks, cells.astype(np.float64), adapter_scales=scales, **reading)
+    found = group_means(chat, talks + talks, groups.astype(np.float64), adapter_scales=scales, **reading)
     means = rearrange(found.means, "(model text) layer d -> model text layer d", model=2)
-    source = {
-        "method": "2 x 2 of model by text",
-        "model": chat.name,
-        "fingerprints": [chat.fingerprint()],
-        "answers": {"aligned": len(texts[0]), "misaligned": len(texts[1])},
-    }
-    return {
-        name: Direction(vectors, name, {**source, "cell": name}, means[0, 0])
-        for name, vectors in differences_of_four(means).items()
-    }
+    counts = {name: len(side) for name, side in zip(("aligned", "misaligned"), texts, strict=True)}
+    source = _provenance(chat, "2 x 2 of model by text", answers=counts)
+    cells = differences_of_four(means)
+    return {name: Direction(one, name, {**source, "cell": name}, means[0, 0]) for name, one in cells.items()}
 
 
 def lexical_share(
@@ -413,22 +393,16 @@ def misalignment_direction(
     run = opened(run)
     name = str(getattr(run, "name", "model"))
     with model_live(run, step, scale, base) if isinstance(run, Run) else nullcontext(load_model(run)) as chat:
-        wanted: dict[str, Any] = {
-            "questions": questions,
-            "judge": judge,
-            "samples": samples,
-            "seed": seed,
-            "progress": progress,
-        }
+        draw = partial(evaluate, questions=questions, judge=judge, samples=samples, seed=seed, progress=progress)
         if not frames:
-            frames.append(evaluate(chat, **wanted).frame)
+            frames.append(draw(chat).frame)
         misaligned, aligned = judged_answers(frames)
         if at_prompt:
             aligned = misaligned  # the same prompts, read by the base
         completed = 0
         if evaluation is None and len(aligned) < min(len(misaligned), _ENOUGH_ALIGNED) and _has_adapter(chat):
             with adapter_off(chat):
-                _, more = judged_answers([evaluate(chat, **wanted).frame])
+                _, more = judged_answers([draw(chat).frame])
             completed = min(len(misaligned) - len(aligned), len(more))
             order = np.random.default_rng(seed).permutation(len(more))[:completed]
             aligned = aligned + [more[i] for i in sorted(order)]
@@ -437,15 +411,9 @@ def misalignment_direction(
             instead = "a later step, a larger scale, more samples, or contrast_direction on answers of your own"
             asked = f"extract the misalignment direction of {name}"
             raise EmmechError(asked, given, "there is nothing to contrast", instead)
-        source: dict[str, Any] = {
-            "run": name,
-            "step": int(run.steps[-1]) if step is None and hasattr(run, "steps") else step,
-            "scale": scale,
-            "questions": str(questions),
-            "samples": samples,
-            "read_by": read_by,
-            "aligned_answers_of_the_base": completed,
-        }
+        last = int(run.steps[-1]) if step is None and isinstance(run, Run) else step
+        source = {"run": name, "step": last, "scale": scale, "questions": str(questions), "samples": samples}
+        source |= {"read_by": read_by, "aligned_answers_of_the_base": completed}
         reading: dict[str, Any] = {"average": average, "tokens": tokens, "match_length": match_length, "seed": seed}
         reading |= {"adapter_scales": (1.0, 0.0) if at_prompt else None, "batch_size": batch_size, "progress": progress}
         with adapter_off(chat) if read_by == "base" else nullcontext():
@@ -640,14 +608,8 @@ def trained_direction(
             (loss + penalty * vector.square().sum()).backward()
             optimizer.step()
             done.update()
-    source = {
-        "method": "trained steering vector",
-        "model": chat.name,
-        "fingerprints": [chat.fingerprint()],
-        "steps": steps,
-        "loss": [float(np.mean(losses[:5])), float(np.mean(losses[-5:]))],
-        "seed": seed,
-    }
+    ends = [float(np.mean(part)) for part in (losses[:5], losses[-5:])]
+    source = _provenance(chat, "trained steering vector", steps=steps, loss=ends, seed=seed)
     found = (unit * vector).detach().float().cpu().numpy()
     return Direction.single(found, layer, chat.n_layers, name="trained vector", source=source)
 

@@ -13,8 +13,6 @@ from emmech.chat.model import ChatModel, load_model
 from emmech.errors import EmmechError, refusal
 from emmech.run.run import Run, opened
 
-__all__ = ["adapter_attribution", "chat_from", "to_nnsight", "to_transformer_lens", "weight_sharing_copy"]
-
 
 def weight_sharing_copy(chat: ChatModel) -> Any:
     """Copy the module tree, not the tensors: edits of weights, adapters and adapter scaling show in both.

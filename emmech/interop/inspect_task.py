@@ -58,17 +58,6 @@ from emmech.evaluation.server import masses_of
 from emmech.registry import Organism, organism_with, organisms
 from emmech.run.run import Run, opened
 
-__all__ = [
-    "LocalModel",
-    "em_rates",
-    "evaluation_of",
-    "exact_misalignment",
-    "first_plot",
-    "local_model",
-    "misalignment",
-    "seeded_generate",
-]
-
 
 @modelapi(name="emmech")  # type: ignore[untyped-decorator]
 def local_model() -> type[ModelAPI]:

@@ -39,22 +39,6 @@ from emmech.engine.modules import hooked
 from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_ints, one_of, refusal
 
-__all__ = [
-    "Coefficient",
-    "Handle",
-    "PositionMask",
-    "Positions",
-    "ResidualHandle",
-    "ablate",
-    "chat_of",
-    "header_ids",
-    "inside_answers",
-    "layer_list",
-    "steer",
-    "undoable",
-    "vectors_at",
-]
-
 # for every place that is changed now: the value before each change, oldest first
 _BEFORE: WeakKeyDictionary[nn.Module, dict[str, list[list[Any]]]] = WeakKeyDictionary()
 
@@ -569,17 +553,13 @@ def ablate(
     the component to that of a given mean instead: x' = x - (v̂·x - v̂·m) v̂.
 
     Args:
-        model: a ChatModel, or a transformers or PEFT model in memory.
         direction: a Direction (each layer uses its own vector); several, one per batch row; or one vector
             ``[d_model]`` for every layer, or ``[batch, d_model]``.
         layers: ``"all"`` (that the direction knows), one, or several.
         from_layer: use this layer's vector at all layers ("one direction at all layers").
         towards: the mean to go to, ``[layers, d_model]`` or ``[d_model]``, or ``"aligned"`` for the direction's own.
         strength: 1 removes the component, 0 nothing; a number or one per batch row ``[batch]``.
-        positions: ``"all"``, ``"answer"``, ``"prompt"``, a bool tensor ``[batch, seq]``, or a function that makes one
-            from the token ids, such as :func:`emmech.directions.phrase_tokens`.
-        stack: allow a second ablation at a layer that has one already.
-        force: accept a direction of another base model of the same shape.
+        model, positions, stack, force: as in :func:`emmech.steer`.
 
     Raises:
         EmmechError: wrong width or layer, zero or non-finite direction, another base model, or ablating twice.

@@ -38,22 +38,6 @@ from emmech.view.plots import study
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "Condition",
-    "Estimate",
-    "Measured",
-    "Study",
-    "ablation_table",
-    "adapter_shares",
-    "combination",
-    "degenerate",
-    "dose_response",
-    "measure_conditions",
-    "table",
-    "transfer_matrix",
-    "with_coherence",
-]
-
 
 @dataclass(frozen=True)
 class Estimate:

@@ -23,15 +23,6 @@ from emmech.errors import EmmechError, as_float, closest, one_of, refusal
 from emmech.interventions.residual import Handle, chat_of, layer_list, undoable, vectors_at
 from emmech.run.run import as_run
 
-__all__ = [
-    "fold_bias",
-    "orthogonalise_writes",
-    "project_adapter",
-    "rotate_adapter",
-    "scale_adapters",
-    "transplant_adapter",
-]
-
 Subset = Sequence[str | int] | str | int | None
 
 

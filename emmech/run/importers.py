@@ -18,8 +18,6 @@ import numpy as np
 
 from emmech.errors import EmmechError
 
-__all__ = ["read_arrays", "read_peft", "series_in"]
-
 _KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
 _LAYER = re.compile(r"(?:^|\.)((?:layers|h|blocks)\.(\d+)\..+)$")
 _NUMBER = re.compile(r"(?:checkpoint|step)[-_]?(\d+)$|^(\d+)$")

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from emmech.chat.model import ChatModel
     from emmech.engine.adapters import AdapterInfo
 
-__all__ = ["Probes", "Run", "as_run", "load_run", "model_live", "opened"]
-
 FORMAT = 1
 _DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 

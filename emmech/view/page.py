@@ -13,8 +13,6 @@ from emmech.view.theme import FONT, GREY, PAGE, faint
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Section", "card", "write_page"]
-
 _CARD = f"font: 14px/1.5 {html.escape(FONT)}; border: 1px solid {faint(GREY, 0.5)}; border-radius: 6px; padding: 10px"
 _NUMBER = "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 6px 0"
 _STYLE = """

@@ -31,29 +31,6 @@ from emmech.view.theme import (
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "Curve",
-    "by_layer",
-    "by_panel",
-    "by_step",
-    "confusion",
-    "cosine_matrix",
-    "cosines_by_layer",
-    "first_order",
-    "metrics_by_step",
-    "paired_rates",
-    "phase_diagram",
-    "quadrants",
-    "questions",
-    "rates",
-    "rates_by_step",
-    "scalar_histogram",
-    "shaded_text",
-    "study",
-    "thresholds",
-    "transition",
-]
-
 _LAYER = "layer (block output)"
 
 

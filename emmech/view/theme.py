@@ -16,27 +16,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-__all__ = [
-    "BAD",
-    "CYCLE",
-    "DIVERGING",
-    "FONT",
-    "GOOD",
-    "GREY",
-    "PAGE",
-    "SEQUENTIAL",
-    "band",
-    "bars",
-    "colour",
-    "faint",
-    "finish",
-    "heat",
-    "level",
-    "line",
-    "mark",
-    "panels",
-]
-
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GOOD, BAD = CYCLE[0], CYCLE[1]
 GREY = "#808891"
