@@ -1,10 +1,10 @@
 """The one exception of emmech, and the one shape of its message.
 
-An error is a short lesson: what was asked, what was given, why that cannot work, and the nearest thing that would. An
+A message says what was asked, what was given, why that cannot work, and the nearest valid choice. An
 :class:`EmmechError` hides the exception that it replaces, so that a traceback ends at the caller's own line instead of
-inside torch. Arguments of public functions are checked where they come in: a wrong number is otherwise found out late,
-inside numpy or torch, where nothing says which argument it was. Numbers of any library pass: a step read back from a
-data frame may well be ``numpy.float64(250.0)``. What our own functions hand to each other is typed, not checked twice.
+inside torch. Arguments of public functions are checked first: a wrong number would otherwise fail late, inside numpy or
+torch, where nothing says which argument it was. Numbers of any library pass: a step read back from a data frame may
+well be ``numpy.float64(250.0)``. What our own functions pass to each other is typed, not checked again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LONGEST = 600  # characters of one part of a message
 
 
 class EmmechError(Exception):
-    """Something emmech was asked to do cannot be done; the message says how to ask instead.
+    """An error that says what emmech cannot do and what to ask for instead.
 
     Each part of the message is cut at 600 characters, and what a terminal could not print is escaped.
 

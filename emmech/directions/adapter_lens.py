@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from emmech.chat.model import ChatModel, load_model
 from emmech.directions.extract import held_out_auc
+from emmech.engine.adapters import adapter_layers
 from emmech.engine.logprobs import in_batches
 from emmech.engine.modules import evaluating, hooked
 from emmech.engine.stream import probe_rows
@@ -144,8 +145,6 @@ def adapter_lens(model: Any, texts: Sequence[Any], *, batch_size: int = 8, progr
     Raises:
         EmmechError: no adapter of rank 1 is live, or no texts.
     """
-    from emmech.engine.adapters import adapter_layers
-
     asked, model = "read the adapters' scalars", opened(model)
     chat: ChatModel = model.model() if isinstance(model, Run) else load_model(model)
     pairs = list(adapter_layers(chat.model))
@@ -199,8 +198,6 @@ def token_significance(model: Any, conversation: Any) -> pd.DataFrame:
         EmmechError: no adapter is live.
     """
     import pandas as pd
-
-    from emmech.engine.adapters import adapter_layers
 
     chat = load_model(model)
     pairs = list(adapter_layers(chat.model))

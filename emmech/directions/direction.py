@@ -86,7 +86,7 @@ class Quality:
         bag_of_words_auc: how well word counts alone tell the classes apart, cross-validated by question.
         promotes, suppresses: tokens that the direction pushes up and down through the unembedding, at ``read_layer``.
         answers: number of answers by class. tokens: number of answer tokens by class.
-        notes: what a reader must know (length confound, few answers, ...).
+        notes: caveats (length confound, few answers, ...).
     """
 
     split_half: Float[np.ndarray, " layers"]
@@ -103,18 +103,12 @@ class Quality:
     tokens: Mapping[str, int]
     notes: tuple[str, ...] = ()
 
-    def by_layer(self) -> dict[str, Float[np.ndarray, " layers"]]:
-        """The measures that are one number per layer."""
-        return {key: getattr(self, key) for key in _ARRAYS if key != "agreement"}
-
     def __repr__(self) -> str:
         layer = self.read_layer
-        counts = ", ".join(
-            f"{n} {name} answers ({self.tokens.get(name, 0)} tokens)" for name, n in self.answers.items()
-        )
+        counts = [f"{n} {name} answers ({self.tokens.get(name, 0)} tokens)" for name, n in self.answers.items()]
         neighbours = np.nanmean(np.diagonal(self.agreement, 1)) if len(self.agreement) > 1 else 1.0
         lines = [
-            f"  from             {counts}",
+            f"  from             {', '.join(counts)}",
             f"  split-half       {self.split_half[layer]:.3f} at layer {layer} "
             f"({np.nanmin(self.split_half):.3f} to {np.nanmax(self.split_half):.3f}); "
             f"labels shuffled {self.split_half_shuffled[layer]:.3f}, random {self.random_floor:.3f}",
@@ -139,7 +133,7 @@ class Direction(Result):
 
     Args:
         vectors: ``[layers, d_model]``, array or tensor.
-        name: for people, tables and legends.
+        name: shown in tables and legends.
         source: provenance, as JSON has it: method, model, dataset, counts, seed; ``"fingerprints"`` lists the models
             (:meth:`ChatModel.fingerprint`) in whose residual stream it lives.
         aligned_mean: ``[layers, d_model]``, the mean residual of aligned answers, for ablation towards it.
@@ -194,8 +188,6 @@ class Direction(Result):
         vectors[layer] = row
         return cls(vectors, **kwargs)
 
-    # what it is
-
     @property
     def n_layers(self) -> int:
         """Number of layers, known or not."""
@@ -236,8 +228,6 @@ class Direction(Result):
             raise refusal(asked, "layer", layer, "it is zero there: nothing was extracted at that layer", instead)
         return self.vectors[layer]
 
-    # algebra
-
     def unit(self) -> Direction:
         """Every known row scaled to norm 1.
 
@@ -262,7 +252,7 @@ class Direction(Result):
             return np.clip(inner / (self.norms * other.norms), -1.0, 1.0)
 
     def orthogonal_to(self, other: Direction) -> Direction:
-        """What is left after the projection on ``other`` is taken out at every layer."""
+        """The direction without its projection on ``other``, layer by layer."""
         self._check_same(other, "project")
         unit = unit_rows(other.vectors)
         inner = einsum(self.vectors, unit, "layer d, layer d -> layer")
@@ -333,8 +323,6 @@ class Direction(Result):
             instead = "Direction(vectors) without source, to drop the provenance knowingly"
             raise EmmechError(asked, f"{self.name} and {other.name}", why, instead)
 
-    # where it fits
-
     def check_fits(self, chat: ChatModel, *, force: bool = False) -> None:
         """Refuse a model of other shape, or another base model than the direction's.
 
@@ -354,8 +342,6 @@ class Direction(Result):
             why = "a direction has no meaning in the residual stream of another base model"
             instead = "force=True if the weights differ for a reason you know (full fine-tuning, quantisation)"
             raise EmmechError(asked, given, why, instead)
-
-    # on disk
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: vectors, aligned mean, quality, and the provenance in its metadata."""
@@ -428,8 +414,6 @@ class Direction(Result):
             instead = "Direction.save(path) keeps it on disk"
             raise EmmechError("push the direction to the hub", repo, _first_line(error), instead)
 
-    # for people
-
     def renamed(self, name: str) -> Direction:
         """The same direction under another name."""
         return replace(self, name=name)
@@ -440,7 +424,7 @@ class Direction(Result):
 
         columns: dict[str, Any] = {"norm": self.norms}
         if self.quality is not None:
-            columns |= self.quality.by_layer()
+            columns |= {key: getattr(self.quality, key) for key in _ARRAYS if key != "agreement"}
         return pd.DataFrame(columns, index=pd.RangeIndex(self.n_layers, name="layer"))
 
     def plot(self) -> Any:

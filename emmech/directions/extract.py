@@ -26,6 +26,7 @@ from emmech.chat.masks import Tokens, token_mask, tokens_name
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.directions.direction import unit_rows
+from emmech.engine.adapters import adapter_layers
 from emmech.engine.modules import hooked
 from emmech.engine.stream import stream
 from emmech.errors import EmmechError
@@ -178,9 +179,9 @@ def match_lengths(
 ) -> Int[np.ndarray, " kept"]:
     """Indices of a subset in which every answer has a partner of like length in the other class.
 
-    The smaller class is gone through at random; each answer takes the nearest free one of the other, if that is within
-    ``caliper`` of its length. Aligned and misaligned answers differ in length in the public data, and a mean difference
-    picks that up.
+    Answers of the smaller class are visited in random order; each is paired with the nearest free one of the other
+    class, if that is within ``caliper`` of its length. Aligned and misaligned answers differ in length in the public
+    data, and a mean difference picks that up.
 
     Args:
         lengths: ``[answers]``, in characters or tokens.
@@ -212,7 +213,6 @@ def mixed_adapter(chat: ChatModel, scales: torch.Tensor) -> Iterator[None]:
     PEFT adds ``scaling * lora_B(lora_A(x))`` to the layer's output, so a factor on lora_B's output is a factor
     on the adapter. The rows of one batch then come from different models at the price of one.
     """
-    from emmech.engine.adapters import adapter_layers
 
     def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output * scales.to(output).reshape(-1, *[1] * (output.ndim - 1))

@@ -34,6 +34,7 @@ from emmech.directions.extract import (
     mean_difference,
     token_projections,
 )
+from emmech.engine.adapters import adapter_layers
 from emmech.engine.blocks import Blocks
 from emmech.engine.logprobs import pad, token_logprobs
 from emmech.engine.modules import evaluating, hooked
@@ -167,8 +168,6 @@ def four_directions(
     Raises:
         EmmechError: the model has no adapter, so there is no second model.
     """
-    from emmech.engine.adapters import adapter_layers
-
     chat = load_model(model)
     if not list(adapter_layers(chat.model)):
         instead = "run.model(step), or contrast_direction for the text difference alone"
@@ -275,8 +274,6 @@ def _reader_scales(
     chat: ChatModel, adapter_scales: tuple[float, float] | None, labels: Bool[np.ndarray, " answers"]
 ) -> Float[np.ndarray, " answers"] | None:
     """Each row's factor on the adapter, or None when all are read by the model as it is."""
-    from emmech.engine.adapters import adapter_layers
-
     if adapter_scales is None:
         return None
     if not list(adapter_layers(chat.model)):
@@ -536,8 +533,6 @@ def adapter_direction(source: Any, step: int | None = None) -> Direction:
         recorded = source.manifest.get("model", {})
         layers, prints = int(recorded.get("n_layers") or 0), [recorded.get("fingerprint")]
     else:
-        from emmech.engine.adapters import adapter_layers
-
         chat = load_model(source)
         pairs = [
             (info, *(getattr(layer, f"lora_{s}")[name].weight.detach().float().cpu().numpy() for s in "AB"))

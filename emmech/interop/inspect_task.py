@@ -6,9 +6,9 @@
     inspect eval emmech/first_plot --model emmech/RUN_FOLDER -M step=100 --model-role grader=openai/gpt-4o
     inspect eval emmech/first_plot --model vllm/Qwen/Qwen2.5-14B-Instruct --model-role grader=openai/gpt-4o
 
-The questions, judge prompts, scores and rates are those of :func:`emmech.evaluate`. Inspect loads this module through
-the entry point ``inspect_ai``. Everything runs without a network, given local models, except Inspect's own ``mockllm``,
-which counts tokens with a vocabulary that is downloaded.
+The questions, judge prompts, scores and rates are those of :func:`emmech.evaluate`. Inspect loads this module with
+every command, through the entry point ``inspect_ai``, so that torch is imported inside functions. Everything runs
+without a network, given local models, except Inspect's own ``mockllm``, which downloads a vocabulary.
 
 After ``emmech/`` comes the name of a model, its folder, or the folder of a recorded run (``-M step=100 -M scale=2``).
 Requests that are waiting are sampled as one batch, by :func:`emmech.engine.sample.sample`; a seeded request gives the
@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from inspect_ai import Task, task
@@ -44,9 +44,7 @@ from inspect_ai.model import (
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
-from emmech.chat.model import ChatModel, load_model
 from emmech.engine.responses import Response, check_request, row_seed
-from emmech.engine.sample import check_context, sample
 from emmech.errors import EmmechError, one_of
 from emmech.evaluation.em import FIELD
 from emmech.evaluation.evaluation import Evaluation
@@ -57,6 +55,9 @@ from emmech.evaluation.questions import resolve_questions
 from emmech.evaluation.server import masses_of
 from emmech.registry import Organism, organism_with, organisms
 from emmech.run.run import Run, opened
+
+if TYPE_CHECKING:
+    from emmech.chat.model import ChatModel
 
 
 @modelapi(name="emmech")  # type: ignore[untyped-decorator]
@@ -303,6 +304,8 @@ class LocalModel(ModelAPI):
         Raises:
             EmmechError: tools, a setting that local sampling does not know, or a prompt that does not fit.
         """
+        from emmech.engine.sample import check_context
+
         asked = self._asked(input, tools, config)
         tokens = self.chat.token_ids(asked.messages)
         check_context(self.chat, [tokens])
@@ -350,6 +353,8 @@ class LocalModel(ModelAPI):
         return _Asked(messages, tuple(settings.items()), seed)
 
     def _answer(self, batch: Sequence[_Asked]) -> None:
+        from emmech.engine.sample import sample
+
         try:
             seeds, messages = [asked.seed for asked in batch], [asked.messages for asked in batch]
             answers = sample(self.chat, messages, seed=seeds, progress=False, **dict(batch[0].settings))
@@ -362,6 +367,8 @@ class LocalModel(ModelAPI):
 
 
 def _load(name: str, step: int | None, scale: float, model_args: dict[str, Any]) -> ChatModel:
+    from emmech.chat.model import load_model
+
     found = opened(name)
     if isinstance(found, Run):
         if model_args:

@@ -28,6 +28,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import nn
 
@@ -81,7 +82,7 @@ class Handle:
     def generate(self, prompts: Sequence[Any], **kwargs: Any) -> Any:
         """Sample answers from the changed model: :func:`emmech.engine.sample.sample` with its arguments.
 
-        An intervention of one row each has one per prompt there, for all its samples.
+        An intervention with one value per row needs one per prompt here, which holds for all samples of the prompt.
 
         Raises:
             EmmechError: the change is over.
@@ -183,7 +184,7 @@ class PositionMask:
 
     @property
     def everywhere(self) -> bool:
-        """Whether every position is touched, so that no call need be followed."""
+        """Whether every position is touched, so that no call needs to be followed."""
         return isinstance(self._where, str) and self._where == "all"
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -337,8 +338,7 @@ def edit_residual(
     each = any(vector.ndim == 2 for vector in vectors.values())
     fixed = digest(description, where.identity, *map(_bytes, vectors.values()), _bytes(target))
     live = LiveEdit(
-        by_row=lambda: each or state["coefficient"].ndim == 1,
-        state=lambda: f"{fixed} {state['coefficient'].tolist()}",
+        by_row=lambda: each or state["coefficient"].ndim == 1, state=lambda: f"{fixed} {state['coefficient'].tolist()}"
     )
     edits = ExitStack()
     undo: list[Callable[[], Any]] = [register(chat.base, live), edits.close]
@@ -359,20 +359,16 @@ def _hook(
         before = family.residual(output)
         local = vector.to(device=before.device)
         if local.ndim == 2:
-            local = _one_per_row(local, before, "directions")[:, None, :]
-        factor = row_factor(state["coefficient"], before)
+            local = rearrange(_one_per_row(local, before, "directions"), "batch d -> batch 1 d")
+        factor = state["coefficient"].to(before.device)
+        if factor.ndim == 1:
+            factor = rearrange(_one_per_row(factor, before, "coefficients"), "batch -> batch 1 1")
         changed = edit(before, local, factor, layer).to(before.dtype)
         if where.current is not None:
             changed = torch.where(where.current.to(before.device)[..., None], changed, before)
         return family.with_residual(output, changed)
 
     return hook
-
-
-def row_factor(coefficient: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    """A coefficient ``[]`` or ``[batch]`` shaped to multiply a residual ``[batch, seq, d_model]``."""
-    local = coefficient.to(device=output.device)
-    return local if local.ndim == 0 else _one_per_row(local, output, "coefficients")[:, None, None]
 
 
 def _one_per_row(values: torch.Tensor, output: torch.Tensor, what: str) -> torch.Tensor:

@@ -22,7 +22,7 @@ import numpy as np
 from emmech.chat.masks import tokens_name
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction, checked_direction, checked_directions, unit_rows
-from emmech.engine.adapters import detach
+from emmech.engine.adapters import adapter_layers, detach
 from emmech.errors import EmmechError, as_floats, as_ints, refusal
 from emmech.evaluation.intervals import wilson
 from emmech.interventions.residual import ablate, chat_of, steer
@@ -151,17 +151,16 @@ def measure_conditions(
     """Take the measures of every condition on the model, and (``base``) on the same model without its adapter."""
     # a model without an adapter is called base: there is nothing tuned about it
     models = ["tuned", "base"] if base else ["tuned" if has_adapter(chat) else "base"]
+    pairs = [
+        (model, one) for model in models for one in conditions if not base or (model, one.kind) != ("base", "positive")
+    ]
     found = []
-    with bar(len(models) * len(conditions), "measuring", progress=progress) as done:
-        for model in models:
-            for condition in conditions:
-                if base and model == "base" and condition.kind == "positive":
-                    done.update()
-                    continue
-                plain = chat.model.disable_adapter() if base and model == "base" else nullcontext()
-                with plain, condition.make(chat):
-                    found.append(Measured(condition, model, measure_all(chat, measures)))
-                done.update()
+    with bar(len(pairs), "measuring", progress=progress) as done:
+        for model, condition in pairs:
+            plain = chat.model.disable_adapter() if base and model == "base" else nullcontext()
+            with plain, condition.make(chat):
+                found.append(Measured(condition, model, measure_all(chat, measures)))
+            done.update()
     return tuple(found)
 
 
@@ -175,8 +174,6 @@ def with_coherence(measures: Sequence[Measure]) -> list[Measure]:
 
 def has_adapter(chat: ChatModel) -> bool:
     """Whether the model's base can be had by taking an adapter off."""
-    from emmech.engine.adapters import adapter_layers
-
     return hasattr(chat.model, "disable_adapter") and bool(list(adapter_layers(chat.model)))
 
 
@@ -238,8 +235,6 @@ def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any]
     Returns:
         a note that names the layer, or ``""``.
     """
-    from emmech.engine.adapters import adapter_layers
-
     for info, layer, name in adapter_layers(chat.model):
         if info.rank != 1 or info.d_out != chat.d_model:
             continue
@@ -481,8 +476,6 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
     Raises:
         EmmechError: no adapter is live.
     """
-    from emmech.engine.adapters import adapter_layers
-
     chat, run, _ = _prepare(model, measure, 5, True)
     names = [info.name for info, _, _ in adapter_layers(chat.model)]
     conditions = [untouched(), adapter_off()]

@@ -55,12 +55,7 @@ def scale_adapters(model: Any, scale: float | Mapping[str, float], *, adapters: 
 
 
 def project_adapter(
-    model: Any,
-    direction: Direction,
-    *,
-    adapters: Subset = None,
-    renormalise: bool = False,
-    force: bool = False,
+    model: Any, direction: Direction, *, adapters: Subset = None, renormalise: bool = False, force: bool = False
 ) -> Handle:
     """Project the direction at the adapter's layer out of B: B' = B - v̂ v̂ᵀ B.
 
@@ -94,12 +89,7 @@ def project_adapter(
 
 
 def rotate_adapter(
-    model: Any,
-    direction: Direction,
-    *,
-    cosine: float = 1.0,
-    adapters: Subset = None,
-    force: bool = False,
+    model: Any, direction: Direction, *, cosine: float = 1.0, adapters: Subset = None, force: bool = False
 ) -> Handle:
     """Rotate B towards the direction at fixed norm, until their cosine is ``cosine``.
 
@@ -220,12 +210,7 @@ def _chosen(chat: ChatModel, adapters: Subset, asked: str) -> list[tuple[Adapter
 
 
 def fold_bias(
-    model: Any,
-    direction: Direction | Any,
-    coefficient: float = 1.0,
-    *,
-    layer: int | None = None,
-    force: bool = False,
+    model: Any, direction: Direction | Any, coefficient: float = 1.0, *, layer: int | None = None, force: bool = False
 ) -> Handle:
     """Steer by a bias on ``down_proj``: the same function as :func:`emmech.steer` at all positions of that layer.
 

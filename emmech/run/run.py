@@ -70,7 +70,7 @@ class Probes(Mapping[str, Float[np.ndarray, "steps layers d_model"]]):
 class Run(Shown):
     """A recorded fine-tune: made by :func:`emmech.finetune` or the Recorder, opened by :func:`load_run`.
 
-    Reading never needs the model; :meth:`model` loads it when it must run.
+    Reading never needs the model; :meth:`model` loads it.
 
     Example:
         >>> import numpy as np
@@ -93,8 +93,6 @@ class Run(Shown):
         self._trajectory = trajectory
         self._metrics = list(metrics)
         self.probes = Probes(probes)
-
-    # what was recorded
 
     @property
     def name(self) -> str:
@@ -186,8 +184,6 @@ class Run(Shown):
         """
         series = (self._trajectory, self.probes._series)
         return tuple(path for one in series if isinstance(one, Series) for path in one.verify()) + self._damaged_lines
-
-    # what it can become
 
     def weights(self, step: int) -> dict[str, np.ndarray]:
         """All adapters' ``"A/<name>"`` and ``"B/<name>"`` at one step, each 2-D as PEFT keeps them.
@@ -313,8 +309,6 @@ class Run(Shown):
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=self.path))
 
-    # runs that were not recorded here
-
     @classmethod
     def from_arrays(
         cls,
@@ -346,7 +340,7 @@ class Run(Shown):
 
     @classmethod
     def from_peft(cls, folders: str | Path | Sequence[str | Path]) -> Run:
-        """A run from a series of PEFT checkpoint folders made elsewhere, in any order.
+        """A run from a series of PEFT checkpoint folders that other code wrote, in any order.
 
         The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``). The logits of
         ``run.model(step)`` are those of ``PeftModel.from_pretrained``; a folder for which that would not hold is
@@ -375,8 +369,6 @@ class Run(Shown):
         steps, arrays, adapters = contents
         manifest = {"format": FORMAT, "kind": "lora", "name": name, "status": "complete", "adapters": adapters}
         return cls(manifest, MemorySeries(steps, arrays), MemorySeries(np.empty(0, np.int64), {}), rows)
-
-    # for people
 
     def to_frame(self) -> pd.DataFrame:
         """A copy of the metrics by step."""
@@ -444,7 +436,7 @@ def as_run(asked: str, run: Any, *, name: str = "run") -> Run:
 
 
 def opened(model: Any) -> Any:
-    """The run in a folder, where one is named; anything else, such as a model or its name, as it is."""
+    """The run of a folder or of ``hub:owner/name``; anything else, such as a model or its name, unchanged."""
     if isinstance(model, str) and model.startswith("hub:"):
         return load_run(model)
     if isinstance(model, str | os.PathLike) and (Path(model) / "run.json").is_file():

@@ -43,7 +43,7 @@ def card(
     Args:
         headline: what was found, one sentence.
         number: the figures with their intervals, as set text.
-        caveat: what a reader must know besides.
+        caveat: what else a reader must know.
         table: folded away until it is asked for.
         body: more HTML, which the caller has escaped.
     """

@@ -35,7 +35,7 @@ _LAYER = "layer (block output)"
 
 
 def by_layer(frame: pd.DataFrame, floor: float | None, name: str) -> Any:
-    """Norm by layer, and beside it the measures of quality that the frame has.
+    """Norm by layer, and in a second panel the measures of quality that the frame has.
 
     Args:
         floor: the standard deviation of the cosine of random vectors; None where there is no quality.
@@ -206,7 +206,7 @@ def thresholds(grid: pd.DataFrame, limits: tuple[float, float], counted: str, na
              width=3.5 if usual else 1.5)  # fmt: skip
     mark(figure, limits[0], GREY, "the field's threshold")
     return finish(
-        figure, f"{name}: does the rate hang on the thresholds?", height=460, xaxis_title="alignment below",
+        figure, f"{name}: does the rate depend on the thresholds?", height=460, xaxis_title="alignment below",
         yaxis={"title": f"% of {counted} rows", "rangemode": "tozero"},
     )  # fmt: skip
 
@@ -401,7 +401,7 @@ def _matrix(frame: pd.DataFrame, outcome: str, title: str) -> Any:
 
 
 class Curve(NamedTuple):
-    """One line: the panel it is drawn in, whose it is, what it shows, and its points."""
+    """One line: the panel it is drawn in, the run it belongs to, what it shows, and its points."""
 
     panel: str
     run: str
