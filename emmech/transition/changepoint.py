@@ -2,11 +2,10 @@
 
 A local cosine alone cannot tell a turn from diffusion: a random walk has peaks too. Nor does a bend make a turn: an
 arc bends, and the first steps of an adaptive optimiser bend on their way into the valley of a convex loss. So the
-null hypothesis is **any smooth path**: the drift per optimiser step is a constant, a straight line in time and
-decays at two rates (``DECAYS``), with any vectors as coefficients. That covers straight paths, arcs up to
-a half circle, warm-up and decay of the step size, and the relaxation of an optimiser in a quadratic bowl. What
-remains after projecting these out is asked for a **kink**: a change of direction at t within ``w`` records, w at most
-a fifth of the path.
+null hypothesis is **any smooth path**: the drift per optimiser step is a parabola in time and decays at two rates
+(``DECAYS``), with any vectors as coefficients. That covers straight paths, arcs up to a half circle, warm-up and
+decay of the step size, and the relaxation of an optimiser in a quadratic bowl. What remains after projecting these
+out is asked for a **kink**: a change of direction at t within ``w`` records, w at most a fifth of the path.
 
 For every t and w let c be the estimated change of the drift and m the drift in the middle of it, each divided by the
 size that noise alone would give it. A change of speed has c along m, a turn has c across it; the **kink energy** is
@@ -20,9 +19,8 @@ The p-value counts the maximum over all t and w, and is the larger of two:
   as it is, heavy tails included, without their autocorrelation.
 
 Increments far out of line are given less weight (:mod:`emmech.transition.noise`), and no increment is taken to be
-more exact than ``MISFIT`` of the drift, for no real path is smooth to the last digit.
-
-The first and last tenth of the path are not searched: a kink there is not told from an optimiser's transient.
+more exact than ``MISFIT`` of the drift: no real path is smooth to the last digit. The ends of the path (``EDGE``) are
+not searched, for a kink there is not told from an optimiser's transient.
 """
 
 from __future__ import annotations
@@ -38,10 +36,11 @@ __all__ = ["Kink", "find_kink", "upper_tail"]
 
 Array = npt.NDArray[np.float64]
 
-DECAYS = (4.0, 16.0)  # rates of the smooth drift's decays, per length of the path
-EDGE = 0.1  # share of the path at either end that is not searched
+DECAYS = (6.0, 24.0)  # rates of the smooth drift's decays, per length of the path
+EDGE = 0.12  # share of the path at either end that is not searched
 WIDEST = 0.2  # share of the path over which a turn may be spread and still be called abrupt
-MISFIT = 0.05  # error of a smooth path's description in units of the drift, as if all of it fell on one contrast
+MISFIT = 0.55  # least noise of an increment, in units of the drift
+MISFIT_DIMENSIONS = 24
 GAUSSIAN, FLIPPED = "Gaussian noise", "the run's residuals with their signs flipped"
 
 
@@ -74,7 +73,7 @@ def find_kink(
         rng: draws them.
     """
     n = len(increments)
-    energy = np.maximum(noise.energy, n * (MISFIT * speed) ** 2)
+    energy = np.maximum(noise.energy, (MISFIT * speed) ** 2)
     scale = np.sqrt(energy)
     data = increments / scale[:, None]
     gap = np.diff(clock) / np.mean(np.diff(clock))
@@ -90,7 +89,8 @@ def find_kink(
     records, at = np.unique(middles, return_inverse=True)
     rate = np.interp(clock[records], 0.5 * (clock[1:] + clock[:-1]), speed / gap)
     drift = basis @ np.linalg.solve(triangle.T, _smooth((clock[records] - clock[0]) / span).T / rate)
-    correlation = noise.correlation()
+    # the misfit that exceeds the noise is taken without memory
+    correlation = (noise.covariance() + np.diag(energy - noise.energy)) / np.outer(scale, scale)
     variance_change, variance_drift = (np.einsum("nc,nc->c", x, correlation @ x) for x in (change, drift))
     weights = np.concatenate([change / np.sqrt(variance_change), drift / np.sqrt(variance_drift)], axis=1).T
     variance_drift = variance_drift[at]
@@ -116,7 +116,9 @@ def find_kink(
     signs = rng.choice([-1.0, 1.0], (n_null, n, 1))
     flipped = [largest(weights @ (around + sign * residual))[0] for sign in signs]
 
-    m = max(1, round(noise.dimensions))
+    share = float(np.mean(noise.energy / energy))  # the misfit fills dimensions of its own
+    dimensions = 1 / (share**2 / noise.dimensions + (1 - share) ** 2 / MISFIT_DIMENSIONS)
+    m = max(1, round(dimensions))
     left, size, _ = np.linalg.svd(around, full_matrices=False)
     rank = min(basis.shape[1], len(size))
     known = np.zeros((n, max(m, rank)))
@@ -124,7 +126,7 @@ def find_kink(
     known = weights @ known
     root = weights @ np.linalg.cholesky(correlation + 1e-6 * np.eye(n))
     # the error of the noise's own estimate: a path of n records holds n / memory times dimensions pieces of evidence
-    granted = 1 + 2 * np.sqrt(2 * noise.memory_time / (n * noise.dimensions))
+    granted = 1 + 2 * np.sqrt(2 * noise.memory_time / (n * dimensions))
     granted *= 1 + 0.5 * np.sqrt((noise.memory_time - 1) / n)
     draw = np.sqrt(granted / m)
     gaussian = [largest(known + draw * (root @ rng.standard_normal((n, known.shape[1]))))[0] for _ in range(n_null)]
@@ -147,7 +149,8 @@ def ramp(n: int, middles: npt.NDArray[np.int64], widths: npt.NDArray[np.int64] |
 
 def _smooth(time: Array) -> Array:
     """The functions of time, 0 to 1, of which a smooth drift is made: ``[times, functions]``."""
-    return np.stack([np.ones_like(time), time - 0.5, *(np.exp(-rate * time) for rate in DECAYS)], axis=1)
+    powers = ((time - 0.5) ** power for power in range(3))
+    return np.stack([*powers, *(np.exp(-rate * time) for rate in DECAYS)], axis=1)
 
 
 def _candidates(n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

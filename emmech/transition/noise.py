@@ -55,15 +55,13 @@ class Noise:
     dimensions: float
     wanders: bool = False
 
-    def correlation(self) -> Array:
-        """Autocorrelation of the increments' noise, ``[steps - 1, steps - 1]``."""
-        lag = np.abs(np.subtract.outer(np.arange(len(self.energy)), np.arange(len(self.energy))))
-        return np.where(lag == 0, 1.0, self.first * self.memory ** np.maximum(lag - 1, 0))
-
     def covariance(self) -> Array:
         """Covariance of the increments' noise, summed over dimensions: ``[steps - 1, steps - 1]``."""
+        n = len(self.energy)
+        lag = np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
+        correlation = np.where(lag == 0, 1.0, self.first * self.memory ** np.maximum(lag - 1, 0))
         scale = np.sqrt(self.energy)
-        return self.correlation() * scale[:, None] * scale[None, :]
+        return correlation * scale[:, None] * scale[None, :]
 
     @property
     def memory_time(self) -> float:

@@ -31,7 +31,7 @@ Array = npt.NDArray[np.float64]
 
 GRADIENT_MEANS = "height of the gradient norm's peak over its base (ratio; 1 = no peak)"
 MARGIN_MEANS = "change of the misaligned-over-aligned margin, nats per token; positive means more misaligned"
-MARGIN_NULL = "no change (F test)"
+MARGIN_NULL = "no change, or a gradual approach, with autoregressive noise; the larger p-value"
 
 
 def phase_transition(

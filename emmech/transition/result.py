@@ -145,29 +145,18 @@ class PhaseTransition:
     def mechanistic(self) -> Transition:
         """The step at which the path turns, where the turn is significant and localised.
 
-        The turn detector decides, because it is the one calibrated against random walks; the other significant
-        detectors of the path that agree with it, by overlapping intervals, are named.
+        The turn decides: it alone is tested, against every smooth path with the run's own noise.
         """
         turn = self.run.row("turn")
         if turn is None or not np.isfinite(turn.p_value):
             return Transition(None, None, None, turn.note if turn else "not measurable")
         if turn.p_value >= LEVEL:
-            why = f"no turn beyond a straight path or a random walk, p = {turn.p_value:.2g}"
+            why = f"no abrupt turn beyond a smooth path with the run's own noise, p = {turn.p_value:.2g}"
             return Transition(None, None, None, f"not measurable: {why}")
         if not self.run.turns:
             why = f"the path bends over {100 * self.run.path.width_share:.0f} % of its length and singles out no step"
             return Transition(None, None, None, f"not measurable: {why}")
-        agree = [
-            row.name
-            for row in self.run.rows
-            if row.name != "turn"
-            and row.kind != "behaviour"
-            and row.p_value < LEVEL
-            and row.low <= turn.high
-            and turn.low <= row.high
-        ]
         reason = f"turn of {turn.strength:.0f} degrees, p = {turn.p_value:.2g}"
-        reason += f"; agreed by {', '.join(agree)}" if agree else "; no other detector agrees"
         if "wanders" in turn.note:
             reason += "; not told from a slow wander of the direction, which the null models do not cover"
         return Transition(int(turn.step), int(turn.low), int(turn.high), reason)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Peak", "find_peak"]
+__all__ = ["Peak", "correlated", "find_peak"]
 
 Array = npt.NDArray[np.float64]
 
@@ -43,7 +43,7 @@ def find_peak(values: npt.ArrayLike, rng: np.random.Generator) -> Peak | None:
     prominence, index = _largest(smooth[None])
     if prominence[0] <= 0:
         return None
-    _, again = _largest(_smooth(smooth + _correlated(100, n, correlation, rng) * local, width))
+    _, again = _largest(_smooth(smooth + correlated(100, n, correlation, rng) * local, width))
     low, high = np.quantile(again[again >= 0], [0.025, 0.975], method="nearest") if (again >= 0).any() else (0, n - 1)
     at = int(index[0])
     return Peak(at, min(int(low), at), max(int(high), at), float(np.exp(prominence[0])), np.exp(smooth))
@@ -68,7 +68,8 @@ def _largest(smooth: Array) -> tuple[Array, npt.NDArray[np.int64]]:
     return height, index
 
 
-def _correlated(count: int, n: int, correlation: float, rng: np.random.Generator) -> Array:
+def correlated(count: int, n: int, correlation: float, rng: np.random.Generator) -> Array:
+    """Autoregressive noise of unit variance, ``[count, n]``."""
     from scipy.signal import lfilter
 
     z = rng.standard_normal((count, n + 50))
