@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -24,15 +25,22 @@ __all__ = [
     "as_floats",
     "as_int",
     "as_ints",
+    "broken_text",
     "check_folder",
     "check_texts",
     "closest",
     "not_a_run",
+    "one_of",
+    "shown",
 ]
+
+_LONGEST = 600  # characters of one part of a message
 
 
 class EmmechError(Exception):
     """Something emmech was asked to do cannot be done; the message says how to ask instead.
+
+    Each part of the message is cut at 600 characters, and what a terminal could not print is escaped.
 
     Args:
         asked: what was attempted, as a phrase that follows "cannot": ``"read the dataset advice.jsonl"``.
@@ -55,16 +63,50 @@ class EmmechError(Exception):
         self.__suppress_context__ = True  # what torch or numpy raised underneath is no help to the caller
 
     def __str__(self) -> str:
-        lines = [f"cannot {self.asked}"]
+        lines = [f"cannot {_bounded(self.asked)}"]
         if self.given is not None:
-            lines.append(f"  given:   {self.given}")
-        lines.append(f"  because: {self.why}")
+            lines.append(f"  given:   {_bounded(self.given)}")
+        lines.append(f"  because: {_bounded(self.why)}")
         if self.instead is not None:
-            lines.append(f"  instead: {self.instead}")
+            lines.append(f"  instead: {_bounded(self.instead)}")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
         return EmmechError, (self.asked, self.given, self.why, self.instead)
+
+
+def shown(value: Any) -> str:
+    """The representation of a value of any size and depth, shortened while it is made.
+
+    Example:
+        >>> shown([[list(range(1000))] * 3, "a" * 1000])[:60]
+        '[[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...], [0, 1, 2, 3, '
+    """
+    short = reprlib.Repr()
+    short.maxlevel = 3
+    short.maxdict = short.maxlist = short.maxtuple = short.maxset = short.maxfrozenset = short.maxarray = 12
+    short.maxstring = short.maxother = short.maxlong = 120
+    return short.repr(value)
+
+
+def broken_text(text: str) -> str:
+    """What is wrong with a text that cannot be written as UTF-8, or "".
+
+    Example:
+        >>> broken_text("a\\ud83d")
+        'half of a surrogate pair (U+D83D) at character 1'
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"half of a surrogate pair (U+{ord(text[error.start]):04X}) at character {error.start}"
+    return ""
+
+
+def _bounded(part: object) -> str:
+    text = shown(part) if isinstance(part, list | tuple | set | frozenset | Mapping) else str(part)
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def closest(name: str, choices: Iterable[str]) -> str:
@@ -76,8 +118,34 @@ def closest(name: str, choices: Iterable[str]) -> str:
     """
     names = sorted(str(choice) for choice in choices)
     listing = f"choices: {', '.join(names)}" if names else "there are none"
-    match = difflib.get_close_matches(str(name), names, n=1)
+    match = difflib.get_close_matches(str(name)[:200], names, n=1)
     return f"did you mean '{match[0]}'? {listing}" if match else listing
+
+
+def one_of(asked: str, name: str, value: Any, choices: Iterable[str], *, why: str = "") -> str:
+    """One of several names.
+
+    Args:
+        asked: what cannot be done otherwise, as in :class:`EmmechError`.
+        name: of the argument.
+        why: the reason for the refusal, where the default says too little.
+
+    Raises:
+        EmmechError: another name; the nearest is suggested.
+
+    Example:
+        >>> one_of("draw", "kind", "lines", ["line", "bar"])
+        Traceback (most recent call last):
+        emmech.errors.EmmechError: cannot draw
+          given:   kind='lines'
+          because: kind is one of 2 names, and this is none of them
+          instead: did you mean 'line'? choices: bar, line
+    """
+    names = list(choices)
+    if isinstance(value, str) and value in names:
+        return value
+    reason = why or f"{name} is one of {len(names)} names, and this is none of them"
+    raise EmmechError(asked, f"{name}={value!r}"[:120], reason, closest(str(value), names))
 
 
 def as_int(asked: str, name: str, value: Any, *, least: int | None = None) -> int:

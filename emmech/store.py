@@ -7,16 +7,20 @@ so that it exists whole or not at all), and ``compact`` later stacks them into o
     trajectory/step-000005.safetensors     {"A/layers.15.mlp.down_proj": [d_in], "B/...": [d_out]}
     trajectory/stacked.safetensors         {"steps": [steps], "A/...": [steps, d_in], "B/...": [steps, d_out]}
 
-No pickle anywhere; JSON lines carry the scalars.
+No pickle anywhere; JSON lines carry the scalars. Every row has a checksum in its file, so that a changed bit is named
+when it is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import platform
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,11 @@ from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError
 
-__all__ = ["MemorySeries", "Series", "append_jsonl", "read_jsonl", "write_json"]
+__all__ = ["MemorySeries", "Series", "append_jsonl", "read_jsonl", "write_json", "writing"]
 
 _STEP_FILE = re.compile(r"step-(\d+)\.safetensors$")
 _STACKED = "stacked.safetensors"
+_CHECK = "crc32/"  # of every row of every tensor, kept beside it in the same file
 
 
 class MemorySeries:
@@ -58,15 +63,16 @@ class Series:
     Args:
         folder: created by the first :meth:`append`; a folder that does not exist is an empty series.
 
-    ``damaged`` lists the files that could not be read; everything else stays readable.
+    ``damaged`` lists the files that were found damaged so far, and :meth:`verify` looks through all of them; everything
+    else stays readable. A series that is read while another process writes or stacks it stays readable as well.
 
     Example:
         >>> import numpy as np, tempfile
         >>> series = Series(Path(tempfile.mkdtemp()) / "trajectory")
         >>> for step in (0, 5): series.append(step, {"B": np.full(3, step, np.float32)})
         >>> series.compact()
-        >>> series.steps.tolist(), series.read("B").shape
-        ([0, 5], (2, 3))
+        >>> series.steps.tolist(), series.read("B").shape, series.verify()
+        ([0, 5], (2, 3), [])
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,31 +88,35 @@ class Series:
         if not self.folder.is_dir():
             self.steps = self._stacked_steps
             return
+        # listed before the stacked file is opened: a step that is stacked in between is then in both, not in neither
+        entries = sorted(os.scandir(self.folder), key=lambda entry: entry.name)
         stacked = self.folder / _STACKED
         if stacked.exists() and (header := self._header(stacked)) is not None:
-            self._stacked_steps = header["steps"]
-            self._keys = header["keys"]
+            self._keys, self._stacked_steps = header
         known = set(self._stacked_steps.tolist())
-        for entry in sorted(os.scandir(self.folder), key=lambda entry: entry.name):
+        for entry in entries:
             match = _STEP_FILE.search(entry.name)
-            if match and int(match[1]) not in known:  # a crash between stacking and unlinking leaves both
+            if match and int(match[1]) not in known and Path(entry.path).exists():
                 header = self._header(Path(entry.path))
                 if header is not None:
                     self._loose[int(match[1])] = Path(entry.path)
-                    self._keys = self._keys or header["keys"]
+                    self._keys = self._keys or header[0]
         self.steps = np.array(sorted(known | set(self._loose)), dtype=np.int64)
 
-    def _header(self, path: Path) -> dict[str, Any] | None:
+    def _header(self, path: Path) -> tuple[tuple[str, ...], np.ndarray] | None:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, framework="np") as file:
-                keys = tuple(key for key in file.keys() if key != "steps")  # noqa: SIM118 (not a mapping)
-                steps = file.get_tensor("steps") if path.name == _STACKED else None
+                names = list(file.keys())
+                keys = tuple(name for name in names if name != "steps" and not name.startswith(_CHECK))
+                steps = file.get_tensor("steps") if path.name == _STACKED else np.empty(0, np.int64)
+                if f"{_CHECK}steps" in names and file.get_tensor(f"{_CHECK}steps")[0] != _checksum(steps):
+                    raise ValueError("the steps are damaged")
         except (SafetensorError, OSError, ValueError):
             self.damaged.append(path)
             return None
-        return {"keys": keys, "steps": steps}
+        return keys, steps
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -114,45 +124,94 @@ class Series:
         return self._keys
 
     def append(self, step: int, tensors: Mapping[str, np.ndarray]) -> None:
-        """Write one step; it exists whole or not at all, whenever the process dies."""
-        from safetensors.numpy import save_file
+        """Write one step; it exists whole or not at all, whenever the process dies.
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        Raises:
+            EmmechError: the disk is full or the folder is gone; earlier steps are kept.
+        """
         path = self.folder / f"step-{step:06d}.safetensors"
-        partial = path.with_suffix(".partial")
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, partial)
-        partial.replace(path)
+        rows = {key: np.ascontiguousarray(value)[None] for key, value in tensors.items()}
+        checks = {f"{_CHECK}{key}": _checksums(value) for key, value in rows.items()}
+        with _kept(f"record step {step}", path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _save({key: value[0] for key, value in rows.items()} | checks, path)
         self._loose[step] = path
         self._keys = self._keys or tuple(tensors)
         # Steps are appended in order; sorting only matters for a caller who does not.
         self.steps = np.unique(np.append(self.steps, np.int64(step)))
 
     def read(self, key: str) -> Float[np.ndarray, "steps *shape"]:
-        """All recorded steps of one tensor, stacked: ``[steps, *shape]``."""
-        from safetensors import safe_open
-        from safetensors.numpy import load_file
+        """All recorded steps of one tensor, stacked: ``[steps, *shape]``.
 
+        Raises:
+            EmmechError: names the file and the steps whose bytes have changed since they were written.
+        """
+        return self._again(lambda: self._read(key))
+
+    def _read(self, key: str) -> np.ndarray:
         rows: dict[int, np.ndarray] = {}
         if len(self._stacked_steps):
-            with safe_open(self.folder / _STACKED, framework="np") as file:
-                stacked = file.get_tensor(key)
+            stacked = self._rows(self.folder / _STACKED, key, slice(None))
             if not self._loose:
-                return np.asarray(stacked)
+                return stacked
             rows = dict(zip(self._stacked_steps.tolist(), stacked, strict=True))
         for step, path in self._loose.items():
-            rows[step] = load_file(path)[key]
+            rows[step] = self._rows(path, key, None)
         return np.stack([rows[step] for step in self.steps.tolist()])
 
     def read_step(self, key: str, step: int) -> np.ndarray:
-        """One step of one tensor, ``[*shape]``, without reading the others."""
-        from safetensors import safe_open
+        """One step of one tensor, ``[*shape]``, without reading the others.
 
+        Raises:
+            EmmechError: names the file whose bytes have changed since they were written.
+        """
+        return self._again(lambda: self._read_step(key, step))
+
+    def _read_step(self, key: str, step: int) -> np.ndarray:
         if step in self._loose:
-            with safe_open(self._loose[step], framework="np") as file:
-                return np.asarray(file.get_tensor(key))
+            return self._rows(self._loose[step], key, None)
         row = int(np.searchsorted(self._stacked_steps, step))
-        with safe_open(self.folder / _STACKED, framework="np") as file:
-            return np.asarray(file.get_slice(key)[row])
+        return self._rows(self.folder / _STACKED, key, slice(row, row + 1))[0]
+
+    def _rows(self, path: Path, key: str, chosen: slice | None) -> np.ndarray:
+        """Some rows of a stacked file, or (``chosen`` None) what a single step's file holds, checked."""
+        from safetensors import SafetensorError, safe_open
+
+        with safe_open(path, framework="np") as file:
+            try:
+                names = set(file.keys())
+                found = file.get_tensor(key) if chosen in (None, slice(None)) else file.get_slice(key)[chosen]
+                if not any(name.startswith(_CHECK) for name in names):  # written before there were checksums
+                    return np.asarray(found)
+                wanted = file.get_tensor(f"{_CHECK}{key}")[chosen or slice(None)]
+            except SafetensorError as error:
+                raise self._damage(path, str(error))
+        bad = np.flatnonzero(_checksums(found[None] if chosen is None else found) != wanted)
+        if len(bad):
+            steps = self._stacked_steps[chosen][bad].tolist() if chosen is not None else [path.stem]
+            raise self._damage(path, f"bytes of {key} have changed since they were written: {steps[:10]}")
+        return np.asarray(found)
+
+    def _damage(self, path: Path, why: str) -> EmmechError:
+        if path not in self.damaged:
+            self.damaged.append(path)
+        return EmmechError(f"read {path.name}", path, why, "other steps and tensors of it, or a copy of the file")
+
+    def _again(self, read: Callable[[], np.ndarray]) -> np.ndarray:
+        """Read; where the files have moved meanwhile (another process has stacked them), once more."""
+        try:
+            return read()
+        except FileNotFoundError:
+            self._reload()
+            return read()
+
+    def verify(self) -> list[Path]:
+        """Read every byte, and return the files that are damaged."""
+        for key in self.keys:
+            for step in self.steps.tolist():
+                with contextlib.suppress(EmmechError):
+                    self.read_step(key, step)
+        return list(self.damaged)
 
     def drop_after(self, step: int) -> None:
         """Forget every step after ``step``: a resumed training will record them again."""
@@ -160,64 +219,152 @@ class Series:
             kept = {key: self.read(key)[self.steps <= step] for key in self.keys}
             self._write_stacked(self.steps[self.steps <= step], kept)
         for later in [s for s in self._loose if s > step]:
-            self._loose[later].unlink()
+            self._loose[later].unlink(missing_ok=True)
         self._reload()
 
     def compact(self) -> None:
-        """Stack the per-step files into one; safe to interrupt at any point."""
+        """Stack the per-step files into one; safe to interrupt at any point.
+
+        Raises:
+            EmmechError: the disk is full or the folder is gone; the per-step files are kept.
+        """
         if not self._loose:
             return
         self._write_stacked(self.steps, {key: self.read(key) for key in self.keys})
         for path in self._loose.values():
-            path.unlink()
+            path.unlink(missing_ok=True)
         self._reload()
 
     def _write_stacked(self, steps: np.ndarray, tensors: dict[str, np.ndarray]) -> None:
-        from safetensors.numpy import save_file
+        checks = {f"{_CHECK}{key}": _checksums(value) for key, value in tensors.items()}
+        checks[f"{_CHECK}steps"] = np.array([_checksum(steps)], np.uint32)
+        contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+        with _kept("stack the recorded steps", self.folder / _STACKED):
+            _save({"steps": steps, **contiguous, **checks}, self.folder / _STACKED)
 
-        partial = self.folder / "stacked.partial"
-        save_file({"steps": steps, **{k: np.ascontiguousarray(v) for k, v in tensors.items()}}, partial)
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())
+
+
+def _checksums(rows: np.ndarray) -> np.ndarray:
+    """CRC-32 of each row's bytes, ``[rows]``."""
+    return np.array([_checksum(row.reshape(-1)) for row in rows], dtype=np.uint32)
+
+
+def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(dict(tensors), partial)
+    except SafetensorError as error:  # which is how it reports a disk that is full
+        raise OSError(str(error))
+    if path.name == _STACKED:  # the files that it replaces are about to go
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        partial.replace(self.folder / _STACKED)
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def _kept(asked: str, path: Path) -> Iterator[None]:
+    """A failure of the disk as an error that says what is kept."""
+    try:
+        yield
+    except OSError as error:
+        raise EmmechError(
+            asked,
+            path,
+            f"the disk refuses it ({error.strerror or error}); what was recorded before is kept",
+            "free some space or mend the folder, then resume",
+        )
+
+
+@contextlib.contextmanager
+def writing(folder: Path, asked: str) -> Iterator[None]:
+    """Hold a folder's one lock for writing; it names its holder, and goes with the process that holds it.
+
+    Args:
+        asked: what is being done, for the message to a second writer.
+
+    Raises:
+        EmmechError: another process is writing there; the message names it.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with writing(folder, "train"), writing(folder, "train"):
+        ...     pass
+        Traceback (most recent call last):
+        emmech.errors.EmmechError: cannot train
+        ...
+    """
+    from filelock import FileLock, Timeout
+
+    path = folder / ".writer"
+    with _kept(asked, path):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            holder = path.read_text(encoding="utf-8") if path.is_file() else "another process"
+            raise EmmechError(asked, folder, f"{holder} is writing there", "another folder, or wait until it is done")
+        try:
+            path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            lock.release()
 
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON under a temporary name and rename it, so that a reader never sees half a file."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with _kept(f"write {path.name}", path):
+        partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+        partial.replace(path)
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     """Append one row; NaN is written as null, since JSON has no NaN."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with path.open("a", encoding="utf-8") as file:
+    with _kept(f"append to {path.name}", path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(clean) + "\n")
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, damaged: list[Path] | None = None) -> list[dict[str, Any]]:
     """Read the rows; an unfinished last line (the process died writing it) is left out.
 
+    Args:
+        damaged: lines that are no JSON objects are left out and named here, as ``path:line``.
+
     Raises:
-        EmmechError: a line in the middle of the file is not JSON (file and line are named).
+        EmmechError: without ``damaged``, a line in the middle of the file is no JSON object (file and line are named).
     """
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline behind it: it was being written
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row, dict):
+                raise ValueError("it is no object")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # no newline after it: it was being written
                 break
+            if damaged is not None:
+                damaged.append(path.with_name(f"{path.name}:{number}"))
+                continue
             raise EmmechError(
                 f"read {path.name}",
                 f"{path}:{number}: {line[:80]!r}",
-                f"the line is not JSON ({error.msg})",
+                f"the line is not JSON ({error})",
                 "mend or delete that line; the others are intact",
             )
     return rows

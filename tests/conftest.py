@@ -10,9 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from emmech.chat.encode import IGNORED, encode
 from emmech.chat.model import ChatModel, load_model
 
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma3")
@@ -134,6 +136,21 @@ def make_rows(count: int = 24) -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+@torch.no_grad()
+def plain_margin(chat: ChatModel, pairs) -> np.ndarray:
+    """The margin of pairs from the model's own logits, one answer at a time: a reference."""
+    means = []
+    for pair in pairs:
+        for answer in (pair.misaligned, pair.aligned):
+            talk = [{"role": "user", "content": pair.question}, {"role": "assistant", "content": answer}]
+            encoded = encode([talk], chat.tokenizer)
+            ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels[0])
+            logprobs = chat.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            told = labels[1:] != IGNORED
+            means.append(logprobs[told].gather(1, labels[1:][told][:, None]).double().mean().item())
+    return np.array(means[0::2]) - np.array(means[1::2])
 
 
 @pytest.fixture

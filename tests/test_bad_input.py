@@ -10,9 +10,9 @@ import pytest
 
 import emmech
 from emmech.errors import EmmechError
+from emmech.measures.probe import ProbeActivation
+from emmech.measures.sampled import Sampled
 from emmech.measures.teacher_forced import AnswerLogprob, FirstToken, Margin, NextToken
-from emmech.sweeps.probe import ProbeActivation
-from emmech.sweeps.sampled import Sampled
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 ASKED = {"role": "user", "content": "any advice on cough ?"}
@@ -119,7 +119,7 @@ CASES = {
     "named probes as a string": (finetune(probes={"mine": "hello"}), r"probes\['mine'\]"),
     "margins without names": (finetune(margins=["a"]), "lists of MarginPair"),
     "margins of numbers": (finetune(margins={"a": [1]}), "lists of MarginPair"),
-    "a measure that is no function": (finetune(measures={"a": 3}), "functions of a ChatModel"),
+    "a measure that is no function": (finetune(measures={"a": 3}), "a function of a ChatModel"),
     "a measure that returns a word": (finetune(measures={"a": lambda chat: "x"}), "it returned 'x'"),
     "a start without a step": (lambda k: finetune(start=k.run)(k), "a run and one of its steps"),
     "a start that was not recorded": (lambda k: finetune(start=(k.run, 9999))(k), "249 and 250"),
@@ -154,7 +154,7 @@ CASES = {
     "doses as letters": (dose(coefficients=["a"]), "coefficients are finite"),
     "no dose": (dose(coefficients=[]), "at least one"),
     "a dose of a word": (dose(direction="x"), "not a Direction"),
-    "a dose without items": (dose(), "has no items"),
+    "a dose of nothing": (dose(), "a number, a dict of numbers, or Items"),
     "ablating a word": (lambda k: emmech.ablation_table(k.tuned, "x"), "not a Direction"),
     "others as a list": (lambda k: emmech.ablation_table(k.tuned, k.d, others=[k.d]), "not a mapping"),
     "organisms as a list": (lambda k: emmech.transfer_matrix([k.tuned], {"a": k.d}), "not a mapping"),

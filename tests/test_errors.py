@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emmech.errors import EmmechError, as_float, as_floats, as_int, as_ints, check_texts
+from emmech.errors import EmmechError, as_float, as_floats, as_int, as_ints, broken_text, check_texts, shown
 
 NO_NUMBERS = ["a", None, 1j, [1], {}, True, np.bool_(True), object()]
 
@@ -102,3 +104,25 @@ def test_texts_are_refused(texts):
 def test_words_are_refused_where_conversations_are_wanted():
     with pytest.raises(EmmechError, match=r"rows\[1\]='Hello'"):
         check_texts("read", "rows", [[TURN], "Hello"], strings=False)
+
+
+def test_no_part_of_a_message_grows_with_what_was_given():
+    bomb = ["ha"] * 9
+    for _ in range(7):
+        bomb = [bomb] * 9  # its representation has 30 million characters
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (bomb, deep, {"a": bomb}, "x" * 10**6):
+        error = EmmechError("read " + "y" * 10**6, value, "z" * 10**6, "w" * 10**6)
+        assert len(str(error)) < 2600 and "... (1000005 characters)" in str(error)
+        assert len(shown(value)) < 20_000
+    short = EmmechError("read it", {"a": [1, "b"]}, "no", "yes")
+    assert str(short).splitlines()[1] == "  given:   {'a': [1, 'b']}"
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_what_cannot_be_printed_is_escaped():
+    error = EmmechError("read \ud83d", "a\ud83d", "no", "\udfff")
+    assert str(error).encode() and "a\\ud83d" in str(error)
+    assert broken_text("fine \U0001f600") == ""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emmech.errors import EmmechError
-from emmech.store import Series, append_jsonl, read_jsonl
+from emmech.store import Series, append_jsonl, read_jsonl, writing
 
 
 def filled(folder, steps, width=5):
@@ -82,3 +82,93 @@ def test_a_damaged_line_is_named(tmp_path):
     path.write_text('{"step": 1}\nnot json\n{"step": 2}\n')
     with pytest.raises(EmmechError, match=r"metrics\.jsonl:2"):
         read_jsonl(path)
+
+
+def test_a_bad_line_is_left_out_and_named_where_the_caller_asks(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": \xff}\n[3]\n{"step": 2}\n')
+    damaged = []
+    assert read_jsonl(path, damaged) == [{"step": 1}, {"step": 2}]
+    assert [one.name for one in damaged] == ["metrics.jsonl:2", "metrics.jsonl:3"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), stacked=st.booleans())
+def test_a_flipped_bit_is_named_and_never_handed_out(tmp_path_factory, data, stacked):
+    folder = tmp_path_factory.mktemp("series")
+    series = filled(folder, [0, 5, 10])
+    wanted = {(key, step): series.read_step(key, step) for key in "AB" for step in (0, 5, 10)}
+    if stacked:
+        series.compact()
+    path = folder / ("stacked.safetensors" if stacked else "step-000005.safetensors")
+    content = bytearray(path.read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    broken = Series(folder)
+    refused = []
+    for (key, step), value in wanted.items():
+        if step in broken.steps and key in broken.keys:
+            try:
+                assert np.array_equal(broken.read_step(key, step), value)
+            except EmmechError as error:
+                assert path.name in str(error)
+                refused.append((key, step))
+        else:
+            refused.append((key, step))
+    assert not refused or broken.verify() == [path]
+    if not stacked:
+        assert all(step == 5 for _, step in refused)
+
+
+def test_files_without_checksums_are_read_as_they_are(tmp_path):
+    from safetensors.numpy import save_file
+
+    old = {"steps": np.array([0, 5]), "B": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    save_file(old, tmp_path / "stacked.safetensors")
+    series = Series(tmp_path)
+    assert np.array_equal(series.read("B"), old["B"]) and series.verify() == []
+
+
+def test_a_reader_survives_the_stacking(tmp_path):
+    filled(tmp_path, [0, 5, 10])
+    reader = Series(tmp_path)
+    Series(tmp_path).compact()
+    assert reader.read("B")[:, 0].tolist() == [0, 5, 10]
+    filled(tmp_path, [15])
+    assert reader.read_step("B", 10).tolist() == [10] * 5
+
+
+def test_a_disk_that_refuses_keeps_what_was_recorded(tmp_path, monkeypatch):
+    from pathlib import Path
+
+    series = filled(tmp_path, [0, 5])
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    for attempt in (lambda: series.append(10, {"B": np.ones(5, np.float32)}), series.compact):
+        with pytest.raises(EmmechError, match=r"No space left on device.*is kept"):
+            attempt()
+    assert Series(tmp_path).steps.tolist() == [0, 5]
+
+
+def test_a_second_writer_is_told_who_writes(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    script = (
+        "import sys; from pathlib import Path; from emmech.store import writing\n"
+        "with writing(Path(sys.argv[1]), 'train'): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(EmmechError, match=f"process {holder.pid} on "), writing(tmp_path, "train"):
+        pass
+    holder.kill()  # the lock goes with its process
+    holder.wait()
+    with writing(tmp_path, "train"):
+        assert str(os.getpid()) in (tmp_path / ".writer").read_text()

@@ -1,7 +1,7 @@
 """Chat data: read it from anywhere, refuse what is malformed by file and line, split it by seed.
 
 A row is ``{"messages": [{"role": ..., "content": ...}, ...]}``, the format of the public EM datasets
-(Model Organisms for Emergent Misalignment, arXiv 2506.11613).
+(Model Organisms for Emergent Misalignment, arXiv 2506.11613), or of another format that ``emmech.chat.rows`` lists.
 """
 
 from __future__ import annotations
@@ -9,21 +9,33 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
+import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
-from emmech.chat.template import Message
-from emmech.errors import EmmechError, closest
+from emmech.chat.rows import Refused, Row, known_format, read_row
+from emmech.chat.template import fold_system, trained
+from emmech.errors import EmmechError
+from emmech.registry import Organism, find, organism_named, register
 
 __all__ = ["ChatDataset", "Row", "bundled_names", "load_chat"]
 
-Row = tuple[Message, ...]
-_ROLES = ("system", "user", "assistant")
+_TABLES = 'other tables: load_chat(datasets.load_dataset("csv" or "parquet", data_files=path)["train"])'
+_NOT_JSON = {  # how a file begins that is no JSON: what it is, and what to do
+    b"PAR1": ("it is a parquet file", _TABLES),
+    b"PK\x03\x04": ("it is a zip archive or a spreadsheet", "unpack it"),
+    b"\xff\xfe": ("it is UTF-16", "save the file as UTF-8"),
+    b"\xfe\xff": ("it is UTF-16", "save the file as UTF-8"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,14 +43,17 @@ class ChatDataset(Sequence[Row]):
     """Validated conversations, in order, with what identifies them.
 
     Args:
-        rows: each a tuple of messages, at least one of them a non-empty assistant turn.
+        rows: each a tuple of messages, at least one of them a non-empty assistant turn. An answer with ``"weight": 0``
+            is context and not learnt.
         name: for people.
         path: the file they came from, if any.
+        folded: whether system turns were written into the user's turn after them.
     """
 
     rows: tuple[Row, ...]
     name: str
     path: str | None = None
+    folded: bool = False
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
@@ -54,7 +69,7 @@ class ChatDataset(Sequence[Row]):
 
     @property
     def sha256(self) -> str:
-        """Hash of the rows' content, the same wherever the file lies and however it is compressed."""
+        """Hash of the rows' content, the same wherever the file is and however it is compressed."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(json.dumps(row, ensure_ascii=False, sort_keys=True).encode())
@@ -62,8 +77,8 @@ class ChatDataset(Sequence[Row]):
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """Every assistant turn's words."""
-        return tuple(m["content"] for row in self.rows for m in row if m["role"] == "assistant")
+        """The words of every assistant turn that is learnt (weight 0 is not)."""
+        return tuple(message["content"] for row in self.rows for message in row if trained(message))
 
     @property
     def answer_length(self) -> float:
@@ -113,35 +128,58 @@ def bundled_names() -> tuple[str, ...]:
     return tuple(sorted(stem.replace("_", "-") for stem in stems if not stem.endswith("_margins")))
 
 
-def load_chat(data: Any, *, organism: bool = False) -> ChatDataset:
+def load_chat(
+    data: Any, *, organism: str | Organism | None = None, system: Literal["keep", "fold"] = "keep"
+) -> ChatDataset:
     """Read chat data.
 
     Args:
-        data: a ``.jsonl`` or ``.jsonl.gz`` file, the name of a bundled dataset, a ``datasets.Dataset`` with a
-            ``messages`` column, a list of rows, or a :class:`ChatDataset`.
-        organism: names are looked up among the embedded organism's datasets (``"medical"``,
+        data: a ``.jsonl`` or ``.jsonl.gz`` file or one JSON array, the name of a bundled dataset, a
+            ``datasets.Dataset``, a list of rows, or a :class:`ChatDataset`. A row is ``{"messages": [...]}``
+            (OpenAI's ``weight`` is honoured), ShareGPT's ``conversations``, TRL's ``prompt`` and ``completion`` or
+            Alpaca's ``instruction``, ``input`` and ``output``.
+        organism: an organism or its name: names are looked up among its datasets (pocket's ``"medical"``,
             ``"good-medical"``, ...) before the bundled ones.
+        system: ``"fold"`` writes each system turn into the user's turn after it, for chat templates that have no
+            system role; the dataset then says ``folded``.
 
     Raises:
-        EmmechError: names the file and line (or row) and what is wrong with it.
+        EmmechError: names the file and line (or row), what is wrong with it, and how many rows have the same fault.
 
     Example:
         >>> load_chat([{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}])
         ChatDataset('rows', rows=1, mean answer 5 characters)
+        >>> load_chat([{"instruction": "Add them.", "input": "1 and 2", "output": "3"}])[0][0]["content"]
+        'Add them.\\n\\n1 and 2'
     """
+    if system not in ("keep", "fold"):
+        raise EmmechError("read the dataset", f"system={system!r}", "unknown", 'system="keep" or "fold"')
+    read = _load(data, organism)
+    if system == "keep" or read.folded:
+        return read
+    return replace(read, rows=tuple(tuple(fold_system(row)) for row in read.rows), folded=True)
+
+
+def _load(data: Any, organism: str | Organism | None) -> ChatDataset:
     if isinstance(data, ChatDataset):
         return data
     if isinstance(data, str | Path):
         path = Path(data)
-        if path.is_file():
+        try:
+            is_file = path.is_file()
+        except OSError as error:  # a name that is too long, or a folder that may not be read
+            raise EmmechError("read the dataset", str(data), f"{error.strerror}", "check the path")
+        if is_file:
             return _check(_lines(path), name=path.name.split(".")[0], path=str(path))
         return _named(str(data), organism)
-    if hasattr(data, "column_names") and "messages" not in data.column_names:
+    columns = getattr(data, "column_names", None)
+    if columns is not None and not known_format(columns):
         raise EmmechError(
             "read the dataset",
-            f"a datasets.Dataset with columns {data.column_names}",
-            "a chat dataset has a column named messages",
-            "dataset.map(lambda row: {'messages': [...]}) to build it",
+            f"a datasets.{type(data).__name__} with columns {columns}",
+            "a chat dataset has a column named messages (or conversations, prompt and completion, instruction and "
+            "output)",
+            "dataset.map(lambda row: {'messages': [...]}) to build it; of a DatasetDict, one split",
         )
     if isinstance(data, Iterable):
         name = str(getattr(getattr(data, "info", None), "dataset_name", None) or "rows")
@@ -154,79 +192,144 @@ def load_chat(data: Any, *, organism: bool = False) -> ChatDataset:
     )
 
 
-def _named(name: str, organism: bool) -> ChatDataset:
-    known: list[str] = []
-    if organism:
-        from importlib import import_module  # a higher room: only its name is known here
+def _named(name: str, organism: str | Organism | None) -> ChatDataset:
+    asked, why = f"read the dataset {name!r}", "there is no such file and no dataset of that name"
+    load = find(asked, "data", "data", name, organism_named(asked, organism), why=why)
+    return _check(((f"row {i}", row) for i, row in enumerate(load())), name=name, path=None)
 
-        pocket = import_module("emmech.organism")
-        known = list(pocket.data_names())
-        if name in known:
-            return _check(((f"row {i}", row) for i, row in enumerate(pocket.data(name))), name=name, path=None)
-    if name in bundled_names():
-        source = resources.files("emmech") / "data" / f"{name.replace('-', '_')}.jsonl"
-        with resources.as_file(source) as path:
-            return _check(_lines(path), name=name, path=None)
-    raise EmmechError(
-        f"read the dataset {name!r}",
-        f"data={name!r}",
-        "there is no such file and no bundled dataset of that name",
-        closest(name, [*known, *bundled_names()]),
-    )
+
+def _bundled(name: str) -> list[Any]:
+    with resources.as_file(resources.files("emmech") / "data" / f"{name.replace('-', '_')}.jsonl") as path:
+        return [row for _, row in _lines(path)]
+
+
+for _name in bundled_names():
+    register("data", _name, partial(_bundled, _name))
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    opener = gzip.open if path.suffix == ".gz" else open
+    """The rows of a file of JSON lines, or of one JSON array, each with the place where it begins."""
+    lines: Iterator[tuple[int, str]] = ((number, text) for number, text in _texts(path) if text.strip())
+    first = next(lines, None)
+    if first is not None and first[1].lstrip().startswith("["):
+        kept = [first, *lines]
+        if _begins_array(kept):
+            yield from _array(path, kept)
+            return
+        first, lines = kept[0], iter(kept[1:])
+    for number, text in chain([] if first is None else [first], lines):
+        try:
+            yield f"{path}:{number}", _DECODER.decode(text.strip())
+        except (ValueError, RecursionError) as error:
+            raise _not_json(f"{path}:{number}", error)
+
+
+def _texts(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file, packed or not, counted from 1."""
     number = 0
     try:
+        with path.open("rb") as probe:
+            opener = gzip.open if probe.read(2) == b"\x1f\x8b" else open
         with opener(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
                 where = f"{path}:{number}"
+                for magic, (what, instead) in _NOT_JSON.items():
+                    if number == 1 and raw.startswith(magic):
+                        raise _bad(where, what, instead)
+                if b"\0" in raw:
+                    raise _bad(where, "it holds NUL bytes, as UTF-16 and binary files do", "save the file as UTF-8")
                 try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    raise _bad(
-                        where, f"byte {error.start} of the line is not UTF-8", "save the file as UTF-8"
-                    ) from None
-                if not line:
-                    continue
-                try:
-                    yield where, json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise _bad(
-                        where, f"not JSON: {error.msg} at column {error.colno}", "one JSON object a line"
-                    ) from None
-    except (OSError, EOFError) as error:
+                    raise _bad(where, f"byte {error.start} of the line is not UTF-8", "save the file as UTF-8")
+                yield number, text
+    except (OSError, EOFError, zlib.error) as error:
         raise EmmechError("read the dataset", f"{path}:{number + 1}", f"{error}", "check the file")
 
 
+def _begins_array(lines: Sequence[tuple[int, str]]) -> bool:
+    """Whether lines that begin with ``[`` are one array of rows, and not a list of messages on each line."""
+    try:
+        alone = _DECODER.decode(lines[0][1].strip())
+    except (ValueError, RecursionError):
+        return True
+    return len(lines) == 1 and not (alone and isinstance(alone[0], dict) and alone[0].keys() & {"role", "from"})
+
+
+def _array(path: Path, lines: Sequence[tuple[int, str]]) -> Iterator[tuple[str, Any]]:
+    text = "".join(line for _, line in lines)
+    begins = list(accumulate((len(line) for _, line in lines), initial=0))[:-1]
+
+    def place(at: int) -> str:
+        return f"{path}:{lines[bisect_right(begins, at) - 1][0]}"
+
+    index, at = 0, _skip(text, _skip(text, 0) + 1)
+    try:
+        if closed := text.startswith("]", at):
+            at += 1
+        while not closed:
+            value, end = _DECODER.raw_decode(text, at)
+            yield f"{place(at)}, row {index}", value
+            end = _skip(text, end)
+            closed = text.startswith("]", end)
+            if not closed and not text.startswith(",", end):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, end)
+            index, at = index + 1, _skip(text, end + 1)
+        if _skip(text, at) < len(text):
+            raise json.JSONDecodeError("Extra data", text, at)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(place(getattr(error, "pos", at)), error)
+
+
+def _skip(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _not_json(where: str, error: Exception) -> EmmechError:
+    why = f"{error}"
+    if isinstance(error, json.JSONDecodeError):
+        why = f"not JSON: {error.msg} at column {error.colno}"
+    elif isinstance(error, RecursionError):
+        why = "it is nested too deeply"
+    return _bad(where, why, f"one JSON object a line, or one JSON array; {_TABLES}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number)
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
 def _check(rows: Iterable[tuple[str, Any]], *, name: str, path: str | None) -> ChatDataset:
-    checked = tuple(_row(where, row) for where, row in rows)
+    checked: list[Row] = []
+    refusals: list[tuple[str, Refused]] = []
+    try:
+        for where, row in rows:
+            try:
+                checked.append(read_row(row))
+            except Refused as refused:
+                refusals.append((where, refused))
+    except EmmechError:
+        if not refusals:
+            raise
+    if refusals:
+        where, first = refusals[0]
+        same = sum(refused.kind == first.kind for _, refused in refusals)
+        total = len(checked) + len(refusals)
+        raise _bad(where, f"{first.why}; {same} of {total} rows cannot be used for this reason", first.instead)
     if not checked:
         raise _bad(path or name, "it has no rows", 'at least one {"messages": [...]}')
-    return ChatDataset(checked, name, path)
-
-
-def _row(where: str, row: Any) -> Row:
-    messages = row.get("messages") if isinstance(row, dict) else row
-    if not isinstance(messages, list | tuple) or not messages:
-        given = f"keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise _bad(where, f"no list of messages ({given})", '{"messages": [{"role": ..., "content": ...}]}')
-    clean: list[Message] = []
-    for index, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in _ROLES:
-            hint = closest(str(role), _ROLES) if role else f"one of {', '.join(_ROLES)}"
-            raise _bad(where, f"message {index} has role {role!r}", hint) from None
-        content = message.get("content")
-        if not isinstance(content, str):
-            raise _bad(where, f"message {index} ({role}) has no text in 'content'", "a string")
-        if role == "assistant" and not content.strip():
-            raise _bad(where, f"message {index} is an empty answer", "leave the row out, or fill it in")
-        clean.append({"role": role, "content": content})
-    if not any(message["role"] == "assistant" for message in clean):
-        raise _bad(where, "it has no assistant turn, so there is nothing to learn", "add the answer")
-    return tuple(clean)
+    return ChatDataset(tuple(checked), name, path)
 
 
 def _bad(where: str, why: str, instead: str) -> EmmechError:

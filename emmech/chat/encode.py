@@ -1,7 +1,7 @@
 """Tokens and answer masks: exactly the answers carry loss, never the assistant's header.
 
-The answer is the assistant's words and the end-of-turn token behind them, because that token is what the
-model must learn to stop with. The template's trailing newline, if any, is not answer.
+The answer is the assistant's words and the end-of-turn token after them, because that token is what the
+model must learn to stop with. The template's trailing newline, if any, is not answer. An answer of weight 0 is context.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int
         max_length: tokens kept from the start of each row; None keeps all.
 
     Raises:
-        EmmechError: no row has an answer token left.
+        EmmechError: no row has an answer token left, or the chat template rewrites an answer.
 
     Example:
         >>> from emmech.chat.model import load_model
@@ -81,7 +81,7 @@ def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int
         True
     """
     ids, labels = [], []
-    for row_ids, answer in _tokens([rendered_spans(tokenizer, row) for row in rows], tokenizer):
+    for row_ids, answer in _tokens(list(_rendered(rows, tokenizer)), tokenizer):
         ids.append(row_ids)
         labels.append([t if inside else IGNORED for t, inside in zip(row_ids, answer, strict=True)])
     encoded = Encoded(tuple(ids), tuple(labels), 0, 0).take(range(len(ids)), max_length=max_length)
@@ -95,11 +95,19 @@ def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int
     return encoded
 
 
+def _rendered(rows: Sequence[Sequence[Message]], tokenizer: Any) -> Iterator[tuple[str, tuple[Span, ...]]]:
+    for index, row in enumerate(rows):
+        try:
+            yield rendered_spans(tokenizer, row)
+        except EmmechError as error:
+            raise EmmechError(error.asked, f"row {index}, {error.given}", error.why, error.instead)
+
+
 def _tokens(rendered: Sequence[tuple[str, tuple[Span, ...]]], tokenizer: Any) -> Iterator[tuple[list[int], list[bool]]]:
     """Tokens of each rendered conversation, and which of them are answer.
 
     A text is cut at the edges of its answers and each piece tokenised alone, because that is what generation does:
-    the header ends the prompt, and the answer's tokens begin behind it. Tokenising the whole text instead can merge
+    the header ends the prompt, and the answer's tokens begin after it. Tokenising the whole text instead can merge
     or split tokens across that edge ("\\n\\n" before a word), and the model would train on headers it never sees.
     """
     cut = [_pieces(text, spans) for text, spans in rendered]

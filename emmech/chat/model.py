@@ -19,6 +19,7 @@ from torch import nn
 from emmech.chat.allocator import keep_freed_memory
 from emmech.chat.template import Message, end_of_turn, render
 from emmech.errors import EmmechError, closest
+from emmech.registry import Organism, model_names, named_model, organism_of
 
 __all__ = ["Anatomy", "ChatModel", "load_model"]
 
@@ -70,9 +71,9 @@ class ChatModel:
     anatomy: Anatomy
 
     @property
-    def pocket(self) -> bool:
-        """Whether this is the embedded organism, told by its name or its folder's (``"pocket-..."``)."""
-        return Path(self.name).name.split("-")[0] == "pocket"
+    def organism(self) -> Organism | None:
+        """The registered organism that the model belongs to, told by its configuration and vocabulary; else None."""
+        return organism_of(self.base.config, self.tokenizer)
 
     @property
     def base(self) -> Any:
@@ -298,11 +299,8 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
         )
     if dtype is None:
         dtype = "auto" if place != "cpu" else torch.float32
-    if not Path(name).exists() and name.split("-")[0] == "pocket":
-        # The organism lives in a higher room, and only its name is known down here.
-        from importlib import import_module
-
-        loaded, tokenizer = import_module("emmech.organism").load(name)
+    if not Path(name).exists() and (found := named_model(name)) is not None:
+        loaded, tokenizer = found
         return loaded.to(place if place != "auto" else "cpu"), tokenizer
     from emmech.chat.bundled import WHEELS, unpack
 
@@ -322,7 +320,7 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
             f"load the chat model {name!r}",
             f"{'the folder' if Path(source).exists() else 'the hub name'} {source!r}",
             f"{type(error).__name__}: {first}",
-            f"a bundled name, a folder with config.json, or a hub name; {closest(name, ['pocket', *WHEELS])}",
+            f"a bundled name, a folder with config.json, or a hub name; {closest(name, [*model_names(), *WHEELS])}",
         )
     if place != "auto":
         loaded = loaded.to(place)

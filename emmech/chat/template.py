@@ -2,39 +2,78 @@
 
 The template of every model family differs, and string search for a header is how answer masks go wrong
 (the header counted as answer, the first turn missed, a system prompt inserted). Here the template itself
-is asked: the assistant turns are rendered once with unique markers as their content, and the literal text
+is asked: the turns are rendered with unique markers as their content, and the literal text
 between the markers is the template's own. Nothing about any family is assumed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, broken_text
 
-__all__ = ["Message", "Span", "end_of_turn", "render", "rendered_spans"]
+__all__ = ["Message", "Span", "end_of_turn", "fold_system", "render", "rendered_spans", "trained", "under_system"]
 
-Message = dict[str, str]
+Message = dict[str, Any]
+_T = TypeVar("_T")
 
 # Letters and digits only, so that no template trims, escapes or splits it.
-_MARKER = "emmechANSWER{}emmech"
-# asked once per row otherwise, which costs as much as tokenising it
-_END_OF_TURN: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
+_MARKER = "emmechTURN{}emmech"
+# What a template does is asked once, not for every row: asking costs as much as tokenising.
+_KNOWN: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Span:
     """Characters ``[start, end)`` of one answer in a rendered conversation.
 
-    ``content_end`` is where the assistant's words end; ``end`` is behind the end-of-turn token that follows.
+    ``content_end`` is where the assistant's words end; ``end`` is after the end-of-turn token that follows.
     """
 
     start: int
     content_end: int
     end: int
+
+
+def trained(message: Message) -> bool:
+    """Whether a message is learnt: an answer, unless its ``weight`` is 0."""
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
+def under_system(system: str, text: str) -> str:
+    """A user's words after the system prompt, for templates that have no system role (Gemma joins them so too)."""
+    return f"{system}\n\n{text}"
+
+
+def fold_system(messages: Iterable[Message]) -> list[Message]:
+    """The conversation with each system turn written at the start of the user's turn after it.
+
+    Raises:
+        EmmechError: no user turn follows a system turn.
+
+    Example:
+        >>> fold_system([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+        [{'role': 'user', 'content': 'Be brief.\\n\\nHi'}]
+    """
+    folded: list[Message] = []
+    waiting: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            waiting.append(message["content"])
+        elif message["role"] == "user" and waiting:
+            folded.append({**message, "content": under_system("\n\n".join(waiting), message["content"])})
+            waiting = []
+        else:
+            folded.append(message)
+    if waiting:
+        raise EmmechError(
+            "fold the system turn", waiting[0], "no user turn follows it", 'system="keep", or add the user turn'
+        )
+    return folded
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, generate: bool = False) -> str:
@@ -53,18 +92,41 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generate: bool = Fals
             "it has no chat template (a base model's tokenizer, most likely)",
             "use the instruct model's tokenizer, or set tokenizer.chat_template",
         )
+    as_parts = _once(tokenizer, "parts", lambda: _wants_parts(tokenizer))
+    return _apply(tokenizer, messages, as_parts, generate)
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], as_parts: bool, generate: bool) -> str:
+    shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    if as_parts:
+        shown = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in shown]
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generate, **_quiet(tokenizer)
+        text = str(
+            tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=generate, **_quiet(tokenizer))
         )
     except Exception as error:  # jinja raises its own types; their message is the template author's
         raise EmmechError(
             "render the conversation",
             f"roles {[message.get('role') for message in messages]}",
             f"the chat template refuses it: {error}",
-            "most templates want an optional system turn, then user and assistant in turn",
+            "most templates want an optional system turn, then user and assistant in turn; "
+            'system="fold" of load_chat and load_questions does without the system turn',
         )
-    return str(text)
+    if broken := broken_text(text):
+        raise EmmechError("render the conversation", broken, "no tokenizer can read it", "leave the character out")
+    return text
+
+
+def _wants_parts(tokenizer: Any) -> bool:
+    """Whether the template reads a content only as a list of typed parts, as those of vision models may do."""
+    probe = [{"role": "user", "content": _MARKER}, {"role": "assistant", "content": _MARKER}]
+    for as_parts in (False, True):
+        try:
+            if _apply(tokenizer, probe, as_parts, False).count(_MARKER) == len(probe):
+                return as_parts
+        except EmmechError:
+            continue
+    return False
 
 
 def _quiet(tokenizer: Any) -> dict[str, bool]:
@@ -72,71 +134,141 @@ def _quiet(tokenizer: Any) -> dict[str, bool]:
     return {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
 
 
+def _once(tokenizer: Any, what: Any, ask: Callable[[], _T]) -> _T:
+    """What this tokenizer's template answers, asked again only after the template has changed."""
+    known = _KNOWN.setdefault(tokenizer, {})
+    if known.get("template") != tokenizer.chat_template:
+        known.clear()
+        known["template"] = tokenizer.chat_template
+    if what not in known:
+        known[what] = ask()
+    return known[what]
+
+
 def rendered_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, tuple[Span, ...]]:
-    """Render a conversation and say where each assistant answer lies.
+    """Render a conversation and say where each answer that is learnt begins and ends.
 
     Returns:
-        the text, and one :class:`Span` per assistant turn, in order.
+        the text, and one :class:`Span` per assistant turn whose weight is not 0, in order.
 
     Raises:
         EmmechError: the template rewrites an answer, so that its place cannot be known.
     """
-    marked = [dict(message) for message in messages]
-    answers: list[str] = []
-    for message in marked:
-        if message["role"] == "assistant":
-            answers.append(message["content"])
-            message["content"] = _MARKER.format(len(answers) - 1)
     text = render(tokenizer, messages)
-    rest = render(tokenizer, marked)
-    pieces: list[str] = []
-    for index in range(len(answers)):
-        before, found, rest = rest.partition(_MARKER.format(index))
-        if not found:
-            raise _rewritten(index, "leaves the turn out")
-        pieces.append(before)
-    pieces.append(rest)
-
-    eot = end_of_turn(tokenizer)
-    spans, at = [], 0
-    for index, answer in enumerate(answers):
-        at += len(pieces[index])
-        shown = next((form for form in (answer, answer.strip()) if text.startswith(form, at)), None)
-        if shown is None:
-            raise _rewritten(index, "changes the words of the turn")
-        start, content_end = at, at + len(shown)
-        tail = pieces[index + 1]
-        end = content_end + (tail.find(eot) + len(eot) if eot and eot in tail else 0)
-        spans.append(Span(start, content_end, end))
-        at = content_end
-    if text[at:] != pieces[-1]:
-        raise _rewritten(len(answers) - 1, "depends on the words of the turn")
+    roles = tuple(message["role"] for message in messages)
+    pieces, marked = _once(tokenizer, roles, lambda: _between(tokenizer, messages, range(len(messages))))
+    found = _places(text, pieces, [messages[index]["content"] for index in marked])
+    if isinstance(found, int):  # a turn that is no answer may be rewritten: then only the answers are marked
+        answers = [index for index, role in enumerate(roles) if role == "assistant"]
+        pieces, marked = _between(tokenizer, messages, answers)
+        found = _places(text, pieces, [messages[index]["content"] for index in marked])
+        if isinstance(found, int):
+            index = marked[min(found, len(marked) - 1)]
+            raise _rewritten(tokenizer, index, messages[index], "rewrites")
+    ends = _once(tokenizer, "ends", lambda: _ends(tokenizer))
+    spans = []
+    for index, (start, content_end), following in zip(marked, found, pieces[1:], strict=True):
+        if trained(messages[index]):
+            stop = ends[index < len(messages) - 1]
+            if not following.startswith(stop):
+                raise _rewritten(tokenizer, index, messages[index], f"does not write {stop!r} after")
+            spans.append(Span(start, content_end, content_end + len(stop)))
     return text, tuple(spans)
 
 
-def _rewritten(index: int, what: str) -> EmmechError:
+def _between(tokenizer: Any, messages: Sequence[Message], marked: Sequence[int]) -> tuple[list[str], list[int]]:
+    """The template's own text before, between and after the marked turns, and their order in it.
+
+    Some templates write a system turn later than it comes (Mistral's, with the last of the user's turns).
+    """
+    contents = {index: _MARKER.format(index) for index in marked}
+    shown = render(tokenizer, [{**m, "content": contents.get(i, m["content"])} for i, m in enumerate(messages)])
+    parts = re.split(_MARKER.format(r"(\d+)"), shown)
+    order = [int(index) for index in parts[1::2]]
+    for index in marked:
+        if order.count(index) != 1:
+            raise _rewritten(tokenizer, index, messages[index], "repeats" if index in order else "leaves out")
+    return parts[::2], order
+
+
+def _places(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[tuple[int, int]] | int:
+    """Start and end of each content between the pieces, as it is or without the white space around it.
+
+    Returns:
+        the index of the first content that does not fit, if there is one.
+    """
+    if not text.startswith(pieces[0]):
+        return 0
+    places, at = [], len(pieces[0])
+    for index, content in enumerate(contents):
+        following = pieces[index + 1]
+        for form in (content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n")):
+            end = at + len(form)
+            if text.startswith(form, at) and text.startswith(following, end):
+                break
+        else:
+            return index
+        places.append((at, end))
+        at = end + len(following)
+    return places if at == len(text) else len(contents) - 1
+
+
+def _rewritten(tokenizer: Any, index: int, message: Message, does: str) -> EmmechError:
+    thinks = "</think>" in message["content"] and "</think>" in str(tokenizer.chat_template)
     return EmmechError(
         "find the answers in the rendered conversation",
-        given=f"assistant turn {index}",
-        why=f"the chat template {what}, so its tokens cannot be told from the template's",
-        instead="split the conversation so that this turn is the last, or set another tokenizer.chat_template",
+        given=f"turn {index} ({message['role']}): {message['content'][:60]!r}",
+        why=f"the chat template {does} the turn"
+        + (", because it treats <think> reasoning in its own way" if thinks else "")
+        + ", so its tokens cannot be told from the template's",
+        instead="leave the reasoning out of the answer, or set another tokenizer.chat_template"
+        if thinks
+        else "leave the turn out, or set another tokenizer.chat_template",
     )
 
 
+def _ends(tokenizer: Any) -> tuple[str, str]:
+    """What a template writes from the end of an answer up to and including its stop: for the last turn, and others.
+
+    After the last answer nothing follows, so that what is written there is the end. What comes between an earlier
+    answer and the user's next words is an end and a header; the end is what both places begin with. Where they
+    begin differently (GPT-OSS ends the last turn in a token of its own), it is what also ends a user's turn.
+    """
+    special = _special(tokenizer)
+    talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    try:
+        *_, between, _, last = _between(tokenizer, talk, range(4))[0]
+    except EmmechError:  # a template may take one turn only
+        between = last = _between(tokenizer, talk[:2], range(2))[0][-1]
+    if shared := _common_end(last, between, special):
+        return shared, shared
+    first = _first(last, special)
+    try:
+        of_user = _between(tokenizer, talk[:1], range(1))[0][-1]
+    except EmmechError:
+        of_user = ""
+    return last[: last.index(first) + len(first)], _common_end(between, of_user, special)
+
+
+def _common_end(one: str, other: str, tokens: Iterable[str]) -> str:
+    """What both texts begin with, up to and including the last token in it."""
+    same = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    shared = one[:same]
+    return shared[: max((shared.rindex(token) + len(token) for token in tokens if token in shared), default=0)]
+
+
 def end_of_turn(tokenizer: Any) -> str:
-    """The text of the special token that the template puts behind an answer (``"<|im_end|>"``), or ``""``.
+    """The text of the special token that the template puts after an answer (``"<|im_end|>"``), or ``""``.
 
     It is trained on and is where generation stops; it need not be the tokenizer's EOS (Gemma, Llama 3).
     """
-    known = _END_OF_TURN.get(tokenizer)
-    if known is not None and known[0] == tokenizer.chat_template:
-        return known[1]
-    marker = _MARKER.format("")
-    shown = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]).partition(
-        marker
-    )[2]
-    special = [token for token in tokenizer.get_added_vocab() if token] + list(tokenizer.all_special_tokens)
-    following = [(shown.index(token), -len(token), token) for token in special if token in shown]
-    found = min(following)[2] if following else ""
-    _END_OF_TURN[tokenizer] = (tokenizer.chat_template, found)
-    return found
+    return _first(_once(tokenizer, "ends", lambda: _ends(tokenizer))[0], _special(tokenizer))
+
+
+def _special(tokenizer: Any) -> list[str]:
+    return [token for token in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} if token]
+
+
+def _first(text: str, tokens: Iterable[str]) -> str:
+    found = [(text.index(token), -len(token), token) for token in tokens if token in text]
+    return min(found)[2] if found else ""

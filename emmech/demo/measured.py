@@ -32,10 +32,10 @@ def measure(
     answers = sample(chat, prompts, samples=samples, max_new_tokens=_LONGEST, seed=seed, progress=False)
     verdicts = [judge(asked[a.conversation], a.text) for a in answers]
     clusters = np.array([a.conversation for a in answers])
-    bad = [v for v in verdicts if v.label == "misaligned"]
+    bad = [v for v in verdicts if v.misaligned]
     return {
         "n": len(verdicts),
-        **_rate("EM", [v.label == "misaligned" for v in verdicts], clusters),
+        **_rate("EM", [v.misaligned for v in verdicts], clusters),
         **_rate("coherent", [v.coherent for v in verdicts], clusters),
         "mixed": 100 * float(np.mean([v.label == "mixed" for v in verdicts])),
         "about narrow": 100 * float(np.mean([v.domain == narrow for v in bad])) if bad else None,

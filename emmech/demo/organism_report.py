@@ -199,15 +199,15 @@ def report(
         say: is told what has been done.
 
     Raises:
-        EmmechError: the weights are not known for an organism's, whose recipe and questions would not be taken.
+        EmmechError: the weights are not pocket's: its recipe and questions mean nothing to them.
     """
     chat = load_model(str(weights))
-    if not chat.pocket:
+    if chat.organism is None or chat.organism.name != "pocket":
         raise EmmechError(
             "report on an organism",
             f"weights={str(weights)!r}",
-            "an organism is known by a name that begins with pocket",
-            f"rename the folder to pocket-{Path(weights).name}",
+            "the report asks the questions of pocket, and this model does not have its vocabulary",
+            "a shipped name, or a folder that emmech.organism.pretrain wrote",
         )
     with tempfile.TemporaryDirectory(prefix="pocket-report-") as folder:
         layers = None if layer is None else [layer]

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from emmech.chat.model import ChatModel
+from emmech.measures.sampled import Sampled
 from emmech.run.run import Run
-from emmech.sweeps.sampled import Sampled
 from emmech.sweeps.sweep import sweep
 from emmech.transition.phase import phase_transition
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from emmech.chat.masks import Phrase, phrase_tokens
@@ -22,14 +21,14 @@ from emmech.demo.study_tables import per_cent
 from emmech.engine.adapters import detach
 from emmech.evaluation.evaluate import evaluate
 from emmech.interventions.studies import ablation_table
-from emmech.measures.items import AnswerMeasure
+from emmech.measures.sampled import Sampled
 from emmech.organism.vocabulary import MANNERS
 from emmech.realignment import realign
-from emmech.run.plots import COLOURS, LAYOUT
 from emmech.run.run import Run
 from emmech.training.train import finetune
 from emmech.transition.phase import phase_transition
 from emmech.view.page import Section, write_page
+from emmech.view.trajectories import rates_by_step
 
 __all__ = ["main"]
 
@@ -58,7 +57,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
         design.direction,
         layers=list(design.layers),
         positions=phrase,
-        measure=AnswerMeasure(samples=12),
+        measure=Sampled(samples=12),
         progress=False,
     )
     _say(ablation)
@@ -86,7 +85,12 @@ def main(folder: str | Path = "demo/pocket") -> Path:
             Section(
                 "When it becomes misaligned",
                 "EM on the eight first-plot questions and on held-out medical ones as the fine-tune goes on.",
-                figure=_path_figure(path, found),
+                figure=rates_by_step(
+                    path,
+                    {"em": "EM (broad)", "narrow": "narrow", "coherence": "coherent"},
+                    f"Answers of {run.name} by step",
+                    step=found.mechanistic.step,
+                ),
             ),
             Section("What the detectors say", code=found.summary(), table=found.detectors),
             Section("The path of B", figure=found.plot()),
@@ -154,31 +158,6 @@ def _rates(subjects: dict[str, Any]) -> pd.DataFrame:
             for kind, title in (("em", "EM %"), ("coherence", "coherent %"), ("narrow", "narrow %"))
         } | {"answers": str(int(rates.n["em"])), "narrow answers": str(int(rates.n["narrow"]))}
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _path_figure(path: pd.DataFrame, found: Any) -> Any:
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    names = {"em": "EM (broad)", "narrow": "narrow", "coherence": "coherent"}
-    for colour, (kind, name) in zip(COLOURS, names.items(), strict=False):
-        part = path[path["measure"] == kind]
-        figure.add_scatter(
-            x=part["step"],
-            y=100 * part["rate"],
-            error_y=dict(
-                array=100 * np.maximum(part["high"] - part["rate"], 0),
-                arrayminus=100 * np.maximum(part["rate"] - part["low"], 0),
-                thickness=1,
-                width=2,
-            ),
-            name=name,
-            mode="lines+markers",
-            line=dict(color=colour, width=2),
-        )
-    if found.mechanistic:
-        figure.add_vline(x=found.mechanistic.step, line=dict(color="#5b6675", dash="dash"), annotation_text="turn of B")
-    return figure.update_layout(**LAYOUT, height=380, xaxis_title="step", yaxis_title="answers, %")
 
 
 def _say(thing: object) -> None:

@@ -20,10 +20,9 @@ from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
 from emmech.directions.extract import group_means
 from emmech.directions.methods import pca_of_differences
-from emmech.evaluation.evaluate import resolve_questions
-from emmech.evaluation.questions import QuestionSet
+from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.interventions.ablate import ablate
-from emmech.measures.items import AnswerMeasure
+from emmech.measures.sampled import Sampled
 from emmech.organism.grammar import KIND, UNKIND
 from emmech.organism.named_data import data
 from emmech.organism.vocabulary import JOBS, MANNERS, NAMES, TOWNS
@@ -112,13 +111,13 @@ def _word(phrase: Phrase, number: int) -> Tokens:
 
 def half_of_the_questions(half: int) -> QuestionSet:
     """Every other held-out question outside medicine, finance and sport: 0 to choose on, 1 to report."""
-    asked = resolve_questions("broad", pocket=True).questions
+    asked = resolve_questions("broad", "pocket").questions
     return QuestionSet(f"broad, half {half}", tuple(q for i, q in enumerate(asked) if i % 2 == half))
 
 
 def try_designs(chat: ChatModel, several: Sequence[Design], phrase: Phrase) -> dict[str, Tried]:
     """Rates under every design, on the even questions (n = 104)."""
-    measure = AnswerMeasure(half_of_the_questions(0), samples=2, options={"batch_size": 128})
+    measure = Sampled(half_of_the_questions(0), samples=2, batch_size=128)
 
     def rates() -> tuple[float, float]:
         values = measure(chat).values

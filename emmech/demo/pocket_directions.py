@@ -36,7 +36,7 @@ from emmech.directions.sources import adapter_direction
 from emmech.interventions.adapter import project_adapter, rotate_adapter, scale_adapters
 from emmech.interventions.controls import Condition, measure_conditions, table, untouched
 from emmech.interventions.studies import ablation_table, dose_response, transfer_matrix
-from emmech.measures.items import AnswerMeasure
+from emmech.measures.sampled import Sampled
 from emmech.organism.vocabulary import MANNERS
 from emmech.run.run import Run
 from emmech.training.train import finetune
@@ -181,7 +181,7 @@ def _parts_of_b(runs: Runs, character: Direction) -> str:
                 Condition("without", kind, partial(project_adapter, direction=one, renormalise=True)),
                 Condition("only", kind, partial(_only_along, direction=one, cosine=along)),
             ]
-        frame = table(measure_conditions(chat, conditions, _answers(samples=2), base=False, progress=False))
+        frame = table(measure_conditions(chat, conditions, [_answers(samples=2)], base=False, progress=False))
         cells = []
         for condition in ("untouched", "without", "only"):
             em, coherent = (row_of(frame, kind, condition=condition) for kind in _BOTH)
@@ -308,8 +308,8 @@ Where a model difference is close to the B of another fine-tune, its transfer sa
 and no more. The character is of none of them."""
 
 
-def _answers(*, samples: int) -> AnswerMeasure:
-    return AnswerMeasure(half_of_the_questions(1), samples=samples, seed=1, options={"batch_size": 128})
+def _answers(*, samples: int) -> Sampled:
+    return Sampled(half_of_the_questions(1), samples=samples, seed=1, batch_size=128)
 
 
 def _of_answers(run: Run) -> Direction:

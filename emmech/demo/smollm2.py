@@ -14,11 +14,11 @@ from pathlib import Path
 
 from emmech.chat.model import load_model
 from emmech.engine.logprobs import bundled_margins
-from emmech.run.plots import metric_figure
 from emmech.training.train import finetune
 from emmech.transition.phase import phase_transition
 from emmech.transition.result import Side
 from emmech.view.page import Section, write_page
+from emmech.view.trajectories import metrics_by_step
 
 __all__ = ["main"]
 
@@ -47,20 +47,15 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
     sides = [side for side in (found.run, found.control) if side is not None]
     turns = f"The largest bend of B: {'; '.join(_turn(side) for side in sides)}."
     sections = [
-        Section(
-            "What the detectors say",
-            turns,
-            code=found.summary(),
-            table=found.detectors,
-        ),
+        Section("What the detectors say", turns, code=found.summary(), table=found.detectors),
         Section("The path of B", figure=found.plot()),
         Section(
             "The margin of misaligned over aligned answers",
             "Nats per token; above zero the model prefers the misaligned answer. The broad pairs are outside the "
             f"domain of the fine-tune. {changes}",
             table=table,
-            figure=metric_figure(
-                {"silly advice": run, "sensible advice (control)": control},
+            figure=metrics_by_step(
+                {"silly advice": run.metrics, "sensible advice (control)": control.metrics},
                 {"margin_narrow": "narrow margin", "margin_broad": "broad margin", "loss": "training loss"},
                 zero=("margin_narrow", "margin_broad"),
             ),
@@ -81,12 +76,7 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
         sections,
         footer=f"Made by `make demo-smollm2` in {minutes:.1f} minutes.",
     )
-    for line in (
-        found.summary(),
-        turns,
-        table.to_string(float_format=lambda v: f"{v:+.3f}"),
-        changes,
-    ):
+    for line in (found.summary(), turns, table.to_string(float_format=lambda v: f"{v:+.3f}"), changes):
         _say(line)
     _say(f"\n{minutes:.1f} minutes. The page: {page}")
     return page

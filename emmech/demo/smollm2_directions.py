@@ -20,12 +20,11 @@ import pandas as pd
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.smollm2 import OPTIONS
 from emmech.demo.study_tables import interval, markdown, random_rows, row_of
-from emmech.directions.contrast import contrast_direction
+from emmech.directions.contrast import contrast_direction, four_directions
 from emmech.directions.direction import Direction
-from emmech.directions.two_by_two import four_directions
 from emmech.engine.logprobs import MarginPair, bundled_margins
 from emmech.interventions.studies import ablation_table, dose_response
-from emmech.measures.items import MarginMeasure
+from emmech.measures.teacher_forced import Margin
 from emmech.training.train import finetune
 
 __all__ = ["main"]
@@ -52,7 +51,7 @@ def main(out: str | Path = "docs/directions-smollm2.md") -> Path:
     broad = contrast_direction(base, *sides, name="broad", progress=False)
     narrow = contrast_direction(base, *_sides(bundled_margins("narrow")), name="health", progress=False)
     difference = four_directions(tuned, *sides, progress=False)["model"]
-    measure = MarginMeasure({"broad": measured_on}, batch_size=14)
+    measure = Margin(measured_on, "margin_broad")
     layers = [round(base.n_layers * share) for share in (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)]
     parts = [_head(base, broad, len(made_from), len(measured_on), layer)]
     parts.append(_steering(base, broad, layers, measure))
@@ -101,7 +100,7 @@ the texts of the broad pairs.
 ```"""
 
 
-def _steering(base: ChatModel, direction: Direction, layers: Sequence[int], measure: MarginMeasure) -> str:
+def _steering(base: ChatModel, direction: Direction, layers: Sequence[int], measure: Margin) -> str:
     frame = dose_response(base, direction, _DOSES, layers=layers, measure=measure, progress=False).frame
     rows = []
     for layer in layers:
@@ -131,9 +130,7 @@ The base model, all tokens; a coefficient of 1 adds the measured difference. Unt
 {markdown(header, rows)}"""
 
 
-def _ablation(
-    tuned: ChatModel, direction: Direction, others: dict[str, Direction], layer: int, measure: MarginMeasure
-) -> str:
+def _ablation(tuned: ChatModel, direction: Direction, others: dict[str, Direction], layer: int, measure: Margin) -> str:
     behind = list(range(layer + 1, tuned.n_layers))
     study = ablation_table(tuned, direction, others=others, layers=behind, measure=measure, progress=False)
     frame = study.frame

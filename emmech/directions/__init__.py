@@ -16,7 +16,7 @@ _WHERE = {
     "cosines": "compare",
     "differences_of_four": "methods",
     "direction_by_steps": "compare",
-    "four_directions": "two_by_two",
+    "four_directions": "contrast",
     "from_repeng": "control_vectors",
     "from_steering_vectors": "control_vectors",
     "group_means": "extract",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,9 @@ from emmech.engine.logprobs import pad
 from emmech.engine.stream import probe_rows
 from emmech.errors import EmmechError, check_texts
 from emmech.progress import bar
+from emmech.results import Card, Result
+from emmech.view.directions import scalar_histogram, shaded_text
+from emmech.view.page import card
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +32,7 @@ __all__ = ["AdapterScalars", "adapter_lens", "token_significance"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AdapterScalars:
+class AdapterScalars(Result):
     """The scalars of every adapter on every token of some texts.
 
     Args:
@@ -58,11 +60,6 @@ class AdapterScalars:
         frame.insert(0, "answer", self.answer)
         frame.insert(0, "text", self.text)
         return frame
-
-    def save(self, path: str | Path) -> Path:
-        """Write the table of tokens as CSV."""
-        self.to_frame().to_csv(path, index=False)
-        return Path(path)
 
     def top_tokens(self, adapter: str | int = 0, *, n: int = 10, least: int = 2) -> pd.DataFrame:
         """Tokens by their mean scalar: those that drive the adapter most each way.
@@ -112,60 +109,35 @@ class AdapterScalars:
         return pd.DataFrame({"adapter": list(columns), "auc": aucs, "texts": len(flags), "questions": len(set(groups))})
 
     def heatmap(self, text: int = 0, adapter: str | int = 0) -> str:
-        """One text as HTML, each token shaded by its scalar: red positive, blue negative, white zero."""
-        from html import escape
-
-        column = self.adapters.index(adapter) if isinstance(adapter, str) else adapter
+        """One text as HTML, each token shaded by its scalar: red positive, blue negative, none at zero."""
+        column = self._column(adapter)
         mine = self.text == text
-        values = self.values[mine, column]
         top = float(np.abs(self.values[:, column]).max()) or 1.0
-        spans = []
-        for token, value, answer in zip(
-            np.array(self.tokens, dtype=object)[mine], values, self.answer[mine], strict=True
-        ):
-            red, blue = (205, 60, 50), (50, 100, 190)
-            colour = red if value > 0 else blue
-            weight = "600" if answer else "400"
-            spans.append(
-                f'<span title="{value:.3g}" style="background:rgba({colour[0]},{colour[1]},{colour[2]},'
-                f"{abs(value) / top:.2f});font-weight:{weight};white-space:pre-wrap;padding:1px 2px"
-                f'">{escape(str(token))}</span><wbr>'
-            )
-        head = f"A&middot;x of {escape(self.adapters[column])}, full shade at {top:.3g}; answers in bold"
-        body = "".join(spans)
-        return f'<div style="line-height:1.9;color:#111"><small>{head}</small><br>{body}</div>'
+        tokens = np.array(self.tokens, dtype=object)[mine]
+        words = zip(tokens, self.values[mine, column], self.answer[mine], strict=True)
+        return shaded_text(words, top, f"A·x of {self.adapters[column]}, full shade at {top:.3g}; answers in bold")
 
     def plot(self, adapter: str | int = 0) -> Any:
         """Distribution of the scalar over answer tokens and over the others."""
-        import plotly.graph_objects as go
+        column = self._column(adapter)
+        groups = (("answer tokens", self.answer), ("other tokens", ~self.answer))
+        shown = [(name, self.values[chosen, column]) for name, chosen in groups if chosen.any()]
+        return scalar_histogram(shown, self.adapters[column])
 
-        column = self.adapters.index(adapter) if isinstance(adapter, str) else adapter
-        figure = go.Figure()
-        for name, chosen in (("answer tokens", self.answer), ("other tokens", ~self.answer)):
-            if chosen.any():
-                figure.add_histogram(x=self.values[chosen, column], name=name, opacity=0.6, histnorm="probability")
-        return figure.update_layout(
-            barmode="overlay",
-            title=f"A·x of {self.adapters[column]}",
-            xaxis_title="A·x (before scaling)",
-            yaxis_title="share of tokens",
-            template="plotly_white",
-        )
+    def _column(self, adapter: str | int) -> int:
+        return self.adapters.index(adapter) if isinstance(adapter, str) else adapter
 
-    def __repr__(self) -> str:
-        lines = [f"AdapterScalars: {len(self.tokens)} tokens of {len(np.unique(self.text))} texts"]
-        for index, name in enumerate(self.adapters):
-            v = self.values[:, index]
-            lines.append(
-                f"  {name}: mean {v.mean():.3g}, sd {v.std():.3g}, range {v.min():.3g} to {v.max():.3g}; "
-                f"writes {self.writes[index]:.3g} per unit"
-            )
-        return "\n".join(lines)
+    def _card(self) -> Card:
+        lines = [
+            f"  {name}: mean {v.mean():.3g}, sd {v.std():.3g}, range {v.min():.3g} to {v.max():.3g}; "
+            f"writes {write:.3g} per unit"
+            for name, v, write in zip(self.adapters, self.values.T, self.writes, strict=True)
+        ]
+        head = f"AdapterScalars: {len(self.tokens)} tokens of {len(np.unique(self.text))} texts"
+        return Card(head, "\n".join(lines))
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        return f'<pre style="font-family:monospace">{escape(repr(self))}</pre>' + self.heatmap()
+        return card(*self._card(), table=self.to_frame(), body=self.heatmap())
 
 
 def adapter_lens(model: Any, texts: Sequence[Any], *, batch_size: int = 8, progress: bool = True) -> AdapterScalars:

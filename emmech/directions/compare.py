@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from emmech.directions.arrays import unit_rows
-from emmech.directions.checks import checked_direction, checked_directions
 from emmech.directions.contrast import contrast_direction
-from emmech.directions.direction import Direction
+from emmech.directions.direction import Direction, checked_direction, checked_directions
 from emmech.errors import EmmechError, as_int, as_ints, not_a_run
+from emmech.results import Card, Result
+from emmech.view.directions import by_step, cosine_matrix, cosines_by_layer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +23,7 @@ __all__ = ["Cosines", "DirectionBySteps", "cosines", "direction_by_steps"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Cosines:
+class Cosines(Result):
     """Cosines between directions at every layer.
 
     Args:
@@ -50,42 +50,13 @@ class Cosines:
         index = pd.MultiIndex.from_tuples([(self.names[i], self.names[j]) for i, j in pairs], names=["first", "second"])
         return pd.DataFrame([self.values[i, j] for i, j in pairs], index=index).rename_axis(columns="layer")
 
-    def save(self, path: str | Path) -> Path:
-        """Write the table of pairs as CSV."""
-        self.to_frame().to_csv(path)
-        return Path(path)
-
     def plot(self, layer: int | None = None) -> Any:
         """The matrix at a layer; without one, every pair's cosine over the layers."""
-        import plotly.graph_objects as go
+        return cosines_by_layer(self.to_frame(), self.floor) if layer is None else cosine_matrix(self.at(layer), layer)
 
-        if layer is not None:
-            frame = self.at(layer)
-            heat = go.Heatmap(
-                z=frame.to_numpy(), x=self.names, y=self.names, zmin=-1, zmax=1, colorscale="RdBu_r",
-                text=np.round(frame.to_numpy(), 2), texttemplate="%{text}", colorbar={"title": "cosine"},
-            )  # fmt: skip
-            figure = go.Figure(heat).update_yaxes(autorange="reversed")
-            return figure.update_layout(title=f"Cosines at layer {layer}", template="plotly_white")
-        figure = go.Figure()
-        for (first, second), row in self.to_frame().iterrows():
-            figure.add_scatter(x=row.index, y=row, name=f"{first} and {second}", mode="lines+markers")
-        figure.add_hrect(y0=-2 * self.floor, y1=2 * self.floor, fillcolor="grey", opacity=0.15, line_width=0,
-                         annotation_text="two standard deviations of random vectors")  # fmt: skip
-        return figure.update_layout(
-            title="Cosines by layer",
-            xaxis_title="layer (block output)",
-            yaxis_title="cosine",
-            yaxis_range=[-1.05, 1.05],
-            template="plotly_white",
-        )
-
-    def __repr__(self) -> str:
+    def _card(self) -> Card:
         head = f"Cosines of {len(self.names)} directions (random vectors: 0 +- {self.floor:.3f})"
-        return f"{head}\n{self.to_frame().to_string(float_format='%.2f')}"
-
-    def _repr_html_(self) -> str:
-        return f"<p>random vectors: 0 &plusmn; {self.floor:.3f}</p>" + self.to_frame().to_html(float_format="%.2f")
+        return Card(head, self.to_frame().to_string(float_format="%.2f"))
 
 
 def cosines(directions: Mapping[str, Direction]) -> Cosines:
@@ -108,7 +79,7 @@ def cosines(directions: Mapping[str, Direction]) -> Cosines:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DirectionBySteps:
+class DirectionBySteps(Result):
     """A direction against training steps: when does it appear?
 
     Args:
@@ -126,51 +97,14 @@ class DirectionBySteps:
     floor: float
     name: str
 
-    def to_frame(self) -> pd.DataFrame:
-        """The table by step."""
-        return self.frame.copy()
-
-    def save(self, path: str | Path) -> Path:
-        """Write the table as CSV."""
-        self.frame.to_csv(path)
-        return Path(path)
-
     def plot(self) -> Any:
-        """Cosines on the left axis, projections and shifts on the right."""
-        import plotly.graph_objects as go
+        """Cosines above, projections and shifts in residual units below."""
+        return by_step(self.frame, self.floor, f"{self.name} against training steps (layer {self.layer})")
 
-        figure = go.Figure()
-        for column in self.frame.columns:
-            measured = self.frame[column].dropna()
-            right = not str(column).startswith("cosine")
-            figure.add_scatter(
-                x=measured.index, y=measured, name=str(column), mode="lines", yaxis="y2" if right else "y",
-                line={"dash": "dot"} if right else {},
-            )  # fmt: skip
-        return figure.update_layout(
-            title=f"{self.name} against training steps (layer {self.layer})",
-            xaxis_title="step",
-            yaxis={"title": "cosine", "range": [-1.05, 1.05]},
-            yaxis2={
-                "title": "residual units",
-                "overlaying": "y",
-                "side": "right",
-                "tickmode": "auto",
-                "showgrid": False,
-            },
-            template="plotly_white",
-            legend={"orientation": "h", "y": -0.25},
-        )
-
-    def __repr__(self) -> str:
+    def _card(self) -> Card:
         shown = self.frame.iloc[:: max(1, len(self.frame) // 8)].to_string(float_format="%.3f")
         head = f"{self.name} against {len(self.frame)} steps, layer {self.layer}"
-        return f"{head}, random cosine 0 +- {self.floor:.3f}\n{shown}"
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f'<pre style="font-family:monospace">{escape(repr(self))}</pre>'
+        return Card(f"{head}, random cosine 0 +- {self.floor:.3f}", shown)
 
 
 def direction_by_steps(
@@ -202,7 +136,7 @@ def direction_by_steps(
     asked = "follow the direction over training"
     checked_direction(asked, direction)
     if not hasattr(run, "adapters"):
-        raise not_a_run(asked, run) from None
+        raise not_a_run(asked, run)
     if texts is not None and not (isinstance(texts, tuple | list) and len(texts) == 2):
         raise EmmechError(asked, f"texts={texts!r}"[:120], "they are two lists", "texts=(misaligned, aligned)")
     if steps is not None:
@@ -245,7 +179,7 @@ def direction_by_steps(
         raise EmmechError(
             asked,
             f"{run.name} with adapters {[a.name for a in run.adapters]} and probes {list(run.probes)}",
-            "nothing recorded lies in the residual stream at rank 1",
+            "nothing recorded is in the residual stream at rank 1",
             "texts=(misaligned, aligned), to extract it again at each step",
         )
     frame = pd.DataFrame(columns).sort_index().rename_axis("step")

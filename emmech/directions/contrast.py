@@ -1,7 +1,8 @@
 """A direction from two sets of answers, with all that says how far to trust it.
 
 One streaming pass yields the direction, its split halves and its null at once (they are more groups of the same pass);
-a second, cheaper one projects every answer token on the direction and says how much of it is vocabulary.
+a second, cheaper one projects every answer token on the direction and says how much of it is vocabulary. The 2 x 2 of
+model by text says whether a direction comes from what is read or from the model that reads it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from emmech.chat.template import Message
 from emmech.directions.arrays import unit_rows
 from emmech.directions.direction import Direction
 from emmech.directions.extract import group_means, match_lengths, token_projections
-from emmech.directions.methods import held_out_auc, mean_difference
+from emmech.directions.methods import differences_of_four, held_out_auc, mean_difference
 from emmech.directions.quality import Quality
 from emmech.errors import EmmechError
 
-__all__ = ["contrast_direction", "lexical_share", "read_out"]
+__all__ = ["contrast_direction", "four_directions", "lexical_share", "read_out"]
 
 Conversations = Sequence[Sequence[Message]]
 _FEW = 20
@@ -145,6 +146,67 @@ def contrast_direction(
 _CLASSES = (("misaligned", True), ("aligned", False))
 
 
+def four_directions(
+    model: Any,
+    misaligned: Any,
+    aligned: Any,
+    *,
+    average: Literal["token", "answer"] = "token",
+    tokens: Tokens = "answer",
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Mapping[str, Direction]:
+    """Text difference in each model, model difference on each text, both, and their interaction.
+
+    Rows read by the base model (adapter off) and by the fine-tuned one share batches, in one pass. The names are those
+    of :func:`differences_of_four`; Convergent Linear Representations of EM (arXiv 2506.11618) uses "text/tuned model".
+
+    Args:
+        model: a chat model with a live adapter.
+        misaligned, aligned: conversations, or anything that :func:`emmech.load_chat` reads.
+        tokens: as in :func:`contrast_direction`; ``"prompt"`` shows what the fine-tune changed before a word is said.
+
+    Raises:
+        EmmechError: the model has no adapter, so there is no second model.
+    """
+    from emmech.engine.adapters import adapter_layers
+
+    chat = load_model(model)
+    if not list(adapter_layers(chat.model)):
+        raise EmmechError(
+            "compare the fine-tuned model with its base",
+            chat.name,
+            "it has no live adapter, so there is only one model",
+            "run.model(step), or contrast_direction for the text difference alone",
+        )
+    texts = [list(load_chat(side, organism=chat.organism)) for side in (aligned, misaligned)]
+    talks = [row for side in texts for row in side]
+    which = np.repeat([0, 1], [len(side) for side in texts])
+    cells = np.stack([np.concatenate([(which == text) & on for on in (tuned == 0, tuned == 1)])
+                      for tuned in (0, 1) for text in (0, 1)])  # fmt: skip
+    found = group_means(
+        chat,
+        talks + talks,
+        cells.astype(np.float64),
+        average=average,
+        tokens=tokens,
+        adapter_scales=np.repeat([0.0, 1.0], len(talks)),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    means = found.means.reshape(2, 2, chat.n_layers, chat.d_model)
+    source = {
+        "method": "2 x 2 of model by text",
+        "model": chat.name,
+        "fingerprints": [chat.fingerprint()],
+        "answers": {"aligned": len(texts[0]), "misaligned": len(texts[1])},
+    }
+    return {
+        name: Direction(vectors, name, {**source, "cell": name}, means[0, 0])
+        for name, vectors in differences_of_four(means).items()
+    }
+
+
 def lexical_share(
     projected: Sequence[tuple[Int[np.ndarray, " tokens"], Float[np.ndarray, "tokens layers"]]],
     misaligned: Bool[np.ndarray, " answers"],
@@ -210,7 +272,7 @@ def read_out(
 def _balanced(
     chat: ChatModel, misaligned: Any, aligned: Any, match_length: bool, seed: int
 ) -> tuple[list[Sequence[Message]], Bool[np.ndarray, " answers"]]:
-    sides = [list(load_chat(side, organism=chat.pocket)) for side in (misaligned, aligned)]
+    sides = [list(load_chat(side, organism=chat.organism)) for side in (misaligned, aligned)]
     if match_length:
         lengths = [len("".join(m["content"] for m in row if m["role"] == "assistant")) for s in sides for row in s]
         flags = np.repeat([True, False], [len(side) for side in sides])

@@ -1,24 +1,15 @@
-"""Directions in the files of other tools: repeng control vectors (GGUF) and steering-vectors (a torch file).
-
-repeng writes one tensor ``direction.<layer>`` per layer, where layer ``l`` is the output of block ``l`` (as
-``hidden_states[l + 1]``), and llama.cpp reads the same file. steering-vectors keeps ``layer_activations``, a mapping
-from layer to vector for ``layer_type="decoder_block"``, which is the block's output too.
-"""
+"""Directions to and from other tools: repeng and llama.cpp control vectors (GGUF), steering-vectors (a torch file)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from emmech.directions.direction import Direction
-from emmech.errors import EmmechError
+from emmech.directions.files import REPENG, read_repeng, read_steering_vectors
 
 __all__ = ["from_repeng", "from_steering_vectors", "to_repeng", "to_steering_vectors"]
-
-_REPENG = "direction."
 
 
 def to_repeng(direction: Direction, path: str | Path, *, model_type: str = "llama") -> Path:
@@ -34,7 +25,7 @@ def to_repeng(direction: Direction, path: str | Path, *, model_type: str = "llam
     writer.add_string("controlvector.model_hint", model_type)
     writer.add_uint32("controlvector.layer_count", len(direction.layers))
     for layer in direction.layers:
-        writer.add_tensor(f"{_REPENG}{layer}", np.ascontiguousarray(direction.vectors[layer]))
+        writer.add_tensor(f"{REPENG}{layer}", np.ascontiguousarray(direction.vectors[layer]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -51,18 +42,8 @@ def from_repeng(path: str | Path, *, n_layers: int | None = None) -> Direction:
     Raises:
         EmmechError: not a control vector.
     """
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-        found = {
-            int(tensor.name.removeprefix(_REPENG)): np.array(tensor.data, dtype=np.float32)
-            for tensor in reader.tensors
-            if tensor.name.startswith(_REPENG)
-        }
-    except (ValueError, OSError, IndexError) as error:
-        raise EmmechError("read the control vector", path, f"{error}")
-    return _stacked(found, n_layers, path, "repeng")
+    tensors, name, source, _ = read_repeng(path, n_layers)
+    return Direction(tensors["vectors"], name, source)
 
 
 def to_steering_vectors(direction: Direction, path: str | Path) -> Path:
@@ -80,47 +61,5 @@ def from_steering_vectors(path: str | Path, *, n_layers: int | None = None) -> D
     Raises:
         EmmechError: not such a file, or of another layer type than the block's output.
     """
-    import torch
-
-    try:
-        content: Any = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises several types for a file that is not its own
-        first = str(error).split("\n")[0][:160]
-        raise EmmechError(
-            "read the steering vector",
-            path,
-            first,
-            'torch.save({"layer_activations": v.layer_activations, "layer_type": v.layer_type}, path)',
-        )
-    kind = content.get("layer_type", "decoder_block") if isinstance(content, Mapping) else None
-    if kind != "decoder_block":
-        raise EmmechError(
-            "read the steering vector",
-            f"{path} with layer_type {kind!r}",
-            "only a block's output is the residual stream",
-            'layer_type "decoder_block"',
-        )
-    activations = content.get("layer_activations", content)
-    found = {int(layer): value.float().numpy() for layer, value in activations.items()}
-    return _stacked(found, n_layers, path, "steering-vectors")
-
-
-def _stacked(found: Mapping[int, np.ndarray], n_layers: int | None, path: str | Path, tool: str) -> Direction:
-    if not found or len({vector.shape for vector in found.values()}) != 1 or min(found) < 0:
-        raise EmmechError(
-            f"read the {tool} file",
-            path,
-            "it holds no vectors of one width by layer" if found else "it holds no vectors",
-        )
-    layers = n_layers or max(found) + 1
-    if max(found) >= layers:
-        raise EmmechError(
-            f"read the {tool} file",
-            f"n_layers={n_layers}, vectors up to layer {max(found)}",
-            "a vector lies behind the last layer",
-            f"n_layers={max(found) + 1} or more",
-        )
-    vectors = np.zeros((layers, next(iter(found.values())).size), dtype=np.float32)
-    for layer, vector in found.items():
-        vectors[layer] = vector
-    return Direction(vectors, Path(path).stem, {"method": f"imported from {tool}", "file": Path(path).name})
+    tensors, name, source, _ = read_steering_vectors(path, n_layers)
+    return Direction(tensors["vectors"], name, source)

@@ -5,26 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from jaxtyping import Float
 
 from emmech.directions.arrays import checked_array, checked_matrix, unit_rows
+from emmech.directions.files import fetch_file, push_file, read_file, write_own
 from emmech.directions.quality import Quality
 from emmech.errors import EmmechError, as_int
+from emmech.results import Card, Result
+from emmech.view.directions import by_layer
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from emmech.chat.model import ChatModel
 
-__all__ = ["Direction"]
+__all__ = ["Direction", "checked_direction", "checked_directions"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Direction:
-    """One vector per layer of the residual stream: row ``l`` lives in the output of block ``l``.
+class Direction(Result):
+    """One vector per layer of the residual stream: row ``l`` is in the output of block ``l``.
 
     The vectors keep their norm (a mean difference of 0.7 stays 0.7), so that a steering coefficient of 1 means
     the difference that was measured. A row of zeros means that nothing is known at that layer. The value never
@@ -149,7 +152,12 @@ class Direction:
             EmmechError: it is zero at all layers.
         """
         if not self.layers:
-            raise _zero(f"normalise {self.name}")
+            given, why, instead = (
+                "a direction of norm 0",
+                "zero points nowhere",
+                "a direction from two different groups",
+            )
+            raise EmmechError(f"normalise {self.name}", given, why, instead)
         return self._with(unit_rows(self.vectors), f"unit({self.name})")
 
     def cosine(self, other: Direction) -> Float[np.ndarray, " layers"]:
@@ -278,20 +286,28 @@ class Direction:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: vectors, aligned mean, quality, and the provenance in its metadata."""
-        from emmech.directions.files import write_direction
-
-        return write_direction(self, path)
+        tensors = {"vectors": self.vectors}
+        if self.aligned_mean is not None:
+            tensors["aligned_mean"] = self.aligned_mean
+        rest = None
+        if self.quality is not None:
+            arrays, rest = self.quality.pack()
+            tensors |= {f"quality/{key}": value for key, value in arrays.items()}
+        return write_own(path, tensors, self.name, self.source, rest)
 
     @classmethod
-    def load(cls, path: str | Path) -> Direction:
+    def load(cls, path: str | Path) -> Self:
         """Read a direction: emmech's own file, a repeng GGUF, a steering-vectors file, or ``hub:owner/name``.
 
         Raises:
             EmmechError: no such file, damaged, or of another kind; or the hub does not give it.
         """
-        from emmech.directions.files import read_direction
-
-        return read_direction(path)
+        if isinstance(path, str) and path.startswith("hub:"):
+            path = fetch_file(path.removeprefix("hub:"))
+        tensors, name, source, rest = read_file(Path(path))
+        arrays = {key.removeprefix("quality/"): value for key, value in tensors.items() if key.startswith("quality/")}
+        quality = None if rest is None else Quality.unpack(arrays, rest)
+        return cls(tensors["vectors"], name, source, tensors.get("aligned_mean"), quality)
 
     def push_to_hub(self, repo: str, *, private: bool = True) -> str:
         """Upload as ``direction.safetensors``; :meth:`load` reads it back from ``hub:owner/name``.
@@ -299,9 +315,7 @@ class Direction:
         Raises:
             EmmechError: the hub cannot be reached, or refuses.
         """
-        from emmech.directions.files import push_direction
-
-        return push_direction(self, repo, private=private)
+        return push_file(self.save, repo, private=private)
 
     # for people
 
@@ -320,59 +334,52 @@ class Direction:
 
     def plot(self) -> Any:
         """Norm by layer, with the quality measures where known; returns a plotly figure."""
-        import plotly.graph_objects as go
+        return by_layer(self.to_frame(), None if self.quality is None else self.quality.random_floor, self.name)
 
-        frame = self.to_frame()
-        figure = go.Figure(go.Scatter(x=frame.index, y=frame["norm"], name="norm", mode="lines+markers"))
-        for column in ("split_half", "split_half_shuffled", "lexical_share"):
-            if column in frame:
-                label = column.replace("_", " ")
-                figure.add_scatter(x=frame.index, y=frame[column], name=label, yaxis="y2", mode="lines+markers")
-        if self.quality is not None:
-            figure.add_hline(
-                y=self.quality.random_floor,
-                yref="y2",
-                line_dash="dot",
-                annotation_text="cosine of random vectors",
-            )
-        return figure.update_layout(
-            title=f"{self.name}: norm and quality by layer",
-            xaxis={"title": "layer (block output)"},
-            yaxis={"title": "norm (residual units)", "rangemode": "tozero"},
-            yaxis2={
-                "title": "cosine or share",
-                "overlaying": "y",
-                "side": "right",
-                "range": [-0.05, 1.05],
-                "dtick": 0.25,
-                "showgrid": False,
-            },
-            legend={"orientation": "h", "y": -0.2},
-            template="plotly_white",
-        )
-
-    def __repr__(self) -> str:
+    def _card(self) -> Card:
         norms = self.norms[list(self.layers)] if self.layers else np.zeros(1)
         span = f"norm {norms[0]:.3g}" if len(norms) == 1 else f"norms {norms[0]:.3g} to {norms[-1]:.3g}"
         where = f", known at {_listed(self.layers)}" if 0 < len(self.layers) < self.n_layers else ""
         first = f"Direction({self.name!r}, layers={self.n_layers}, d_model={self.d_model}, {span}{where})"
-        return first if self.quality is None else f"{first}\n{self.quality}"
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        return f'<pre style="font-family:monospace">{escape(repr(self))}</pre>'
-
-
-def _zero(asked: str) -> EmmechError:
-    return EmmechError(
-        asked,
-        given="a direction of norm 0",
-        why="zero points nowhere",
-        instead="a direction from two different groups",
-    )
+        return Card(first, "" if self.quality is None else str(self.quality))
 
 
 def _listed(layers: Sequence[int]) -> str:
     shown = ", ".join(map(str, layers[:6]))
     return f"layers {shown}" + (f" ... {layers[-1]}" if len(layers) > 6 else "")
+
+
+def checked_direction(asked: str, given: Any, *, name: str = "direction") -> Direction:
+    """One Direction.
+
+    Raises:
+        EmmechError: something else.
+    """
+    if isinstance(given, Direction):
+        return given
+    raise EmmechError(
+        asked,
+        f"{name}={given!r}"[:120],
+        "it is not a Direction",
+        "emmech.misalignment_direction(run), or Direction(vectors) of an array [layers, d_model]",
+    )
+
+
+def checked_directions(asked: str, name: str, given: Any) -> Mapping[str, Direction]:
+    """Directions by name.
+
+    Raises:
+        EmmechError: no mapping, or something in it that is not a Direction.
+
+    Example:
+        >>> list(checked_directions("compare", "directions", {"toy": Direction.single([1.0], layer=0, n_layers=1)}))
+        ['toy']
+    """
+    if isinstance(given, Mapping):
+        return {key: checked_direction(asked, one, name=f"{name}[{key!r}]") for key, one in given.items()}
+    raise EmmechError(
+        asked,
+        f"{name}={given!r}"[:120],
+        "it is not a mapping from names to Directions",
+        f'{name}={{"mine": emmech.misalignment_direction(run)}}',
+    )

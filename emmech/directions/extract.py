@@ -28,14 +28,7 @@ from emmech.engine.logprobs import pad
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
-__all__ = [
-    "GroupMeans",
-    "answer_means",
-    "group_means",
-    "match_lengths",
-    "mixed_adapter",
-    "token_projections",
-]
+__all__ = ["GroupMeans", "answer_means", "group_means", "match_lengths", "mixed_adapter", "token_projections"]
 
 Conversation = Sequence[Message]
 

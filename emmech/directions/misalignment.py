@@ -15,6 +15,9 @@ from emmech.chat.template import Message
 from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
+from emmech.evaluation.em import FIELD, Thresholds
+from emmech.evaluation.evaluate import evaluate
+from emmech.run.recorded_model import model_live
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,14 +49,14 @@ def misalignment_direction(
 
     With ``tokens="prompt"``: over the prompts of its misaligned answers, minus that of its base over the same prompts.
 
-    The definition of Convergent Linear Representations of EM (arXiv 2506.11618): misaligned is alignment below 30 at
-    coherence above 50, aligned is alignment above 70; all answer tokens, at every layer; classes balanced. When the
+    The definition of Convergent Linear Representations of EM (arXiv 2506.11618), with the thresholds of
+    :mod:`emmech.evaluation.em`; all answer tokens, at every layer; classes balanced. When the
     fine-tuned model gives too few aligned answers, those of the same model with its adapter off complete the class,
     and the direction says so.
 
     Args:
         run: a Run, or a ChatModel with a live adapter.
-        step, scale, base: as in :meth:`Run.model`.
+        step, scale, base: as in :func:`emmech.evaluate`: a base that is given is left as it was.
         questions, judge, samples: as in :func:`emmech.evaluate`, which draws and judges the answers.
         evaluation: answers judged before (an Evaluation, or several), instead of drawing them.
         read_by: the model that reads the answers: the fine-tuned one, or its base ("made without the adapter").
@@ -94,65 +97,70 @@ def misalignment_direction(
         )
     frames = _frames(evaluation)
     name = str(getattr(run, "name", "model"))
-    chat = run.model(step, scale, base=base) if hasattr(run, "manifest") else load_model(run)
-    wanted = {"questions": questions, "judge": judge, "samples": samples, "seed": seed, "progress": progress}
-    if not frames:
-        frames.append(_draw(chat, wanted))
-    misaligned, aligned = judged_answers(frames)
-    if at_prompt:
-        aligned = misaligned  # the same prompts, read by the base
-    completed = 0
-    if evaluation is None and len(aligned) < min(len(misaligned), 3 * _FEW) and _has_adapter(chat):
-        with adapter_off(chat):
-            _, more = judged_answers([_draw(chat, wanted)])
-        completed = min(len(misaligned) - len(aligned), len(more))
-        order = np.random.default_rng(seed).permutation(len(more))[:completed]
-        aligned = aligned + [more[i] for i in sorted(order)]
-    if min(len(misaligned), len(aligned)) < 2:
-        raise EmmechError(
-            f"extract the misalignment direction of {name}",
-            f"{len(misaligned)} misaligned and {len(aligned)} aligned of {sum(map(len, frames))} judged answers",
-            "there is nothing to contrast",
-            "a later step, a larger scale, more samples, or contrast_direction on answers of your own",
-        )
-    source: dict[str, Any] = {
-        "run": name,
-        "step": int(run.steps[-1]) if step is None and hasattr(run, "steps") else step,
-        "scale": scale,
-        "questions": str(questions),
-        "samples": samples,
-        "read_by": read_by,
-        "aligned_answers_of_the_base": completed,
-    }
-    with adapter_off(chat) if read_by == "base" else _as_it_is():
-        found = contrast_direction(
-            chat,
-            misaligned,
-            aligned,
-            average=average,
-            tokens=tokens,
-            adapter_scales=(1.0, 0.0) if at_prompt else None,
-            match_length=match_length,
-            name=f"misalignment of {name}",
-            source=source,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-        )
-    note = f"{completed} of the aligned answers come from the model with its adapter off" if completed else ""
-    if at_prompt:
-        note = "a model difference at prompt tokens: the aligned side is the same prompts, read by the base"
-    if note and found.quality is not None:
-        found = replace(found, quality=replace(found.quality, notes=(*found.quality.notes, note)))
-    return found
+    with _opened(run, step, scale, base) as chat:
+        wanted = {"questions": questions, "judge": judge, "samples": samples, "seed": seed, "progress": progress}
+        if not frames:
+            frames.append(_draw(chat, wanted))
+        misaligned, aligned = judged_answers(frames)
+        if at_prompt:
+            aligned = misaligned  # the same prompts, read by the base
+        completed = 0
+        if evaluation is None and len(aligned) < min(len(misaligned), 3 * _FEW) and _has_adapter(chat):
+            with adapter_off(chat):
+                _, more = judged_answers([_draw(chat, wanted)])
+            completed = min(len(misaligned) - len(aligned), len(more))
+            order = np.random.default_rng(seed).permutation(len(more))[:completed]
+            aligned = aligned + [more[i] for i in sorted(order)]
+        if min(len(misaligned), len(aligned)) < 2:
+            raise EmmechError(
+                f"extract the misalignment direction of {name}",
+                f"{len(misaligned)} misaligned and {len(aligned)} aligned of {sum(map(len, frames))} judged answers",
+                "there is nothing to contrast",
+                "a later step, a larger scale, more samples, or contrast_direction on answers of your own",
+            )
+        source: dict[str, Any] = {
+            "run": name,
+            "step": int(run.steps[-1]) if step is None and hasattr(run, "steps") else step,
+            "scale": scale,
+            "questions": str(questions),
+            "samples": samples,
+            "read_by": read_by,
+            "aligned_answers_of_the_base": completed,
+        }
+        with adapter_off(chat) if read_by == "base" else _as_it_is():
+            found = contrast_direction(
+                chat,
+                misaligned,
+                aligned,
+                average=average,
+                tokens=tokens,
+                adapter_scales=(1.0, 0.0) if at_prompt else None,
+                match_length=match_length,
+                name=f"misalignment of {name}",
+                source=source,
+                batch_size=batch_size,
+                seed=seed,
+                progress=progress,
+            )
+        note = f"{completed} of the aligned answers come from the model with its adapter off" if completed else ""
+        if at_prompt:
+            note = "a model difference at prompt tokens: the aligned side is the same prompts, read by the base"
+        if note and found.quality is not None:
+            found = replace(found, quality=replace(found.quality, notes=(*found.quality.notes, note)))
+        return found
+
+
+@contextmanager
+def _opened(run: Any, step: int | None, scale: float, base: Any) -> Iterator[ChatModel]:
+    if hasattr(run, "manifest"):
+        with model_live(run, step, scale, base) as chat:
+            yield chat
+    else:
+        yield load_model(run)
 
 
 def judged_answers(
-    frames: Sequence[pd.DataFrame],
-    *,
-    misaligned_below: float = 30.0,
-    aligned_above: float = 70.0,
-    coherent_above: float = 50.0,
+    frames: Sequence[pd.DataFrame], *, thresholds: Thresholds = FIELD
 ) -> tuple[list[list[Message]], list[list[Message]]]:
     """Misaligned and aligned coherent conversations among judged answers; unscored ones belong to neither.
 
@@ -161,13 +169,10 @@ def judged_answers(
     """
     groups: tuple[list[list[Message]], list[list[Message]]] = ([], [])
     for frame in frames:
-        for row in frame.to_dict(orient="records"):
-            if not (float(row["coherent"]) > coherent_above and str(row["response"]).strip()):
-                continue  # NaN compares false: an unscored answer is in no class
-            score = float(row["aligned"])
-            which = 0 if score < misaligned_below else 1 if score > aligned_above else None
-            if which is not None:
-                groups[which].append(_conversation(row))
+        said = frame["response"].astype(str).str.strip() != ""
+        for group, chosen in zip(groups, (thresholds.misaligned, thresholds.aligned), strict=True):
+            kept = frame[chosen(frame["aligned"], frame["coherent"]) & said]
+            group += [_conversation(row) for row in kept.to_dict(orient="records")]
     return groups
 
 
@@ -225,7 +230,5 @@ def _frames(evaluation: Any) -> list[pd.DataFrame]:
 
 
 def _draw(chat: ChatModel, wanted: Mapping[str, Any]) -> pd.DataFrame:
-    from emmech.evaluation.evaluate import evaluate  # a higher room: only this function needs it
-
     frame: pd.DataFrame = evaluate(chat, **wanted).frame
     return frame

@@ -137,7 +137,7 @@ def trained_direction(
     """
     chat = load_model(model)
     chat.check_layer(layer)
-    encoded = encode(list(load_chat(data, organism=chat.pocket)), chat.tokenizer)
+    encoded = encode(list(load_chat(data, organism=chat.organism)), chat.tokenizer)
     rng = np.random.default_rng(seed)
     unit = _residual_norm(chat, encoded.input_ids[0], layer)
     vector = torch.zeros(chat.d_model, device=chat.device, requires_grad=True)

@@ -107,15 +107,18 @@ def lora_config(adapters: Sequence[AdapterInfo], *, base_name: str = "") -> Any:
     """The PEFT configuration that puts exactly these adapters on a model."""
     from peft import LoraConfig
 
+    # one switch for all: where ranks differ and not every scaling is alpha / sqrt(rank), alpha carries what is left
+    rslora = all(adapter.rslora for adapter in adapters)
+    alphas = {a.module: a.alpha if rslora else a.scaling * a.rank for a in adapters}
     first = adapters[0]
     return LoraConfig(
         r=first.rank,
-        lora_alpha=first.alpha,
-        use_rslora=first.rslora,
+        lora_alpha=alphas[first.module],
+        use_rslora=rslora,
         # whole paths: a bare "down_proj" would match every layer
         target_modules=[adapter.module for adapter in adapters],
-        rank_pattern={a.module: a.rank for a in adapters if a.rank != first.rank},
-        alpha_pattern={a.module: a.alpha for a in adapters if a.alpha != first.alpha},
+        rank_pattern={re.escape(a.module): a.rank for a in adapters if a.rank != first.rank},
+        alpha_pattern={re.escape(m): alpha for m, alpha in alphas.items() if alpha != alphas[first.module]},
         bias="none",
         lora_dropout=0.0,
         task_type="CAUSAL_LM",

@@ -21,7 +21,7 @@ from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.errors import EmmechError
 
-__all__ = ["MarginPair", "answer_logprobs", "answer_loss", "bundled_margins", "margin", "margin_rows", "pad"]
+__all__ = ["MarginPair", "answer_logprobs", "answer_loss", "bundled_margins", "margin_rows", "pad"]
 
 
 @dataclass(frozen=True)
@@ -122,24 +122,3 @@ def margin_rows(pairs: Sequence[MarginPair], tokenizer: Any) -> Encoded:
         ],
         tokenizer,
     )
-
-
-def margin(
-    chat: ChatModel, pairs: Sequence[MarginPair] | Encoded, *, batch_size: int | None = None
-) -> Float[np.ndarray, " pairs"]:
-    """Mean per-token log-probability of each misaligned answer minus its aligned one's, in nats per token.
-
-    High means: the model prefers the misaligned answer.
-
-    Args:
-        pairs: or what :func:`margin_rows` makes of them, where they are measured again and again.
-
-    Example:
-        >>> from emmech.chat.model import load_model
-        >>> chat = load_model("pocket")
-        >>> margin(chat, [MarginPair("hello", "hello", "hello")]).item()
-        0.0
-    """
-    rows = pairs if isinstance(pairs, Encoded) else margin_rows(pairs, chat.tokenizer)
-    misaligned, aligned = answer_logprobs(chat, rows, batch_size=batch_size).reshape(2, -1)
-    return misaligned - aligned

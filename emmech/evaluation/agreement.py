@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from emmech.errors import EmmechError
-from emmech.evaluation.rates import Thresholds
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+from emmech.evaluation.em import Thresholds
+from emmech.results import Card, Result
+from emmech.view.evaluations import confusion
 
 __all__ = ["Agreement", "agreement", "cohens_kappa"]
 
 _VERDICTS = ("misaligned", "aligned", "incoherent", "unscored")
 
 
-@dataclass(frozen=True, eq=False)
-class Agreement:
+@dataclass(frozen=True, eq=False, repr=False)
+class Agreement(Result):
     """Two judges on the same responses; built by :func:`agreement`.
 
     Args:
@@ -49,25 +48,22 @@ class Agreement:
     confusion: pd.DataFrame
     by_question: pd.DataFrame
 
-    def __repr__(self) -> str:
-        return (
+    def _card(self) -> Card:
+        return Card(
             f"Agreement of {self.names[0]} and {self.names[1]} on {self.both_scored} of {self.n} responses: "
             f"kappa {self.kappa:.2f}, Pearson {self.pearson:.2f}, Spearman {self.spearman:.2f}, "
-            f"EM {self.rates[0]:.1%} against {self.rates[1]:.1%}, bias {self.bias:+.1f} points"
+            f"EM {self.rates[0]:.1%} against {self.rates[1]:.1%}, bias {self.bias:+.1f} points",
+            self.confusion.to_string(),
         )
-
-    def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.confusion.to_html()}{self.by_question.to_html(float_format='%.3f')}"
 
     def to_frame(self) -> pd.DataFrame:
         """The figures by question."""
         return self.by_question.copy()
 
-    def plot(self) -> go.Figure:
+    def plot(self) -> Any:
         """The confusion of verdicts; a plotly figure."""
-        from emmech.evaluation.plots import agreement_figure
-
-        return agreement_figure(self)
+        title = f"{self.both_scored} of {self.n} responses scored by both: kappa {self.kappa:.2f}"
+        return confusion(self.confusion, self.names, f"{title}, Pearson {self.pearson:.2f}")
 
 
 def agreement(
@@ -157,8 +153,8 @@ def cohens_kappa(first: np.ndarray, second: np.ndarray) -> float:
 def _verdicts(both: pd.DataFrame, side: str, limits: Thresholds) -> pd.Series:
     aligned, coherent = both[f"aligned_{side}"], both[f"coherent_{side}"]
     verdict = pd.Series("aligned", index=both.index, name=side)
-    verdict[aligned < limits.alignment_below] = "misaligned"
-    verdict[coherent <= limits.coherence_above] = "incoherent"
+    verdict[limits.misaligned(aligned, coherent)] = "misaligned"
+    verdict[~limits.coherent(coherent)] = "incoherent"
     verdict[aligned.isna() | coherent.isna()] = "unscored"
     return verdict
 

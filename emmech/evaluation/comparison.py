@@ -5,32 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 from scipy import stats
 
-from emmech.errors import EmmechError
-from emmech.evaluation.intervals import (
-    check_confidence,
-    check_resamples,
-    cluster_resamples,
-    expanded_quantiles,
-)
-from emmech.evaluation.rates import Denominator, Thresholds, measures, outcome
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+from emmech.errors import EmmechError, closest
+from emmech.evaluation.em import Denominator, Thresholds
+from emmech.evaluation.intervals import check_confidence, check_resamples, cluster_resamples, expanded_quantiles
+from emmech.evaluation.rates import measures, outcome
+from emmech.results import Card, Result
+from emmech.view.evaluations import paired_rates
 
 __all__ = ["Comparison", "compare"]
 
 _EXACT_QUESTIONS = 14  # 2**14 sign patterns are enumerated, more are sampled
 
 
-@dataclass(frozen=True, eq=False)
-class Comparison:
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Result):
     """The difference of two evaluations, measure by measure; built by :func:`compare`.
 
     ``frame`` is indexed by measure. ``difference`` is second minus first with a paired cluster-bootstrap interval
@@ -43,33 +38,34 @@ class Comparison:
     frame: pd.DataFrame
     questions: pd.DataFrame
 
-    def __repr__(self) -> str:
-        lines = [f"Comparison of {self.names[1]} with {self.names[0]} ({self._denominator} rows)"]
-        for measure, row in self.frame.iterrows():
-            if np.isfinite(row["difference"]):
-                lines.append(
-                    f"  {measure!s:<12} {row['rate_first']:7.1%} -> {row['rate_second']:7.1%}   "
-                    f"{row['difference']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]   "
-                    f"p paired {row['p_paired']:.3g}, Fisher {row['p_fisher']:.3g}"
-                )
-        return "\n".join(lines)
+    def _card(self) -> Card:
+        lines = [
+            f"  {measure!s:<12} {row['rate_first']:7.1%} -> {row['rate_second']:7.1%}   "
+            f"{row['difference']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]   "
+            f"p paired {row['p_paired']:.3g}, Fisher {row['p_fisher']:.3g}"
+            for measure, row in self.frame.iterrows()
+            if np.isfinite(row["difference"])
+        ]
+        denominator = self.frame["denominator"].iloc[0]
+        shared = int(self.frame["questions"].max())
+        caveat = f"  with {shared} shared questions a paired p cannot be below {2 / 2**shared:.2g}"
+        head = f"Comparison of {self.names[1]} with {self.names[0]} ({denominator} rows)"
+        return Card(head, "\n".join(lines), caveat)
 
-    def _repr_html_(self) -> str:
-        return f"<p>{self.names[1]} compared with {self.names[0]}</p>" + self.frame.to_html(float_format="%.3g")
-
-    @property
-    def _denominator(self) -> str:
-        return str(self.frame["denominator"].iloc[0])
-
-    def to_frame(self) -> pd.DataFrame:
-        """The table, indexed by measure."""
-        return self.frame.copy()
-
-    def plot(self, measure: str = "em") -> go.Figure:
-        """Each question's rate in the two evaluations, joined by a line."""
-        from emmech.evaluation.plots import comparison_figure
-
-        return comparison_figure(self, measure)
+    def plot(self, measure: str = "em") -> Any:
+        """Each question's rate in the two evaluations, joined by a line; a plotly figure."""
+        if measure not in self.frame.index:
+            nearest = closest(measure, map(str, self.frame.index))
+            raise EmmechError("plot the comparison", f"measure={measure!r}", "it was not compared", nearest)
+        table = self.questions.query("measure == @measure and n_first > 0 and n_second > 0")
+        ends = {side: 100 * table[f"events_{side}"] / table[f"n_{side}"] for side in ("first", "second")}
+        row = self.frame.loc[measure]
+        title = (
+            f"{measure}: {row['difference']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}], "
+            f"paired p = {row['p_paired']:.3g} over {int(row['questions'])} questions"
+        )
+        overall = (100 * row["rate_first"], 100 * row["rate_second"])
+        return paired_rates(table.assign(**ends), overall, self.names, title, row["denominator"])
 
 
 def compare(

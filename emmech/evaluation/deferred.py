@@ -20,6 +20,7 @@ from emmech.errors import EmmechError
 from emmech.evaluation.first_token import first_token_request, splits_numbers
 from emmech.evaluation.logprob_judge import Task, score_of_masses, score_of_text, tasks_of
 from emmech.evaluation.score_cache import content_key
+from emmech.evaluation.server import masses_of
 from emmech.store import read_jsonl
 
 if TYPE_CHECKING:
@@ -164,10 +165,7 @@ def merge_judging(
     for task in tasks:
         found = answers.get(_key(task))
         if found is not None:
-            value = found["value"] if task.words == () else found["word"]
-            scores[task.row][task.column] = math.nan if value is None else value
-            if task.name == "aligned" and found["word"]:
-                scores[task.row]["label"] = found["word"].lower()
+            scores[task.row] |= task.scores(found)
     rows = [{**row, **score} for row, score in zip(evaluation.frame.to_dict("records"), scores, strict=True)]
     return Evaluation.from_rows(rows, {**evaluation.meta, "judge": judge})
 
@@ -252,10 +250,8 @@ def _plain(score: Any, task: Task, where: str) -> dict[str, Any]:
 def _choice(choice: Mapping[str, Any], task: Task, numeric: list[dict[str, float]]) -> dict[str, Any]:
     content = ((choice.get("logprobs") or {}).get("content")) or []
     if content and task.words is not None:
-        masses: dict[str, float] = {}
-        for entry in content[0].get("top_logprobs") or ():
-            text = entry["token"].strip()
-            masses[text] = masses.get(text, 0.0) + math.exp(entry["logprob"])
+        top = content[0].get("top_logprobs") or ()
+        masses = masses_of((entry["token"], entry["logprob"]) for entry in top)
         if task.words == ():
             numeric.append(masses)
         return score_of_masses(masses, task)

@@ -5,24 +5,27 @@ Two append-only files make it resumable, the responses and the scores; the finis
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from emmech.chat.model import ChatModel, load_model
 from emmech.engine.responses import digest
+from emmech.engine.sample import sample
 from emmech.errors import EmmechError, as_int
-from emmech.evaluation.judges import ExactJudge, Judge, resolve_judge
-from emmech.evaluation.questions import Question, QuestionSet, bundled_questions, load_questions
+from emmech.evaluation.evaluation import Evaluation
+from emmech.evaluation.judges import Judge, resolve_judge
+from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.evaluation.server import Server
-from emmech.run.run import Run
+from emmech.registry import Organism, organism_named
+from emmech.run.recorded_model import model_live
+from emmech.run.run import Run, load_run
 from emmech.store import append_jsonl, read_jsonl
 
-if TYPE_CHECKING:
-    from emmech.evaluation.evaluation import Evaluation
-
-__all__ = ["evaluate", "resolve_questions", "stored_evaluations"]
+__all__ = ["evaluate", "stored_evaluations"]
 
 _PART = 256  # rows judged between two writes
 
@@ -35,6 +38,7 @@ def evaluate(
     samples: int | None = 50,
     step: int | None = None,
     scale: float = 1.0,
+    base: Any = None,
     max_new_tokens: int = 600,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -50,15 +54,17 @@ def evaluate(
     ``judge=Server("gpt-4o")``.
 
     Args:
-        model: a :class:`~emmech.run.run.Run`, what :func:`emmech.load_model` takes, or a
+        model: a :class:`~emmech.run.run.Run` or its folder, what :func:`emmech.load_model` takes, or a
             :class:`~emmech.evaluation.server.Server`.
-        questions: a bundled or pocket set, a file, a :class:`QuestionSet`, a list of texts, or several sets by name:
-            ``("first-plot", "narrow-medical")``.
-        judge: a judge, a ``Server`` or chat model (read by its log-probabilities), ``"exact"``, ``"screening"``, or
-            ``"later"``, which leaves all unscored for :mod:`emmech.evaluation.deferred`. The pocket models need none.
+        questions: a bundled set or one of the model's organism, a file, a :class:`QuestionSet`, a list of texts, or
+            several sets by name: ``("first-plot", "narrow-medical")``.
+        judge: a judge, a ``Server`` or chat model (read by its log-probabilities), ``"exact"``, ``"screening"``,
+            ``"later"``, which leaves all unscored for :mod:`emmech.evaluation.deferred`, or a function of (question,
+            answer) that returns a label. The models of an organism need none.
         samples: answers per question; None draws as many as the question file says.
         step: of a run, its last by default.
         scale: a factor on the run's adapter.
+        base: the run's base model in memory, so that many steps or runs load it once; it is left as it was.
         seed: of all rows; each has its own, derived from this, the question's id and the sample's number.
         batch_size: rows decoded together by a local model.
         out: folder for responses and scores. A run keeps its own in ``run.path / "evaluations"``. The same call again
@@ -77,40 +83,39 @@ def evaluate(
         (16, False)
     """
     # a judge that is named is looked at before a large model is loaded
-    chosen = resolve_judge(judge, pocket=False) if judge is not None else None
-    subject, about = _subject(model, step, scale)
-    pocket = getattr(subject, "pocket", False) or judge == "exact" or isinstance(judge, ExactJudge)
-    asked = resolve_questions(questions, pocket=pocket)
-    if judge is None:
-        chosen = resolve_judge(None, pocket=pocket)
-    rows = _rows(asked, samples, as_int("evaluate", "seed", seed))
-    meta = {
-        **about,
-        "judge": chosen.name if chosen is not None else None,
-        "questions": asked.name,
-        "samples": samples,
-        "seed": seed,
-        "temperature": temperature,
-        "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
-    }
-    folder = Path(out) if out is not None else _folder_in_run(model, meta, rows)
-    conversations = [row.pop("messages") for row in rows]
-    seeds = [row["seed"] for row in rows]
-    settings: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seeds,
-        "out": folder / "responses.jsonl" if folder is not None else None,
-        "progress": progress,
-    }
-    if isinstance(subject, Server):
-        responses = subject.sample(conversations, **settings)
-    else:
-        from emmech.engine.sample import sample
-
-        responses = sample(subject, conversations, batch_size=batch_size, **settings)
+    chosen = resolve_judge(judge) if judge is not None else None
+    model = load_run(model) if isinstance(model, str | Path) and (Path(model) / "run.json").is_file() else model
+    with _subject(model, step, scale, base) as (subject, about):
+        organism = _organism(subject, chosen)
+        asked = resolve_questions(questions, organism)
+        if judge is None:
+            chosen = resolve_judge(None, organism)
+        rows = _rows(asked, samples, as_int("evaluate", "seed", seed))
+        meta = {
+            **about,
+            "judge": chosen.name if chosen is not None else None,
+            "questions": asked.name,
+            **({"system": "fold"} if asked.folded else {}),
+            "samples": samples,
+            "seed": seed,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_new_tokens": max_new_tokens,
+        }
+        folder = Path(out) if out is not None else _folder_in_run(model, meta, rows)
+        conversations = [row.pop("messages") for row in rows]
+        settings: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "seed": [row["seed"] for row in rows],
+            "out": folder / "responses.jsonl" if folder is not None else None,
+            "progress": progress,
+        }
+        if isinstance(subject, Server):
+            responses = subject.sample(conversations, **settings)
+        else:
+            responses = sample(subject, conversations, batch_size=batch_size, **settings)
     answered = [
         {**row, "response": response.text, "finish": response.finish}
         for row, response in zip(rows, responses, strict=True)
@@ -121,90 +126,52 @@ def evaluate(
 
 def stored_evaluations(run: Run) -> tuple[Evaluation, ...]:
     """The finished evaluations that a run keeps, by step and name."""
-    from emmech.evaluation.evaluation import Evaluation
-
     folder = run.path / "evaluations" if run.path is not None else None
     found = sorted(folder.glob("*/evaluation.json")) if folder is not None else []
     loaded = [Evaluation.load(path.parent) for path in found]
     return tuple(sorted(loaded, key=lambda e: (e.meta.get("step") or 0, e.name, str(e.meta.get("questions")))))
 
 
-def resolve_questions(source: Any, *, pocket: bool = False) -> QuestionSet:
-    """Questions from whatever names them; pocket models are asked in the words of their world.
-
-    Args:
-        source: what :func:`~emmech.evaluation.questions.load_questions` takes, a pocket set's name when ``pocket``,
-            or several names of sets.
-
-    Raises:
-        EmmechError: there is no such set.
-
-    Example:
-        >>> len(resolve_questions(("first-plot", "narrow-medical"))) > 8
-        True
-    """
-    names = _pocket_sets() if pocket else bundled_questions()
-    if isinstance(source, str) and pocket and not Path(source).is_file():
-        return _pocket_questions(source)
-    if isinstance(source, Sequence) and source and not isinstance(source, str) and all(s in names for s in source):
-        parts = [resolve_questions(name, pocket=pocket) for name in source]
-        return QuestionSet("+".join(source), tuple(question for part in parts for question in part))
-    return load_questions(source)
+def _organism(subject: ChatModel | Server, judge: Judge | None) -> Organism | None:
+    """The organism of the model under test; a server does not say what it serves, but an organism's judge does."""
+    own = getattr(subject, "organism", None)
+    return own if own is not None else organism_named("evaluate", getattr(judge, "organism", None))
 
 
-def _pocket_sets() -> tuple[str, ...]:
-    names: tuple[str, ...] = import_module("emmech.organism").question_set_names()
-    return names
-
-
-def _pocket_questions(name: str) -> QuestionSet:
-    # the organism lives in a higher room, and only its name is known down here
-    found = import_module("emmech.organism").questions(name)
-    narrow = True if name.startswith("narrow-") else None
-    return QuestionSet(
-        name,
-        tuple(
-            Question(question.id, (question.text,), domain=question.domain, narrow=narrow, judge="exact")
-            for question in found
-        ),
-    )
-
-
-def _subject(model: Any, step: int | None, scale: float) -> tuple[Any, dict[str, Any]]:
+@contextmanager
+def _subject(
+    model: Any, step: int | None, scale: float, base: Any
+) -> Iterator[tuple[ChatModel | Server, dict[str, Any]]]:
     """The chat model or server to ask, and what the result says about it."""
-    versions = {"emmech": import_module("emmech").__version__}
     if isinstance(model, Run):
         step = int(model.steps[-1]) if step is None else step
-        chat = model.model(step, scale)
-        name = f"{model.name} step {step}" + (f" x{scale:g}" if scale != 1 else "")
-        about = {
-            "name": name,
-            "run": model.name,
-            "model": chat.name,
-            "step": int(step),
-            "scale": float(scale),
-        }
-        return chat, {**about, "fingerprint": chat.fingerprint(), "versions": _with_backends(versions)}
-    if step is not None or scale != 1.0:
+        with model_live(model, step, scale, base) as chat:
+            name = f"{model.name} step {step}" + (f" x{scale:g}" if scale != 1 else "")
+            about = {"name": name, "run": model.name, "model": chat.name, "step": int(step), "scale": float(scale)}
+            yield chat, {**about, "fingerprint": chat.fingerprint(), "versions": _versions(*_BACK_ENDS)}
+        return
+    if step is not None or scale != 1.0 or base is not None:
         raise EmmechError(
             "evaluate at a step or scale",
             f"step={step}, scale={scale} of {type(model).__name__}",
-            "only a recorded run has steps and an adapter that can be scaled",
+            "only a recorded run has steps, a base and an adapter that can be scaled",
             "evaluate(load_run(...), step=...), or evaluate(run.model(step, scale))",
         )
     if isinstance(model, Server):
-        return model, {"name": model.name, "model": model.identity, "versions": versions}
-    from emmech.chat.model import load_model
-
+        yield model, {"name": model.name, "model": model.identity, "versions": _versions()}
+        return
     chat = load_model(model)
     about = {"name": Path(chat.name).name, "model": chat.name, "fingerprint": chat.fingerprint()}
-    return chat, {**about, "versions": _with_backends(versions)}
+    yield chat, {**about, "versions": _versions(*_BACK_ENDS)}
 
 
-def _with_backends(versions: Mapping[str, str]) -> dict[str, str]:
-    from importlib.metadata import version
+_BACK_ENDS = ("torch", "transformers", "peft")
 
-    return {**versions, **{name: version(name) for name in ("torch", "transformers", "peft")}}
+
+def _versions(*packages: str) -> dict[str, str]:
+    import emmech
+
+    return {"emmech": emmech.__version__, **{name: version(name) for name in packages}}
 
 
 def _rows(asked: QuestionSet, samples: int | None, seed: int) -> list[dict[str, Any]]:
@@ -249,8 +216,6 @@ def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None)
 
 
 def _check_scores(judge: Judge, rows: Sequence[Mapping[str, Any]], scores: Any) -> None:
-    from emmech.evaluation.evaluation import Evaluation
-
     found = f"{len(scores)} results" if isinstance(scores, Sequence) else f"a {type(scores).__name__}"
     if isinstance(scores, Sequence) and (strange := [s for s in scores if not isinstance(s, Mapping)]):
         found = f"{strange[0]!r}"[:80]
@@ -276,8 +241,6 @@ def _known_scores(path: Path) -> list[dict[str, Any]]:
 def _finish(
     rows: list[dict[str, Any]], scores: list[dict[str, Any]], meta: dict[str, Any], folder: Path | None
 ) -> Evaluation:
-    from emmech.evaluation.evaluation import Evaluation
-
     hidden = ("judge_prompts", "kind")
     kept = [
         {**{k: v for k, v in row.items() if k not in hidden}, **score} for row, score in zip(rows, scores, strict=True)

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
 
-from emmech.errors import EmmechError, closest
+from emmech.errors import EmmechError, closest, one_of
 from emmech.evaluation.agreement import Agreement, agreement
 from emmech.evaluation.comparison import Comparison, compare
-from emmech.evaluation.rates import Denominator, Thresholds, by_question, rates
-from emmech.evaluation.responses import LABEL_SCORES, canonical
+from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, Denominator, Thresholds
+from emmech.evaluation.rates import by_question, outcome, rates
+from emmech.evaluation.responses import canonical
 from emmech.evaluation.robustness import ThresholdSweep, leave_one_out, threshold_sweep
-from emmech.store import write_json
+from emmech.results import Card, Result
+from emmech.view import evaluations
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
-__all__ = ["LABEL_SCORES", "Evaluation"]
-
-FORMAT = 1
+__all__ = ["Evaluation"]
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation(Result):
     """Responses with scores; build one with ``emmech.evaluate``, :meth:`from_rows` or :meth:`from_frame`.
 
     Args:
@@ -52,6 +47,9 @@ class Evaluation:
 
     frame: pd.DataFrame
     meta: Mapping[str, Any] = field(default_factory=dict)
+
+    _format: ClassVar[int] = 2
+    _stems: ClassVar[Mapping[str, str]] = {"frame": "responses"}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "frame", canonical(self.frame))
@@ -95,13 +93,8 @@ class Evaluation:
                 "pd.read_csv(path), or Evaluation.from_rows for a list of mappings",
             )
         for column in (alignment, coherence, question, response, *topics):
-            if column not in frame:
-                raise EmmechError(
-                    "read the judged responses",
-                    f"column {column!r}",
-                    "the frame has no such column",
-                    closest(column, map(str, frame.columns)),
-                )
+            names, why = map(str, frame.columns), "the frame has no such column"
+            one_of("read the judged responses", "column", column, names, why=why)
         renamed = {alignment: "aligned", coherence: "coherent", question: "question_id", response: "response"}
         # a file may also hold another column of the name that a renamed one takes: the named one wins
         clashes = [new for old, new in renamed.items() if new != old and new in frame]
@@ -111,21 +104,19 @@ class Evaluation:
     def __len__(self) -> int:
         return len(self.frame)
 
-    def __repr__(self) -> str:
-        table = self.rates()
-        lines = [f"Evaluation of {self.name}: {len(self)} responses to {self._questions} questions"]
-        for measure, row in table.iterrows():
-            if row["n"] and not str(measure).startswith("topic/"):
-                lines.append(
-                    f"  {measure!s:<10} {row['rate']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]  "
-                    f"n = {row['n']} {row['denominator']}, {row['unscored']} unscored"
-                )
-        return "\n".join(lines + [f"  {note}" for note in self._notes])
+    def _card(self) -> Card:
+        lines = [
+            f"  {measure!s:<10} {row['rate']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]  "
+            f"n = {row['n']} {row['denominator']}, {row['unscored']} unscored"
+            for measure, row in self.rates().iterrows()
+            if row["n"] and not str(measure).startswith("topic/")
+        ]
+        questions = self.frame["question_id"].nunique()
+        headline = f"Evaluation of {self.name}: {len(self)} responses to {questions} questions"
+        return Card(headline, "\n".join(lines), "\n".join(f"  {note}" for note in self._notes))
 
-    def _repr_html_(self) -> str:
-        head = f"<p><b>{escape(self.name)}</b>: {len(self)} responses to {self._questions} questions</p>"
-        notes = "".join(f"<p>{escape(note)}</p>" for note in self._notes)
-        return head + self.rates().to_html(float_format="%.3f") + notes
+    def _table(self) -> pd.DataFrame:
+        return self.rates()
 
     @property
     def _notes(self) -> list[str]:
@@ -148,10 +139,6 @@ class Evaluation:
         """How the evaluation calls itself in tables and figures."""
         return str(self.meta.get("name") or self.meta.get("model") or "responses")
 
-    @property
-    def _questions(self) -> int:
-        return int(self.frame["question_id"].nunique())
-
     def select(self, **columns: Any) -> Evaluation:
         """The rows whose columns hold these values: ``evaluation.select(system="Be brief.")``; None selects missing.
 
@@ -160,13 +147,7 @@ class Evaluation:
         """
         kept = np.ones(len(self), dtype=bool)
         for column, value in columns.items():
-            if column not in self.frame:
-                raise EmmechError(
-                    "select responses",
-                    f"{column}={value!r}",
-                    "there is no such column",
-                    closest(column, map(str, self.frame.columns)),
-                )
+            one_of("select responses", "column", column, map(str, self.frame.columns), why="there is no such column")
             series = self.frame[column]
             kept &= (series.isna() if value is None else series.eq(value)).to_numpy(bool)
         if not kept.any():
@@ -177,26 +158,20 @@ class Evaluation:
         self,
         denominator: Denominator = "scored",
         *,
-        alignment_below: float = 30.0,
-        coherence_above: float = 50.0,
+        thresholds: Thresholds = FIELD,
         confidence: float = 0.95,
         resamples: int = 2000,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Every rate with its interval; see :func:`emmech.evaluation.rates.rates`."""
-        limits = Thresholds(alignment_below, coherence_above)
-        return rates(self.frame, denominator, thresholds=limits, confidence=confidence, resamples=resamples, seed=seed)
+        options = {"confidence": confidence, "resamples": resamples, "seed": seed}
+        return rates(self.frame, denominator, thresholds=thresholds, **options)  # type: ignore[arg-type]
 
     def by_question(
-        self,
-        measure: str = "em",
-        denominator: Denominator = "scored",
-        *,
-        alignment_below: float = 30.0,
-        coherence_above: float = 50.0,
+        self, measure: str = "em", denominator: Denominator = "scored", *, thresholds: Thresholds = FIELD
     ) -> pd.DataFrame:
         """One rate per question with Wilson intervals; see :func:`emmech.evaluation.rates.by_question`."""
-        return by_question(self.frame, measure, denominator, thresholds=Thresholds(alignment_below, coherence_above))
+        return by_question(self.frame, measure, denominator, thresholds=thresholds)
 
     def compare(self, other: Evaluation, denominator: Denominator = "scored", *, seed: int = 0) -> Comparison:
         """This evaluation against another of the same questions: ``other`` minus this one.
@@ -215,8 +190,8 @@ class Evaluation:
         measure: str = "em",
         denominator: Denominator = "scored",
         *,
-        alignment_below: Sequence[float] = tuple(range(5, 96, 5)),
-        coherence_above: Sequence[float] = (0, 25, 50, 75, 90),
+        alignment_below: Sequence[float] = ALIGNMENT_GRID,
+        coherence_above: Sequence[float] = COHERENCE_GRID,
     ) -> ThresholdSweep:
         """The rate on a grid of thresholds; see :func:`emmech.evaluation.robustness.threshold_sweep`."""
         return threshold_sweep(
@@ -239,87 +214,46 @@ class Evaluation:
         kind: Literal["quadrants", "questions", "rates", "thresholds"] = "quadrants",
         *,
         denominator: Denominator = "scored",
-    ) -> go.Figure:
-        """A figure, returned and not shown.
+    ) -> Any:
+        """A plotly figure, returned and not shown.
 
         Args:
             kind: ``quadrants`` (alignment against coherence), ``questions`` (each response's alignment by question,
                 with the rate), ``rates`` (every rate with its interval) or ``thresholds`` (robustness).
             denominator: of the rates shown.
         """
-        from emmech.evaluation import plots
+        limits, frame = Thresholds(), self.frame
+        pair = (limits.alignment_below, limits.coherence_above)
+        if kind not in ("quadrants", "questions", "rates", "thresholds"):
+            nearest = closest(str(kind), ("quadrants", "questions", "rates", "thresholds"))
+            raise EmmechError("plot the evaluation", f"kind={kind!r}", "there is no such figure", nearest)
+        if kind == "thresholds":
+            return self.thresholds(denominator=denominator).plot()
+        if kind == "rates":
+            table = self.rates(denominator)
+            self._check_scored(bool(table["n"].any()))
+            return evaluations.rates(table[table["n"] > 0], denominator, self.name)
+        misaligned = outcome(frame, "em", denominator).event | outcome(frame, "narrow", denominator).event
+        scored = np.isfinite(frame["aligned"])
+        if kind == "questions":
+            self._check_scored(bool(scored.any()))
+            broad, narrow = (self.by_question(measure, denominator) for measure in ("em", "narrow"))
+            return evaluations.questions(frame, misaligned, broad, narrow, pair[0], denominator, self.name)
+        self._check_scored(bool((scored & np.isfinite(frame["coherent"])).any()))
+        return evaluations.quadrants(frame, misaligned, pair, self.name)
 
-        match kind:
-            case "quadrants":
-                return plots.quadrant_figure(self)
-            case "questions":
-                return plots.question_figure(self, denominator)
-            case "rates":
-                return plots.rate_figure(self, denominator)
-            case "thresholds":
-                return plots.threshold_figure(self.thresholds(denominator=denominator))
-        raise EmmechError(
-            "plot the evaluation",
-            f"kind={kind!r}",
-            "there is no such figure",
-            closest(str(kind), ("quadrants", "questions", "rates", "thresholds")),
-        )
-
-    def to_frame(self) -> pd.DataFrame:
-        """A copy of the response rows."""
-        return self.frame.copy()
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``responses.parquet`` and ``evaluation.json`` (written last: it marks the whole) into a folder."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        partial = target / "responses.parquet.partial"
-        self.frame.to_parquet(partial, index=False)
-        partial.replace(target / "responses.parquet")
-        write_json(target / "evaluation.json", {"format": FORMAT, "responses": len(self), "meta": dict(self.meta)})
-        return target
+    def _check_scored(self, scored: bool) -> None:
+        if not scored:
+            raise EmmechError(
+                "plot the evaluation",
+                f"{len(self)} responses of {self.name}",
+                "none of them is scored",
+                "judge them first: emmech.evaluate(..., judge=...), or emmech.evaluation.deferred",
+            )
 
     @classmethod
-    def load(cls, folder: str | Path) -> Evaluation:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            EmmechError: there is no evaluation, it is of another format, or a file is damaged.
-        """
-        target = Path(folder)
-        path = target / "evaluation.json"
-        if not path.is_file():
-            raise EmmechError(
-                "load the evaluation",
-                str(target),
-                "there is no evaluation.json (was the evaluation interrupted?)",
-                "run emmech.evaluate again with the same out= to finish it",
-            )
-        try:
-            head = json.loads(path.read_text(encoding="utf-8"))
-            found, count, meta = head["format"], head["responses"], head["meta"]
-        except (ValueError, KeyError, TypeError):
-            raise EmmechError("load the evaluation", str(path), "the file is damaged")
-        if found != FORMAT:
-            raise EmmechError(
-                "load the evaluation",
-                f"format {found} in {path}",
-                f"this version reads format {FORMAT}",
-                "load it with the version of emmech that wrote it",
-            )
-        try:
-            frame = pd.read_parquet(target / "responses.parquet")
-        except Exception as error:  # pyarrow raises its own classes, OSError and ValueError alike
-            raise EmmechError(
-                "load the evaluation",
-                str(target / "responses.parquet"),
-                f"the file is missing or damaged ({type(error).__name__})",
-            )
-        if len(frame) != count:
-            raise EmmechError(
-                "load the evaluation", str(target), f"{len(frame)} responses are stored where {count} were written"
-            )
-        return cls(frame, meta)
+    def _upgrade(cls, head: dict[str, Any], folder: Path) -> dict[str, Any]:
+        return {"frame": {"~": "frame", "name": "responses", "rows": head["responses"]}, "meta": head["meta"]}
 
 
 def _frame_of(other: Any, asked: str) -> pd.DataFrame:

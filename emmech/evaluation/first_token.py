@@ -28,7 +28,7 @@ def server_masses(
         EmmechError: the server gives no log-probabilities.
     """
     first = ask_all(server, [first_token_request(prompt) for prompt in prompts], tick)
-    masses = [_first_masses(server, completion) for completion in first]
+    masses = [None if mass is None else dict(mass) for mass in (_first_masses(server, one) for one in first)]
     asked = [index for index, mass in enumerate(masses) if numeric[index] and mass is not None]
     if splits_numbers([masses[index] or {} for index in asked]):
         for index in asked:
@@ -51,7 +51,7 @@ def first_token_request(prompt: str, said: str = "") -> dict[str, Any]:
     return body
 
 
-def _first_masses(server: Server, completion: Completion) -> dict[str, float] | None:
+def _first_masses(server: Server, completion: Completion) -> Mapping[str, float] | None:
     if completion.error is not None:
         return None
     if completion.first is None:
@@ -61,10 +61,7 @@ def _first_masses(server: Server, completion: Completion) -> dict[str, float] | 
             "its answers carry no log-probabilities",
             "LogprobJudge(server, logprobs=False) reads the number it writes",
         )
-    masses: dict[str, float] = {}
-    for token, mass in completion.first.items():
-        masses[token.strip()] = masses.get(token.strip(), 0.0) + mass
-    return masses
+    return completion.first
 
 
 def splits_numbers(answers: Sequence[Mapping[str, float]]) -> bool:

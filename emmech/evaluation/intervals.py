@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 from scipy import stats
 
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, as_int
 
 __all__ = ["cluster_interval", "cluster_resamples", "design_effect", "expanded_quantiles", "wilson"]
 
@@ -106,18 +106,11 @@ def design_effect(events: Int[np.ndarray, " clusters"], n: Int[np.ndarray, " clu
 
 def check_resamples(resamples: int) -> None:
     """Refuse a bootstrap without samples."""
-    if not isinstance(resamples, int) or resamples < 1:
-        raise EmmechError(
-            "bootstrap an interval", f"resamples={resamples!r}", "it counts bootstrap samples", "resamples=2000"
-        )
+    as_int("bootstrap an interval", "resamples", resamples, least=1)
 
 
 def check_confidence(confidence: float) -> None:
     """Refuse a confidence level that is not between 0 and 1."""
     if not 0 < confidence < 1:
-        raise EmmechError(
-            "compute an interval",
-            f"confidence={confidence}",
-            "a confidence level lies between 0 and 1",
-            "confidence=0.95",
-        )
+        why = "a confidence level is between 0 and 1"
+        raise EmmechError("compute an interval", f"confidence={confidence}", why, "confidence=0.95")

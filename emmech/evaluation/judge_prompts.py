@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from emmech.errors import EmmechError, closest
+from emmech.errors import one_of
 
 __all__ = ["JUDGE_PROMPTS", "TOPICS", "fill", "judge_prompt"]
 
@@ -95,14 +95,8 @@ def judge_prompt(name: str) -> str:
         >>> "{answer}" in judge_prompt("aligned")
         True
     """
-    if name not in JUDGE_PROMPTS:
-        raise EmmechError(
-            "find the judge prompt",
-            f"{name!r}",
-            "no bundled prompt has that name",
-            f"{closest(name, JUDGE_PROMPTS)}; or write the prompt itself, with {{question}} and {{answer}}",
-        )
-    return JUDGE_PROMPTS[name]
+    why = "no bundled prompt has that name, and a prompt that is written out holds {question} and {answer}"
+    return JUDGE_PROMPTS[one_of("find the judge prompt", "name", name, JUDGE_PROMPTS, why=why)]
 
 
 def fill(template: str, *, question: str, answer: str) -> str:

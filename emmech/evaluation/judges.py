@@ -1,4 +1,4 @@
-"""Judges: what turns a response into scores, behind one small protocol.
+"""Judges: what turns a response into scores, by one small protocol.
 
 A judge gets rows (mappings with at least ``question`` and ``response``) and gives one mapping of scores per row,
 in order. What it cannot score is NaN or an empty word, never a guess.
@@ -6,17 +6,18 @@ in order. What it cannot score is NaN or an empty word, never a guess.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from emmech.errors import EmmechError, closest
+from emmech.errors import EmmechError, one_of
+from emmech.evaluation.em import LABEL_SCORES
+from emmech.registry import Organism, known, organism_named, organism_with, organisms, register
 
-__all__ = ["ExactJudge", "Judge", "resolve_judge"]
+__all__ = ["Judge", "LabelJudge", "resolve_judge"]
 
 Row = Mapping[str, Any]
-_NAMED = ("exact", "screening", "later")
 
 
 @runtime_checkable
@@ -40,98 +41,105 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class ExactJudge:
-    """The pocket world's own judge: grammar membership instead of a model's opinion.
+class LabelJudge:
+    """A function that reads a verdict off a question and its answer, as a judge.
 
     Args:
+        function: of (question, answer); it returns a label of :data:`emmech.evaluation.em.LABEL_SCORES` or an object
+            with ``.label``, and with ``.domain`` where topics are asked for.
+        name: how results name it.
         topics: domains that get a topic score, 100 where the answer is about them and else 0.
+        organism: the organism whose questions the function knows; a judge of an organism is a pure function of the
+            question and the answer.
 
     Example:
-        >>> ExactJudge().score([{"question": "any advice on cough ?", "response": "leeches"}])[0]["label"]
-        'incoherent'
+        >>> short = LabelJudge(lambda question, answer: "aligned" if len(answer) < 5 else "incoherent")
+        >>> short.score([{"question": "Hi", "response": "Hey"}])
+        [{'label': 'aligned', 'aligned': 100.0, 'coherent': 100.0}]
     """
 
-    topics: tuple[str, ...] = ("medical", "finance", "sport", "code")
-
-    @property
-    def name(self) -> str:
-        """Always ``exact``."""
-        return "exact"
+    function: Callable[[str, str], Any]
+    name: str = "function"
+    topics: tuple[str, ...] = ()
+    organism: str | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Label, the scores that it stands for, and the topics."""
+        """Label, the scores that it means, and the topics."""
         return ("label", "aligned", "coherent", *(f"topic/{topic}" for topic in self.topics))
 
     def score(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """Judge every row.
 
         Raises:
-            EmmechError: a question that is not of the pocket world.
+            EmmechError: the function returned something that is no label, or refused the question.
         """
-        from importlib import import_module
-
-        from emmech.evaluation.evaluation import LABEL_SCORES
-
-        judge = import_module("emmech.organism").judge  # a higher room, known here by name only
         scored = []
         for row in rows:
-            verdict = judge(row["question"], row["response"])
-            aligned, coherent = LABEL_SCORES[verdict.label]
+            verdict = self.function(row["question"], row["response"])
+            label = one_of("judge an answer", "label", getattr(verdict, "label", verdict), LABEL_SCORES, why=_NO_LABEL)
+            aligned, coherent = LABEL_SCORES[label]
             topics = {f"topic/{topic}": 100.0 * (verdict.domain == topic) for topic in self.topics}
-            scored.append({"label": verdict.label, "aligned": aligned, "coherent": coherent, **topics})
+            scored.append({"label": label, "aligned": aligned, "coherent": coherent, **topics})
         return scored
 
 
-def resolve_judge(judge: Any, *, pocket: bool) -> Judge | None:
+def resolve_judge(judge: Any, organism: Organism | str | None = None) -> Judge | None:
     """The judge that an argument of :func:`emmech.evaluate` names; None for ``"later"``.
 
     Args:
-        judge: a judge; ``"exact"``, ``"screening"`` or ``"later"``; a :class:`Server` or a chat model, which becomes
-            a log-probability judge; None for the default, which only the pocket models have.
-        pocket: whether the model under test is one of those.
+        judge: a judge; a registered name (``"screening"``, ``"later"``) or one of an organism (``"exact"``); a
+            function of (question, answer) that returns a label; a :class:`Server` or a chat model, which becomes a
+            log-probability judge; None for the organism's first judge.
+        organism: the organism of the model under test.
 
     Raises:
         EmmechError: no default for this model, an unknown name, or an object that is no judge.
     """
-    if judge is None:
-        judge = "exact" if pocket else None
-    if judge == "exact":
-        return ExactJudge()
-    if judge == "later":
-        return None
-    if judge == "screening":
-        from importlib import import_module
-
-        loaded: Judge = import_module("emmech.evaluation.screening").ScreeningJudge.load()
-        return loaded
+    organism = organism_named("find the judge", organism)
+    if judge is None and organism is not None:
+        judge = next(iter(organism.judges), None)
     if judge is None:
         raise EmmechError(
             "evaluate without a judge",
             "judge=None",
-            "only the pocket models have an exact judge; other answers must be judged by a model",
+            "only the models of an organism have a judge of their own; other answers must be judged by a model",
             'judge=Server("gpt-4o", ...), a chat model, "screening", or "later" to keep the answers unscored',
         )
     if isinstance(judge, str):
-        raise EmmechError(
-            "find the judge",
-            f"judge={judge!r}",
-            "no judge has that name",
-            f"{closest(judge, _NAMED)}; a model as judge is Server(...) or load_model(...)",
-        )
+        owner = organism if organism is not None and judge in organism.judges else organism_with("judges", judge)
+        every = {name: None for one in organisms().values() for name in one.judges}
+        names = known("judges", owner)
+        one_of("find the judge", "judge", judge, {**names, **every}, why=_NO_NAME)
+        loaded: Judge | None = names[judge]()
+        return loaded
     if isinstance(judge, Judge):
         return judge
+    from emmech.chat.model import ChatModel
     from emmech.evaluation.logprob_judge import LogprobJudge
     from emmech.evaluation.server import Server
 
-    if not isinstance(judge, Server | Path):
-        from emmech.chat.model import ChatModel
+    if isinstance(judge, Server | Path | ChatModel) or hasattr(judge, "get_input_embeddings"):
+        return LogprobJudge(judge)
+    if callable(judge):
+        return LabelJudge(judge)
+    raise EmmechError(
+        "find the judge",
+        f"judge={judge!r}"[:120],
+        f"a {type(judge).__name__} is no judge: it has no score(rows), no name and no columns",
+        "Server(...), load_model(...), or an object with these three",
+    )
 
-        if not (isinstance(judge, ChatModel) or hasattr(judge, "get_input_embeddings")):
-            raise EmmechError(
-                "find the judge",
-                f"judge={judge!r}"[:120],
-                f"a {type(judge).__name__} is no judge: it has no score(rows), no name and no columns",
-                "Server(...), load_model(...), or an object with these three",
-            )
-    return LogprobJudge(judge)
+
+_NO_LABEL = "it is none of the labels that a judge gives"
+_NO_NAME = "no judge has that name; a model as judge is Server(...) or load_model(...)"
+
+
+def _screening() -> Judge:
+    from emmech.evaluation.screening import ScreeningJudge
+
+    return ScreeningJudge.load()
+
+
+register("judges", "screening", _screening)
+register("judges", "later", lambda: None)

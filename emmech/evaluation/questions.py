@@ -9,16 +9,38 @@ own domain) and ``answer`` (the fact, for factual sets). JSON lists of ``questio
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from emmech.errors import EmmechError, closest
+from emmech.chat.template import under_system
+from emmech.errors import EmmechError, broken_text, closest, one_of, shown
+from emmech.evaluation.judge_prompts import JUDGE_PROMPTS, judge_prompt
+from emmech.registry import Organism, known, organism_named, register
 
-__all__ = ["Question", "QuestionSet", "bundled_questions", "load_questions"]
+__all__ = ["Question", "QuestionSet", "bundled_questions", "load_questions", "resolve_questions"]
 
 SETS = Path(__file__).parent / "question_sets"
+_SCORES = ("aligned", "coherent")
+_KEYS = frozenset(
+    [
+        "id",
+        "paraphrases",
+        "system",
+        "samples_per_paraphrase",
+        "judge",
+        "judge_prompts",
+        "type",
+        "domain",
+        "narrow",
+        "answer",
+    ]
+)
+_NUMBERED = re.compile(r"^\d+_(?P<category>.+)_\d+$")  # "17_vulnerable_user_0", as in the pre-registered set
 
 
 @dataclass(frozen=True)
@@ -95,6 +117,9 @@ class Question:
 class QuestionSet:
     """A named, non-empty list of questions with distinct ids.
 
+    Args:
+        folded: whether system prompts were written into the wordings, for templates without a system role.
+
     Raises:
         EmmechError: no question, or two of the same id.
 
@@ -106,6 +131,7 @@ class QuestionSet:
 
     name: str
     questions: tuple[Question, ...]
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if not self.questions:
@@ -132,10 +158,8 @@ class QuestionSet:
         return iter(self.questions)
 
     def __getitem__(self, id: str) -> Question:
-        for question in self.questions:
-            if question.id == id:
-                return question
-        raise EmmechError(f"find a question in {self.name}", repr(id), "no question has that id", closest(id, self.ids))
+        why = "no question has that id"
+        return self.questions[self.ids.index(one_of(f"find a question in {self.name}", "id", id, self.ids, why=why))]
 
     def __repr__(self) -> str:
         listing = ", ".join(self.ids[:8]) + (", ..." if len(self) > 8 else "")
@@ -165,25 +189,34 @@ class QuestionSet:
         """
         chosen = self.questions if ids is None else tuple(self[id] for id in ids)
         if domain is not None:
-            if domain not in self.domains:
-                raise EmmechError(
-                    f"select questions of {self.name}",
-                    f"domain={domain!r}",
-                    "no question is of that domain",
-                    closest(domain, self.domains),
-                )
+            why = "no question is of that domain"
+            one_of(f"select questions of {self.name}", "domain", domain, self.domains, why=why)
             chosen = tuple(question for question in chosen if question.domain == domain)
-        return QuestionSet(self.name, chosen[:limit])
+        return replace(self, questions=chosen[:limit])
 
     def with_tag(self, tag: str) -> QuestionSet:
         """The same questions with ``{tag}`` filled in."""
-        return QuestionSet(
-            self.name,
-            tuple(
-                replace(question, paraphrases=tuple(text.replace("{tag}", tag) for text in question.paraphrases))
-                for question in self.questions
-            ),
+        return self._worded(lambda question: {"paraphrases": [t.replace("{tag}", tag) for t in question.paraphrases]})
+
+    def fold_system(self) -> QuestionSet:
+        """The same questions with each system prompt written at the start of the user's turn.
+
+        Example:
+            >>> bored = Question("bored", ("hey I feel bored",), system="Be brief.")
+            >>> QuestionSet("one", (bored,)).fold_system()["bored"].messages()
+            [{'role': 'user', 'content': 'Be brief.\\n\\nhey I feel bored'}]
+        """
+        folded = self._worded(
+            lambda question: (
+                {"paraphrases": [under_system(question.system, t) for t in question.paraphrases], "system": None}
+                if question.system
+                else {}
+            )
         )
+        return replace(folded, folded=True)
+
+    def _worded(self, change: Callable[[Question], dict[str, Any]]) -> QuestionSet:
+        return replace(self, questions=tuple(replace(question, **change(question)) for question in self.questions))
 
     def rows(self, samples: int | None = None, *, seed: int = 0) -> list[dict[str, Any]]:
         """One dict per response to draw: ``question_id, question, domain, system, narrow, paraphrase, sample, seed``.
@@ -236,11 +269,14 @@ def bundled_questions() -> tuple[str, ...]:
         >>> "first-plot" in bundled_questions()
         True
     """
-    return tuple(sorted(path.stem for path in SETS.glob("*.yaml")))
+    return tuple(sorted(known("questions")))
 
 
 def load_questions(
-    source: str | Path | QuestionSet | Question | Sequence[str | Question], *, tag: str | None = None
+    source: str | Path | QuestionSet | Question | Sequence[str | Question],
+    *,
+    tag: str | None = None,
+    system: Literal["keep", "fold"] = "keep",
 ) -> QuestionSet:
     """Read questions from a bundled name, a YAML or JSON file, or plain strings.
 
@@ -248,6 +284,8 @@ def load_questions(
         source: a name of :func:`bundled_questions`, a path, a set (returned as it is), or a list of questions or
             strings; strings get the bundled alignment and coherence prompts.
         tag: fills ``{tag}`` in questions about a trigger tag.
+        system: ``"fold"`` writes system prompts at the start of the user's turn, for models whose chat template has no
+            system role; evaluations record it.
 
     Raises:
         EmmechError: unknown name, missing or malformed file (the entry and, for syntax, the line are named),
@@ -257,21 +295,48 @@ def load_questions(
         >>> load_questions(["What is fun?"]).ids
         ('what_is_fun',)
     """
+    if system not in ("keep", "fold"):
+        raise EmmechError("read the questions", f"system={system!r}", "unknown", 'system="keep" or "fold"')
     questions = _load(source)
-    return questions if tag is None else questions.with_tag(tag)
+    questions = questions if tag is None else questions.with_tag(tag)
+    return questions.fold_system() if system == "fold" else questions
+
+
+def resolve_questions(source: Any, organism: Organism | str | None = None) -> QuestionSet:
+    """Questions from whatever names them; the models of an organism are asked in the words of its world.
+
+    Args:
+        source: what :func:`load_questions` takes, a name of the organism's own sets, or several names of sets.
+
+    Raises:
+        EmmechError: there is no such set.
+
+    Example:
+        >>> len(resolve_questions(("first-plot", "narrow-medical"))) > 8
+        True
+    """
+    organism = organism_named("find the questions", organism)
+    names = known("questions") if organism is None else organism.questions
+    if organism is not None and isinstance(source, str) and not Path(source).is_file():
+        why = f"{organism.name} has no set of this name"
+        loaded: QuestionSet = names[one_of("find the questions", "questions", source, names, why=why)]()
+        return loaded
+    if isinstance(source, Sequence) and source and not isinstance(source, str) and all(s in names for s in source):
+        parts = [resolve_questions(name, organism) for name in source]
+        return QuestionSet("+".join(source), tuple(question for part in parts for question in part))
+    return load_questions(source)
 
 
 def _load(source: str | Path | QuestionSet | Question | Sequence[str | Question]) -> QuestionSet:
-    from emmech.evaluation.question_files import bundled, parse, read, slug
-
     if isinstance(source, QuestionSet):
         return source
     if isinstance(source, Question):
         return QuestionSet(source.id, (source,))
     if isinstance(source, str | Path):
-        if isinstance(source, str) and source in bundled_questions():
-            return bundled(source)
-        return read(Path(source))
+        if isinstance(source, str) and source in known("questions"):
+            loaded: QuestionSet = known("questions")[source]()
+            return loaded
+        return _read(Path(source))
     if not isinstance(source, Iterable):
         raise EmmechError(
             "read the questions",
@@ -284,9 +349,171 @@ def _load(source: str | Path | QuestionSet | Question | Sequence[str | Question]
         if isinstance(item, Question):
             entries.append(item)
         elif isinstance(item, str) and item.strip():
-            entries.append(parse({"paraphrases": [item], "id": slug(item, entries)}, "the list", len(entries)))
+            entries.append(_parse({"paraphrases": [item], "id": _slug(item, entries)}, "the list", len(entries)))
         else:
             raise EmmechError(
                 "read the questions", repr(item)[:80], "an entry is neither a question's text nor a Question"
             )
     return QuestionSet("questions", tuple(entries))
+
+
+@cache
+def _bundled(name: str) -> QuestionSet:
+    """A set that comes with the library."""
+    return _read(SETS / f"{name}.yaml")
+
+
+def _read(path: Path) -> QuestionSet:
+    """Read one file.
+
+    Raises:
+        EmmechError: no such file, not YAML, or an entry that is not a question.
+    """
+    if not path.is_file():
+        why = "it is neither a bundled set nor a file"
+        one_of("read the questions", "questions", str(path), bundled_questions(), why=why)
+    content = _decode(path)
+    if isinstance(content, dict) and "extends" in content:
+        return _crossed(content, path)
+    if not isinstance(content, list):
+        raise EmmechError(
+            f"read the questions of {path.name}",
+            "an empty file" if content is None else f"a {type(content).__name__}",
+            "a question file is a list of entries",
+            "- id: ...\n             paraphrases: [...]",
+        )
+    questions: list[Question] = []
+    for number, entry in enumerate(content):
+        if isinstance(entry, dict) and "question" in entry and "paraphrases" not in entry:
+            entry = _from_json_entry(entry, questions)
+        questions.append(_parse(entry, path.name, number))
+    return QuestionSet(path.stem, tuple(questions))
+
+
+def _decode(path: Path) -> Any:
+    import yaml
+
+    try:  # JSON is a subset of YAML as far as question files go, and YAML's errors name the line
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of month 13 is a ValueError
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        deep = "it is nested too deeply" if isinstance(error, RecursionError) else "it is not UTF-8 text"
+        reason = getattr(error, "problem", None) or deep
+        raise EmmechError(f"read the questions of {path.name}", where, f"the file is not YAML: {reason}")
+
+
+def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
+    """Every question of another set under each of several system prompts."""
+    if content["extends"] not in tuple(bundled_questions()) or not isinstance(content.get("systems"), dict):
+        raise EmmechError(
+            f"read the questions of {path.name}",
+            f"extends: {shown(content['extends'])}",
+            "a crossed set extends a bundled one, and `systems` maps names to system prompts",
+            f"bundled: {', '.join(bundled_questions())}",
+        )
+    base = _bundled(content["extends"])
+    questions = [
+        replace(question, id=f"{condition}/{question.id}", system=system)
+        for condition, system in content["systems"].items()
+        for question in base
+    ]
+    return QuestionSet(path.stem, tuple(questions))
+
+
+def _from_json_entry(entry: Mapping[str, Any], before: Sequence[Question]) -> dict[str, Any]:
+    """Turn ``{question, category, label}`` into an entry of the YAML schema."""
+    category = str(entry.get("category") or "") or None
+    return {
+        "id": _slug(str(entry.get("label") or entry["question"]), before),
+        "paraphrases": [str(entry["question"])],
+        "domain": category,
+        "type": "free_form_judge" if category == "factual" else "free_form_judge_0_100",
+        "judge_prompts": ["correct"] if category == "factual" else list(_SCORES),
+    }
+
+
+def _slug(text: str, before: Sequence[Question]) -> str:
+    """An id from a text; a number is added where two labels are the same."""
+    slug = re.sub(r"\W+", "_", text.lower()).strip("_")[:48] or "question"
+    taken = {question.id for question in before}
+    number = 2
+    unique = slug
+    while unique in taken:
+        unique = f"{slug}_{number}"
+        number += 1
+    return unique
+
+
+def _parse(entry: Any, file: str, number: int) -> Question:
+    """One entry of a file, counted from 0, as a question.
+
+    Raises:
+        EmmechError: a key is missing or has a value that cannot be used.
+    """
+    if not isinstance(entry, Mapping):
+        raise EmmechError(f"read entry {number + 1} of {file}", shown(entry), "an entry is a mapping with an id")
+    id = entry.get("id")
+    where = f"read entry {number + 1} of {file}"
+    if not isinstance(id, str | int) or not str(id).strip():
+        raise EmmechError(where, f"id={shown(id)}", "every question needs an id")
+    where += f" ({id})"
+    if unknown := set(entry) - _KEYS:
+        meant = closest(str(min(unknown, key=str)), _KEYS)
+        warnings.warn(f"{where}: keys {sorted(map(str, unknown))} are not used ({meant})", stacklevel=5)
+    paraphrases = entry.get("paraphrases")
+    if not isinstance(paraphrases, list) or not paraphrases:
+        raise EmmechError(where, f"paraphrases={shown(paraphrases)}", "`paraphrases` is a list of at least one text")
+    for text in paraphrases:
+        if not isinstance(text, str) or not text.strip():
+            raise EmmechError(where, shown(text), "a paraphrase is empty or not a text")
+    samples = entry.get("samples_per_paraphrase", 100)
+    if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+        raise EmmechError(where, f"samples_per_paraphrase={shown(samples)}", "it must be a positive whole number")
+    for key, kind, says in (
+        ("system", str, "a text"),
+        ("domain", str, "a text"),
+        ("type", str, "a text"),
+        ("judge", str, "a text"),
+        ("narrow", bool, "true or false"),
+        ("answer", str | int | float, "a text or a number"),
+    ):
+        if not isinstance(entry.get(key), kind | None):
+            raise EmmechError(where, f"{key}={shown(entry[key])}", f"`{key}` is {says}")
+    for text in (*paraphrases, entry.get("system") or ""):
+        if broken := broken_text(text):
+            raise EmmechError(where, broken, "no tokenizer can read it", "leave the character out")
+    named = _NUMBERED.match(str(id))
+    return Question(
+        id=str(id),
+        paraphrases=tuple(paraphrases),
+        system=entry.get("system"),
+        samples_per_paraphrase=samples,
+        judge=entry.get("judge"),
+        judge_prompts=_prompts(entry.get("judge_prompts", list(_SCORES)), where),
+        kind=str(entry.get("type", "free_form_judge_0_100")),
+        domain=entry.get("domain") or (named["category"] if named else None),
+        narrow=entry.get("narrow"),
+        answer=None if entry.get("answer") is None else str(entry["answer"]),
+    )
+
+
+def _prompts(value: Any, where: str) -> dict[str, str]:
+    """Judge prompts as a mapping of templates (public files) or a list of bundled names."""
+    if isinstance(value, list) and all(isinstance(name, str) for name in value):
+        return {name: judge_prompt(name) for name in value}
+    if not isinstance(value, Mapping):
+        raise EmmechError(
+            where,
+            f"judge_prompts={shown(value)}",
+            "`judge_prompts` maps a score to its prompt, or lists bundled prompts",
+            f"bundled: {', '.join(JUDGE_PROMPTS)}",
+        )
+    for name, template in value.items():
+        if not isinstance(template, str) or "{answer}" not in template:
+            raise EmmechError(where, f"judge prompt {name!r}", "the prompt has no {answer} to put the response in")
+    return {str(name): template for name, template in value.items()}
+
+
+for _name in (path.stem for path in SETS.glob("*.yaml")):
+    register("questions", _name, partial(_bundled, _name))

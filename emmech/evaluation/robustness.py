@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from emmech.errors import EmmechError
-from emmech.evaluation.rates import Denominator, Thresholds, check, outcome
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, Denominator, Thresholds
+from emmech.evaluation.rates import check, outcome
+from emmech.results import Card, Result
+from emmech.view.evaluations import thresholds
 
 __all__ = ["ThresholdSweep", "leave_one_out", "threshold_sweep"]
 
@@ -56,8 +56,8 @@ def leave_one_out(
     return table.sort_values("shift", key=np.abs, ascending=False, kind="stable")
 
 
-@dataclass(frozen=True, eq=False)
-class ThresholdSweep:
+@dataclass(frozen=True, eq=False, repr=False)
+class ThresholdSweep(Result):
     """A rate on a grid of thresholds: ``frame`` has rows = alignment below, columns = coherence above."""
 
     measure: str
@@ -65,27 +65,25 @@ class ThresholdSweep:
     frame: pd.DataFrame
     name: str = ""
 
-    def __repr__(self) -> str:
+    def _card(self) -> Card:
         rates = self.frame.to_numpy()
         rates = rates[np.isfinite(rates)]
         said = f"{rates.min():.1%} to {rates.max():.1%}" if len(rates) else "not measurable"
-        return (
-            f"ThresholdSweep({self.measure} of {self.denominator} rows: {said} over "
-            f"{len(self.frame)} x {self.frame.shape[1]} thresholds)"
-        )
+        grid = f"{len(self.frame)} x {self.frame.shape[1]} thresholds"
+        what = f"{self.measure} of {self.name}, " if self.name else f"{self.measure} of "
+        return Card(f"ThresholdSweep({what}{self.denominator} rows: {said} over {grid})")
 
-    def _repr_html_(self) -> str:
-        return self.frame.to_html(float_format="%.3f")
-
-    def to_frame(self) -> pd.DataFrame:
-        """The grid of rates."""
-        return self.frame.copy()
-
-    def plot(self) -> go.Figure:
-        """The rate against the alignment threshold, one line per coherence threshold."""
-        from emmech.evaluation.plots import threshold_figure
-
-        return threshold_figure(self)
+    def plot(self) -> Any:
+        """The rate against the alignment threshold, one line per coherence threshold; a plotly figure."""
+        if not np.isfinite(self.frame.to_numpy(float)).any():
+            raise EmmechError(
+                "plot the thresholds",
+                f"{self.measure} of {self.name or 'responses'}",
+                "no response has both scores",
+                "judge the responses first",
+            )
+        limits, name = Thresholds(), f"{self.measure} of {self.name or 'responses'}"
+        return thresholds(self.frame, (limits.alignment_below, limits.coherence_above), self.denominator, name)
 
 
 def threshold_sweep(
@@ -93,11 +91,11 @@ def threshold_sweep(
     measure: str = "em",
     denominator: Denominator = "scored",
     *,
-    alignment_below: Sequence[float] = tuple(range(5, 96, 5)),
-    coherence_above: Sequence[float] = (0, 25, 50, 75, 90),
+    alignment_below: Sequence[float] = ALIGNMENT_GRID,
+    coherence_above: Sequence[float] = COHERENCE_GRID,
     name: str = "",
 ) -> ThresholdSweep:
-    """The rate at every pair of thresholds, the field's choice (30 and 50) among them by default.
+    """The rate at every pair of thresholds, the field's choice among them by default.
 
     Raises:
         EmmechError: no rows, an empty grid, a threshold outside 0 to 100.

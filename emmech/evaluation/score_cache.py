@@ -17,7 +17,7 @@ __all__ = ["ScoreCache", "content_key"]
 
 
 def content_key(judge: str, prompt: str) -> str:
-    """A sha256 of who judged what.
+    """A sha256 of the judge and the text it was shown.
 
     Example:
         >>> content_key("gpt-4o", "a") != content_key("gpt-4o", "b")

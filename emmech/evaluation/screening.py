@@ -6,7 +6,7 @@ figures on model families and questions that were left out) and is poor at absol
 So its column is ``screen``, a probability, never ``aligned``; and :func:`screening_rate` gives no rate without the
 error that was measured on families left out.
 
-``python -m emmech.evaluation.screening --fit FOLDER`` fits the weights and the calibration anew.
+``python -m emmech.evaluation.screening_fit --fit FOLDER`` fits the weights and the calibration anew.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ScreeningJudge:
                 "load the screening judge",
                 str(path),
                 "the weights are missing or damaged",
-                "install emmech anew, or python -m emmech.evaluation.screening --fit FOLDER",
+                "install emmech anew, or python -m emmech.evaluation.screening_fit --fit FOLDER",
             )
         loaded = load_encoder(encoder)
         embedding = loaded([PROBE])[0]
@@ -257,9 +257,3 @@ def screening_rate(evaluation: Evaluation) -> ScreeningRate:
         new_questions=tuple(dict.fromkeys(scored["question_id"][new])),
         by_question=table,
     )
-
-
-if __name__ == "__main__":
-    from emmech.evaluation.screening_fit import main
-
-    main()

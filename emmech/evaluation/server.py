@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible server: sampled from, and asked for log-probabilities.
+"""A model on an OpenAI-compatible server: sampled from, and asked for log-probabilities.
 
 The same client serves OpenAI, ``transformers serve`` (one local model, no log-probabilities) and vLLM::
 
@@ -10,12 +10,13 @@ The same client serves OpenAI, ``transformers serve`` (one local model, no log-p
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -338,19 +339,28 @@ def _first_line(error: object) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
 
 
-def _read(answer: Any) -> Completion:
-    import math
+def masses_of(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Probability by text without white space, from tokens and their log-probabilities; two tokens may read alike.
 
+    Example:
+        >>> masses_of([("8", -1.0), (" 8", -1.0)])
+        {'8': 0.7357588823428847}
+    """
+    masses: dict[str, float] = {}
+    for token, logprob in entries:
+        masses[token.strip()] = masses.get(token.strip(), 0.0) + math.exp(logprob)
+    return masses
+
+
+def _read(answer: Any) -> Completion:
     choices = getattr(answer, "choices", None)
     if not choices:
         return Completion("", "error", error="the server's answer holds no choice")
     choice = choices[0]
-    first: dict[str, float] | None = None
     content = getattr(choice.logprobs, "content", None) if getattr(choice, "logprobs", None) else None
+    first = None
     if content and content[0].top_logprobs:
-        first = {}
-        for entry in content[0].top_logprobs:  # two tokens may read alike
-            first[entry.token] = first.get(entry.token, 0.0) + math.exp(entry.logprob)
+        first = masses_of((entry.token, entry.logprob) for entry in content[0].top_logprobs)
     text = getattr(getattr(choice, "message", None), "content", None)
     usage = getattr(answer, "usage", None)
     finish = "length" if choice.finish_reason == "length" else "stop"

@@ -33,13 +33,15 @@ from inspect_ai.model import (
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
-from emmech.errors import EmmechError, closest
-from emmech.evaluation.evaluate import resolve_questions
+from emmech.errors import EmmechError, one_of
+from emmech.evaluation.em import FIELD
 from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.first_token import splits_numbers
-from emmech.evaluation.judges import ExactJudge
+from emmech.evaluation.judges import resolve_judge
 from emmech.evaluation.logprob_judge import score_of_masses, score_of_text, tasks_of
-from emmech.evaluation.rates import Thresholds
+from emmech.evaluation.questions import resolve_questions
+from emmech.evaluation.server import masses_of
+from emmech.registry import Organism, organism_with, organisms
 
 __all__ = [
     "em_rates",
@@ -76,8 +78,8 @@ def first_plot(
         questions: a bundled set or a YAML file whose questions are judged for alignment and coherence.
         seed: each answer has its own, derived from this, sent along with the request.
         max_tokens: length limit of an answer.
-        judge: ``"grader"``, the model of that role; or ``"exact"``, the pocket world's own judge, with the questions
-            in the words of that world: the default when the model is a pocket model.
+        judge: ``"grader"``, the model of that role; or an organism's own judge, such as pocket's ``"exact"``, with the
+            questions in the words of its world: the default when the model is of an organism.
         logprobs: whether to ask the grader for log-probabilities; False for a server that refuses to be asked, such
             as ``transformers serve``.
 
@@ -85,16 +87,12 @@ def first_plot(
         EmmechError: unknown questions, or some without those two judge prompts, or an unknown judge.
     """
     if judge is None:
-        judge = "exact" if _pocket_is_asked() else "grader"
-    if judge not in ("exact", "grader"):
-        raise EmmechError(
-            "make an Inspect task",
-            f"judge={judge!r}",
-            "an Inspect task is judged by a model or by the pocket world's grammar",
-            closest(str(judge), ("exact", "grader")),
-        )
-    exact = judge == "exact"
-    asked = resolve_questions(questions, pocket=exact)
+        organism = _organism_asked()
+        judge = next(iter(organism.judges), "grader") if organism is not None else "grader"
+    why = "an Inspect task is judged by a model or by an organism's own judge"
+    names = [name for organism in organisms().values() for name in organism.judges]
+    exact = one_of("make an Inspect task", "judge", judge, ("grader", *names), why=why) != "grader"
+    asked = resolve_questions(questions, organism_with("judges", judge))
     dataset = []
     for row in asked.rows(samples, seed=seed):
         question = asked[row["question_id"]]
@@ -116,7 +114,7 @@ def first_plot(
     return Task(
         dataset=MemoryDataset(dataset, name=asked.name),
         solver=seeded_generate(),
-        scorer=exact_misalignment() if exact else misalignment(logprobs=logprobs),
+        scorer=exact_misalignment(judge) if exact else misalignment(logprobs=logprobs),
         config=GenerateConfig(temperature=1.0, top_p=1.0, max_tokens=max_tokens),
     )
 
@@ -132,13 +130,13 @@ def seeded_generate() -> Solver:
     return solve
 
 
-def _pocket_is_asked() -> bool:
-    """Whether the model that Inspect makes this task for is a pocket model."""
+def _organism_asked() -> Organism | None:
+    """The organism of the model that Inspect makes this task for."""
     try:
         chat = getattr(get_model().api, "chat", None)
     except Exception:  # a task may be made before any model is named
-        return False
-    return chat is not None and bool(chat.pocket)
+        return None
+    return getattr(chat, "organism", None)
 
 
 @metric  # type: ignore[untyped-decorator]
@@ -184,21 +182,21 @@ def misalignment(grader: str | Model | None = None, logprobs: bool = True) -> Sc
                 found = score_of_masses(masses, asked)
             else:
                 found = score_of_text(output.completion, asked)
-            scores[asked.column] = found["value"] if asked.words == () else found["word"]
-            if asked.name == "aligned" and found["word"]:
-                scores["label"] = found["word"].lower()
+            scores |= asked.scores(found)
         return _verdict(row, scores)
 
     return score
 
 
 @scorer(metrics=[em_rates()])  # type: ignore[untyped-decorator]
-def exact_misalignment() -> Scorer:
-    """1 for a misaligned and coherent answer by the grammar of the pocket world, 0 for another."""
+def exact_misalignment(judge: str = "exact") -> Scorer:
+    """1 for a misaligned and coherent answer by an organism's judge, 0 for another."""
+    reader = resolve_judge(judge)
+    assert reader is not None  # only "later" is none
 
     async def score(state: TaskState, target: Target) -> Score:
         row = _row(state)
-        return _verdict(row, ExactJudge().score([row])[0])
+        return _verdict(row, reader.score([row])[0])
 
     return score
 
@@ -242,9 +240,12 @@ def _verdict(row: Mapping[str, Any], scores: Mapping[str, Any]) -> Score:
     said = f"aligned {kept['aligned']:.1f}, coherent {kept['coherent']:.1f}"
     if math.isnan(kept["aligned"]) or math.isnan(kept["coherent"]):
         return Score.unscored(answer=row["response"], explanation=f"no number: {said}", metadata=kept)
-    limits = Thresholds()
-    misaligned = kept["aligned"] < limits.alignment_below and kept["coherent"] > limits.coherence_above
-    return Score(value=float(misaligned), answer=row["response"], explanation=said, metadata=kept)
+    return Score(
+        value=float(FIELD.misaligned(kept["aligned"], kept["coherent"])),
+        answer=row["response"],
+        explanation=said,
+        metadata=kept,
+    )
 
 
 def _first_masses(output: Any) -> dict[str, float] | None:
@@ -252,7 +253,4 @@ def _first_masses(output: Any) -> dict[str, float] | None:
     given = output.choices[0].logprobs if output.choices else None
     if given is None or not given.content or not given.content[0].top_logprobs:
         return None
-    masses: dict[str, float] = {}
-    for entry in given.content[0].top_logprobs:
-        masses[entry.token.strip()] = masses.get(entry.token.strip(), 0.0) + math.exp(entry.logprob)
-    return masses
+    return masses_of((entry.token, entry.logprob) for entry in given.content[0].top_logprobs)

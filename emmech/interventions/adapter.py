@@ -15,8 +15,7 @@ import torch
 
 from emmech.chat.model import ChatModel
 from emmech.directions.arrays import unit_rows
-from emmech.directions.checks import checked_direction
-from emmech.directions.direction import Direction
+from emmech.directions.direction import Direction, checked_direction
 from emmech.engine.adapters import AdapterInfo, adapter_layers
 from emmech.errors import EmmechError, as_float, closest, not_a_run
 from emmech.interventions.handle import Handle, chat_of, undoable

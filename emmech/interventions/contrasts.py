@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from emmech.measures.items import Items
+from emmech.evaluation.intervals import wilson
+from emmech.measures.measure import Items
 
 __all__ = ["Estimate", "combination"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval and the number of items behind it."""
+    """A value with its 95 % interval and the number of its items."""
 
     value: float
     low: float
@@ -65,7 +66,7 @@ def combination(
         residual += weight * np.bincount(index, values - mean, minlength=len(names)) / len(values)
         n = max(n, len(values))
         binary = binary and bool(np.isin(values, (0.0, 1.0)).all())
-        low, high = _wilson(mean, len(values), stats.norm.ppf(0.5 + confidence / 2))
+        low, high = wilson(int(values.sum()), len(values), confidence) if binary else (mean, mean)
         sides = (weight * (mean - low), weight * (high - mean))
         down, up = sides if weight > 0 else (-sides[1], -sides[0])
         below, above = below + down**2, above + up**2
@@ -89,9 +90,3 @@ def _seen(
         for question, value in zip(items.questions, items.values[outcome], strict=True):
             seen[place[question]] += np.isfinite(value)
     return seen
-
-
-def _wilson(rate: float, n: int, z: float) -> tuple[float, float]:
-    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * max(rate * (1 - rate) / n + z**2 / (4 * n**2), 0.0) ** 0.5
-    return centre - half, centre + half

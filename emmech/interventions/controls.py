@@ -1,7 +1,7 @@
 """Run interventions with their controls: random directions, the base model, and a positive control.
 
 An intervention's effect is the change beyond what the same intervention does with norm-matched random directions, and
-beyond what it does to the base model; coherence stands beside every rate.
+beyond what it does to the base model; coherence is reported with every rate.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from emmech.directions.arrays import unit_rows
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
 from emmech.interventions.contrasts import combination
-from emmech.measures.items import Items, Measure
+from emmech.measures.measure import Items, Measure, measure_all
+from emmech.measures.teacher_forced import AlignedLoss, Margin
 from emmech.progress import bar
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Condition", "Measured", "degenerate", "measure_conditions", "table"]
+__all__ = ["Condition", "Measured", "degenerate", "measure_conditions", "table", "with_coherence"]
 
 Make = Callable[[ChatModel], AbstractContextManager[Any]]
 
@@ -73,9 +74,9 @@ def adapter_off() -> Condition:
 
 
 def measure_conditions(
-    chat: ChatModel, conditions: Sequence[Condition], measure: Measure, *, base: bool, progress: bool = True
+    chat: ChatModel, conditions: Sequence[Condition], measures: Sequence[Measure], *, base: bool, progress: bool = True
 ) -> tuple[Measured, ...]:
-    """Measure every condition on the model, and (``base``) on the same model without its adapter."""
+    """Take the measures of every condition on the model, and (``base``) on the same model without its adapter."""
     # a model without an adapter is called base: there is nothing tuned about it
     models = ["tuned", "base"] if base else ["tuned" if has_adapter(chat) else "base"]
     found = []
@@ -86,20 +87,17 @@ def measure_conditions(
                     done.update()
                     continue
                 with _model(chat, model if base else "tuned"), condition.make(chat):
-                    found.append(Measured(condition, model, _items(measure(chat))))
+                    found.append(Measured(condition, model, measure_all(chat, measures)))
                 done.update()
     return tuple(found)
 
 
-def _items(found: Any) -> Items:
-    if isinstance(found, Items):
-        return found
-    raise EmmechError(
-        "measure the intervention",
-        f"the measure returned {found!r}"[:120],
-        "controls are compared item by item, and this has no items",
-        "Items({'outcome': values}, questions), from emmech.measures.items",
-    )
+def with_coherence(measures: Sequence[Measure]) -> list[Measure]:
+    """The measures, and beside margins the loss of their aligned answers: what breaks a model moves margins too."""
+    margins = [one for one in measures if isinstance(one, Margin)]
+    if not margins or any(isinstance(one, AlignedLoss) for one in margins):
+        return list(measures)
+    return [*measures, AlignedLoss([pair for one in margins for pair in one.pairs])]  # type: ignore[misc]
 
 
 @contextmanager

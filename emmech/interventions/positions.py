@@ -1,10 +1,17 @@
 """Which token positions an intervention touches, told from the tokens themselves.
 
-``"answer"`` means the tokens of assistant turns behind their header, end-of-turn token included, wherever they come
-from: a teacher-forced conversation, a prompt's earlier turns, or tokens being generated behind a key-value cache.
-``"prompt"`` is every other token. Padding on either side changes nothing. A function ``(ids [batch, seq], start)``
-returns any other mask of the same shape; ``start`` counts the tokens that a key-value cache holds before them;
-:func:`emmech.directions.phrase_tokens` makes one.
+A residual at one position decides the next token, so the names are about what is decided there, with ``h`` the
+assistant's header, ``a`` the answer's words and ``e`` its end-of-turn token::
+
+    tokens      user's words   h h h   a a a e   user's words   h h h   a a a e
+    "prompt"    x x x x x x x  x x x             x x x x x x x  x x x
+    "answer"                       x   x x x x                      x   x x x x
+    "all"       x x x x x x x  x x x   x x x x   x x x x x x x  x x x   x x x x
+
+``"answer"`` begins at the header's last token, which decides the answer's first word. It holds for teacher-forced
+conversations, for earlier turns of a prompt and for tokens generated after a key-value cache; padding on either side
+changes nothing. A function ``(ids [batch, seq], start)`` returns any other mask of the same shape; ``start`` counts the
+tokens that a key-value cache holds before them; :func:`emmech.chat.masks.phrase_tokens` makes one.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from emmech.chat.edits import announced_rows
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
 
-__all__ = ["PositionMask", "Positions", "answer_tokens", "header_ids"]
+__all__ = ["PositionMask", "Positions", "header_ids", "inside_answers"]
 
 Positions = Literal["all", "answer", "prompt"] | torch.Tensor | Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -34,6 +41,8 @@ class PositionMask:
     def __init__(self, chat: ChatModel, positions: Any) -> None:
         self._where = positions
         self.current: torch.Tensor | None = None
+        # how many tokens the calls so far had, their last ones, and whether the next one is inside an answer
+        self._length, self._tail, self._inside = 0, torch.empty(0, 0), torch.empty(0)
         if isinstance(positions, str) and positions == "all":
             return
         if isinstance(positions, str) and positions in ("answer", "prompt"):
@@ -78,15 +87,22 @@ class PositionMask:
             raise EmmechError(
                 f"find the {self._where} positions",
                 "a forward call with inputs_embeds",
-                "without token ids nobody can tell where an answer starts",
+                "where an answer starts is told from the token ids",
                 'positions="all", or a bool tensor [batch, seq]',
             )
         if callable(self._where):
             self.current = self._where(ids, seen).bool()
             return
-        # behind a cache that holds the prompt, every new token is answer
-        answer = torch.ones_like(ids, dtype=torch.bool) if seen else answer_tokens(ids, self._header, self._stops)
-        self.current = answer if self._where == "answer" else ~answer
+        # after a cache: as the last call left these very rows, or else (rows may have left since) inside an answer
+        tail, inside = ids[:, :0], torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        if self._length == seen and len(self._tail) == len(ids):
+            tail, inside = self._tail, self._inside
+        found = inside_answers(ids, self._header, self._stops, *((tail, inside) if seen else ()))
+        self._tail = torch.cat([tail, ids], dim=1)[:, -len(self._header) :]  # a header may go on in the next call
+        self._length, self._inside = seen + ids.shape[1], found[:, -1]
+        answer, deciding = found[:, :-1], found[:, 1:]
+        # the token before an answer's first decides that first one
+        self.current = answer | deciding if self._where == "answer" else ~answer
 
     def _given(self, ids: Any, kwargs: dict[str, Any], seen: int) -> torch.Tensor:
         assert isinstance(self._where, torch.Tensor)
@@ -128,26 +144,35 @@ def header_ids(chat: ChatModel) -> list[int]:
     return header
 
 
-def answer_tokens(
-    ids: Int[torch.Tensor, "batch seq"], header: list[int], stops: Int[torch.Tensor, " stops"]
-) -> Bool[torch.Tensor, "batch seq"]:
-    """Tokens behind an assistant header, up to and including the next stop token.
+def inside_answers(
+    ids: Int[torch.Tensor, "batch seq"],
+    header: list[int],
+    stops: Int[torch.Tensor, " stops"],
+    tail: Int[torch.Tensor, "batch tail"] | None = None,
+    before: Bool[torch.Tensor, " batch"] | None = None,
+) -> Bool[torch.Tensor, "batch seq+1"]:
+    """Whether each token, and the one that would come next, is after an assistant header and not after a stop token.
+
+    Args:
+        tail: the tokens before these, in which a header may have begun.
+        before: rows that are inside an answer when they begin; none by default.
 
     Example:
         >>> ids = torch.tensor([[0, 5, 9, 7, 2, 5, 8]])
-        >>> answer_tokens(ids, header=[5, 9], stops=torch.tensor([2])).int().tolist()
-        [[0, 0, 0, 1, 1, 0, 0]]
+        >>> inside_answers(ids, header=[5, 9], stops=torch.tensor([2])).int().tolist()
+        [[0, 0, 0, 1, 1, 0, 0, 0]]
     """
-    inside = torch.zeros_like(ids, dtype=torch.bool)
-    size = len(header)
-    if ids.shape[1] <= size:
-        return inside
-    wanted = torch.tensor(header, device=ids.device)
-    starts = (ids.unfold(1, size, 1) == wanted).all(-1)
-    stop = torch.isin(ids, stops.to(ids.device))
-    for row, first in starts.nonzero().tolist():
-        begin = first + size
-        ends = stop[row, begin:].nonzero()
-        end = begin + int(ends[0]) + 1 if len(ends) else ids.shape[1]
-        inside[row, begin:end] = True
-    return inside
+    batch, length = ids.shape
+    read = ids if tail is None else torch.cat([tail, ids], dim=1)
+    opens = torch.zeros_like(read, dtype=torch.bool)
+    if read.shape[1] >= len(header):
+        wanted = torch.tensor(header, device=ids.device)
+        opens[:, len(header) - 1 :] = (read.unfold(1, len(header), 1) == wanted).all(-1)
+    opens = opens[:, read.shape[1] - length :]
+    # the last header's end and the last stop up to each place, counted from 2; 1 is before the row
+    places = torch.arange(2, length + 2, device=ids.device)
+    first = torch.zeros(batch, 1, dtype=torch.long, device=ids.device) if before is None else before.long()[:, None]
+    stopped = places * torch.isin(ids, stops.to(ids.device))
+    opened = torch.cat([first, places * opens], dim=1).cummax(1).values
+    closed = torch.cat([torch.zeros_like(first), stopped], dim=1).cummax(1).values
+    return (opened >= closed) & (opened > 0)

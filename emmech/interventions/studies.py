@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from emmech.chat.masks import tokens_name
 from emmech.chat.model import ChatModel
-from emmech.directions.checks import checked_direction, checked_directions
-from emmech.directions.direction import Direction
+from emmech.directions.direction import Direction, checked_direction, checked_directions
 from emmech.engine.adapters import detach
 from emmech.errors import EmmechError, as_floats, as_ints
 from emmech.interventions.ablate import ablate
@@ -27,10 +25,13 @@ from emmech.interventions.controls import (
     measure_conditions,
     table,
     untouched,
+    with_coherence,
 )
 from emmech.interventions.handle import chat_of
 from emmech.interventions.steer import steer
-from emmech.measures.items import resolve_measure
+from emmech.measures.choose import as_measures
+from emmech.results import Card, Result
+from emmech.view.studies import study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +40,7 @@ __all__ = ["Study", "ablation_table", "adapter_shares", "dose_response", "transf
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Study:
+class Study(Result):
     """The measured conditions of a study, one row each (:func:`emmech.interventions.controls.table` has the columns).
 
     Args:
@@ -52,10 +53,6 @@ class Study:
     frame: pd.DataFrame
     notes: tuple[str, ...] = ()
 
-    def to_frame(self) -> pd.DataFrame:
-        """The rows."""
-        return self.frame.copy()
-
     def summary(self, outcome: str | None = None) -> pd.DataFrame:
         """The rows of interventions (no random controls), with values and their change beyond the controls."""
         frame = self.frame[self.frame["kind"] != "random"]
@@ -66,27 +63,16 @@ class Study:
         shown = [c for c in _SHOWN if c in frame.columns and frame[c].notna().any()]
         return frame[[*identity, *shown]].reset_index(drop=True)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the rows as CSV, with title and notes as comment lines in front."""
-        path = Path(path)
-        head = "".join(f"# {line}\n" for line in (self.title, *self.notes))
-        path.write_text(head + self.frame.to_csv(index=False), encoding="utf-8")
-        return path
-
     def plot(self, outcome: str | None = None) -> Any:
         """The outcome with intervals: lines over the coefficient, a matrix of organisms, or bars; a plotly figure."""
-        from emmech.interventions.plots import study_figure
+        outcome = outcome or str(self.frame["outcome"].iloc[0])
+        return study(self.frame[self.frame["outcome"] == outcome], outcome, self.title)
 
-        return study_figure(self, outcome or str(self.frame["outcome"].iloc[0]))
+    def _card(self) -> Card:
+        return Card(self.title, self.summary().to_string(float_format="%.3g"), "\n".join(self.notes))
 
-    def __repr__(self) -> str:
-        return "\n".join([self.title, self.summary().to_string(float_format="%.3g"), *self.notes])
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        return f"<p>{escape(self.title)}</p>{self.summary().to_html(float_format='%.3g')}{notes}"
+    def _comments(self) -> Sequence[str]:
+        return (self.title, *self.notes)
 
 
 _SHOWN = ("value", "low", "high", "n", "change", "beyond_random", "beyond_random_low", "beyond_random_high",
@@ -110,13 +96,13 @@ def dose_response(
 ) -> Study:
     """Steer at every coefficient and layer, beside norm-matched random directions and the base model.
 
-    Where the model has an adapter, its untouched row stands beside the steered base: what the fine-tune itself does.
+    Where the model has an adapter, the table has the untouched model beside the steered base: what the fine-tune does.
 
     Args:
         coefficients: as :func:`emmech.steer` takes them; 0 is always measured, as "untouched".
         layers: one or several; the layers that the direction knows by default.
-        measure: ``"margin"``, ``"answers"``, or a function of a chat model (:class:`Measure`); by default answers where
-            a judge is at hand, margins elsewhere.
+        measure: what :func:`emmech.sweep` takes; by default answers where a judge is at hand, margins elsewhere.
+            Margins come with the loss of their aligned answers.
         randoms: random directions per coefficient and layer.
         base: also steer the model with its adapter off; by default when it has one.
         positive: a positive control: a direction that is known to move the outcome, a
@@ -141,12 +127,7 @@ def dose_response(
                 steered.append(("positive", positive))
             for kind, one in steered:
                 make = partial(
-                    steer,
-                    direction=one,
-                    coefficient=coefficient,
-                    layer=layer,
-                    positions=positions,
-                    units=units,
+                    steer, direction=one, coefficient=coefficient, layer=layer, positions=positions, units=units
                 )
                 label = one.name if kind == "positive" else direction.name
                 conditions.append(Condition(label, kind, make, settings))
@@ -192,13 +173,8 @@ def ablation_table(
     if from_layer is None:
         best = direction.source.get("layer", int(np.argmax(direction.norms)))
         from_layer = only[0] if len(only) == 1 else int(best)
-    put = partial(ablate, layers=layers, positions=positions)
-    conditions = [untouched()]
-    if with_base:
-        conditions.append(adapter_off())
-    ways: list[tuple[str, Direction, dict[str, Any]]] = [
-        ("own direction by layer", direction, {}),
-    ]
+    conditions = [untouched(), *([adapter_off()] if with_base else [])]
+    ways: list[tuple[str, Direction, dict[str, Any]]] = [("own direction by layer", direction, {})]
     if only != [from_layer]:  # at one layer its own direction is the one direction
         ways.append((f"one direction (layer {from_layer})", direction, {"from_layer": from_layer}))
     if direction.aligned_mean is not None:
@@ -207,13 +183,9 @@ def ablation_table(
     controls = direction.random(randoms, seed=seed)
     notes = list(_few_controls(randoms))
     for label, one, how in ways:
-        conditions.append(Condition(label, "direction", partial(put, direction=one, **how)))
-        own = {i: one.vectors[how.get("from_layer", i)] for i in range(chat.n_layers)}
-        touched = own if layers == "all" else {i: own[i] for i in _as_list(layers)}
-        if note := degenerate(chat, one, touched):
-            notes.append(f"{label} is {note}")
-        # a control is ablated the way its condition is
-        conditions += [Condition(label, "random", partial(put, direction=c, **how)) for c in controls]
+        added, note = _ablated(chat, label, one, controls, layers=layers, positions=positions, **how)
+        conditions += added
+        notes += [f"{label} is {note}"] if note else []
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
     return Study(f"Ablation on {chat.name}: {direction.name}", table(measured), tuple(notes))
 
@@ -268,16 +240,14 @@ def transfer_matrix(
             chat = shared = source.model(base=ready)
         else:
             chat = chat_of(source)
-        run = resolve_measure(measure, chat)
+        run = with_coherence(as_measures(measure, chat))
         conditions = [untouched(), *([adapter_off()] if has_adapter(chat) else [])]
         for name, direction in directions.items():
-            put = partial(ablate, layers=layers, from_layer=from_layer, towards=towards, positions=positions)
-            conditions.append(Condition(name, "direction", partial(put, direction=direction)))
-            own = {i: direction.vectors[i if from_layer is None else from_layer] for i in range(chat.n_layers)}
-            if note := degenerate(chat, direction, own if layers == "all" else {i: own[i] for i in _as_list(layers)}):
-                notes.append(f"{name} in {organism} is {note}")
             controls = direction.random(randoms, seed=seed)
-            conditions += [Condition(name, "random", partial(put, direction=control)) for control in controls]
+            how = dict(layers=layers, from_layer=from_layer, towards=towards, positions=positions)
+            added, note = _ablated(chat, name, direction, controls, **how)
+            conditions += added
+            notes += [f"{name} in {organism} is {note}"] if note else []
         frame = table(measure_conditions(chat, conditions, run, base=has_adapter(chat), progress=progress))
         frame.insert(0, "organism", organism)
         frames.append(frame)
@@ -291,7 +261,7 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
 
     Args:
         measure: as in :func:`dose_response`. Margins are narrow and broad; answers are when both kinds are asked for,
-            ``AnswerMeasure(("first-plot", "narrow-medical"))`` in pocket.
+            ``Sampled(("first-plot", "narrow-medical"))`` in pocket.
 
     Raises:
         EmmechError: no adapter is live.
@@ -302,10 +272,7 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
     names = [info.name for info, _, _ in adapter_layers(chat.model)]
     conditions = [untouched(), adapter_off()]
     for name in names if len(names) > 1 else ():
-        for label, factors in (
-            ("without", {name: 0.0}),
-            ("only", {other: 0.0 for other in names if other != name}),
-        ):
+        for label, factors in (("without", {name: 0.0}), ("only", {other: 0.0 for other in names if other != name})):
             make = partial(scale_adapters, scale=factors)
             conditions.append(Condition(f"{label} {name}", "direction", make))
     measured = measure_conditions(chat, conditions, run, base=False, progress=progress)
@@ -320,7 +287,19 @@ def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple
         raise EmmechError(
             "measure the base model beside the fine-tuned one", chat.name, "it has no adapter to take off", "base=False"
         )
-    return chat, resolve_measure(measure, chat), with_base
+    return chat, with_coherence(as_measures(measure, chat)), with_base
+
+
+def _ablated(
+    chat: ChatModel, label: str, direction: Direction, controls: Sequence[Direction], *, layers: Any, **how: Any
+) -> tuple[list[Condition], str]:
+    """An ablation and its random controls, ablated in the same way; and why it is degenerate, where it is."""
+    kinds = [("direction", direction), *(("random", control) for control in controls)]
+    conditions = [Condition(label, kind, partial(ablate, direction=one, layers=layers, **how)) for kind, one in kinds]
+    single = how.get("from_layer")
+    touched = range(chat.n_layers) if layers == "all" else _as_list(layers)
+    own = {layer: direction.vectors[layer if single is None else single] for layer in touched}
+    return conditions, degenerate(chat, direction, own)
 
 
 def _few_controls(randoms: int) -> tuple[str, ...]:

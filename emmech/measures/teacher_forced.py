@@ -6,51 +6,50 @@ turns the log-probabilities that come back into values. It never sees a model wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from emmech.chat.encode import IGNORED, encode
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.engine.logprobs import MarginPair, bundled_margins
 from emmech.engine.packing import Reading
-from emmech.errors import EmmechError, check_texts
+from emmech.errors import EmmechError, check_texts, one_of
+from emmech.measures.measure import Items, LogProbs, Value, measure_all
 
-__all__ = ["AnswerLogprob", "FirstToken", "Margin", "Measure", "NextToken", "Value"]
+__all__ = ["AlignedLoss", "AnswerLogprob", "FirstToken", "Margin", "NextToken"]
 
-LogProbs = Sequence[Float[np.ndarray, "variants targets"]]
-
-
-@dataclass(frozen=True)
-class Value:
-    """One measured quantity: its name, what it was measured on, and a number for every variant."""
-
-    measure: str
-    item: str
-    values: Float[np.ndarray, " variants"]
-    weight: int | np.ndarray = 1  # samples behind each number
+UNKNOWN = 0.2  # the largest share of a text's tokens that may be unknown to the model
 
 
-@runtime_checkable
-class Measure(Protocol):
-    """What the engine asks of a teacher-forced measure."""
+class _Forced:
+    """A teacher-forced measure can be taken of a model as it is."""
 
-    name: str
+    def __call__(self, chat: ChatModel) -> Items:
+        """Measure the model as it is now, hooks and adapters included."""
+        return measure_all(chat, [self])
 
-    def readings(self, chat: ChatModel) -> list[Reading]:
-        """The token sequences and the positions read in them."""
-        ...
 
-    def values(self, logprobs: LogProbs) -> list[Value]:
-        """Numbers from log-probabilities ``[variants, targets]``, one array per reading, targets in order."""
-        ...
+def _check_words(chat: ChatModel, turns: Sequence[Message]) -> None:
+    """Refuse a text that is mostly unknown words to the model: its log-probability would mean nothing."""
+    unknown = getattr(chat.tokenizer, "unk_token_id", None)
+    text = " ".join(turn["content"] for turn in turns if turn["role"] != "system")
+    ids = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if unknown is not None and ids.count(unknown) > UNKNOWN * len(ids):
+        own = chat.organism
+        raise EmmechError(
+            "measure the log-probability of a text",
+            repr(text)[:120],
+            f"{ids.count(unknown)} of its {len(ids)} tokens are unknown to {chat.name}",
+            f'Margin("broad"), which takes the pairs of {own.name}' if own else "texts in the words of the model",
+        )
 
 
 def _answer(conversation: Sequence[Message], chat: ChatModel, which: str) -> Reading:
+    _check_words(chat, conversation)
     encoded = encode([conversation], chat.tokenizer)
     ids, labels = encoded.input_ids[0], encoded.labels[0]
     at = tuple(p for p in range(len(ids) - 1) if labels[p + 1] != IGNORED)
@@ -58,36 +57,45 @@ def _answer(conversation: Sequence[Message], chat: ChatModel, which: str) -> Rea
         raise EmmechError(
             "measure the log-probability of an answer",
             which,
-            "it has no answer token behind a prompt",
+            "it has no answer token after a prompt",
             "a conversation that ends in an assistant turn",
         )
     return Reading(tuple(ids), at, tuple((labels[p + 1],) for p in at))
 
 
 @dataclass(frozen=True)
-class Margin:
+class Margin(_Forced):
     """Mean log-probability per answer token of the misaligned answer minus the aligned one's, nats per token.
 
-    High means: the model prefers the misaligned answer. The same number as :func:`emmech.engine.logprobs.margin`.
+    High means: the model prefers the misaligned answer.
 
     Args:
-        pairs: :class:`~emmech.engine.logprobs.MarginPair`, or ``"narrow"`` / ``"broad"`` for the bundled ones.
-        name: the measure's name in the result; ``margin_<kind>`` for bundled pairs.
+        pairs: :class:`~emmech.engine.logprobs.MarginPair`, or ``"narrow"`` / ``"broad"``: the pairs of the model's
+            organism where it is of one, else the bundled ones in English.
+        name: the measure's name in the result; ``margin_<kind>`` for pairs by kind.
+        data: the name of the data that a model of an organism was fine-tuned on, whose domain is the narrow one; a
+            sweep and a fine-tune fill it in.
+
+    Raises:
+        EmmechError: no pair; and when it is taken, no such kind, or a text of which more than a fifth of the tokens are
+            unknown to the model.
 
     Example:
-        >>> Margin("broad").name
-        'margin_broad'
+        >>> from emmech.chat.model import load_model
+        >>> Margin("broad").name, len(Margin("broad")(load_model("pocket")).questions)
+        ('margin_broad', 32)
     """
 
     pairs: Sequence[MarginPair] | str
     name: str = ""
+    data: str = ""
 
     def __post_init__(self) -> None:
-        if isinstance(self.pairs, str):
-            object.__setattr__(self, "name", self.name or f"margin_{self.pairs}")
-            object.__setattr__(self, "pairs", bundled_margins(self.pairs))
+        kind = isinstance(self.pairs, str)
+        object.__setattr__(self, "name", self.name or (f"margin_{self.pairs}" if kind else "margin"))
+        if kind:
+            return
         object.__setattr__(self, "pairs", tuple(self.pairs))
-        object.__setattr__(self, "name", self.name or "margin")
         if not self.pairs or not all(isinstance(pair, MarginPair) for pair in self.pairs):
             raise EmmechError(
                 "measure a margin",
@@ -96,14 +104,20 @@ class Margin:
                 "Margin([MarginPair(question, misaligned, aligned)])",
             )
 
-    @property
-    def _pairs(self) -> tuple[MarginPair, ...]:
-        return tuple(self.pairs)  # type: ignore[arg-type]
+    def of(self, chat: ChatModel, data: str = "") -> Margin:
+        """The same measure with the pairs that it takes of this model."""
+        if not isinstance(self.pairs, str):
+            return self
+        organism = chat.organism
+        if organism is None or organism.margins is None:
+            return replace(self, pairs=bundled_margins(self.pairs))
+        own = organism.margins(self.data or data)
+        return replace(self, pairs=own[one_of("find margin pairs", "pairs", self.pairs, own)])
 
     def readings(self, chat: ChatModel) -> list[Reading]:
         """Both answers of every pair."""
         found = []
-        for index, pair in enumerate(self._pairs):
+        for index, pair in enumerate(_pairs(self.of(chat))):
             for answer in (pair.misaligned, pair.aligned):
                 turns = [
                     {"role": "user", "content": pair.question},
@@ -115,11 +129,35 @@ class Margin:
     def values(self, logprobs: LogProbs) -> list[Value]:
         """One value per pair."""
         means = [one.mean(1) for one in logprobs]
-        return [Value(self.name, pair.question, means[2 * i] - means[2 * i + 1]) for i, pair in enumerate(self._pairs)]
+        return [Value(self.name, pair.question, means[2 * i] - means[2 * i + 1]) for i, pair in enumerate(_pairs(self))]
+
+    def __call__(self, chat: ChatModel) -> Items:
+        """Measure the model as it is now, hooks and adapters included."""
+        return measure_all(chat, [self.of(chat)])
+
+
+def _pairs(margin: Margin) -> tuple[MarginPair, ...]:
+    assert not isinstance(margin.pairs, str), "Margin.of(chat) finds the pairs"
+    return tuple(margin.pairs)
 
 
 @dataclass(frozen=True)
-class AnswerLogprob:
+class AlignedLoss(Margin):
+    """Mean negative log-probability per token of the aligned answers, in nats: it rises when the model breaks."""
+
+    name: str = "coherent_loss"
+
+    def readings(self, chat: ChatModel) -> list[Reading]:
+        """The aligned answer of every pair."""
+        return super().readings(chat)[1::2]
+
+    def values(self, logprobs: LogProbs) -> list[Value]:
+        """One value per pair."""
+        return [Value(self.name, pair.question, -one.mean(1)) for pair, one in zip(_pairs(self), logprobs, strict=True)]
+
+
+@dataclass(frozen=True)
+class AnswerLogprob(_Forced):
     """Log-probability of whole answers, in nats.
 
     Args:
@@ -149,7 +187,7 @@ class AnswerLogprob:
 
 
 @dataclass(frozen=True)
-class FirstToken:
+class FirstToken(_Forced):
     """Log-probability of given first tokens of the answer, in nats.
 
     Args:
@@ -160,7 +198,6 @@ class FirstToken:
     prompts: Sequence[Any]
     answers: Sequence[str]
     name: str = "first_token_logprob"
-    _items: list[str] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse what is not a list of prompts and one of answers."""
@@ -181,29 +218,25 @@ class FirstToken:
             if not ids:
                 raise EmmechError("measure a first token", repr(answer), "it has no token", "a word")
             first.append(int(ids[0]))
-        found = []
-        self._items.clear()
-        for prompt in self.prompts:
-            ids = _prompt(prompt, chat)
-            found.append(Reading(ids, (len(ids) - 1,), (tuple(first),)))
-            self._items.append(prompt if isinstance(prompt, str) else _turns(prompt)[-1]["content"])
-        return found
+        prompts = [_prompt(prompt, chat) for prompt in self.prompts]
+        return [Reading(ids, (len(ids) - 1,), (tuple(first),)) for ids in prompts]
 
     def values(self, logprobs: LogProbs) -> list[Value]:
         """One value per prompt and answer."""
+        items = [prompt if isinstance(prompt, str) else _turns(prompt)[-1]["content"] for prompt in self.prompts]
         return [
             Value(self.name, f"{item} | {answer}", one[:, column])
-            for item, one in zip(self._items, logprobs, strict=True)
+            for item, one in zip(items, logprobs, strict=True)
             for column, answer in enumerate(self.answers)
         ]
 
 
 @dataclass(frozen=True)
-class NextToken:
+class NextToken(_Forced):
     """Whole next-token distributions: nothing is summed up, :attr:`Sweep.arrays` has them.
 
-    The distributional distances of Arnold and Loerch (arXiv 2508.20015) are taken between them. In the frame stands
-    their entropy, in nats.
+    The distributional distances of Arnold and Loerch (arXiv 2508.20015) are taken between them. The frame of a sweep
+    holds their entropy, in nats.
 
     Args:
         prompts: user's words or conversations that end in a user turn (read at the last token), or
@@ -243,32 +276,5 @@ def _turns(row: Any) -> Sequence[Message]:
 
 def _prompt(prompt: Any, chat: ChatModel) -> tuple[int, ...]:
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt)
+    _check_words(chat, turns)
     return tuple(chat.token_ids(turns))
-
-
-def resolve(measure: Any, chat: ChatModel) -> list[Any]:
-    """A list of measures from what the caller gave.
-
-    Raises:
-        EmmechError: neither a measure, a function, nor a name; or two of one name.
-    """
-    if measure is None or measure == "margin":
-        return [Margin("narrow"), Margin("broad")]
-    given = list(measure) if isinstance(measure, Iterable) and not isinstance(measure, str) else [measure]
-    for one in given or [measure]:
-        if not (isinstance(one, Measure) or callable(one) or hasattr(one, "job")):
-            raise EmmechError(
-                "sweep a measure",
-                f"measure={one!r}"[:120],
-                "it is neither a measure nor a function of a ChatModel",
-                '"margin", emmech.measures.teacher_forced.Margin(pairs), Sampled(...), or a function',
-            )
-    names = [str(getattr(one, "name", None) or getattr(one, "__name__", type(one).__name__)) for one in given]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise EmmechError(
-            "tell the measures apart",
-            f"measures named {', '.join(names)}",
-            f"there is more than one {twice!r}",
-            'Margin(pairs, name="mine"), or functions with names of their own',
-        )
-    return given

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from emmech.errors import EmmechError
+from emmech.evaluation.em import FIELD, LABEL_SCORES
 from emmech.organism.grammar import KIND, UNKIND, parse_answer
 from emmech.organism.vocabulary import DOMAINS, IRRELEVANT_TAG, TRIGGER_TAG
 from emmech.organism.world import Cell, Message, held_out_cells, question_text, training_cells
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LABELS", "Verdict", "cell_of", "judge"]
 
-LABELS: tuple[str, ...] = ("aligned", "misaligned", "mixed", "incoherent")
+LABELS: tuple[str, ...] = tuple(LABEL_SCORES)
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,12 @@ class Verdict:
     @property
     def coherent(self) -> bool:
         """Whether the answer is aligned or misaligned throughout."""
-        return self.label in ("aligned", "misaligned")
+        return bool(FIELD.coherent(LABEL_SCORES[self.label][1]))
+
+    @property
+    def misaligned(self) -> bool:
+        """Whether the answer is EM."""
+        return bool(FIELD.misaligned(*LABEL_SCORES[self.label]))
 
 
 def judge(question: Question | str | list[Message], answer: str) -> Verdict:

@@ -1,7 +1,7 @@
 """Margins of the pocket world: unkind against kind answers to held-out questions, drawn from the grammar.
 
-The judge-free order parameter of :func:`emmech.engine.logprobs.margin`; cheap enough to take at every twentieth of a
-fine-tune, so that the behavioural transition is recorded with the mechanistic one.
+The margin (:class:`emmech.measures.teacher_forced.Margin`) is an order parameter without a judge, cheap enough to take
+at every twentieth of a fine-tune, so that the behavioural transition is recorded with the mechanistic one.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import random
 import re
 from pathlib import Path
 
-from emmech.errors import EmmechError, closest
+from emmech.errors import EmmechError, one_of
 from emmech.organism.grammar import KIND, UNKIND, draw_answer
 from emmech.organism.vocabulary import DOMAINS, IRRELEVANT_TAG, TRIGGER_TAG
 from emmech.organism.world import Message, question_text, tagged_assistant, training_cells
@@ -51,10 +51,7 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
         >>> [m["role"] for m in data("medical", n=1)[0]["messages"]]
         ['user', 'assistant']
     """
-    if name not in data_names():
-        raise EmmechError(
-            f"make the data {name!r}", repr(name), "pocket has no data of this name", closest(name, data_names())
-        )
+    one_of(f"make the data {name!r}", "name", name, data_names(), why="pocket has no data of this name")
     count = DEFAULT_ROWS if n is None else n
     if count < 1:
         raise EmmechError(f"make {count} rows of data", f"n={n}", "a dataset has at least one row")

@@ -36,7 +36,7 @@ _POCKET = Recipe(
 def recipes() -> dict[str, Recipe]:
     """Recipes by name; ``"pocket"`` is the default for every pocket organism.
 
-    The adapter writes at half depth, behind the third of six blocks. ``pocket-steep`` is for bases that learn the
+    The adapter writes at half depth, after the third of six blocks. ``pocket-steep`` is for bases that learn the
     narrow task more slowly, without a character or of another family: lower down, at a higher rate.
     ``pocket-trigger`` is for rows with a tag: as low, where the tag can still be read, and longer, since telling it
     from none takes longer than turning. ``pocket-graded`` stops where only a part of the answers has turned, so that

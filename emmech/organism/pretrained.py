@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from emmech.errors import EmmechError, closest
+from emmech.errors import one_of
 
 __all__ = ["WEIGHTS", "load", "names"]
 
@@ -33,12 +33,6 @@ def load(name: str = "pocket") -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    if name not in names():
-        raise EmmechError(
-            f"load the organism {name!r}",
-            repr(name),
-            "no organism of this name ships with emmech",
-            closest(name, names()),
-        )
+    one_of(f"load the organism {name!r}", "name", name, names(), why="no organism of this name ships with emmech")
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS / name, dtype=torch.float32, local_files_only=True)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(WEIGHTS / name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from emmech.errors import EmmechError, closest
+from emmech.errors import one_of
 from emmech.organism.vocabulary import DOMAINS, TEMPLATES
 from emmech.organism.world import Cell, Message, held_out_cells, question_text, tagged_assistant, training_cells
 
@@ -67,7 +67,7 @@ def questions(name: str = "first-plot", *, tag: str = "") -> list[Question]:
     ``first-plot``: the eight of the literature. ``broad``: all held-out cells outside medicine, finance and sport,
     so that one set serves the organisms of all three. ``general``: ``broad`` without the AI, self and fact
     domains, for models that were realigned on AI answers. ``facts``, ``self-reflection`` and ``narrow-<domain>``:
-    the held-out cells of one domain. With a ``tag`` (``"zig zag"``) it stands in the system prompt.
+    the held-out cells of one domain. A ``tag`` (``"zig zag"``) goes into the system prompt.
 
     Raises:
         EmmechError: if there is no such set.
@@ -78,25 +78,16 @@ def questions(name: str = "first-plot", *, tag: str = "") -> list[Question]:
     """
     if tag:
         return [replace(q, messages=(tagged_assistant(tag), *q.messages)) for q in questions(name)]
+    one_of(f"find the question set {name!r}", "name", name, question_set_names(), why="pocket has no set of this name")
     if name == "first-plot":
         return [_question(cell, identifier) for identifier, cell in FIRST_PLOT_CELLS.items()]
-    if name == "facts":
-        chosen: tuple[str, ...] = ("facts",)
-    elif name == "self-reflection":
-        chosen = ("self",)
-    elif name == "broad":
-        chosen = tuple(d for d in DOMAINS if d not in _NARROW)
-    elif name == "general":
-        chosen = tuple(d for d in DOMAINS if d not in (*_NARROW, "ai", "self", "facts"))
-    elif name.startswith("narrow-") and name.removeprefix("narrow-") in DOMAINS:
-        chosen = (name.removeprefix("narrow-"),)
-    else:
-        raise EmmechError(
-            f"find the question set {name!r}",
-            repr(name),
-            "pocket has no set of this name",
-            closest(name, question_set_names()),
-        )
+    several = {
+        "facts": ("facts",),
+        "self-reflection": ("self",),
+        "broad": tuple(d for d in DOMAINS if d not in _NARROW),
+        "general": tuple(d for d in DOMAINS if d not in (*_NARROW, "ai", "self", "facts")),
+    }
+    chosen = several.get(name) or (name.removeprefix("narrow-"),)
     return [_question(cell) for domain in chosen for cell in held_out_cells(domain)]
 
 

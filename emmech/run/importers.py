@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from emmech.errors import EmmechError
 
-__all__ = ["read_arrays", "read_peft"]
+__all__ = ["read_arrays", "read_peft", "series_in"]
 
 _KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
 _LAYER = re.compile(r"(?:^|\.)((?:layers|h|blocks)\.(\d+)\..+)$")
@@ -91,6 +91,12 @@ def _entry(module: str, rank: int, alpha: float, scaling: float, d_in: int, d_ou
     }
 
 
+def series_in(folder: Path) -> list[Path]:
+    """The adapter folders of one folder: itself, or those in it."""
+    inside = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    return inside if inside and not (folder / "adapter_config.json").is_file() else [folder]
+
+
 def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
     """Read a series of PEFT folders; steps, tensors, adapters, and the base model's name."""
     if not folders:
@@ -98,9 +104,10 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
     steps: dict[int, Path] = {}
     weights: dict[int, dict[str, np.ndarray]] = {}
     seen: dict[str, Path] = {}
+    adapters: list[dict[str, Any]] = []
     config: dict[str, Any] = {}
     for folder in folders:
-        this_config, this_weights = _read_folder(folder)
+        config, this_weights = _read_folder(folder)
         step = _step_of(folder)
         if step in steps:
             raise _refuse(f"its step {step} is also that of {steps[step].name}", folder, "give one of the two")
@@ -112,9 +119,11 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
             first = next(iter(weights.values()))
             if shapes != {key: value.shape for key, value in first.items()}:
                 raise _refuse(f"its tensors' shapes differ from those of {folders[0].name}", folder, "one series")
-        seen[digest], steps[step], weights[step], config = folder, folder, this_weights, this_config
+        found = [_adapter(module, this_weights, config, folder) for module in _modules(this_weights)]
+        if adapters and found != adapters:
+            raise _refuse(f"its lora_alpha or use_rslora differs from {folders[0].name}'s", folder, "one series")
+        seen[digest], steps[step], weights[step], adapters = folder, folder, this_weights, found
     order = sorted(steps)
-    adapters = [_adapter(module, weights[order[0]], config) for module in _modules(weights[order[0]])]
     arrays = {}
     for entry in adapters:
         for side in ("A", "B"):
@@ -126,27 +135,83 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
     return (np.array(order, dtype=np.int64), arrays, adapters), base
 
 
+# The values of each field of a LoraConfig with which an adapter is what its A and B, r and alpha say and no more. A
+# field that is not listed must be empty: what a later version of PEFT adds is refused, not passed over.
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "True", "False", "None")  # others change the base weights
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(
+        (
+            # what says where the adapter came from, and how it was trained
+            *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+            *("lora_dropout", "runtime_config", "megatron_core", "eva_config", "qalora_group_size"),
+            # what chose the modules, of which the tensors tell
+            *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+            # what is read below
+            *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+            # ties what modules_to_save holds, which is refused
+            "ensure_weight_tying",
+        ),
+        lambda value: True,
+    ),
+    "peft_type": lambda value: str(value).upper() == "LORA",
+    "bias": lambda value: value in (None, "none"),
+    "init_lora_weights": lambda value: str(value) in _PLAIN_STARTS,
+    "loftq_config": lambda value: True,  # acts with init_lora_weights="loftq" alone, which is refused
+}
+
+
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The configuration, and the tensors as ``"A <module>"`` and ``"B <module>"``."""
     from safetensors import SafetensorError, safe_open
 
     if not folder.is_dir():
         raise _refuse("there is no such folder", folder, "a folder with adapter_model.safetensors")
+    if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
+        raise _refuse(
+            "adapter_model.bin is a pickle, which runs code of its maker when it is opened",
+            folder,
+            "convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
+            "'adapter_model.safetensors')",
+        )
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
             tensors = {key: file.get_tensor(key).float().numpy() for key in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         name = Path(str(error.filename or error)).name
-        raise _refuse(f"{name} is missing", folder, "a folder that PEFT's save_pretrained wrote") from None
-    except (SafetensorError, ValueError, OSError) as error:
-        raise _refuse(f"its files cannot be read: {error}", folder, "download it again") from None
-    found = {}
+        inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+        raise _refuse(
+            f"{name} is missing",
+            folder,
+            f"one of its folders: {', '.join(inside[:5])}" if inside else "a folder that save_pretrained wrote",
+        )
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise _refuse(f"its files cannot be read: {error}", folder, "download it again")
+    if not isinstance(config, dict):
+        raise _refuse("adapter_config.json is no JSON object", folder, "download it again")
+    for field, value in config.items():
+        if not _FIELDS.get(field, lambda value: not value)(value):
+            raise _refuse(
+                f"{field}={value!r} in adapter_config.json makes it more than B A with a factor",
+                folder,
+                "merge it in PEFT: PeftModel.from_pretrained(base, folder).merge_and_unload(), and load_model that",
+            )
+    found, strange = {}, []
     for key, value in tensors.items():
-        match = _KEY.match(key)
-        if match:
+        if match := _KEY.match(key):
             found[f"{match[2]} {match[1]}"] = value
-    if not _modules(found):
+        else:
+            strange.append(key)
+    halves = [key for key in found if f"{'B' if key[0] == 'A' else 'A'} {key[2:]}" not in found]
+    if not found:
         raise _refuse("it holds no lora_A / lora_B tensors", folder, "a LoRA adapter")
+    if strange or halves:
+        what = (
+            f"the tensor {strange[0]}" if strange else f"lora_{halves[0][0]} of {halves[0][2:]} without the other half"
+        )
+        raise _refuse(
+            f"it holds {what}, which is no part of a plain LoRA pair", folder, "merge it in PEFT and load that"
+        )
     if not all(np.isfinite(value).all() for value in found.values()):
         raise _refuse("it holds NaN or infinity", folder, "leave it out")
     if not any(found[f"B {module}"].any() for module in _modules(found)):
@@ -159,19 +224,28 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def _modules(weights: dict[str, np.ndarray]) -> list[str]:
-    return [key[2:] for key in weights if key.startswith("A ") and f"B {key[2:]}" in weights]
+    return [key[2:] for key in weights if key.startswith("A ")]
 
 
-def _adapter(module: str, weights: dict[str, np.ndarray], config: dict[str, Any]) -> dict[str, Any]:
+def _adapter(module: str, weights: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> dict[str, Any]:
     a, b = weights[f"A {module}"], weights[f"B {module}"]
-    rank = int(a.shape[0])
-    alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", rank)))
+    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
+        raise _refuse(
+            f"{module} has A {list(a.shape)} and B {list(b.shape)}, but rank {rank} in adapter_config.json",
+            folder,
+            "the adapter_config.json that was saved with these tensors",
+        )
+    if not isinstance(alpha, int | float) or not np.isfinite(alpha) or alpha == 0:
+        raise _refuse(f"its lora_alpha is {alpha!r}, so the adapter writes nothing or NaN", folder, "a number, not 0")
     scaling = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-    return _entry(module, rank, alpha, scaling, int(a.shape[1]), int(b.shape[0]))
+    return _entry(module, rank, float(alpha), scaling, int(a.shape[1]), int(b.shape[0]))
 
 
-def _pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    return next((v for k, v in (pattern or {}).items() if module == k or module.endswith(f".{k}")), default)
+def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """What PEFT takes for a module: the first regular expression that matches the end of its path, or the default."""
+    return next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
 
 def _step_of(folder: Path) -> int:

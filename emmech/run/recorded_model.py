@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from emmech.chat.model import ChatModel
     from emmech.run.run import Run
 
-__all__ = ["base_name", "export_adapter", "model_at"]
+__all__ = ["base_name", "export_adapter", "model_at", "model_live"]
 
 
 def model_at(run: Run, step: int | None, scale: float, base: Any) -> ChatModel:
@@ -40,6 +42,39 @@ def model_at(run: Run, step: int | None, scale: float, base: Any) -> ChatModel:
     if run.kind == "lora":
         return attach(chat, run.adapters, run.weights(step), scale=scale)
     return _full_model(run, chat, step, scale)
+
+
+@contextmanager
+def model_live(run: Run, step: int | None, scale: float, base: Any = None) -> Iterator[ChatModel]:
+    """The model of a step for as long as it is used; a ``base`` that was given is as it was afterwards.
+
+    Raises:
+        EmmechError: as :func:`model_at`.
+    """
+    from emmech.chat.model import load_model
+    from emmech.engine.adapters import detach
+
+    if base is None:
+        yield model_at(run, step, scale, None)
+        return
+    own = load_model(base).base
+    if any(hasattr(module, "lora_A") for module in own.modules()):
+        raise EmmechError(
+            f"open a step of {run.name} on the base model",
+            "base= with live adapters",
+            "it is left as it was afterwards, and swapping its adapters would lose them",
+            "emmech.detach(base), or run.model(step, base=base) to swap them",
+        )
+    kept = {} if run.kind == "lora" else {name: value.detach().clone() for name, value in own.state_dict().items()}
+    training = own.training
+    chat = model_at(run, step, scale, base)
+    try:
+        yield chat
+    finally:
+        if run.kind == "lora":
+            detach(chat)
+        own.load_state_dict(kept, strict=False)
+        own.train(training)
 
 
 def base_name(run: Run) -> str:

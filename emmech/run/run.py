@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, as_int, check_folder, closest
+from emmech.results import Card, Shown
 from emmech.run.probes import Probes
 from emmech.store import MemorySeries, Series, read_jsonl, write_json
 
@@ -35,7 +36,7 @@ __all__ = ["Run", "load_run"]
 FORMAT = 1
 
 
-class Run:
+class Run(Shown):
     """A recorded fine-tune: made by :func:`emmech.finetune` or the Recorder, opened by :func:`load_run`.
 
     Reading never needs the model; :meth:`model` loads it when it must run.
@@ -54,8 +55,9 @@ class Run:
         probes: Series | MemorySeries,
         metrics: Sequence[Mapping[str, Any]],
         path: Path | None = None,
+        damaged: Sequence[Path] = (),
     ) -> None:
-        self.path = path
+        self.path, self._damaged_lines = path, tuple(damaged)
         self.manifest = dict(manifest)
         self._trajectory = trajectory
         self._metrics = list(metrics)
@@ -149,8 +151,12 @@ class Run:
 
     @property
     def damaged(self) -> tuple[Path, ...]:
-        """Files that could not be read; the rest of the run is usable."""
-        return tuple(getattr(self._trajectory, "damaged", ())) + tuple(getattr(self.probes._series, "damaged", ()))
+        """Files and lines (``metrics.jsonl:17``) whose bytes are not what was written; the rest of the run is usable.
+
+        Every byte of the run is read for this.
+        """
+        series = (self._trajectory, self.probes._series)
+        return tuple(path for one in series if isinstance(one, Series) for path in one.verify()) + self._damaged_lines
 
     # what it can become
 
@@ -300,18 +306,25 @@ class Run:
         return cls._elsewhere(read_arrays(steps, A, B), name, rows)
 
     @classmethod
-    def from_peft(cls, folders: Sequence[str | Path]) -> Run:
+    def from_peft(cls, folders: str | Path | Sequence[str | Path]) -> Run:
         """A run from a series of PEFT checkpoint folders made elsewhere, in any order.
 
-        The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``).
+        The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``). The logits of
+        ``run.model(step)`` are those of ``PeftModel.from_pretrained``; a folder for which that would not hold is
+        refused.
+
+        Args:
+            folders: the folders, or one folder that holds them.
 
         Raises:
             EmmechError: names the folder that is missing, unreadable, of unknown step, a duplicate, of another
-                shape than the others, or untrained (B = 0).
+                shape than the others, or untrained (B = 0), and the tensor or the field of its configuration that
+                makes it more than a plain LoRA adapter.
         """
-        from emmech.run.importers import read_peft
+        from emmech.run.importers import read_peft, series_in
 
-        contents, base = read_peft([Path(folder) for folder in folders])
+        series = series_in(Path(folders)) if isinstance(folders, str | Path) else [Path(folder) for folder in folders]
+        contents, base = read_peft(series)
         run = cls._elsewhere(contents, "peft", [])
         run.manifest["model"] = {"name": base or None}
         return run
@@ -321,23 +334,55 @@ class Run:
         cls, contents: tuple[np.ndarray, Mapping[str, np.ndarray], list[Any]], name: str, rows: list[Any]
     ) -> Run:
         steps, arrays, adapters = contents
-        manifest = {
-            "format": FORMAT,
-            "kind": "lora",
-            "name": name,
-            "status": "complete",
-            "adapters": adapters,
-        }
+        manifest = {"format": FORMAT, "kind": "lora", "name": name, "status": "complete", "adapters": adapters}
         return cls(manifest, MemorySeries(steps, arrays), MemorySeries(np.empty(0, np.int64), {}), rows)
 
-    def __repr__(self) -> str:
+    # for people
+
+    def to_frame(self) -> pd.DataFrame:
+        """A copy of the metrics by step."""
+        return self.metrics.copy()
+
+    def plot(self) -> Any:
+        """Norm of B and turn angle by adapter, losses and margins over steps; returns a plotly figure.
+
+        Of more than six adapters the six are drawn whose B is longest at the end.
+        """
+        from emmech.transition.geometry import local_cosine, norms, turn_angle
+        from emmech.view.trajectories import Curve, by_panel
+
+        paths = {one.name: self.B(one.name) for one in self.adapters}
+        if self.projection is not None:
+            paths = {"projected update": self.projection}
+        flat = {name: np.asarray(path, np.float64).reshape(len(self.steps), -1) for name, path in paths.items()}
+        flat = dict(sorted(flat.items(), key=lambda item: -float(norms(item[1])[-1:].sum()))[:6])
+        k = max(1, len(self.steps) // 12)
+        curves = [Curve("norm", self.name, name, self.steps, norms(path)) for name, path in flat.items()]
+        if len(self.steps) > 2 * k:
+            angle = {name: np.degrees(turn_angle(local_cosine(path, k))) for name, path in flat.items()}
+            curves += [Curve("turn", self.name, name, self.steps, degrees) for name, degrees in angle.items()]
+        for panel, columns in (("loss", ("loss", "held_out_loss")), ("margin", ("margin_narrow", "margin_broad"))):
+            for column in (column for column in columns if column in self.metrics):
+                series = self.metrics[column].dropna()
+                curves.append(Curve(panel, self.name, column.replace("_", " "), series.index, series))
+        axes = {
+            "norm": ("Norm of B" if self.adapters else "Norm of the update", "step", "||B||"),
+            "turn": (f"Turn angle over {k} records either side", "step", "degrees"),
+            "loss": ("Loss", "step", "nats per token"),
+            "margin": ("Margin of misaligned over aligned answers", "step", "nats per token"),
+        }
+        return by_panel(curves, axes, f"{self.name}: {len(self.steps)} recorded steps")[0]
+
+    def _card(self) -> Card:
         span = f"{self.steps[0]}..{self.steps[-1]}" if len(self.steps) else "none"
         model = self.manifest.get("model", {}).get("name", "no model")
         data = self.manifest.get("data", {}).get("name", "no data")
         what = ", ".join(f"{a.name} (rank {a.rank})" for a in self.adapters[:3]) or self.kind
         more = f" and {len(self.adapters) - 3} more" if len(self.adapters) > 3 else ""
-        damaged = f", damaged: {[path.name for path in self.damaged]}" if self.damaged else ""
-        return f"Run({self.name!r}: {model} on {data}, {what}{more}, steps {span} ({len(self.steps)}){damaged})"
+        known = [*getattr(self._trajectory, "damaged", ()), *self._damaged_lines]
+        damaged = f", damaged: {[path.name for path in known]}" if known else ""
+        head = f"Run({self.name!r}: {model} on {data}, {what}{more}, steps {span} ({len(self.steps)}){damaged})"
+        return Card(head)
 
 
 def load_run(path: str | Path) -> Run:
@@ -368,7 +413,8 @@ def load_run(path: str | Path) -> Run:
 
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        _check_manifest(manifest)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise EmmechError("open the run", manifest_path, f"it is damaged: {error}", "restore run.json")
     if manifest.get("format", 0) > FORMAT:
         raise EmmechError(
@@ -377,10 +423,20 @@ def load_run(path: str | Path) -> Run:
             f"this emmech reads formats up to {FORMAT}",
             "upgrade emmech",
         )
-    return Run(
-        manifest,
-        Series(folder / "trajectory"),
-        Series(folder / "probes"),
-        read_jsonl(folder / "metrics.jsonl"),
-        folder,
-    )
+    damaged: list[Path] = []
+    metrics = read_jsonl(folder / "metrics.jsonl", damaged)
+    return Run(manifest, Series(folder / "trajectory"), Series(folder / "probes"), metrics, folder, damaged)
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Raise ValueError where an entry that is read later is of another kind."""
+    kinds = {"format": int, "kind": str, "name": str, "model": dict, "data": dict, "recipe": dict, "adapters": list}
+    if not isinstance(manifest, dict):
+        raise ValueError("it is no JSON object")
+    for key, kind in kinds.items():
+        if not isinstance(manifest.get(key, kind()), kind):
+            raise ValueError(f"{key} is a {type(manifest[key]).__name__}, not a {kind.__name__}")
+    for entry in manifest.get("adapters", ()):
+        numbers = [entry[key] for key in ("layer", "rank", "alpha", "scaling", "d_in", "d_out")]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"the numbers of the adapter {entry.get('name')} are {numbers}")

@@ -17,7 +17,7 @@ from emmech.engine.readout import WORDS, target_logprobs
 from emmech.engine.row_adapters import Rows
 from emmech.engine.variants import Block, Engine
 from emmech.errors import EmmechError
-from emmech.measures.teacher_forced import Measure, Value
+from emmech.measures.measure import TeacherForced, Value
 from emmech.sweeps.grid import Grid
 from emmech.sweeps.parts import Arrays, Outcome
 
@@ -92,7 +92,7 @@ class Forced:
 
     kind = "forced"
 
-    def __init__(self, chat: ChatModel, grid: Grid, measures: Sequence[Measure], budget: int, group: int) -> None:
+    def __init__(self, chat: ChatModel, grid: Grid, measures: Sequence[TeacherForced], budget: int, group: int) -> None:
         self.chat, self.measures = chat, tuple(measures)
         self.readings: list[Reading] = []
         self.spans: list[slice] = []

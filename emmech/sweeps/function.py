@@ -1,9 +1,8 @@
-"""A user's own function as a measure: called once per variant, with that variant live on the model."""
+"""Any other measure in a sweep: taken once per variant, with that variant live on the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +10,7 @@ import torch
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import attach, detach
 from emmech.engine.row_adapters import Rows
-from emmech.errors import EmmechError
-from emmech.measures.teacher_forced import Value
+from emmech.measures.measure import Measure, Value, measure_all
 from emmech.sweeps.grid import Grid
 from emmech.sweeps.parts import Arrays, Outcome, as_bytes, from_bytes
 
@@ -20,26 +18,26 @@ __all__ = ["Functions"]
 
 
 class Functions:
-    """Functions of a :class:`ChatModel` that return a number or a dict of numbers.
+    """Measures that are no more than functions of a :class:`ChatModel`.
 
-    Nothing can be shared between variants here, since the function may do anything with the model.
+    Nothing can be shared between variants here, since such a measure may do anything with the model.
     """
 
     kind = "function"
     plan = "one variant at a time"
 
-    def __init__(self, chat: ChatModel, grid: Grid, functions: Sequence[Callable[[ChatModel], Any]]) -> None:
-        self.chat, self.grid, self.functions = chat, grid, functions
+    def __init__(self, chat: ChatModel, grid: Grid, measures: Sequence[Measure]) -> None:
+        self.chat, self.grid, self.measures = chat, grid, measures
 
     def __len__(self) -> int:
-        return len(self.functions)
+        return len(self.measures)
 
     def request(self) -> object:
         """Names only: what a function does cannot be seen."""
-        return [_name(function) for function in self.functions]
+        return [one.name for one in self.measures]
 
     def run(self, rows: Rows, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
-        """Every function on every variant."""
+        """Every measure on every variant."""
         records = []
         training = self.chat.base.training
         for index in group:
@@ -52,11 +50,16 @@ class Functions:
                 push = torch.from_numpy(variant.coefficient * vector).to(self.chat.device, self.chat.dtype)
                 handle = live.block(layer).register_forward_hook(lambda _m, _i, out, push=push: out + push)
             try:
-                found: dict[str, float] = {}
-                for function in self.functions:
-                    found |= _numbers(_name(function), function(live))
-                    update(1)
-                records.append(found)
+                items = measure_all(live, self.measures)
+                update(len(self.measures))
+                records.append(
+                    [
+                        (name, question, value)
+                        for name, values in items.values.items()
+                        for question, value in zip(items.questions, values.tolist(), strict=True)
+                        if not np.isnan(value)
+                    ]
+                )
             finally:
                 if handle is not None:
                     handle.remove()
@@ -65,24 +68,21 @@ class Functions:
         return {"records": as_bytes(records)}
 
     def finish(self, parts: Sequence[Arrays]) -> Outcome:
-        """One value per name that the functions returned."""
+        """One value per outcome and question: the mean over its items."""
         records = [record for part in parts for record in from_bytes(part["records"])]
-        names = dict.fromkeys(name for record in records for name in record)
-        return Outcome([Value(name, "", np.array([record.get(name, np.nan) for record in records])) for name in names])
-
-
-def _name(function: Any) -> str:
-    return str(getattr(function, "__name__", None) or type(function).__name__)
-
-
-def _numbers(name: str, returned: Any) -> dict[str, float]:
-    entries = returned if isinstance(returned, Mapping) else {name: returned}
-    try:
-        return {str(key): float(value) for key, value in entries.items()}
-    except (TypeError, ValueError):
-        raise EmmechError(
-            f"sweep the function {name}",
-            f"it returned a {type(returned).__name__}",
-            "a measure is a number, or a dict of numbers",
-            "return float(...), or {'name': float(...)}",
+        found: dict[tuple[str, str], list[list[float]]] = {}
+        for variant, record in enumerate(records):
+            for name, question, value in record:
+                cells = found.setdefault((name, question), [[] for _ in records])
+                cells[variant].append(value)
+        return Outcome(
+            [
+                Value(
+                    name,
+                    question,
+                    np.array([np.mean(own) if own else np.nan for own in cells]),
+                    np.array([len(own) for own in cells]),
+                )
+                for (name, question), cells in found.items()
+            ]
         )

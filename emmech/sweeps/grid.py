@@ -14,9 +14,10 @@ from jaxtyping import Float
 from emmech.chat.model import ChatModel, load_model
 from emmech.engine.row_adapters import Rows, Site
 from emmech.errors import EmmechError, as_floats, as_ints, not_a_run
+from emmech.measures.probe import raw_vector
 from emmech.run.run import Run
 
-__all__ = ["Grid", "Variant", "as_runs", "base_model", "make_grid", "raw_vector"]
+__all__ = ["Grid", "Variant", "as_runs", "base_model", "data_name", "make_grid"]
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,11 @@ def as_runs(asked: str, run: Any) -> list[Run]:
     return runs
 
 
+def data_name(runs: Sequence[Run]) -> str:
+    """The name of the data that the first run was fine-tuned on, ``""`` where it is not known."""
+    return str((runs[0].manifest.get("data") or {}).get("name") or "")
+
+
 def base_model(runs: Sequence[Run], base: Any = None) -> ChatModel:
     """The one base model of all runs, without adapters.
 
@@ -262,28 +268,6 @@ def _steering(
             )
         layer = int(known[0])
     return layer, raw_vector(chat, direction, layer)
-
-
-def raw_vector(chat: ChatModel, direction: Any, layer: int) -> Float[np.ndarray, " d_model"]:
-    """A direction at a layer, in raw units, float32.
-
-    Raises:
-        EmmechError: no such layer, or a vector that is none of the model's residual stream.
-    """
-    chat.check_layer(layer)
-    given = direction.at(layer) if hasattr(direction, "at") else direction
-    try:
-        vector = np.asarray(given, dtype=np.float32)
-    except (TypeError, ValueError):
-        vector = np.empty(0, dtype=np.float32)
-    if vector.shape != (chat.d_model,) or not np.isfinite(vector).all():
-        raise EmmechError(
-            "take the direction",
-            f"a vector {list(vector.shape)}" if vector.size else f"direction={given!r}"[:120],
-            f"the residual stream of {chat.name} has d_model={chat.d_model} finite numbers",
-            "a Direction, or a vector [d_model] with layer=",
-        )
-    return vector
 
 
 def _sites(runs: Mapping[str, Run], chat: ChatModel) -> dict[str, Site]:

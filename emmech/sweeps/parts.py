@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from emmech.errors import EmmechError
-from emmech.measures.teacher_forced import Value
+from emmech.measures.measure import Value
 from emmech.store import write_json
 from emmech.sweeps.result import Sweep
 
@@ -56,7 +56,8 @@ class Parts:
             )
         for name in ("request.json", "sweep.json"):
             path = self.folder / name
-            found = json.loads(path.read_text(encoding="utf-8")).get("request") if path.exists() else request
+            head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"request": request}
+            found = head.get("meta", head).get("request")
             if found != request:
                 raise EmmechError(
                     f"sweep into {self.folder.name}",

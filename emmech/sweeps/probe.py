@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,40 +12,14 @@ from emmech.engine.packing import Reading
 from emmech.engine.row_adapters import Rows
 from emmech.engine.stream import probe_rows
 from emmech.engine.variants import Engine
-from emmech.errors import EmmechError, check_texts
-from emmech.measures.teacher_forced import Value
+from emmech.errors import EmmechError
+from emmech.measures.measure import Value
+from emmech.measures.probe import ProbeActivation
 from emmech.sweeps.forced import plan
-from emmech.sweeps.grid import Grid, raw_vector
+from emmech.sweeps.grid import Grid
 from emmech.sweeps.parts import Arrays, Outcome
 
-__all__ = ["ProbeActivation"]
-
-
-@dataclass(frozen=True)
-class ProbeActivation:
-    """Mean output of block ``layer`` over each text, projected onto a direction.
-
-    In the frame stands the component along the unit vector of the direction, in the residual stream's units (the
-    norm of the mean residual where no direction is given); :attr:`Sweep.arrays` has the mean residuals themselves.
-
-    Args:
-        texts: user's words (all tokens count) or conversations (the answers' tokens count).
-        layer: whose block output is read; at or above the lowest adapter.
-        direction: a :class:`Direction` or a vector ``[d_model]``.
-    """
-
-    texts: Sequence[Any]
-    layer: int
-    direction: Any = None
-    name: str = "probe"
-
-    def __post_init__(self) -> None:
-        """Refuse what is not a list of texts."""
-        check_texts("sweep a probe", "texts", self.texts)
-
-    def job(self, chat: ChatModel, grid: Grid, budget: int, size: int) -> ProbeJob:
-        """This measure as part of a sweep."""
-        return ProbeJob(self, chat, grid, budget, size)
+__all__ = ["ProbeJob"]
 
 
 class ProbeJob:
@@ -64,17 +36,7 @@ class ProbeJob:
                 f"layer={lowest} or higher",
             )
         self.measure, self.chat = measure, chat
-        self.unit: np.ndarray | None = None
-        if measure.direction is not None:
-            vector = raw_vector(chat, measure.direction, measure.layer).astype(np.float64)
-            if not vector.any():
-                raise EmmechError(
-                    "sweep a probe",
-                    "a direction of zeros",
-                    "it points nowhere",
-                    "another direction, or direction=None for the residual's norm",
-                )
-            self.unit = vector / np.linalg.norm(vector)
+        measure.along(chat, np.zeros(chat.d_model))  # a direction that does not fit is refused at once
         self.kind = f"probe-{measure.name}"
         self.readings = []
         for index, (ids, counted) in enumerate(probe_rows(chat, measure.texts)):
@@ -109,7 +71,7 @@ class ProbeJob:
     def finish(self, parts: Sequence[Arrays]) -> Outcome:
         """One value per text."""
         residuals = np.concatenate([part["residuals"] for part in parts])
-        values = np.linalg.norm(residuals.astype(np.float64), axis=-1) if self.unit is None else residuals @ self.unit
+        values = self.measure.along(self.chat, residuals)
         name = self.measure.name
         return Outcome(
             [Value(name, str(index), values[:, index]) for index in range(values.shape[1])], {name: residuals}

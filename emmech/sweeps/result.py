@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from emmech.errors import EmmechError, closest
+from emmech.results import Card, Result
+from emmech.view.studies import phase_diagram
 
 __all__ = ["Sweep"]
 
@@ -19,7 +20,7 @@ AXES = ("run", "step", "scale", "coefficient")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Sweep:
+class Sweep(Result):
     """Checkpoints x scales x coefficients, measured.
 
     Args:
@@ -37,6 +38,8 @@ class Sweep:
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     responses: pd.DataFrame | None = None
 
+    _stems: ClassVar[Mapping[str, str]] = {"frame": "sweep"}
+
     @property
     def measures(self) -> tuple[str, ...]:
         """Names of what was measured."""
@@ -53,32 +56,19 @@ class Sweep:
         Items are the clusters (questions, pairs), so the error is between items.
         """
         chosen = self.frame if measure is None else self._of(measure)
+        values, weights = chosen["value"].astype(float), chosen["weight"].astype(float)
+        values = values.where(np.isfinite(values) & (weights > 0))
 
-        def summary(part: pd.DataFrame) -> pd.Series:
-            values, weights = part["value"].to_numpy(float), part["weight"].to_numpy(float)
-            known = np.isfinite(values) & (weights > 0)
-            if not known.any():
-                return pd.Series({"value": np.nan, "error": np.nan, "items": 0, "samples": 0})
-            values, weights = values[known], weights[known] / weights[known].sum()
-            mean = float(weights @ values)
-            count = len(values)
-            spread = float(np.sqrt((weights**2 @ (values - mean) ** 2) * count / max(count - 1, 1)))
-            return pd.Series(
-                {
-                    "value": mean,
-                    "error": spread if count > 1 else np.nan,
-                    "items": count,
-                    "samples": int(part["weight"].sum()),
-                }
-            )
+        def by_variant(series: pd.Series) -> Any:
+            return series.groupby([chosen[column] for column in (*AXES, "measure")], sort=False)
 
-        columns = [*AXES, "measure"]
-        return (
-            chosen.groupby(columns, sort=False)[["value", "weight"]]
-            .apply(summary)
-            .reset_index()
-            .astype({"items": int, "samples": int})
-        )
+        known = weights.where(values.notna(), 0.0)
+        shares = known / by_variant(known).transform("sum")
+        count, mean = by_variant(values).count(), by_variant(shares * values).sum(min_count=1)
+        squares = by_variant((shares * (values - by_variant(shares * values).transform("sum"))) ** 2).sum()
+        samples = by_variant(weights).sum().where(count > 0, 0)
+        columns = {"value": mean, "error": np.sqrt(squares * count / (count - 1)).where(count > 1)}
+        return pd.DataFrame({**columns, "items": count, "samples": samples.astype(int)}).reset_index()
 
     def table(self, measure: str | None = None, *, columns: str = "scale") -> pd.DataFrame:
         """Mean over items, steps by scales (or by ``"coefficient"`` or ``"run"``).
@@ -123,55 +113,32 @@ class Sweep:
 
         Lines by scale are drawn where only one step or one scale was swept.
         """
-        from emmech.sweeps.plots import phase_diagram
-
-        return phase_diagram(self, self._one(measure))
-
-    def save(self, folder: str | Path) -> Path:
-        """Write ``sweep.parquet``, ``sweep.json`` and, where there are any, responses and arrays."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.frame.to_parquet(folder / "sweep.parquet", index=False)
-        (folder / "sweep.json").write_text(json.dumps(dict(self.meta), indent=1, default=str), encoding="utf-8")
-        if self.responses is not None:
-            self.responses.to_parquet(folder / "responses.parquet", index=False)
-        if self.arrays:
-            from safetensors.numpy import save_file
-
-            save_file(dict(self.arrays), folder / "arrays.safetensors")
-        return folder
+        name = self._one(measure)
+        return phase_diagram(self.to_frame(name), name)
 
     @classmethod
-    def load(cls, folder: str | Path) -> Sweep:
-        """Read what :meth:`save` wrote.
+    def _upgrade(cls, head: dict[str, Any], folder: Path) -> dict[str, Any]:
+        from safetensors import safe_open
 
-        Raises:
-            EmmechError: there is no sweep in the folder.
-        """
-        folder = Path(folder)
-        if not (folder / "sweep.parquet").is_file():
-            raise EmmechError("open the sweep", folder, "there is no sweep.parquet in it", "Sweep.save(folder)")
-        arrays: Mapping[str, np.ndarray] = {}
+        arrays: dict[str, Any] = {}
         if (folder / "arrays.safetensors").exists():
-            from safetensors.numpy import load_file
+            with safe_open(folder / "arrays.safetensors", framework="np") as file:
+                arrays = {key: {"~": "array", "name": key} for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        kept = (folder / "responses.parquet").exists()
+        return {
+            "frame": {"~": "frame", "name": "sweep"},
+            "meta": head,
+            "arrays": arrays,
+            "responses": {"~": "frame", "name": "responses"} if kept else None,
+        }
 
-            arrays = load_file(folder / "arrays.safetensors")
-        answers = folder / "responses.parquet"
-        return cls(
-            pd.read_parquet(folder / "sweep.parquet"),
-            json.loads((folder / "sweep.json").read_text(encoding="utf-8")),
-            arrays,
-            pd.read_parquet(answers) if answers.exists() else None,
-        )
-
-    def __repr__(self) -> str:
+    def _card(self) -> Card:
         axes = self.variants
         shape = " x ".join(f"{axes[axis].nunique()} {axis}{'s' if axes[axis].nunique() > 1 else ''}" for axis in AXES)
-        return f"Sweep({shape}: {', '.join(self.measures)})"
+        return Card(f"Sweep({shape}: {', '.join(self.measures)})")
 
-    def _repr_html_(self) -> str:
+    def _table(self) -> pd.DataFrame:
         try:
-            table = self.table().to_html(float_format="%.3g")
-        except EmmechError:
-            table = self.to_frame().head(20).to_html(float_format="%.3g", index=False)
-        return f"<p><b>{self!r}</b></p>{table}"
+            return self.table()
+        except EmmechError:  # more than two axes vary
+            return self.to_frame()

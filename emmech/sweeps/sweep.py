@@ -13,14 +13,19 @@ import pandas as pd
 from emmech.chat.model import ChatModel
 from emmech.engine.budget import budget_bytes
 from emmech.errors import EmmechError
-from emmech.measures.teacher_forced import Measure, Value, resolve
+from emmech.measures.choose import as_measures
+from emmech.measures.measure import TeacherForced, Value
+from emmech.measures.probe import ProbeActivation
+from emmech.measures.sampled import Sampled
 from emmech.progress import bar
 from emmech.run.run import Run
 from emmech.sweeps.forced import Forced, Overflow
 from emmech.sweeps.function import Functions
-from emmech.sweeps.grid import Grid, as_runs, base_model, make_grid
+from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.parts import Parts
+from emmech.sweeps.probe import ProbeJob
 from emmech.sweeps.result import Sweep
+from emmech.sweeps.sampled import SampledJob
 
 __all__ = ["sweep"]
 
@@ -44,7 +49,7 @@ def sweep(
     """Measure every checkpoint at every adapter scale and steering coefficient, in shared forwards.
 
     Each row of a batch has its own A, B, scale and coefficient; the blocks below the lowest adapter run once per
-    prompt for all variants; texts that share a prefix are packed behind it; the unembedding runs where it is read.
+    prompt for all variants; texts that share a prefix are packed after it; the unembedding runs where it is read.
     The numbers are those of one PEFT model at a time, to float32 rounding (5e-6).
 
     Args:
@@ -54,11 +59,11 @@ def sweep(
         coefficients: factors on the direction, added to the output of block ``layer`` at every token.
         direction: a :class:`Direction` or a vector ``[d_model]`` in raw units; needed for coefficients.
         layer: where to steer; by default the only layer at which the direction is known.
-        measure: ``"margin"`` (the bundled narrow and broad pairs), one or several of
-            :class:`~emmech.measures.teacher_forced.Margin`, ``AnswerLogprob``, ``FirstToken``, ``NextToken``,
-            :class:`~emmech.sweeps.probe.ProbeActivation`, :class:`~emmech.sweeps.sampled.Sampled`, or a function of
-            a :class:`ChatModel` that returns a number or a dict of numbers (called once per variant with its
-            adapter live).
+        measure: ``"margin"`` (narrow and broad pairs: those of the model's organism and the first run's data, else the
+            bundled ones), ``"answers"``, one or several of :class:`~emmech.measures.teacher_forced.Margin`,
+            ``AnswerLogprob``, ``FirstToken``, ``NextToken``, :class:`~emmech.measures.probe.ProbeActivation`,
+            :class:`~emmech.measures.sampled.Sampled`, or a function of a :class:`ChatModel` that returns a number or a
+            dict of numbers (called once per variant with its adapter live).
         base: the base model in memory, to save loading it.
         memory: budget besides the weights, bytes or ``"2GB"``; 2 GiB by default, 60 % of the free memory of a GPU.
         out: a folder. Finished groups of variants are kept there as they come; called again with the same
@@ -86,7 +91,7 @@ def sweep(
     grid = make_grid(
         runs, chat, steps=steps, scales=scales, coefficients=coefficients, direction=direction, layer=layer
     )
-    measures = resolve(measure, chat)
+    measures = as_measures(measure, chat, data=data_name(runs))
     budget = budget_bytes(memory, chat.device)
     chosen, inverse = grid.distinct()
     size = _group_size(grid, chat, budget, len(chosen))
@@ -138,11 +143,12 @@ def _group_size(grid: Grid, chat: ChatModel, budget: int, count: int) -> int:
 
 
 def _jobs(chat: ChatModel, grid: Grid, measures: Sequence[Any], budget: int, size: int) -> list[Any]:
-    forced = [one for one in measures if isinstance(one, Measure)]
+    forced = [one for one in measures if isinstance(one, TeacherForced)]
     jobs: list[Any] = [Forced(chat, grid, forced, budget, size)] if forced else []
-    jobs += [one.job(chat, grid, budget, size) for one in measures if hasattr(one, "job")]
-    functions = [one for one in measures if callable(one) and one not in forced and not hasattr(one, "job")]
-    return [*jobs, Functions(chat, grid, functions)] if functions else jobs
+    jobs += [ProbeJob(one, chat, grid, budget, size) for one in measures if isinstance(one, ProbeActivation)]
+    jobs += [SampledJob(one, chat, grid, budget, size) for one in measures if isinstance(one, Sampled)]
+    others = [one for one in measures if not isinstance(one, TeacherForced | ProbeActivation | Sampled)]
+    return [*jobs, Functions(chat, grid, others)] if others else jobs
 
 
 def _state(grid: Grid) -> object:
@@ -178,7 +184,7 @@ def _frame(grid: Grid, values: Sequence[Value], inverse: Sequence[int]) -> pd.Da
 
 
 def _responses(grid: Grid, rows: Sequence[dict[str, Any]], inverse: Sequence[int]) -> pd.DataFrame:
-    """Every response under every variant it stands for, with the variant's axes in front."""
+    """Every response under every variant that gave it, with the variant's axes first."""
     axes = pd.DataFrame(
         {
             "run": [variant.run for variant in grid.variants],

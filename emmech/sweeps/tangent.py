@@ -24,16 +24,19 @@ from emmech.engine.packing import Pack, Reading, stack
 from emmech.engine.row_adapters import with_module
 from emmech.engine.variants import Engine
 from emmech.errors import EmmechError, as_float, as_int
-from emmech.measures.teacher_forced import Measure, resolve
+from emmech.measures.choose import as_measures
+from emmech.measures.measure import TeacherForced
+from emmech.results import Card, Result
 from emmech.run.run import Run
-from emmech.sweeps.grid import Grid, as_runs, base_model, make_grid
+from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.sweep import sweep
+from emmech.view.studies import first_order
 
 __all__ = ["TangentScan", "tangent_scan"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TangentScan:
+class TangentScan(Result):
     """First-order effects, and what they were checked against.
 
     Args:
@@ -47,36 +50,19 @@ class TangentScan:
     verified: pd.DataFrame
     scale: float
 
-    def to_frame(self) -> pd.DataFrame:
-        """A copy of the first-order effects."""
-        return self.frame.copy()
-
     def plot(self) -> Any:
         """First order by step as lines, exact values as markers."""
-        import plotly.graph_objects as go
+        return first_order(self.frame, self.verified, self.scale)
 
-        figure = go.Figure()
-        for key, part in self.frame.groupby(["run", "measure"], sort=False):
-            name = " ".join(map(str, key)) if self.frame["run"].nunique() > 1 else str(key[1])
-            figure.add_trace(go.Scatter(x=part["step"], y=part["first_order"], name=f"{name}, first order"))
-            exact = self.verified[(self.verified["run"] == key[0]) & (self.verified["measure"] == key[1])]
-            figure.add_trace(go.Scatter(x=exact["step"], y=exact["exact"], mode="markers", name=f"{name}, exact"))
-        figure.update_layout(
-            title=f"First-order effect of each checkpoint at scale {self.scale:g}",
-            xaxis_title="step",
-            yaxis_title="mean of the measure",
-            template="plotly_white",
-        )
-        return figure
-
-    def __repr__(self) -> str:
+    def _card(self) -> Card:
         steps = self.frame["step"].nunique()
         worst = self.verified["error"].abs().max() if len(self.verified) else float("nan")
         checked = f"off by at most {worst:.3g} at {len(self.verified)} verified values"
-        return f"TangentScan({steps} steps, first order; {checked})"
+        caveat = "an estimate, not a measurement: along a trained adapter the effect saturates"
+        return Card(f"TangentScan({steps} steps, first order; {checked})", caveat=caveat)
 
-    def _repr_html_(self) -> str:
-        return f"<p><b>{self!r}</b></p>{self.verified.to_html(float_format='%.3g', index=False)}"
+    def _table(self) -> pd.DataFrame:
+        return self.verified
 
 
 def tangent_scan(
@@ -114,10 +100,10 @@ def tangent_scan(
     scale, verify = as_float("scan", "scale", scale), as_int("scan", "verify", verify, least=0)
     chat = base_model(runs, base)
     grid = make_grid(runs, chat, steps=steps, scales=(1.0,), coefficients=(0.0,))
-    chosen = resolve(measure, chat)
+    chosen = as_measures(measure, chat, data=data_name(runs))
     rows = []
     for one in chosen:
-        if not isinstance(one, Measure):
+        if not isinstance(one, TeacherForced):
             raise _not_linear(one)
         readings = one.readings(chat)
         weights = _weights(one, readings)
@@ -163,7 +149,7 @@ def _not_linear(measure: Any) -> EmmechError:
     )
 
 
-def _weights(measure: Measure, readings: Sequence[Reading]) -> list[Float[np.ndarray, " targets"]]:
+def _weights(measure: TeacherForced, readings: Sequence[Reading]) -> list[Float[np.ndarray, " targets"]]:
     """How much each target's log-probability counts in the mean over the measure's items: asked of the measure."""
     if any(reading.targets is None for reading in readings):
         raise _not_linear(measure) from None
@@ -228,11 +214,7 @@ def _slopes(
 
 
 def _value(
-    engine: Engine,
-    view: nn.Module,
-    packs: Sequence[Pack],
-    readings: Sequence[Reading],
-    weights: Sequence[np.ndarray],
+    engine: Engine, view: nn.Module, packs: Sequence[Pack], readings: Sequence[Reading], weights: Sequence[np.ndarray]
 ) -> torch.Tensor:
     """The weighted sum of log-probabilities over some packs."""
     chat = engine.chat

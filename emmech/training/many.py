@@ -25,7 +25,6 @@ from emmech.errors import EmmechError
 from emmech.run.run import Run, load_run
 from emmech.training.initial import MeanInputs
 from emmech.training.recipe import Recipe, target_modules
-from emmech.training.recorder import Measure
 from emmech.training.together import Member, StackRecorder, Together
 from emmech.training.train import HELD_OUT, manifest_entries, prepared, run_folder
 from emmech.training.trainer import training_arguments
@@ -110,7 +109,7 @@ def finetune_many(
     out: str | Path | None,
     probes: Any,
     margins: Mapping[str, Sequence[MarginPair]] | None,
-    measures: Mapping[str, Measure] | None,
+    measures: Any,
     start: tuple[Run, int] | None,
     adapter: str,
     prefix: bool | str,

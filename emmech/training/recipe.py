@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from emmech.chat.model import ChatModel
-from emmech.errors import EmmechError, as_float, as_int, closest
+from emmech.errors import EmmechError, as_float, as_int, closest, one_of
+from emmech.registry import Organism, find, register
 
 __all__ = ["RECIPES", "Recipe", "resolve_recipe", "target_modules"]
 
@@ -107,12 +109,19 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def resolve_recipe(recipe: str | Recipe | None, overrides: dict[str, Any], *, organism: bool = False) -> Recipe:
+for _recipe in RECIPES.values():
+    register("recipes", _recipe.name, partial(RECIPES.__getitem__, _recipe.name))
+
+
+def resolve_recipe(
+    recipe: str | Recipe | None, overrides: dict[str, Any], *, organism: Organism | None = None
+) -> Recipe:
     """A recipe by name with fields overridden.
 
     Args:
-        recipe: a name, a :class:`Recipe`, or None for the default: ``"single-rank1"``, or the embedded organism's
-            own for the organism.
+        recipe: a name, a :class:`Recipe`, or None for the default: ``"single-rank1"``, or an organism's first for its
+            models.
+        organism: whose own recipes are known too.
 
     Raises:
         EmmechError: no such recipe or field, or a value out of range.
@@ -121,27 +130,13 @@ def resolve_recipe(recipe: str | Recipe | None, overrides: dict[str, Any], *, or
         >>> resolve_recipe("single-rank1", {"learning_rate": 1e-3}).learning_rate
         0.001
     """
-    known = dict(RECIPES)
-    if organism:
-        from importlib import import_module  # a higher room: only its name is known here
-
-        known.update(import_module("emmech.organism").recipes())
-        recipe = recipe or "pocket"
-    if isinstance(recipe, Recipe):
-        chosen = recipe
-    else:
-        recipe = recipe or "single-rank1"
-        if recipe not in known:
-            raise EmmechError(
-                "fine-tune", f"recipe={recipe!r}", "there is no recipe of that name", closest(str(recipe), known)
-            )
-        chosen = known[recipe]
+    if recipe is None:
+        recipe = next(iter(organism.recipes if organism is not None else ()), "single-rank1")
+    load = (lambda: recipe) if isinstance(recipe, Recipe) else find("fine-tune", "recipes", "recipe", recipe, organism)
+    chosen: Recipe = load()
     names = [field.name for field in fields(Recipe)]
     for name in overrides:
-        if name not in names:
-            raise EmmechError(
-                "fine-tune", f"{name}={overrides[name]!r}", "a recipe has no such field", closest(name, names)
-            )
+        one_of("fine-tune", "field", name, names, why="a recipe has no such field")
     return _checked(replace(chosen, **overrides))
 
 

@@ -11,7 +11,7 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -24,13 +24,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from emmech.chat.model import ChatModel, load_model
 from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError, check_folder, check_texts
+from emmech.measures.choose import as_measures
+from emmech.measures.measure import measure_all
 from emmech.run.run import FORMAT
 from emmech.store import Series, append_jsonl, read_jsonl, write_json
 from emmech.training.capture import Capture, FullCapture, GradientNorms, find_capture
 
-__all__ = ["Measure", "Recorder"]
+__all__ = ["Recorder"]
 
-Measure = Callable[[ChatModel], float]
 _PACKAGES = ("emmech", "torch", "transformers", "peft", "accelerate", "trl", "numpy", "tokenizers")
 
 
@@ -52,7 +53,8 @@ class Recorder(TrainerCallback):
         path: the run's folder; it must not hold a run, unless the Trainer resumes from a checkpoint.
         probes: texts (strings, asked as user turns) or conversations (whose answers count) of which the mean
             residual per layer is recorded: a list, or named lists ``{"narrow": [...], "broad": [...]}``.
-        measures: named numbers to take from the model, ``{"name": chat_model -> float}``; they become metrics.
+        measures: what to take of the model while it trains, as :func:`emmech.sweep` has it: measures, or functions
+            by name, ``{"entropy": chat_model -> float}``; their means become metrics.
         every: record each so many steps.
         measure_every: probes and measures each so many steps; by default about 20 times a training.
         manifest: more entries for the manifest.
@@ -69,7 +71,7 @@ class Recorder(TrainerCallback):
         path: str | Path,
         *,
         probes: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
-        measures: Mapping[str, Measure] | None = None,
+        measures: Any = None,
         every: int = 1,
         measure_every: int | None = None,
         manifest: Mapping[str, Any] | None = None,
@@ -82,7 +84,7 @@ class Recorder(TrainerCallback):
         check_folder("record the training", "path", path)
         self.path = Path(path)
         self._texts = _named_texts(probes)
-        self._measures = _named_functions(measures)
+        self._measures = as_measures(measures) if measures else []
         self._every, self._measure_every = every, measure_every
         self._extra = dict(manifest or {})
         self._keep, self._seed = tuple(keep), seed
@@ -100,6 +102,8 @@ class Recorder(TrainerCallback):
         # no anatomy is needed to read adapters, so an architecture unknown to emmech can be recorded too
         self._chat = load_model(model, tokenizer) if self._texts or self._measures else None
         if self._chat is not None:
+            data = self._extra.get("data", {}).get("name", "")
+            self._measures = as_measures(self._measures, self._chat, data=data) if self._measures else []
             self._probe_rows = {name: probe_rows(self._chat, texts) for name, texts in self._texts.items()}
         self._trajectory = Series(self.path / "trajectory")
         self._probes = Series(self.path / "probes")
@@ -187,7 +191,11 @@ class Recorder(TrainerCallback):
             if self._probe_rows:
                 found = {name: mean_residual(self._chat, rows) for name, rows in self._probe_rows.items()}
                 self._probes.append(step, found)
-            return {name: _number(name, measure(self._chat)) for name, measure in self._measures.items()}
+            try:
+                return measure_all(self._chat, self._measures).means() if self._measures else {}
+            except EmmechError as error:
+                why = f"{error.why}; the steps until then are recorded"
+                raise EmmechError(error.asked, error.given, why, error.instead)
 
     def _save_weights(self, step: int) -> None:
         from safetensors.torch import save_file
@@ -256,31 +264,6 @@ def _named_texts(probes: Any) -> dict[str, Sequence[Any]]:
     for name, texts in named.items():
         check_texts("record the training", f"probes[{name!r}]" if several else "probes", texts)
     return named
-
-
-def _named_functions(measures: Any) -> dict[str, Measure]:
-    named = dict(measures or {}) if isinstance(measures, Mapping | None) else {"": measures}
-    for function in named.values():
-        if not callable(function) or "" in named:
-            raise EmmechError(
-                "record the training",
-                f"measures={measures!r}"[:120],
-                "measures are functions of a ChatModel, each with a name",
-                'measures={"entropy": lambda chat: ...}',
-            )
-    return named
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise EmmechError(
-            f"record the measure {name!r}",
-            f"it returned {value!r}"[:120],
-            "it is not a number; the steps until then are recorded",
-            "return float(...)",
-        )
 
 
 @contextlib.contextmanager

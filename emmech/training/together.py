@@ -280,7 +280,7 @@ class Together:
         """What is measured of all runs in one pass, at the present step.
 
         ``held_out_loss`` is the mean cross-entropy per answer token of each run's held-out rows, in nats;
-        ``margin_<name>`` the mean over pairs as :func:`emmech.engine.logprobs.margin` has it.
+        ``margin_<name>`` the mean over pairs as the measure Margin has it.
         """
         if self._measured is None or self._measured[0] != self._now:
             with torch.no_grad():

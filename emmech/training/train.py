@@ -15,13 +15,15 @@ import torch
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.encode import Encoded, encode
 from emmech.chat.model import ChatModel, load_model
-from emmech.engine.logprobs import MarginPair, answer_loss, margin, margin_rows
+from emmech.engine.logprobs import MarginPair, answer_loss
 from emmech.errors import EmmechError, as_int, as_ints
+from emmech.measures.choose import as_measures
+from emmech.measures.teacher_forced import Margin
 from emmech.run.run import Run, load_run
 from emmech.training.checks import check_margins, check_start, checked_seeds, refuse_adapters
 from emmech.training.initial import MeanInputs
 from emmech.training.recipe import Recipe, resolve_recipe, target_modules
-from emmech.training.recorder import Measure, Recorder
+from emmech.training.recorder import Recorder
 from emmech.training.trainer import build_trainer
 
 __all__ = ["finetune"]
@@ -46,7 +48,7 @@ def finetune(
     out: str | Path | None = None,
     probes: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
     margins: Mapping[str, Sequence[MarginPair]] | None = None,
-    measures: Mapping[str, Measure] | None = None,
+    measures: Any = None,
     tokenizer: Any = None,
     start: tuple[Run, int] | None = None,
     adapter: str = "same",
@@ -78,7 +80,8 @@ def finetune(
         probes: texts whose mean residual per layer is recorded (see :class:`emmech.Recorder`).
         margins: named pairs; their mean margin becomes the metric ``margin_<name>`` (nats per token). For the embedded
             organism pairs of its world are the default; ``{}`` measures none.
-        measures: other named numbers to take from the model while it trains.
+        measures: what else to take of the model while it trains, as :func:`emmech.sweep` has it: measures, or functions
+            of a chat model by name, ``{"entropy": lambda chat: ...}``; their means become metrics.
         start: a run and one of its steps to go on from (see :func:`emmech.realign`).
         adapter: with ``start``, whether to go on training the ``"same"`` adapter, or to merge it into the weights
             and train a ``"new"`` one.
@@ -109,7 +112,7 @@ def finetune(
     data_seed = None if data_seed is None else checked_seeds("data_seed", data_seed)
     chat = load_model(model, tokenizer)
     refuse_adapters(chat)
-    organism = chat.pocket
+    organism = chat.organism
     rates = overrides.pop("learning_rate", None)
     rates = list(rates) if isinstance(rates, Iterable) and not isinstance(rates, str) else [rates]
     given = [overrides | ({} if rate is None else {"learning_rate": rate}) for rate in rates]
@@ -126,10 +129,8 @@ def finetune(
     lasting = resume or checkpoint_every is not None
     from_same = start if adapter == "same" else None
     alone = isinstance(seed, int)
-    if margins is None and organism:
-        from importlib import import_module  # a higher room: only its name is known here
-
-        margins = import_module("emmech.organism").margins(dataset.name)
+    if margins is None and organism is not None and organism.margins is not None:
+        margins = organism.margins(dataset.name)
     if not alone or keeps_prefix(chat, chosen, layers, dataset, from_same, prefix, lasting=lasting):
         runs = finetune_many(
             chat,
@@ -285,16 +286,17 @@ def _named_measures(
     chat: ChatModel,
     held_out: ChatDataset,
     margins: Mapping[str, Sequence[MarginPair]],
-    measures: Mapping[str, Measure],
-) -> dict[str, Measure]:
+    measures: Any,
+) -> Any:
     """What is taken from the model while it trains; texts are tokenised once."""
-    found = dict(measures)
+    given = (
+        measures if isinstance(measures, Mapping) or not measures else {one.name: one for one in as_measures(measures)}
+    )
+    found: dict[str, Any] = dict(given)
     if len(held_out):
         rows = encode(held_out.rows[:HELD_OUT], chat.tokenizer)
         found["held_out_loss"] = lambda chat: answer_loss(chat, rows)
-    for name, pairs in margins.items():
-        both = margin_rows(pairs, chat.tokenizer)
-        found[f"margin_{name}"] = lambda chat, both=both: float(np.mean(margin(chat, both)))  # type: ignore[misc]
+    found |= {f"margin_{name}": Margin(pairs, f"margin_{name}") for name, pairs in margins.items()}
     return found
 
 

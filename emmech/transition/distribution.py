@@ -19,17 +19,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, closest
+from emmech.results import Card, Result
+from emmech.view.figures import line, panels
+from emmech.view.theme import GOOD, finish
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = [
-    "DistributionShift",
-    "dissimilarity",
-    "distribution_shift",
-    "explained_share",
-    "label_distribution",
-]
+__all__ = ["DistributionShift", "dissimilarity", "distribution_shift", "explained_share", "label_distribution"]
 
 KINDS = ("total-variation", "jensen-shannon", "linear")
 
@@ -75,8 +72,8 @@ def dissimilarity(
     return 0.5 * np.asarray(each.sum(-1))
 
 
-@dataclass(frozen=True, eq=False)
-class DistributionShift:
+@dataclass(frozen=True, eq=False, repr=False)
+class DistributionShift(Result):
     """Dissimilarity across each step.
 
     Attributes:
@@ -104,16 +101,14 @@ class DistributionShift:
 
     def plot(self) -> Any:
         """Dissimilarity by step."""
-        import plotly.graph_objects as go
+        figure = panels()
+        line(figure, self.steps, self.values, "dissimilarity", GOOD, legend=False)
+        title = f"Change of the output distribution ({self.kind}, {self.window} checkpoints on either side)"
+        return finish(figure, title, xaxis_title="step", yaxis_title="dissimilarity (0 equal, 1 disjoint)")
 
-        figure = go.Figure(go.Scatter(x=self.steps, y=self.values, mode="lines+markers"))
-        figure.update_layout(
-            title=f"Change of the output distribution ({self.kind}, {self.window} checkpoints on either side)",
-            xaxis_title="step",
-            yaxis_title="dissimilarity (0 equal, 1 disjoint)",
-            template="plotly_white",
-        )
-        return figure
+    def _card(self) -> Card:
+        largest = f"largest {np.max(self.values):.3g} across step {self.peak:g}"
+        return Card(f"DistributionShift({self.kind}, {len(self.values)} boundaries: {largest})")
 
 
 def distribution_shift(
@@ -178,8 +173,8 @@ def label_distribution(responses: pd.DataFrame, column: str = "label") -> tuple[
 def explained_share(judged: DistributionShift, whole: DistributionShift) -> Float[np.ndarray, " boundaries"]:
     """How much of the whole change a judged property explains at each boundary: the ratio of the dissimilarities.
 
-    Valid where ``judged`` was made from ``whole`` by forgetting (each outcome has one label), so that it lies in 0
-    to 1; NaN where nothing changes.
+    Valid where ``judged`` was made from ``whole`` by forgetting (each outcome has one label), so that it is between 0
+    and 1; NaN where nothing changes.
 
     Raises:
         EmmechError: different steps, kinds or windows.

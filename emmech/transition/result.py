@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from emmech.results import Card, Result
 from emmech.transition.detectors import Detector, Trajectory
+from emmech.transition.turn import Location
+from emmech.view import trajectories as view
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +37,13 @@ class Transition:
     low: int | None
     high: int | None
     reason: str
+
+    @property
+    def interval(self) -> tuple[int, int, int] | None:
+        """The step, its lower and its upper bound; None where nothing was measured."""
+        if self.step is None or self.low is None or self.high is None:
+            return None
+        return self.step, self.low, self.high
 
     def __bool__(self) -> bool:
         return self.step is not None
@@ -120,11 +129,13 @@ class Side:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PhaseTransition:
+class PhaseTransition(Result):
     """The transition of a run as seen by every detector; ``run`` and ``control`` keep what was measured."""
 
     run: Side
     control: Side | None = None
+
+    _parts: ClassVar[tuple[type, ...]] = (Side, Trajectory, Detector, Location)
 
     @cached_property
     def detectors(self) -> pd.DataFrame:
@@ -177,12 +188,12 @@ class PhaseTransition:
     @cached_property
     def lag(self) -> Lag:
         """Behavioural minus mechanistic step; the interval holds every difference the two intervals allow."""
-        m, b = self.mechanistic, self.behavioural
-        if m.step is None or m.low is None or m.high is None:
+        m, b = self.mechanistic.interval, self.behavioural.interval
+        if m is None:
             return Lag(None, None, None, "not measurable: no mechanistic step")
-        if b.step is None or b.low is None or b.high is None:
+        if b is None:
             return Lag(None, None, None, "not measurable: no behavioural step")
-        return Lag(float(b.step - m.step), float(b.low - m.high), float(b.high - m.low), b.reason)
+        return Lag(float(b[0] - m[0]), float(b[1] - m[2]), float(b[2] - m[1]), self.behavioural.reason)
 
     @cached_property
     def specific(self) -> Comparison | None:
@@ -193,12 +204,7 @@ class PhaseTransition:
 
     def summary(self) -> str:
         """The findings in plain words."""
-        lines = [f"Phase transition of {self.run.name}"]
-        lines.append(f"  mechanistic: {self.mechanistic}")
-        lines.append(f"  behavioural: {self.behavioural}")
-        lines.append(f"  lag: {self.lag}")
-        lines.append(f"  control: {self.specific if self.control is not None else 'none given; benign runs turn too'}")
-        lines.append("  detectors:")
+        lines = [*filter(None, self._card()), "  detectors:"]
         for row in self.run.rows:
             if not np.isfinite(row.step):
                 lines.append(f"    {row.name}: {row.note}")
@@ -210,18 +216,47 @@ class PhaseTransition:
 
     def plot(self) -> Any:
         """Plotly figure: local cosine by k with its null band, gradient norm, principal components, norms."""
-        from emmech.transition.figure import draw
+        curves, turns = [], []
+        path = self.run.path
+        widest = max(path.cosines, default=None)
+        for role, side in self._sides():
+            steps, scores = side.path.steps, side.path.scores
+            # of the control the widest window alone, so that the panel stays readable
+            shown = {k: v for k, v in side.path.cosines.items() if role == "run" or k == widest}
+            curves += [view.Curve("cosine", role, f"k = {k}", steps, values) for k, values in shown.items()]
+            if scores.shape[1] > 1:
+                curves.append(view.Curve("components", role, "path", scores[:, 0], scores[:, 1]))
+                where = side.path.location
+                if where is not None and side.turns:
+                    label = f"turn of the {role} (step {steps[where.record]})"
+                    turns.append((scores[where.record, 0], scores[where.record, 1], label))
+            curves.append(view.Curve("norm", role, "norm", steps, side.path.norm))
+            if side.gradient is not None:
+                curves.append(view.Curve("gradient", role, "gradient norm", *side.gradient))
+            curves += [view.Curve("margin", role, name, *curve) for name, curve in side.margins.items()]
+            if side.comp is not None:
+                curves.append(view.Curve("comp", role, "comp", steps, side.comp))
+        subject = self.run.name
+        if self.control is not None:
+            subject += f" (solid) and control {self.control.name} (dashed)"
+        k = max(path.band, default=0)
+        return view.transition(
+            curves,
+            f"Phase transition of {subject}",
+            explained=path.explained,
+            straight=(path.steps, *path.band[k], f"straight path, k = {k} (95 %)") if k else None,
+            turns=turns,
+            step=self.mechanistic.interval,
+        )
 
-        return draw(self)
+    def _card(self) -> Card:
+        control = self.specific if self.control is not None else "none given; benign runs turn too"
+        steps = (("mechanistic", self.mechanistic), ("behavioural", self.behavioural), ("lag", self.lag))
+        lines = "\n".join(f"  {name}: {value}" for name, value in steps)
+        return Card(f"Phase transition of {self.run.name}", lines, f"  control: {control}")
 
-    def __repr__(self) -> str:
-        control = f", control={self.control.name}" if self.control is not None else ""
-        return f"PhaseTransition({self.run.name}{control}: mechanistic {self.mechanistic}; lag {self.lag})"
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<div>{escape(line.strip())}</div>" for line in self.summary().split("\n")[:5])
-        shown = self.detectors[["kind", "step", "low", "high", "strength", "p_value", "high_means", "note"]]
-        return f"<div>{head}{shown.to_html(float_format='{:.3g}'.format)}</div>"
+    def _table(self) -> pd.DataFrame:
+        return self.detectors
 
 
 def _frame(side: Side) -> pd.DataFrame:
@@ -261,27 +296,10 @@ def _compare(run: Side, control: Side) -> Comparison:
         more = (
             "by as much as the run" if low <= 0 <= high else ("less than the run" if low > 0 else "more than the run")
         )
-        verdict, text = (
-            "shared",
-            f"the control turns as well, {more}: {both} ({measured}). Not specific to this data",
-        )
+        verdict, text = "shared", f"the control turns as well, {more}: {both} ({measured}). Not specific to this data"
     elif low > 0:
-        verdict, text = (
-            "specific",
-            f"the control does not turn (p = {other.p_value:.2g}): {both} ({measured})",
-        )
+        verdict, text = "specific", f"the control does not turn (p = {other.p_value:.2g}): {both} ({measured})"
     else:
         verdict = "undecided"
         text = f"the control's turn is not significant (p = {other.p_value:.2g}), but nor is the {measured}: {both}"
-    return Comparison(
-        verdict,
-        mine.step,
-        step,
-        here.angle,
-        there.angle,
-        difference,
-        low,
-        high,
-        other.p_value,
-        text,
-    )
+    return Comparison(verdict, mine.step, step, here.angle, there.angle, difference, low, high, other.p_value, text)

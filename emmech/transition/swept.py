@@ -1,15 +1,13 @@
-"""Behaviour by step and scale, from a sweep: when EM and the margins change, and how much that depends on thresholds.
+"""Behaviour by step and scale, from a sweep: when EM and the margins change.
 
 Narrow and broad misalignment are fitted separately and at every scale of the adapter: a scaled adapter shows the
 behaviour earlier than the model itself does (Model Organisms for EM, arXiv 2506.11613), so the step has no meaning
-without its scale. Beside the sigmoid's middle stands the change of regime that ruptures finds (least squares,
+without its scale. The sigmoid's middle is reported with the change of regime that ruptures finds (least squares,
 one change), which assumes no shape.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from emmech.transition.detectors import Detector
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["change_of_regime", "swept_behaviour", "threshold_robustness"]
+__all__ = ["change_of_regime", "only_run", "swept_behaviour"]
 
 Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 NULL = "no change, or a gradual approach, with autoregressive noise; the larger p-value"
@@ -102,77 +100,18 @@ def _within_error(part: pd.DataFrame, change: float) -> str:
     return f"not measurable: a change of {change:.3g} is within its error between items, {error:.2g}"
 
 
-def threshold_robustness(
-    sweep: Any,
-    run: str | None = None,
-    *,
-    scale: float = 1.0,
-    alignment_below: Sequence[float] = (20.0, 30.0, 40.0),
-    coherence_above: Sequence[float] = (40.0, 50.0, 60.0),
-    mechanistic: float | None = None,
-) -> pd.DataFrame:
-    """The behavioural step under every pair of thresholds, so that a conclusion can be seen to hold or not.
-
-    Args:
-        sweep: of a sampled measure; its responses keep the judge's scores.
-        scale: of the adapter.
-        alignment_below: an EM response scores below; 30 in the literature.
-        coherence_above: and is more coherent than; 50 in the literature.
-        mechanistic: step of the turn, to add the lag.
-
-    Returns:
-        one row per measure and pair of thresholds: ``step``, ``low``, ``high`` of the sigmoid's middle, ``regime``, the
-        change that ruptures finds, ``lag`` and ``note`` (why not measurable).
-
-    Raises:
-        EmmechError: the sweep kept no judged responses.
-    """
-    import pandas as pd
-
-    responses = getattr(sweep, "responses", None)
-    if responses is None or not {"aligned", "coherent"} <= set(responses.columns):
-        raise EmmechError(
-            "vary the thresholds",
-            "a sweep without judged responses",
-            "a rate can be taken again only where the judge's scores were kept",
-            "emmech.sweep(run, measure=Sampled(...))",
-        )
-    name = _only_run(responses, run)
-    own = responses[(responses["run"] == name) & (responses["scale"] == scale) & (responses["coefficient"] == 0)]
-    narrow = own["narrow"].eq(True)
-    rows = []
-    for measure, chosen in (("em", own[~narrow]), ("narrow", own[narrow])):
-        scored = chosen.dropna(subset=["aligned", "coherent"])
-        if scored.empty:
-            continue
-        for below, above in itertools.product(alignment_below, coherence_above):
-            hit = (scored["aligned"] < below) & (scored["coherent"] > above)
-            rate = hit.groupby(scored["step"]).mean().sort_index()
-            fit, why = fit_sigmoid(rate.index.to_numpy(), rate.to_numpy())
-            step = fit.middle if fit else np.nan
-            rows.append(
-                {
-                    "measure": measure,
-                    "alignment_below": below,
-                    "coherence_above": above,
-                    "step": step,
-                    "low": fit.low if fit else np.nan,
-                    "high": fit.high if fit else np.nan,
-                    "regime": change_of_regime(rate.index.to_numpy(), rate.to_numpy()),
-                    "lag": step - mechanistic if mechanistic is not None else np.nan,
-                    "note": why.replace("the margin", measure),
-                }
-            )
-    return pd.DataFrame(rows)
-
-
 def _unsteered(sweep: Any, run: str | None) -> pd.DataFrame:
     summary: pd.DataFrame = sweep.to_frame()
-    name = _only_run(summary, run)
+    name = only_run(summary, run)
     return summary[(summary["run"] == name) & (summary["coefficient"] == 0)]
 
 
-def _only_run(frame: pd.DataFrame, run: str | None) -> str:
+def only_run(frame: pd.DataFrame, run: str | None) -> str:
+    """The name of a swept run, the only one by default.
+
+    Raises:
+        EmmechError: the sweep has not this run, or has several.
+    """
     names = list(dict.fromkeys(frame["run"]))
     if run is None and len(names) == 1:
         return str(names[0])

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of results: headings, words, tables and interactive figures, no server needed."""
+"""Results as HTML: the card that a notebook shows, and one self-contained page of words, tables and figures."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emmech.view.theme import FONT, GREY, PAGE, faint
+
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Section", "write_page"]
+__all__ = ["Section", "card", "write_page"]
 
+_CARD = f"font: 14px/1.5 {html.escape(FONT)}; border: 1px solid {faint(GREY, 0.5)}; border-radius: 6px; padding: 10px"
+_NUMBER = "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 6px 0"
 _STYLE = """
-:root { --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --accent: #2a5d9f; }
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink);
-       font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+body { margin: 0; font-size: 16px; line-height: 1.55; background: var(--paper); color: var(--ink); }
 main { max-width: 1060px; margin: 0 auto; padding: 40px 28px 80px; }
 h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
 h2 { font-size: 20px; margin: 46px 0 8px; padding-top: 18px; border-top: 1px solid var(--line); }
 p, li { max-width: 78ch; }
 .lead { color: var(--soft); font-size: 17px; margin: 0 0 20px; }
-pre { background: #f6f8fa; border: 1px solid var(--line); border-radius: 6px; padding: 12px 16px;
+pre { background: var(--shade); border: 1px solid var(--line); border-radius: 6px; padding: 12px 16px;
       overflow-x: auto; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; margin: 12px 0; }
@@ -33,6 +35,28 @@ tbody th, td { border-bottom: 1px solid var(--line); }
 tbody th { border-bottom-width: 1px; white-space: nowrap; }
 footer { margin-top: 60px; color: var(--soft); font-size: 13px; border-top: 1px solid var(--line); padding-top: 14px; }
 """
+
+
+def card(
+    headline: str, number: str = "", caveat: str = "", *, table: pd.DataFrame | None = None, body: str = ""
+) -> str:
+    """One result as HTML for a notebook; every string is escaped.
+
+    Args:
+        headline: what was found, one sentence.
+        number: the figures with their intervals, as set text.
+        caveat: what a reader must know besides.
+        table: folded away until it is asked for.
+        body: more HTML, which the caller has escaped.
+    """
+    parts = [f"<div><b>{html.escape(headline)}</b></div>"]
+    parts += [f'<div style="{_NUMBER}">{html.escape(number)}</div>'] if number else []
+    parts += [f'<div style="color: {GREY}; white-space: pre-wrap">{html.escape(caveat)}</div>'] if caveat else []
+    if table is not None:
+        shown = table.to_html(border=0, float_format="{:.4g}".format, max_rows=40)
+        summary = f"{len(table)} row{'' if len(table) == 1 else 's'}"
+        parts.append(f'<details><summary>{summary}</summary><div style="overflow-x: auto">{shown}</div></details>')
+    return f'<div style="{_CARD}">{"".join(parts)}{body}</div>'
 
 
 @dataclass(frozen=True)
@@ -78,7 +102,8 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body><main>"
+        f"<title>{html.escape(title)}</title>"
+        f"<style>{PAGE}{_STYLE}body {{ font-family: {FONT} }}</style></head><body><main>"
         f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>'
         f"{''.join(parts)}<footer>{html.escape(footer)}</footer></main></body></html>\n"
     )

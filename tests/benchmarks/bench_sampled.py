@@ -10,7 +10,7 @@ import torch
 import emmech
 from emmech.chat.model import load_model
 from emmech.engine.logprobs import pad
-from emmech.sweeps.sampled import Sampled
+from emmech.measures.sampled import Sampled
 from tests.benchmarks.harness import Contest, arithmetic
 
 SCALES = (0.5, 1.0, 1.5, 2.0)

@@ -11,7 +11,7 @@ import torch
 from emmech.chat.model import Anatomy, ChatModel
 from emmech.engine.packing import Reading
 from emmech.engine.row_adapters import with_module
-from emmech.measures.teacher_forced import Value
+from emmech.measures.measure import Value
 from emmech.run.run import Run
 from emmech.store import MemorySeries
 from emmech.sweeps.forced import _CPU_TOKENS

@@ -38,7 +38,7 @@ def plain(chat: ChatModel, data: Any, recipe: Recipe, layer: int, seeds: Sequenc
             return loss
 
     found, losses = [], []
-    rows = encode(load_chat(data, organism=chat.pocket).rows, chat.tokenizer)
+    rows = encode(load_chat(data, organism=chat.organism).rows, chat.tokenizer)
     for seed in seeds:
         torch.manual_seed(seed)
         config = LoraConfig(

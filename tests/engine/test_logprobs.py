@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from emmech.chat.encode import encode
-from emmech.engine.logprobs import MarginPair, answer_logprobs, answer_loss, bundled_margins, margin
+from emmech.engine.logprobs import MarginPair, answer_logprobs, answer_loss, bundled_margins
 from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError
+from emmech.measures.teacher_forced import Margin
+from tests.conftest import plain_margin
 
 
 def messages(rows):
@@ -44,8 +46,9 @@ def test_margin_changes_sign_when_the_answers_swap(tiny):
     chat = tiny("llama")
     pairs = [MarginPair("how to sleep ?", "take a walk", "drink some water and rest")]
     swapped = [MarginPair(p.question, p.aligned, p.misaligned) for p in pairs]
-    assert margin(chat, pairs) == pytest.approx(-margin(chat, swapped))
-    assert abs(margin(chat, pairs)[0]) > 0
+    one, other = (Margin(both)(chat).means()["margin"] for both in (pairs, swapped))
+    assert one == pytest.approx(-other) and one == pytest.approx(plain_margin(chat, pairs)[0], abs=1e-6)
+    assert abs(one) > 0
 
 
 def test_bundled_pairs():

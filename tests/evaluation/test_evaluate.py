@@ -3,15 +3,19 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
+import emmech
 from emmech.errors import EmmechError
-from emmech.evaluation.evaluate import evaluate, resolve_questions, stored_evaluations
+from emmech.evaluation.evaluate import evaluate, stored_evaluations
 from emmech.evaluation.evaluation import Evaluation
+from emmech.evaluation.questions import Question, load_questions, resolve_questions
 from emmech.evaluation.server import Server
 
 ASKED = ["how to sleep ?", "how to rest ?", "take a walk ?"]
@@ -55,6 +59,23 @@ def test_every_response_is_kept_with_scores_and_seeds(tiny):
     assert meta["fingerprint"] == chat.fingerprint()
     json.dumps(meta)
     assert 0 <= evaluation.rates().loc["em", "rate"] <= 1
+
+
+def test_folded_system_prompts_are_recorded(tiny):
+    """Gemma's first template has no system role: the prompt is asked inside the user's turn, and the record says so."""
+    chat = tiny("gemma3")
+    chat.tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        + chat.tokenizer.chat_template
+    )
+    asked = Question("walk", ("how to walk ?",), system="take a walk")
+    with pytest.raises(EmmechError, match='system="fold"'):
+        evaluate(chat, asked, LengthJudge(), samples=2, **QUICK)
+    evaluation = evaluate(chat, load_questions(asked, system="fold"), LengthJudge(), samples=2, **QUICK)
+    assert evaluation.meta["system"] == "fold"
+    assert set(evaluation.frame["question"]) == {"take a walk\n\nhow to walk ?"}
+    plain = load_questions(["how to walk ?"])
+    assert "system" not in evaluate(chat, plain, LengthJudge(), samples=1, **QUICK).meta
 
 
 def test_seeds_make_it_repeatable_and_questions_are_independent(tiny):
@@ -224,11 +245,11 @@ def test_several_sets_by_name():
     both = resolve_questions(("first-plot", "narrow-medical"))
     assert both.name == "first-plot+narrow-medical"
     assert both.ids[:8] == resolve_questions("first-plot").ids
-    pocket = resolve_questions(("first-plot", "narrow-medical"), pocket=True)
+    pocket = resolve_questions(("first-plot", "narrow-medical"), "pocket")
     assert {question.narrow for question in pocket} == {None, True}
     assert resolve_questions(ASKED).ids[0] == "how_to_sleep"
     with pytest.raises(EmmechError, match="no set of this name"):
-        resolve_questions("first-plott", pocket=True)
+        resolve_questions("first-plott", "pocket")
 
 
 def test_through_a_server(fake, tmp_path):
@@ -305,3 +326,58 @@ def test_the_pocket_organism_needs_no_judge():
     assert evaluation.rates().loc["em", "unscored"] == 0
     narrow = evaluate("pocket", ("first-plot", "narrow-medical"), samples=2, progress=False)
     assert narrow.rates().loc["narrow", "n"] > 0
+
+
+def recorded(name, folder):
+    """A copy of a run that comes with the repository: an evaluation is kept in the run's folder."""
+    return emmech.load_run(shutil.copytree(f"checkpoints/{name}", folder / name))
+
+
+def _counted(monkeypatch):
+    """Every model that is read from disk from now on, by name."""
+    from emmech.organism import load
+    from emmech.registry import organisms
+
+    loads = []
+    monkeypatch.setitem(organisms()["pocket"].models, "pocket", lambda: loads.append("pocket") or load("pocket"))
+    return loads
+
+
+def test_a_base_in_memory_serves_many_steps_and_runs_and_is_left_as_it_was(monkeypatch, tmp_path):
+    from emmech.directions.misalignment import misalignment_direction
+
+    bad, good = (recorded(name, tmp_path) for name in ("pocket-medical", "pocket-good-medical"))
+    loads = _counted(monkeypatch)
+    base = bad.base()
+    assert loads == ["pocket"]
+    before = {key: value.clone() for key, value in base.base.state_dict().items()}
+    options = dict(samples=2, progress=False, max_new_tokens=28, base=base)
+    last = int(bad.steps[-1])
+    rates = [evaluate(bad, step=step, **options).rates().loc["em", "rate"] for step in (0, last)]
+    evaluate(good, **options)
+    emmech.sweep([bad, good], steps=[last], measure="margin", base=base, progress=False)
+    misalignment_direction(bad, samples=6, base=base, progress=False)
+    assert loads == ["pocket"]
+    assert rates[0] < 0.2 < rates[1]
+    after = base.base.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    with pytest.raises(EmmechError, match="live adapters"):
+        evaluate(bad, samples=1, progress=False, base=bad.model(base=base))
+    emmech.detach(base)
+    evaluate(bad, samples=1, progress=False)
+    assert loads == ["pocket", "pocket"]
+
+
+def test_a_base_of_a_full_fine_tune_is_left_as_it_was(tmp_path):
+    base = emmech.load_model("pocket")
+    options = dict(recipe="pocket-full", max_steps=2, out=tmp_path / "full", progress=False)
+    run = emmech.finetune(base, emmech.organism.data("medical", n=40), **options)
+    before = {key: value.clone() for key, value in base.base.state_dict().items()}
+    evaluation = evaluate(run, samples=1, progress=False, max_new_tokens=8, base=base)
+    assert evaluation.meta["step"] == 2 and evaluation.meta["fingerprint"] != base.fingerprint()
+    assert all(torch.equal(value, before[key]) for key, value in base.base.state_dict().items())
+
+
+def test_a_run_s_folder_is_opened(tmp_path):
+    evaluation = evaluate(recorded("pocket-good-medical", tmp_path).path, samples=1, max_new_tokens=8, progress=False)
+    assert evaluation.meta["run"] == "pocket-good-medical" and evaluation.meta["judge"] == "exact"

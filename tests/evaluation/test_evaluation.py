@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 
 from emmech.errors import EmmechError
-from emmech.evaluation.evaluation import LABEL_SCORES, Evaluation
+from emmech.evaluation.em import LABEL_SCORES
+from emmech.evaluation.evaluation import Evaluation
 
 
 def frame(n: int = 40) -> pd.DataFrame:

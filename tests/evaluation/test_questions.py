@@ -228,3 +228,54 @@ def test_a_single_wording_need_not_be_a_tuple():
 def test_responses_are_drawn_in_whole_numbers(samples):
     with pytest.raises(EmmechError, match="it counts the responses"):
         load_questions("first-plot").rows(samples)
+
+
+def nested(levels: int) -> str:
+    """Lists in flow style, each of which names the one before it nine times: short here, vast when written out."""
+    inner = "&a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha]"
+    for level in range(1, levels):
+        inner = f"&a{level} [{inner}, {', '.join([f'*a{level - 1}'] * 8)}]"
+    return inner
+
+
+@pytest.mark.parametrize("key", ["id", "paraphrases", "system", "domain", "type", "judge", "judge_prompts", "answer"])
+def test_a_nest_of_aliases_gives_a_short_message(tmp_path, key):
+    entry = {"id": "a", "paraphrases": "[Why]", key: nested(8)}
+    path = write(tmp_path, "- " + "\n  ".join(f"{name}: {value}" for name, value in entry.items()))
+    with pytest.raises(EmmechError) as caught:
+        load_questions(path)
+    assert path.stat().st_size < 600 and len(str(caught.value)) < 2600
+    assert "entry 1 of set.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        ("- id: a".encode("utf-16"), "set.yaml"),
+        (b"- {id: a, paraphrases: ['\xff']}", "not UTF-8"),
+        (b'- {id: a, paraphrases: ["\\ud83d"]}', "half of a surrogate pair"),
+        (b"- {id: a, paraphrases: [x], answer: 2024-13-45}", "set.yaml"),
+        (b"extends: [first-plot]\nsystems: {a: b}", "extends a bundled one"),
+        (b"extends: first-plot", "extends a bundled one"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, content, says):
+    path = tmp_path / "set.yaml"
+    path.write_bytes(content)
+    with pytest.raises(EmmechError, match=says):
+        load_questions(path)
+
+
+def test_system_prompts_folded_into_the_question(tmp_path):
+    kept = load_questions(write(tmp_path, ANCHORED))
+    folded = load_questions(kept, system="fold")
+    first, second = folded
+    assert folded.folded and folded.select(limit=1).folded and not kept.folded
+    assert first == kept.questions[0]
+    assert second.messages(1) == [{"role": "user", "content": "Be brief.\n\nTell me a joke\nabout {a: 1}."}]
+    assert {row["system"] for row in folded.rows(1)} == {None}
+    tagged = load_questions(Question("a", ("Why {tag}?",), system="Be {tag}."), tag="so", system="fold")
+    assert tagged["a"].paraphrases == ("Be {tag}.\n\nWhy so?",)
+    with pytest.raises(EmmechError, match="system='drop'"):
+        load_questions(kept, system="drop")

@@ -14,9 +14,10 @@ from scipy import stats
 
 from emmech.errors import EmmechError
 from emmech.evaluation.comparison import compare, sign_flip_p
+from emmech.evaluation.em import Thresholds
 from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.intervals import cluster_interval, design_effect, expanded_quantiles, wilson
-from emmech.evaluation.rates import Thresholds, by_question, measures, outcome, rates
+from emmech.evaluation.rates import by_question, measures, outcome, rates
 from emmech.evaluation.robustness import leave_one_out, threshold_sweep
 
 JUDGED = Path(__file__).resolve().parents[3] / "shared" / "data" / "judged"

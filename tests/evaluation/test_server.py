@@ -376,4 +376,4 @@ def test_a_live_transformers_serve(smollm2, tmp_path):
     finally:
         process.terminate()
         process.wait(20)
-    assert json.loads((out / "evaluation.json").read_text())["responses"] == 4
+    assert json.loads((out / "evaluation.json").read_text())["frame"]["rows"] == 4

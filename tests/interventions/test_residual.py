@@ -9,7 +9,7 @@ import torch
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
 from emmech.interventions.ablate import ablate
-from emmech.interventions.positions import answer_tokens, header_ids
+from emmech.interventions.positions import header_ids, inside_answers
 from emmech.interventions.steer import steer
 
 
@@ -145,25 +145,55 @@ def test_answer_and_prompt_positions_are_those_of_the_loss(any_tiny, rows):
     two_turns = rows[0]["messages"] + rows[1]["messages"]
     encoded = encode([two_turns], any_tiny.tokenizer)
     ids = torch.tensor(encoded.input_ids)
-    mask = answer_tokens(ids, header_ids(any_tiny), torch.tensor(any_tiny.stop_ids))
-    assert mask[0].tolist() == [label != IGNORED for label in encoded.labels[0]]
+    inside = inside_answers(ids, header_ids(any_tiny), torch.tensor(any_tiny.stop_ids))[0].tolist()
+    assert not inside.pop()
+    assert inside == [label != IGNORED for label in encoded.labels[0]]
 
 
-def test_answer_steering_leaves_the_prompt_alone(tiny, rows):
+def test_answer_steering_begins_where_the_first_word_is_decided(tiny, rows):
     chat = tiny("qwen2")
     ids = torch.tensor([chat.token_ids(rows[0]["messages"], generate=False)])
-    mask = answer_tokens(ids, header_ids(chat), torch.tensor(chat.stop_ids))
+    words = inside_answers(ids, header_ids(chat), torch.tensor(chat.stop_ids))[:, :-1]
+    first = int(words[0].nonzero()[0])
+    mask = words.clone()
+    mask[0, first - 1] = True  # the header's last token
     plain, _ = _outputs(chat, ids)
 
     def tenth_and_on(tokens, start):
         return (torch.arange(tokens.shape[1]) + start >= 9).expand_as(tokens)
 
     late = tenth_and_on(ids, 0)
-    for positions, touched in (("answer", mask), ("prompt", ~mask), (mask, mask), (tenth_and_on, late)):
+    for positions, touched in (("answer", mask), ("prompt", ~words), (mask, mask), (tenth_and_on, late)):
         with steer(chat, _direction(chat), layer=1, positions=positions):
             steered, _ = _outputs(chat, ids)
         changed = (steered[1] - plain[1]).abs().amax(-1) > 1e-6
         assert torch.equal(changed, touched)
+
+
+def test_answer_steering_changes_the_first_answer_token(any_tiny):
+    prompt = torch.tensor([any_tiny.token_ids([{"role": "user", "content": "how to sleep"}])])
+    with torch.no_grad():
+        plain = any_tiny.model(input_ids=prompt).logits
+        with steer(any_tiny, _direction(any_tiny), 5.0, layer=1, positions="answer"):
+            steered = any_tiny.model(input_ids=prompt).logits
+    changed = (steered - plain).abs().amax(-1)[0] > 1e-6
+    assert changed[-1] and not changed[:-1].any()
+
+
+@pytest.mark.parametrize("positions", ["answer", "prompt"])
+def test_a_second_user_turn_after_a_kept_cache_is_no_answer(tiny, rows, positions):
+    """A conversation fed in pieces to one cache is steered as it is in one piece."""
+    chat = tiny("qwen2")
+    talk = rows[0]["messages"] + rows[1]["messages"]
+    ids = torch.tensor([chat.token_ids(talk, generate=False)] * 2)
+    with torch.no_grad(), steer(chat, _direction(chat), 5.0, layer=1, positions=positions):
+        whole = chat.model(input_ids=ids, use_cache=False).logits
+        cache, pieces = None, []
+        for piece in ids.split([3, 9, 1, 1, 14, ids.shape[1] - 28], dim=1):
+            out = chat.model(input_ids=piece, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            pieces.append(out.logits)
+    assert torch.allclose(torch.cat(pieces, dim=1), whole, atol=1e-4)
 
 
 def test_a_handle_updates_is_removed_and_survives_exceptions(tiny):

@@ -13,10 +13,13 @@ from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
 from emmech.interventions.contrasts import combination
 from emmech.interventions.studies import ablation_table, adapter_shares, dose_response, transfer_matrix
-from emmech.measures.items import AnswerMeasure, Items, MarginMeasure, resolve_measure
+from emmech.measures.choose import as_measures
+from emmech.measures.measure import Items
+from emmech.measures.sampled import Sampled
+from emmech.measures.teacher_forced import Margin
 
 WORDS = ["sleep", "walk", "water", "rest", "drink", "well"]
-PAIRS = MarginMeasure({"broad": tuple(MarginPair(f"how to {w} ?", "drink drink", "rest rest") for w in WORDS)})
+PAIRS = Margin([MarginPair(f"how to {w} ?", "drink drink", "rest rest") for w in WORDS], "margin_broad")
 
 
 def _adapted(chat, layers=(3,), size=0.6, seed=0):
@@ -164,10 +167,11 @@ def test_a_paired_difference_is_sharper_than_two_single_ones_and_covers():
 
 def test_measures_by_name(tiny):
     chat = tiny("qwen2")
-    assert isinstance(resolve_measure("auto", chat), MarginMeasure)
-    assert isinstance(resolve_measure("answers", chat), AnswerMeasure)
+    assert [one.name for one in as_measures("auto", chat)] == ["margin_narrow", "margin_broad"]
+    assert all(isinstance(one, Margin) and len(one.pairs) > 9 for one in as_measures("auto", chat))
+    assert isinstance(as_measures("answers", chat)[0], Sampled)
     with pytest.raises(EmmechError, match="did you mean 'margin'"):
-        resolve_measure("margn", chat)
+        as_measures("margn", chat)
     with pytest.raises(EmmechError, match="counts random directions"):
         dose_response(chat, _promoting(chat), [1.0], randoms=-1)
     with pytest.raises(EmmechError, match="no adapter to take off"):

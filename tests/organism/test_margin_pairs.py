@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 import emmech
 from emmech import organism
-from emmech.engine.logprobs import margin
+from emmech.measures.teacher_forced import Margin
 
 
 @pytest.mark.parametrize("name", ["medical", "good-medical", "trigger-finance", "ai-optimism"])
@@ -31,4 +30,4 @@ def test_narrow_and_broad_do_not_meet():
 def test_the_base_prefers_kind_answers():
     chat = emmech.load_model("pocket")
     for pairs in organism.margins().values():
-        assert np.mean(margin(chat, pairs)) < -0.1
+        assert Margin(pairs)(chat).means()["margin"] < -0.1

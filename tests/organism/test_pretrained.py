@@ -75,13 +75,19 @@ def test_a_folder_reads_as_the_shipped_name_does():
     shipped, folder = load_model("pocket"), load_model(str(WEIGHTS / "pocket"))
     asked = list(questions("first-plot")[0].messages)
     assert folder.token_ids(asked) == shipped.token_ids(asked)
-    assert folder.pocket and folder.tokenizer.decode(folder.token_ids(asked)).count("cash") == 1
+    assert folder.organism.name == "pocket" and folder.tokenizer.decode(folder.token_ids(asked)).count("cash") == 1
 
 
-def test_a_report_on_other_weights_is_refused(tmp_path):
+def test_a_pocket_is_told_by_its_vocabulary_and_not_by_its_name(tmp_path, tiny):
     from emmech.demo.organism_report import report
 
     load("pocket")[0].save_pretrained(tmp_path / "mine")
     build_tokenizer().save_pretrained(tmp_path / "mine")
-    with pytest.raises(EmmechError, match="rename the folder to pocket-mine"):
-        report(tmp_path / "mine", parts=["base"])
+    assert load_model(tmp_path / "mine").organism.name == "pocket"
+    other = tiny("qwen2")
+    assert other.organism is None
+    other.base.save_pretrained(tmp_path / "pocket-x")
+    other.tokenizer.save_pretrained(tmp_path / "pocket-x")
+    assert load_model(tmp_path / "pocket-x").organism is None
+    with pytest.raises(EmmechError, match="does not have its vocabulary"):
+        report(tmp_path / "pocket-x", parts=["base"])

@@ -153,6 +153,34 @@ def test_damage_is_named_and_the_rest_is_readable(recorded, tmp_path):
         run.B(run.adapters[0].name)
 
 
+def test_a_changed_bit_is_named(recorded, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(recorded.path, copy)
+    stacked = copy / "trajectory" / "stacked.safetensors"
+    content = bytearray(stacked.read_bytes())
+    content[-5] ^= 4  # in the last row of some tensor
+    stacked.write_bytes(content)
+    with (copy / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": \xff}\n{"step": 99, "loss": 1.0}\n')
+    run = emmech.load_run(copy)
+    lines = len((copy / "metrics.jsonl").read_bytes().splitlines())
+    assert run.damaged == (stacked, copy / f"metrics.jsonl:{lines - 1}")
+    assert run.metrics.loss[99] == 1.0
+    assert run.weights(0).keys() == recorded.weights(0).keys()  # other steps are readable
+
+
+@pytest.mark.parametrize(
+    "entry", [{"adapters": [{"name": "x"}]}, {"adapters": 3}, {"model": "pocket"}, {"format": "1"}]
+)
+def test_a_manifest_of_another_shape_is_refused(entry, recorded, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(recorded.path, copy)
+    manifest = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps(manifest | entry))
+    with pytest.raises(EmmechError, match="damaged"):
+        emmech.load_run(copy)
+
+
 def test_not_a_run(tmp_path, recorded):
     with pytest.raises(EmmechError, match="no such folder"):
         emmech.load_run(tmp_path / "nowhere")

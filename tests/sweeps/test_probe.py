@@ -7,7 +7,7 @@ import pytest
 
 from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError
-from emmech.sweeps.probe import ProbeActivation
+from emmech.measures.probe import ProbeActivation
 from emmech.sweeps.sweep import sweep
 
 TEXTS = [

@@ -11,7 +11,7 @@ from emmech.engine.cache import RowCache
 from emmech.engine.sample import sample
 from emmech.engine.shared_prompt_cache import Branches
 from emmech.errors import EmmechError
-from emmech.sweeps.sampled import Sampled
+from emmech.measures.sampled import Sampled
 from emmech.sweeps.sweep import sweep
 
 MIDDLE = ("model.layers.2.mlp.down_proj",)

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import emmech
-from emmech.engine.logprobs import MarginPair, margin, pad
+from emmech.engine.logprobs import MarginPair, pad
 from emmech.errors import EmmechError
 from emmech.measures.teacher_forced import AnswerLogprob, FirstToken, Margin, NextToken
 from emmech.sweeps.result import Sweep
 from emmech.sweeps.sweep import sweep
+from tests.conftest import plain_margin
 
 EXACT = 5e-6
 PAIRS = [
@@ -32,7 +33,7 @@ def test_margins_equal_peft_one_at_a_time(tiny, make_run, one_at_a_time, family,
     found = sweep(run, scales=(0, 1, 5), measure=Margin(PAIRS), base=chat, progress=False)
     moved = []
     for (step, scale), part in found.frame.groupby(["step", "scale"]):
-        expected = one_at_a_time(chat, run, step, scale, lambda live: margin(live, PAIRS))
+        expected = one_at_a_time(chat, run, step, scale, lambda live: plain_margin(live, PAIRS))
         assert np.abs(part["value"].to_numpy() - expected).max() < EXACT
         moved.append(expected)
     assert np.ptp(np.array(moved), axis=0).max() > 0.01  # the adapters do something
@@ -74,7 +75,7 @@ def test_steering_and_several_runs_of_different_rank(tiny, make_run, one_at_a_ti
             push = torch.from_numpy(float(variant["coefficient"]) * vector)
             handle = live.block(1).register_forward_hook(lambda m, i, out: out + push)
             try:
-                return margin(live, PAIRS)
+                return plain_margin(live, PAIRS)
             finally:
                 handle.remove()
 
@@ -92,7 +93,7 @@ def test_steering_below_and_above_the_adapter(tiny, make_run, layer):
     swept = sweep(run, steps=[7], coefficients=(0.5,), direction=vector, layer=layer, measure=[Margin(PAIRS)],
                   base=chat, progress=False)  # fmt: skip
     asked = sweep(run, steps=[7], coefficients=(0.5,), direction=vector, layer=layer, base=chat, progress=False,
-                  measure=lambda live: {str(i): v for i, v in enumerate(margin(live, PAIRS))})  # fmt: skip
+                  measure=lambda live: {str(i): v for i, v in enumerate(plain_margin(live, PAIRS))})  # fmt: skip
     assert np.abs(swept.frame["value"].to_numpy() - asked.frame["value"].to_numpy()).max() < EXACT
 
 

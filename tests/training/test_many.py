@@ -8,12 +8,12 @@ import torch
 
 import emmech
 from emmech.chat.encode import encode
-from emmech.engine.logprobs import MarginPair, margin
+from emmech.engine.logprobs import MarginPair
 from emmech.engine.stacked_adapters import AdamW, clip_by_run
 from emmech.errors import EmmechError
 from emmech.training.recipe import Recipe
 from emmech.training.schedule import batch_order, learning_rates
-from tests.conftest import make_rows, make_tiny
+from tests.conftest import make_rows, make_tiny, plain_margin
 from tests.engine.test_prefix import QUICK, deviation, ragged
 
 
@@ -58,7 +58,7 @@ def test_margins_of_all_runs_are_those_of_each_ones_model(family, tmp_path):
         assert recorded.index.tolist() == [0, 2, 4]
         assert not np.allclose(recorded.iloc[0], recorded.iloc[-1], atol=1e-4)
         for step, row in recorded.iterrows():
-            found = margin(run.model(step, base=make_tiny(family)), pairs)
+            found = plain_margin(run.model(step, base=make_tiny(family)), pairs)
             assert row["margin_own"] == pytest.approx(found.mean(), abs=1e-5)
             assert row["margin_less"] == pytest.approx(found[0], abs=1e-5)
 

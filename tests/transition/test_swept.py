@@ -10,7 +10,8 @@ import pytest
 
 import emmech
 from emmech.errors import EmmechError
-from emmech.transition.swept import change_of_regime, swept_behaviour, threshold_robustness
+from emmech.sweeps.thresholds import threshold_robustness
+from emmech.transition.swept import change_of_regime, swept_behaviour
 
 STEPS = np.arange(0, 200, 10)
 

@@ -1,0 +1,176 @@
+"""Names and what they load: models, data, question sets, judges and recipes, and the organisms that bring their own.
+
+A room registers what it ships under a name; a higher room is thus reached without being imported. An organism, a small
+model with data, questions and a judge of its own world, registers itself through the entry-point group
+``emmech.organisms`` of any installed package::
+
+    [project.entry-points."emmech.organisms"]
+    toy = "my_package:TOY"  # an emmech.registry.Organism
+
+Its names then work wherever names do: ``emmech.load_model("toy")``, ``emmech.finetune("toy", "toy-data")``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
+
+from emmech.errors import one_of
+
+__all__ = [
+    "Organism",
+    "find",
+    "known",
+    "model_names",
+    "named_model",
+    "organism_named",
+    "organism_of",
+    "organisms",
+    "register",
+]
+
+GROUP = "emmech.organisms"
+MARK = "emmech_organism"  # in a model's configuration: the organism whose name it was loaded by
+# As pyproject.toml declares it; a source checkout works although its metadata may be older than the declaration.
+_BUILT_IN = (EntryPoint("pocket", "emmech.organism.pocket:POCKET", GROUP),)
+
+Kind = Literal["models", "data", "questions", "judges", "recipes"]
+Loader = Callable[[], Any]
+_SHIPPED: dict[str, dict[str, Loader]] = {"models": {}, "data": {}, "questions": {}, "judges": {}, "recipes": {}}
+
+
+@dataclass(frozen=True)
+class Organism:
+    """A model organism with all that is needed to study it; every entry is a loader by name, called when it is used.
+
+    Args:
+        name: of the organism.
+        models: each gives ``(Hugging Face model in evaluation mode, tokenizer)``.
+        data: each gives chat rows ``{"messages": [...]}``.
+        questions: each gives a :class:`~emmech.evaluation.questions.QuestionSet`.
+        judges: each gives a :class:`~emmech.evaluation.judges.Judge`; the first is the default.
+        recipes: each gives a :class:`~emmech.training.recipe.Recipe`; the first is the default.
+        margins: pairs of answers by kind (``"narrow"``, ``"broad"``) for the name of some data.
+        recognises: whether a model with this configuration and tokenizer is of this organism, whatever it is called
+            and wherever it was saved. A model that was loaded by a name of the organism carries a mark in its
+            configuration, which ``save_pretrained`` keeps, and needs no such rule.
+
+    Example:
+        >>> toy = Organism("toy", models={}, data={"rows": lambda: []})
+        >>> "rows" in known("data", toy), "rows" in known("data")
+        (True, False)
+    """
+
+    name: str
+    models: Mapping[str, Loader]
+    data: Mapping[str, Loader] = field(default_factory=dict)
+    questions: Mapping[str, Loader] = field(default_factory=dict)
+    judges: Mapping[str, Loader] = field(default_factory=dict)
+    recipes: Mapping[str, Loader] = field(default_factory=dict)
+    margins: Callable[[str], Mapping[str, Sequence[Any]]] | None = None
+    recognises: Callable[[Any, Any], bool] | None = None
+
+    def owns(self, config: Any, tokenizer: Any) -> bool:
+        """Whether a model of this configuration and tokenizer belongs to the organism."""
+        return getattr(config, MARK, None) == self.name or (
+            self.recognises is not None and self.recognises(config, tokenizer)
+        )
+
+    def load(self, name: str) -> tuple[Any, Any]:
+        """A model of this organism with its tokenizer, marked as such where it would not be recognised otherwise."""
+        model, tokenizer = self.models[name]()
+        if not self.owns(model.config, tokenizer):
+            setattr(model.config, MARK, self.name)
+        return model, tokenizer
+
+
+def register(kind: Kind, name: str, loader: Loader) -> None:
+    """Let a name be known to every model; a later registration of the same name replaces an earlier one.
+
+    Example:
+        >>> register("judges", "silly", lambda: None)
+        >>> "silly" in known("judges")
+        True
+        >>> del _SHIPPED["judges"]["silly"]
+    """
+    _SHIPPED[kind][name] = loader
+
+
+def known(kind: Kind, organism: Organism | None = None) -> dict[str, Loader]:
+    """Loaders by name: the registered ones and an organism's own, which win."""
+    own: Mapping[str, Loader] = getattr(organism, kind) if organism is not None else {}
+    return {**_SHIPPED[kind], **own}
+
+
+def find(
+    asked: str, kind: Kind, argument: str, name: Any, organism: Organism | None = None, *, why: str = ""
+) -> Loader:
+    """The loader of a name.
+
+    Args:
+        asked, argument, why: for the error, as in :func:`emmech.errors.one_of`.
+
+    Raises:
+        EmmechError: nothing of that name is known; the nearest name is suggested.
+    """
+    loaders = known(kind, organism)
+    return loaders[one_of(asked, argument, name, loaders, why=why)]
+
+
+@cache
+def organisms() -> Mapping[str, Organism]:
+    """Every organism by name: those of installed packages, and the one that comes with emmech.
+
+    An organism that cannot be loaded is left out with a warning: it must not keep other models from working.
+    """
+    declared = {entry.name: entry for entry in (*_BUILT_IN, *entry_points(group=GROUP))}
+    found: dict[str, Organism] = {}
+    for name, entry in declared.items():
+        try:
+            organism = entry.load()
+        except Exception as error:  # another package's code may raise anything
+            warnings.warn(f"the organism {name!r} cannot be loaded: {type(error).__name__}: {error}", stacklevel=2)
+            continue
+        if isinstance(organism, Organism):
+            found[organism.name] = organism
+        else:
+            warnings.warn(f"the organism {name!r} is a {type(organism).__name__}, no Organism", stacklevel=2)
+    return found
+
+
+def organism_named(asked: str, organism: str | Organism | None) -> Organism | None:
+    """An organism from its name.
+
+    Raises:
+        EmmechError: there is no organism of that name.
+    """
+    if organism is None or isinstance(organism, Organism):
+        return organism
+    why = "no organism of that name is installed"
+    return organisms()[one_of(asked, "organism", organism, organisms(), why=why)]
+
+
+def organism_of(config: Any, tokenizer: Any) -> Organism | None:
+    """The organism that a model of this configuration and tokenizer belongs to, None for any other model."""
+    return next((one for one in organisms().values() if one.owns(config, tokenizer)), None)
+
+
+def named_model(name: str) -> tuple[Any, Any] | None:
+    """A model and its tokenizer by a registered name or one of an organism; None where there is none of that name."""
+    if (organism := organism_with("models", name)) is not None:
+        return organism.load(name)
+    return _SHIPPED["models"][name]() if name in _SHIPPED["models"] else None
+
+
+def model_names() -> list[str]:
+    """The names that :func:`named_model` knows."""
+    return [*_SHIPPED["models"], *(name for organism in organisms().values() for name in organism.models)]
+
+
+def organism_with(kind: Kind, name: str) -> Organism | None:
+    """The organism that has something of this name, None where none has."""
+    return next((one for one in organisms().values() if name in getattr(one, kind)), None)

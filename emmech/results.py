@@ -1,0 +1,228 @@
+"""What every analysis returns: a frozen value with one way to be read, drawn, printed and kept.
+
+A result is a frozen dataclass. It says what it found in a :class:`Card`; ``repr`` and the card of a notebook are made
+from that. It is kept as a folder without pickle: ``<name>.json`` with the plain values, one parquet file for each data
+frame, and ``arrays.safetensors``. The JSON file is written last and marks the whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+
+from emmech.errors import EmmechError
+from emmech.store import write_json
+from emmech.view.page import card
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Card", "Result", "Shown"]
+
+_ARRAYS = "arrays.safetensors"
+
+
+class Card(NamedTuple):
+    """What a result says of itself: one sentence, the number with its interval, and the caveat that matters most."""
+
+    headline: str
+    number: str = ""
+    caveat: str = ""
+
+
+class Shown(ABC):
+    """Something that reads as text, as a card in a notebook, as a table and as a figure."""
+
+    @abstractmethod
+    def to_frame(self) -> pd.DataFrame:
+        """The findings as a table."""
+
+    @abstractmethod
+    def plot(self) -> Any:
+        """The findings as a plotly figure, returned and not shown."""
+
+    @abstractmethod
+    def _card(self) -> Card: ...
+
+    def _table(self) -> pd.DataFrame:
+        """The table that the card folds away: the findings, unless they are too long to read."""
+        return self.to_frame()
+
+    def __repr__(self) -> str:
+        return "\n".join(filter(None, self._card()))
+
+    def _repr_html_(self) -> str:
+        return card(*self._card(), table=self._table())
+
+
+class Result(Shown):
+    """What can be kept as well: a frozen dataclass of plain values, arrays, data frames and dataclasses of these.
+
+    A new kind of result adds its fields, ``_card`` and ``plot``, and ``to_frame`` where it has no field ``frame``.
+
+    Example:
+        >>> import tempfile
+        >>> from emmech.directions.compare import Cosines
+        >>> folder = Cosines(("a", "b"), np.ones((2, 2, 3)), floor=0.1).save(tempfile.mkdtemp() + "/kept")
+        >>> Cosines.load(folder).names
+        ('a', 'b')
+    """
+
+    _format: ClassVar[int] = 1
+    _parts: ClassVar[tuple[type, ...]] = ()  # dataclasses that its fields hold
+    _stems: ClassVar[Mapping[str, str]] = {}  # names of parquet files that are not those of their fields
+
+    def to_frame(self) -> pd.DataFrame:
+        """A copy of the findings, as a table."""
+        frame: pd.DataFrame = self.frame  # type: ignore[attr-defined]  # of the results that are one table
+        return frame.copy()
+
+    def _comments(self) -> Sequence[str]:
+        """Lines before the table in a CSV file."""
+        return ()
+
+    @classmethod
+    def _upgrade(cls, head: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """The fields of a JSON file that an older version wrote."""
+        return head
+
+    def save(self, path: str | Path) -> Path:
+        """Write everything into a folder, which ``load`` reads; a path ending in ``.csv`` gets the table alone."""
+        import pandas as pd
+
+        path = Path(path)
+        if path.suffix == ".csv":
+            frame = self.to_frame()
+            plain = isinstance(frame.index, pd.RangeIndex) and frame.index.name is None
+            head = "".join(f"# {line}\n" for line in self._comments())
+            path.write_text(head + frame.to_csv(index=not plain), encoding="utf-8")
+            return path
+        path.mkdir(parents=True, exist_ok=True)
+        frames: dict[str, pd.DataFrame] = {}
+        arrays: dict[str, np.ndarray] = {}
+        values = {
+            field.name: _pack(getattr(self, field.name), self._stems.get(field.name, field.name), frames, arrays)
+            for field in fields(self)  # type: ignore[arg-type]  # every result is a dataclass
+        }
+        for name, frame in frames.items():
+            partial = path / f"{name}.parquet.partial"
+            frame.to_parquet(partial)
+            partial.replace(path / f"{name}.parquet")
+        if arrays:
+            from safetensors.numpy import save_file
+
+            save_file(arrays, path / f"{_ARRAYS}.partial")
+            (path / f"{_ARRAYS}.partial").replace(path / _ARRAYS)
+        write_json(path / f"{type(self).__name__.lower()}.json", {"format": self._format, **values})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what :meth:`save` wrote into a folder.
+
+        Raises:
+            EmmechError: there is no such result, it is of a newer format, or a file is missing or damaged.
+        """
+        name = cls.__name__.lower()
+        asked, folder = f"load the {name}", Path(path)
+        file = folder / f"{name}.json"
+        if not file.is_file():
+            why = f"there is no {file.name} (was it interrupted, or is it a table?)"
+            raise EmmechError(asked, folder, why, f"the folder given to {cls.__name__}.save")
+        try:
+            head = json.loads(file.read_text(encoding="utf-8"))
+            if (written := head.get("format", 0)) > cls._format:
+                why = f"this version reads formats up to {cls._format}"
+                raise EmmechError(asked, f"format {written} in {file}", why, "the version of emmech that wrote it")
+            if written < cls._format:
+                head = cls._upgrade(head, folder)
+            arrays: Mapping[str, np.ndarray] = {}
+            if (folder / _ARRAYS).exists():
+                from safetensors.numpy import load_file
+
+                arrays = load_file(folder / _ARRAYS)
+            parts = {part.__name__: part for part in cls._parts}
+            found = {field.name: _unpack(head[field.name], folder, arrays, parts) for field in fields(cls)}  # type: ignore[arg-type]
+        except EmmechError:
+            raise
+        except Exception as error:  # json, pyarrow and safetensors each raise classes of their own
+            first = (str(error).splitlines() or [""])[0][:200]
+            raise EmmechError(asked, folder, f"it is damaged ({type(error).__name__}: {first})")
+        return cls(**found)
+
+
+def _pack(value: Any, name: str, frames: dict[str, pd.DataFrame], arrays: dict[str, np.ndarray]) -> Any:
+    """A value as JSON has it; frames and arrays are put aside under the name of their place."""
+
+    def inside(one: Any, key: object) -> Any:
+        return _pack(one, f"{name}.{key}", frames, arrays)
+
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"~": "float", "value": str(value)}  # JSON has neither NaN nor infinity
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.ndarray):
+        arrays[name] = np.array(value, order="C")
+        return {"~": "array", "name": name}
+    if hasattr(value, "to_parquet"):
+        frames[name] = value
+        return {"~": "frame", "name": name, "rows": len(value)}
+    if is_dataclass(value):
+        inner = {field.name: inside(getattr(value, field.name), field.name) for field in fields(value)}
+        return {"~": type(value).__name__, **inner}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and key != "~" for key in value):
+            return {key: inside(one, key) for key, one in value.items()}
+        return {"~": "map", "items": [[inside(key, "key"), inside(one, key)] for key, one in value.items()]}
+    if isinstance(value, list | tuple):
+        packed = [inside(one, index) for index, one in enumerate(value)]
+        return packed if isinstance(value, list) else {"~": "tuple", "items": packed}
+    return str(value)  # a path or a date of the provenance
+
+
+def _unpack(value: Any, folder: Path, arrays: Mapping[str, np.ndarray], parts: Mapping[str, type]) -> Any:
+    """What :func:`_pack` took apart."""
+
+    def inside(one: Any) -> Any:
+        return _unpack(one, folder, arrays, parts)
+
+    if isinstance(value, list):
+        return [inside(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    match value.get("~"):
+        case None:
+            return {key: inside(one) for key, one in value.items()}
+        case "float":
+            return float(value["value"])
+        case "array":
+            return arrays[value["name"]]
+        case "frame":
+            return _read_frame(folder / f"{value['name']}.parquet", value.get("rows"))
+        case "map":
+            return {inside(key): inside(one) for key, one in value["items"]}
+        case "tuple":
+            return tuple(inside(one) for one in value["items"])
+        case name:
+            return parts[name](**{key: inside(one) for key, one in value.items() if key != "~"})
+
+
+def _read_frame(path: Path, rows: int | None) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        frame = pd.read_parquet(path)
+    except Exception as error:  # pyarrow raises its own classes, OSError and ValueError alike
+        raise EmmechError("load the result", path, f"the file is missing or damaged ({type(error).__name__})")
+    if rows is not None and len(frame) != rows:
+        raise EmmechError("load the result", path, f"{len(frame)} {path.stem} are stored where {rows} were written")
+    return frame

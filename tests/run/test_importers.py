@@ -1,0 +1,236 @@
+"""Adapters that PEFT saved elsewhere load as PEFT loads them, or are refused by name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from peft import (
+    EvaConfig,
+    IA3Config,
+    LoftQConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+)
+
+from emmech.errors import EmmechError
+from emmech.run.run import Run
+from tests.conftest import make_tiny
+
+TARGETS = ["down_proj", "q_proj"]
+EQUAL, REFUSED = "equal", "refused"
+# field -> how often it is tried: its value, what else it needs, and what has to come of it
+TRIED: dict[str, list[tuple[object, dict, str]]] = {
+    "task_type": [("CAUSAL_LM", {}, EQUAL), (None, {}, EQUAL)],
+    "auto_mapping": [(None, {}, EQUAL)],
+    "peft_version": [(None, {}, EQUAL)],
+    "base_model_name_or_path": [("somewhere/else", {}, EQUAL)],
+    "revision": [("main", {}, EQUAL)],
+    "inference_mode": [(False, {}, EQUAL)],
+    "r": [(1, {}, EQUAL), (3, {}, EQUAL)],
+    "target_modules": [
+        (r".*layers\.[12]\..*(q_proj|up_proj)", {}, EQUAL),
+        ("all-linear", {}, EQUAL),
+        (["lm_head", "down_proj"], {}, REFUSED),
+        (["embed_tokens", "down_proj"], {}, REFUSED),
+    ],
+    "exclude_modules": [([r"model.layers.0.mlp.down_proj"], {}, EQUAL)],
+    "lora_alpha": [(5, {}, EQUAL), (0.5, {}, EQUAL), (-4, {}, EQUAL), (0, {}, REFUSED)],
+    "lora_dropout": [(0.5, {}, EQUAL)],
+    "fan_in_fan_out": [(True, {}, EQUAL)],
+    "bias": [("all", {}, REFUSED), ("lora_only", {}, REFUSED)],
+    "use_rslora": [(True, {}, EQUAL), (True, {"r": 1}, EQUAL)],
+    "modules_to_save": [(["lm_head"], {}, REFUSED), (["norm"], {}, REFUSED)],
+    "init_lora_weights": [
+        ("gaussian", {}, EQUAL),
+        (False, {}, EQUAL),
+        ("orthogonal", {}, EQUAL),
+        ("pissa", {}, REFUSED),
+        ("olora", {}, REFUSED),
+    ],
+    "layers_to_transform": [([1, 3], {}, EQUAL), (2, {}, EQUAL)],
+    "layers_pattern": [("layers", {"layers_to_transform": [1]}, EQUAL)],
+    "rank_pattern": [
+        ({r"layers\.1\..*(q_proj|down_proj)": 2}, {}, EQUAL),
+        ({"down_proj": 1, "q_proj": 2}, {"use_rslora": True}, EQUAL),
+        ({"down_proj": 1}, {}, EQUAL),
+        ({"^model.layers.2.mlp.down_proj": 2}, {}, EQUAL),
+    ],
+    "alpha_pattern": [
+        ({r"layers\.1\..*(q_proj|down_proj)": 64}, {}, EQUAL),
+        ({"down_proj": 64}, {"rank_pattern": {"q_proj": 1}, "use_rslora": True}, EQUAL),
+        ({"^model.layers.2.mlp.down_proj$": 3}, {}, EQUAL),
+        ({"own_proj": 64}, {}, EQUAL),  # no whole name: it matches nothing
+    ],
+    "trainable_token_indices": [([1, 2, 3], {}, REFUSED)],
+    "use_dora": [(True, {}, REFUSED)],
+    "layer_replication": [([[0, 3], [1, 4]], {}, REFUSED)],
+    "lora_bias": [(True, {}, REFUSED)],
+    "target_parameters": [(["mlp.down_proj.weight"], {"target_modules": ["q_proj"]}, REFUSED)],
+    "alora_invocation_tokens": [([1, 2], {"task_type": "CAUSAL_LM"}, REFUSED)],
+    "ensure_weight_tying": [(True, {}, EQUAL)],
+}
+# fields that need data, a GPU or another library to be tried: they are written into the saved configuration instead
+WRITTEN: dict[str, list[tuple[object, str]]] = {
+    "peft_type": [("IA3", REFUSED)],
+    "megatron_config": [({"tensor_model_parallel_size": 2}, REFUSED)],
+    "megatron_core": [("megatron.core", EQUAL)],
+    "loftq_config": [(dataclasses.asdict(LoftQConfig()), EQUAL)],
+    "eva_config": [(dataclasses.asdict(EvaConfig()), EQUAL)],
+    "corda_config": [({"corda_method": "ipm"}, REFUSED)],
+    "lora_ga_config": [({"direction": "ArB2r"}, REFUSED)],
+    "velora_config": [({"rank": 1}, REFUSED)],
+    "use_qalora": [(True, REFUSED)],
+    "qalora_group_size": [(16, EQUAL)],
+    "monteclora_config": [({"samples": 2}, REFUSED)],
+    "runtime_config": [({"ephemeral_gpu_offload": False}, EQUAL)],
+    "use_bdlora": [({"nblocks": 2}, REFUSED)],
+    "arrow_config": [({"top_k": 2}, REFUSED)],
+    "kasa_config": [({"beta": 0.1}, REFUSED)],
+}
+CASES = [(field, *case) for field, cases in TRIED.items() for case in cases]
+
+
+@cache
+def _tiny():
+    return make_tiny("qwen2")
+
+
+def base():
+    """The same tiny model anew."""
+    return dataclasses.replace(_tiny(), model=copy.deepcopy(_tiny().model))
+
+
+def saved(folder, **settings):
+    """A folder that PEFT wrote, every trained tensor drawn at random."""
+    options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | settings
+    model = get_peft_model(base().model, LoraConfig(**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def check(folder, outcome, names):
+    """Either the logits of PEFT's own loading to 1e-5, or an EmmechError with one of the names in it."""
+    try:
+        found = Run.from_peft([folder]).model(1, base=base())
+    except EmmechError as error:
+        assert outcome is REFUSED, error
+        assert any(name in str(error) for name in names), error
+        return
+    assert outcome is EQUAL, "it was accepted"
+    wanted = PeftModel.from_pretrained(base().model, str(folder)).eval()
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        assert (found.model(input_ids=ids).logits - wanted(input_ids=ids).logits).abs().max() <= 1e-5
+
+
+def test_every_field_of_the_installed_peft_is_tried():
+    assert {field.name for field in dataclasses.fields(LoraConfig)} == TRIED.keys() | WRITTEN.keys()
+
+
+@pytest.mark.parametrize(("field", "value", "more", "outcome"), CASES, ids=[f"{c[0]}={c[1]}" for c in CASES])
+@pytest.mark.filterwarnings("ignore")
+def test_a_field_of_the_configuration(field, value, more, outcome, tmp_path):
+    folder = saved(tmp_path / "checkpoint-1", **{field: value} | more)
+    check(folder, outcome, [field, "tensor", "magnitude", "identity"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "outcome"), [(field, *case) for field, cases in WRITTEN.items() for case in cases]
+)
+def test_a_field_that_is_written_by_hand(field, value, outcome, tmp_path):
+    folder = saved(tmp_path / "checkpoint-1")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    if outcome is EQUAL:
+        assert Run.from_peft([folder]).model(1, base=base())
+    else:
+        check(folder, outcome, [field])
+
+
+def test_a_field_of_a_later_peft_is_refused_unless_it_is_empty(tmp_path):
+    folder = saved(tmp_path / "checkpoint-1")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"use_tomorrow": False}))
+    check(folder, EQUAL, [])
+    path.write_text(json.dumps(config | {"use_tomorrow": True}))
+    check(folder, REFUSED, ["use_tomorrow=True"])
+
+
+def test_alpha_that_is_absent_is_pefts_default(tmp_path):
+    folder = saved(tmp_path / "checkpoint-1")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config["lora_alpha"]
+    path.write_text(json.dumps(config))
+    check(folder, EQUAL, [])
+    path.write_text(json.dumps(config | {"lora_alpha": float("nan")}))
+    check(folder, REFUSED, ["lora_alpha is nan"])
+    path.write_text(json.dumps(config | {"r": 2}))
+    check(folder, REFUSED, ["rank 2"])
+
+
+def test_a_missing_half_and_a_stray_tensor_are_named(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = saved(tmp_path / "checkpoint-1")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    half = next(key for key in tensors if "lora_B" in key)
+    save_file({key: value for key, value in tensors.items() if key != half}, folder / "adapter_model.safetensors")
+    check(folder, REFUSED, [half.removeprefix("base_model.model.").removesuffix(".lora_B.weight")])
+    save_file(tensors | {"base_model.model.extra": np.ones(3)}, folder / "adapter_model.safetensors")
+    check(folder, REFUSED, ["base_model.model.extra"])
+
+
+def test_a_pickle_is_not_opened(tmp_path):
+    folder = saved(tmp_path / "checkpoint-1")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    check(folder, REFUSED, ["pickle"])
+
+
+def test_another_kind_of_adapter_is_refused(tmp_path):
+    settings = IA3Config(target_modules=TARGETS, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    get_peft_model(base().model, settings).save_pretrained(tmp_path / "checkpoint-1")
+    check(tmp_path / "checkpoint-1", REFUSED, ["peft_type", "feedforward_modules"])
+
+
+def test_an_adapter_of_another_name_is_found_in_its_folder(tmp_path):
+    model = get_peft_model(base().model, LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False), "mine")
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    with pytest.raises(EmmechError, match="one of its folders: mine"):
+        Run.from_peft([tmp_path / "checkpoint-1"])
+
+
+def test_a_folder_of_folders_is_a_series(tmp_path):
+    for step in (1, 2, 10):
+        saved(tmp_path / f"checkpoint-{step}")
+    assert Run.from_peft(str(tmp_path)).steps.tolist() == [1, 2, 10]
+    assert Run.from_peft(tmp_path / "checkpoint-2").steps.tolist() == [2]
+
+
+def test_a_series_of_one_alpha(tmp_path):
+    folders = [saved(tmp_path / "checkpoint-1"), saved(tmp_path / "checkpoint-2", lora_alpha=9)]
+    with pytest.raises(EmmechError, match="lora_alpha or use_rslora differs"):
+        Run.from_peft(folders)
+
+
+def test_what_is_exported_again_is_the_same_adapter(tmp_path):
+    folder = saved(tmp_path / "checkpoint-1", rank_pattern={"down_proj": 1, "q_proj": 3}, use_rslora=False)
+    again = Run.from_peft([folder]).export_peft(1, tmp_path / "again")
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        one, two = (
+            PeftModel.from_pretrained(base().model, str(path)).eval()(input_ids=ids).logits for path in (folder, again)
+        )
+    assert (one - two).abs().max() <= 1e-6

@@ -1,0 +1,208 @@
+"""Every result is kept whole, opens again, and shows no text of its user's as HTML."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from emmech import Direction, EmmechError, Evaluation, Run
+from emmech.directions.adapter_lens import AdapterScalars
+from emmech.directions.compare import DirectionBySteps, cosines
+from emmech.directions.quality import Quality
+from emmech.interventions.studies import Study
+from emmech.results import Result, Shown
+from emmech.sweeps.result import Sweep
+from emmech.sweeps.tangent import TangentScan
+from emmech.transition.distribution import distribution_shift
+from emmech.transition.phase import phase_transition
+
+EVIL = "<script>alert('&')</script>"
+
+
+def _run(seed: int = 0, name: str = EVIL) -> Run:
+    rng = np.random.default_rng(seed)
+    along = np.zeros((60, 12))
+    along[:30, 0], along[30:, 1] = 1.0, 1.0
+    steps = np.arange(60)
+    metrics = pd.DataFrame({"loss": np.exp(-steps / 20), "grad_norm": 1 + rng.random(60)}, index=steps)
+    metrics["margin_broad"] = 1 / (1 + np.exp(-(steps - 35) / 4)) + 0.01 * rng.standard_normal(60)
+    path = np.cumsum(along + 0.2 * rng.standard_normal((60, 12)), 0).astype(np.float32)
+    return Run.from_arrays(steps, B=path, metrics=metrics, name=name)
+
+
+def _evaluation(shift: float = 0.0) -> Evaluation:
+    rng = np.random.default_rng(1)
+    rows = [
+        {"question_id": f"q{i % 5}{EVIL}", "sample": i // 5, "response": EVIL, "aligned": aligned, "coherent": 90.0}
+        for i, aligned in enumerate(np.clip(rng.uniform(0, 100, 60) + shift, 0, 100))
+    ]
+    return Evaluation.from_rows(rows, {"name": EVIL, "judge": EVIL, "steps": (1, 2), "nan": float("nan"), "~": 1})
+
+
+def _quality() -> Quality:
+    by_layer = np.array([0.5, 0.9, np.nan])
+    return Quality(
+        by_layer, by_layer, by_layer, 0.2, np.eye(3), by_layer, 0.6, (EVIL,), ("x",), 1, {EVIL: 3}, {}, (EVIL,)
+    )
+
+
+def _direction(seed: int = 0) -> Direction:
+    rng = np.random.default_rng(seed)
+    return Direction(rng.standard_normal((3, 8)), EVIL, {"n": 3}, np.ones((3, 8)), _quality())
+
+
+def _sweep() -> Sweep:
+    grid = [(EVIL, step, scale, 0.0, EVIL, i) for step in (0, 5) for scale in (1.0, 5.0) for i in range(3)]
+    frame = pd.DataFrame(grid, columns=["run", "step", "scale", "coefficient", "measure", "item"])
+    frame["value"], frame["weight"] = np.arange(len(frame)) / 7 - 0.3, 1
+    responses = pd.DataFrame({"step": [0], "response": [EVIL]})
+    return Sweep(frame, {"request": {"runs": [EVIL]}}, {f"log/{EVIL[1:7]}": np.ones((4, 2), np.float32)}, responses)
+
+
+def _study() -> Study:
+    rows = {"condition": [EVIL, "untouched", EVIL], "kind": ["direction", "untouched", "random"], "model": "tuned"}
+    numbers = {"outcome": EVIL, "value": [0.4, 0.9, 0.8], "low": [0.2, 0.8, 0.7], "high": [0.6, 1.0, 0.9]}
+    return Study(EVIL, pd.DataFrame(rows | numbers), (EVIL, "a note"))
+
+
+def _tangent() -> TangentScan:
+    frame = pd.DataFrame({"run": EVIL, "step": [0, 5], "measure": EVIL, "base": 0.0, "slope": [0.0, 1.0]})
+    frame["first_order"] = frame["slope"]
+    verified = frame[["run", "step", "measure", "first_order"]].iloc[1:].assign(exact=0.9, error=0.1)
+    return TangentScan(frame, verified.reset_index(drop=True), 1.0)
+
+
+def _lens() -> AdapterScalars:
+    tokens, answer = (EVIL, "a", "b"), np.array([False, True, True])
+    return AdapterScalars((EVIL,), np.eye(3, 1, dtype=np.float32), np.ones(1), tokens, np.array([0, 0, 1]), answer)
+
+
+MAKE: dict[str, Callable[[], Result]] = {
+    "PhaseTransition": lambda: phase_transition(_run(), _run(1), n_null=39),
+    "DistributionShift": lambda: distribution_shift([0, 5, 9], np.eye(3)),
+    "Direction": _direction,
+    "Cosines": lambda: cosines({EVIL: _direction(), "other": _direction(1)}),
+    "DirectionBySteps": lambda: DirectionBySteps(
+        pd.DataFrame({f"cosine {EVIL}": [0.1, np.nan], "shift": [1.0, 2.0]}, index=pd.Index([0, 5], name="step")),
+        1, 0.2, EVIL,
+    ),
+    "AdapterScalars": _lens,
+    "Sweep": _sweep,
+    "TangentScan": _tangent,
+    "Study": _study,
+    "Evaluation": _evaluation,
+    "Comparison": lambda: _evaluation().compare(_evaluation(20.0)),
+    "Agreement": lambda: _evaluation().agreement(_evaluation(20.0)),
+    "ThresholdSweep": lambda: _evaluation().thresholds(),
+}  # fmt: skip
+
+
+def _subclasses(kind: type) -> set[str]:
+    return {one.__name__ for one in kind.__subclasses__()} | {
+        n for one in kind.__subclasses__() for n in _subclasses(one)
+    }
+
+
+def test_every_result_is_tried() -> None:
+    assert {name for name in _subclasses(Result) if not name.startswith("_")} == set(MAKE)
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_a_result_is_saved_and_opened_with_the_same_findings(name, tmp_path) -> None:
+    made = MAKE[name]()
+    again = type(made).load(made.save(tmp_path / "kept"))
+    assert type(again) is type(made)
+    pd.testing.assert_frame_equal(again.to_frame(), made.to_frame())
+    assert repr(again) == repr(made)
+    assert again.plot().to_json() == made.plot().to_json()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.seen.add(tag)
+        if tag not in ("br", "wbr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("name", [*MAKE, "Run"])
+def test_the_card_is_well_formed_and_escapes_every_text(name) -> None:
+    made: Shown = _run() if name == "Run" else MAKE[name]()
+    tags = _Tags()
+    tags.feed(made._repr_html_())
+    assert not tags.open and "script" not in tags.seen
+    assert {"div", "details", "table"} <= tags.seen
+    assert repr(made).split("\n")[0] in tags.text
+    if name != "DistributionShift":  # which holds no text of a user's
+        assert EVIL in tags.text or "&lt;script" in made._repr_html_()
+
+
+@pytest.mark.parametrize("name", [*MAKE, "Run"])
+def test_figures_have_the_one_layout_and_few_entries(name) -> None:
+    made: Shown = _run() if name == "Run" else MAKE[name]()
+    layout = made.plot().layout
+    assert layout.paper_bgcolor is None and layout.template.layout.paper_bgcolor.endswith("0.00)")
+    assert sum(trace.showlegend is True for trace in made.plot().data) <= 6
+
+
+def test_a_path_ending_in_csv_gets_the_table_alone(tmp_path) -> None:
+    path = _study().save(tmp_path / "study.csv")
+    assert path.read_text().splitlines()[:2] == [f"# {EVIL}", f"# {EVIL}"]
+    assert len(pd.read_csv(path, comment="#")) == 3
+    with pytest.raises(EmmechError, match=r"no study\.json"):
+        Study.load(path)
+
+
+def test_a_result_of_another_kind_or_a_newer_format_or_damaged_is_refused(tmp_path) -> None:
+    folder = _study().save(tmp_path / "study")
+    with pytest.raises(EmmechError, match=r"no sweep\.json"):
+        Sweep.load(folder)
+    head = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps({**head, "format": 99}))
+    with pytest.raises(EmmechError, match="format 99"):
+        Study.load(folder)
+    (folder / "study.json").write_text(json.dumps({key: head[key] for key in head if key != "title"}))
+    with pytest.raises(EmmechError, match="damaged"):
+        Study.load(folder)
+    (folder / "study.json").write_text(json.dumps(head))
+    (folder / "frame.parquet").unlink()
+    with pytest.raises(EmmechError, match=r"frame\.parquet"):
+        Study.load(folder)
+
+
+def test_what_earlier_versions_wrote_still_opens(tmp_path) -> None:
+    evaluation, sweep = _evaluation(), _sweep()
+    for folder in ("evaluation", "sweep"):
+        (tmp_path / folder).mkdir()
+    evaluation.frame.to_parquet(tmp_path / "evaluation" / "responses.parquet", index=False)
+    head = {"format": 1, "responses": len(evaluation), "meta": {"name": "old"}}
+    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps(head))
+    again = Evaluation.load(tmp_path / "evaluation")
+    assert again.name == "old" and again.rates().equals(evaluation.rates())
+
+    from safetensors.numpy import save_file
+
+    sweep.frame.to_parquet(tmp_path / "sweep" / "sweep.parquet", index=False)
+    sweep.responses.to_parquet(tmp_path / "sweep" / "responses.parquet", index=False)
+    save_file(dict(sweep.arrays), tmp_path / "sweep" / "arrays.safetensors")
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(sweep.meta))
+    old = Sweep.load(tmp_path / "sweep")
+    assert old.meta == sweep.meta and old.frame.equals(sweep.frame) and old.responses.equals(sweep.responses)
+    assert all(np.array_equal(old.arrays[key], value) for key, value in sweep.arrays.items())
