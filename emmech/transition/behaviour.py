@@ -78,6 +78,9 @@ def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | 
     spread = float(np.ptp(y))
     if spread == 0:
         return None, "not measurable: the margin does not change"
+    p, memory = _test(t, y)
+    if p >= 0.05:
+        return None, f"not measurable: no step beyond noise with a memory and a gradual approach (p = {p:.2g})"
 
     def curve(x: np.ndarray, middle: float, width: float, start: float, change: float) -> np.ndarray:
         return start + change * expit((x - middle) / width)
@@ -100,9 +103,6 @@ def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | 
     if best is None:
         return None, "not measurable: no sigmoid fits the margin"
     _, (middle, width, start, change), covariance = best
-    p, memory = _test(t, y)
-    if p >= 0.05:
-        return None, f"not measurable: no step beyond noise with a memory and a gradual approach (p = {p:.2g})"
     # residuals that remember each other hold fewer pieces of evidence than points
     spread_out = np.sqrt((1 + memory) / (1 - memory) * max(float(covariance[0, 0]), 0.0))
     half = float(t_distribution.ppf(0.975, n - 4) * spread_out)
@@ -114,7 +114,7 @@ def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | 
 
 
 def _test(t: Array, y: Array) -> tuple[float, float]:
-    """Larger p-value of size and shape, and the memory of the residuals around the sigmoid."""
+    """Larger p-value of size and shape, and the memory of the residuals, with room for its own error."""
     from scipy.special import expit
 
     time = (t - t[0]) / (t[-1] - t[0])
@@ -147,4 +147,5 @@ def _test(t: Array, y: Array) -> tuple[float, float]:
     # residuals of a fit with five parameters look less correlated than the noise
     memory = float(np.clip(raw + (6 + 4 * max(raw, 0.0)) / n, 0.0, 0.9))
     highest = min(memory + 2.5 / np.sqrt(n), MEMORIES[-1])
-    return max(p_value(flat, MEMORIES), p_value(gradual, {min(m, highest) for m in MEMORIES})), memory
+    p = max(p_value(flat, MEMORIES), p_value(gradual, {min(m, highest) for m in MEMORIES}))
+    return p, min(memory + 1.5 / np.sqrt(n), MEMORIES[-1])

@@ -210,7 +210,8 @@ class PhaseTransition(Result):
                 lines.append(f"    {row.name}: {row.note}")
                 continue
             where = f"step {row.step:.0f} ({row.low:.0f} to {row.high:.0f})"
-            lines.append(f"    {row.name}: {where}, strength {row.strength:.3g}, p = {row.p_value:.2g}")
+            tested = f"p = {row.p_value:.2g}" if np.isfinite(row.p_value) else "not tested"
+            lines.append(f"    {row.name}: {where}, strength {row.strength:.3g}, {tested}")
             lines.append(f"      strength is the {row.high_means}" if row.name != "comp" else f"      {row.high_means}")
         return "\n".join(lines)
 

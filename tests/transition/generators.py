@@ -17,6 +17,7 @@ Array = np.ndarray
 Generator = Callable[[np.random.Generator], tuple[Array, int | None]]
 
 N, D = 139, 80  # increments, dimensions
+POWER_LAW = np.arange(1, D + 1) ** -0.5
 
 
 def plane(rng: np.random.Generator, d: int) -> tuple[Array, Array]:
@@ -117,7 +118,9 @@ NULLS: dict[str, Generator] = {
     "straight, t4 noise": lambda rng: straight(rng, student(rng, 4)),
     "straight, t2 noise": lambda rng: straight(rng, student(rng, 2)),
     "random walk, t2 noise": lambda rng: (path(student(rng, 2)), None),
-    "straight, anisotropic AR(0.9)": lambda rng: straight(rng, remembering(rng, 0.9, spectrum=np.arange(1, D + 1) ** -0.5)),
+    "straight, anisotropic AR(0.9)": lambda rng: straight(
+        rng, remembering(rng, 0.9, spectrum=np.arange(1, D + 1) ** -0.5)
+    ),
     "random walk, anisotropic AR(0.9)": lambda rng: (path(remembering(rng, 0.9, spectrum=0.95 ** np.arange(D))), None),
     "Adam in a bowl, linear decay": lambda rng: adam_in_a_bowl(rng, "linear"),
     "Adam in a bowl, cosine decay": lambda rng: adam_in_a_bowl(rng, "cosine"),
@@ -133,4 +136,29 @@ TURNS: dict[str, Generator] = {
     "turn within 14 records": lambda rng: turned(rng, white(rng), width=14),
     "turn within 28 records": lambda rng: turned(rng, white(rng), width=28),
     "turn within 42 records": lambda rng: turned(rng, white(rng), width=42),
+}
+
+
+def margins(rng: np.random.Generator, curve: Array, rho: float, noise: float = 0.03) -> Array:
+    """A margin by step with autoregressive noise, in nats per token."""
+    return curve + noise * remembering(rng, rho, len(curve), np.ones(1))[:, 0]
+
+
+POINTS = np.linspace(0, 1, 24)
+
+MARGIN_NULLS: dict[str, Callable[[np.random.Generator], tuple[Array, None]]] = {
+    **{f"flat, AR({rho})": lambda rng, rho=rho: (margins(rng, 0 * POINTS, rho), None) for rho in (0.0, 0.5, 0.7, 0.9)},
+    "gradual approach, AR(0.5)": lambda rng: (margins(rng, 0.3 * np.exp(-rng.uniform(3, 14) * POINTS), 0.5), None),
+    "straight rise, AR(0.5)": lambda rng: (margins(rng, rng.uniform(0.1, 0.6) * POINTS, 0.5), None),
+}
+
+
+def risen(rng: np.random.Generator, rho: float) -> tuple[Array, float]:
+    """A sigmoid of 0.6 nats, as of pocket's misaligned fine-tunes, and the point at its middle."""
+    middle = float(rng.uniform(0.2, 0.75))
+    return margins(rng, 0.6 / (1 + np.exp(-(POINTS - middle) / rng.uniform(0.03, 0.08))), rho), 250 * middle
+
+
+MARGIN_STEPS: dict[str, Callable[[np.random.Generator], tuple[Array, float]]] = {
+    f"sigmoid of 0.6 nats, AR({rho})": lambda rng, rho=rho: risen(rng, rho) for rho in (0.0, 0.5)
 }

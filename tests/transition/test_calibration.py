@@ -1,8 +1,8 @@
 """Does the turn detector find what is there and nothing else? Seeds here were never used while it was written.
 
 The default suite runs 100 turned, 200 straight and 200 diffusing paths, each also under a decaying step size, and a
-small version of the calibration table (``calibration.py``): null paths with heavy tails, outliers, memory, optimisers in
-bowls and arcs. ``slow`` runs the whole table, and adds dimensions, lengths and kinds of noise.
+small version of the calibration table (``calibration.py``): null paths with heavy tails, outliers, memory, optimisers
+in bowls and arcs. ``slow`` runs the whole table, and adds dimensions, lengths and kinds of noise.
 """
 
 from __future__ import annotations
@@ -69,22 +69,22 @@ def pooled(rows: list[Row]) -> Row:
 
 def test_a_small_version_of_the_calibration_table() -> None:
     """8 paths of each null kind: more than 11 calls of 112 have a chance of 1.5 % where the true rate is 5 %."""
-    false = pooled([measure(name, generator, 8, 199) for name, generator in NULLS.items()])
+    false = pooled([measure(name, generator, 8) for name, generator in NULLS.items()])
     assert false.calls <= 11
-    found = measure("abrupt turn, Gaussian", TURNS["abrupt turn, Gaussian"], 20, 199)
+    found = measure("abrupt turn, Gaussian", TURNS["abrupt turn, Gaussian"], 20)
     assert found.calls >= 17 and found.held >= found.calls - 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NULLS)
 def test_at_most_5_percent_of_each_kind_of_null_path_are_called(name: str) -> None:
-    row = measure(name, NULLS[name], 200, 199)
+    row = measure(name, NULLS[name], 200)
     assert row.calls <= 10 and row.wilson()[1] <= 0.09
 
 
 @pytest.mark.slow
 def test_nine_of_ten_abrupt_turns_are_found_and_held_by_their_interval() -> None:
-    row = measure("abrupt turn, Gaussian", TURNS["abrupt turn, Gaussian"], 200, 199)
+    row = measure("abrupt turn, Gaussian", TURNS["abrupt turn, Gaussian"], 200)
     assert row.calls >= 180 and row.held >= 0.95 * row.calls
 
 
