@@ -162,7 +162,7 @@ class PhaseTransition(Result):
         if turn is None or not np.isfinite(turn.p_value):
             return Transition(None, None, None, turn.note if turn else "not measurable")
         if turn.p_value >= LEVEL:
-            why = f"no abrupt turn beyond a smooth path with the run's own noise, p = {turn.p_value:.2g}"
+            why = f"no turn beyond a smooth path with the run's own noise, p = {turn.p_value:.2g}"
             return Transition(None, None, None, f"not measurable: {why}")
         if not self.run.turns:
             why = f"the path bends over {100 * self.run.path.width_share:.0f} % of its length and singles out no step"
