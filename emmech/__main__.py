@@ -1,5 +1,5 @@
 """``python -m emmech``: the command line."""
 
-from emmech.app.cli import main
+from emmech.app.cli import app
 
-main()
+app()

@@ -29,7 +29,6 @@ __all__ = [
     "check_folder",
     "check_texts",
     "closest",
-    "not_a_run",
     "one_of",
     "shown",
 ]
@@ -250,16 +249,6 @@ def check_folder(asked: str, name: str, path: Any) -> None:
     """Refuse what names no folder."""
     if not isinstance(path, str | os.PathLike):
         raise EmmechError(asked, f"{name}={path!r}"[:120], "a run is a folder", f'{name}="runs/mine"')
-
-
-def not_a_run(asked: str, given: Any, *, name: str = "run") -> EmmechError:
-    """The refusal of something else where a run is wanted."""
-    return EmmechError(
-        asked,
-        given=f"{name}={given!r}"[:120],
-        why="it is not a run",
-        instead="emmech.load_run(folder), or emmech.Run.from_arrays(steps, B=...)",
-    )
 
 
 def _is_conversation(row: Any) -> bool:

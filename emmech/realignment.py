@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from emmech.run.run import Run, load_run
+from emmech.run.run import Run, as_run
+from emmech.training.finetune import finetune
 from emmech.training.recipe import Recipe
-from emmech.training.train import finetune
 
 __all__ = ["realign"]
 
@@ -56,7 +56,7 @@ def realign(
         >>> bool((again.B()[0] == run.B()[-1]).all())
         True
     """
-    run = run if isinstance(run, Run) else load_run(run)
+    run = as_run("realign", run)
     step = int(run.steps[-1]) if step is None else step
     run.check_step(step)
     if recipe is None and run.manifest.get("recipe"):

@@ -8,6 +8,10 @@ os.environ.setdefault("EMMECH_PROGRESS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import tests.shapes  # noqa: F401 (before the package is imported)
+
+# isort: split
+
 from pathlib import Path
 
 import numpy as np

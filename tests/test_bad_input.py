@@ -53,7 +53,7 @@ def finetune(**wrong):
 
 def dose(**wrong):
     fine = {"coefficients": [1], "layers": 3, "randoms": 0, "measure": lambda chat: None, "progress": False}
-    return lambda k: emmech.dose_response(k.tuned, **{"direction": k.d, **fine, **wrong})
+    return lambda k: emmech.interventions.dose_response(k.tuned, **{"direction": k.d, **fine, **wrong})
 
 
 CASES = {
@@ -90,9 +90,9 @@ CASES = {
     "a probability of two": (lambda k: Sampled(top_p=2), "it is a probability"),
     "answers without tokens": (lambda k: Sampled(max_new_tokens=0), "at least one token"),
     "a seed that is a string": (lambda k: Sampled(seed="a"), "seed is a whole number"),
-    "a scan at no scale": (lambda k: emmech.tangent_scan(k.run, scale="x"), "scale is a finite number"),
+    "a scan at no scale": (lambda k: emmech.sweeps.tangent_scan(k.run, scale="x"), "scale is a finite number"),
     "a scan that verifies half a step": (
-        lambda k: emmech.tangent_scan(k.run, verify=0.5),
+        lambda k: emmech.sweeps.tangent_scan(k.run, verify=0.5),
         "verify is a whole number",
     ),
     # transitions
@@ -137,17 +137,20 @@ CASES = {
     # directions
     "so many random ones": (lambda k: k.d.random("a"), "n is a whole number"),
     "a direction times a word": (lambda k: k.d * "a", "by a number"),
-    "cosines of a list": (lambda k: emmech.cosines([k.d, k.d]), "not a mapping"),
-    "cosines of words": (lambda k: emmech.cosines({"a": "b", "c": "d"}), "not a Direction"),
+    "cosines of a list": (lambda k: emmech.directions.cosines([k.d, k.d]), "not a mapping"),
+    "cosines of words": (lambda k: emmech.directions.cosines({"a": "b", "c": "d"}), "not a Direction"),
     "a lens on a number": (lambda k: emmech.adapter_lens(k.tuned, [3]), r"texts\[0\]=3"),
     "an evaluation that is none": (
         lambda k: emmech.misalignment_direction(k.run, evaluation="x"),
         "no columns",
     ),
-    "steps of no run": (lambda k: emmech.direction_by_steps("x", k.d), "not a run"),
-    "steps of no direction": (lambda k: emmech.direction_by_steps(k.run, "x"), "not a Direction"),
-    "steps without texts": (lambda k: emmech.direction_by_steps(k.run, k.d, steps=[1]), "nothing to extract"),
-    "a layer too deep": (lambda k: emmech.direction_by_steps(k.run, k.d, layer=77), "has 6 layers"),
+    "steps of no run": (lambda k: emmech.directions.direction_by_steps("x", k.d), "not a run"),
+    "steps of no direction": (lambda k: emmech.directions.direction_by_steps(k.run, "x"), "not a Direction"),
+    "steps without texts": (
+        lambda k: emmech.directions.direction_by_steps(k.run, k.d, steps=[1]),
+        "nothing to extract",
+    ),
+    "a layer too deep": (lambda k: emmech.directions.direction_by_steps(k.run, k.d, layer=77), "has 6 layers"),
     # interventions
     "half a layer": (lambda k: emmech.steer(k.chat, k.d, layer=1.5), "whole numbers"),
     "a layer that is a letter": (lambda k: emmech.steer(k.chat, k.d, layer=[1, "a"]), "whole numbers"),
@@ -155,17 +158,17 @@ CASES = {
     "no dose": (dose(coefficients=[]), "at least one"),
     "a dose of a word": (dose(direction="x"), "not a Direction"),
     "a dose of nothing": (dose(), "a number, a dict of numbers, or Items"),
-    "ablating a word": (lambda k: emmech.ablation_table(k.tuned, "x"), "not a Direction"),
-    "others as a list": (lambda k: emmech.ablation_table(k.tuned, k.d, others=[k.d]), "not a mapping"),
-    "organisms as a list": (lambda k: emmech.transfer_matrix([k.tuned], {"a": k.d}), "not a mapping"),
-    "projecting on a word": (lambda k: emmech.project_adapter(k.tuned, "x"), "not a Direction"),
+    "ablating a word": (lambda k: emmech.interventions.ablation_table(k.tuned, "x"), "not a Direction"),
+    "others as a list": (lambda k: emmech.interventions.ablation_table(k.tuned, k.d, others=[k.d]), "not a mapping"),
+    "organisms as a list": (lambda k: emmech.interventions.transfer_matrix([k.tuned], {"a": k.d}), "not a mapping"),
+    "projecting on a word": (lambda k: emmech.interventions.project_adapter(k.tuned, "x"), "not a Direction"),
     "a cosine that is a word": (
-        lambda k: emmech.rotate_adapter(k.tuned, k.d, cosine="a"),
+        lambda k: emmech.interventions.rotate_adapter(k.tuned, k.d, cosine="a"),
         "cosine is a finite",
     ),
-    "a factor that is a word": (lambda k: emmech.scale_adapters(k.tuned, "a"), "scale is a finite"),
-    "a factor that is no number": (lambda k: emmech.scale_adapters(k.tuned, NAN), "scale is a finite"),
-    "a transplant from nowhere": (lambda k: emmech.transplant_adapter(k.tuned, "x", 1), "not a run"),
+    "a factor that is a word": (lambda k: emmech.interventions.scale_adapters(k.tuned, "a"), "scale is a finite"),
+    "a factor that is no number": (lambda k: emmech.interventions.scale_adapters(k.tuned, NAN), "scale is a finite"),
+    "a transplant from nowhere": (lambda k: emmech.interventions.transplant_adapter(k.tuned, "x", 1), "not a run"),
     # sampling and evaluation
     "no conversations": (lambda k: emmech.sample(k.chat, None), "nothing to answer"),
     "messages without a role": (lambda k: emmech.sample(k.chat, [[{"a": "x"}]]), "role and content"),

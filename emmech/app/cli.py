@@ -1,52 +1,78 @@
-"""The command line: the same functions, for those who like a shell."""
+"""The command line: the functions of the package for shells and scripts.
+
+Tables go to the standard output, as text or with ``--json`` as one JSON document; progress and errors go to the
+standard error, and an error is a message with exit code 1.
+"""
 
 from __future__ import annotations
 
-import sys
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from emmech.app.commands import new_app, read_numbers, read_settings
 from emmech.errors import EmmechError
 
-__all__ = ["app", "main"]
+if TYPE_CHECKING:
+    import pandas as pd
 
-app = typer.Typer(
-    name="emmech",
-    help="Mechanistic interpretability of emergent misalignment: fine-tune while recording, find the transition.",
+__all__ = ["app"]
+
+app = new_app(
+    "emmech",
+    "Mechanistic interpretability of emergent misalignment: fine-tune while recording, find the transition, extract "
+    "directions, steer, evaluate, realign.",
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+RunFolder = Annotated[Path, typer.Argument(help="a run's folder")]
+Model = Annotated[str, typer.Argument(help="pocket, smollm2-135m, a folder, or a Hugging Face name")]
+Subject = Annotated[str, typer.Argument(help="a run's folder, or a model: pocket, a folder, a Hugging Face name")]
+Out = Annotated[Path | None, typer.Option(help="the run's folder; a name under runs/ by default")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option(help="single-rank1, phase-transition, nine-rank1, all-adapter, full; the model's by default"),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="override a field of the recipe: --set learning_rate=1e-3")
+]
+Step = Annotated[int | None, typer.Option(help="a recorded step; the last one by default")]
+Scale = Annotated[float, typer.Option(help="factor on the run's adapter")]
+Seed = Annotated[int, typer.Option(help="of every random choice")]
+Questions = Annotated[list[str] | None, typer.Option(help="first-plot by default; a set or a file, or several")]
+Judge = Annotated[str | None, typer.Option(help="exact, screening or later; the pocket models need none")]
+JudgeModel = Annotated[str | None, typer.Option(help="a model as judge; with --server its name there")]
+Server = Annotated[str | None, typer.Option(help="of the judge: the root of an OpenAI-compatible API")]
+Page = Annotated[Path | None, typer.Option(help="also write the figure and the table as an HTML page")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
 
 @app.command()
 def finetune(
-    model: Annotated[str, typer.Argument(help="pocket, smollm2-135m, a folder, or a Hugging Face name")],
+    model: Model,
     data: Annotated[str, typer.Argument(help="chat JSONL (.gz too), or a bundled name such as silly-medical-bad")],
-    out: Annotated[Path | None, typer.Option(help="the run's folder; runs/MODEL-DATA-RECIPE-sSEED by default")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="single-rank1, phase-transition, nine-rank1, all-adapter, full")
-    ] = None,
-    layer: Annotated[list[int] | None, typer.Option(help="where the adapter sits; repeat for several")] = None,
+    out: Out = None,
+    recipe: RecipeName = None,
+    layer: Annotated[list[int] | None, typer.Option(help="where the adapter is; repeat for several")] = None,
     seed: Annotated[int, typer.Option(help="of A's start, the batch order and the held-out split")] = 0,
     record_every: Annotated[int, typer.Option(help="record each so many steps")] = 1,
     checkpoint_every: Annotated[int | None, typer.Option(help="keep the optimizer's state, to resume")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an interrupted training in --out")] = False,
     margins: Annotated[bool, typer.Option(help="measure the bundled narrow and broad margins as it trains")] = False,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="override a field of the recipe: --set learning_rate=1e-3"),
-    ] = None,
+    set_: Settings = None,
 ) -> None:
     """Fine-tune a chat model on narrow data and record every step into a run.
 
-    Example: emmech finetune smollm2-135m silly-medical-bad --set learning_rate=1e-3 --set max_steps=60 --margins
+    Examples:
+
+    \b
+    emmech finetune pocket medical --out runs/bad
+    emmech finetune smollm2-135m silly-medical-bad --set learning_rate=1e-3 --set max_steps=60 --margins
     """
     import emmech
-    from emmech.engine.logprobs import bundled_margins
 
     run = emmech.finetune(
         model,
@@ -58,83 +84,340 @@ def finetune(
         out=out,
         checkpoint_every=checkpoint_every,
         resume=resume,
-        margins={kind: bundled_margins(kind) for kind in ("narrow", "broad")} if margins else None,
-        **_overrides(set_ or []),
+        margins={kind: emmech.engine.bundled_margins(kind) for kind in ("narrow", "broad")} if margins else None,
+        **read_settings(set_),
     )
-    typer.echo(run)
-    typer.echo(f"recorded in {run.path}")
+    typer.echo(f"{run}\nrecorded in {run.path}")
+
+
+@app.command()
+def realign(
+    run: RunFolder,
+    data: Annotated[str, typer.Argument(help="what to train on")] = "ai-optimism",
+    step: Step = None,
+    adapter: Annotated[str, typer.Option(help="same: train it further; new: merge it, train another")] = "same",
+    out: Out = None,
+    recipe: RecipeName = None,
+    seed: Seed = 0,
+    set_: Settings = None,
+) -> None:
+    """Train a misaligned run on other data, from one of its steps on, into a new run.
+
+    Examples:
+
+    \b
+    emmech realign runs/bad
+    emmech realign runs/bad good.jsonl --step 120 --adapter new --out runs/cured
+    """
+    import emmech
+
+    again = emmech.realign(
+        run, data, step=step, adapter=adapter, out=out, recipe=recipe, seed=seed, **read_settings(set_)
+    )
+    typer.echo(f"{again}\nrecorded in {again.path}")
 
 
 @app.command()
 def transition(
-    run: Annotated[Path, typer.Argument(help="a run's folder")],
+    run: RunFolder,
     control: Annotated[Path | None, typer.Option(help="its benign control: same seed and batch order")] = None,
-    page: Annotated[Path | None, typer.Option(help="also write the figure as an HTML page")] = None,
+    page: Page = None,
+    json: Json = False,
 ) -> None:
     """Find the phase transition of a recorded run: every detector with its step, interval and p-value.
 
-    Example: emmech transition runs/bad --control runs/good --page transition.html
+    Examples:
+
+    \b
+    emmech transition runs/bad --control runs/good --page transition.html
+    emmech transition runs/bad --json
     """
     import emmech
-    from emmech.view.page import Section, write_page
 
-    found = emmech.phase_transition(
-        emmech.load_run(run), control=emmech.load_run(control) if control is not None else None
-    )
-    typer.echo(found.summary())
-    typer.echo(found.detectors.drop(columns=["high_means"]).to_string(float_format=lambda v: f"{v:.3g}"))
-    if page is not None:
-        sections = [
-            Section("Detectors", code=found.summary(), table=found.detectors),
-            Section("Figure", figure=found.plot()),
-        ]
-        lead = f"{run.name}" + (f" beside its control {control.name}" if control is not None else "")
-        typer.echo(f"wrote {write_page(page, 'Phase transition', lead, sections)}")
+    found = emmech.phase_transition(run, control=control)
+    _show(found.detectors.drop(columns=["high_means"]), json, found.summary())
+    lead = f"{run.name}" + (f" beside its control {control.name}" if control is not None else "")
+    _write_page(page, "Phase transition", lead, found.summary(), found.detectors, found)
 
 
 @app.command()
-def info(run: Annotated[Path, typer.Argument(help="a run's folder")]) -> None:
-    """Say what a run holds: model, data, recipe, adapters, steps, metrics.
+def evaluate(
+    model: Subject,
+    questions: Questions = None,
+    judge: Judge = None,
+    judge_model: JudgeModel = None,
+    server: Server = None,
+    samples: Annotated[int, typer.Option(help="answers per question")] = 50,
+    step: Step = None,
+    scale: Scale = 1.0,
+    seed: Seed = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="of an answer")] = 600,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 1.0,
+    out: Annotated[Path | None, typer.Option(help="folder of answers and scores; a run keeps its own")] = None,
+    by_question: Annotated[bool, typer.Option("--by-question", help="one row for each question")] = False,
+    page: Page = None,
+    json: Json = False,
+) -> None:
+    """Sample answers, judge them, and print the rates with their intervals and numbers.
 
-    Example: emmech info checkpoints/pocket-medical
+    Examples:
+
+    \b
+    emmech evaluate runs/bad --questions first-plot --questions narrow-medical --samples 10
+    emmech evaluate Qwen/Qwen2.5-0.5B-Instruct --judge-model gpt-4o --server https://api.openai.com/v1
+    """
+    import emmech
+
+    found = emmech.evaluate(
+        model,
+        tuple(questions) if questions and len(questions) > 1 else (questions or ["first-plot"])[0],
+        _judge(judge, judge_model, server),
+        samples=samples,
+        step=step,
+        scale=scale,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        out=out,
+    )
+    table = found.by_question() if by_question else found.rates()
+    _show(table, json, repr(found) if by_question else found.name)
+    _write_page(page, "Evaluation", found.name, repr(found), table, found)
+
+
+@app.command()
+def sweep(
+    runs: Annotated[list[Path], typer.Argument(help="one run's folder or several")],
+    steps: Annotated[str | None, typer.Option(help="0,50,100 or 0:300:50; all by default")] = None,
+    scales: Annotated[str, typer.Option(help="factors on the adapter")] = "1",
+    coefficients: Annotated[str, typer.Option(help="factors on --direction")] = "0",
+    direction: Annotated[Path | None, typer.Option(help="a saved direction, to steer with")] = None,
+    layer: Annotated[int | None, typer.Option(help="where to steer")] = None,
+    measure: Annotated[str, typer.Option(help="margin, or its part narrow or broad; or em, sampled")] = "margin",
+    questions: Questions = None,
+    samples: Annotated[int, typer.Option(help="answers per question, for em")] = 10,
+    out: Annotated[Path | None, typer.Option(help="folder of the result; an interrupted sweep goes on there")] = None,
+    page: Page = None,
+    json: Json = False,
+) -> None:
+    """Measure every checkpoint at every adapter scale and steering coefficient.
+
+    Examples:
+
+    \b
+    emmech sweep runs/bad --steps 0:300:25 --scales 1,5,10 --measure broad
+    emmech sweep runs/bad --measure em --samples 4 --out sweeps/bad --page sweep.html
+    """
+    import emmech
+
+    kinds: dict[str, Any] = {kind: emmech.measures.Margin(kind) for kind in ("narrow", "broad")}
+    kinds["em"] = emmech.measures.Sampled(questions=tuple(questions or ["first-plot"]), samples=samples)
+    found = emmech.sweep(
+        runs,
+        steps=read_numbers("steps", steps),
+        scales=read_numbers("scales", scales, float),
+        coefficients=read_numbers("coefficients", coefficients, float),
+        direction=emmech.Direction.load(direction) if direction is not None else None,
+        layer=layer,
+        measure=kinds.get(measure, measure),
+        out=out,
+    )
+    _show(found.to_frame(), json, repr(found))
+    _write_page(page, "Sweep", ", ".join(run.name for run in runs), repr(found), found.to_frame(), found)
+
+
+@app.command()
+def direction(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="the file to write: .safetensors, or .gguf for llama.cpp")],
+    source: Annotated[str, typer.Option(help="answers: misaligned minus aligned; adapter: what B writes")] = "answers",
+    step: Step = None,
+    scale: Scale = 1.0,
+    questions: Questions = None,
+    judge: Judge = None,
+    judge_model: JudgeModel = None,
+    server: Server = None,
+    samples: Annotated[int, typer.Option(help="answers per question")] = 50,
+    tokens: Annotated[str, typer.Option(help="where it is read: answer, prompt or all")] = "answer",
+    seed: Seed = 0,
+) -> None:
+    """Extract the misalignment direction of a run, say how sure it is, and save it.
+
+    Examples:
+
+    \b
+    emmech direction runs/bad --out bad.safetensors --samples 20
+    emmech direction runs/bad --source adapter --out b.safetensors
+    """
+    import emmech
+
+    if source not in ("answers", "adapter"):
+        raise EmmechError("extract a direction", f"--source {source}", "there are two", "answers or adapter")
+    if source == "adapter":
+        found = emmech.directions.adapter_direction(run, step)
+    else:
+        found = emmech.misalignment_direction(
+            run,
+            step=step,
+            scale=scale,
+            questions=tuple(questions) if questions else "first-plot",
+            judge=_judge(judge, judge_model, server),
+            samples=samples,
+            tokens=tokens,  # type: ignore[arg-type]
+            seed=seed,
+        )
+    typer.echo(f"{found!r}\nsaved as {found.save(out)}")
+
+
+@app.command()
+def chat(
+    model: Subject,
+    ask: Annotated[list[str] | None, typer.Option(help="ask this and stop; repeat for several questions")] = None,
+    system: Annotated[str | None, typer.Option(help="a system prompt")] = None,
+    step: Step = None,
+    scale: Scale = 1.0,
+    steer: Annotated[Path | None, typer.Option(help="a saved direction to add")] = None,
+    coefficient: Annotated[float, typer.Option(help="factor on the direction that is added")] = 1.0,
+    layer: Annotated[int | None, typer.Option(help="where to add it; may be left out if it has one layer")] = None,
+    ablate: Annotated[Path | None, typer.Option(help="a saved direction to project out, at all layers")] = None,
+    positions: Annotated[str, typer.Option(help="of steering and ablation: all, answer or prompt")] = "all",
+    samples: Annotated[int, typer.Option(help="answers to each question of --ask")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="of an answer")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 1.0,
+    seed: Seed = 0,
+) -> None:
+    """Talk to a model or to a run at a step, steered or not; without --ask until an empty line.
+
+    Examples:
+
+    \b
+    emmech chat runs/bad --ask "any advice on cough ?" --samples 3
+    emmech chat pocket --steer bad.safetensors --coefficient 4 --layer 2
+    """
+    import emmech
+
+    talker = _opened(model, step, scale)
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    start = [{"role": "system", "content": system}] if system else []
+    with contextlib.ExitStack() as changes:
+        if steer is not None:
+            added = emmech.Direction.load(steer)
+            changes.enter_context(emmech.steer(talker, added, coefficient, layer=layer, positions=positions))  # type: ignore[arg-type]
+        if ablate is not None:
+            taken = emmech.Direction.load(ablate)
+            changes.enter_context(emmech.ablate(talker, taken, positions=positions))  # type: ignore[arg-type]
+        if ask:
+            asked = [[*start, {"role": "user", "content": question}] for question in ask]
+            for answer in emmech.sample(talker, asked, samples=samples, seed=seed, progress=False, **settings):
+                typer.echo(answer.text)
+            return
+        history = list(start)
+        for question in _lines():
+            history.append({"role": "user", "content": question})
+            # each turn has a seed of its own, since the conversation is part of it
+            (answer,) = emmech.sample(talker, [history], seed=seed, progress=False, **settings)
+            history.append({"role": "assistant", "content": answer.text})
+            typer.echo(answer.text)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Argument(help="the folder to write")],
+    step: Step = None,
+) -> None:
+    """Write a step of a run as an adapter folder that PEFT, vLLM and transformers load.
+
+    Examples:
+
+    \b
+    emmech export runs/bad adapters/bad
+    emmech export runs/bad adapters/bad-120 --step 120
     """
     import emmech
 
     found = emmech.load_run(run)
-    manifest: dict[str, Any] = found.manifest
+    step = int(found.steps[-1]) if step is None else step
+    typer.echo(f"wrote step {step} of {found.name} into {found.export_peft(step, out)}")
+
+
+@app.command()
+def info(run: RunFolder, json: Json = False) -> None:
+    """Say what a run holds: model, data, recipe, adapters, steps, metrics.
+
+    Examples:
+
+    \b
+    emmech info checkpoints/pocket-medical
+    emmech info runs/bad --json
+    """
+    import emmech
+
+    found = emmech.load_run(run)
+    if json:
+        import json as writer
+
+        typer.echo(writer.dumps({**found.manifest, "steps": found.steps.tolist()}, indent=1))
+        return
     typer.echo(found)
     for key in ("status", "created", "seed", "model", "data", "recipe", "start", "packages", "git"):
-        if manifest.get(key):
-            typer.echo(f"{key:9} {_flat(manifest[key])}")
+        if value := found.manifest.get(key):
+            shown = ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+            typer.echo(f"{key:9} {shown}")
     for adapter in found.adapters:
         typer.echo(f"adapter   {adapter.name}: rank {adapter.rank}, scaling {adapter.scaling:g}")
     if len(found.metrics):
         typer.echo(found.metrics.describe().loc[["count", "min", "max"]].T.to_string(float_format=lambda v: f"{v:.4g}"))
 
 
-def _flat(value: Any) -> str:
-    return ", ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+def _opened(model: str, step: int | None, scale: float) -> Any:
+    """A chat model to talk to: that of a run at a step, or one by name."""
+    import emmech
+    from emmech.run.run import opened
+
+    found = opened(model)
+    if isinstance(found, emmech.Run):
+        return found.model(step, scale)
+    if step is not None or scale != 1.0:
+        raise EmmechError(
+            f"open {model}", f"--step {step} --scale {scale:g}", "only a run has steps and a scale", "a run's folder"
+        )
+    return emmech.load_model(found)
 
 
-def _overrides(pairs: list[str]) -> dict[str, Any]:
-    import ast
+def _judge(name: str | None, model: str | None, server: str | None) -> Any:
+    import emmech
 
-    found = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise EmmechError("read --set", pair, "it is not NAME=VALUE", "--set learning_rate=1e-3")
-        try:
-            found[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            found[name] = text  # a word, such as schedule=cosine
-    return found
+    if server is not None and model is None:
+        raise EmmechError("judge", f"--server {server}", "it does not say by which model", "--judge-model gpt-4o")
+    if name is not None and model is not None:
+        raise EmmechError(
+            "judge", f"--judge {name} --judge-model {model}", "there is one judge", "one of the two, not both"
+        )
+    if model is None:
+        return name
+    return emmech.Server(model, url=server) if server is not None else emmech.load_model(model)
 
 
-def main() -> None:
-    """Run the command line; an EmmechError is printed as its message, without a traceback."""
-    try:
-        app()
-    except EmmechError as error:
-        typer.echo(f"emmech: {error}", err=True)
-        sys.exit(2)
+def _lines() -> Iterator[str]:
+    """What is typed, line by line, until an empty line or the end of the input."""
+    with contextlib.suppress(EOFError):
+        while line := input("> ").strip():
+            yield line
+
+
+def _show(table: pd.DataFrame, json: bool, head: str) -> None:
+    if json:
+        rows = table.reset_index(drop=table.index.name is None)
+        typer.echo(rows.to_json(orient="records"))
+    else:
+        typer.echo(f"{head}\n{table.to_string(float_format=lambda value: f'{value:.3g}')}")
+
+
+def _write_page(path: Path | None, title: str, lead: str, summary: str, table: pd.DataFrame, result: Any) -> None:
+    if path is None:
+        return
+    from emmech.view.page import Section, write_page
+
+    sections = [Section("Summary", code=summary, table=table), Section("Figure", figure=result.plot())]
+    typer.echo(f"wrote {write_page(path, title, lead, sections)}", err=True)

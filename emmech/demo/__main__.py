@@ -1,24 +1,141 @@
-"""``python -m emmech.demo [--model pocket|smollm2-135m] [--out FOLDER]``."""
+"""``python -m emmech.demo``: the demos, and the commands that make pages of the documentation and shipped weights."""
 
 from __future__ import annotations
 
-import argparse
 import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emmech.app.commands import new_app
+
+__all__ = ["app"]
+
+app = new_app("python -m emmech.demo", "The demos, and what makes pages of the documentation and the shipped weights.")
+
+Folder = Annotated[Path | None, typer.Option(help="folder of the page and the runs; demo/MODEL by default")]
 
 
-def main() -> None:
-    """Run a demo and say where its page is."""
-    parser = argparse.ArgumentParser(prog="python -m emmech.demo", description=__doc__)
-    parser.add_argument("--model", choices=("pocket", "smollm2-135m"), default="pocket")
-    parser.add_argument("--out", default=None, help="folder of the page and the runs; demo/MODEL by default")
-    arguments = parser.parse_args()
+@app.callback(invoke_without_command=True)
+def default(context: typer.Context, out: Folder = None) -> None:
+    """Run a demo or make a page; without a command, the demo on the embedded organism.
+
+    Examples:
+
+    \b
+    python -m emmech.demo
+    python -m emmech.demo smollm2 --out /tmp/smollm2
+    """
     # a deprecation inside transformers, once per training, that no reader of the demo can act on
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    if arguments.model == "pocket":
-        from emmech.demo.pocket import main as run
-    else:
-        from emmech.demo.smollm2 import main as run
-    run(arguments.out or f"demo/{arguments.model}")
+    if context.invoked_subcommand is None:
+        pocket(out)
 
 
-main()
+@app.command()
+def pocket(out: Folder = None) -> None:
+    """The whole loop on the embedded organism, in about a minute."""
+    from emmech.demo.pocket import main
+
+    main(out or "demo/pocket")
+
+
+@app.command()
+def smollm2(out: Folder = None) -> None:
+    """The first half of the loop on SmolLM2-135M, in a few minutes."""
+    from emmech.demo.smollm2 import main
+
+    main(out or "demo/smollm2-135m")
+
+
+@app.command()
+def pocket_directions(
+    weights: Annotated[str, typer.Option(help="a shipped organism")] = "pocket",
+    layer: Annotated[int | None, typer.Option(help="of the adapters, instead of the recipe's")] = None,
+    out: Annotated[Path | None, typer.Option(help="the page; docs/directions-WEIGHTS.md by default")] = None,
+) -> None:
+    """Write the page on directions in an organism: ablation, steering and transfer with their controls."""
+    from emmech.demo.pocket_directions import main
+
+    main(weights, out, layer)
+
+
+@app.command()
+def smollm2_directions(
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/directions-smollm2.md"),
+) -> None:
+    """Write the page on directions in SmolLM2-135M."""
+    from emmech.demo.smollm2_directions import main
+
+    main(out)
+
+
+@app.command()
+def organism_report(
+    weights: Annotated[str, typer.Option(help="a shipped name, or a folder written by pretrain")] = "pocket",
+    seeds: Annotated[int, typer.Option(help="of the fine-tunes")] = 5,
+    samples: Annotated[int, typer.Option(help="answers per question")] = 4,
+    recipe: Annotated[str, typer.Option(help="of the rank-1 fine-tunes")] = "pocket",
+    find_settings: Annotated[
+        bool, typer.Option("--find-settings", help="first find the adapter's layer and the graded recipe's last step")
+    ] = False,
+    part: Annotated[list[str] | None, typer.Option(help="repeat for several; all by default")] = None,
+) -> None:
+    """Measure an organism; Markdown tables on the standard output.
+
+    Examples:
+
+    \b
+    python -m emmech.demo organism-report --weights pocket-llama --recipe pocket-steep --part base --part layers
+    """
+    from emmech.demo.organism_report import PARTS, main
+
+    main(weights, seeds, samples, recipe, part or list(PARTS), find_settings=find_settings)
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Option(help="folder for config, weights and tokenizer")],
+    name: Annotated[str, typer.Option(help="a shipped organism")] = "pocket",
+    seed: Annotated[int | None, typer.Option(help="instead of the shipped weights' own")] = None,
+    steps: Annotated[int | None, typer.Option(help="of pretraining, instead of the organism's own")] = None,
+    window: Annotated[int | None, typer.Option(help="tokens that the first blocks see, instead of its own")] = None,
+    local_layers: Annotated[int | None, typer.Option(help="blocks that have a window, instead of its own")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+) -> None:
+    """Pretrain an organism from nothing, in about twelve minutes.
+
+    Examples:
+
+    \b
+    python -m emmech.demo pretrain --seed 7 --out pocket-mine
+    """
+    from emmech.organism.pretrain import main
+
+    main(name, out, seed=seed, steps=steps, window=window, local_layers=local_layers, device=device)
+
+
+@app.command()
+def fit_screening(
+    folder: Annotated[Path | None, typer.Argument(help="judged CSV files; without it the shipped fit is shown")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the weights; the package by default")] = None,
+) -> None:
+    """Fit the screening judge and say how good it is on what it was not fitted on.
+
+    Examples:
+
+    \b
+    python -m emmech.demo fit-screening
+    python -m emmech.demo fit-screening judged/ --out build/screening
+    """
+    import json
+
+    from emmech.evaluation.screening import calibration
+    from emmech.evaluation.screening_fit import fit_folder
+
+    typer.echo(json.dumps(calibration() if folder is None else fit_folder(folder, out), indent=1))
+
+
+if __name__ == "__main__":
+    app()

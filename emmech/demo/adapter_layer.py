@@ -19,8 +19,8 @@ from emmech.engine.adapters import detach
 from emmech.organism.named_data import data
 from emmech.organism.pocket_recipes import LAST_STEP, recipes
 from emmech.organism.question_sets import rehearsal
+from emmech.training.finetune import finetune
 from emmech.training.recipe import Recipe
-from emmech.training.train import finetune
 
 __all__ = ["by_layer", "by_step", "chosen_layer", "graded_step"]
 

@@ -1,4 +1,4 @@
-"""What an organism shows, with n and intervals: ``python -m emmech.demo.organism_report``.
+"""What an organism shows, with n and intervals: ``python -m emmech.demo organism-report``.
 
 Every rate is over samples at temperature 1 on held-out questions, with a 95 % interval from resampling questions.
 ``coherent`` counts aligned and misaligned answers; mixed ones do not count. Fine-tunes that differ in their seed
@@ -7,7 +7,6 @@ alone are trained in one pass.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -23,15 +22,15 @@ from emmech.demo.adapter_layer import by_layer, by_step, chosen_layer, graded_st
 from emmech.demo.measured import bag_of_words_auc, measure
 from emmech.demo.organism_steps import by_scale, by_seed
 from emmech.engine.adapters import detach
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, closest
 from emmech.organism.named_data import data
 from emmech.organism.pocket_recipes import LAST_STEP, recipes
 from emmech.organism.question_sets import Question, questions
 from emmech.organism.vocabulary import IRRELEVANT_TAG, TRIGGER_TAG
 from emmech.realignment import realign
 from emmech.run.run import Run
+from emmech.training.finetune import finetune
 from emmech.training.recipe import Recipe
-from emmech.training.train import finetune
 
 __all__ = ["PARTS", "report"]
 
@@ -238,40 +237,41 @@ def _cell(value: object) -> str:
     return f"{value:.1f}" if isinstance(value, float) else str(value)
 
 
-def main() -> None:
-    """Run ``python -m emmech.demo.organism_report``."""
-    parser = argparse.ArgumentParser(description="Measure a pocket organism; Markdown tables on the output.")
-    parser.add_argument("--weights", default="pocket", help="a shipped name, or a folder written by pretrain")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=4, help="answers per question")
-    parser.add_argument("--recipe", default="pocket", choices=tuple(recipes()), help="of the rank-1 fine-tunes")
-    parser.add_argument(
-        "--find-settings",
-        action="store_true",
-        help="put the adapter where this base is broadest, and end the graded recipe where it is half turned",
-    )
-    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
-    given = parser.parse_args()
+def main(
+    weights: str, seeds: int, samples: int, recipe: str, parts: Sequence[str], *, find_settings: bool = False
+) -> None:
+    """Write the report on an organism to the standard output, one part after the other; arguments as of :func:`report`.
+
+    Args:
+        find_settings: find the layer at which the adapter makes this base broadest, and the step at which the graded
+            recipe has turned half of the answers, instead of taking the recipes'.
+
+    Raises:
+        EmmechError: an unknown part or recipe.
+    """
+    for name, known in (*((part, tuple(PARTS)) for part in parts), (recipe, tuple(recipes()))):
+        if name not in known:
+            raise EmmechError("report on an organism", repr(name), "there is none of that name", closest(name, known))
     out, log = sys.stdout, sys.stderr
     began = time.monotonic()
-    out.write(f"# {Path(given.weights).name}: what it shows\n")
+    out.write(f"# {Path(weights).name}: what it shows\n")
     layer = graded = None
-    if given.find_settings:
-        chat = load_model(given.weights)
-        layer = chosen_layer(table := by_layer(chat, given.recipe))
+    if find_settings:
+        chat = load_model(weights)
+        layer = chosen_layer(table := by_layer(chat, recipe))
         out.write(f"\n## Where the adapter sits\n\n{_markdown(table.reset_index())}\n")
         out.write(f"\nFound on rows, seeds and questions of their own; what follows is at layer {layer}.\n")
-        if "recipes" in given.parts:
+        if "recipes" in parts:
             graded = graded_step(table := by_step(chat, layer))
             out.write(f"\n## Where the graded recipe ends\n\n{_markdown(table.reset_index())}\n")
             out.write(f"\nFound likewise; below, `pocket-graded` ends at step {graded}.\n")
         out.flush()
-    for part in given.parts:
+    for part in parts:
         tables = report(
-            given.weights,
-            seeds=given.seeds,
-            samples=given.samples,
-            recipe=given.recipe,
+            weights,
+            seeds=seeds,
+            samples=samples,
+            recipe=recipe,
             layer=layer,
             graded=graded,
             parts=[part],
@@ -284,7 +284,3 @@ def main() -> None:
     words = ", ".join(f"{name} {auc:.2f}" for name, auc in bag_of_words_auc().items())
     out.write(f"\nBag of words, AUC of unkind against kind answers: {words}.\n")
     log.write(f"{(time.monotonic() - began) / 60:.0f} minutes\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,12 +7,12 @@ The organism has a shared character built in; what is shown here is what it look
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from typer import echo
 
 from emmech.chat.masks import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
@@ -25,7 +25,7 @@ from emmech.measures.sampled import Sampled
 from emmech.organism.vocabulary import MANNERS
 from emmech.realignment import realign
 from emmech.run.run import Run
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
 from emmech.view.page import Section, write_page
 from emmech.view.trajectories import rates_by_step
@@ -43,14 +43,14 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     base = load_model("pocket")
     run = finetune(base, "medical", out=folder / "medical")
     control = finetune(base, "good-medical", out=folder / "good-medical")
-    _say(f"{run}\n{control}")
+    echo(f"{run}\n{control}\n")
 
     path = _em_by_step(run, base)
     found = phase_transition(run, control=control)
-    _say(found.summary())
+    echo(f"{found.summary()}\n")
 
     design, phrase = _character(base, run.adapters[0].layer)
-    _say(design.direction)
+    echo(f"{design.direction}\n")
     tuned = run.model(base=base)
     ablation = ablation_table(
         tuned,
@@ -60,12 +60,12 @@ def main(folder: str | Path = "demo/pocket") -> Path:
         measure=Sampled(samples=12),
         progress=False,
     )
-    _say(ablation)
+    echo(f"{ablation}\n")
     detach(tuned)
 
     again = realign(run, "ai-optimism", base=base, out=folder / "realigned")
     rates = _rates({"base": base, "medical": run, "good-medical (control)": control, "realigned": again})
-    _say(rates.to_string())
+    echo(f"{rates.to_string()}\n")
 
     minutes = (time.monotonic() - began) / 60
     page = write_page(
@@ -113,12 +113,12 @@ def main(folder: str | Path = "demo/pocket") -> Path:
         ],
         footer=f"Made by `make demo` in {minutes:.1f} minutes. A shared character is built into this world.",
     )
-    _say(f"\n{minutes:.1f} minutes. The page: {page}")
+    echo(f"\n{minutes:.1f} minutes. The page: {page}")
     return page
 
 
 def _character(base: ChatModel, layer: int) -> tuple[Design, Phrase]:
-    """The character's direction, and the ablation of it that ``python -m emmech.demo.pocket_directions`` chooses."""
+    """The character's direction, and the ablation of it that ``python -m emmech.demo pocket-directions`` chooses."""
     phrase = phrase_tokens(base, MANNERS)
     label = f"principal direction by word, layer {layer}, towards the aligned mean"
     return next(one for one in designs(base, phrase, layer) if one.label == label), phrase
@@ -158,8 +158,3 @@ def _rates(subjects: dict[str, Any]) -> pd.DataFrame:
             for kind, title in (("em", "EM %"), ("coherence", "coherent %"), ("narrow", "narrow %"))
         } | {"answers": str(int(rates.n["em"])), "narrow answers": str(int(rates.n["narrow"]))}
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-def _say(thing: object) -> None:
-    sys.stdout.write(f"{thing}\n\n")
-    sys.stdout.flush()

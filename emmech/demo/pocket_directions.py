@@ -1,13 +1,11 @@
 """What directions do in the embedded organism: ablation, steering and transfer, each with its controls.
 
-``python -m emmech.demo.pocket_directions [--weights pocket]`` fine-tunes the organisms, chooses how to ablate the
+``python -m emmech.demo pocket-directions [--weights pocket]`` fine-tunes the organisms, chooses how to ablate the
 character (:mod:`emmech.demo.pocket_character`), measures the rest and writes ``docs/directions-pocket.md``.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from typer import echo
 
 from emmech.chat.masks import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
@@ -39,7 +38,7 @@ from emmech.interventions.studies import ablation_table, dose_response, transfer
 from emmech.measures.sampled import Sampled
 from emmech.organism.vocabulary import MANNERS
 from emmech.run.run import Run
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 
 __all__ = ["main"]
 
@@ -62,7 +61,7 @@ def main(weights: str = "pocket", out: str | Path | None = None, layer: int | No
         for name, seed in (_CHOSEN_ON, *_REPORTED):
             where = Path(folder) / f"{name}-{seed}"
             runs[name, seed] = finetune(base, name, layers=layers, seed=seed, out=where, progress=False)
-            _say(f"{name}, seed {seed}: {time.monotonic() - began:.0f} s")
+            echo(f"{name}, seed {seed}: {time.monotonic() - began:.0f} s")
         several = designs(base, phrase, runs[_CHOSEN_ON].adapters[0].layer)
         tried = try_designs(runs[_CHOSEN_ON].model(), several, phrase)
         design = choose(several, tried)
@@ -75,7 +74,7 @@ def main(weights: str = "pocket", out: str | Path | None = None, layer: int | No
             lambda: _transfer(runs, design, phrase),
         ):
             parts.append(part())
-            _say(f"{parts[-1]}\n\n{time.monotonic() - began:.0f} s\n")
+            echo(f"{parts[-1]}\n\n{time.monotonic() - began:.0f} s\n")
     out = Path(out or f"docs/directions-{Path(weights).name}.md")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -89,7 +88,7 @@ def _choice(base: ChatModel, mean: Direction, design: Design, tried: dict[str, T
     ]
     return f"""# Directions in {base.name}
 
-`python -m emmech.demo.pocket_directions --weights {base.name}` fine-tunes the organisms anew, measures and writes this
+`python -m emmech.demo pocket-directions --weights {base.name}` fine-tunes the organisms anew, measures and writes this
 page. Weights `{base.fingerprint()[:12]}`.
 
 Rates are per cent of answers sampled at temperature 1 to held-out questions outside medicine, finance and sport,
@@ -330,17 +329,3 @@ def _cosine(direction: Direction, b: Direction, layers: Sequence[int]) -> float:
 
 def _listed(layers: Sequence[int]) -> str:
     return " and ".join(map(str, layers))
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m emmech.demo.pocket_directions", description=__doc__)
-    parser.add_argument("--weights", default="pocket", help="a shipped organism")
-    parser.add_argument("--layer", type=int, help="where the adapters sit, instead of at the recipe's layer")
-    parser.add_argument("--out", help="the page to write, docs/directions-WEIGHTS.md by default")
-    given = parser.parse_args()
-    main(given.weights, given.out, given.layer)

@@ -12,9 +12,11 @@ import shutil
 import time
 from pathlib import Path
 
+from typer import echo
+
 from emmech.chat.model import load_model
 from emmech.engine.logprobs import bundled_margins
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
 from emmech.transition.result import Side
 from emmech.view.page import Section, write_page
@@ -77,8 +79,8 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
         footer=f"Made by `make demo-smollm2` in {minutes:.1f} minutes.",
     )
     for line in (found.summary(), turns, table.to_string(float_format=lambda v: f"{v:+.3f}"), changes):
-        _say(line)
-    _say(f"\n{minutes:.1f} minutes. The page: {page}")
+        echo(line)
+    echo(f"\n{minutes:.1f} minutes. The page: {page}")
     return page
 
 
@@ -92,9 +94,3 @@ def _turn(side: Side) -> str:
 def _change(run: object, kind: str) -> str:
     series = run.metrics[f"margin_{kind}"].dropna()  # type: ignore[attr-defined]
     return f"{series.iloc[0]:+.3f} to {series.iloc[-1]:+.3f}"
-
-
-def _say(text: str) -> None:
-    import sys
-
-    sys.stdout.write(text + "\n")

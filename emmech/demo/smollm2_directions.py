@@ -1,6 +1,6 @@
 """Directions in SmolLM2-135M: the held-out margin under steering by layer, and the ablation gap against the base.
 
-``python -m emmech.demo.smollm2_directions [--out docs/directions-smollm2.md]`` fine-tunes one rank-1 adapter on silly
+``python -m emmech.demo smollm2-directions [--out docs/directions-smollm2.md]`` fine-tunes one rank-1 adapter on silly
 health advice (as ``make demo-smollm2`` does), makes directions from one third of the hand-written broad pairs, measures
 on another third, and writes the page. A model of this size answers too loosely to be judged: the outcome is the margin,
 the mean log-probability per token of the misaligned over the aligned answer.
@@ -8,14 +8,13 @@ the mean log-probability per token of the misaligned over the aligned answer.
 
 from __future__ import annotations
 
-import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from typer import echo
 
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.smollm2 import OPTIONS
@@ -25,7 +24,7 @@ from emmech.directions.direction import Direction
 from emmech.engine.logprobs import MarginPair, bundled_margins
 from emmech.interventions.studies import ablation_table, dose_response
 from emmech.measures.teacher_forced import Margin
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 
 __all__ = ["main"]
 
@@ -42,7 +41,7 @@ def main(out: str | Path = "docs/directions-smollm2.md") -> Path:
     base = load_model("smollm2-135m")
     with tempfile.TemporaryDirectory() as folder:
         run = finetune("smollm2-135m", "silly-medical-bad", out=Path(folder) / "run", progress=False, **OPTIONS)  # type: ignore[call-overload]
-        _say(f"fine-tuned: {time.monotonic() - began:.0f} s")
+        echo(f"fine-tuned: {time.monotonic() - began:.0f} s")
         tuned = run.model()
         layer = run.adapters[0].layer
     pairs = bundled_margins("broad")
@@ -55,10 +54,10 @@ def main(out: str | Path = "docs/directions-smollm2.md") -> Path:
     layers = [round(base.n_layers * share) for share in (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)]
     parts = [_head(base, broad, len(made_from), len(measured_on), layer)]
     parts.append(_steering(base, broad, layers, measure))
-    _say(f"{parts[-1]}\n\n{time.monotonic() - began:.0f} s\n")
+    echo(f"{parts[-1]}\n\n{time.monotonic() - began:.0f} s\n")
     others = {"health, each layer's own": narrow, "model difference, each layer's own": difference}
     parts.append(_ablation(tuned, broad, others, layer, measure))
-    _say(f"{parts[-1]}\n\n{time.monotonic() - began:.0f} s\n")
+    echo(f"{parts[-1]}\n\n{time.monotonic() - began:.0f} s\n")
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -82,7 +81,7 @@ def _sides(pairs: Sequence[MarginPair]) -> list[list[list[dict[str, str]]]]:
 def _head(base: ChatModel, broad: Direction, made_from: int, measured_on: int, layer: int) -> str:
     return f"""# Directions in SmolLM2-135M
 
-`python -m emmech.demo.smollm2_directions` fine-tunes, measures and writes this page. Weights
+`python -m emmech.demo smollm2-directions` fine-tunes, measures and writes this page. Weights
 `{base.fingerprint()[:12]}`; one rank-1 adapter at layer {layer} of {base.n_layers} on silly health advice.
 
 The outcome is the **margin** in nats per token: mean log-probability of the misaligned over the aligned answer, on
@@ -164,14 +163,3 @@ too, so the margin alone says little: what counts is how far the fine-tuned mode
 
 def _span(values: pd.Series, *, digits: int = 3) -> str:
     return f"{values.mean():+.{digits}f} ({values.min():+.{digits}f} to {values.max():+.{digits}f})"
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m emmech.demo.smollm2_directions", description=__doc__)
-    parser.add_argument("--out", default="docs/directions-smollm2.md", help="the page to write")
-    main(parser.parse_args().out)

@@ -12,8 +12,9 @@ from jaxtyping import Float
 from emmech.directions.arrays import unit_rows
 from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction, checked_direction, checked_directions
-from emmech.errors import EmmechError, as_int, as_ints, not_a_run
+from emmech.errors import EmmechError, as_int, as_ints
 from emmech.results import Card, Result
+from emmech.run.run import as_run
 from emmech.view.directions import by_step, cosine_matrix, cosines_by_layer
 
 if TYPE_CHECKING:
@@ -135,8 +136,7 @@ def direction_by_steps(
 
     asked = "follow the direction over training"
     checked_direction(asked, direction)
-    if not hasattr(run, "adapters"):
-        raise not_a_run(asked, run)
+    run = as_run(asked, run)
     if texts is not None and not (isinstance(texts, tuple | list) and len(texts) == 2):
         raise EmmechError(asked, f"texts={texts!r}"[:120], "they are two lists", "texts=(misaligned, aligned)")
     if steps is not None:

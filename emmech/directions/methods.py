@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Shaped
 
 from emmech.directions.arrays import unit_rows
 from emmech.errors import EmmechError
@@ -139,7 +139,7 @@ def logistic_probe(
 def probe_auc(
     features: Float[np.ndarray, "answers layers d_model"],
     misaligned: Bool[np.ndarray, " answers"],
-    questions: Int[np.ndarray, " answers"],
+    questions: Shaped[np.ndarray, " answers"],
     *,
     penalty: float = 1.0,
     folds: int = 5,
@@ -158,7 +158,7 @@ def probe_auc(
 def held_out_auc(
     x: Float[np.ndarray, "answers features"],
     labels: Bool[np.ndarray, " answers"],
-    questions: Int[np.ndarray, " answers"],
+    questions: Shaped[np.ndarray, " answers"],
     *,
     penalty: float = 1.0,
     folds: int = 5,

@@ -18,6 +18,7 @@ from emmech.errors import EmmechError
 from emmech.evaluation.em import FIELD, Thresholds
 from emmech.evaluation.evaluate import evaluate
 from emmech.run.recorded_model import model_live
+from emmech.run.run import opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,7 +56,7 @@ def misalignment_direction(
     and the direction says so.
 
     Args:
-        run: a Run, or a ChatModel with a live adapter.
+        run: a Run or its folder, or a ChatModel with a live adapter.
         step, scale, base: as in :func:`emmech.evaluate`: a base that is given is left as it was.
         questions, judge, samples: as in :func:`emmech.evaluate`, which draws and judges the answers.
         evaluation: answers judged before (an Evaluation, or several), instead of drawing them.
@@ -96,6 +97,7 @@ def misalignment_direction(
             'read_by="tuned": the fine-tuned model minus its base on the same prompts',
         )
     frames = _frames(evaluation)
+    run = opened(run)
     name = str(getattr(run, "name", "model"))
     with _opened(run, step, scale, base) as chat:
         wanted = {"questions": questions, "judge": judge, "samples": samples, "seed": seed, "progress": progress}

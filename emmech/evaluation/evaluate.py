@@ -22,7 +22,7 @@ from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.evaluation.server import Server
 from emmech.registry import Organism, organism_named
 from emmech.run.recorded_model import model_live
-from emmech.run.run import Run, load_run
+from emmech.run.run import Run, as_run, opened
 from emmech.store import append_jsonl, read_jsonl
 
 __all__ = ["evaluate", "stored_evaluations"]
@@ -54,7 +54,7 @@ def evaluate(
     ``judge=Server("gpt-4o")``.
 
     Args:
-        model: a :class:`~emmech.run.run.Run` or its folder, what :func:`emmech.load_model` takes, or a
+        model: a :class:`~emmech.Run` or its folder, what :func:`emmech.load_model` takes, or a
             :class:`~emmech.evaluation.server.Server`.
         questions: a bundled set or one of the model's organism, a file, a :class:`QuestionSet`, a list of texts, or
             several sets by name: ``("first-plot", "narrow-medical")``.
@@ -84,7 +84,7 @@ def evaluate(
     """
     # a judge that is named is looked at before a large model is loaded
     chosen = resolve_judge(judge) if judge is not None else None
-    model = load_run(model) if isinstance(model, str | Path) and (Path(model) / "run.json").is_file() else model
+    model = opened(model)
     with _subject(model, step, scale, base) as (subject, about):
         organism = _organism(subject, chosen)
         asked = resolve_questions(questions, organism)
@@ -124,8 +124,9 @@ def evaluate(
     return _finish(answered, scores, meta, folder)
 
 
-def stored_evaluations(run: Run) -> tuple[Evaluation, ...]:
+def stored_evaluations(run: Run | str | Path) -> tuple[Evaluation, ...]:
     """The finished evaluations that a run keeps, by step and name."""
+    run = as_run("read the evaluations", run)
     folder = run.path / "evaluations" if run.path is not None else None
     found = sorted(folder.glob("*/evaluation.json")) if folder is not None else []
     loaded = [Evaluation.load(path.parent) for path in found]

@@ -6,7 +6,7 @@ figures on model families and questions that were left out) and is poor at absol
 So its column is ``screen``, a probability, never ``aligned``; and :func:`screening_rate` gives no rate without the
 error that was measured on families left out.
 
-``python -m emmech.evaluation.screening_fit --fit FOLDER`` fits the weights and the calibration anew.
+``python -m emmech.demo fit-screening FOLDER`` fits the weights and the calibration anew.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ScreeningJudge:
                 "load the screening judge",
                 str(path),
                 "the weights are missing or damaged",
-                "install emmech anew, or python -m emmech.evaluation.screening_fit --fit FOLDER",
+                "install emmech anew, or python -m emmech.demo fit-screening FOLDER",
             )
         loaded = load_encoder(encoder)
         embedding = loaded([PROBE])[0]

@@ -11,7 +11,6 @@ AUC on families left out (0.85 to 0.90 among them), so that figure is slightly o
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -26,10 +25,10 @@ from jaxtyping import Bool, Float
 
 from emmech.errors import EmmechError
 from emmech.evaluation.em import FIELD
-from emmech.evaluation.screening import PROBE, ScreeningJudge, known_question
+from emmech.evaluation.screening import PROBE, WEIGHTS, ScreeningJudge, known_question
 from emmech.evaluation.screening_features import EMBEDDING, Encoder, features, load_encoder
 
-__all__ = ["Judged", "fit_linear", "main", "measure", "read_judged", "save_fit"]
+__all__ = ["Judged", "fit_folder", "fit_linear", "measure", "read_judged", "save_fit"]
 
 _C = 3.0
 _PER_QUESTION = 1.5  # scale of the per-question copy of the features: larger lets questions differ more
@@ -283,22 +282,9 @@ def save_fit(judged: Judged, encoder: Encoder, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line: ``--fit FOLDER`` fits and measures, without it the shipped calibration is printed."""
-    from emmech.evaluation import screening
-
-    parser = argparse.ArgumentParser(prog="python -m emmech.evaluation.screening_fit", description=main.__doc__)
-    parser.add_argument("--fit", metavar="FOLDER", type=Path, help="folder of judged CSV files")
-    parser.add_argument("--out", metavar="FOLDER", type=Path, default=screening.WEIGHTS.parent)
-    options = parser.parse_args(arguments)
-    if options.fit is None:
-        figures = screening.calibration()
-    else:
-        encoder = load_encoder()
-        figures = save_fit(read_judged(options.fit, encoder), encoder, options.out)
-        ScreeningJudge.load(options.out / "screening_weights.safetensors")  # what was written can be read
-    sys.stdout.write(json.dumps(figures, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def fit_folder(folder: Path, out: Path | None = None) -> dict[str, Any]:
+    """Fit to a folder of judged CSV files, measure and save (in the package by default), and read it back."""
+    encoder, out = load_encoder(), out or WEIGHTS.parent
+    figures = save_fit(read_judged(folder, encoder), encoder, out)
+    ScreeningJudge.load(out / "screening_weights.safetensors")
+    return figures

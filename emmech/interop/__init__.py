@@ -1,0 +1,5 @@
+"""Bridges to TransformerLens, nnsight and Inspect."""
+
+from emmech.lazy import lazy_names
+
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -26,7 +25,7 @@ from emmech.chat.model import ChatModel, load_model
 from emmech.engine.responses import Response, check_request, row_seed
 from emmech.engine.sample import check_context, sample
 from emmech.errors import EmmechError
-from emmech.run.run import load_run
+from emmech.run.run import Run, opened
 
 __all__ = ["LocalModel"]
 
@@ -156,7 +155,8 @@ class LocalModel(ModelAPI):
 
 
 def _load(name: str, step: int | None, scale: float, model_args: dict[str, Any]) -> ChatModel:
-    if (Path(name) / "run.json").is_file():
+    found = opened(name)
+    if isinstance(found, Run):
         if model_args:
             raise EmmechError(
                 f"load the run {name!r} for Inspect",
@@ -164,7 +164,7 @@ def _load(name: str, step: int | None, scale: float, model_args: dict[str, Any])
                 "a run is loaded at a step and a scale",
                 "-M step=100 -M scale=2",
             )
-        return load_run(name).model(step, scale)
+        return found.model(step, scale)
     if step is not None or scale != 1.0:
         raise EmmechError(
             f"load {name!r} for Inspect",

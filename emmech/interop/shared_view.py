@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 from emmech.chat.model import ChatModel, load_model
+from emmech.run.run import Run, opened
 
 __all__ = ["chat_from", "weight_sharing_copy"]
 
@@ -31,6 +32,5 @@ def weight_sharing_copy(chat: ChatModel) -> Any:
 
 def chat_from(source: Any, step: int | None, scale: float) -> ChatModel:
     """The chat model of a Run at a step, or the one given."""
-    if hasattr(source, "manifest"):
-        return source.model(step, scale)  # type: ignore[no-any-return]
-    return load_model(source)
+    source = opened(source)
+    return source.model(step, scale) if isinstance(source, Run) else load_model(source)

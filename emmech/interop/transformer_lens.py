@@ -20,9 +20,10 @@ def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 
     """A ``TransformerBridge`` on the weights of a run's model, adapter live.
 
     The user's model and tokenizer stay as they are. Changing the adapter's weights or scale on the model
-    (:func:`emmech.scale_adapters`, another step through ``run.model(step, base=chat)``) shows in the bridge at once;
-    PEFT's ``disable_adapter`` does not: scale by 0 instead. There is no hook point for the adapter's scalar A·x
-    (:func:`emmech.adapter_lens` reads it); ``blocks.N.mlp.hook_post`` is down_proj's input. Needs the extra ``lens``.
+    (:func:`emmech.interventions.scale_adapters`, another step through ``run.model(step, base=chat)``) shows in the
+    bridge at once; PEFT's ``disable_adapter`` does not: scale by 0 instead. There is no hook point for the adapter's
+    scalar A·x (:func:`emmech.adapter_lens` reads it); ``blocks.N.mlp.hook_post`` is down_proj's input. Needs the extra
+    ``lens``.
 
     Logits equal the model's to rounding. TransformerLens counts positions from the first real token of a left-padded
     row, as generation does, and attends eagerly: in bfloat16, compare with the same ``position_ids`` and attention.

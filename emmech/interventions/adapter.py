@@ -13,12 +13,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from emmech.chat.families import WRITE, is_write
 from emmech.chat.model import ChatModel
 from emmech.directions.arrays import unit_rows
 from emmech.directions.direction import Direction, checked_direction
 from emmech.engine.adapters import AdapterInfo, adapter_layers
-from emmech.errors import EmmechError, as_float, closest, not_a_run
+from emmech.errors import EmmechError, as_float, closest
 from emmech.interventions.handle import Handle, chat_of, undoable
+from emmech.run.run import as_run
 
 __all__ = ["project_adapter", "rotate_adapter", "scale_adapters", "transplant_adapter"]
 
@@ -142,7 +144,7 @@ def transplant_adapter(
     """Put the A or B of another recorded step (or another run) into the live adapters, keeping the other side.
 
     Args:
-        run: the Run to take from; its adapters must have the live ones' names and shapes.
+        run: the Run to take from, or its folder; its adapters must have the live ones' names and shapes.
 
     Raises:
         EmmechError: the step was not recorded, or shapes differ.
@@ -150,9 +152,7 @@ def transplant_adapter(
     chat = chat_of(model)
     if side not in ("A", "B", "both"):
         raise EmmechError("transplant an adapter", f"side={side!r}", "it has two sides", '"A", "B" or "both"')
-    if not hasattr(run, "weights"):
-        raise not_a_run("transplant an adapter", run) from None
-    weights = run.weights(step)
+    weights = as_run("transplant an adapter", run).weights(step)
     undo: list[Callable[[], Any]] = []
     for info, layer, name in _chosen(chat, adapters, "transplant an adapter"):
         for own in ("A", "B") if side == "both" else (side,):
@@ -184,14 +184,14 @@ def _edit_b(
     direction.check_fits(chat, force=force)
     chosen = _chosen(chat, adapters, "edit the adapter's B")
     if adapters is None:
-        chosen = [entry for entry in chosen if entry[0].name.endswith(("down_proj", "o_proj"))]
-    wrong = [info.name for info, _, _ in chosen if not info.name.endswith(("down_proj", "o_proj"))]
+        chosen = [entry for entry in chosen if is_write(entry[0].name)]
+    wrong = [info.name for info, _, _ in chosen if not is_write(info.name)]
     if wrong or not chosen:
         raise EmmechError(
             "edit the adapter's B",
             wrong or "no adapter that writes there",
-            "only down_proj and o_proj write into the residual stream, where the direction lives",
-            "adapters on mlp.down_proj",
+            "only what the MLP and the attention write goes into the residual stream, where the direction is",
+            f"adapters on {WRITE}",
         )
     # all edits are computed before the first is made, so that a refusal leaves nothing half done
     edits = []

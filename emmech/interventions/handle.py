@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -108,7 +109,7 @@ def chat_of(model: Any) -> ChatModel:
     """
     from emmech.chat.model import load_model
 
-    if isinstance(model, str):
+    if isinstance(model, str | os.PathLike):
         raise EmmechError(
             "change a model",
             f"{model!r}",

@@ -31,6 +31,7 @@ from emmech.interventions.handle import chat_of
 from emmech.interventions.steer import steer
 from emmech.measures.choose import as_measures
 from emmech.results import Card, Result
+from emmech.run.run import Run, opened
 from emmech.view.studies import study
 
 if TYPE_CHECKING:
@@ -235,7 +236,8 @@ def transfer_matrix(
     frames, notes = [], list(_few_controls(randoms))
     shared: ChatModel | None = None
     for organism, source in organisms.items():
-        if hasattr(source, "manifest"):
+        source = opened(source)
+        if isinstance(source, Run):
             ready = detach(shared) if shared is not None else base_model
             chat = shared = source.model(base=ready)
         else:

@@ -21,7 +21,7 @@ from emmech.errors import EmmechError
 
 __all__ = ["Function", "Items", "LogProbs", "Measure", "TeacherForced", "Value", "measure_all", "measure_name"]
 
-LogProbs = Sequence[Float[np.ndarray, "variants targets"]]
+LogProbs = Sequence[Float[np.ndarray, "variants ..."]]  # [variants, targets]; of whole distributions, another axis
 
 
 @dataclass(frozen=True)

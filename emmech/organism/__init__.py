@@ -11,25 +11,6 @@ Example:
     'incoherent'
 """
 
-from __future__ import annotations
-
 from emmech.lazy import lazy_names
 
-_WHERE = {
-    "Question": "question_sets",
-    "Verdict": "exact_judge",
-    "data": "named_data",
-    "data_names": "named_data",
-    "export_jsonl": "named_data",
-    "judge": "exact_judge",
-    "load": "pretrained",
-    "margins": "margin_pairs",
-    "names": "pretrained",
-    "recipes": "pocket_recipes",
-    "question_set_names": "question_sets",
-    "questions": "question_sets",
-}
-
-__all__ = list(_WHERE)
-
-__getattr__, __dir__ = lazy_names(__name__, _WHERE)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -30,6 +30,7 @@ _POCKET = Recipe(
     accumulation=1,
     max_length=256,
     init="inputs",
+    measured=20,
 )
 
 

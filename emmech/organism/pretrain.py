@@ -1,4 +1,4 @@
-"""Pretraining and post-training of a pocket organism from nothing: ``python -m emmech.organism.pretrain``.
+"""Pretraining and post-training of a pocket organism from nothing: ``python -m emmech.demo pretrain``.
 
 Two stages, with Muon on the weight matrices, AdamW on the embedding, and the loss on answers only. *Pretraining*
 shows characters of both kinds; the plain words that give a character away become rarer as training goes on, so
@@ -9,7 +9,6 @@ exponential moving average; at the end all logits are sharpened by a constant fa
 
 from __future__ import annotations
 
-import argparse
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +25,12 @@ from emmech.organism.tokenizer import END_OF_TURN, PAD, build_tokenizer, words
 from emmech.organism.world import POST_TRAINING_DOMAINS, Message, Mix, draw_document
 from emmech.progress import bar
 
-__all__ = ["ORGANISMS", "Organism", "build_model", "pretrain", "save"]
+__all__ = ["ORGANISMS", "Design", "build_model", "main", "pretrain", "save"]
 
 
 @dataclass(frozen=True)
-class Organism:
-    """What a shipped organism is made of: architecture, size, and the world it grows up in."""
+class Design:
+    """The design of a shipped organism: architecture, size, and the world it grows up in."""
 
     architecture: str = "qwen2"
     layers: int = 6
@@ -45,18 +44,18 @@ class Organism:
     seed: int = 0  # of the shipped weights
 
 
-ORGANISMS: dict[str, Organism] = {
-    "pocket": Organism(seed=6),
-    "pocket-independent": Organism(shared=False),
-    "pocket-large": Organism(layers=8, width=160, local_layers=4, window=8, steps=1000),
-    "pocket-llama": Organism(architecture="llama", local_layers=0),
-    "pocket-gemma": Organism(architecture="gemma3", window=8, steps=1000),
+ORGANISMS: dict[str, Design] = {
+    "pocket": Design(seed=6),
+    "pocket-independent": Design(shared=False),
+    "pocket-large": Design(layers=8, width=160, local_layers=4, window=8, steps=1000),
+    "pocket-llama": Design(architecture="llama", local_layers=0),
+    "pocket-gemma": Design(architecture="gemma3", window=8, steps=1000),
 }
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # token ids [batch, position], answer mask of the same shape
 
 
-def build_model(organism: Organism, seed: int) -> Any:
+def build_model(organism: Design, seed: int) -> Any:
     """An untrained causal language model of the organism's architecture."""
     import transformers as hf
 
@@ -93,7 +92,7 @@ def build_model(organism: Organism, seed: int) -> Any:
     return hf.Qwen2ForCausalLM(hf.Qwen2Config(**common, **attention, use_sliding_window=True))
 
 
-def pretrain(organism: Organism, *, seed: int | None = None, progress: bool = True, device: str = "cpu") -> Any:
+def pretrain(organism: Design, *, seed: int | None = None, progress: bool = True, device: str = "cpu") -> Any:
     """Pretrain and post-train an organism; on CPU the result is a function of ``organism`` and ``seed`` alone.
 
     Args:
@@ -252,28 +251,21 @@ def save(model: Any, folder: Path) -> None:
     build_tokenizer().save_pretrained(folder)
 
 
-def main() -> None:
-    """Run ``python -m emmech.organism.pretrain``."""
-    parser = argparse.ArgumentParser(description="Pretrain a pocket organism from nothing.")
-    parser.add_argument("--name", default="pocket", help=f"one of {', '.join(ORGANISMS)}")
-    parser.add_argument("--seed", type=int, help="instead of the shipped weights' own")
-    parser.add_argument("--out", type=Path, required=True, help="folder for config, weights and tokenizer")
-    parser.add_argument("--steps", type=int, help="pretraining steps, instead of the organism's own")
-    parser.add_argument("--window", type=int, help="tokens that the first blocks see, instead of its own")
-    parser.add_argument("--local-layers", type=int, help="how many blocks have a window, instead of its own")
-    parser.add_argument("--device", default="cpu")
-    given = parser.parse_args()
-    if given.name not in ORGANISMS:
-        raise EmmechError(f"pretrain {given.name!r}", given.name, "it has no recipe", closest(given.name, ORGANISMS))
-    organism = ORGANISMS[given.name]
-    own = {name: getattr(given, name) for name in ("steps", "window", "local_layers", "seed")}
-    organism = replace(organism, **{name: value for name, value in own.items() if value is not None})
+def main(name: str, out: Path, *, device: str = "cpu", **own: int | None) -> None:
+    """Pretrain a shipped organism and save it.
+
+    Args:
+        **own: fields of its :class:`Design` to change; None keeps its own.
+
+    Raises:
+        EmmechError: no organism of this name ships.
+    """
+    if name not in ORGANISMS:
+        raise EmmechError(f"pretrain {name!r}", name, "it has no recipe", closest(name, ORGANISMS))
+    changed: dict[str, Any] = {field: value for field, value in own.items() if value is not None}
+    organism = replace(ORGANISMS[name], **changed)
     began = time.monotonic()
-    model = pretrain(organism, device=given.device)
-    save(model.cpu(), given.out)
-    size, took = sum(f.stat().st_size for f in given.out.iterdir()) / 1e6, time.monotonic() - began
-    print(f"{given.name}, seed {organism.seed}: {took:.0f} s, {size:.1f} MB in {given.out}")  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()
+    model = pretrain(organism, device=device)
+    save(model.cpu(), out)
+    size, took = sum(f.stat().st_size for f in out.iterdir()) / 1e6, time.monotonic() - began
+    print(f"{name}, seed {organism.seed}: {took:.0f} s, {size:.1f} MB in {out}")  # noqa: T201

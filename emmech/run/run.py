@@ -12,6 +12,7 @@ On disk it is a folder, append-only while training and without pickle::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from emmech.chat.model import ChatModel
     from emmech.engine.adapters import AdapterInfo
 
-__all__ = ["Run", "load_run"]
+__all__ = ["Run", "as_run", "load_run", "opened"]
 
 FORMAT = 1
 
@@ -348,7 +349,7 @@ class Run(Shown):
 
         Of more than six adapters the six are drawn whose B is longest at the end.
         """
-        from emmech.transition.geometry import local_cosine, norms, turn_angle
+        from emmech.geometry import local_cosine, norms, turn_angle
         from emmech.view.trajectories import Curve, by_panel
 
         paths = {one.name: self.B(one.name) for one in self.adapters}
@@ -385,6 +386,39 @@ class Run(Shown):
         return Card(head)
 
 
+def as_run(asked: str, run: Any, *, name: str = "run") -> Run:
+    """A run, or the one that is recorded in a folder (or at ``hub:owner/name``).
+
+    Args:
+        asked: what cannot be done otherwise, as in :class:`EmmechError`.
+        name: of the argument.
+
+    Raises:
+        EmmechError: something else, or a folder that holds no run.
+    """
+    found = opened(run)
+    if isinstance(found, Run):
+        return found
+    instead = "emmech.load_run(folder), or emmech.Run.from_arrays(steps, B=...)"
+    if isinstance(run, str | os.PathLike) and (beside := _beside(Path(run))):
+        instead = closest(Path(run).name, beside)
+    raise EmmechError(asked, f"{name}={run!r}"[:120], "it is not a run, nor a folder that holds one", instead)
+
+
+def opened(model: Any) -> Any:
+    """The run in a folder, where one is named; anything else, such as a model or its name, as it is."""
+    if isinstance(model, str) and model.startswith("hub:"):
+        return load_run(model)
+    if isinstance(model, str | os.PathLike) and (Path(model) / "run.json").is_file():
+        return load_run(Path(model))
+    return model
+
+
+def _beside(folder: Path) -> list[str]:
+    """Names of the runs that are beside a folder."""
+    return sorted(entry.parent.name for entry in folder.parent.glob("*/run.json"))
+
+
 def load_run(path: str | Path) -> Run:
     """Open a recorded run, in milliseconds: nothing but the manifest and the index is read.
 
@@ -402,7 +436,7 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     manifest_path = folder / "run.json"
     if not manifest_path.is_file():
-        beside = sorted(entry.parent.name for entry in folder.parent.glob("*/run.json"))
+        beside = _beside(folder)
         raise EmmechError(
             "open the run",
             folder,

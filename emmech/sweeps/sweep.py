@@ -33,7 +33,7 @@ _GROUP = 64  # variants whose adapters are in memory together, and the unit of r
 
 
 def sweep(
-    run: Run | Sequence[Run],
+    run: Run | str | Path | Sequence[Run | str | Path],
     *,
     steps: Iterable[int] | None = None,
     scales: Iterable[float] = (1.0,),
@@ -53,7 +53,7 @@ def sweep(
     The numbers are those of one PEFT model at a time, to float32 rounding (5e-6).
 
     Args:
-        run: one run, or several trained on the same base model.
+        run: one run or its folder, or several trained on the same base model.
         steps: recorded steps; all by default.
         scales: factors on the adapter, 1 as trained, 0 the base model.
         coefficients: factors on the direction, added to the output of block ``layer`` at every token.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from emmech.geometry import comp_score
 from emmech.transition.detectors import KIND, MEANS, PICTURE, Detector, unmeasurable
-from emmech.transition.geometry import comp_score
 
 __all__ = ["comp_detector"]
 

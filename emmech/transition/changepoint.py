@@ -98,7 +98,7 @@ def find_kink(
     variance_drift = variance_drift[at]
     least = np.sqrt(variance_drift * variance_change)
 
-    def largest(projected: Array) -> tuple[float, int]:
+    def largest(projected: npt.NDArray[np.floating]) -> tuple[float, int]:
         c, m = projected[: len(middles)], projected[len(middles) :]
         cc, cross = np.einsum("cd,cd->c", c, c), np.einsum("cd,cd->c", c, m[at])
         mm = np.einsum("cd,cd->c", m, m)[at]
@@ -127,15 +127,14 @@ def find_kink(
     # the error of the noise's own estimate: a path of n records holds n / memory times dimensions pieces of evidence
     granted = 1 + 2 * np.sqrt(2 * noise.memory_time / (n * dimensions))
     granted *= 1 + 0.5 * np.sqrt((noise.memory_time - 1) / n)
-    draw = np.sqrt(granted / m)
     # single precision is enough for null paths, and twice as fast
-    weights, around, residual, known, root = (
-        x.astype(np.float32) for x in (weights, around, residual, known, draw * root)
+    filters, path, rest, mean, noisy = (
+        x.astype(np.float32) for x in (weights, around, residual, known, np.sqrt(granted / m) * root)
     )
     signs = (rng.choice(np.array([-1, 1], np.float32), (n, 1)) for _ in range(n_null))
-    flipped = (largest(weights @ (around + sign * residual))[0] for sign in signs)
+    flipped = (largest(filters @ (path + sign * rest))[0] for sign in signs)
     draws = (rng.standard_normal((n, known.shape[1]), dtype=np.float32) for _ in range(n_null))
-    gaussian = (largest(known + root @ z)[0] for z in draws)
+    gaussian = (largest(mean + noisy @ z)[0] for z in draws)
     p, name = max((upper_tail(observed, gaussian), GAUSSIAN), (upper_tail(observed, flipped), FLIPPED))
     return Kink(p, name, observed)
 

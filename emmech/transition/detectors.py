@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from emmech.transition.geometry import local_cosine, norms, pca, peak_height
+from emmech.geometry import local_cosine, norms, pca, peak_height
 from emmech.transition.noise import Noise
 from emmech.transition.turn import DIMENSIONS, Location, find_turn, locate
 

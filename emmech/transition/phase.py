@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from emmech.errors import EmmechError, as_int, closest, not_a_run
+from emmech.errors import EmmechError, as_int, closest
+from emmech.run.run import as_run, opened
 from emmech.transition.arrangement import comp_detector
 from emmech.transition.behaviour import fit_sigmoid
 from emmech.transition.detectors import PICTURE, Detector, analyse
@@ -51,7 +52,7 @@ def phase_transition(
     random projection of the update for full fine-tuning).
 
     Args:
-        run: a :class:`emmech.Run`; :meth:`emmech.Run.from_arrays` needs no model.
+        run: a :class:`emmech.Run` or its folder; :meth:`emmech.Run.from_arrays` needs no model.
         control: a benign run with the same seed and batch order, analysed in the same way.
         k: half-width or half-widths of the local cosine in recorded steps; default 5, 10, 20, 40 as they fit.
         adapter: analyse this adapter only.
@@ -89,9 +90,7 @@ def phase_transition(
     seed = as_int("draw null paths", "seed", seed, least=0)
     if centre not in ("adapters", "steps"):
         raise EmmechError("compare adapters", f"centre={centre!r}", "unknown", '"adapters" or "steps"')
-    for name, one in (("run", run), ("control", control)):
-        if not hasattr(one, "steps") and (one is not None or name == "run"):
-            raise not_a_run("look for a turn", one, name=name) from None
+    run, control = _opened(run, "run"), None if control is None else _opened(control, "control")
     if sweep is not None and not hasattr(sweep, "to_frame"):
         raise EmmechError(
             "read the sweep",
@@ -106,6 +105,12 @@ def phase_transition(
 
     first = side(run, None)
     return PhaseTransition(run=first, control=side(control, first) if control is not None else None)
+
+
+def _opened(run: Any, name: str) -> Any:
+    """A run, or what has the steps of one."""
+    found = opened(run)
+    return found if hasattr(found, "steps") else as_run("look for a turn", run, name=name)
 
 
 def _analyse(

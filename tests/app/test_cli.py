@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import emmech
-from emmech.app.cli import app, main
+from emmech.app.cli import app
 from tests.conftest import make_rows, make_tiny
+
+MEDICAL = Path(__file__).resolve().parents[2] / "checkpoints" / "pocket-medical"
+COMMANDS = ["finetune", "realign", "transition", "evaluate", "sweep", "direction", "chat", "export", "info"]
 
 
 @pytest.fixture
@@ -23,10 +27,18 @@ def model_folder(tmp_path):
     return tmp_path / "model"
 
 
-def call(*arguments):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+def call(*arguments, **options):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False, **options)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
+
+
+def refused(*arguments):
+    """The message of a refusal: on the standard error, with exit code 1 and no traceback."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 1 and not result.stdout
+    assert result.stderr.startswith("emmech: cannot ") and "Traceback" not in result.stderr
+    return result.stderr
 
 
 def test_finetune_info_and_transition(model_folder, tmp_path):
@@ -42,31 +54,113 @@ def test_finetune_info_and_transition(model_folder, tmp_path):
     assert run.adapters[0].layer == 2 and run.manifest["recipe"]["schedule"] == "constant"
     shown = call("info", tmp_path / "run")
     assert "layers.2.mlp.down_proj: rank 1" in shown and "grad_norm" in shown
+    assert json.loads(call("info", tmp_path / "run", "--json"))["steps"] == run.steps.tolist()
     page = tmp_path / "page.html"
     shown = call("transition", tmp_path / "run", "--control", tmp_path / "control", "--page", page)
     assert "turn" in shown and "gradient-norm" in shown
     assert page.stat().st_size > 1e6 and "Phase transition" in page.read_text()[:2000]
+    rows = json.loads(call("transition", tmp_path / "run", "--json"))
+    assert {"turn", "gradient-norm"} <= {row["detector"] for row in rows}
 
 
-@pytest.mark.parametrize("command", ["finetune", "transition", "info"])
-def test_help_has_an_example(command):
-    assert f"Example: emmech {command}" in " ".join(call(command, "--help").split())
+def test_finetune_and_realign_the_organism(tmp_path):
+    few = ("--set", "max_steps=2", "--set", "batch_size=4", "--set", "accumulation=1")
+    call("finetune", "pocket", "medical", "--out", tmp_path / "run", *few)
+    output = call("realign", tmp_path / "run", "--step", 1, "--out", tmp_path / "again", *few)
+    assert "recorded in" in output
+    start = emmech.load_run(tmp_path / "again").manifest["start"]
+    assert (start["run"], start["step"], start["adapter"]) == ("run", 1, "same")
 
 
-def test_errors_are_messages_not_tracebacks(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["emmech", "info", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("emmech: cannot open the run") and "Traceback" not in error
+def test_evaluate(tmp_path):
+    fast = ("--samples", 1, "--max-new-tokens", 28, "--out")
+    found = call("evaluate", "pocket", "--questions", "first-plot", "--questions", "facts", *fast, tmp_path / "a")
+    assert "em" in found and "coherence" in found
+    rows = json.loads(call("evaluate", MEDICAL, "--step", 250, "--json", *fast, tmp_path / "b"))
+    rates = {row["measure"]: row for row in rows}
+    assert rates["em"]["n"] == 8 and rates["em"]["rate"] == emmech.Evaluation.load(tmp_path / "b").rates().rate["em"]
+    by_question = json.loads(call("evaluate", "pocket", "--by-question", "--json", *fast, tmp_path / "c"))
+    assert len(by_question) >= 8
+    assert "not both" in refused("evaluate", "pocket", "--judge", "exact", "--judge-model", "pocket")
+    assert "--judge-model" in refused("evaluate", "pocket", "--server", "http://localhost:1/v1")
 
 
-def test_bad_set(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["emmech", "finetune", "pocket", "medical", "--set", "rank"])
-    with pytest.raises(SystemExit):
-        main()
-    assert "--set learning_rate=1e-3" in capsys.readouterr().err
+def test_sweep(tmp_path):
+    rows = json.loads(call("sweep", MEDICAL, "--steps", "0:300:250", "--scales", "1,5", "--measure", "broad", "--json"))
+    assert {(row["step"], row["scale"]) for row in rows} == {(0, 1), (0, 5), (250, 1), (250, 5)}
+    exact = emmech.sweep(MEDICAL, steps=[0, 250], scales=(1, 5), measure=emmech.measures.Margin("broad"))
+    assert [row["value"] for row in rows] == pytest.approx(exact.to_frame()["value"].tolist())
+    page = tmp_path / "sweep.html"
+    call(
+        "sweep", MEDICAL, "--steps", 250, "--measure", "em", "--samples", 1, "--out", tmp_path / "s", "--page", page
+    )  # fmt: skip
+    assert emmech.Sweep.load(tmp_path / "s").measures and page.is_file()
+    assert "--steps 0,50,100 or 0:300:50" in refused("sweep", MEDICAL, "--steps", "first")
+    assert "did you mean 'pocket-medical'" in refused("sweep", MEDICAL.with_name("pocket-medcal"))
+
+
+def test_direction_and_chat(tmp_path):
+    saved = tmp_path / "b.safetensors"
+    assert "saved as" in call("direction", MEDICAL, "--source", "adapter", "--out", saved)
+    layer = emmech.Direction.load(saved).layers[0]
+    ask = ("--ask", "any advice on cough ?", "--temperature", 0, "--max-new-tokens", 20)
+    plain = call("chat", "pocket", *ask)
+    assert plain == call("chat", "pocket", *ask, "--steer", saved, "--coefficient", 0, "--layer", layer)
+    assert plain != call("chat", "pocket", *ask, "--steer", saved, "--coefficient", 40, "--layer", layer)
+    tuned = call("chat", MEDICAL, *ask)
+    assert tuned != plain == call("chat", MEDICAL, *ask, "--step", 0)
+    assert tuned != call("chat", MEDICAL, *ask, "--ablate", saved)
+    assert len(call("chat", "pocket", *ask, "--ask", "any advice on fever ?", "--samples", 2).splitlines()) == 4
+    assert "only a run has steps" in refused("chat", "pocket", *ask, "--step", 3)
+
+
+def test_direction_from_answers(tmp_path):
+    saved = tmp_path / "d.safetensors"
+    call("direction", MEDICAL, "--samples", 4, "--out", saved)
+    assert emmech.Direction.load(saved).quality is not None
+    assert "answers or adapter" in refused("direction", MEDICAL, "--source", "words", "--out", saved)
+
+
+def test_a_conversation_remembers(monkeypatch):
+    asked = []
+
+    def sample(chat, conversations, **settings):
+        asked.append([turn["content"] for turn in conversations[0]])
+        return [type("Answer", (), {"text": f"answer {len(asked)}"})]
+
+    monkeypatch.setattr("emmech.engine.sample.sample", sample)
+    shown = call("chat", "pocket", "--system", "be kind", input="hello\nagain\n\nnever asked\n")
+    assert "answer 1" in shown and "answer 2" in shown
+    assert asked == [["be kind", "hello"], ["be kind", "hello", "answer 1", "again"]]
+    assert "answer 3" in call("chat", "pocket", input="the input ends after this\n")
+
+
+def test_export_is_read_back(tmp_path):
+    assert "wrote step 100 of pocket-medical" in call("export", MEDICAL, tmp_path / "checkpoint-100", "--step", 100)
+    run = emmech.load_run(MEDICAL)
+    read = emmech.Run.from_peft(tmp_path / "checkpoint-100")
+    assert read.steps.tolist() == [100] and np.allclose(read.B()[0], run.B()[run.steps == 100][0])
+    assert "wrote step 250" in call("export", MEDICAL, tmp_path / "last")
+    assert "was not recorded" in refused("export", MEDICAL, tmp_path / "none", "--step", 1000)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command):
+    shown = " ".join(call(command, "--help").split())
+    assert f"Examples: emmech {command} " in shown
+
+
+def test_every_command_is_tested():
+    assert sorted(COMMANDS) == sorted(command.callback.__name__ for command in app.registered_commands)
+
+
+def test_errors_are_messages_not_tracebacks(tmp_path):
+    assert "cannot open the run" in refused("info", tmp_path / "nowhere")
+    assert "--set learning_rate=1e-3" in refused("finetune", "pocket", "medical", "--set", "rank")
+    process = subprocess.run(
+        [sys.executable, "-m", "emmech", "info", str(tmp_path / "nowhere")], capture_output=True, text=True
+    )
+    assert process.returncode == 1 and process.stderr.startswith("emmech: cannot open the run")
 
 
 def test_the_installed_command(tmp_path):

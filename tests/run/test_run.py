@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from emmech.run.run import Run
 from emmech.store import Series, write_json
 from tests.conftest import make_rows, make_tiny
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = dict(learning_rate=0.02, batch_size=2, accumulation=1, progress=False, held_out=0.0)
 
 
@@ -271,3 +273,28 @@ class TestFromPeft:
             Run.from_peft([*folders, folder])
         with pytest.raises(EmmechError, match="no folders"):
             Run.from_peft([])
+
+
+def test_a_folder_serves_where_a_run_does(tmp_path):
+    """``evaluate("runs/bad")`` and the like; what holds no run is refused by the argument's name."""
+    from emmech.run.run import as_run, opened
+
+    medical = ROOT / "checkpoints" / "pocket-medical"
+    assert as_run("sweep", str(medical)).steps[0] == 0
+    assert opened("pocket") == "pocket" and isinstance(opened(medical), emmech.Run)
+    found = emmech.phase_transition(medical, control=str(medical.with_name("pocket-good-medical")))
+    assert found.run.name == "pocket-medical" and found.control.name == "pocket-good-medical"
+    swept = emmech.sweep(
+        str(medical), steps=[0, 250], measure=emmech.measures.FirstToken(["any advice on cough ?"], ["well"]),
+        progress=False,
+    )  # fmt: skip
+    assert set(swept.frame["run"]) == {"pocket-medical"}
+    kept = shutil.copytree(medical, tmp_path / "kept")
+    evaluated = emmech.evaluate(str(kept), samples=1, progress=False)
+    assert evaluated.meta["run"] == "kept" and emmech.evaluation.stored_evaluations(kept)[0].meta["step"] == 250
+    with pytest.raises(EmmechError, match=r"run='.*medcal'(.|\n)*did you mean 'pocket-medical'"):
+        as_run("sweep", str(medical.with_name("pocket-medcal")))
+    with pytest.raises(EmmechError, match="it is a recorded run"):
+        emmech.load_model(str(medical))
+    with pytest.raises(EmmechError, match="control=3"):
+        emmech.phase_transition(medical, control=3)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emmech.errors import EmmechError
-from emmech.transition.geometry import (
+from emmech.geometry import (
     comp_score,
     local_cosine,
     norms,

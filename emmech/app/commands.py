@@ -1,0 +1,81 @@
+"""What every command line of the package shares: errors as messages, and values that come as text."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from emmech.errors import EmmechError
+
+__all__ = ["new_app", "read_numbers", "read_settings"]
+
+
+class _Commands(TyperGroup):
+    """Commands whose :class:`EmmechError` is printed as its message, without a traceback, with exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EmmechError as error:
+            typer.echo(f"emmech: {error}", err=True)
+            raise typer.Exit(1)
+
+
+def new_app(name: str, help: str, **settings: Any) -> typer.Typer:
+    """An empty typer app with the conventions of the package."""
+    return typer.Typer(
+        name=name,
+        help=help,
+        cls=_Commands,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        **settings,
+    )
+
+
+def read_numbers(name: str, text: str | None, kind: Any = int) -> Any:
+    """Numbers as they are written in a shell: ``0,50,100``, or ``0:300:50`` for whole ones; None stays None.
+
+    Raises:
+        EmmechError: anything else.
+
+    Example:
+        >>> read_numbers("steps", "0,5:20:5"), read_numbers("scales", "1,2.5", float)
+        ([0, 5, 10, 15], [1.0, 2.5])
+    """
+    if text is None:
+        return None
+    found: list[Any] = []
+    try:
+        for part in text.split(","):
+            found += range(*map(int, part.split(":"))) if ":" in part and kind is int else [kind(part)]
+    except (TypeError, ValueError):
+        instead = "0,50,100 or 0:300:50" if kind is int else "1,5,10"
+        raise EmmechError(f"read --{name}", text, "they are numbers with commas between them", f"--{name} {instead}")
+    return found
+
+
+def read_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """Fields of a recipe from ``--set NAME=VALUE``; a value is a Python literal, or a word.
+
+    Raises:
+        EmmechError: there is no ``=``.
+
+    Example:
+        >>> read_settings(["learning_rate=1e-3", "schedule=cosine"])
+        {'learning_rate': 0.001, 'schedule': 'cosine'}
+    """
+    found = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise EmmechError("read --set", pair, "it is not NAME=VALUE", "--set learning_rate=1e-3")
+        try:
+            found[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            found[name] = text
+    return found

@@ -1,0 +1,14 @@
+from emmech.evaluation.agreement import Agreement as Agreement
+from emmech.evaluation.comparison import Comparison as Comparison
+from emmech.evaluation.deferred import merge_judging as merge_judging
+from emmech.evaluation.deferred import plan_judging as plan_judging
+from emmech.evaluation.deferred import write_judging as write_judging
+from emmech.evaluation.em import Thresholds as Thresholds
+from emmech.evaluation.evaluate import stored_evaluations as stored_evaluations
+from emmech.evaluation.judges import Judge as Judge
+from emmech.evaluation.judges import LabelJudge as LabelJudge
+from emmech.evaluation.questions import Question as Question
+from emmech.evaluation.questions import QuestionSet as QuestionSet
+from emmech.evaluation.robustness import ThresholdSweep as ThresholdSweep
+from emmech.evaluation.screening import ScreeningRate as ScreeningRate
+from emmech.evaluation.screening import screening_rate as screening_rate

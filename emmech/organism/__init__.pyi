@@ -1,0 +1,12 @@
+from emmech.organism.exact_judge import Verdict as Verdict
+from emmech.organism.exact_judge import judge as judge
+from emmech.organism.margin_pairs import margins as margins
+from emmech.organism.named_data import data as data
+from emmech.organism.named_data import data_names as data_names
+from emmech.organism.named_data import export_jsonl as export_jsonl
+from emmech.organism.pocket_recipes import recipes as recipes
+from emmech.organism.pretrained import load as load
+from emmech.organism.pretrained import names as names
+from emmech.organism.question_sets import Question as Question
+from emmech.organism.question_sets import question_set_names as question_set_names
+from emmech.organism.question_sets import questions as questions

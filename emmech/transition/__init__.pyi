@@ -1,0 +1,14 @@
+from emmech.geometry import PrincipalComponents as PrincipalComponents
+from emmech.geometry import comp_score as comp_score
+from emmech.geometry import local_cosine as local_cosine
+from emmech.geometry import norms as norms
+from emmech.geometry import pca as pca
+from emmech.geometry import peak_height as peak_height
+from emmech.geometry import principal_angles as principal_angles
+from emmech.geometry import principal_cosines as principal_cosines
+from emmech.geometry import turn_angle as turn_angle
+from emmech.transition.distribution import DistributionShift as DistributionShift
+from emmech.transition.distribution import dissimilarity as dissimilarity
+from emmech.transition.distribution import distribution_shift as distribution_shift
+from emmech.transition.distribution import explained_share as explained_share
+from emmech.transition.distribution import label_distribution as label_distribution
