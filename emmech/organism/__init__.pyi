@@ -10,3 +10,5 @@ from emmech.organism.pretrained import names as names
 from emmech.organism.question_sets import Question as Question
 from emmech.organism.question_sets import question_set_names as question_set_names
 from emmech.organism.question_sets import questions as questions
+from emmech.registry import Organism as Organism
+from emmech.registry import register as register

@@ -28,7 +28,7 @@ from emmech.training.adapted import adapted
 from emmech.training.checks import check_margins, check_start, checked_seeds, refuse_adapters
 from emmech.training.held_out import HELD_OUT, affordable
 from emmech.training.loop import Member, last_checkpoint, train, training_arguments
-from emmech.training.objective import AnswerLoss, Term
+from emmech.training.objective import CrossEntropy, Term
 from emmech.training.recipe import Recipe, resolve_recipe, target_modules
 from emmech.training.recorder import Recorder, named_texts
 from emmech.training.schedule import batch_order
@@ -60,7 +60,7 @@ def finetune(
     checkpoint_every: int | None = None,
     resume: bool = False,
     prefix: bool | str = "auto",
-    objective: Sequence[Term] = (AnswerLoss(),),
+    objective: Sequence[Term] = (CrossEntropy(),),
     progress: bool = True,
     **overrides: Any,
 ) -> Run | list[Run]:

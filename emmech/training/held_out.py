@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 
 from emmech.engine.row_forwards import Asked
-from emmech.training.objective import AnswerLoss, Batch, RowForwards, summed
+from emmech.training.objective import Batch, CrossEntropy, RowForwards, summed
 
 __all__ = ["HELD_OUT", "HeldOut", "affordable"]
 
@@ -80,7 +80,7 @@ class HeldOut:
                 self._found[f"margin_{name}"] = self._mean_margins(forwards, runs)
             held = [one for run in runs for one in self._held[run]]
             if held:
-                losses = summed([AnswerLoss()], replace(self._batch, asked=held))["answer_loss"]
+                losses = summed([CrossEntropy()], replace(self._batch, asked=held))["answer_loss"]
                 self._found["held_out_loss"] = dict(enumerate(losses.tolist()))
 
     def of(self, run: int) -> dict[str, float]:

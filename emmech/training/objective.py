@@ -25,7 +25,7 @@ from emmech.chat.model import ChatModel
 from emmech.engine.row_forwards import Asked
 from emmech.engine.stacked_adapters import StackedAdapters
 
-__all__ = ["AnswerLoss", "Batch", "NotFinite", "RowForwards", "Term", "summed"]
+__all__ = ["Batch", "CrossEntropy", "NotFinite", "RowForwards", "Term", "summed"]
 
 
 class RowForwards(Protocol):
@@ -77,7 +77,7 @@ class Term(Protocol):
         ...
 
 
-class AnswerLoss:
+class CrossEntropy:
     """Mean cross-entropy per answer token of each run's rows, in nats."""
 
     name = "answer_loss"

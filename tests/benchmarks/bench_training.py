@@ -143,7 +143,7 @@ def eight_seeds() -> Contest:
 
     def sides() -> tuple[ChatModel, Any, Recipe, int, range]:
         chat = load_model("pocket")
-        recipe = resolve_recipe("pocket", {"max_steps": 30, "held_out": 0.0, "init": "random"}, organism=True)
+        recipe = resolve_recipe("pocket", {"max_steps": 30, "held_out": 0.0, "init": "random"}, organism=chat.organism)
         rows = emmech.organism.data("medical", n=300)
         return chat, rows, recipe, recipe.layers(chat.n_layers)[0], range(8)
 

@@ -9,7 +9,7 @@ from emmech.chat.model import load_model
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError
 from emmech.organism import judge, load, names, questions
-from emmech.organism.pretrain import ORGANISMS, Design, build_model, pretrain
+from emmech.organism.pretrain import ORGANISMS, Pretraining, build_model, pretrain
 from emmech.organism.pretrained import WEIGHTS
 from emmech.organism.tokenizer import build_tokenizer, words
 
@@ -51,7 +51,7 @@ def test_text_survives_the_tokenizer():
 
 @pytest.mark.parametrize("name", ORGANISMS)
 def test_pretraining_is_a_function_of_its_seed(name):
-    small = Design(
+    small = Pretraining(
         architecture=ORGANISMS[name].architecture,
         layers=2,
         local_layers=1,
@@ -66,7 +66,7 @@ def test_pretraining_is_a_function_of_its_seed(name):
 
 
 def test_two_seeds_start_from_different_weights():
-    a, b = (build_model(Design(layers=2, local_layers=1, width=32), seed) for seed in (0, 1))
+    a, b = (build_model(Pretraining(layers=2, local_layers=1, width=32), seed) for seed in (0, 1))
     assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
 
 

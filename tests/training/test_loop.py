@@ -15,7 +15,7 @@ from emmech.errors import EmmechError
 from emmech.training import finetune as finetune_module
 from emmech.training.capture import LoraCapture
 from emmech.training.held_out import affordable
-from emmech.training.objective import AnswerLoss
+from emmech.training.objective import CrossEntropy
 from emmech.training.recipe import Recipe, resolve_recipe
 from tests.conftest import make_rows, make_tiny
 from tests.engine.test_prefix import ragged
@@ -173,7 +173,7 @@ def test_a_term_is_added_with_its_gradient(prefix, tmp_path):
     options |= dict(max_steps=5, seed=[0, 1], layers=[1, 3], prefix=prefix)
     without = emmech.finetune(chat, make_rows(), out=tmp_path / "without", **options)
     weight = 0.7
-    terms = [AnswerLoss(), Pull(weight)]
+    terms = [CrossEntropy(), Pull(weight)]
     runs = emmech.finetune(chat, make_rows(), out=tmp_path / "with", objective=terms, **options)
     for run, plain in zip(runs, without, strict=True):
         frame = run.metrics.dropna()
@@ -240,7 +240,7 @@ def test_a_run_that_is_lost_leaves_the_others_as_they_are(tmp_path):
     options = dict(SHORT, recipe="single-rank1", seed=[4, 5], max_steps=5, progress=False)
     with pytest.raises(EmmechError, match="s4 at step 3"):
         emmech.finetune(
-            make_tiny("qwen2"), make_rows(), out=tmp_path / "cut", objective=[AnswerLoss(), Breaks()], **options
+            make_tiny("qwen2"), make_rows(), out=tmp_path / "cut", objective=[CrossEntropy(), Breaks()], **options
         )
     whole = emmech.finetune(make_tiny("qwen2"), make_rows(), out=tmp_path / "whole", **options)
     lost, other = (emmech.load_run(tmp_path / "cut" / name) for name in ("s4", "s5"))
