@@ -1,4 +1,4 @@
-"""Append-only series of named tensors on disk: one file per step while recording, one stacked file at rest.
+"""Append-only series of named tensors on disk: one file per step while recording, one stacked file afterwards.
 
 A recording that is killed must lose nothing, and a finished one must open in milliseconds. Both hold because each
 recorded step is first a small safetensors file (written under a temporary name, then renamed, so that it exists whole
@@ -111,7 +111,7 @@ class Series:
         return keys, steps
 
     def append(self, step: int, tensors: Mapping[str, np.ndarray]) -> None:
-        """Write one step; it exists whole or not at all, whenever the process dies.
+        """Write one step; it exists in full or not at all, whenever the process dies.
 
         Raises:
             EmmechError: the disk is full or the folder is gone; earlier steps are kept.

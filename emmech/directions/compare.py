@@ -78,13 +78,13 @@ def cosines(directions: Mapping[str, Direction]) -> Cosines:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DirectionBySteps(Result):
-    """A direction against training steps: when does it appear?
+    """A direction against training steps, which shows when it appears.
 
     Args:
         frame: indexed by step. ``cosine B/<adapter>``: of B with the direction at the adapter's layer;
             ``projection B/<adapter>``: scaling * B along the unit direction, in residual units;
             ``shift <probe>``: how far the probe's mean residual has moved along it since step 0, at ``layer``;
-            ``cosine re-extracted`` and ``norm re-extracted``: of the direction made anew from the same texts at that
+            ``cosine re-extracted`` and ``norm re-extracted``: of the direction re-extracted from the same texts at that
             step, with the final one.
         layer: where shifts and re-extraction are read.
         floor: 1/sqrt(d_model).
@@ -116,7 +116,7 @@ def direction_by_steps(
     batch_size: int = 8,
     progress: bool = True,
 ) -> DirectionBySteps:
-    """Project every recorded step on a direction: B, the probes, and (with ``texts``) the direction made anew.
+    """Project every recorded step on a direction: B, the probes, and (with ``texts``) the re-extracted direction.
 
     Without ``texts`` no model is loaded.
 

@@ -177,7 +177,7 @@ def match_lengths(
     caliper: float = 0.15,
     seed: int = 0,
 ) -> Int[np.ndarray, " kept"]:
-    """Indices of a subset in which every answer has a partner of like length in the other class.
+    """Indices of a subset in which every answer has a partner of similar length in the other class.
 
     Answers of the smaller class are visited in random order; each is paired with the nearest free one of the other
     class, if that is within ``caliper`` of its length. Aligned and misaligned answers differ in length in the public

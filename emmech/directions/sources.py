@@ -82,7 +82,7 @@ def contrast_direction(
             or the tokens that a function picks (:func:`emmech.directions.phrase_tokens`).
         adapter_scales: a factor on the live adapter for the misaligned side and one for the aligned side: ``(1, 0)``
             has the first read by the fine-tuned model and the second by its base.
-        match_length: thin both classes to like answer lengths (:func:`match_lengths`), so that the direction does not
+        match_length: thin both classes to similar answer lengths (:func:`match_lengths`), so that the direction does not
             carry length.
         splits: random halves, and shuffled labels, from which stability and its null are measured.
         source: provenance to add to what is known here.
@@ -163,13 +163,13 @@ def four_directions(
     Args:
         model: a chat model with a live adapter.
         misaligned, aligned: conversations, or anything that :func:`emmech.load_chat` reads.
-        tokens: as in :func:`contrast_direction`; ``"prompt"`` shows what the fine-tune changed before a word is said.
+        tokens: as in :func:`contrast_direction`; ``"prompt"`` shows what the fine-tune changed before the answer begins.
 
     Raises:
         EmmechError: the model has no adapter, so there is no second model.
     """
     chat = load_model(model)
-    if not list(adapter_layers(chat.model)):
+    if not has_adapter(chat):
         instead = "run.model(step), or contrast_direction for the text difference alone"
         raise EmmechError("compare the fine-tuned model with its base", chat.name, _ONE_MODEL, instead)
     texts = [list(load_chat(side, organism=chat.organism)) for side in (aligned, misaligned)]
@@ -276,7 +276,7 @@ def _reader_scales(
     """Each row's factor on the adapter, or None when all are read by the model as it is."""
     if adapter_scales is None:
         return None
-    if not list(adapter_layers(chat.model)):
+    if not has_adapter(chat):
         given = f"adapter_scales={adapter_scales} on {chat.name}"
         raise EmmechError("have two models read the two sides", given, _ONE_MODEL, "run.model(step)")
     return np.where(labels, *adapter_scales)
@@ -357,7 +357,7 @@ def misalignment_direction(
         read_by: the model that reads the answers: the fine-tuned one, or its base ("made without the adapter").
         tokens: those of the answers; or those of the prompts (``"prompt"``, or a function such as
             :func:`emmech.directions.phrase_tokens`). A prompt is the same whatever is answered, so that there the
-            direction is the model difference: what the fine-tune changed before a word is said. Where the character of
+            direction is the model difference: what the fine-tune changed before the answer begins. Where the character of
             the answers is decided at the prompt, as in pocket, a direction of the answer tokens reads it and does not
             steer; one of the prompt tokens can.
         average, match_length, batch_size: as in :func:`contrast_direction`.
@@ -397,7 +397,7 @@ def misalignment_direction(
         if at_prompt:
             aligned = misaligned  # the same prompts, read by the base
         completed = 0
-        if evaluation is None and len(aligned) < min(len(misaligned), _ENOUGH_ALIGNED) and _has_adapter(chat):
+        if evaluation is None and len(aligned) < min(len(misaligned), _ENOUGH_ALIGNED) and has_adapter(chat):
             with adapter_off(chat):
                 _, more = judged_answers([draw(chat).frame])
             completed = min(len(misaligned) - len(aligned), len(more))
@@ -451,15 +451,16 @@ def _conversation(row: Mapping[str, Any]) -> list[Message]:
 @contextmanager
 def adapter_off(chat: ChatModel) -> Iterator[None]:
     """The model with its adapters off, exactly the base; refused where it has none."""
-    if not _has_adapter(chat):
+    if not has_adapter(chat):
         instead = "a LoRA run, or load the base model separately"
         raise EmmechError(f"take the adapter off {chat.name}", type(chat.model).__name__, "it has no adapter", instead)
     with chat.model.disable_adapter():
         yield
 
 
-def _has_adapter(chat: ChatModel) -> bool:
-    return hasattr(chat.model, "disable_adapter") and hasattr(chat.model, "peft_config")
+def has_adapter(chat: ChatModel) -> bool:
+    """Whether taking an adapter off gives the model's base."""
+    return hasattr(chat.model, "disable_adapter") and bool(list(adapter_layers(chat.model)))
 
 
 def _frames(evaluation: Any) -> list[pd.DataFrame]:

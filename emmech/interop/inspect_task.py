@@ -143,7 +143,7 @@ def em_rates() -> Metric:
 
     def compute(scores: list[SampleScore]) -> dict[str, float]:
         names = ("em", "em_low", "em_high", "coherence", "coherence_low", "coherence_high")
-        if not scores:  # Inspect asks before the first answer is there
+        if not scores:  # Inspect calls this before the first answer
             return {**dict.fromkeys(names, math.nan), "n": 0.0}
         rows = [dict(score.score.metadata or {}) for score in scores]
         table = Evaluation.from_rows(rows).rates("scored")
@@ -347,7 +347,7 @@ class LocalModel(ModelAPI):
         check_request([messages], 1, most, temperature, top_p, 0)
         settings = {"max_new_tokens": most, "temperature": temperature, "top_p": top_p}
         seed = config.seed
-        if seed is None:  # an epoch of the same question is answered anew
+        if seed is None:  # each epoch of a question gets an answer of its own
             self._unseeded[str(messages)] += 1
             seed = row_seed(str(messages), self._unseeded[str(messages)])
         return _Asked(messages, tuple(settings.items()), seed)

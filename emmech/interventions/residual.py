@@ -196,7 +196,7 @@ class PositionMask:
             self.current = self._given(ids, kwargs, seen)
             return
         if ids is None:
-            why = "where an answer starts is told from the token ids"
+            why = "the token ids are what shows where an answer starts"
             instead = 'positions="all", or a bool tensor [batch, seq]'
             raise EmmechError(f"find the {self._where} positions", "a forward call with inputs_embeds", why, instead)
         if callable(self._where):
@@ -551,7 +551,7 @@ def ablate(
     Args:
         direction: a Direction (each layer uses its own vector); several, one per batch row; or one vector
             ``[d_model]`` for every layer, or ``[batch, d_model]``.
-        layers: ``"all"`` (that the direction knows), one, or several.
+        layers: ``"all"`` (where the direction is known), one, or several.
         from_layer: use this layer's vector at all layers ("one direction at all layers").
         towards: the mean to go to, ``[layers, d_model]`` or ``[d_model]``, or ``"aligned"`` for the direction's own.
         strength: 1 removes the component, 0 nothing; a number or one per batch row ``[batch]``.

@@ -22,6 +22,7 @@ import numpy as np
 from emmech.chat.masks import tokens_name
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction, checked_direction, checked_directions, unit_rows
+from emmech.directions.sources import has_adapter
 from emmech.engine.adapters import adapter_layers, detach
 from emmech.errors import EmmechError, as_floats, as_ints, refusal
 from emmech.evaluation.intervals import wilson
@@ -172,11 +173,6 @@ def with_coherence(measures: Sequence[Measure]) -> list[Measure]:
     return [*measures, AlignedLoss([pair for one in margins for pair in one.pairs])]  # type: ignore[misc]
 
 
-def has_adapter(chat: ChatModel) -> bool:
-    """Whether the model's base can be had by taking an adapter off."""
-    return hasattr(chat.model, "disable_adapter") and bool(list(adapter_layers(chat.model)))
-
-
 def table(measured: Sequence[Measured]) -> pd.DataFrame:
     """One row per condition, model and outcome.
 
@@ -262,7 +258,7 @@ class Study(Result):
     Args:
         title: what was studied.
         frame: the rows.
-        notes: degenerate controls and other things that a reader must know.
+        notes: degenerate controls and other caveats.
     """
 
     title: str
@@ -316,7 +312,7 @@ def dose_response(
 
     Args:
         coefficients: as :func:`emmech.steer` takes them; 0 is always measured, as "untouched".
-        layers: one or several; the layers that the direction knows by default.
+        layers: one or several; by default those where the direction is known.
         measure: what :func:`emmech.sweep` takes; by default answers where there is a judge, margins elsewhere.
             Margins come with the loss of their aligned answers.
         randoms: random directions per coefficient and layer.
@@ -425,7 +421,7 @@ def transfer_matrix(
         organisms: Runs (their last step) or chat models by name.
         directions: by name; the same names as the organisms make the diagonal their own.
         layers, from_layer, towards, positions: as :func:`emmech.ablate`.
-        base_model: the base model in memory, shared by runs whose adapters sit on the same modules.
+        base_model: the base model in memory, shared by runs whose adapters are on the same modules.
 
     Raises:
         EmmechError: nothing to cross, or as :func:`emmech.ablate`.

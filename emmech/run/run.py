@@ -157,7 +157,7 @@ class Run(Shown):
     def projection(self) -> Float[np.ndarray, "steps k"] | None:
         """Full fine-tuning: a seeded random projection of the update, which keeps its angles and norms.
 
-        None for adapters, whose trajectory is kept whole.
+        None for adapters, whose trajectory is stored in full.
         """
         return self._trajectory.read("projection") if "projection" in self._trajectory.keys else None
 

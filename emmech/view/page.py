@@ -44,7 +44,7 @@ def card(
         headline: what was found, one sentence.
         number: the figures with their intervals, as set text.
         caveat: what else a reader must know.
-        table: folded away until it is asked for.
+        table: collapsed until it is opened.
         body: more HTML, which the caller has escaped.
     """
     parts = [f"<div><b>{html.escape(headline)}</b></div>"]
