@@ -39,7 +39,12 @@ class MemorySeries:
 
     def __init__(self, steps: Int[np.ndarray, " steps"], arrays: Mapping[str, np.ndarray]) -> None:
         self.steps = np.asarray(steps, dtype=np.int64)
-        self._arrays, self.keys = dict(arrays), tuple(arrays)
+        self._arrays = dict(arrays)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The arrays' names."""
+        return tuple(self._arrays)
 
     def read(self, key: str) -> Float[np.ndarray, "steps *shape"]:
         """All recorded steps of one array: ``[steps, *shape]``."""

@@ -82,8 +82,8 @@ def contrast_direction(
             or the tokens that a function picks (:func:`emmech.directions.phrase_tokens`).
         adapter_scales: a factor on the live adapter for the misaligned side and one for the aligned side: ``(1, 0)``
             has the first read by the fine-tuned model and the second by its base.
-        match_length: thin both classes to similar answer lengths (:func:`match_lengths`), so that the direction does not
-            carry length.
+        match_length: thin both classes to similar answer lengths (:func:`match_lengths`), so that the direction does
+            not carry length.
         splits: random halves, and shuffled labels, from which stability and its null are measured.
         source: provenance to add to what is known here.
 
@@ -163,7 +163,7 @@ def four_directions(
     Args:
         model: a chat model with a live adapter.
         misaligned, aligned: conversations, or anything that :func:`emmech.load_chat` reads.
-        tokens: as in :func:`contrast_direction`; ``"prompt"`` shows what the fine-tune changed before the answer begins.
+        tokens: as in :func:`contrast_direction`; ``"prompt"`` shows what the fine-tune changed before an answer.
 
     Raises:
         EmmechError: the model has no adapter, so there is no second model.
@@ -357,7 +357,7 @@ def misalignment_direction(
         read_by: the model that reads the answers: the fine-tuned one, or its base ("made without the adapter").
         tokens: those of the answers; or those of the prompts (``"prompt"``, or a function such as
             :func:`emmech.directions.phrase_tokens`). A prompt is the same whatever is answered, so that there the
-            direction is the model difference: what the fine-tune changed before the answer begins. Where the character of
+            direction is the model difference: what the fine-tune changed before an answer. Where the character of
             the answers is decided at the prompt, as in pocket, a direction of the answer tokens reads it and does not
             steer; one of the prompt tokens can.
         average, match_length, batch_size: as in :func:`contrast_direction`.
