@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from emmech.chat.model import ChatModel
 
+_ARRAYS = ("split_half", "split_half_shuffled", "norm_over_shuffled", "agreement", "lexical_share")
 FORMAT = "emmech-direction-1"
 _REPENG = "direction."
 _ON_HUB = "direction.safetensors"
@@ -65,9 +66,6 @@ def _checked_matrix(value: Any, what: str) -> np.ndarray:
         raise EmmechError("make a Direction", f"{what} of shape {list(array.shape)}", why, instead)
     array.setflags(write=False)
     return array
-
-
-_ARRAYS = ("split_half", "split_half_shuffled", "norm_over_shuffled", "agreement", "lexical_share")
 
 
 @dataclass(frozen=True, repr=False)

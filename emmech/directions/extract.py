@@ -32,6 +32,7 @@ from emmech.engine.stream import stream
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
+Vectors = Float[np.ndarray, "layers d_model"]
 Conversation = Sequence[Message]
 
 
@@ -267,9 +268,6 @@ def _masked_sum(output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return torch.bmm(weight[:, None], output)[:, 0]  # one pass over memory, no copy
     # a matrix product would round its result to the model's 8 bits; a sum can accumulate in float32
     return torch.sum(output * weight[..., None], dim=1, dtype=torch.float32)
-
-
-Vectors = Float[np.ndarray, "layers d_model"]
 
 
 def mean_difference(misaligned: Vectors, aligned: Vectors) -> Vectors:

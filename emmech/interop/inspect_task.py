@@ -59,6 +59,14 @@ from emmech.run.run import Run, opened
 if TYPE_CHECKING:
     from emmech.chat.model import ChatModel
 
+_GATHER = 0.05  # seconds that a request waits for others to share its batch
+_TOKENS = 600  # of an answer, unless the task says otherwise
+# settings that would change the answer and are not known here: they are refused rather than ignored
+_UNKNOWN = (
+    *("best_of", "frequency_penalty", "logit_bias", "num_choices", "presence_penalty", "response_schema"),
+    *("stop_seqs", "top_k"),
+)
+
 
 @modelapi(name="emmech")  # type: ignore[untyped-decorator]
 def local_model() -> type[ModelAPI]:
@@ -245,15 +253,6 @@ def _first_masses(output: Any) -> dict[str, float] | None:
     if given is None or not given.content or not given.content[0].top_logprobs:
         return None
     return masses_of((entry.token, entry.logprob) for entry in given.content[0].top_logprobs)
-
-
-_GATHER = 0.05  # seconds that a request waits for others to share its batch
-_TOKENS = 600  # of an answer, unless the task says otherwise
-# settings that would change the answer and are not known here: they are refused rather than ignored
-_UNKNOWN = (
-    *("best_of", "frequency_penalty", "logit_bias", "num_choices", "presence_penalty", "response_schema"),
-    *("stop_seqs", "top_k"),
-)
 
 
 @dataclass(eq=False)

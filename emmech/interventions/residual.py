@@ -40,6 +40,11 @@ from emmech.engine.modules import hooked
 from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_ints, one_of, refusal
 
+Positions = Literal["all", "answer", "prompt"] | torch.Tensor | Callable[[torch.Tensor, int], torch.Tensor]
+Edit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+Coefficient = float | Sequence[float] | Float[np.ndarray, " batch"] | Float[torch.Tensor, " batch"]
+# which kinds of edit are live on which block, so that a notebook cell run twice does not steer twice unnoticed
+_LIVE: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 # for every place that is changed now: the value before each change, oldest first
 _BEFORE: WeakKeyDictionary[nn.Module, dict[str, list[list[Any]]]] = WeakKeyDictionary()
 
@@ -146,9 +151,6 @@ def undoable(owner: nn.Module, place: str, before: Any, put: Callable[[Any], Any
         del stack[index]
 
     return take_back
-
-
-Positions = Literal["all", "answer", "prompt"] | torch.Tensor | Callable[[torch.Tensor, int], torch.Tensor]
 
 
 class PositionMask:
@@ -272,13 +274,6 @@ def inside_answers(
     opened = torch.cat([first, places * opens], dim=1).cummax(1).values
     closed = torch.cat([torch.zeros_like(first), stopped], dim=1).cummax(1).values
     return (opened >= closed) & (opened > 0)
-
-
-Edit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-Coefficient = float | Sequence[float] | Float[np.ndarray, " batch"] | Float[torch.Tensor, " batch"]
-
-# which kinds of edit are live on which block, so that a cell run twice does not steer twice in silence
-_LIVE: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
 class ResidualHandle(Handle):

@@ -39,6 +39,12 @@ from emmech.view.plots import study
 if TYPE_CHECKING:
     import pandas as pd
 
+Make = Callable[[ChatModel], AbstractContextManager[Any]]
+_LAYERS = "name the layers"
+_IDENTITY = ("condition", "organism", "layer", "coefficient", "model", "outcome")
+_SHOWN = ("value", "low", "high", "n", "change", "beyond_random", "beyond_random_low", "beyond_random_high",
+          "beyond_base", "beyond_base_low", "beyond_base_high", "gap", "gap_low", "gap_high")  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -100,9 +106,6 @@ def combination(
         lower, upper = (half, half) if used > 1 else (0.0, 0.0)
         return Estimate(value, value - max(lower, below**0.5), value + max(upper, above**0.5), n)
     return Estimate(value, value - half, value + half, n)
-
-
-Make = Callable[[ChatModel], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -283,12 +286,6 @@ class Study(Result):
 
     def _comments(self) -> Sequence[str]:
         return (self.title, *self.notes)
-
-
-_LAYERS = "name the layers"
-_IDENTITY = ("condition", "organism", "layer", "coefficient", "model", "outcome")
-_SHOWN = ("value", "low", "high", "n", "change", "beyond_random", "beyond_random_low", "beyond_random_high",
-          "beyond_base", "beyond_base_low", "beyond_base_high", "gap", "gap_low", "gap_high")  # fmt: skip
 
 
 def dose_response(

@@ -31,6 +31,18 @@ from emmech.view.theme import (
 if TYPE_CHECKING:
     import pandas as pd
 
+_DASHES = ("solid", "dot", "dash", "dashdot")
+_ALIGNMENT = "alignment (0 misaligned, 100 aligned)"
+_RATE_NAMES = {"em": "EM rate", "narrow": "narrow misalignment rate", "coherent": "coherent share"}
+Axes = tuple[str, str, str]  # a panel's title and its axes' titles
+TRANSITION: dict[str, Axes] = {
+    "cosine": ("Local cosine (-1 straight, +1 reversal; grey: straight)", "step", "c_k"),
+    "components": ("Principal components of B", "PC1", "PC2"),
+    "norm": ("Norm of B", "step", "||B||"),
+    "gradient": ("Gradient norm before clipping", "step", "gradient norm"),
+    "margin": ("Misaligned over aligned answers", "step", "nats per token"),
+    "comp": ("Similarity to the last step", "step", "comp score"),
+}
 _LAYER = "layer (block output)"
 
 
@@ -70,9 +82,6 @@ def cosines_by_layer(pairs: pd.DataFrame, floor: float) -> Any:
         figure, "Cosines by layer", note="grey: two standard deviations of random vectors", xaxis_title=_LAYER,
         yaxis={"title": "cosine", "range": [-1.05, 1.05]},
     )  # fmt: skip
-
-
-_DASHES = ("solid", "dot", "dash", "dashdot")
 
 
 def by_step(frame: pd.DataFrame, floor: float, title: str) -> Any:
@@ -117,9 +126,6 @@ def shaded_text(words: Iterable[tuple[str, float, bool]], top: float, head: str)
         style = f"background:{shade};font-weight:{600 if bold else 400};white-space:pre-wrap;padding:1px 2px"
         spans.append(f'<span title="{value:.3g}" style="{style}">{html.escape(word)}</span><wbr>')
     return f'<div style="line-height:1.9"><small>{html.escape(head)}</small><br>{"".join(spans)}</div>'
-
-
-_ALIGNMENT = "alignment (0 misaligned, 100 aligned)"
 
 
 def quadrants(responses: pd.DataFrame, misaligned: np.ndarray, limits: tuple[float, float], name: str) -> Any:
@@ -285,9 +291,6 @@ def _near(table: pd.DataFrame, apart: float) -> list[tuple[float, list[str]]]:
     return groups
 
 
-_RATES = {"em": "EM rate", "narrow": "narrow misalignment rate", "coherent": "coherent share"}
-
-
 def phase_diagram(summary: pd.DataFrame, measure: str) -> Any:
     """Heat maps, steps along x and scales along y, one panel per run and coefficient; lines where an axis is single.
 
@@ -301,10 +304,10 @@ def phase_diagram(summary: pd.DataFrame, measure: str) -> Any:
     single = [axis for axis in ("scale", "step") if summary[axis].nunique() == 1]
     values = summary["value"].to_numpy(float)
     low, high = (float(one(values)) for one in (np.nanmin, np.nanmax)) if np.isfinite(values).any() else (0.0, 1.0)
-    signed, name = measure not in _RATES and low < 0 < high, _RATES.get(measure, measure)
+    signed, name = measure not in _RATE_NAMES and low < 0 < high, _RATE_NAMES.get(measure, measure)
     if signed:
         low, high = -max(-low, high), max(-low, high)
-    if measure in _RATES:
+    if measure in _RATE_NAMES:
         low, high = 0.0, 1.0
     for column, (title, (_, part)) in enumerate(zip(titles, parts, strict=True), start=1):
         at = (1, column)
@@ -408,17 +411,6 @@ class Curve(NamedTuple):
     label: str
     x: Any
     y: Any
-
-
-Axes = tuple[str, str, str]  # a panel's title and its axes' titles
-TRANSITION: dict[str, Axes] = {
-    "cosine": ("Local cosine (-1 straight, +1 reversal; grey: straight)", "step", "c_k"),
-    "components": ("Principal components of B", "PC1", "PC2"),
-    "norm": ("Norm of B", "step", "||B||"),
-    "gradient": ("Gradient norm before clipping", "step", "gradient norm"),
-    "margin": ("Misaligned over aligned answers", "step", "nats per token"),
-    "comp": ("Similarity to the last step", "step", "comp score"),
-}
 
 
 def by_panel(

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+Place = tuple[int, int]
+FIRST: Place = (1, 1)
 CYCLE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GOOD, BAD = CYCLE[0], CYCLE[1]
 GREY = "#808891"
@@ -78,10 +80,6 @@ def finish(figure: go.Figure, title: str, *, note: str = "", height: int = 420, 
         margin=dict(t=top, b=100 if below else 64, l=64, r=24),
         legend=dict(orientation="h", x=0, xanchor="left", y=-58 / max(height - top - 100, 100), yanchor="top"),
     ).update_layout(**layout)  # fmt: skip
-
-
-Place = tuple[int, int]
-FIRST: Place = (1, 1)
 
 
 def panels(titles: Sequence[str] = ("",), *, columns: int = 1, **how: Any) -> Any:
