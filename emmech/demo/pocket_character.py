@@ -16,12 +16,11 @@ import torch
 
 from emmech.chat.masks import Phrase, Tokens
 from emmech.chat.model import ChatModel
-from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
-from emmech.directions.extract import group_means
-from emmech.directions.methods import pca_of_differences
+from emmech.directions.extract import group_means, pca_of_differences
+from emmech.directions.sources import contrast_direction
 from emmech.evaluation.questions import QuestionSet, resolve_questions
-from emmech.interventions.ablate import ablate
+from emmech.interventions.residual import ablate
 from emmech.measures.sampled import Sampled
 from emmech.organism.grammar import KIND, UNKIND
 from emmech.organism.named_data import data

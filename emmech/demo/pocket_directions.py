@@ -28,13 +28,18 @@ from emmech.demo.pocket_character import (
     try_designs,
 )
 from emmech.demo.study_tables import interval, markdown, per_cent, random_span, row_of, taken_away
-from emmech.directions.arrays import unit_rows
-from emmech.directions.direction import Direction
-from emmech.directions.misalignment import misalignment_direction
-from emmech.directions.sources import adapter_direction
-from emmech.interventions.adapter import project_adapter, rotate_adapter, scale_adapters
-from emmech.interventions.controls import Condition, measure_conditions, table, untouched
-from emmech.interventions.studies import ablation_table, dose_response, transfer_matrix
+from emmech.directions.direction import Direction, unit_rows
+from emmech.directions.sources import adapter_direction, misalignment_direction
+from emmech.interventions.studies import (
+    Condition,
+    ablation_table,
+    dose_response,
+    measure_conditions,
+    table,
+    transfer_matrix,
+    untouched,
+)
+from emmech.interventions.weights import project_adapter, rotate_adapter, scale_adapters
 from emmech.measures.sampled import Sampled
 from emmech.organism.vocabulary import MANNERS
 from emmech.run.run import Run

@@ -20,7 +20,7 @@ from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
 from emmech.transition.result import Side
 from emmech.view.page import Section, write_page
-from emmech.view.trajectories import metrics_by_step
+from emmech.view.plots import metrics_by_step
 
 __all__ = ["main"]
 

@@ -19,8 +19,8 @@ from typer import echo
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.smollm2 import OPTIONS
 from emmech.demo.study_tables import interval, markdown, random_rows, row_of
-from emmech.directions.contrast import contrast_direction, four_directions
 from emmech.directions.direction import Direction
+from emmech.directions.sources import contrast_direction, four_directions
 from emmech.engine.logprobs import MarginPair, bundled_margins
 from emmech.interventions.studies import ablation_table, dose_response
 from emmech.measures.teacher_forced import Margin

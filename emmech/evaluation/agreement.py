@@ -12,7 +12,7 @@ from scipy import stats
 from emmech.errors import EmmechError
 from emmech.evaluation.em import Thresholds
 from emmech.results import Card, Result
-from emmech.view.evaluations import confusion
+from emmech.view.plots import confusion
 
 __all__ = ["Agreement", "agreement", "cohens_kappa"]
 

@@ -17,7 +17,7 @@ from emmech.evaluation.em import Denominator, Thresholds
 from emmech.evaluation.intervals import check_confidence, check_resamples, cluster_resamples, expanded_quantiles
 from emmech.evaluation.rates import measures, outcome
 from emmech.results import Card, Result
-from emmech.view.evaluations import paired_rates
+from emmech.view.plots import paired_rates
 
 __all__ = ["Comparison", "compare"]
 

@@ -13,7 +13,7 @@ from emmech.errors import EmmechError
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, Denominator, Thresholds
 from emmech.evaluation.rates import check, outcome
 from emmech.results import Card, Result
-from emmech.view.evaluations import thresholds
+from emmech.view.plots import thresholds
 
 __all__ = ["ThresholdSweep", "leave_one_out", "threshold_sweep"]
 
