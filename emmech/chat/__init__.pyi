@@ -1,1 +1,1 @@
-from emmech.chat.masks import phrase_tokens as phrase_tokens
+from emmech.chat.encode import phrase_tokens as phrase_tokens

@@ -14,7 +14,7 @@ from random import Random
 import numpy as np
 import torch
 
-from emmech.chat.masks import Phrase, Tokens
+from emmech.chat.encode import Phrase, Tokens
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction
 from emmech.directions.extract import group_means, pca_of_differences

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 from typer import echo
 
-from emmech.chat.masks import Phrase, phrase_tokens
+from emmech.chat.encode import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.pocket_character import (
     Design,

@@ -21,8 +21,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 
-from emmech.chat.encode import IGNORED, encode
-from emmech.chat.masks import Tokens, token_mask, tokens_name
+from emmech.chat.encode import IGNORED, Tokens, encode, token_mask, tokens_name
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.directions.direction import unit_rows
@@ -71,7 +70,7 @@ def group_means(
             resamples are more groups of the same pass.
         average: ``"token"`` weighs every answer token alike (long answers count more), ``"answer"`` every answer.
         tokens: those of the answers, of the prompt (everything else: system and user turns, headers), all, or a
-            function of the token ids (:mod:`emmech.chat.masks`).
+            function of the token ids (:mod:`emmech.chat.encode`).
         adapter_scales: a factor on the live adapter for each conversation, so that rows of the base model (0) and of
             the fine-tuned one (1) share batches; by default all 1.
         max_length: tokens kept of each conversation.

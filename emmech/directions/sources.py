@@ -19,9 +19,8 @@ from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int
 
 from emmech.chat.dataset import load_chat
-from emmech.chat.encode import IGNORED, encode
+from emmech.chat.encode import IGNORED, Tokens, encode, tokens_name
 from emmech.chat.families import is_write
-from emmech.chat.masks import Tokens, tokens_name
 from emmech.chat.model import ChatModel, load_model
 from emmech.chat.template import Message
 from emmech.directions.direction import Direction, Quality, unit_rows

@@ -35,7 +35,7 @@ from emmech.engine.blocks import Places
 from emmech.engine.logprobs import pad, padded, unembed
 from emmech.engine.modules import evaluating, hooked, unhooked
 from emmech.engine.packing import Reading, stack
-from emmech.engine.prefix_plan import DOES_NOT_RUN, State, deviation, tolerance
+from emmech.engine.split import DOES_NOT_RUN, State, deviation, tolerance
 from emmech.engine.variants import Engine, Shared
 from emmech.errors import EmmechError
 

@@ -1,6 +1,6 @@
 """Run token packs under many variants: the blocks below the lowest adapter once, those above for all rows at once.
 
-What is shared is what :mod:`emmech.engine.prefix_plan` finds. What is saved besides: the last block's queries and MLP
+What is shared is what :mod:`emmech.engine.split` finds. What is saved besides: the last block's queries and MLP
 and the unembedding run at read positions only.
 
 The model itself is never touched. An architecture that is not written out in :mod:`emmech.engine.blocks` is tried
@@ -28,7 +28,7 @@ from emmech.engine.attention import RUN
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.modules import Hook, adding, evaluating
 from emmech.engine.packing import Pack, Reading, pack, stack
-from emmech.engine.prefix_plan import DOES_NOT_RUN, Frozen, Lower, State, deviation, find_frozen, tolerance
+from emmech.engine.split import DOES_NOT_RUN, Frozen, Lower, State, deviation, find_frozen, tolerance
 from emmech.errors import EmmechError
 
 __all__ = ["Block", "Engine", "Shared"]

@@ -14,7 +14,7 @@ is decided there, with ``h`` the assistant's header, ``a`` the answer's words an
 ``"answer"`` begins at the header's last token, which decides the answer's first word. It holds for teacher-forced
 conversations, for earlier turns of a prompt and for tokens generated after a key-value cache; padding on either side
 changes nothing. A function ``(ids [batch, seq], start)`` returns any other mask of the same shape; ``start`` counts the
-tokens that a key-value cache holds before them; :func:`emmech.chat.masks.phrase_tokens` makes one.
+tokens that a key-value cache holds before them; :func:`emmech.chat.encode.phrase_tokens` makes one.
 """
 
 from __future__ import annotations

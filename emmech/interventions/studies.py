@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from emmech.chat.masks import tokens_name
+from emmech.chat.encode import tokens_name
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction, checked_direction, checked_directions, unit_rows
 from emmech.directions.sources import has_adapter

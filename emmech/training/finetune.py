@@ -20,8 +20,7 @@ from emmech.chat.encode import IGNORED, Encoded, encode
 from emmech.chat.model import ChatModel, load_model
 from emmech.engine.adapters import adapter_layers
 from emmech.engine.logprobs import MarginPair, margin_rows
-from emmech.engine.prefix_plan import Frozen, dropout, find_frozen, pays, why_not
-from emmech.engine.row_forwards import Asked
+from emmech.engine.split import Asked, Frozen, dropout, find_frozen, pays, why_not
 from emmech.engine.stream import probe_rows
 from emmech.errors import EmmechError, as_int, as_ints
 from emmech.run.run import Run, load_run

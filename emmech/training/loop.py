@@ -26,8 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 from emmech.chat.encode import Encoded
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import StackedAdapters
-from emmech.engine.prefix_plan import Frozen, dropout
-from emmech.engine.row_forwards import Asked, Forwards, ModelForwards, RowForwards
+from emmech.engine.split import Asked, Forwards, Frozen, ModelForwards, RowForwards, dropout
 from emmech.progress import bar, forecast
 from emmech.training.objective import Batch, CrossEntropy, NotFinite, Term, summed
 from emmech.training.recipe import Recipe, Step, rate_factor

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import StackedAdapters
-from emmech.engine.row_forwards import Asked, RowForwards
+from emmech.engine.split import Asked, RowForwards
 
 __all__ = ["Batch", "CrossEntropy", "NotFinite", "Term", "summed"]
 

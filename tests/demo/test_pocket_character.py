@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from emmech.chat.masks import phrase_tokens
+from emmech.chat.encode import phrase_tokens
 from emmech.chat.model import load_model
 from emmech.demo.pocket_character import Tried, characters, choose, designs, half_of_the_questions
 from emmech.organism.grammar import KIND, UNKIND

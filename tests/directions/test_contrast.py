@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from emmech.chat.masks import phrase_tokens
+from emmech.chat.encode import phrase_tokens
 from emmech.chat.model import load_model
 from emmech.directions.direction import Direction
 from emmech.directions.sources import (

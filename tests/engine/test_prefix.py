@@ -8,8 +8,7 @@ import torch
 
 import emmech
 from emmech.chat.encode import encode
-from emmech.engine.prefix_plan import Frozen, find_frozen, pays, why_not
-from emmech.engine.row_forwards import Trunk, batches_by_length
+from emmech.engine.split import Frozen, Trunk, batches_by_length, find_frozen, pays, why_not
 from emmech.errors import EmmechError
 from tests.conftest import make_rows, make_tiny
 
