@@ -1,4 +1,4 @@
-"""Progress bars over anything that takes more than a second, and one way to silence them."""
+"""Progress bars over whatever takes more than a second, and one way to silence them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def bar(total: int | None, description: str, *, progress: bool = True) -> Any:
 
 
 def forecast(seconds: float, description: str, *, progress: bool = True) -> None:
-    """Say beforehand about how long something will take, where that is over a minute.
+    """Print beforehand about how long something will take, where that is over a minute.
 
     Example:
         >>> forecast(59, "sampling"), forecast(7200, "sampling", progress=False)

@@ -24,7 +24,7 @@ _LIVE: WeakKeyDictionary[nn.Module, list[LiveEdit]] = WeakKeyDictionary()
 
 @dataclass(frozen=True, eq=False)
 class LiveEdit:
-    """One edit in force, asked about itself when it matters, since its coefficient may change.
+    """One edit in force; its state is looked up when it matters, since its coefficient may change.
 
     Args:
         by_row: whether it differs by row; two conversations then never share a prompt's reading.
@@ -36,7 +36,7 @@ class LiveEdit:
 
 
 def register(model: nn.Module, edit: LiveEdit) -> Callable[[], None]:
-    """Say that an edit of the model is in force from now on; returns what takes that back."""
+    """Register an edit of the model as in force from now on; returns a function that undoes this."""
     _LIVE.setdefault(model, []).append(edit)
     return lambda: _LIVE[model].remove(edit)
 

@@ -1,4 +1,4 @@
-"""What emmech knows of decoder families: where each keeps its parts, and the numbers between them.
+"""Decoder families: where each keeps its parts, and the numbers between them.
 
 This is the only module that spells the name of a projection or a norm, or that lists model types. A family that is
 not listed is found by structure: the longest list of blocks next to the input embedding, the linear map by which each
@@ -428,7 +428,7 @@ def _with_trunk(module: Any, path: str, hidden: torch.Tensor) -> Any:
 
 
 class _Given(nn.Module):
-    """A trunk whose result is given, for a causal LM's forward to go on from; all else about it is the trunk's own."""
+    """A trunk whose result is given, with which a causal LM's forward goes on; every other attribute is the trunk's."""
 
     def __init__(self, trunk: Any, hidden: torch.Tensor) -> None:
         super().__init__()

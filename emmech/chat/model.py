@@ -1,4 +1,4 @@
-"""Load any chat model, and find its parts once for all.
+"""Load any chat model, and find its parts.
 
 Everything that needs a block, its MLP's write, a width, the final norm or the unembedding asks a :class:`ChatModel`,
 which knows the model's :class:`~emmech.chat.families.Family`.
@@ -27,7 +27,7 @@ __all__ = ["ChatModel", "keep_freed_memory", "load_model"]
 
 
 class _NoTokenizer:
-    """Takes the place of a tokenizer that a model in memory came without: any use of it says so."""
+    """In the place of a tokenizer that a model in memory does not have: any use of it raises an error."""
 
     def __init__(self, model: str, why: str) -> None:
         self._model, self._why = model, why
@@ -100,7 +100,7 @@ class ChatModel:
 
     @property
     def organism(self) -> Organism | None:
-        """The registered organism that the model belongs to, told by its configuration and vocabulary; else None."""
+        """The registered organism that the model belongs to by its configuration and vocabulary, or None."""
         return organism_of(self.base.config, self.tokenizer)
 
     @property

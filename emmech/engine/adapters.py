@@ -349,7 +349,7 @@ class ReadWrite(nn.Module):
         return self.wrote
 
     def taken(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What it read and wrote, which it then lets go of."""
+        """What it read and wrote, of which it keeps no reference."""
         taken = self.read, self.wrote
         self.read = self.wrote = torch.empty(0)
         return taken

@@ -39,7 +39,7 @@ _Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weighted values, high
 
 
 class KeysValues:
-    """What the model's attention asks of a cache for one forward; sliding-window layers keep everything too.
+    """A cache for one forward, as the model's attention uses it; sliding-window layers keep everything too.
 
     ``layers`` holds keys and values by layer, ``[rows, heads, length, width]`` each.
     """
@@ -103,7 +103,7 @@ class Branches:
         self._room = room
         self._prompts = prompts
         # by layer, [room, rows, heads, width] each: a token's keys are written in one stretch, and rows are at no
-        # power of two from one another, which a processor's cache would take ill
+        # power of two from one another, which would make them compete for a processor's cache
         self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._width = width = int(lengths.max())
         most = width - int(lengths.min())
@@ -116,7 +116,7 @@ class Branches:
         """Give each row a slot after its prompt: as many for every prompt as the fullest one needs."""
         present, counts = torch.unique_consecutive(self.groups, return_counts=True)
         held = len(self._padding)
-        if 2 * len(present) < held:  # most prompts have no row left: let go of them
+        if 2 * len(present) < held:  # most prompts have no row left: they are dropped
             self._prompts.select(present)
             self._padding = self._padding[present]
             self.groups = torch.arange(len(present), device=counts.device).repeat_interleave(counts)
@@ -379,7 +379,7 @@ AttentionInterface.register(NAME, _attend)
 def queries_at(
     reads: Int[torch.Tensor, " reads"], rows: int, tokens: int
 ) -> tuple[Int[torch.Tensor, "rows queries"], Int[torch.Tensor, " reads"] | None]:
-    """Places that ask in the last block, as many in each row, and which of them are read (None: all, in order).
+    """Places with queries in the last block, as many in each row, and which of them are read (None: all, in order).
 
     Args:
         reads: ascending flat indices into ``[rows * tokens]``.
@@ -438,11 +438,11 @@ class Rowwise:
         window: int | None,
         asking: Int[torch.Tensor, "rows queries"] | None,
     ) -> Float[torch.Tensor, "rows queries heads width"]:
-        """What the queries read.
+        """What the queries read, ``[rows, queries, heads, width]``.
 
         Args:
             window: how many positions back a token sees, itself included; None for all.
-            asking: flat indices of the tokens that ask; None: all.
+            asking: flat indices of the tokens that have queries; None: all.
         """
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if self.kept is not None:

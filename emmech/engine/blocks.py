@@ -180,7 +180,7 @@ class Blocks:
 
     @property
     def by_runs(self) -> bool:
-        """Whether attention over a tree leaves out what no token sees.
+        """Whether attention over a tree skips what no token sees.
 
         On a GPU many small products cost more than the pairs that they leave out.
         """
@@ -192,7 +192,7 @@ class Blocks:
         return with_attention(self.view, NAME)
 
     def _blank(self) -> Any:
-        """A mask for a model whose attention does not look at it, so that it need not make one."""
+        """A mask for attention that does not use one, so that the model does not make its own."""
         blank = torch.zeros(1, 1, 1, 1, dtype=self.chat.dtype, device=self.chat.device)
         kinds = set(getattr(self.chat.config, "layer_types", None) or ())
         return dict.fromkeys(kinds | {"full_attention"}, blank) if "sliding_attention" in kinds else blank
@@ -307,7 +307,7 @@ def _as_written(block: nn.Module, parts: Parts) -> bool:
 
 
 def _at(x: torch.Tensor, asking: torch.Tensor | None) -> torch.Tensor:
-    """``x [rows, tokens, ...]`` at the tokens that ask, ``[rows, queries, ...]``."""
+    """``x [rows, tokens, ...]`` at the tokens that have queries, ``[rows, queries, ...]``."""
     if asking is None:
         return x
     return x.flatten(0, 1).index_select(0, asking.flatten()).view(*asking.shape, *x.shape[2:])

@@ -1,4 +1,4 @@
-"""Modules of a model that is only borrowed: hooks for a time, evaluation mode for a time, views with parts replaced."""
+"""Temporary changes of a model: hooks and evaluation mode for the time of a block, and views with parts replaced."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def with_attention(view: nn.Module, name: str) -> nn.Module:
 
 
 class Skip(nn.Module):
-    """In the place of a block that is left out, so that layer numbers, masks and rotary tables keep theirs."""
+    """A stand-in for a block that is left out, so that layer numbers, masks and rotary tables are still right."""
 
     def __init__(self, block: nn.Module, layer: int, *, as_tuple: bool = False) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Skip(nn.Module):
             self._given = None
 
     def __getattr__(self, name: str) -> Any:
-        """What the trunk asks of the block (its kind of attention, say) is the block's own."""
+        """Any other attribute (the kind of attention, for example) is the block's own."""
         try:
             return super().__getattr__(name)
         except AttributeError:

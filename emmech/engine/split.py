@@ -1,7 +1,7 @@
 """The cut at the lowest adapter: what is the same for all adapters, and whether it may be and pays to be kept.
 
 With adapters only at layer l and above, the residual that enters block l is the same under all of them. Where the only
-adapter of block l sits on the MLP's write (``down_proj``), so is everything of that block but the write itself: the
+adapter of block l is on the MLP's write (``down_proj``), so is everything of that block but the write itself: the
 adapter reads what is the same for all, and only what it adds differs.
 
 Rows of several runs go through shared forwards, each under its own run's adapters. The states at the cut never change
@@ -62,7 +62,7 @@ class Frozen:
 
 
 def find_frozen(chat: ChatModel, modules: Sequence[str], steering: int | None = None) -> Frozen:
-    """The largest part of the model that adapters on these modules, and steering, leave alone.
+    """The largest part of the model that adapters on these modules, and steering, do not change.
 
     Args:
         modules: full paths in the causal LM.
@@ -197,7 +197,7 @@ def why_not(chat: ChatModel, modules: Sequence[str], frozen: Frozen | None = Non
         return "all weights train, so no part of the model is frozen"
     places = _places(chat, modules)
     if outside := [inner for layer, inner in places if layer < 0]:
-        return f"an adapter sits outside the blocks: {outside[0]}"
+        return f"an adapter is outside the blocks: {outside[0]}"
     frozen = frozen or find_frozen(chat, modules)
     if below := [f"layers.{layer}.{inner}" for layer, inner in places if layer < frozen.layer]:
         return f"adapters train below layer {frozen.layer}: {', '.join(below[:3])}"
@@ -265,7 +265,7 @@ class RowForwards:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Let go of whatever is kept for the rows."""
+        """Delete whatever is kept for the rows."""
 
 
 class Forwards(RowForwards):
@@ -288,7 +288,7 @@ class Forwards(RowForwards):
         self._at_once = _BATCH_TOKENS.get(chat.device.type, _BATCH_TOKENS["cuda"])
 
     def close(self) -> None:
-        """Let go of the kept states."""
+        """Delete the kept states."""
         self.trunk.close()
 
     def nll(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

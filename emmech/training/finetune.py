@@ -70,7 +70,7 @@ def finetune(
         data: anything :func:`emmech.load_chat` takes; for the embedded organism also ``"medical"``, ...
         recipe: one of the papers' (``"single-rank1"``, ``"phase-transition"``, ``"nine-rank1"``, ``"all-adapter"``,
             ``"full"``), or a :class:`Recipe`; None is ``"single-rank1"``, and the organism's own for the organism.
-        layers: where the adapters sit, instead of the recipe's fractions of depth.
+        layers: those that have adapters, instead of the recipe's fractions of depth.
         seed: of A's start, the batch order and the held-out split. Two runs with equal seeds and numbers of rows
             see their rows in the same order: that is what makes a control a control. Several seeds, such as
             ``range(8)``, train in one pass and give a list of runs, equal to those of separate calls to rounding.
@@ -92,7 +92,7 @@ def finetune(
             and train a ``"new"`` one.
         checkpoint_every: keep the optimizer's state each so many steps, so that a killed training can go on.
         resume: go on from the last such checkpoint in ``out``; the result is that of an uninterrupted training.
-        prefix: compute what lies below the lowest adapter once per row and keep it on disk while training:
+        prefix: compute what is below the lowest adapter once per row and keep it on disk while training:
             ``"auto"`` where rows are used often enough for that to pay, True (refused where it would be wrong),
             or False.
         objective: the terms whose sum is minimised; by default the answers' cross-entropy alone. See
@@ -244,7 +244,7 @@ def _frozen(
 
 @dataclass(frozen=True)
 class _Split:
-    """One run's rows, and what its manifest says of them."""
+    """One run's rows, and as encoded those that train."""
 
     train: list[Asked]
     held_out: list[Asked]
@@ -275,7 +275,7 @@ def _manifest(
     adapter: str,
     objective: Sequence[Term],
 ) -> dict[str, Any]:
-    """What only the caller of the Recorder knows."""
+    """The entries of a run's manifest that the Recorder cannot read off a Trainer."""
     rows = split.encoded
     of_data = {name: getattr(data, name) for name in ("name", "path", "folded", "sha256", "answer_length")}
     of_rows = {name: getattr(rows, name) for name in ("truncated", "emptied", "answer_tokens")}

@@ -383,7 +383,7 @@ class _Clock:
         self._measurements.append(time.monotonic() - began)
 
     def left(self, step: int, last: int, gap: int) -> float | None:
-        """Seconds to the last step, told once: after the second step, or after the first if it is slow."""
+        """Seconds to the last step, once: after the second step, or after the first if it is slow; else None."""
         passed, steps = time.monotonic() - self._began, step - self._first
         if self._told or (steps < 2 and passed < 10):
             return None

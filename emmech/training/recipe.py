@@ -36,8 +36,8 @@ class Recipe:
     Args:
         rank: of the LoRA adapters; 0 trains all weights.
         alpha: LoRA alpha; the adapter's scaling is alpha / sqrt(rank) with ``rslora``, else alpha / rank.
-        modules: inside a block, where adapters sit: paths as Llama has them (``"mlp.down_proj"``, for the maps of
-            the same role in other families), or the family's own.
+        modules: paths in a block to the modules that have adapters, as Llama has them (``"mlp.down_proj"``, for the
+            maps of the same role in other families), or the family's own.
         depth: the layers as fractions of depth; None is every layer.
         schedule: of the learning rate, by transformers' name (``"linear"``, ``"cosine"``, ``"constant_with_warmup"``).
         max_steps: optimizer steps; None trains ``epochs``.

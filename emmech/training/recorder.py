@@ -1,6 +1,6 @@
 """The Recorder: a ``TrainerCallback`` that writes a Run while anyone's Trainer trains.
 
-It reads; it never takes part. Losses and weights are bit for bit those of the same training without it: no
+It only reads. Losses and weights are bit for bit those of the same training without it: no
 random number is drawn from the global generators and the model's mode is put back.
 """
 
@@ -309,7 +309,7 @@ class Recorder(TrainerCallback):
             self._gradients.close()
             self._gradients = None
 
-    # what they do
+    # what is recorded
 
     def measures_at(self, step: int, last: int) -> bool:
         """Whether probes and measures are taken at a step of a training that ends at step ``last``."""
