@@ -281,14 +281,12 @@ class FunctionJob:
                 with hooked(*steered):
                     items = measure_all(live, self.measures)
                 update(len(self.measures))
-                records.append(
-                    [
-                        (name, question, value)
-                        for name, values in items.values.items()
-                        for question, value in zip(items.questions, values.tolist(), strict=True)
-                        if not np.isnan(value)
-                    ]
-                )
+                found = [
+                    (name, question, value)
+                    for name, values in items.values.items()
+                    for question, value in zip(items.questions, values.tolist(), strict=True)
+                ]
+                records.append([one for one in found if not np.isnan(one[2])])
             finally:
                 detach(live)
                 self.chat.base.train(training)  # PEFT leaves it in evaluation mode
@@ -302,17 +300,11 @@ class FunctionJob:
             for name, question, value in record:
                 cells = found.setdefault((name, question), [[] for _ in records])
                 cells[variant].append(value)
-        return JobResult(
-            [
-                Value(
-                    name,
-                    question,
-                    np.array([np.mean(own) if own else np.nan for own in cells]),
-                    np.array([len(own) for own in cells]),
-                )
-                for (name, question), cells in found.items()
-            ]
-        )
+        values = []
+        for (name, question), cells in found.items():
+            means = np.array([np.mean(own) if own else np.nan for own in cells])
+            values.append(Value(name, question, means, np.array([len(own) for own in cells])))
+        return JobResult(values)
 
 
 class ProbeJob(_PackedJob):
@@ -407,17 +399,16 @@ class SampledJob:
         """Answers and verdicts of a group of variants."""
         records: list[list[dict[str, Any]]] = []
         for start in range(0, len(group), self.variants_at_once):
+            chosen, seeds = rows[start : start + self.variants_at_once], [row["seed"] for row in self.rows]
             answers = decode_variants(
                 self.engine,
-                rows[start : start + self.variants_at_once],
+                chosen,
                 self.prompts,
                 self.which,
-                [row["seed"] for row in self.rows],
-                max_new_tokens=self.measure.max_new_tokens,
-                temperature=self.measure.temperature,
-                top_p=self.measure.top_p,
-                at_once=self.plan.logit_rows * 8,
+                seeds,
                 ended=update,
+                at_once=self.plan.logit_rows * 8,
+                **{name: getattr(self.measure, name) for name in ("max_new_tokens", "temperature", "top_p")},
             )
             for first in range(0, len(answers), len(self.rows)):
                 own = answers[first : first + len(self.rows)]

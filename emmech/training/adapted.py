@@ -13,12 +13,10 @@ broke its answers.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from emmech.chat.encode import IGNORED, Encoded
@@ -27,6 +25,7 @@ from emmech.engine.adapters import adapter_layers, attach, put_on
 from emmech.engine.modules import evaluating, hooked
 from emmech.run.run import Run
 from emmech.training.recipe import Recipe, target_modules
+from emmech.training.recorder import untouched_randomness
 
 __all__ = ["adapted", "mean_inputs"]
 
@@ -56,7 +55,8 @@ def adapted(
     base = chat.base
     flags = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
     mode, use_cache, attributes = base.training, base.config.use_cache, set(vars(base))
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002 (set_seed sets it)
+    randomness = contextlib.ExitStack()
+    randomness.enter_context(untouched_randomness())
     trained = chat
     saved: dict[str, torch.Tensor] = {}
     try:
@@ -96,9 +96,7 @@ def adapted(
         base.config.use_cache = use_cache
         for name in set(vars(base)) - attributes:  # peft_config and the like: traces that make PEFT warn later
             delattr(base, name)
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        random.setstate(states[2])
+        randomness.close()
 
 
 def _with_adapters(

@@ -31,7 +31,8 @@ from emmech.measures.measure import measure_all
 from emmech.run.run import FORMAT
 from emmech.store import Series, append_jsonl, read_jsonl, write_json
 
-__all__ = ["Capture", "FullCapture", "GradientNorms", "LoraCapture", "Recorder", "find_capture", "named_texts"]
+__all__ = ["Capture", "FullCapture", "GradientNorms", "LoraCapture", "Recorder", "find_capture"]
+__all__ += ["named_texts", "untouched_randomness"]
 
 _SKETCH = 16
 
@@ -330,7 +331,7 @@ class Recorder(TrainerCallback):
     def _measure(self, step: int) -> dict[str, float]:
         if self._chat is None:
             return {}
-        with _untouched_randomness():
+        with untouched_randomness():
             if self._probe_rows:
                 found = {name: mean_residual(self._chat, rows) for name, rows in self._probe_rows.items()}
                 self._probes.append(step, found)
@@ -409,8 +410,8 @@ def named_texts(probes: Any) -> dict[str, Sequence[Any]]:
 
 
 @contextlib.contextmanager
-def _untouched_randomness() -> Iterator[None]:
-    """A measure may sample; the training's own random numbers must not move for it."""
+def untouched_randomness() -> Iterator[None]:
+    """Put the random generators of Python, numpy and torch back afterwards."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the Trainer's own generator)
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         try:
