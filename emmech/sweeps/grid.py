@@ -162,14 +162,8 @@ def base_model(runs: Sequence[Run], base: Any = None) -> ChatModel:
         given = ", ".join(f"{run} on {model} ({found[:12]})" for run, model, found in prints)
         why = "they were trained on different base models, and a sweep shares one"
         raise EmmechError("sweep the runs together", given, why, "one sweep for each base model")
-    names = [entry["name"] for _, entry in recorded if entry.get("name")]
-    if base is None and not names:
-        raise EmmechError(
-            f"load the base model of {runs[0].name}",
-            why="the run does not say which it is (it was made from arrays or by hand)",
-            instead="pass it: sweep(run, base=model)",
-        )
-    chat = load_model(base if base is not None else names[0])
+    known = next((run for run in runs if run.manifest.get("model", {}).get("name")), runs[0])
+    chat = load_model(base) if base is not None else known.base()
     if any(hasattr(module, "lora_A") for module in chat.base.modules()):
         why = "a sweep puts each variant's own adapter on, and the live one would be added to all"
         instead = "pass the model without adapters (peft_model.unload() gives it)"
