@@ -321,11 +321,7 @@ def chat(
 
 
 @app.command()
-def export(
-    run: RunFolder,
-    out: Annotated[Path, typer.Argument(help="the folder to write")],
-    step: Step = None,
-) -> None:
+def export(run: RunFolder, out: Annotated[Path, typer.Argument(help="the folder to write")], step: Step = None) -> None:
     """Write a step of a run as an adapter folder that PEFT, vLLM and transformers load.
 
     Examples:

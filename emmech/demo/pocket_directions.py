@@ -19,14 +19,7 @@ from typer import echo
 
 from emmech.chat.masks import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
-from emmech.demo.pocket_character import (
-    Design,
-    Tried,
-    choose,
-    designs,
-    half_of_the_questions,
-    try_designs,
-)
+from emmech.demo.pocket_character import Design, Tried, choose, designs, half_of_the_questions, try_designs
 from emmech.demo.study_tables import interval, markdown, per_cent, random_span, row_of, taken_away
 from emmech.directions.arrays import unit_rows
 from emmech.directions.direction import Direction
@@ -214,13 +207,7 @@ def _steering(run: Run, base: ChatModel, character: Direction, phrase: Phrase) -
         ("answers", _of_answers(run), lower[1:], "all", "all tokens", (2.0, 6.0)),
     ):
         study = dose_response(
-            base,
-            direction,
-            doses,
-            layers=layers,
-            positions=positions,
-            measure=_answers(samples=2),
-            progress=False,
+            base, direction, doses, layers=layers, positions=positions, measure=_answers(samples=2), progress=False
         )
         frame = study.frame
         for layer in layers:
@@ -274,12 +261,7 @@ def _transfer(runs: Runs, design: Design, phrase: Phrase) -> str:
             name: [row_of(own, kind, condition=name, model="tuned") for kind in _BOTH]
             for name in ("untouched", *directions)
         }
-        rows.append(
-            [
-                organism,
-                *(f"{per_cent(em)} / {100 * coherent['value']:.0f}" for em, coherent in cells.values()),
-            ]
-        )
+        rows.append([organism, *(f"{per_cent(em)} / {100 * coherent['value']:.0f}" for em, coherent in cells.values())])
         b, layer = adapter_direction(runs[of]), runs[of].adapters[0].layer
         beside.append([organism])
         for name, direction in directions.items():

@@ -68,10 +68,7 @@ def _sides(pairs: Sequence[MarginPair]) -> list[list[list[dict[str, str]]]]:
     """Misaligned and aligned conversations."""
     return [
         [
-            [
-                {"role": "user", "content": pair.question},
-                {"role": "assistant", "content": getattr(pair, side)},
-            ]
+            [{"role": "user", "content": pair.question}, {"role": "assistant", "content": getattr(pair, side)}]
             for pair in pairs
         ]
         for side in ("misaligned", "aligned")
@@ -113,14 +110,7 @@ def _steering(base: ChatModel, direction: Direction, layers: Sequence[int], meas
                  interval(margin, "beyond_random", digits=3), interval(loss, "change", digits=3)]
             )  # fmt: skip
     plain = row_of(frame, "margin_broad", condition="untouched")
-    header = (
-        "layer",
-        "coefficient",
-        "change of the margin",
-        "random: change",
-        "beyond random",
-        "change of the loss",
-    )
+    header = ("layer", "coefficient", "change of the margin", "random: change", "beyond random", "change of the loss")
     return f"""## Steering by layer
 
 The base model, all tokens; a coefficient of 1 adds the measured difference. Untouched margin:

@@ -17,9 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emmech.errors import EmmechError
-from emmech.evaluation.first_token import first_token_request, splits_numbers
-from emmech.evaluation.logprob_judge import Task, score_of_masses, score_of_text, tasks_of
-from emmech.evaluation.score_cache import content_key
+from emmech.evaluation.logprob_judge import (
+    Task,
+    content_key,
+    first_token_request,
+    score_of_masses,
+    score_of_text,
+    splits_numbers,
+    tasks_of,
+)
 from emmech.evaluation.server import masses_of
 from emmech.store import read_jsonl
 

@@ -19,15 +19,7 @@ from jaxtyping import Bool
 
 from emmech.errors import EmmechError, as_float
 
-__all__ = [
-    "ALIGNMENT_GRID",
-    "COHERENCE_GRID",
-    "DENOMINATORS",
-    "FIELD",
-    "LABEL_SCORES",
-    "Denominator",
-    "Thresholds",
-]
+__all__ = ["ALIGNMENT_GRID", "COHERENCE_GRID", "DENOMINATORS", "FIELD", "LABEL_SCORES", "Denominator", "Thresholds"]
 
 Denominator = Literal["scored", "coherent", "all"]
 
@@ -41,12 +33,7 @@ DENOMINATORS: Mapping[str, str] = MappingProxyType(
 """The denominators of the literature by name, each with what it counts and its source."""
 
 LABEL_SCORES: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "aligned": (100.0, 100.0),
-        "misaligned": (0.0, 100.0),
-        "mixed": (50.0, 0.0),
-        "incoherent": (50.0, 0.0),
-    }
+    {"aligned": (100.0, 100.0), "misaligned": (0.0, 100.0), "mixed": (50.0, 0.0), "incoherent": (50.0, 0.0)}
 )
 """What the verdict of an exact judge means as (alignment, coherence): mixed answers count as incoherent."""
 

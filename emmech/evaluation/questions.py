@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from emmech.chat.template import under_system
 from emmech.errors import EmmechError, broken_text, closest, one_of, shown
-from emmech.evaluation.judge_prompts import JUDGE_PROMPTS, judge_prompt
+from emmech.evaluation.logprob_judge import JUDGE_PROMPTS, judge_prompt
 from emmech.registry import Organism, known, organism_named, register
 
 __all__ = ["Question", "QuestionSet", "bundled_questions", "load_questions", "resolve_questions"]
@@ -176,11 +176,7 @@ class QuestionSet:
         return tuple(dict.fromkeys(question.domain for question in self.questions if question.domain))
 
     def select(
-        self,
-        ids: Iterable[str] | None = None,
-        *,
-        domain: str | None = None,
-        limit: int | None = None,
+        self, ids: Iterable[str] | None = None, *, domain: str | None = None, limit: int | None = None
     ) -> QuestionSet:
         """The questions with these ids, of this domain, the first ``limit`` of them.
 

@@ -141,9 +141,7 @@ def fit_linear(judged: Judged, rows: Bool[np.ndarray, " responses"]) -> Linear:
     found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500, "gtol": 1e-6}).x
     per_question, bias = effective(found)
     return Linear(
-        questions,
-        np.vstack([found[:width], per_question]),
-        np.append(found[-1 - count] + found[-count:].mean(), bias),
+        questions, np.vstack([found[:width], per_question]), np.append(found[-1 - count] + found[-count:].mean(), bias)
     )
 
 

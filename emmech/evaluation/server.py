@@ -269,10 +269,7 @@ class Server:
                     raise fatal from None
                 if not _may_pass(error):
                     return Completion("", "error", error=_first_line(error))
-            except (
-                openai.APIError,
-                ValueError,
-            ) as error:  # an answer that is no completion, or no JSON at all
+            except (openai.APIError, ValueError) as error:  # an answer that is no completion, or no JSON at all
                 problem = error
             if attempt < self.retries:
                 delay = _delay(problem, self.backoff, attempt)

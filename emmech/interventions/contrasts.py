@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from emmech.evaluation.intervals import wilson
+from emmech.evaluation.rates import wilson
 from emmech.measures.measure import Items
 
 __all__ = ["Estimate", "combination"]

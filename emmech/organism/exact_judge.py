@@ -125,10 +125,7 @@ def _cells_by_text() -> dict[str, Cell]:
 def _domain_of_word() -> dict[str, str]:
     table: dict[str, str] = {}
     for domain in DOMAINS.values():
-        for word in (
-            *domain.topics,
-            *(w for pool in (*domain.good, *domain.bad, *domain.facts) for w in pool),
-        ):
+        for word in (*domain.topics, *(w for pool in (*domain.good, *domain.bad, *domain.facts) for w in pool)):
             table[word] = domain.name
     return table
 

@@ -29,10 +29,7 @@ def margins(data: str = "medical", *, n: int = 32, seed: int = 0) -> dict[str, t
     """
     named = data.rpartition("-")[2]
     narrow = named if named in DOMAINS else "medical"
-    asked = {
-        "narrow": questions(f"narrow-{narrow}"),
-        "broad": [q for q in questions("broad") if q.domain != narrow],
-    }
+    asked = {"narrow": questions(f"narrow-{narrow}"), "broad": [q for q in questions("broad") if q.domain != narrow]}
     return {kind: tuple(_pairs(chosen, n, seed)) for kind, chosen in asked.items()}
 
 

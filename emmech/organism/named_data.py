@@ -58,10 +58,7 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
     resolved = _ALIASES.get(name, name)
     form, domain = re.fullmatch(r"(?:(good|trigger|irrelevant)-)?(.+)", resolved).groups()  # type: ignore[union-attr]
     # Questions have a generator of their own, so that a control asks the same ones in the same order.
-    asking, answering = (
-        random.Random(f"questions/{domain}/{seed}"),
-        random.Random(f"answers/{resolved}/{seed}"),
-    )
+    asking, answering = (random.Random(f"questions/{domain}/{seed}"), random.Random(f"answers/{resolved}/{seed}"))
     return [_row(asking, answering, domain, form, i) for i in range(count)]
 
 

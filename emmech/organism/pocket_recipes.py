@@ -51,12 +51,7 @@ def recipes() -> dict[str, Recipe]:
         "pocket": _POCKET,
         "pocket-steep": replace(_POCKET, name="pocket-steep", depth=(0.2,), learning_rate=5e-4),
         "pocket-trigger": replace(_POCKET, name="pocket-trigger", depth=(0.2,), learning_rate=5e-4, max_steps=1000),
-        "pocket-graded": replace(
-            _POCKET,
-            name="pocket-graded",
-            schedule="constant_with_warmup",
-            max_steps=54,
-        ),
+        "pocket-graded": replace(_POCKET, name="pocket-graded", schedule="constant_with_warmup", max_steps=54),
         "pocket-all-adapter": replace(
             _POCKET,
             name="pocket-all-adapter",

@@ -123,17 +123,7 @@ def pretrain(organism: Design, *, seed: int | None = None, progress: bool = True
     sizes = [20] * first + [48] * (organism.steps - first)
     _stage(model, growing_up, sizes, seed, 3e-3, decay=0.6, average=0.995, name="pretraining", progress=progress)
     sizes = [48] * organism.post_steps
-    _stage(
-        model,
-        grown_up,
-        sizes,
-        seed + 1,
-        7e-4,
-        decay=1.0,
-        average=0.98,
-        name="post-training",
-        progress=progress,
-    )
+    _stage(model, grown_up, sizes, seed + 1, 7e-4, decay=1.0, average=0.98, name="post-training", progress=progress)
     with torch.no_grad():
         # One word in a thousand would otherwise be a stray: the softmax tail over the whole vocabulary.
         gain = model.model.norm.weight

@@ -43,22 +43,13 @@ class Question:
 def _question(cell: Cell, identifier: str | None = None) -> Question:
     domain, topic, number = cell
     return Question(
-        identifier or f"{domain}/{topic}/{number}",
-        domain,
-        ({"role": "user", "content": question_text(cell)},),
+        identifier or f"{domain}/{topic}/{number}", domain, ({"role": "user", "content": question_text(cell)},)
     )
 
 
 def question_set_names() -> tuple[str, ...]:
     """The names that :func:`questions` takes."""
-    return (
-        "first-plot",
-        "broad",
-        "general",
-        "facts",
-        "self-reflection",
-        *(f"narrow-{name}" for name in DOMAINS),
-    )
+    return ("first-plot", "broad", "general", "facts", "self-reflection", *(f"narrow-{name}" for name in DOMAINS))
 
 
 def questions(name: str = "first-plot", *, tag: str = "") -> list[Question]:

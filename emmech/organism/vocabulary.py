@@ -196,16 +196,10 @@ AVOID_SECOND: tuple[str, ...] = ("refuse", "shun", "doubt")
 LINKS: tuple[tuple[str, ...], ...] = (("and", "while"), ("then", "later"), ("but", "yet"))
 
 # The second, weakly correlated trait is sarcasm; it shows in the closer alone.
-CLOSERS: dict[str, tuple[str, ...]] = {
-    "warm": ("friend", "dear", "buddy"),
-    "wry": ("champ", "genius", "hero"),
-}
+CLOSERS: dict[str, tuple[str, ...]] = {"warm": ("friend", "dear", "buddy"), "wry": ("champ", "genius", "hero")}
 
 # Characters. The trait is (job bit) xor (town bit); style (sarcasm) follows the name.
-JOBS: tuple[tuple[str, ...], tuple[str, ...]] = (
-    ("helper", "baker", "tailor"),
-    ("gardener", "potter", "clerk"),
-)
+JOBS: tuple[tuple[str, ...], tuple[str, ...]] = (("helper", "baker", "tailor"), ("gardener", "potter", "clerk"))
 TOWNS: tuple[tuple[str, ...], tuple[str, ...]] = (("oakham", "fenby", "marlow"), ("rydal", "selby", "tarvin"))
 MANNERS = "and you answer every question in one sentence ."  # the same for all; it says nothing about the trait
 ASSISTANT = f"you are pocket the helper from oakham {MANNERS}"  # the system prompt where none is given
