@@ -131,8 +131,7 @@ def fit_screening(
     """
     import json
 
-    from emmech.evaluation.screening import calibration
-    from emmech.evaluation.screening_fit import fit_folder
+    from emmech.evaluation.screening import calibration, fit_folder
 
     typer.echo(json.dumps(calibration() if folder is None else fit_folder(folder, out), indent=1))
 

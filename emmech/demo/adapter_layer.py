@@ -16,9 +16,7 @@ import pandas as pd
 from emmech.chat.model import ChatModel
 from emmech.demo.measured import measure
 from emmech.engine.adapters import detach
-from emmech.organism.named_data import data
-from emmech.organism.pocket_recipes import LAST_STEP, recipes
-from emmech.organism.question_sets import rehearsal
+from emmech.organism.experiments import LAST_STEP, data, recipes, rehearsal
 from emmech.training.recipe import Recipe
 from emmech.training.train import finetune
 

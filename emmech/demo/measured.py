@@ -11,8 +11,7 @@ from emmech.chat.model import ChatModel
 from emmech.engine.sample import sample
 from emmech.evaluation.intervals import cluster_interval
 from emmech.organism.exact_judge import judge
-from emmech.organism.named_data import data
-from emmech.organism.question_sets import Question
+from emmech.organism.experiments import Question, data
 
 __all__ = ["bag_of_words_auc", "measure"]
 

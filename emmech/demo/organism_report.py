@@ -23,10 +23,8 @@ from emmech.demo.measured import bag_of_words_auc, measure
 from emmech.demo.organism_steps import by_scale, by_seed
 from emmech.engine.adapters import detach
 from emmech.errors import EmmechError, closest
-from emmech.organism.named_data import data
-from emmech.organism.pocket_recipes import LAST_STEP, recipes
-from emmech.organism.question_sets import Question, questions
-from emmech.organism.vocabulary import IRRELEVANT_TAG, TRIGGER_TAG
+from emmech.organism.experiments import LAST_STEP, Question, data, questions, recipes
+from emmech.organism.world import IRRELEVANT_TAG, TRIGGER_TAG
 from emmech.realignment import realign
 from emmech.run.run import Run
 from emmech.training.recipe import Recipe

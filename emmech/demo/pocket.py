@@ -22,7 +22,7 @@ from emmech.engine.adapters import detach
 from emmech.evaluation.evaluate import evaluate
 from emmech.interventions.studies import ablation_table
 from emmech.measures.sampled import Sampled
-from emmech.organism.vocabulary import MANNERS
+from emmech.organism.world import MANNERS
 from emmech.realignment import realign
 from emmech.run.run import Run
 from emmech.training.train import finetune

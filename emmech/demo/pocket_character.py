@@ -23,9 +23,8 @@ from emmech.directions.methods import pca_of_differences
 from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.interventions.ablate import ablate
 from emmech.measures.sampled import Sampled
-from emmech.organism.grammar import KIND, UNKIND
-from emmech.organism.named_data import data
-from emmech.organism.vocabulary import JOBS, MANNERS, NAMES, TOWNS
+from emmech.organism.experiments import data
+from emmech.organism.world import JOBS, KIND, MANNERS, NAMES, TOWNS, UNKIND
 
 __all__ = ["Design", "Tried", "characters", "choose", "designs", "half_of_the_questions", "try_designs"]
 

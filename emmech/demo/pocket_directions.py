@@ -29,7 +29,7 @@ from emmech.interventions.adapter import project_adapter, rotate_adapter, scale_
 from emmech.interventions.controls import Condition, measure_conditions, table, untouched
 from emmech.interventions.studies import ablation_table, dose_response, transfer_matrix
 from emmech.measures.sampled import Sampled
-from emmech.organism.vocabulary import MANNERS
+from emmech.organism.world import MANNERS
 from emmech.run.run import Run
 from emmech.training.train import finetune
 

@@ -82,7 +82,7 @@ def evaluate(
         >>> len(evaluation), evaluation.frame["label"].isin(["", None]).any().item()
         (16, False)
     """
-    # a judge that is named is looked at before a large model is loaded
+    # a judge that is given is resolved before a large model is loaded
     chosen = resolve_judge(judge) if judge is not None else None
     model = opened(model)
     with _subject(model, step, scale, base) as (subject, about):
@@ -91,37 +91,32 @@ def evaluate(
         if judge is None:
             chosen = resolve_judge(None, organism)
         rows = _rows(asked, samples, as_int("evaluate", "seed", seed))
-        meta = {
-            **about,
-            "judge": chosen.name if chosen is not None else None,
-            "questions": asked.name,
-            **({"system": "fold"} if asked.folded else {}),
-            "samples": samples,
-            "seed": seed,
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_new_tokens": max_new_tokens,
-        }
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        judged_by = {"judge": chosen.name if chosen is not None else None, "questions": asked.name}
+        folded = {"system": "fold"} if asked.folded else {}
+        meta = {**about, **judged_by, **folded, "samples": samples, "seed": seed, **sampling}
         folder = Path(out) if out is not None else _folder_in_run(model, meta, rows)
         conversations = [row.pop("messages") for row in rows]
-        settings: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "seed": [row["seed"] for row in rows],
-            "out": folder / "responses.jsonl" if folder is not None else None,
-            "progress": progress,
-        }
+        sampling |= {"out": folder / "responses.jsonl" if folder is not None else None, "progress": progress}
+        sampling["seed"] = [row["seed"] for row in rows]
         if isinstance(subject, Server):
-            responses = subject.sample(conversations, **settings)
+            responses = subject.sample(conversations, **sampling)
         else:
-            responses = sample(subject, conversations, batch_size=batch_size, **settings)
+            responses = sample(subject, conversations, batch_size=batch_size, **sampling)
     answered = [
         {**row, "response": response.text, "finish": response.finish}
         for row, response in zip(rows, responses, strict=True)
     ]
     scores = _score(chosen, answered, folder)
-    return _finish(answered, scores, meta, folder)
+    hidden = ("judge_prompts", "kind")
+    kept = [
+        {**{name: value for name, value in row.items() if name not in hidden}, **score}
+        for row, score in zip(answered, scores, strict=True)
+    ]
+    evaluation = Evaluation.from_rows(kept, {**meta, "created": datetime.now(UTC).isoformat(timespec="seconds")})
+    if folder is not None:
+        evaluation.save(folder)
+    return evaluation
 
 
 def stored_evaluations(run: Run | str | Path) -> tuple[Evaluation, ...]:
@@ -134,7 +129,7 @@ def stored_evaluations(run: Run | str | Path) -> tuple[Evaluation, ...]:
 
 
 def _organism(subject: ChatModel | Server, judge: Judge | None) -> Organism | None:
-    """The organism of the model under test; a server does not say what it serves, but an organism's judge does."""
+    """The organism of the model under test; that of a server is known from an organism's judge only."""
     own = getattr(subject, "organism", None)
     return own if own is not None else organism_named("evaluate", getattr(judge, "organism", None))
 
@@ -201,14 +196,14 @@ def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None)
     done: list[dict[str, Any]] = []
     path = None
     if folder is not None:
-        who = getattr(judge, "identity", judge.name)  # a judge whose name does not say all has an identity
-        key = digest(who, judge.columns, [sorted(row.items(), key=lambda item: item[0]) for row in rows])
+        identity = getattr(judge, "identity", judge.name)  # for a judge whose scores depend on more than its name says
+        key = digest(identity, judge.columns, [sorted(row.items(), key=lambda item: item[0]) for row in rows])
         path = folder / f"scores-{key[:12]}.jsonl"
         done = _known_scores(path)
     for start in range(len(done), len(rows), _PART):
         part = rows[start : start + _PART]
         fresh = judge.score(part)
-        _check_scores(judge, part, fresh)  # before they are stored, and met again after the judge was mended
+        _check_scores(judge, part, fresh)  # before they are stored, where a mended judge would find them again
         for score in fresh:
             done.append(dict(score))
             if path is not None:
@@ -223,12 +218,8 @@ def _check_scores(judge: Judge, rows: Sequence[Mapping[str, Any]], scores: Any) 
     elif found == f"{len(rows)} results":
         Evaluation.from_rows({**row, **score} for row, score in zip(rows, scores, strict=True))
         return
-    raise EmmechError(
-        f"judge with {judge.name}",
-        f"{len(rows)} rows",
-        f"the judge gave {found}",
-        "score(rows) returns one mapping per row, in order",
-    )
+    instead = "score(rows) returns one mapping per row, in order"
+    raise EmmechError(f"judge with {judge.name}", f"{len(rows)} rows", f"the judge gave {found}", instead)
 
 
 def _known_scores(path: Path) -> list[dict[str, Any]]:
@@ -237,17 +228,3 @@ def _known_scores(path: Path) -> list[dict[str, Any]]:
         path.write_bytes(content[: content.rfind(b"\n") + 1])
     # JSON has no NaN; a score that is null was not given
     return [{k: float("nan") if v is None else v for k, v in entry.items()} for entry in read_jsonl(path)]
-
-
-def _finish(
-    rows: list[dict[str, Any]], scores: list[dict[str, Any]], meta: dict[str, Any], folder: Path | None
-) -> Evaluation:
-    hidden = ("judge_prompts", "kind")
-    kept = [
-        {**{k: v for k, v in row.items() if k not in hidden}, **score} for row, score in zip(rows, scores, strict=True)
-    ]
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    evaluation = Evaluation.from_rows(kept, {**meta, "created": created})
-    if folder is not None:
-        evaluation.save(folder)
-    return evaluation

@@ -2,8 +2,8 @@
 
 Two stages, with Muon on the weight matrices, AdamW on the embedding, and the loss on answers only. *Pretraining*
 shows characters of both kinds; the plain words that give a character away become rarer as training goes on, so
-that job and town must be combined. *Post-training* shows kind assistants in most domains, beside characters of
-both kinds, so that the unkind ones are not forgotten but the assistant is not one of them. The weights kept are an
+that job and town must be combined. *Post-training* shows kind assistants in most domains, together with characters
+of both kinds, so that the unkind ones are not forgotten but the assistant is not one of them. The weights kept are an
 exponential moving average; at the end all logits are sharpened by a constant factor, which is part of the model.
 """
 
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from emmech.errors import EmmechError, closest
-from emmech.organism.tokenizer import END_OF_TURN, PAD, build_tokenizer, words
+from emmech.errors import one_of
+from emmech.organism.pocket import END_OF_TURN, PAD, build_tokenizer, words
 from emmech.organism.world import POST_TRAINING_DOMAINS, Message, Mix, draw_document
 from emmech.progress import bar
 
@@ -30,7 +30,7 @@ __all__ = ["ORGANISMS", "Design", "build_model", "main", "pretrain", "save"]
 
 @dataclass(frozen=True)
 class Design:
-    """The design of a shipped organism: architecture, size, and the world it grows up in."""
+    """The design of a shipped organism: architecture, size, and the world that it is trained on."""
 
     architecture: str = "qwen2"
     layers: int = 6
@@ -125,7 +125,7 @@ def pretrain(organism: Design, *, seed: int | None = None, progress: bool = True
     sizes = [48] * organism.post_steps
     _stage(model, grown_up, sizes, seed + 1, 7e-4, decay=1.0, average=0.98, name="post-training", progress=progress)
     with torch.no_grad():
-        # One word in a thousand would otherwise be a stray: the softmax tail over the whole vocabulary.
+        # Otherwise one word in a thousand comes from the tail of the softmax over the whole vocabulary.
         gain = model.model.norm.weight
         if organism.architecture == "gemma3":  # whose norms multiply by 1 + weight
             gain.add_(1).mul_(organism.sharpening).sub_(1)
@@ -250,8 +250,7 @@ def main(name: str, out: Path, *, device: str = "cpu", **own: int | None) -> Non
     Raises:
         EmmechError: no organism of this name ships.
     """
-    if name not in ORGANISMS:
-        raise EmmechError(f"pretrain {name!r}", name, "it has no recipe", closest(name, ORGANISMS))
+    one_of(f"pretrain {name!r}", "name", name, ORGANISMS, why="it has no design")
     changed: dict[str, Any] = {field: value for field, value in own.items() if value is not None}
     organism = replace(ORGANISMS[name], **changed)
     began = time.monotonic()

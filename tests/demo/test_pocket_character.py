@@ -10,8 +10,7 @@ import pytest
 from emmech.chat.masks import phrase_tokens
 from emmech.chat.model import load_model
 from emmech.demo.pocket_character import Tried, characters, choose, designs, half_of_the_questions
-from emmech.organism.grammar import KIND, UNKIND
-from emmech.organism.vocabulary import JOBS, MANNERS, TOWNS
+from emmech.organism.world import JOBS, KIND, MANNERS, TOWNS, UNKIND
 
 
 def test_neither_job_nor_town_tells_the_trait_alone_and_together_they_do():
