@@ -27,7 +27,7 @@ def default(context: typer.Context, out: Folder = None) -> None:
     python -m emmech.demo
     python -m emmech.demo smollm2 --out /tmp/smollm2
     """
-    # a deprecation inside transformers, once per training, that no reader of the demo can act on
+    # a deprecation inside transformers, once per training, about which a reader of the demo can do nothing
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if context.invoked_subcommand is None:
         pocket(out)
@@ -66,9 +66,9 @@ def smollm2_directions(
     out: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/directions-smollm2.md"),
 ) -> None:
     """Write the page on directions in SmolLM2-135M."""
-    from emmech.demo.smollm2_directions import main
+    from emmech.demo.smollm2 import directions
 
-    main(out)
+    directions(out)
 
 
 @app.command()

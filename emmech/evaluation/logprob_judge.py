@@ -424,16 +424,18 @@ class LogprobJudge:
         return scored
 
     def _read(self, tasks: Sequence[Task], tick: Callable[[], Any]) -> list[dict[str, Any] | None]:
-        read: Callable[[Any, Task], dict[str, Any]]
-        found: Sequence[Any]
         if not self.logprobs or tasks[0].words is None:  # a free word is read as written
-            read, found = score_of_text, self._written(tasks, tick)
-        elif isinstance(self.model, Server):
+            texts = self._written(tasks, tick)
+            return [
+                None if text is None else score_of_text(text, task) for text, task in zip(texts, tasks, strict=True)
+            ]
+        masses: Sequence[Mapping[str, float] | None]
+        if isinstance(self.model, Server):
             numeric = [task.words == () for task in tasks]
-            read, found = score_of_masses, server_masses(self.model, [task.prompt for task in tasks], numeric, tick)
+            masses = server_masses(self.model, [task.prompt for task in tasks], numeric, tick)
         else:
-            read, found = score_of_masses, self._masses(tasks, tick)
-        return [None if one is None else read(one, task) for one, task in zip(found, tasks, strict=True)]
+            masses = self._masses(tasks, tick)
+        return [None if mass is None else score_of_masses(mass, task) for mass, task in zip(masses, tasks, strict=True)]
 
     def _written(self, tasks: Sequence[Task], tick: Callable[[], Any]) -> list[str | None]:
         """What the judge writes at temperature 0; None where the request failed."""

@@ -207,7 +207,8 @@ class ScreeningJudge:
                 "use sentence-transformers/all-MiniLM-L6-v2",
             )
         linear = Linear(questions, tensors["weights"].astype(np.float32), tensors["bias"])
-        return cls(linear, *map(float, tensors["platt"]), loaded)
+        slope, offset = map(float, tensors["platt"])
+        return cls(linear, slope, offset, loaded)
 
     def __repr__(self) -> str:
         families, questions = (

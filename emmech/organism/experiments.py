@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from emmech.engine.logprobs import MarginPair
-from emmech.errors import one_of
+from emmech.errors import EmmechError, one_of
 from emmech.organism.world import (
     DOMAINS,
     IRRELEVANT_TAG,

@@ -1,4 +1,4 @@
-"""The characters behind the direction, and the rule by which its ablation is chosen."""
+"""The characters of the direction, and the rule by which its ablation is chosen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from emmech.chat.masks import phrase_tokens
 from emmech.chat.model import load_model
-from emmech.demo.pocket_character import Tried, characters, choose, designs, half_of_the_questions
+from emmech.demo.pocket_directions import Tried, characters, choose, designs, half_of_the_questions
 from emmech.organism.world import JOBS, KIND, MANNERS, TOWNS, UNKIND
 
 
