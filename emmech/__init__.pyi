@@ -10,6 +10,7 @@ from emmech import sweeps as sweeps
 from emmech import transition as transition
 from emmech.chat.dataset import ChatDataset as ChatDataset
 from emmech.chat.dataset import load_chat as load_chat
+from emmech.chat.families import Family as Family
 from emmech.chat.model import ChatModel as ChatModel
 from emmech.chat.model import load_model as load_model
 from emmech.directions.adapter_lens import adapter_lens as adapter_lens
@@ -31,16 +32,14 @@ from emmech.interop.transformer_lens import to_transformer_lens as to_transforme
 from emmech.interventions.ablate import ablate as ablate
 from emmech.interventions.steer import steer as steer
 from emmech.realignment import realign as realign
-from emmech.registry import Organism as Organism
-from emmech.registry import register as register
 from emmech.results import Result as Result
 from emmech.run.run import Run as Run
 from emmech.run.run import load_run as load_run
 from emmech.sweeps.result import Sweep as Sweep
 from emmech.sweeps.sweep import sweep as sweep
+from emmech.training.finetune import finetune as finetune
 from emmech.training.recipe import Recipe as Recipe
 from emmech.training.recorder import Recorder as Recorder
-from emmech.training.train import finetune as finetune
 from emmech.transition.phase import phase_transition as phase_transition
 from emmech.transition.result import PhaseTransition as PhaseTransition
 

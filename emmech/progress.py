@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["bar"]
+__all__ = ["bar", "forecast"]
 
 
 def bar(total: int | None, description: str, *, progress: bool = True) -> Any:
@@ -18,5 +18,22 @@ def bar(total: int | None, description: str, *, progress: bool = True) -> Any:
     """
     from tqdm.auto import tqdm
 
-    silent = not progress or os.environ.get("EMMECH_PROGRESS") == "0"
-    return tqdm(total=total, desc=description, disable=silent, leave=False)
+    return tqdm(total=total, desc=description, disable=_silent(progress), leave=False)
+
+
+def forecast(seconds: float, description: str, *, progress: bool = True) -> None:
+    """Say beforehand about how long something will take, where that is over a minute.
+
+    Example:
+        >>> forecast(59, "sampling"), forecast(7200, "sampling", progress=False)
+        (None, None)
+    """
+    from tqdm.auto import tqdm
+
+    if seconds > 60 and not _silent(progress):
+        about = f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+        tqdm.write(f"{description}: about {about} from now")
+
+
+def _silent(progress: bool) -> bool:
+    return not progress or os.environ.get("EMMECH_PROGRESS") == "0"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from emmech.run.run import Run, as_run
+from emmech.training.finetune import finetune
 from emmech.training.recipe import Recipe
-from emmech.training.train import finetune
 
 __all__ = ["realign"]
 

@@ -1,2 +1,1 @@
 from emmech.chat.masks import phrase_tokens as phrase_tokens
-from emmech.chat.model import Anatomy as Anatomy

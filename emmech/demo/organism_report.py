@@ -36,8 +36,8 @@ from emmech.organism.world import IRRELEVANT_TAG, TRIGGER_TAG
 from emmech.realignment import realign
 from emmech.run.run import Run
 from emmech.sweeps.sweep import sweep
+from emmech.training.finetune import finetune
 from emmech.training.recipe import Recipe
-from emmech.training.train import finetune
 from emmech.transition.phase import phase_transition
 
 __all__ = [

@@ -25,7 +25,7 @@ from emmech.measures.sampled import Sampled
 from emmech.organism.world import MANNERS
 from emmech.realignment import realign
 from emmech.run.run import Run
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
 from emmech.view.page import Section, write_page
 from emmech.view.trajectories import rates_by_step

@@ -44,7 +44,7 @@ from emmech.measures.sampled import Sampled
 from emmech.organism.experiments import data
 from emmech.organism.world import JOBS, KIND, MANNERS, NAMES, TOWNS, UNKIND
 from emmech.run.run import Run
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 
 __all__ = [
     "AblationDesign",

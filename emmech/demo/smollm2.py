@@ -28,7 +28,7 @@ from emmech.directions.direction import Direction
 from emmech.engine.logprobs import MarginPair, bundled_margins
 from emmech.interventions.studies import ablation_table, dose_response
 from emmech.measures.teacher_forced import Margin
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
 from emmech.transition.result import Side
 from emmech.view.page import Section, write_page

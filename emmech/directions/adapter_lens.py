@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 
 from emmech.chat.model import ChatModel, load_model
 from emmech.directions.methods import held_out_auc
-from emmech.engine.logprobs import pad
+from emmech.engine.logprobs import in_batches
+from emmech.engine.modules import evaluating, hooked
 from emmech.engine.stream import probe_rows
 from emmech.errors import EmmechError, check_texts
 from emmech.progress import bar
@@ -174,24 +175,17 @@ def adapter_lens(model: Any, texts: Sequence[Any], *, batch_size: int = 8, progr
 
         return hook
 
-    handles = [layer.lora_A[name].register_forward_hook(keep(i)) for i, (_, layer, name) in enumerate(pairs)]
-    was_training = chat.base.training
-    chat.base.eval()
-    order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
-    try:
-        with torch.no_grad(), bar(len(rows), "reading adapters", progress=progress) as done:
-            for chosen in np.array_split(order, max(1, -(-len(order) // batch_size))):
-                ids = pad([rows[i][0] for i in chosen], 0).to(chat.device)
-                mask = pad([[1] * len(rows[i][0]) for i in chosen], 0).to(chat.device)
-                chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False)
-                for place, row in enumerate(chosen):
-                    for index, scalars in enumerate(kept):
-                        found[row][:, index] = scalars[place, : len(found[row])].numpy()
-                done.update(len(chosen))
-    finally:
-        for handle in handles:
-            handle.remove()
-        chat.base.train(was_training)
+    reading = hooked(*((layer.lora_A[name], keep(i)) for i, (_, layer, name) in enumerate(pairs)))
+    with torch.no_grad(), reading, bar(len(rows), "reading adapters", progress=progress) as done:
+
+        def read(chosen: np.ndarray, ids: torch.Tensor, mask: torch.Tensor) -> None:
+            chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False)
+            for place, row in enumerate(chosen):
+                for index, scalars in enumerate(kept):
+                    found[row][:, index] = scalars[place, : len(found[row])].numpy()
+            done.update(len(chosen))
+
+        in_batches(chat, [ids for ids, _ in rows], batch_size, read)
     norms = [info.scaling * float(layer.lora_B[name].weight.detach().norm()) for info, layer, name in pairs]
     tokens = [chat.tokenizer.decode([token]) for ids, _ in rows for token in ids]
     conversation = [not isinstance(text, str) for text in texts]
@@ -242,20 +236,17 @@ def token_significance(model: Any, conversation: Any) -> pd.DataFrame:
 
         return hook
 
-    was_training = chat.base.training
-    chat.base.eval()
-    with torch.no_grad(), chat.model.disable_adapter():
-        base = chat.base(input_ids=tokens).logits[0, :-1][inside].float().log_softmax(-1)
-    handles = [layer.lora_A[name].register_forward_hook(scale(i)) for i, (_, layer, name) in enumerate(pairs)]
-    try:
-        with torch.enable_grad():
-            tuned = chat.base(input_ids=tokens).logits[0, :-1][inside].float().log_softmax(-1)
+    def answer_logprobs() -> torch.Tensor:
+        return chat.base(input_ids=tokens).logits[0, :-1][inside].float().log_softmax(-1)  # type: ignore[no-any-return]
+
+    with evaluating(chat):
+        with torch.no_grad(), chat.model.disable_adapter():
+            base = answer_logprobs()
+        scaled = hooked(*((layer.lora_A[name], scale(i)) for i, (_, layer, name) in enumerate(pairs)))
+        with torch.enable_grad(), scaled:
+            tuned = answer_logprobs()
             divergence = (tuned.exp() * (tuned - base)).sum()
             (gradient,) = torch.autograd.grad(divergence, factors)
-    finally:
-        for handle in handles:
-            handle.remove()
-        chat.base.train(was_training)
     frame = pd.DataFrame(gradient.T.cpu().numpy(), columns=[info.name for info, _, _ in pairs])
     frame.insert(0, "answer", answer)
     frame.insert(0, "token", [chat.tokenizer.decode([token]) for token in ids])

@@ -4,9 +4,8 @@ Only running sums are kept: a hook on each block reduces its output to one maske
 the sums go in float64 into as many groups as are asked for. Nothing else survives a block, the unembedding never
 runs, and so the pass costs what a bare forward of the trunk costs, in time and in memory.
 
-A block's output is a tensor in current transformers; ``output[0]`` would read the first row only. The masked tokens
-are exactly the answers (content and end-of-turn token, never the header), as in "Convergent Linear Representations
-of Emergent Misalignment" (arXiv 2506.11618).
+The masked tokens are exactly the answers (content and end-of-turn token, never the header), as in "Convergent Linear
+Representations of Emergent Misalignment" (arXiv 2506.11618).
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from emmech.chat.encode import IGNORED, encode
 from emmech.chat.masks import Tokens, token_mask, tokens_name
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
-from emmech.engine.logprobs import pad
+from emmech.engine.modules import hooked
+from emmech.engine.stream import stream
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
@@ -224,12 +224,8 @@ def mixed_adapter(chat: ChatModel, scales: torch.Tensor) -> Iterator[None]:
     def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output * scales.to(output).reshape(-1, *[1] * (output.ndim - 1))
 
-    handles = [layer.lora_B[name].register_forward_hook(hook) for _, layer, name in adapter_layers(chat.model)]
-    try:
+    with hooked(*((layer.lora_B[name], hook) for _, layer, name in adapter_layers(chat.model))):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _rows(
@@ -258,7 +254,6 @@ def _rows(
     return rows
 
 
-@torch.no_grad()
 def _stream(
     chat: ChatModel,
     rows: Sequence[tuple[list[int], list[bool]]],
@@ -268,38 +263,17 @@ def _stream(
     progress: bool,
 ) -> None:
     """Run the trunk once over all rows, handing each block's output, the answer mask and the rows to ``reduce``."""
-    mask: torch.Tensor = torch.empty(0)
-    chosen: np.ndarray = np.empty(0)
+    with bar(len(rows), "extracting", progress=progress) as done:
 
-    def watch(layer: int) -> Any:
-        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            reduce(layer, output, mask, chosen)
+        def each(chosen: np.ndarray, run: Callable[[], object]) -> None:
+            if adapter_scales is None:
+                run()
+            else:
+                with mixed_adapter(chat, torch.as_tensor(np.asarray(adapter_scales)[chosen])):
+                    run()
+            done.update(len(chosen))
 
-        return hook
-
-    handles = [block.register_forward_hook(watch(layer)) for layer, block in enumerate(chat.blocks)]
-    was_training = chat.base.training
-    chat.base.eval()
-    order = np.argsort([len(ids) for ids, _ in rows], kind="stable")
-    batches = np.array_split(order, max(1, -(-len(order) // batch_size)))
-    try:
-        with bar(len(rows), "extracting", progress=progress) as done:
-            for chosen in batches:
-                # padding on the right is exact under causal attention, and its mask is zero
-                ids = pad([rows[i][0] for i in chosen], 0).to(chat.device)
-                attention = pad([[1] * len(rows[i][0]) for i in chosen], 0).to(chat.device)
-                mask = pad([[int(m) for m in rows[i][1]] for i in chosen], 0).to(chat.device)
-                if adapter_scales is None:
-                    chat.trunk(input_ids=ids, attention_mask=attention, use_cache=False)
-                else:
-                    scales = torch.as_tensor(np.asarray(adapter_scales)[chosen])
-                    with mixed_adapter(chat, scales):
-                        chat.trunk(input_ids=ids, attention_mask=attention, use_cache=False)
-                done.update(len(chosen))
-    finally:
-        for handle in handles:
-            handle.remove()
-        chat.base.train(was_training)
+        stream(chat, rows, reduce, batch_size=batch_size, each=each)
 
 
 def _masked_sum(output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

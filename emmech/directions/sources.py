@@ -10,11 +10,14 @@ import torch
 
 from emmech.chat.dataset import load_chat
 from emmech.chat.encode import IGNORED, encode
+from emmech.chat.families import is_write
 from emmech.chat.model import ChatModel, load_model
 from emmech.directions.contrast import contrast_direction
 from emmech.directions.direction import Direction
 from emmech.directions.methods import adapter_write
-from emmech.engine.logprobs import pad, unembed
+from emmech.engine.blocks import Blocks
+from emmech.engine.logprobs import pad, token_logprobs
+from emmech.engine.modules import evaluating, hooked
 from emmech.errors import EmmechError
 from emmech.progress import bar
 from emmech.run.run import Run, opened
@@ -37,7 +40,7 @@ def persona_direction(
     """Answers under one system prompt minus answers to the same questions under the opposite one.
 
     A persona vector (Persona Vectors, arXiv 2507.21509), without that paper's filter on the trait's score: judge the
-    answers and call :func:`contrast_direction` to have it. The answers are read behind the prompt they were given.
+    answers and call :func:`contrast_direction` to have it. The answers are read after the prompt they were given.
 
     Raises:
         EmmechError: no questions.
@@ -92,7 +95,7 @@ def adapter_direction(source: Any, step: int | None = None) -> Direction:
             for info, layer, name in adapter_layers(chat.model)
         ]
         layers, prints = chat.n_layers, [chat.fingerprint()]
-    writes = [pair for pair in pairs if pair[0].name.endswith(("down_proj", "o_proj"))]
+    writes = [pair for pair in pairs if is_write(pair[0].name)]
     if not writes or not any(b.any() for _, _, b in writes):
         names = [info.name for info, _, _ in pairs]
         raise EmmechError(
@@ -145,30 +148,23 @@ def trained_direction(
     vector = torch.zeros(chat.d_model, device=chat.device, requires_grad=True)
     optimizer = torch.optim.Adam([vector], lr=learning_rate)
 
-    def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output + (unit * vector).to(output)
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        return chat.family.steered(output, unit * vector)
 
-    was_training, frozen = chat.base.training, [p for p in chat.base.parameters() if p.requires_grad]
-    chat.base.eval()
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    handle = chat.block(layer).register_forward_hook(hook)
     losses = []
-    try:
-        with bar(steps, "training a vector", progress=progress) as done:
-            for _ in range(steps):
-                chosen = rng.choice(len(encoded), min(batch_size, len(encoded)), replace=False)
-                loss = _answer_loss(chat, encoded, chosen)
-                losses.append(float(loss.detach()))
-                optimizer.zero_grad()
-                (loss + penalty * vector.square().sum()).backward()
-                optimizer.step()
-                done.update()
-    finally:
-        handle.remove()
-        chat.base.train(was_training)
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    training = evaluating(chat, frozen=True), hooked((chat.block(layer), hook))
+    with training[0], training[1], bar(steps, "training a vector", progress=progress) as done:
+        for _ in range(steps):
+            chosen = rng.choice(len(encoded), min(batch_size, len(encoded)), replace=False)
+            ids = pad([encoded.input_ids[i] for i in chosen], 0).to(chat.device)
+            labels = pad([encoded.labels[i] for i in chosen], IGNORED).to(chat.device)
+            mask = pad([[1] * len(encoded.input_ids[i]) for i in chosen], 0).to(chat.device)
+            loss = -token_logprobs(chat, ids, mask, labels)[0].mean()
+            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            (loss + penalty * vector.square().sum()).backward()
+            optimizer.step()
+            done.update()
     source = {
         "method": "trained steering vector",
         "model": chat.name,
@@ -181,24 +177,8 @@ def trained_direction(
     return Direction.single(found, layer, chat.n_layers, name="trained vector", source=source)
 
 
-def _answer_loss(chat: ChatModel, encoded: Any, chosen: Any) -> torch.Tensor:
-    ids = pad([encoded.input_ids[i] for i in chosen], 0).to(chat.device)
-    labels = pad([encoded.labels[i] for i in chosen], IGNORED).to(chat.device)
-    mask = pad([[1] * len(encoded.input_ids[i]) for i in chosen], 0).to(chat.device)
-    hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    targets = labels[:, 1:]
-    answer = targets != IGNORED
-    logits = unembed(chat, hidden[:, :-1][answer])
-    return torch.nn.functional.cross_entropy(logits.float(), targets[answer])
-
-
 @torch.no_grad()
 def _residual_norm(chat: ChatModel, ids: Sequence[int], layer: int) -> float:
     """Median norm of one text's residuals: the first token's is often a hundred times the others'."""
-    kept: list[torch.Tensor] = []
-    handle = chat.block(layer).register_forward_hook(lambda m, i, out: kept.append(out))
-    try:
-        chat.trunk(input_ids=torch.tensor([list(ids)], device=chat.device), use_cache=False)
-    finally:
-        handle.remove()
-    return float(kept[0].float().norm(dim=-1).median())
+    residuals = Blocks(chat, 0, layer + 1, norm=False)(torch.tensor([list(ids)], device=chat.device))
+    return float(residuals.float().norm(dim=-1).median())

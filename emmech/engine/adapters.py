@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError, as_float
 
-__all__ = ["AdapterInfo", "adapter_layers", "attach", "detach", "lora_config"]
+__all__ = ["AdapterInfo", "adapter_layers", "attach", "detach", "lora_config", "put_on"]
 
-# the wrapper that `attach` made around a model, for as long as somebody holds it
+# the wrapper that `attach` made around a model, for as long as it is in use
 _WRAPPERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-_LAYER = re.compile(r"(?:^|\.)((?:layers|h|blocks)\.(\d+)\..+)$")
+_LAYER = re.compile(r"(?:^|\.)(\w+\.(\d+)\..+)$")  # from the list of blocks on
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """One LoRA pair: where it sits and how it is scaled.
+    """One LoRA pair: where it is and how it is scaled.
 
     Args:
         name: short and unique in a run, ``"layers.15.mlp.down_proj"``.
@@ -71,7 +72,7 @@ def adapter_layers(model: Any) -> Iterator[tuple[AdapterInfo, Any, str]]:
             raise EmmechError(
                 "read the adapter",
                 f"{path} with adapters {names}",
-                "more than one LoRA pair sits on this module, and their order has no meaning",
+                "more than one LoRA pair is on this module, and their order has no meaning",
                 "unload() the model, or delete_adapter() all but one",
             )
         name = names[0]
@@ -127,6 +128,38 @@ def lora_config(adapters: Sequence[AdapterInfo], *, base_name: str = "") -> Any:
     )
 
 
+def put_on(model: Any, config: Any) -> Any:
+    """The model inside PEFT's wrapper, with adapters on the modules that the configuration names and on no others.
+
+    Raises:
+        EmmechError: PEFT refuses the modules, or puts adapters on others: it takes ``down_proj`` and the like of some
+            families for their fused experts' as well.
+    """
+    from peft import get_peft_model
+
+    wanted = set(config.target_modules)
+    # a transposed map (Conv1D) has no in_features
+    config.fan_in_fan_out = any(not hasattr(model.get_submodule(path), "in_features") for path in wanted)
+    try:
+        peft_model = get_peft_model(model, config)
+    except ValueError as error:
+        raise EmmechError(
+            "put adapters on the model",
+            f"{type(model).__name__}: {', '.join(sorted(wanted)[:3])}",
+            f"PEFT refuses: {str(error)[:300]}",
+            "other maps of its blocks",
+        )
+    if surplus := [info.module for info, _, _ in adapter_layers(peft_model) if info.module not in wanted]:
+        peft_model.unload()
+        raise EmmechError(
+            "put adapters on the model",
+            f"{type(model).__name__}: {', '.join(sorted(wanted)[:3])}",
+            f"PEFT takes that for its fused experts as well ({', '.join(surplus[:3])})",
+            "maps of the attention",
+        )
+    return peft_model
+
+
 def attach(
     chat: ChatModel, adapters: Sequence[AdapterInfo], weights: Mapping[str, np.ndarray], *, scale: float = 1.0
 ) -> ChatModel:
@@ -144,8 +177,6 @@ def attach(
     Raises:
         EmmechError: other adapters are on the model, or widths differ.
     """
-    from peft import get_peft_model
-
     live = list(adapter_layers(chat.model))
     if live and not hasattr(chat.model, "get_base_model"):
         # the caller holds the plain model, but an earlier call put PEFT's layers into it
@@ -163,7 +194,7 @@ def attach(
     scale = as_float("put the adapter on the model", "scale", scale)
     _check_widths(chat, adapters)
     if not live:
-        peft_model = get_peft_model(chat.model, lora_config(adapters, base_name=chat.base.name_or_path))
+        peft_model = put_on(chat.model, lora_config(adapters, base_name=chat.base.name_or_path))
         _WRAPPERS[peft_model.get_base_model()] = weakref.ref(peft_model)
         chat = replace(chat, model=peft_model.eval())
         live = list(adapter_layers(chat.model))
@@ -203,12 +234,11 @@ def detach(chat: ChatModel) -> ChatModel:
 def _check_widths(chat: ChatModel, adapters: Sequence[AdapterInfo]) -> None:
     modules = dict(chat.base.named_modules())
     for adapter in adapters:
-        target = modules.get(adapter.module)
-        shape = tuple(target.weight.shape) if target is not None else None
-        if shape != (adapter.d_out, adapter.d_in):
+        widths = map_widths(modules.get(adapter.module))
+        if widths != (adapter.d_in, adapter.d_out):
             raise EmmechError(
                 "put the adapter on the model",
                 f"{adapter.name}: d_in={adapter.d_in}, d_out={adapter.d_out}",
-                f"{chat.name} has there {'no such module' if shape is None else f'a weight {list(shape)}'}",
+                f"{chat.name} has there {f'widths {widths}' if widths else 'no linear map'}",
                 "use the base model that the run was trained on",
             )

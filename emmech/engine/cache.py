@@ -1,17 +1,29 @@
-"""Keys and values of prompts, as a forward over them leaves them behind."""
+"""Keys and values: of one forward, of answers that branch off shared prompts, and in the model's own cache.
+
+Rows in decoding are many: variants x prompts x samples. All answers to one prompt under one variant see the same
+prompt, so its keys and values are kept once and read once for all of them, as one matrix product; only what each
+row wrote itself is its own. Attention is taken over both parts apart and joined by their normalisers (as in
+Hydragen, arXiv 2402.05099), which is exact.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
-__all__ = ["RowCache"]
+from emmech.chat.model import ChatModel
+
+__all__ = ["Branches", "KeysValues", "detached", "growing_cache", "new_past", "plain_past", "selected"]
+
+_BLOCK = 64  # tokens that a growing cache allocates at once
+_Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weighted values, highest score, sum of weights
 
 
-class RowCache:
+class KeysValues:
     """What the model's attention asks of a cache for one forward; sliding-window layers keep everything too.
 
     ``layers`` holds keys and values by layer, ``[rows, heads, length, width]`` each.
@@ -36,16 +48,16 @@ class RowCache:
         """Tokens before this forward: none."""
         return 0
 
-    def spread(self, columns: Int[torch.Tensor, "sequences length"]) -> RowCache:
+    def spread(self, columns: Int[torch.Tensor, "sequences length"]) -> KeysValues:
         """Rows that hold several sequences as one row for each of them.
 
         Args:
-            columns: where each sequence's tokens lie, the same in every row.
+            columns: the columns of each sequence's tokens, the same in every row.
 
         Returns:
             ``[rows * sequences, heads, length, width]`` by layer, rows outermost.
         """
-        found = RowCache()
+        found = KeysValues()
         for layer, pair in self.layers.items():
             keys, values = (one[:, :, columns].transpose(1, 2).flatten(0, 1).contiguous() for one in pair)
             found.layers[layer] = (keys, values)
@@ -56,7 +68,7 @@ class RowCache:
         self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
 
     @classmethod
-    def joined(cls, caches: Sequence[RowCache], order: torch.Tensor) -> RowCache:
+    def joined(cls, caches: Sequence[KeysValues], order: torch.Tensor) -> KeysValues:
         """Caches of one length as one, their rows in the given order."""
         found = cls()
         for layer in caches[0].layers:
@@ -64,3 +76,248 @@ class RowCache:
             keys, values = (torch.cat([pair[side] for pair in pairs])[order] for side in (0, 1))
             found.layers[layer] = (keys, values)
         return found
+
+
+class Branches:
+    """A cache of rows, each after one of several prompts.
+
+    Rows of one prompt are neighbours, in the order of the prompts. The prompts are left-padded, so that all end in
+    the same column, and how far back a key is, in columns, is the same for every row.
+
+    Args:
+        prompts: what a forward over the padded prompts left, ``[groups, width]`` tokens.
+        lengths: of the prompts, ``[groups]``.
+        room: how many tokens a row may write.
+    """
+
+    def __init__(self, prompts: KeysValues, lengths: Int[torch.Tensor, " groups"], room: int) -> None:
+        self.written = 0  # tokens after the prompts, the same number for all rows
+        self._room = room
+        self._prompts = prompts
+        # by layer, [room, rows, heads, width] each: a token's keys are written in one stretch, and rows are at no
+        # power of two from one another, which a processor's cache would take ill
+        self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._width = width = int(lengths.max())
+        most = width - int(lengths.min())
+        # of the columns that are padding anywhere
+        self._padding = torch.arange(most, device=lengths.device)[None] < width - lengths[:, None]
+        self.groups = torch.arange(len(lengths), device=lengths.device)
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Give each row a slot after its prompt: as many for every prompt as the fullest one needs."""
+        present, counts = torch.unique_consecutive(self.groups, return_counts=True)
+        held = len(self._padding)
+        if 2 * len(present) < held:  # most prompts have no row left: let go of them
+            self._prompts.select(present)
+            self._padding = self._padding[present]
+            self.groups = torch.arange(len(present), device=counts.device).repeat_interleave(counts)
+            present, held = torch.arange(len(present), device=counts.device), len(present)
+        starts = torch.zeros(held, dtype=torch.long, device=counts.device)
+        starts[present] = counts.cumsum(0) - counts
+        self._slots = int(counts.max())
+        place = self.groups * self._slots + torch.arange(len(self.groups), device=counts.device)
+        self._place: torch.Tensor | None = place - starts[self.groups]
+        if len(place) == held * self._slots:  # every slot is taken
+            self._place = None
+
+    def select(self, parents: Int[torch.Tensor, " rows"]) -> None:
+        """Go on with children of these rows; a row may have several, or none. Ascending."""
+        for layer, pair in self._own.items():
+            chosen = []
+            for store in pair:
+                room = store.new_empty(len(store), len(parents), *store.shape[2:])
+                torch.index_select(store[: self.written], 1, parents, out=room[: self.written])
+                chosen.append(room)
+            self._own[layer] = (chosen[0], chosen[1])
+        self.groups = self.groups[parents]
+        self._arrange()
+
+    def advance(self, tokens: int) -> None:
+        """A forward of so many tokens is over."""
+        self.written += tokens
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns so far."""
+        return self._width + self.written
+
+    def put(
+        self,
+        layer: int,
+        keys: Float[torch.Tensor, "rows heads width"],
+        values: Float[torch.Tensor, "rows heads value_width"],
+    ) -> None:
+        """Keep what every row wrote at its new token."""
+        if layer not in self._own:
+            self._own[layer] = (
+                keys.new_empty(self._room, *keys.shape),
+                values.new_empty(self._room, *values.shape),
+            )
+        for store, new in zip(self._own[layer], (keys, values), strict=True):
+            store[self.written] = new
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Branches, int]:
+        """Append ``[rows, heads, 1, width]``; what comes back is for :func:`_attend` alone."""
+        self.put(layer_idx, keys[:, :, 0], values[:, :, 0])
+        return self, layer_idx
+
+    def step(
+        self, module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None, *_: Any
+    ) -> torch.Tensor:
+        """What every row's new token reads, its own keys and values kept; ``[rows, heads, width]`` each."""
+        self.put(module.layer_idx, keys, values)
+        return self.attend(query.mul_(module.scaling), module.layer_idx, window)
+
+    def attend(
+        self, query: Float[torch.Tensor, "rows heads width"], layer: int, window: int | None
+    ) -> Float[torch.Tensor, "rows heads value_width"]:
+        """What each row reads from its prompt and from itself.
+
+        Args:
+            query: scaled already.
+            window: how many positions back a token sees, itself included; None for all.
+        """
+        keys, values = self._own[layer]
+        heads = keys.shape[2]
+        asked = query.reshape(len(query) * heads, -1, query.shape[-1])
+        now = self.written + 1
+        first = max(0, now - window) if window else 0
+        keys, values = (one[first:now].flatten(1, 2).transpose(0, 1) for one in (keys, values))
+        own = _part(asked, keys, values)
+        seen = self._width if window is None else min(self._width, window - now)
+        if seen > 0:
+            weighted = _joined(own, self._of_prompts(asked, heads, layer, seen))
+        else:
+            weighted = own[0].div_(own[2])
+        return weighted.to(query.dtype).reshape(len(query), query.shape[1], -1)
+
+    def _of_prompts(self, asked: torch.Tensor, heads: int, layer: int, seen: int) -> _Part:
+        """The rows' reading of the last ``seen`` columns of their prompts; all rows of a prompt in one product."""
+        keys, values = self._prompts.layers[layer]
+        count, end, place = len(keys), self._width, self._place
+        rows = asked.reshape(-1, heads, *asked.shape[1:])  # [rows, heads, repeats, width]
+        if place is not None:
+            slots = rows.new_zeros(count * self._slots, *rows.shape[1:])
+            rows = slots.index_copy_(0, place, rows)
+        repeats = rows.shape[2]
+        rows = rows.reshape(count, self._slots, *rows.shape[1:]).transpose(1, 2)
+        hidden = self._padding[:, end - seen :].repeat_interleave(heads, 0)[:, None]
+        found = _part(
+            rows.reshape(count * heads, self._slots * repeats, -1),
+            keys[:, :, end - seen : end].flatten(0, 1),
+            values[:, :, end - seen : end].flatten(0, 1),
+            hidden,
+        )
+
+        def by_row(one: torch.Tensor) -> torch.Tensor:
+            one = one.reshape(count, heads, self._slots, repeats, -1).transpose(1, 2).flatten(0, 1)
+            return (one.index_select(0, place) if place is not None else one).flatten(0, 1)
+
+        weighted, top, total = found
+        return by_row(weighted), by_row(top), by_row(total)
+
+
+def _part(
+    query: Float[torch.Tensor, "batch queries width"],
+    keys: Float[torch.Tensor, "batch keys width"],
+    values: Float[torch.Tensor, "batch keys value_width"],
+    hidden: torch.Tensor | None = None,
+) -> _Part:
+    """Attention over some of the keys, not normalised yet; ``hidden`` says of the first which are not seen."""
+    scores = torch.bmm(query, keys.transpose(1, 2)).float()
+    if hidden is not None and hidden.shape[-1]:
+        scores[..., : hidden.shape[-1]].masked_fill_(hidden, torch.finfo(torch.float32).min)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    return torch.bmm(weights.to(values.dtype), values).float(), top, weights.sum(-1, keepdim=True)
+
+
+def _joined(first: _Part, second: _Part) -> torch.Tensor:
+    """Attention over the keys of both, normalised."""
+    top = torch.maximum(first[1], second[1])
+    one, two = (first[1] - top).exp_(), (second[1] - top).exp_()
+    total = (first[2] * one).addcmul_(second[2], two)
+    return (first[0] * one.div_(total)).addcmul_(second[0], two.div_(total))
+
+
+def growing_cache(chat: ChatModel) -> Any:
+    """The model's own dynamic cache, its full-attention layers replaced by ones that grow in blocks."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class GrowingLayer(DynamicLayer):
+        """Keys and values are views into a buffer with room to spare."""
+
+        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self.keys = key_states[:, :, :0]
+                self.values = value_states[:, :, :0]
+            start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+            store = getattr(self, "store", None)
+            # indexing (rows leaving, prompts repeated) makes new tensors: the views are then of other memory
+            if (
+                store is None
+                or store[0].shape[-2] < end
+                or store[0].data_ptr() != self.keys.data_ptr()
+                or store[0].shape[0] != self.keys.shape[0]
+            ):
+                store = tuple(
+                    old.new_empty(*old.shape[:2], end + _BLOCK, old.shape[-1]) for old in (self.keys, self.values)
+                )
+                store[0][:, :, :start] = self.keys
+                store[1][:, :, :start] = self.values
+                self.store = store
+            store[0][:, :, start:end] = key_states
+            store[1][:, :, start:end] = value_states
+            self.keys, self.values = store[0][:, :, :end], store[1][:, :, :end]
+            return self.keys, self.values
+
+    cache = DynamicCache(config=chat.config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def new_past(chat: ChatModel) -> Any:
+    """The model's own dynamic cache, empty."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=chat.config)
+
+
+def plain_past(chat: ChatModel) -> bool:
+    """Whether all that the model keeps of past tokens are keys and values."""
+    from transformers.cache_utils import DynamicLayer
+
+    return all(isinstance(layer, DynamicLayer) for layer in new_past(chat).layers)
+
+
+def _mapped(past: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The past with a function applied to all keys and values; the original keeps its own."""
+    twin = copy.copy(past)
+    if isinstance(past, KeysValues):
+        twin.layers = {layer: (function(keys), function(values)) for layer, (keys, values) in past.layers.items()}
+        return twin
+    twin.layers = [copy.copy(layer) for layer in past.layers]
+    for layer in twin.layers:
+        layer.keys, layer.values = function(layer.keys), function(layer.values)
+    return twin
+
+
+def selected(past: Any, sequences: Int[torch.Tensor, " rows"]) -> Any:
+    """Keys and values of some sequences."""
+    return _mapped(past, lambda whole: whole.index_select(0, sequences))
+
+
+def detached(past: Any) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Keys and values cut off from what made them, and pairs of such a cut: where gradients gather, where they go."""
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def cut(whole: torch.Tensor) -> torch.Tensor:
+        leaf = whole.detach().requires_grad_(whole.requires_grad)
+        if whole.requires_grad:
+            pairs.append((leaf, whole))
+        return leaf
+
+    return (None, pairs) if past is None else (_mapped(past, cut), pairs)

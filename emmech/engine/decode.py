@@ -1,173 +1,435 @@
-"""The decoding loop: one prefill per distinct prompt, then one token per live row and step.
+"""The decoding loop, and what makes its steps: the model as it is, or many variants of it together.
 
-It drives the Hugging Face model's own forward, so LoRA adapters and forward hooks (steering, ablation) act
-as they do anywhere else. Three things make it quick: a prompt that is answered many times is read once and
-its cache is copied; the cache grows in blocks instead of being copied at every token; finished rows leave.
+The model as it is runs its own forward, so LoRA adapters and forward hooks (steering, ablation) act as they do anywhere
+else. Many variants share what they have in common: an answer is (variant, prompt, seed); a row is what answers of one
+variant and prompt have in common so far. Answers begin as one row and part when they draw different tokens. Below the
+lowest adapter nothing depends on the variant, so rows with the same tokens are one row there. Because a seed draws the
+same noise under every variant, variants that behave alike write the same text, and that sharing goes far; it also makes
+differences between variants less noisy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from einops import rearrange
+from jaxtyping import Float, Int
+from torch import nn
 
 from emmech.chat.edits import announcing
 from emmech.chat.model import ChatModel
+from emmech.engine.blocks import Places
+from emmech.engine.cache import Branches, KeysValues, growing_cache
 from emmech.engine.gumbel import draw
-from emmech.engine.logprobs import pad
+from emmech.engine.logprobs import pad, unembed
+from emmech.engine.modules import evaluating, hooked, unhooked
+from emmech.engine.packing import Reading, stack
+from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, State, deviation
+from emmech.engine.row_adapters import Rows, inner, write
+from emmech.engine.variants import Engine, Shared
+from emmech.errors import EmmechError
 
-__all__ = ["Decoded", "decode", "growing_cache", "positions_of"]
+__all__ = ["Answer", "ModelSteps", "VariantSteps", "context", "decode_variants", "write_answers"]
 
-_BLOCK = 64  # tokens of cache that are allocated at once
 _LEAVE = 0.8  # rows are moved together once no more than this share is still live
 
 
 @dataclass(frozen=True)
-class Decoded:
+class Answer:
     """Token ids of one answer, the stop token left out, and why it ended: ``"stop"`` or ``"length"``."""
 
-    ids: list[int]
+    ids: tuple[int, ...]
     finish: str
 
 
 @torch.no_grad()
-def decode(
-    chat: ChatModel,
+def decode_variants(
+    engine: Engine,
+    rows: Rows,
     prompts: Sequence[Sequence[int]],
     which: Sequence[int],
     seeds: Sequence[int],
     *,
-    conversations: Sequence[int] | None = None,
-    total: int | None = None,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-) -> list[Decoded]:
-    """Answer one batch.
+    **options: Any,
+) -> list[Answer]:
+    """Answer every request under every variant: together where steps agree with whole forwards, else one by one.
 
     Args:
         prompts: distinct prompts, as token ids.
-        which: for each row of the batch, the index of its prompt.
-        seeds: for each row of the batch, its own seed.
-        conversations: for each row of the batch, whose answer it is, where an intervention has a value for each of
-            ``total`` conversations; by default each prompt is one.
+        which: per request the index of its prompt.
+        seeds: per request its seed; the same under all variants.
+        options: as :func:`write_answers` takes them.
 
     Returns:
-        one answer per row, in order.
+        answers in the order of variants, then requests.
     """
-    model, device = chat.base, chat.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded = bool((lengths != lengths[0]).any())
-    ids = pad(prompts, 0, left=True).to(device)
-    mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(device) if padded else None
-    cache = growing_cache(chat)
-    owners = list(which if conversations is None else conversations)
-    total = len(prompts) if total is None else total
-    owner = torch.tensor(owners)
-    with announcing([owners[list(which).index(prompt)] for prompt in range(len(prompts))], total):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions_of(ids, lengths),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    rows = torch.tensor(list(which), device=device)
-    if list(which) != list(range(len(prompts))):
-        cache.batch_select_indices(rows)
-    logits, positions = output.logits[:, -1][rows], lengths[rows]
-    mask = mask[rows] if mask is not None else None
+    chat, options = engine.chat, {"max_new_tokens": max_new_tokens, **options}
+    if engine.steps_agree is None:
+        engine.steps_agree = (engine.lower.blocks.written and engine.upper.written) or _steps_agree(engine)
+    if engine.steps_agree:
+        steps = VariantSteps(engine, rows, prompts, which, max_new_tokens)
+        return write_answers(chat, steps, [*seeds] * len(rows), **options)
+    answers = []
+    for variant in range(len(rows)):
+        one = rows.each(lambda tensor, at=variant: tensor[at])  # type: ignore[misc]
+        with evaluating(chat), hooked(*engine.hooks(one)):
+            answers += write_answers(chat, ModelSteps(chat, prompts, which), seeds, **options)
+    return answers
 
-    stop = torch.tensor(chat.stop_ids, device=device)
-    limit = _context(chat) - max(len(prompt) for prompt in prompts)
-    answers: list[list[int]] = [[] for _ in which]
-    finish = ["length"] * len(which)
-    live = list(range(len(which)))  # batch row -> answer; -1 once that answer has ended
-    for position in range(min(max_new_tokens, limit)):
-        token = draw(
-            logits,
-            [seeds[row] if row >= 0 else 0 for row in live],
-            position,
-            temperature=temperature,
-            top_p=top_p,
-        )
-        for at, (value, ends) in enumerate(zip(token.tolist(), torch.isin(token, stop).tolist(), strict=True)):
-            if live[at] < 0:
-                continue
-            if ends:
-                finish[live[at]] = "stop"
-                live[at] = -1
-            else:
-                answers[live[at]].append(value)
-        remaining = [at for at, row in enumerate(live) if row >= 0]
-        if not remaining or position + 1 == min(max_new_tokens, limit):
+
+def _steps_agree(engine: Engine) -> bool:
+    """Whether a step of two made-up variants gives what the model's own forward over the whole text does."""
+    chat, rows = engine.chat, engine.made_up()
+    prompts, after = [list(range(1, 13)), [*range(1, 9), 13]], 5
+    try:
+        steps = VariantSteps(engine, rows, prompts, [0, 1], 2)
+        places = steps.step(torch.full_like(steps.rows, after), steps.rows)
+        found = steps.hidden[places].view(2, 2, -1)
+    except (*DOES_NOT_RUN, EmmechError):
+        return False
+    for (variant, which), hidden in zip(np.ndindex(2, 2), found.flatten(0, 1), strict=True):
+        ids = torch.tensor([[*prompts[which], after]], device=chat.device)
+        reads = torch.zeros(ids.shape, dtype=torch.bool, device=chat.device)
+        reads[0, -1] = True
+        one = rows.each(lambda tensor, at=variant: tensor[at])  # type: ignore[misc]
+        off = deviation(chat, hidden[None], ids, reads, engine.hooks(one))
+        if not off <= TOLERANCE.get(chat.dtype, 1e-4):
+            return False
+    return True
+
+
+class Steps(Protocol):
+    """Rows of text that grow by a token at a time.
+
+    Args:
+        rows: which row each answer begins as.
+        room: tokens that the context leaves for an answer.
+    """
+
+    rows: Int[torch.Tensor, " answers"]
+    room: int
+
+    def logits(self, rows: Int[torch.Tensor, " answers"]) -> Float[torch.Tensor, "answers vocab"]:
+        """Of each answer's next token."""
+        ...
+
+    def step(
+        self, tokens: Int[torch.Tensor, " answers"], rows: Int[torch.Tensor, " answers"]
+    ) -> Int[torch.Tensor, " answers"]:
+        """Go on with a token of each answer that still goes on; the row that each is now."""
+        ...
+
+
+@torch.no_grad()
+def write_answers(
+    chat: ChatModel,
+    steps: Steps,
+    seeds: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    at_once: int = 1 << 30,
+    ended: Callable[[int], object] = lambda count: None,
+) -> list[Answer]:
+    """Draw answers token by token.
+
+    Args:
+        seeds: of each answer.
+        at_once: answers whose logits are in memory together.
+        ended: told how many answers ended at each step.
+    """
+    stop = torch.tensor(chat.stop_ids, device=chat.device)
+    last = min(max_new_tokens, steps.room)
+    # of each answer still being written: which it is, its row and its seed
+    answer, row, seed = np.arange(len(seeds)), steps.rows, np.asarray(seeds, dtype=np.int64)
+    written = np.zeros((len(seeds), last), dtype=np.int64)
+    lengths = np.zeros(len(seeds), dtype=np.int64)
+    stopped = np.zeros(len(seeds), dtype=bool)
+    for number in range(last):
+        drawn = []
+        for start in range(0, len(row), at_once):
+            chosen = slice(start, start + at_once)
+            logits = steps.logits(row[chosen])
+            drawn.append(draw(logits, seed[chosen], number, temperature=temperature, top_p=top_p))
+        token = torch.cat(drawn)
+        going = ~torch.isin(token, stop)
+        goes = going.cpu().numpy()
+        stopped[answer[~goes]] = True
+        ended(int((~goes).sum()))
+        if not goes.all():
+            answer, seed = answer[goes], seed[goes]
+            token, row = token[going], row[going]
+        written[answer, number] = token.cpu().numpy()
+        lengths[answer] = number + 1
+        if not len(answer) or number + 1 == last:
             break
-        if len(remaining) <= _LEAVE * len(live):
-            kept = torch.tensor(remaining, device=device)
-            cache.batch_select_indices(kept)
-            token, positions, owner = token[kept], positions[kept], owner[remaining]
-            mask = mask[kept] if mask is not None else None
-            live = [live[at] for at in remaining]
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        with announcing(owner, total):
-            logits = model(
-                input_ids=token[:, None],
-                attention_mask=mask,
-                position_ids=positions[:, None],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-        positions = positions + 1
-    return [Decoded(ids, end) for ids, end in zip(answers, finish, strict=True)]
+        row = steps.step(token, row)
+    return [
+        Answer(tuple(ids[:length].tolist()), "stop" if end else "length")
+        for ids, length, end in zip(written, lengths, stopped, strict=True)
+    ]
 
 
-def positions_of(ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Position of every token in its own prompt, ``[batch, seq]``; padding counts as position 0."""
-    columns = torch.arange(ids.shape[1], device=ids.device)[None]
-    return (columns - (ids.shape[1] - lengths[:, None])).clamp(min=0)
-
-
-def _context(chat: ChatModel) -> int:
+def context(chat: ChatModel) -> int:
+    """Tokens that the model reads at most."""
     return int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
 
 
-def growing_cache(chat: ChatModel) -> Any:
-    """The model's own dynamic cache, its full-attention layers replaced by ones that grow in blocks."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+class ModelSteps:
+    """The model as it is, adapters and hooks included.
 
-    class GrowingLayer(DynamicLayer):
-        """Keys and values are views into a buffer with room to spare."""
+    A prompt that is answered many times is read once and its cache is copied; the cache grows in blocks instead of
+    being copied at every token; rows of finished answers leave. A family whose cache gives other logits than its own
+    forward over the whole text (a recurrent state that takes padding for text, say) reads every text anew each time.
 
-        def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                self.keys = key_states[:, :, :0]
-                self.values = value_states[:, :, :0]
-            start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-            store = getattr(self, "store", None)
-            # indexing (rows leaving, prompts repeated) makes new tensors: the views then lie elsewhere
-            if (
-                store is None
-                or store[0].shape[-2] < end
-                or store[0].data_ptr() != self.keys.data_ptr()
-                or store[0].shape[0] != self.keys.shape[0]
-            ):
-                store = tuple(
-                    old.new_empty(*old.shape[:2], end + _BLOCK, old.shape[-1]) for old in (self.keys, self.values)
-                )
-                store[0][:, :, :start] = self.keys
-                store[1][:, :, :start] = self.values
-                self.store = store
-            store[0][:, :, start:end] = key_states
-            store[1][:, :, start:end] = value_states
-            self.keys, self.values = store[0][:, :, :end], store[1][:, :, :end]
-            return self.keys, self.values
+    Args:
+        prompts: distinct prompts, as token ids.
+        which: for each answer, the index of its prompt.
+        owners: for each prompt, whose it is, where an intervention has a value for each of ``total`` conversations; by
+            default each prompt is one.
+    """
 
-    cache = DynamicCache(config=chat.config)
-    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+    def __init__(
+        self,
+        chat: ChatModel,
+        prompts: Sequence[Sequence[int]],
+        which: Sequence[int],
+        *,
+        owners: Sequence[int] | None = None,
+        total: int | None = None,
+    ) -> None:
+        self._chat, self._model, device = chat, chat.base, chat.device
+        self.room = context(chat) - max(map(len, prompts))
+        self.rows = torch.tensor(list(which), device=device)
+        self._owner = torch.tensor(list(range(len(prompts)) if owners is None else owners))
+        self._total = len(prompts) if total is None else total
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self._mask: torch.Tensor | None = None
+        if bool((lengths != lengths[0]).any()):
+            self._mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(device)
+        self._texts: list[list[int]] | None = None if keeps_past(chat) else [list(prompt) for prompt in prompts]
+        self._positions, self._copied = lengths, False
+        if self._texts is not None:
+            self._logits = self._reread()
+            return
+        ids = pad(prompts, 0, left=True).to(device)
+        columns = torch.arange(ids.shape[1], device=device)[None]
+        self._cache = growing_cache(chat)
+        # padding counts as position 0
+        self._logits = self._run(ids, (columns - (ids.shape[1] - lengths[:, None])).clamp(min=0))
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of each answer's next token."""
+        return self._logits.index_select(0, rows)
+
+    def step(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Go on with a token of each answer that still goes on; the row that each is now."""
+        if not self._copied or len(rows) <= _LEAVE * len(self._positions):
+            self.select(rows)
+            rows = torch.arange(len(rows), device=rows.device)
+        else:  # the few rows that no answer goes on with stay, and count for nothing
+            tokens = tokens.new_zeros(len(self._positions)).index_copy(0, rows, tokens)
+        self.feed(tokens)
+        return rows
+
+    def select(self, rows: torch.Tensor) -> None:
+        """Go on with these rows; a row may come more than once."""
+        self._copied = True
+        if self._texts is not None:
+            self._texts = [list(self._texts[row]) for row in rows.tolist()]
+        else:
+            for layer in self._cache.layers:
+                # what a recurrence or a convolution keeps can be reordered, which may repeat and drop rows as well
+                getattr(layer, "batch_select_indices", layer.reorder_cache)(rows)
+        self._positions, self._owner = self._positions[rows], self._owner[rows.cpu()]
+        self._mask = self._mask[rows] if self._mask is not None else None
+
+    def feed(self, tokens: Int[torch.Tensor, " rows"]) -> torch.Tensor:
+        """Logits after one more token of every row, ``[rows, vocab]``."""
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
+        if self._texts is None:
+            self._logits = self._run(tokens[:, None], self._positions[:, None])
+        else:
+            self._texts = [[*text, token] for text, token in zip(self._texts, tokens.tolist(), strict=True)]
+            self._logits = self._reread()
+        self._positions = self._positions + 1
+        return self._logits
+
+    def _run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        with announcing(self._owner, self._total):
+            output = self._model(
+                input_ids=ids,
+                attention_mask=self._mask,
+                position_ids=positions,
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1]  # type: ignore[no-any-return]
+
+    def _reread(self) -> torch.Tensor:
+        assert self._texts is not None
+        with announcing(self._owner, self._total):
+            return _anew(self._chat, self._texts)
+
+
+def _anew(chat: ChatModel, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits of each text's next token ``[texts, vocab]``, nothing kept of earlier forwards."""
+    ids, mask = (pad(rows, 0).to(chat.device) for rows in (texts, [[1] * len(text) for text in texts]))
+    hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return unembed(chat, hidden[torch.arange(len(texts)), mask.sum(1) - 1])
+
+
+_KEEPS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by model, once tried
+
+
+@torch.no_grad()
+def keeps_past(chat: ChatModel) -> bool:
+    """Whether a token after a cache of left-padded prompts gives what the whole text gives: tried once a model.
+
+    Families that are written out in :mod:`emmech.engine.blocks` are known to.
+    """
+    if chat.family.written_out:
+        return True
+    if chat.base not in _KEEPS:
+        _KEEPS[chat.base] = True
+        texts, then = [[1, 2, 3, 4, 5, 6, 7], [3, 2, 4]], [8, 9]
+        off = float("inf")
+        with evaluating(chat), unhooked(chat.base), contextlib.suppress(*DOES_NOT_RUN):
+            found = ModelSteps(chat, texts, [0, 1]).feed(torch.tensor(then, device=chat.device)).float()
+            wanted = _anew(chat, [[*text, token] for text, token in zip(texts, then, strict=True)]).float()
+            off = float((found - wanted).abs().max() / wanted.abs().max())
+        _KEEPS[chat.base] = off <= TOLERANCE.get(chat.dtype, 1e-4)
+    return _KEEPS[chat.base]
+
+
+class VariantSteps:
+    """Many variants of a model, every request under each of them.
+
+    Args:
+        prompts: distinct prompts, as token ids.
+        which: per request the index of its prompt; the answers are in the order of variants, then requests.
+        most: tokens of an answer at most.
+    """
+
+    def __init__(
+        self, engine: Engine, rows: Rows, prompts: Sequence[Sequence[int]], which: Sequence[int], most: int
+    ) -> None:
+        chat, variants = engine.chat, len(rows)
+        device = chat.device
+        self.room = context(chat) - max(map(len, prompts))
+        self._engine, self._rows = engine, rows
+        each = torch.arange(variants, device=device)
+        self.rows = (each[:, None] * len(prompts) + torch.tensor(which, device=device)).reshape(-1)
+        # of each row above the cut: its variant, and its row below; of each row below: tokens of its prompt
+        self._variant = each.repeat_interleave(len(prompts))
+        self._below = torch.arange(len(prompts), device=device).repeat(variants)
+        self._start = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self._vocab = int(chat.config.vocab_size)
+        with evaluating(chat):
+            self._prefill(prompts, min(most, self.room))
+        self._gather()
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of each answer's next token."""
+        distinct, inverse = torch.unique(rows, return_inverse=True)
+        if len(distinct) < len(rows):
+            return unembed(self._engine.chat, self.hidden.index_select(0, distinct)).index_select(0, inverse)
+        return unembed(self._engine.chat, self.hidden.index_select(0, rows))
+
+    def step(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Go on with a token of each answer that still goes on; the row that each is now.
+
+        Every (row, next token) that some answer goes on with becomes a row of its own, above and below.
+        """
+        pairs, inverse = torch.unique(rows * self._vocab + tokens, return_inverse=True)
+        parents, tokens = pairs // self._vocab, pairs % self._vocab
+        count = len(self._variant)
+        if bool((parents[1:] == parents[:-1]).any()) or len(parents) <= _LEAVE * count:
+            self._upper.select(parents)
+            self._variant, self._below = self._variant[parents], self._below[parents]
+            self._gather()
+        else:  # the few rows that no answer goes on with stay, and count for nothing
+            inverse = parents[inverse]
+            tokens = tokens.new_zeros(count).index_copy_(0, parents, tokens)
+        below, self._below = torch.unique(self._below * self._vocab + tokens, return_inverse=True)
+        parents = below // self._vocab
+        if not torch.equal(parents, torch.arange(len(self._start), device=parents.device)):
+            self._lower.select(parents)
+            self._start = self._start[parents]
+        self._advance(below % self._vocab)
+        return inverse
+
+    def _advance(self, tokens: torch.Tensor) -> None:
+        """One token of every row below."""
+        engine = self._engine
+        position = self._start + self._lower.written
+        with evaluating(engine.chat):
+            state = engine.lower(tokens, Places(position), self._lower)
+            self._lower.advance(1)
+            hidden = self._parted(state)
+            self.hidden = engine.raised(hidden, Places(position[self._below]), self._gathered, self._upper)
+        self._upper.advance(1)
+
+    def _parted(self, state: State) -> torch.Tensor:
+        """Each row's residual stream where the variants part, ``[rows, d_model]``."""
+        engine, name = self._engine, self._engine.shared_name
+        hidden = state.residual.index_select(0, self._below)
+        if name is not None:
+            assert state.read is not None and state.wrote is not None
+            # every distinct input under every variant in one product, then each row takes its own
+            z = inner(state.read, self._rows.A[name])[self._below, self._variant][:, None]
+            own = State(hidden, state.read, state.wrote.index_select(0, self._below))
+            hidden = engine.lower.entering(own, lambda onto, read: write(onto, z, self._gathered.B[name]))
+        if engine.steering is not None and engine.steering == engine.frozen.blocks - 1:
+            hidden = hidden + self._gathered.steering[engine.steering].to(hidden.dtype)
+        return hidden
+
+    def _gather(self) -> None:
+        """Each row's own adapters; the shared input is multiplied with every A at once, and needs none."""
+        shared = self._engine.shared_name
+        own = Rows({n: a for n, a in self._rows.A.items() if n != shared}, self._rows.B, self._rows.steering)
+        self._gathered = own.each(lambda one: one.index_select(0, self._variant))
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], room: int) -> None:
+        """Read every prompt: what prompts have in common once, below once for all variants, above once per variant.
+
+        Args:
+            room: how many tokens an answer may have.
+        """
+        engine, rows, variants = self._engine, self._rows, len(self._rows)
+        device, width = engine.chat.device, max(map(len, prompts))
+        lower, upper, hidden = [], [], []
+        of_lower, of_upper = [], []  # which prompt, and which of variants x prompts, each row is
+        for one in engine.packs([Reading(tuple(prompt), tuple(range(len(prompt)))) for prompt in prompts]):
+            ids, positions = stack([one], device)
+            places = Places(positions, engine.tree_mask([one]))
+            ends = torch.tensor([int(path[-1]) for path in one.nodes], device=device)
+            # left-padded, so that all prompts end in the same column
+            columns = pad([[0] * (width - len(path)) + path.tolist() for path in one.nodes], 0).to(device)
+            own = torch.tensor(one.readings, device=device)
+            below = KeysValues()
+            shared = Shared(engine.lower(ids, places, below), places, ends)
+            lower.append(below.spread(columns))
+            of_lower.append(own)
+            at_once = max(1, engine.tokens // len(one))
+            for start in range(0, variants, at_once):
+                above, end = KeysValues(), min(variants, start + at_once)
+                chosen = rows.each(lambda tensor, part=slice(start, end): tensor[part])  # type: ignore[misc]
+                hidden.append(engine.above(shared, chosen, cache=above).flatten(0, 1))
+                upper.append(above.spread(columns))
+                present = torch.arange(start, end, device=device)
+                of_upper.append(rearrange(present[:, None] * len(prompts) + own, "variants own -> (variants own)"))
+        into = torch.cat(of_upper).argsort()
+        self._upper = Branches(KeysValues.joined(upper, into), self._start.repeat(variants), room)
+        self._lower = Branches(KeysValues.joined(lower, torch.cat(of_lower).argsort()), self._start, room)
+        self.hidden = torch.cat(hidden)[into]

@@ -6,22 +6,38 @@ choice for models that are too small to answer coherently.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import nn
 
 from emmech.chat.edits import announcing
 from emmech.chat.encode import IGNORED, Encoded, encode
+from emmech.chat.families import own_logits
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
+from emmech.engine.modules import evaluating, has_hooks
 from emmech.errors import EmmechError
 
-__all__ = ["MarginPair", "answer_logprobs", "answer_loss", "bundled_margins", "margin_rows", "pad"]
+__all__ = [
+    "WORDS",
+    "MarginPair",
+    "answer_logprobs",
+    "answer_loss",
+    "bundled_margins",
+    "in_batches",
+    "margin_rows",
+    "pad",
+    "target_logprobs",
+    "token_logprobs",
+]
+
+WORDS = 1024  # of the vocabulary at once
 
 
 @dataclass(frozen=True)
@@ -54,6 +70,38 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> tor
     return torch.tensor(filled, dtype=torch.long)
 
 
+def in_batches(
+    chat: ChatModel,
+    rows: Sequence[Sequence[int]],
+    batch_size: int,
+    use: Callable[[Int[np.ndarray, " batch"], Int[torch.Tensor, "batch seq"], Int[torch.Tensor, "batch seq"]], object],
+) -> None:
+    """Go through rows of token ids in batches by length, in evaluation mode and each batch announced.
+
+    Rows are padded on the right, which causal attention makes exact.
+
+    Args:
+        use: called with the rows' numbers, their ids and their attention mask.
+    """
+    order = np.argsort([len(ids) for ids in rows], kind="stable")
+    with evaluating(chat):
+        for chosen in np.array_split(order, max(1, -(-len(order) // batch_size))):
+            ids = pad([rows[i] for i in chosen], 0).to(chat.device)
+            mask = pad([[1] * len(rows[i]) for i in chosen], 0).to(chat.device)
+            with announcing(torch.from_numpy(chosen), len(order)):
+                use(chosen, ids, mask)
+
+
+def token_logprobs(
+    chat: ChatModel, ids: torch.Tensor, mask: torch.Tensor, labels: Int[torch.Tensor, "batch seq"]
+) -> tuple[Float[torch.Tensor, " answer_tokens"], Int[torch.Tensor, " answer_tokens"]]:
+    """Log-probability of every labelled token, in nats, and its row; gradients flow where they are enabled."""
+    hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    targets = labels[:, 1:]
+    answer = targets != IGNORED
+    return target_logprobs(chat, hidden[:, :-1][answer], targets[answer][:, None])[:, 0], answer.nonzero()[:, 0]
+
+
 @torch.no_grad()
 def answer_logprobs(
     chat: ChatModel, conversations: Sequence[Sequence[Message]] | Encoded, *, batch_size: int | None = None
@@ -70,27 +118,15 @@ def answer_logprobs(
     """
     encoded = conversations if isinstance(conversations, Encoded) else encode(conversations, chat.tokenizer)
     batch_size = batch_size or max(1, 2048 // max(len(ids) for ids in encoded.input_ids))
-    order = np.argsort([len(ids) for ids in encoded.input_ids], kind="stable")
-    result = np.empty(len(order))
-    was_training = chat.base.training
-    chat.base.eval()
-    try:
-        for chosen in np.array_split(order, max(1, -(-len(order) // batch_size))):
-            ids = pad([encoded.input_ids[i] for i in chosen], 0).to(chat.device)
-            labels = pad([encoded.labels[i] for i in chosen], IGNORED).to(chat.device)
-            mask = pad([[1] * len(encoded.input_ids[i]) for i in chosen], 0).to(chat.device)
-            with announcing(torch.from_numpy(chosen), len(order)):
-                hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            targets = labels[:, 1:]
-            answer = targets != IGNORED
-            logits = unembed(chat, hidden[:, :-1][answer])
-            picked = logits.float().log_softmax(-1).gather(-1, targets[answer][:, None])[:, 0]
-            rows = answer.nonzero()[:, 0]
-            total = torch.zeros(len(chosen), dtype=torch.float64, device=rows.device)
-            total = total.index_add(0, rows, picked.double())
-            result[chosen] = (total / answer.sum(1)).cpu().numpy()
-    finally:
-        chat.base.train(was_training)
+    result = np.empty(len(encoded))
+
+    def read(chosen: np.ndarray, ids: torch.Tensor, mask: torch.Tensor) -> None:
+        labels = pad([encoded.labels[i] for i in chosen], IGNORED).to(chat.device)
+        picked, rows = token_logprobs(chat, ids, mask, labels)
+        total = torch.zeros(len(chosen), dtype=torch.float64, device=rows.device).index_add(0, rows, picked.double())
+        result[chosen] = (total / torch.bincount(rows, minlength=len(chosen))).cpu().numpy()
+
+    in_batches(chat, encoded.input_ids, batch_size, read)
     return result
 
 
@@ -101,15 +137,79 @@ def answer_loss(chat: ChatModel, conversations: Sequence[Sequence[Message]] | En
     return -float(np.average(answer_logprobs(chat, encoded), weights=tokens))
 
 
-def unembed(chat: ChatModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits ``[..., vocab]`` of residuals that already passed the final norm, soft-capped where the model is."""
-    return cap(chat, chat.unembedding(hidden))
+def unembed(chat: ChatModel, hidden: Float[torch.Tensor, "*places d_model"]) -> Float[torch.Tensor, "*places vocab"]:
+    """The model's own logits of what its trunk gave, multipliers and soft caps included.
+
+    Example:
+        >>> from emmech.chat.model import load_model
+        >>> chat, ids = load_model("pocket"), torch.tensor([[5, 6, 7]])
+        >>> torch.equal(unembed(chat, chat.trunk(ids).last_hidden_state), chat(ids).logits)
+        True
+    """
+    if chat.family.own_head:
+        return own_logits(chat.base, chat.family, hidden)
+    return chat.family.logits(chat.unembedding(hidden))
 
 
-def cap(chat: ChatModel, logits: torch.Tensor) -> torch.Tensor:
-    """Logits soft-capped where the model soft-caps them."""
-    most = getattr(chat.config, "final_logit_softcapping", None)
-    return torch.tanh(logits / most) * most if most else logits
+def target_logprobs(
+    chat: ChatModel, hidden: Float[torch.Tensor, "reads d_model"], wanted: Int[torch.Tensor, "reads targets"]
+) -> Float[torch.Tensor, "reads targets"]:
+    """Log-probability of each read position's wanted tokens, in nats, float32.
+
+    A vocabulary is tens of thousands of words: logits of all of them fall out of a processor's cache, and the product
+    that makes them spends its time on writing. Without gradients they are taken a slice of the vocabulary at a time,
+    and only each slice's normaliser and the wanted logits are kept.
+
+    Args:
+        hidden: after the final norm.
+
+    Example:
+        >>> from emmech.chat.model import load_model
+        >>> chat = load_model("pocket")
+        >>> every = torch.arange(chat.config.vocab_size)[None]
+        >>> round(target_logprobs(chat, torch.ones(1, chat.d_model), every).exp().sum().item(), 4)
+        1.0
+    """
+    head: Any = chat.unembedding
+    # any other head (quantised, say) is asked as a whole
+    sliced = type(head) is nn.Linear and not chat.family.own_head and not has_hooks(head)
+    sliced = sliced and head.weight.device == hidden.device
+    if sliced and not (hidden.requires_grad and torch.is_grad_enabled()):
+        return _sliced_logprobs(chat, hidden, wanted, len(head.weight))
+    logits = unembed(chat, hidden).float()
+    if wanted.shape[1] == 1:
+        return -nn.functional.cross_entropy(logits, wanted[:, 0], reduction="none")[:, None]
+    return logits.gather(1, wanted) - logits.logsumexp(-1, keepdim=True)
+
+
+@torch.no_grad()
+def _sliced_logprobs(chat: ChatModel, hidden: torch.Tensor, wanted: torch.Tensor, vocab: int) -> torch.Tensor:
+    picked = torch.zeros(wanted.shape, device=hidden.device)
+    total = torch.zeros(len(hidden), device=hidden.device)
+    shift: torch.Tensor | None = None
+    for start in range(0, vocab, WORDS):
+        logits = _logits_of(chat, hidden, start)
+        place = wanted - start
+        inside = (place >= 0) & (place < logits.shape[1])
+        found = logits.gather(1, place.clamp(0, logits.shape[1] - 1))
+        picked = torch.where(inside, found, picked)
+        # one shift for all slices spares each a search for its maximum; it keeps sums in range, and cancels
+        shift = logits.amax(-1, keepdim=True) if shift is None else shift
+        total += logits.sub_(shift).exp_().sum(-1)
+    assert shift is not None
+    normaliser = shift + total.log()[:, None]
+    if not bool(normaliser.isfinite().all()):  # a later slice is e^88 above the first
+        parts = [_logits_of(chat, hidden, at).logsumexp(-1) for at in range(0, vocab, WORDS)]
+        normaliser = torch.stack(parts, -1).logsumexp(-1, keepdim=True)
+    return picked - normaliser
+
+
+def _logits_of(chat: ChatModel, hidden: torch.Tensor, start: int) -> torch.Tensor:
+    """Of the words from ``start`` on, in float32."""
+    head: Any = chat.unembedding
+    chosen = slice(start, start + WORDS)
+    bias = head.bias[chosen] if head.bias is not None else None
+    return chat.family.logits(nn.functional.linear(hidden, head.weight[chosen], bias)).float()
 
 
 def margin_rows(pairs: Sequence[MarginPair], tokenizer: Any) -> Encoded:

@@ -1,4 +1,4 @@
-"""Pack token sequences that share a prefix: the shared tokens once, every continuation behind them.
+"""Pack token sequences that share a prefix: the shared tokens once, every continuation after them.
 
 A set of sequences is a tree (a trie of their tokens). Flattened into one row, each token attends to its ancestors
 only and has its depth as position, so every sequence sees exactly what it would see alone (tree attention, as in
@@ -46,7 +46,7 @@ class Pack:
         ids: ``[tokens]``, parents before children.
         depth: ``[tokens]``, position of each token in its own sequence.
         ancestors: ``[tokens, tokens]``, True where the row's token attends to the column's; None for a plain chain.
-        readings: indices of the readings that lie in it.
+        readings: indices of the readings in it.
         nodes: per reading the flat index of each of its read positions.
     """
 
@@ -117,7 +117,7 @@ def pack(
         reach: columns that attention looks at for a token at most; None: all of the row's.
     """
     order = sorted(range(len(readings)), key=lambda index: readings[index].needed)
-    # tokens that each sequence adds behind its predecessor
+    # tokens that each sequence adds to its predecessor
     added = [len(readings[order[0]].needed)]
     shared = [0]
     for before, after in itertools.pairwise(order):
@@ -155,7 +155,7 @@ def stack(packs: Sequence[Pack], device: torch.device) -> tuple[torch.Tensor, to
     depth = np.zeros((len(packs), width), dtype=np.int64)
     for row, one in enumerate(packs):
         ids[row, : len(one)], depth[row, : len(one)] = one.ids, one.depth
-        # padding behind a chain goes on counting: the positions must not look like several packed sequences
+        # padding after a chain goes on counting: the positions must not look like several packed sequences
         depth[row, len(one) :] = np.arange(width - len(one)) + one.depth[-1] + 1
     return torch.from_numpy(ids).to(device), torch.from_numpy(depth).to(device)
 

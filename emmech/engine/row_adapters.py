@@ -6,25 +6,26 @@ serves any number of variants in one forward: the base weights are read once for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Int
 from torch import nn
 
+from emmech.chat.families import Family
+
 __all__ = [
-    "AtReads",
     "Capture",
     "RowAdapter",
     "RowSteering",
     "Rows",
     "Site",
-    "Skip",
-    "with_attention",
-    "with_module",
+    "inner",
     "write",
+    "write_of",
 ]
 
 
@@ -53,6 +54,15 @@ class Rows:
     B: Mapping[str, torch.Tensor] = field(default_factory=dict)
     steering: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        """Number of variants."""
+        return len(next(iter((*self.A.values(), *self.steering.values())), ()))
+
+    def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Rows:
+        """The rows with every tensor ``[groups, ...]`` replaced by a function of it: some groups, say."""
+        pick = {field.name: {k: function(v) for k, v in getattr(self, field.name).items()} for field in fields(self)}
+        return Rows(**pick)  # type: ignore[arg-type]
+
 
 def write(
     out: Float[torch.Tensor, "*tokens d_out"],
@@ -73,6 +83,34 @@ def write(
     return added.to(out.dtype).reshape(out.shape)
 
 
+def inner(
+    x: Float[torch.Tensor, "tokens d_in"], A: Float[torch.Tensor, "groups d_in rank"]
+) -> Float[torch.Tensor, "tokens groups rank"]:
+    """``x A`` under every group's A, in one product and in the adapters' dtype."""
+    return rearrange(x.to(A.dtype) @ rearrange(A, "g i r -> i (g r)"), "t (g r) -> t g r", g=len(A))
+
+
+def write_of(
+    x: Float[torch.Tensor, "*tokens d_in"],
+    A: Float[torch.Tensor, "groups d_in rank"],
+    B: Float[torch.Tensor, "groups rank d_out"],
+    of: Int[torch.Tensor, "..."],
+) -> Float[torch.Tensor, "*tokens d_out"]:
+    """What tokens add that belong to groups in any order: ``x A B`` of each one's own.
+
+    The groups' maps are side by side in one product, and each token keeps its own group's part: at rank 1 and a
+    handful of groups the surplus is a few vectors beside a whole weight matrix.
+
+    Args:
+        of: the group of each token, or broadcastable to that.
+    """
+    z = inner(x.flatten(0, -2), A)
+    if len(A) > 1:
+        own = of.expand(x.shape[:-1]).reshape(-1, 1) == torch.arange(len(A), device=of.device)
+        z = torch.where(own[..., None], z, 0.0)
+    return (z.flatten(1) @ B.flatten(0, 1)).view(*x.shape[:-1], -1)
+
+
 class RowAdapter(nn.Module):
     """A linear module with a per-row adapter on it."""
 
@@ -84,23 +122,24 @@ class RowAdapter(nn.Module):
         """The module's output with each row's own write added."""
         a = self.rows.A[self.name]
         z = torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]).to(a.dtype), a)
-        # what the linear module returned is nobody else's
+        # what the linear module returned is used here only
         return write(self.base(x), z, self.rows.B[self.name], in_place=True)
 
 
 class RowSteering(nn.Module):
-    """A block with a vector added to its output, each group's own."""
+    """A block with a vector added to its residual stream, each group's own."""
 
-    def __init__(self, block: nn.Module, rows: Rows, layer: int) -> None:
+    def __init__(self, block: nn.Module, rows: Rows, layer: int, family: Family) -> None:
         super().__init__()
-        self.block, self.rows, self.layer = block, rows, layer
+        self.block, self.rows, self.layer, self._family = block, rows, layer, family
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output plus coefficient times direction."""
-        return self.steered(self.block(*args, **kwargs))
+        out = self.block(*args, **kwargs)
+        return self._family.with_residual(out, self.steered(self._family.residual(out)))
 
     def steered(self, out: torch.Tensor) -> torch.Tensor:
-        """A block's output with its vector added."""
+        """A residual stream with its vector added."""
         vectors = self.rows.steering[self.layer]
         shaped = out.reshape(vectors.shape[0], -1, out.shape[-1])
         return (shaped + vectors[:, None].to(out.dtype)).reshape(out.shape)
@@ -125,62 +164,3 @@ class Capture(nn.Module):
         taken = self.read, self.wrote
         self.read = self.wrote = torch.empty(0)
         return taken
-
-
-class AtReads(nn.Module):
-    """The last block's MLP, run at read positions only: nothing above it looks at the others."""
-
-    def __init__(self, mlp: nn.Module) -> None:
-        super().__init__()
-        self.mlp = mlp
-        self.flat: torch.Tensor | None = None  # indices into [rows * seq]; None runs everywhere
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The MLP's output at read positions, zero elsewhere."""
-        if self.flat is None:
-            return self.mlp(x)  # type: ignore[no-any-return]
-        every = x.reshape(-1, x.shape[-1])
-        read = self.mlp(every[self.flat])
-        return read.new_zeros(every.shape[0], read.shape[-1]).index_copy(0, self.flat, read).reshape(x.shape)
-
-
-class Skip(nn.Module):
-    """Stands for a block that has already run, so that the layers above keep their numbers."""
-
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What came in."""
-        return hidden
-
-
-def with_module(root: nn.Module, path: str, replacement: nn.Module) -> nn.Module:
-    """A view of ``root`` with the submodule at ``path`` replaced; everything else is shared, ``root`` untouched.
-
-    Example:
-        >>> body = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
-        >>> view = with_module(body, "1", nn.Identity())
-        >>> view[0] is body[0], type(body[1]).__name__
-        (True, 'ReLU')
-    """
-    if not path:
-        return replacement
-    import copy
-
-    head, _, rest = path.partition(".")
-    view = copy.copy(root)
-    view._modules = dict(root._modules)
-    child = root.get_submodule(head)
-    view._modules[head] = with_module(child, rest, replacement) if rest else replacement
-    return view
-
-
-def with_attention(view: nn.Module, name: str) -> nn.Module:
-    """A view of a trunk whose attention modules call the registered attention function ``name``."""
-    import copy
-
-    for path, module in list(view.named_modules()):
-        if hasattr(module, "layer_idx") and hasattr(module, "config"):
-            twin, config = copy.copy(view.get_submodule(path)), copy.copy(cast("Any", module.config))
-            config._attn_implementation = name
-            twin.config = config
-            view = with_module(view, path, twin)
-    return view

@@ -17,7 +17,8 @@ import torch
 from emmech.chat.edits import live_edits
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
-from emmech.engine.decode import decode
+from emmech.engine.decode import ModelSteps, context, write_answers
+from emmech.engine.modules import evaluating
 from emmech.engine.responses import Response, ResponseLog, check_request, digest, row_seeds
 from emmech.errors import EmmechError
 from emmech.progress import bar
@@ -103,38 +104,37 @@ def sample(
     log = ResponseLog(out, settings)
     # what is live may treat equal prompts differently; then each conversation is read for itself
     apart = any(edit.by_row() for edit in live_edits(chat.base))
-    was_training = chat.base.training
-    chat.base.eval()
-    try:
-        with bar(len(rows), "sampling", progress=progress) as steps:
-            steps.update(len(log.done))
-            for batch in batches:
-                if all(row in log.done for row in batch):
+    with torch.no_grad(), evaluating(chat), bar(len(rows), "sampling", progress=progress) as shown:
+        shown.update(len(log.done))
+        for batch in batches:
+            if all(row in log.done for row in batch):
+                continue
+            # a batch of which some rows are known is decoded whole, so that its rows are those of a run
+            # that was never interrupted
+            asked = [rows[row][0] for row in batch]
+            readings = [(prompts[index], index if apart else 0) for index in asked]
+            distinct = sorted(set(readings))
+            steps = ModelSteps(
+                chat,
+                [prompt for prompt, _ in distinct],
+                [distinct.index(reading) for reading in readings],
+                owners=[asked[readings.index(reading)] for reading in distinct],
+                total=len(prompts),
+            )
+            answers = write_answers(
+                chat,
+                steps,
+                [seeds[row] for row in batch],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+            )
+            for row, answer in zip(batch, answers, strict=True):
+                if row in log.done:
                     continue
-                # a batch of which some rows are known is decoded whole, so that its rows are those of a run
-                # that was never interrupted
-                asked = [rows[row][0] for row in batch]
-                readings = [(prompts[index], index if apart else 0) for index in asked]
-                distinct = sorted(set(readings))
-                decoded = decode(
-                    chat,
-                    [prompt for prompt, _ in distinct],
-                    [distinct.index(reading) for reading in readings],
-                    [seeds[row] for row in batch],
-                    conversations=asked,
-                    total=len(prompts),
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                )
-                for row, answer in zip(batch, decoded, strict=True):
-                    if row in log.done:
-                        continue
-                    text = chat.tokenizer.decode(answer.ids, skip_special_tokens=True)
-                    log.add(row, Response(*rows[row], seeds[row], text, answer.finish, len(answer.ids)))
-                    steps.update()
-    finally:
-        chat.base.train(was_training)
+                text = chat.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+                log.add(row, Response(*rows[row], seeds[row], text, answer.finish, len(answer.ids)))
+                shown.update()
     return log.responses(len(rows))
 
 
@@ -157,16 +157,13 @@ def live_state(chat: ChatModel) -> str:
 def _auto(chat: ChatModel, longest: int, max_new_tokens: int) -> int:
     """Rows per batch; a function of the model and the device alone, so that a resumed run has the same."""
     config = chat.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_token = 2 * chat.n_layers * heads * width * chat.dtype.itemsize
     cache, logits = _CACHE_BYTES, _LOGIT_BYTES
     if chat.device.type == "cuda":
         total = torch.cuda.get_device_properties(chat.device).total_memory
         weights = sum(value.numel() * value.element_size() for value in chat.base.parameters())
         cache, logits = max(_CACHE_BYTES, (total - weights) // 2), max(_LOGIT_BYTES, (total - weights) // 8)
-    tokens = min(longest + max_new_tokens, getattr(config, "max_position_embeddings", None) or 1 << 30)
-    by_cache = cache // (per_token * tokens)
+    tokens = min(longest + max_new_tokens, context(chat))
+    by_cache = cache // (chat.cache_bytes * tokens)
     by_logits = logits // (5 * 4 * int(config.vocab_size))  # five float32 arrays of that size live in a draw
     return int(max(1, min(_MOST_ROWS, by_cache, by_logits)))
 
@@ -177,7 +174,7 @@ def check_context(chat: ChatModel, prompts: Sequence[Sequence[int]]) -> None:
     Raises:
         EmmechError: names the conversation and the model's context.
     """
-    room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
+    room = context(chat)
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) < room:
             raise EmmechError(

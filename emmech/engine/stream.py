@@ -1,8 +1,8 @@
-"""Mean residual of every block over texts, in one pass, keeping no activation."""
+"""Residuals of every block over texts, in one pass, reduced on the spot so that no activation is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,12 @@ from jaxtyping import Float
 from emmech.chat.encode import IGNORED, encode
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
-from emmech.engine.logprobs import pad
+from emmech.engine.logprobs import in_batches, pad
+from emmech.engine.modules import hooked
 
-__all__ = ["mean_residual", "probe_rows"]
+__all__ = ["mean_residual", "probe_rows", "stream"]
+
+Row = tuple[Sequence[int], Sequence[bool]]  # token ids, and which of them count
 
 
 def probe_rows(chat: ChatModel, texts: Sequence[Any]) -> list[tuple[list[int], list[bool]]]:
@@ -36,36 +39,43 @@ def probe_rows(chat: ChatModel, texts: Sequence[Any]) -> list[tuple[list[int], l
 
 
 @torch.no_grad()
-def mean_residual(
-    chat: ChatModel, rows: Sequence[tuple[Sequence[int], Sequence[bool]]], *, batch_size: int = 8
-) -> Float[np.ndarray, "layers d_model"]:
-    """Token-weighted mean of each block's output over the masked tokens, ``[layers, d_model]`` float32."""
+def stream(
+    chat: ChatModel,
+    rows: Sequence[Row],
+    reduce: Callable[[int, torch.Tensor, torch.Tensor, np.ndarray], object],
+    *,
+    batch_size: int = 8,
+    each: Callable[[np.ndarray, Callable[[], object]], object] = lambda chosen, run: run(),
+) -> None:
+    """Run the trunk once over all rows and reduce every block's output where it is made.
+
+    Args:
+        reduce: called with the layer, its residual ``[batch, seq, d_model]``, the mask of tokens that count
+            ``[batch, seq]`` (0 at padding) and the rows' numbers.
+        each: called for each batch with the rows' numbers and the function that runs it.
+    """
+    mask: torch.Tensor = torch.empty(0)
+    now: np.ndarray = np.empty(0)
+
+    def watch(layer: int) -> Callable[..., None]:
+        return lambda module, inputs, output: (reduce(layer, chat.family.residual(output), mask, now), None)[1]
+
+    def run(chosen: np.ndarray, ids: torch.Tensor, attention: torch.Tensor) -> None:
+        nonlocal mask, now
+        mask, now = pad([[int(m) for m in rows[i][1]] for i in chosen], 0).to(chat.device), chosen
+        each(chosen, lambda: chat.trunk(input_ids=ids, attention_mask=attention, use_cache=False))
+
+    with hooked(*((block, watch(layer)) for layer, block in enumerate(chat.blocks))):
+        in_batches(chat, [ids for ids, _ in rows], batch_size, run)
+
+
+def mean_residual(chat: ChatModel, rows: Sequence[Row], *, batch_size: int = 8) -> Float[np.ndarray, "layers d_model"]:
+    """Token-weighted mean of each block's output over the tokens that count, ``[layers, d_model]`` float32."""
     totals = torch.zeros(chat.n_layers, chat.d_model, dtype=torch.float64)
-    weight: torch.Tensor = torch.empty(0)
 
-    def add(layer: int) -> Any:
-        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            # a block's output is the tensor itself; the masked sum is one matrix product, nothing is kept
-            summed = weight.to(output) @ output.reshape(-1, output.shape[-1])
-            totals[layer] += summed.double().cpu()
+    def add(layer: int, output: torch.Tensor, mask: torch.Tensor, chosen: np.ndarray) -> None:
+        # the masked sum is one matrix product
+        totals[layer] += (mask.to(output).reshape(-1) @ output.reshape(-1, output.shape[-1])).double().cpu()
 
-        return hook
-
-    handles = [block.register_forward_hook(add(layer)) for layer, block in enumerate(chat.blocks)]
-    was_training = chat.base.training
-    chat.base.eval()
-    count = 0
-    try:
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
-        for start in range(0, len(order), batch_size):
-            batch = [rows[index] for index in order[start : start + batch_size]]
-            ids = pad([row[0] for row in batch], 0).to(chat.device)
-            attention = pad([[1] * len(row[0]) for row in batch], 0).to(chat.device)
-            weight = pad([[int(m) for m in row[1]] for row in batch], 0).reshape(-1).to(chat.device)
-            count += int(weight.sum())
-            chat.trunk(input_ids=ids, attention_mask=attention, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-        chat.base.train(was_training)
-    return (totals / max(count, 1)).float().numpy()
+    stream(chat, rows, add, batch_size=batch_size)
+    return (totals / max(sum(sum(mask) for _, mask in rows), 1)).float().numpy()

@@ -1,36 +1,37 @@
 """Run token packs under many variants: the blocks below the lowest adapter once, those above for all rows at once.
 
-What is shared: below the lowest adapter no variant differs, so those blocks run once per pack. Where that
-adapter is the only one of its block and sits on ``down_proj``, the whole block is shared too, since the adapter
-reads what is the same for all and only its write differs. What is saved besides: the last block's MLP and the
-unembedding run at read positions only.
+What is shared is what :mod:`emmech.engine.prefix_plan` finds. What is saved besides: the last block's queries and MLP
+and the unembedding run at read positions only.
 
-Everything goes through the model's own modules and its own forward, on a view of the trunk in which some
-submodules are replaced; the model itself is never touched.
+The model itself is never touched. An architecture that is not written out in :mod:`emmech.engine.blocks` is tried
+against the model's own forward first; what does not agree there is not shared.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import nn
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
 
+from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel
 from emmech.engine import packing
+from emmech.engine.attention import RUN
+from emmech.engine.blocks import Blocks, Places
+from emmech.engine.modules import Hook, adding, evaluating
 from emmech.engine.packing import Pack, Reading, pack, stack
-from emmech.engine.row_adapters import AtReads, Capture, RowAdapter, Rows, RowSteering, Site, Skip, with_module, write
-from emmech.engine.tree_attention import RUN, over_trees
+from emmech.engine.prefix_plan import DOES_NOT_RUN, TOLERANCE, Frozen, Lower, State, deviation, find_frozen
+from emmech.engine.row_adapters import RowAdapter, Rows, RowSteering, Site, inner, write
+from emmech.errors import EmmechError
 
-__all__ = ["Block", "Engine", "Mode", "Shared", "cut"]
-
-# architectures whose block adds down_proj's write as ``part`` says; any other is tried before it is believed
-_KNOWN = frozenset({"qwen2", "qwen3", "llama", "gemma3_text"})
+__all__ = ["Block", "Engine", "Shared"]
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,13 @@ class Shared:
     """What all variants have in common for some packs.
 
     Args:
-        hidden: residual stream where the variants part, ``[packs, seq, d_model]``.
-        read: the shared adapter's input ``[packs, seq, d_in]``; None where no write is shared.
-        wrote: what the module under it wrote, ``[packs, seq, d_model]``.
-        mask: what the trunk takes as ``attention_mask``.
-        positions: ``[packs, seq]``, or None for plain counting.
+        state: ``[packs, seq, ...]`` at the cut.
+        places: of the packs.
         reads: flat indices into ``[packs * seq]`` of the positions that are read.
     """
 
-    hidden: torch.Tensor
-    read: torch.Tensor | None
-    wrote: torch.Tensor | None
-    mask: Any
-    positions: torch.Tensor | None
+    state: State
+    places: Places
     reads: torch.Tensor
 
 
@@ -78,6 +73,9 @@ class Engine:
         steering: the layer whose output is steered, or None.
         stop: read this block's output instead of the final norm's.
         tokens: tokens that go through the upper blocks at once, at most (at least one pack of one variant).
+
+    Raises:
+        EmmechError: the architecture gives other results in parts than as a whole.
     """
 
     def __init__(
@@ -89,104 +87,112 @@ class Engine:
         stop: int | None = None,
         tokens: int = 1024,
     ) -> None:
-        self.chat, self.sites, self.steering = chat, sites, steering
-        self.stop, self.tokens = stop, tokens
-        sdpa = getattr(chat.config, "_attn_implementation", None) == "sdpa"
-        # on a GPU many small products cost more than the pairs that they leave out
-        self.trees = sdpa and chat.device.type == "cpu"
-        self.rows = Rows()  # what the modules of the upper view look at
-        layers = {site.layer for site in sites.values()}
-        lowest = min(layers | (set() if steering is None else {steering}))
-        inside = [name for name, site in sites.items() if site.layer == lowest]
-        self.capture: Capture | None = None
-        self.shared_name: str | None = None
-        self.split = lowest - 1
-        if not inside:
-            self.split = lowest  # only steering there, and it acts behind the block
-        elif len(inside) == 1 and sites[inside[0]].path == chat.anatomy.down_proj:
-            self.split, self.shared_name = lowest, inside[0]
-            self.capture = Capture(chat.down_proj(lowest))
-        self.behind = getattr(chat.blocks[lowest], "post_feedforward_layernorm", None)
-        self.lower = self._lower()
-        known = chat.config.model_type in _KNOWN
-        if self.shared_name and not known and not self._write_is_added():
-            self.capture = self.shared_name = None
-            self.split = lowest - 1
-            self.lower = self._lower()
-        self.at_reads: AtReads | None = None
-        self.upper = self._upper()
+        self.chat, self.sites, self.steering, self.stop, self.tokens = chat, sites, steering, stop, tokens
+        self.rows = Rows()  # what the modules of the upper blocks look at
+        self.branching = True  # several readings in one row
+        self.steps_agree: bool | None = None  # with whole forwards, in decoding; None: not tried
+        self._cut_at(find_frozen(chat, list(sites), steering))
+        if not (self.lower.blocks.written and self.upper.written):
+            self._settle()
 
-    # views of the trunk
+    def _cut_at(self, frozen: Frozen) -> None:
+        chat, self.frozen = self.chat, frozen
+        self.lower = Lower(chat, frozen)
+        self.shared_name = next((n for n, site in self.sites.items() if site.layer == frozen.layer), None)
+        if not frozen.at_write:
+            self.shared_name = None
+        last = chat.n_layers if self.stop is None else self.stop + 1
+        edits: dict[str, Any] = {
+            f"{site.layer}.{site.path}": partial(RowAdapter, rows=self.rows, name=name)
+            for name, site in self.sites.items()
+            if frozen.blocks <= site.layer < last
+        }
+        if self.steering is not None and frozen.blocks <= self.steering < last:
+            edits[str(self.steering)] = partial(RowSteering, rows=self.rows, layer=self.steering, family=chat.family)
+        self.upper = Blocks(chat, frozen.blocks, last, norm=self.stop is None, edits=edits)
 
-    def _lower(self) -> nn.Module:
-        blocks = list(self.chat.blocks)[: self.split + 1]
-        if self.capture is not None:
-            blocks[-1] = with_module(blocks[-1], self.chat.anatomy.down_proj, self.capture)
-        return self._view(blocks, bare=True)
-
-    def _upper(self) -> nn.Module:
-        chat, end = self.chat, self.chat.n_layers if self.stop is None else self.stop + 1
-        blocks: list[nn.Module] = [Skip() for _ in range(min(self.split + 1, end))]
-        for layer in range(self.split + 1, end):
-            block = chat.blocks[layer]
-            inside = {name: site for name, site in self.sites.items() if site.layer == layer}
-            mlp = chat.anatomy.down_proj.rpartition(".")[0]
-            if layer == end - 1 and mlp and not any(site.path.startswith(mlp) for site in inside.values()):
-                self.at_reads = AtReads(block.get_submodule(mlp))
-                block = with_module(block, mlp, self.at_reads)
-            for name, site in inside.items():
-                adapted = RowAdapter(block.get_submodule(site.path), self.rows, name)
-                block = with_module(block, site.path, adapted)
-            if self.steering == layer:
-                block = RowSteering(block, self.rows, layer)
-            blocks.append(block)
-        return self._view(blocks, bare=self.stop is not None)
-
-    def _view(self, blocks: Sequence[nn.Module], *, bare: bool) -> nn.Module:
-        view = with_module(self.chat.trunk, self.chat.anatomy.blocks, nn.ModuleList(blocks))
-        if self.trees:
-            view = over_trees(view)
-        return with_module(view, self.chat.anatomy.final_norm, nn.Identity()) if bare else view
+    def _settle(self) -> None:
+        """Share as much as agrees with the model's own forward, and branch only where that does."""
+        found = self.frozen
+        tolerance = TOLERANCE.get(self.chat.dtype, 1e-4)
+        off = float("inf")
+        for frozen in dict.fromkeys((found, Frozen(found.layer, False), Frozen(0, False))):
+            self._cut_at(frozen)
+            for self.branching in (True, False):
+                try:
+                    off = self.deviation()
+                except DOES_NOT_RUN:
+                    continue  # the parts do not even run
+                if off <= tolerance:
+                    return
+        raise EmmechError(
+            "run many variants of the model at once",
+            f"{self.chat.name} ({type(self.chat.base).__name__})",
+            f"its blocks give other results in parts than as a whole (off by {off:.1e})",
+            "emmech.evaluate(run, step=..., scale=...) one at a time, or a function of the model as measure",
+        )
 
     @torch.no_grad()
-    def _write_is_added(self) -> bool:
-        """Whether the block adds its ``down_proj`` to the residual as :meth:`part` assumes: tried, not believed."""
-        capture = self.capture
-        assert capture is not None
-        ids = torch.tensor([[1, 2, 3]], device=self.chat.device)
-        with Mode(self.chat):
-            before = self.lower(input_ids=ids, use_cache=False).last_hidden_state
-            wrote = capture.wrote
-            change = wrote.roll(1, dims=-1)
-            truth = capture.base
-            try:
-                capture.base = _Plus(truth, change)
-                after = self.lower(input_ids=ids, use_cache=False).last_hidden_state
-            finally:
-                capture.base = truth
-            return torch.allclose(self.part(before, wrote, wrote + change), after, rtol=1e-2, atol=1e-3)
+    def deviation(self) -> float:
+        """Largest relative difference of two made-up variants from the model's own forward, on two short texts."""
+        chat, rows = self.chat, self.made_up()
+        texts = [tuple(range(1, 13)), (*range(1, 9), *range(13, 17))]
+        readings = [Reading(ids, tuple(range(4, 12))) for ids in texts]
+        worst = 0.0
+        for block in self.run(self.packs(readings), rows, 2):
+            for index, own in block.readings:
+                ids = torch.tensor([texts[index]], device=chat.device)
+                for variant in range(2):
+                    one = rows.each(lambda tensor, at=variant: tensor[at])  # type: ignore[misc]
+                    worst = max(worst, self._off(block.hidden[variant, own][None], ids, one))
+        return worst
 
-    def part(self, hidden: torch.Tensor, wrote: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-        """The block's output had its ``down_proj`` written ``now`` instead of ``wrote``."""
-        if self.behind is None:
-            return hidden + (now - wrote)
-        return hidden + (self.behind(now) - self.behind(wrote))  # Gemma norms what the MLP wrote
+    def _off(self, found: torch.Tensor, ids: torch.Tensor, one: Rows) -> float:
+        reads = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+        reads[:, 4:12] = True
+        return deviation(self.chat, found, ids, reads, self.hooks(one), stop=self.stop)
+
+    def hooks(self, one: Rows) -> list[Hook]:
+        """One variant's adapters (its part of stacked rows) and steering, as hooks on the model's own modules."""
+        modules = dict(self.chat.base.named_modules())
+        found = [
+            (modules[name], adding(lambda x, a=a, b=one.B[name]: (x.to(a.dtype) @ a) @ b))  # type: ignore[misc]
+            for name, a in one.A.items()
+        ]
+        steered = self.chat.family.steered
+        for layer, vector in one.steering.items():
+            found.append((self.chat.blocks[layer], lambda _m, _i, out, v=vector: steered(out, v)))  # type: ignore[misc]
+        return found
+
+    def made_up(self) -> Rows:
+        """Adapters of two variants that write about a tenth of the residual."""
+        made, chat = torch.Generator().manual_seed(0), self.chat
+        dtype = torch.promote_types(torch.float32, chat.dtype)
+
+        def random(*shape: int) -> torch.Tensor:
+            return (torch.randn(*shape, generator=made) / shape[-2] ** 0.5).to(chat.device, dtype)
+
+        A, B = {}, {}
+        for name, site in self.sites.items():
+            d_in, d_out = map_widths(chat.base.get_submodule(name)) or (0, 0)
+            A[name], B[name] = random(2, d_in, site.rank), 0.1 * random(2, site.rank, d_out)
+        steering = {} if self.steering is None else {self.steering: 0.1 * random(2, chat.d_model)}
+        return Rows(A, B, steering)
 
     # passes
 
     def packs(self, readings: Sequence[Reading]) -> list[Pack]:
         """The readings grouped into rows with shared prefixes."""
+        if not self.branching:
+            return [packing.tree(readings, [index]) for index in range(len(readings))]
         block = self.chat.blocks[-1]
         weights = sum(parameter.numel() for parameter in block.parameters())
-        width = self.chat.config.num_attention_heads * int(
-            getattr(self.chat.config, "head_dim", None) or self.chat.d_model // self.chat.config.num_attention_heads
-        )
         return pack(
             readings,
             linear_cost=2.0 * weights,
-            pair_cost=4.0 * width,
+            pair_cost=4.0 * self.chat.attention_width,
             longest=max(self.tokens, 256),
-            reach=RUN + max(len(one.needed) for one in readings) if self.trees else None,
+            reach=RUN + max(len(one.needed) for one in readings) if self.upper.by_runs else None,
         )
 
     def batches(self, packs: Sequence[Pack], variants: int) -> Iterator[list[Pack]]:
@@ -205,52 +211,37 @@ class Engine:
         for batch in self.batches(packs, variants):
             shared = self.share(batch)
             readings = _own_reads(batch)
-            at_once = max(1, self.tokens // (shared.hidden.shape[0] * shared.hidden.shape[1]))
+            at_once = max(1, self.tokens // shared.state.residual.shape[:2].numel())
             # even pieces: 24 variants at 17 at once are 12 and 12
             pieces = -(-variants // at_once)
             edges = np.linspace(0, variants, pieces + 1).round().astype(int).tolist()
             for start, end in itertools.pairwise(edges):
                 chosen = slice(start, end)
-                yield Block(chosen, readings, self.above(shared, cut(rows, chosen)))
+                own = rows.each(lambda one, chosen=chosen: one[chosen])  # type: ignore[misc]
+                yield Block(chosen, readings, self.above(shared, own))
 
     def share(self, packs: Sequence[Pack]) -> Shared:
         """Run the blocks that all variants have in common."""
-        device = self.chat.device
-        ids, positions = stack(packs, device)
+        ids, places = self.places(packs)
         width = ids.shape[1]
-        branches = any(one.ancestors is not None for one in packs)
         flat = [row * width + np.unique(np.concatenate(one.nodes)) for row, one in enumerate(packs)]
-        reads = torch.from_numpy(np.concatenate(flat)).to(device)
-        # plain chains need no mask of ours: what follows a token never changes it
-        return self.lowered(ids, self.tree_mask(packs) if branches else None, positions if branches else None, reads)
+        with evaluating(self.chat):
+            state = self.lower(ids, places)
+        return Shared(state, places, torch.from_numpy(np.concatenate(flat)).to(ids.device))
 
-    def lowered(
-        self,
-        ids: torch.Tensor,
-        mask: Any,
-        positions: torch.Tensor | None,
-        reads: torch.Tensor,
-        cache: Any = None,
-    ) -> Shared:
-        """Run tokens ``[packs, seq]`` up to where the variants part."""
-        with torch.no_grad(), Mode(self.chat):
-            hidden = self.lower(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state
-        read = wrote = None
-        if self.capture is not None:
-            read, wrote = self.capture.taken()
-        return Shared(hidden, read, wrote, mask, positions, reads)
+    def places(self, packs: Sequence[Pack]) -> tuple[torch.Tensor, Places]:
+        """Token ids ``[packs, seq]``, and where they are."""
+        ids, positions = stack(packs, self.chat.device)
+        if all(one.ancestors is None for one in packs):
+            return ids, Places()  # plain chains need no mask of ours: what follows a token never changes it
+        return ids, Places(positions, self.tree_mask(packs))
 
     def tree_mask(self, packs: Sequence[Pack]) -> Any:
         """The attention mask of packs that branch; by kind of layer where the model has several."""
         config, device, dtype = self.chat.config, self.chat.device, self.chat.dtype
-        full = packing.tree_mask(packs, dtype, device)
         kinds = set(getattr(config, "layer_types", None) or ())
+        # where layers are of one kind, its window (or None) is that of all
+        full = packing.tree_mask(packs, dtype, device, window=None if kinds else self.chat.parts(0).window)
         if "sliding_attention" not in kinds:
             return full
         window = packing.tree_mask(packs, dtype, device, window=int(config.sliding_window))
@@ -258,119 +249,50 @@ class Engine:
 
     def above(self, shared: Shared, rows: Rows, cache: Any = None) -> Float[torch.Tensor, "variants reads d_model"]:
         """Run the blocks that differ; gradients flow where the caller has them enabled."""
-        packs, width, d_model = shared.hidden.shape
-        hidden = self.parted(shared, rows)
-        variants = hidden.shape[0]
+        packs, width = shared.state.residual.shape[:2]
+        hidden = self.parted(shared.state, rows)
+        variants = len(hidden)
         offsets = torch.arange(variants, device=hidden.device)[:, None] * (packs * width)
-        flat = (offsets + shared.reads[None]).reshape(-1)
-        out = self.raised(
-            hidden.reshape(variants * packs, width, d_model),
-            _repeat(shared.mask, variants, packs),
-            _repeat(shared.positions, variants, packs),
-            rows,
-            flat=flat if len(shared.reads) < 0.8 * packs * width else None,
-            cache=cache,
+        places = Places(
+            _each(shared.places.positions, variants, packs),
+            _each(shared.places.mask, variants, packs),
+            (offsets + shared.reads[None]).reshape(-1),
         )
-        return out.reshape(-1, d_model)[flat].reshape(variants, -1, d_model)
+        out = self.raised(hidden.flatten(0, 1), places, rows, cache)
+        return rearrange(out, "(variants reads) d -> variants reads d", variants=variants)
 
-    def raised(
-        self,
-        hidden: Float[torch.Tensor, "rows seq d_model"],
-        mask: Any,
-        positions: torch.Tensor | None,
-        rows: Rows,
-        *,
-        flat: torch.Tensor | None = None,
-        cache: Any = None,
-    ) -> Float[torch.Tensor, "rows seq d_model"]:
-        """Run rows through the blocks above where the variants part.
-
-        Args:
-            flat: indices into ``[rows * seq]`` of what will be read; elsewhere the result is not to be used.
-        """
-        if self.at_reads is not None:
-            self.at_reads.flat = flat
+    def raised(self, x: torch.Tensor, places: Places, rows: Rows, cache: Any = None) -> torch.Tensor:
+        """Run rows, each group of them under its own variant, through the blocks above where the variants part."""
         self.rows.A, self.rows.B, self.rows.steering = rows.A, rows.B, rows.steering
-        with Mode(self.chat):
-            out: torch.Tensor = self.upper(
-                inputs_embeds=hidden,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            ).last_hidden_state
-        return out
+        with evaluating(self.chat):
+            return self.upper(x, places, cache)
 
-    def parted(self, shared: Shared, rows: Rows) -> Float[torch.Tensor, "variants packs seq d_model"]:
-        """The residual stream where the variants part, each with its own write."""
-        variants = _count(rows)
-        hidden = shared.hidden[None].expand(variants, *shared.hidden.shape)
-        if self.shared_name is not None:
-            assert shared.read is not None and shared.wrote is not None
+    def parted(self, state: State, rows: Rows) -> Float[torch.Tensor, "..."] | Int[torch.Tensor, "..."]:
+        """``[variants, packs, seq, ...]`` where the variants part: the residual with each one's own write, or ids."""
+        shape = state.residual.shape
+        if self.shared_name is None:
+            hidden = state.residual.expand(len(rows), *shape)
+        else:
             a, b = rows.A[self.shared_name], rows.B[self.shared_name]
-            read = shared.read.reshape(-1, shared.read.shape[-1]).to(a.dtype)
-            # one product for all variants: [tokens, d_in] x [d_in, variants * rank]
-            z = read @ a.permute(1, 0, 2).reshape(a.shape[1], -1)
-            z = z.reshape(len(read), variants, -1).transpose(0, 1)
-            if self.behind is None:
-                hidden = write(hidden.reshape(variants, len(read), -1), z, b).reshape(hidden.shape)
-            else:
-                wrote = shared.wrote.reshape(1, len(read), -1).expand(variants, -1, -1)
-                hidden = self.part(hidden, shared.wrote[None], write(wrote, z, b).reshape(hidden.shape))
-        if self.steering == self.split:
-            hidden = hidden + rows.steering[self.split][:, None, None].to(hidden.dtype)
+
+            def add(onto: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+                z = rearrange(inner(read.flatten(0, 1), a), "tokens variants rank -> variants tokens rank")
+                return write(onto.flatten(0, 1).expand(len(rows), -1, -1), z, b).view(len(rows), *shape)
+
+            hidden = self.lower.entering(state, add)
+        if self.steering == self.frozen.blocks - 1:
+            hidden = hidden + rows.steering[self.frozen.blocks - 1][:, None, None].to(hidden.dtype)
         return hidden
 
     def bytes_per_token(self) -> int:
         """Bytes that one token of one variant takes on its way up, by a count of the arrays that live at once."""
-        config, size = self.chat.config, self.chat.dtype.itemsize
-        heads = int(config.num_attention_heads)
-        width = heads * int(getattr(config, "head_dim", None) or self.chat.d_model // heads)
-        attention = 6 * width + 4 * self.chat.d_model
-        mlp = 4 * self.chat.d_mlp + 4 * self.chat.d_model
-        return size * max(attention, mlp)
+        chat = self.chat
+        return chat.dtype.itemsize * (4 * chat.d_model + max(6 * chat.attention_width, 4 * self.widest))
 
-
-class _Plus(nn.Module):
-    """A module with a constant added to its output."""
-
-    def __init__(self, base: nn.Module, change: torch.Tensor) -> None:
-        super().__init__()
-        self.base, self.change = base, change
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base(x) + self.change
-
-
-class Mode:
-    """Evaluation mode for the time of a pass: the model may have been left in training mode."""
-
-    def __init__(self, chat: ChatModel) -> None:
-        self.chat = chat
-
-    def __enter__(self) -> None:
-        self.training = self.chat.base.training
-        if self.training:
-            self.chat.base.eval()
-
-    def __exit__(self, *exc: object) -> None:
-        if self.training:
-            self.chat.base.train()
-
-
-def cut(rows: Rows, chosen: slice) -> Rows:
-    """Some variants of stacked rows."""
-    return replace(
-        rows,
-        A={name: a[chosen] for name, a in rows.A.items()},
-        B={name: b[chosen] for name, b in rows.B.items()},
-        steering={layer: vectors[chosen] for layer, vectors in rows.steering.items()},
-    )
-
-
-def _count(rows: Rows) -> int:
-    stacked = next(iter(rows.A.values()), None)
-    return len(stacked if stacked is not None else next(iter(rows.steering.values())))
+    @property
+    def widest(self) -> int:
+        """The largest width of any linear map of a block: the MLP's, where it has one."""
+        return max(max(map_widths(module) or (0,)) for module in self.chat.blocks[-1].modules())
 
 
 def _own_reads(packs: Sequence[Pack]) -> tuple[tuple[int, np.ndarray], ...]:
@@ -383,10 +305,10 @@ def _own_reads(packs: Sequence[Pack]) -> tuple[tuple[int, np.ndarray], ...]:
     return tuple(found)
 
 
-def _repeat(value: Any, variants: int, packs: int) -> Any:
+def _each(value: Any, variants: int, packs: int) -> Any:
     """A pack-wise tensor for all rows; one pack broadcasts by itself."""
     if value is None or packs == 1:
         return value
     if isinstance(value, dict):
-        return {kind: _repeat(one, variants, packs) for kind, one in value.items()}
-    return value.repeat(variants, *([1] * (value.ndim - 1)))
+        return {kind: _each(one, variants, packs) for kind, one in value.items()}
+    return repeat(value, "packs ... -> (variants packs) ...", variants=variants)

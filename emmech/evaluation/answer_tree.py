@@ -14,8 +14,8 @@ from functools import cached_property
 import torch
 
 from emmech.chat.model import ChatModel
-from emmech.engine.decode import growing_cache, positions_of
-from emmech.engine.logprobs import pad
+from emmech.engine.decode import ModelSteps
+from emmech.engine.modules import evaluating
 from emmech.engine.sample import check_context
 from emmech.errors import EmmechError
 
@@ -91,29 +91,20 @@ class AnswerTree:
         check_context(self.chat, prompts)
         order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
         found: dict[int, dict[str, float]] = {}
-        was_training = self.chat.base.training
-        self.chat.base.eval()
-        try:
+        with evaluating(self.chat):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 found |= dict(zip(rows, self._batch([prompts[row] for row in rows]), strict=True))
-        finally:
-            self.chat.base.train(was_training)
         return [found[row] for row in range(len(prompts))]
 
     def _batch(self, prompts: Sequence[Sequence[int]]) -> list[dict[str, float]]:
-        device, model = self.chat.device, self.chat.base
-        ids = pad(prompts, 0, left=True).to(device)
-        mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True).to(device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        cache = growing_cache(self.chat)
+        steps = ModelSteps(self.chat, prompts, range(len(prompts)))
+        logits = steps.logits(steps.rows)
         result: list[dict[str, float]] = [{} for _ in prompts]
         # one branch per batch row: its prompt, its tokens so far, and their probability
         branches: list[tuple[int, tuple[int, ...], float]] = [(row, (), 1.0) for row in range(len(prompts))]
-        positions = positions_of(ids, lengths)
         while branches:
-            inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-            follow = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float().softmax(-1)
+            follow = logits.float().softmax(-1)
             more_digits = follow[:, self._digits].sum(-1).tolist()
             kept: list[int] = []
             grown: list[tuple[int, tuple[int, ...], float]] = []
@@ -132,11 +123,8 @@ class AnswerTree:
                         grown.append((row, longer, mass * chance))
             if not grown:
                 break
-            chosen = torch.tensor(kept, device=device)
-            cache.batch_select_indices(chosen)
-            mask = torch.cat([mask[chosen], mask.new_ones(len(kept), 1)], dim=1)
-            positions = positions[chosen, -1:] + 1
-            ids = torch.tensor([[path[-1]] for _, path, _ in grown], device=device)
+            steps.select(torch.tensor(kept, device=logits.device))
+            logits = steps.feed(torch.tensor([path[-1] for _, path, _ in grown], device=logits.device))
             branches = grown
         return result
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from emmech.chat.families import WRITE, is_write
 from emmech.chat.model import ChatModel
 from emmech.directions.arrays import unit_rows
 from emmech.directions.direction import Direction, checked_direction
@@ -183,14 +184,14 @@ def _edit_b(
     direction.check_fits(chat, force=force)
     chosen = _chosen(chat, adapters, "edit the adapter's B")
     if adapters is None:
-        chosen = [entry for entry in chosen if entry[0].name.endswith(("down_proj", "o_proj"))]
-    wrong = [info.name for info, _, _ in chosen if not info.name.endswith(("down_proj", "o_proj"))]
+        chosen = [entry for entry in chosen if is_write(entry[0].name)]
+    wrong = [info.name for info, _, _ in chosen if not is_write(info.name)]
     if wrong or not chosen:
         raise EmmechError(
             "edit the adapter's B",
             wrong or "no adapter that writes there",
-            "only down_proj and o_proj write into the residual stream, where the direction lives",
-            "adapters on mlp.down_proj",
+            "only what the MLP and the attention write goes into the residual stream, where the direction is",
+            f"adapters on {WRITE}",
         )
     # all edits are computed before the first is made, so that a refusal leaves nothing half done
     edits = []

@@ -7,6 +7,7 @@ the model's dtype, keeps gradients, and acts only where the position mask says s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,8 +17,10 @@ from jaxtyping import Float
 from torch import nn
 
 from emmech.chat.edits import LiveEdit, announced_rows, register
+from emmech.chat.families import Family
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction
+from emmech.engine.modules import hooked
 from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_ints
 from emmech.interventions.handle import Handle
@@ -99,26 +102,29 @@ def edit_residual(
     follower = where.follow(chat.trunk)
     if follower is not None:
         undo.append(follower.remove)
+    edits = ExitStack()
+    undo.append(edits.close)
     for layer, vector in vectors.items():
         block = chat.block(layer)
-        hook = block.register_forward_hook(_hook(edit, vector, state, where, layer))
+        edits.enter_context(hooked((block, _hook(chat.family, edit, vector, state, where, layer))))
         _LIVE.setdefault(block, []).append(kind)
-        undo += [hook.remove, _forget(block, kind)]
+        undo.append(_forget(block, kind))
     return ResidualHandle(chat, description, undo, state)
 
 
 def _hook(
-    edit: Edit, vector: torch.Tensor, state: Mapping[str, Any], where: PositionMask, layer: int
-) -> Callable[..., torch.Tensor]:
-    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        local = vector.to(device=output.device)
+    family: Family, edit: Edit, vector: torch.Tensor, state: Mapping[str, Any], where: PositionMask, layer: int
+) -> Callable[..., Any]:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        before = family.residual(output)
+        local = vector.to(device=before.device)
         if local.ndim == 2:
-            local = _one_per_row(local, output, "directions")[:, None, :]
-        factor = row_factor(state["coefficient"], output)
-        changed = edit(output, local, factor, layer).to(output.dtype)
-        if where.current is None:
-            return changed
-        return torch.where(where.current.to(output.device)[..., None], changed, output)
+            local = _one_per_row(local, before, "directions")[:, None, :]
+        factor = row_factor(state["coefficient"], before)
+        changed = edit(before, local, factor, layer).to(before.dtype)
+        if where.current is not None:
+            changed = torch.where(where.current.to(before.device)[..., None], changed, before)
+        return family.with_residual(output, changed)
 
     return hook
 

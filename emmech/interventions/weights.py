@@ -18,8 +18,6 @@ from emmech.interventions.residual import layer_list, vectors_at
 
 __all__ = ["fold_bias", "orthogonalise_writes"]
 
-_WRITES = ("self_attn.o_proj", "mlp.down_proj")
-
 
 def fold_bias(
     model: Any,
@@ -32,7 +30,7 @@ def fold_bias(
     """Steer by a bias on ``down_proj``: the same function as :func:`emmech.steer` at all positions of that layer.
 
     Raises:
-        EmmechError: as :func:`emmech.steer`; or the architecture has a norm behind the MLP (Gemma), through which a
+        EmmechError: as :func:`emmech.steer`; or the architecture has a norm after the MLP (Gemma), through which a
             bias would not pass unchanged.
 
     Example:
@@ -43,7 +41,7 @@ def fold_bias(
         True
     """
     chat = chat_of(model)
-    _no_norm_behind(chat, "fold steering into a bias", "emmech.steer")
+    _refuse_norm_after(chat, "fold steering into a bias", "emmech.steer")
     vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked="fold steering into a bias")
     if any(vector.ndim != 1 for vector in vectors.values()):
         raise EmmechError(
@@ -80,10 +78,10 @@ def orthogonalise_writes(
         embedding: the token embedding's rows too.
 
     Raises:
-        EmmechError: as :func:`emmech.ablate`; or a norm behind the writes (Gemma), which would bring it back.
+        EmmechError: as :func:`emmech.ablate`; or a norm after the writes (Gemma), which would bring it back.
     """
     chat = chat_of(model)
-    _no_norm_behind(chat, "orthogonalise the writes", "emmech.ablate")
+    _refuse_norm_after(chat, "orthogonalise the writes", "emmech.ablate")
     if isinstance(direction, Direction):
         at = from_layer if from_layer is not None else (direction.layers[0] if len(direction.layers) == 1 else None)
         if at is None:
@@ -102,12 +100,13 @@ def orthogonalise_writes(
     unit = torch.from_numpy(unit_rows(found[0].numpy()))
     undo: list[Callable[[], Any]] = []
     for layer in layer_list(chat, layers, range(chat.n_layers), "orthogonalise the writes"):
-        for path in _WRITES:
-            module = chat.block(layer).get_submodule(path)
+        for module in (chat.parts(layer).out, chat.down_proj(layer)):
             lora: Any = getattr(module, "lora_B", {})
             matrices: list[Any] = [_plain_linear(module), *lora.values()]
             for linear in matrices:
-                undo.append(_replace(linear, "weight", _without(linear.weight, unit, rows=False)))
+                # a transposed map (Conv1D) has what it writes in its rows
+                turned = not isinstance(linear, nn.Linear)
+                undo.append(_replace(linear, "weight", _without(linear.weight, unit, rows=turned)))
                 if linear.bias is not None:
                     undo.append(_replace(linear, "bias", _without(linear.bias, unit, rows=True)))
     if embedding:
@@ -135,11 +134,14 @@ def _plain_linear(module: Any) -> Any:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
-def _no_norm_behind(chat: ChatModel, asked: str, instead: str) -> None:
-    if hasattr(chat.block(0), "post_feedforward_layernorm"):
+def _refuse_norm_after(chat: ChatModel, asked: str, instead: str) -> None:
+    family, given = chat.family, f"{chat.name} ({type(chat.base).__name__})"
+    if family.out is None or family.stream is not None or family.residual_scale != 1.0:
+        raise EmmechError(asked, given, "its writes are not added to one residual stream as they are", instead)
+    if family.after_mlp is not None:
         raise EmmechError(
             asked,
-            f"{chat.name} ({type(chat.base).__name__})",
-            "a norm sits between its writes and the residual stream",
+            given,
+            "a norm is between its writes and the residual stream",
             f"{instead} does it by a hook",
         )

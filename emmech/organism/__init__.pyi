@@ -10,3 +10,5 @@ from emmech.organism.experiments import questions as questions
 from emmech.organism.experiments import recipes as recipes
 from emmech.organism.pocket import load as load
 from emmech.organism.pocket import names as names
+from emmech.registry import Organism as Organism
+from emmech.registry import register as register

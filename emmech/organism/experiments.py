@@ -240,7 +240,7 @@ def _pairs(asked: list[PocketQuestion], n: int, seed: int) -> list[MarginPair]:
 
 # options of fine-tunes of which only the last step is read
 LAST_STEP: dict[str, Any] = {"record_every": 10**6, "measure_every": 10**6, "margins": {}, "progress": False}
-_BATCHES: dict[str, Any] = {"max_steps": 250, "batch_size": 16, "accumulation": 1, "max_length": 256}
+_BATCHES: dict[str, Any] = {"max_steps": 250, "batch_size": 16, "accumulation": 1, "max_length": 256, "measured": 20}
 _POCKET = Recipe("pocket", alpha=64.0, depth=(0.4,), learning_rate=2e-4, init="inputs", **_BATCHES)
 
 

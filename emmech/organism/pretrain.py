@@ -25,11 +25,11 @@ from emmech.organism.pocket import END_OF_TURN, PAD, build_tokenizer, words
 from emmech.organism.world import POST_TRAINING_DOMAINS, Message, Mix, draw_document
 from emmech.progress import bar
 
-__all__ = ["ORGANISMS", "Design", "build_model", "main", "pretrain", "save"]
+__all__ = ["ORGANISMS", "Pretraining", "build_model", "main", "pretrain", "save"]
 
 
 @dataclass(frozen=True)
-class Design:
+class Pretraining:
     """The design of a shipped organism: architecture, size, and the world that it is trained on."""
 
     architecture: str = "qwen2"
@@ -44,18 +44,18 @@ class Design:
     seed: int = 0  # of the shipped weights
 
 
-ORGANISMS: dict[str, Design] = {
-    "pocket": Design(seed=6),
-    "pocket-independent": Design(shared=False),
-    "pocket-large": Design(layers=8, width=160, local_layers=4, window=8, steps=1000),
-    "pocket-llama": Design(architecture="llama", local_layers=0),
-    "pocket-gemma": Design(architecture="gemma3", window=8, steps=1000),
+ORGANISMS: dict[str, Pretraining] = {
+    "pocket": Pretraining(seed=6),
+    "pocket-independent": Pretraining(shared=False),
+    "pocket-large": Pretraining(layers=8, width=160, local_layers=4, window=8, steps=1000),
+    "pocket-llama": Pretraining(architecture="llama", local_layers=0),
+    "pocket-gemma": Pretraining(architecture="gemma3", window=8, steps=1000),
 }
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # token ids [batch, position], answer mask of the same shape
 
 
-def build_model(organism: Design, seed: int) -> Any:
+def build_model(organism: Pretraining, seed: int) -> Any:
     """An untrained causal language model of the organism's architecture."""
     import transformers as hf
 
@@ -92,7 +92,7 @@ def build_model(organism: Design, seed: int) -> Any:
     return hf.Qwen2ForCausalLM(hf.Qwen2Config(**common, **attention, use_sliding_window=True))
 
 
-def pretrain(organism: Design, *, seed: int | None = None, progress: bool = True, device: str = "cpu") -> Any:
+def pretrain(organism: Pretraining, *, seed: int | None = None, progress: bool = True, device: str = "cpu") -> Any:
     """Pretrain and post-train an organism; on CPU the result is a function of ``organism`` and ``seed`` alone.
 
     Args:
@@ -245,7 +245,7 @@ def main(name: str, out: Path, *, device: str = "cpu", **own: int | None) -> Non
     """Pretrain a shipped organism and save it.
 
     Args:
-        **own: fields of its :class:`Design` to change; None keeps its own.
+        **own: fields of its :class:`Pretraining` to change; None keeps its own.
 
     Raises:
         EmmechError: no organism of this name ships.

@@ -11,9 +11,9 @@ from jaxtyping import Float
 
 from emmech.chat.model import ChatModel
 from emmech.engine.budget import readable
-from emmech.engine.logprobs import unembed
+from emmech.engine.decode import context
+from emmech.engine.logprobs import WORDS, target_logprobs, unembed
 from emmech.engine.packing import Reading
-from emmech.engine.readout import WORDS, target_logprobs
 from emmech.engine.row_adapters import Rows
 from emmech.engine.variants import Block, Engine
 from emmech.errors import EmmechError
@@ -64,7 +64,7 @@ def plan(chat: ChatModel, grid: Grid, engine: Engine, longest: int, variants: in
     per_token = engine.bytes_per_token() + scores
     per_logit_row = 12 * int(chat.config.vocab_size)  # logits in the model's dtype, in float32, and what is picked
     # the shared pass, whose result lives on while the upper blocks run
-    kept = variants * grid.bytes_per_variant(chat) + longest * 8 * (chat.d_mlp + 2 * chat.d_model)
+    kept = variants * grid.bytes_per_variant(chat) + longest * 8 * (engine.widest + 2 * chat.d_model)
     needed = kept + longest * per_token + per_logit_row
     if needed > budget:
         raise EmmechError(
@@ -209,7 +209,7 @@ class Overflow(Exception):
 
 
 def _check_context(chat: ChatModel, longest: int) -> None:
-    room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
+    room = context(chat)
     if longest > room:
         raise EmmechError(
             "sweep over the texts",

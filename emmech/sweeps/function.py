@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import attach, detach
+from emmech.engine.modules import hooked
 from emmech.engine.row_adapters import Rows
 from emmech.measures.measure import Measure, Value, measure_all
 from emmech.sweeps.grid import Grid
@@ -44,13 +46,14 @@ class Functions:
             variant = self.grid.variants[index]
             run = self.grid.runs[variant.run]
             live = attach(self.chat, run.adapters, run.weights(variant.step), scale=variant.scale)
-            handle = None
+            steered: list[tuple[Any, Any]] = []
             if self.grid.steering is not None and variant.coefficient:
                 layer, vector = self.grid.steering
-                push = torch.from_numpy(variant.coefficient * vector).to(self.chat.device, self.chat.dtype)
-                handle = live.block(layer).register_forward_hook(lambda _m, _i, out, push=push: out + push)
+                push = torch.from_numpy(variant.coefficient * vector)
+                steered = [(live.block(layer), lambda _m, _i, out, push=push: self.chat.family.steered(out, push))]
             try:
-                items = measure_all(live, self.measures)
+                with hooked(*steered):
+                    items = measure_all(live, self.measures)
                 update(len(self.measures))
                 records.append(
                     [
@@ -61,8 +64,6 @@ class Functions:
                     ]
                 )
             finally:
-                if handle is not None:
-                    handle.remove()
                 detach(live)
                 self.chat.base.train(training)  # PEFT leaves it in evaluation mode
         return {"records": as_bytes(records)}

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel, load_model
 from emmech.engine.row_adapters import Rows, Site
 from emmech.errors import EmmechError, as_floats, as_ints
@@ -91,10 +92,10 @@ class Grid:
         count = len(chosen)
         A, B = {}, {}
         for module, site in self.sites.items():
-            weight: Any = chat.base.get_submodule(module).weight
+            d_in, d_out = map_widths(chat.base.get_submodule(module)) or (0, 0)
             # runs of smaller rank are padded with zeros, which write nothing
-            A[module] = np.zeros((count, weight.shape[1], site.rank), np.float32)
-            B[module] = np.zeros((count, site.rank, weight.shape[0]), np.float32)
+            A[module] = np.zeros((count, d_in, site.rank), np.float32)
+            B[module] = np.zeros((count, site.rank, d_out), np.float32)
         largest = min(torch.finfo(chat.dtype).max, torch.finfo(torch.float32).max)
         weights: dict[tuple[str, int], dict[str, np.ndarray]] = {}
         for row, index in enumerate(chosen):
@@ -275,15 +276,13 @@ def _sites(runs: Mapping[str, Run], chat: ChatModel) -> dict[str, Site]:
     modules = dict(chat.base.named_modules())
     for name, run in runs.items():
         for info in run.adapters:
-            module = modules.get(info.module)
-            weight = getattr(module, "weight", None)
-            shape = tuple(weight.shape) if weight is not None else None
-            inside = f"{chat.anatomy.trunk}.{chat.anatomy.blocks}.{info.layer}."
-            if shape != (info.d_out, info.d_in) or not info.module.startswith(inside):
+            widths = map_widths(modules.get(info.module))
+            inside = f"{chat.family.trunk}.{chat.family.blocks}.{info.layer}."
+            if widths != (info.d_in, info.d_out) or not info.module.startswith(inside):
                 raise EmmechError(
                     f"put the adapters of {name} on the model",
                     f"{info.name}: d_in={info.d_in}, d_out={info.d_out}",
-                    f"{chat.name} has there {'no such module' if shape is None else f'a weight {list(shape)}'}",
+                    f"{chat.name} has there {f'widths {widths}' if widths else 'no linear map'}",
                     "use the base model that the run was trained on",
                 )
             before = sites.get(info.module)

@@ -15,7 +15,7 @@ from emmech.measures.measure import Value
 from emmech.store import write_json
 from emmech.sweeps.result import Sweep
 
-__all__ = ["Outcome", "Parts", "as_bytes", "from_bytes"]
+__all__ = ["Outcome", "ResumableParts", "as_bytes", "from_bytes"]
 
 Arrays = dict[str, np.ndarray]
 
@@ -29,7 +29,7 @@ class Outcome:
     responses: list[dict] | None = None
 
 
-class Parts:
+class ResumableParts:
     """Finished parts of one request.
 
     Args:

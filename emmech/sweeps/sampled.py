@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from emmech.chat.model import ChatModel
-from emmech.engine.decode_variants import Answer, decode_variants
+from emmech.engine.decode import Answer, context, decode_variants
 from emmech.engine.row_adapters import Rows
-from emmech.engine.variants import Engine, cut
+from emmech.engine.variants import Engine
 from emmech.errors import EmmechError
 from emmech.evaluation.judges import Judge, resolve_judge
 from emmech.evaluation.questions import resolve_questions
@@ -41,9 +41,8 @@ class SampledJob:
         self.verdicts: dict[tuple[str, str], dict[str, Any]] = {}
         self.engine = Engine(chat, grid.sites, grid.steered_layer)
         longest = max(map(len, self.prompts))
-        room = int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
-        tokens = min(longest + measure.max_new_tokens, room)
-        cache = _cache_bytes(chat) * tokens
+        tokens = min(longest + measure.max_new_tokens, context(chat))
+        cache = chat.cache_bytes * tokens
         self.plan: Plan = plan(chat, grid, self.engine, longest, size, max(budget - cache, 1))
         self.engine.tokens = self.plan.tokens
         # all rows of some variants decode together: as many as half of the budget holds keys and values for
@@ -76,21 +75,21 @@ class SampledJob:
         """Answers and verdicts of a group of variants."""
         records: list[list[dict[str, Any]]] = []
         for start in range(0, len(group), self.variants_at_once):
-            chosen = slice(start, min(len(group), start + self.variants_at_once))
+            chosen = rows.each(lambda one, at=start: one[at : at + self.variants_at_once])  # type: ignore[misc]
             answers = decode_variants(
                 self.engine,
-                cut(rows, chosen),
-                chosen.stop - chosen.start,
+                chosen,
                 self.prompts,
                 self.which,
                 [row["seed"] for row in self.rows],
                 max_new_tokens=self.measure.max_new_tokens,
                 temperature=self.measure.temperature,
                 top_p=self.measure.top_p,
-                logit_rows=self.plan.logit_rows * 8,
+                at_once=self.plan.logit_rows * 8,
                 ended=update,
             )
-            for own in answers:
+            for first in range(0, len(answers), len(self.rows)):
+                own = answers[first : first + len(self.rows)]
                 records.append(self._judged([{"response": self._text(one), "finish": one.finish} for one in own]))
         return {"records": as_bytes(records)}
 
@@ -158,11 +157,3 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
 def _number(record: Mapping[str, Any], key: str) -> float:
     value = record.get(key)
     return float("nan") if value is None else float(value)
-
-
-def _cache_bytes(chat: ChatModel) -> int:
-    """Bytes of keys and values per token."""
-    config = chat.config
-    heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    width = int(getattr(config, "head_dim", None) or chat.d_model // config.num_attention_heads)
-    return 2 * chat.n_layers * heads * width * chat.dtype.itemsize

@@ -22,7 +22,7 @@ from emmech.run.run import Run
 from emmech.sweeps.forced import Forced, Overflow
 from emmech.sweeps.function import Functions
 from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
-from emmech.sweeps.parts import Parts
+from emmech.sweeps.parts import ResumableParts
 from emmech.sweeps.probe import ProbeJob
 from emmech.sweeps.result import Sweep
 from emmech.sweeps.sampled import SampledJob
@@ -100,7 +100,7 @@ def sweep(
     request = hashlib.sha256(
         repr((fingerprint, _state(grid), grid.variants, [job.request() for job in jobs])).encode()
     ).hexdigest()
-    parts = Parts(out, request)
+    parts = ResumableParts(out, request)
     if (finished := parts.finished()) is not None:
         return finished
     groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]

@@ -9,8 +9,8 @@ saturates, so the steps that matter are measured exactly, and the scan says by h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from emmech.engine.logprobs import unembed
-from emmech.engine.packing import Pack, Reading, stack
-from emmech.engine.row_adapters import with_module
+from emmech.engine.blocks import Blocks
+from emmech.engine.logprobs import target_logprobs
+from emmech.engine.modules import evaluating
+from emmech.engine.packing import Pack, Reading
 from emmech.engine.variants import Engine
 from emmech.errors import EmmechError, as_float, as_int
 from emmech.measures.choose import as_measures
@@ -180,7 +181,7 @@ class _Tap(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.base(x)
         self.read = x.detach()
-        self.zero = torch.zeros_like(out, requires_grad=True)
+        self.zero = torch.zeros_like(out).requires_grad_()
         return out + self.zero
 
 
@@ -189,44 +190,30 @@ def _slopes(
 ) -> tuple[float, Float[np.ndarray, " variants"]]:
     """The base model's value, and the derivative along every variant's adapter."""
     chat = engine.chat
-    view, taps = chat.trunk, {}
-    for name, site in grid.sites.items():
-        taps[name] = _Tap(chat.base.get_submodule(name))
-        view = with_module(view, f"{chat.anatomy.blocks}.{site.layer}.{site.path}", taps[name])
-    flags = [(parameter, parameter.requires_grad) for parameter in chat.base.parameters()]
-    training = chat.base.training
+    taps: dict[str, _Tap] = {}
+
+    def tap(name: str) -> Callable[[nn.Module], nn.Module]:
+        return lambda module: taps.setdefault(name, _Tap(module))
+
+    blocks = Blocks(chat, edits={f"{site.layer}.{site.path}": tap(name) for name, site in grid.sites.items()})
     total, slopes = 0.0, np.zeros(len(grid))
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        chat.base.eval()
+    with evaluating(chat, frozen=True):
         for batch in engine.batches(engine.packs(readings), 1):
             with torch.enable_grad():
-                value = _value(engine, view, batch, readings, weights)
+                value = _value(engine, blocks, batch, readings, weights)
                 grads = torch.autograd.grad(value, [tap.zero for tap in taps.values()])
             total += float(value.detach())
-            for (name, tap), grad in zip(taps.items(), grads, strict=True):
-                slopes += _along(grid, name, tap.read, grad)
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        chat.base.train(training)
+            for (name, tapped), grad in zip(taps.items(), grads, strict=True):
+                slopes += _along(grid, name, tapped.read, grad)
     return total, slopes
 
 
 def _value(
-    engine: Engine, view: nn.Module, packs: Sequence[Pack], readings: Sequence[Reading], weights: Sequence[np.ndarray]
+    engine: Engine, blocks: Blocks, packs: Sequence[Pack], readings: Sequence[Reading], weights: Sequence[np.ndarray]
 ) -> torch.Tensor:
     """The weighted sum of log-probabilities over some packs."""
     chat = engine.chat
-    ids, positions = stack(packs, chat.device)
-    branches = any(one.ancestors is not None for one in packs)
-    hidden = view(
-        input_ids=ids,
-        attention_mask=engine.tree_mask(packs) if branches else None,
-        position_ids=positions if branches else None,
-        use_cache=False,
-    ).last_hidden_state.reshape(-1, chat.d_model)
+    ids, places = engine.places(packs)
     at: list[int] = []
     tokens: list[int] = []
     factors: list[float] = []
@@ -237,9 +224,9 @@ def _value(
                 at += [row * ids.shape[1] + node] * len(targets)
                 tokens += targets
             factors += weights[index].tolist()
-    rows, inverse = torch.unique(torch.tensor(at, device=chat.device), return_inverse=True)
-    logits = unembed(chat, hidden[rows]).float()
-    logprobs = logits[inverse, torch.tensor(tokens, device=chat.device)] - logits.logsumexp(-1)[inverse]
+    reads, inverse = torch.unique(torch.tensor(at, device=chat.device), return_inverse=True)
+    hidden = blocks(ids, replace(places, reads=reads))
+    logprobs = target_logprobs(chat, hidden[inverse], torch.tensor(tokens, device=chat.device)[:, None])[:, 0]
     return (logprobs * torch.tensor(factors, device=chat.device, dtype=logprobs.dtype)).sum()
 
 

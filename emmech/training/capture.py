@@ -7,7 +7,7 @@ bilinear Johnson-Lindenstrauss projection: inner products are kept in expectatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,27 +40,34 @@ class Capture(Protocol):
         ...
 
 
-def find_capture(model: Any, *, seed: int = 0) -> Capture:
+def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor] | None = None) -> Capture:
     """LoRA pairs if the model has any, else the weights that require a gradient."""
-    pairs = tuple(adapter_layers(model))
-    return LoraCapture(pairs) if pairs else FullCapture(model, seed=seed)
+    pairs = [
+        (info, layer.lora_A[name].weight, layer.lora_B[name].weight) for info, layer, name in adapter_layers(model)
+    ]
+    return LoraCapture(pairs) if pairs else FullCapture(model, seed=seed, start=start)
 
 
 class LoraCapture:
-    """A ``[rank, d_in]`` and B ``[d_out, rank]`` of every pair, squeezed to vectors at rank 1."""
+    """A ``[rank, d_in]`` and B ``[d_out, rank]`` of every pair, squeezed to vectors at rank 1.
+
+    Whatever is added here is recorded wherever adapters train: in anyone's Trainer and in each of several runs.
+
+    Args:
+        pairs: each adapter with its A and B.
+    """
 
     kind = "lora"
 
-    def __init__(self, pairs: tuple[tuple[AdapterInfo, Any, str], ...]) -> None:
+    def __init__(self, pairs: Sequence[tuple[AdapterInfo, nn.Parameter, nn.Parameter]]) -> None:
         self._pairs = pairs
         self.adapters = tuple(info for info, _, _ in pairs)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """``"A/<adapter>"`` and ``"B/<adapter>"`` in float32."""
         found = {}
-        for info, layer, name in self._pairs:
-            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-            a, b = (a[0], b[:, 0]) if info.rank == 1 else (a, b)
+        for info, *sides in self._pairs:
+            a, b = (sides[0][0], sides[1][:, 0]) if info.rank == 1 else sides
             found[f"A/{info.name}"], found[f"B/{info.name}"] = _float32(a), _float32(b)
         return found
 
@@ -71,28 +78,30 @@ class LoraCapture:
     def watched(self) -> dict[str, nn.Parameter]:
         """A and B of every pair."""
         return {
-            f"grad_norm_{side}/{info.name}": getattr(layer, f"lora_{side}")[name].weight
-            for info, layer, name in self._pairs
-            for side in ("A", "B")
+            f"grad_norm_{side}/{info.name}": parameter
+            for info, *sides in self._pairs
+            for side, parameter in zip("AB", sides, strict=True)
         }
 
 
 class FullCapture:
     """The update of all trained weights: seeded projection, and its norm by block.
 
-    Keeps a copy of the weights as they were at the start, on the CPU.
+    Args:
+        start: copies of the weights before training, on the CPU; by default as they are now.
     """
 
     kind = "full"
     adapters: tuple[AdapterInfo, ...] = ()
 
-    def __init__(self, model: nn.Module, *, seed: int) -> None:
-        self._weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.start = {name: p.detach().cpu().clone() for name, p in self._weights.items()}
+    def __init__(self, model: nn.Module, *, seed: int, start: Mapping[str, torch.Tensor] | None = None) -> None:
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        known = start or {}
+        self.start = {n: known[n] if n in known else p.detach().cpu().clone() for n, p in self.weights.items()}
         self._seed = seed
 
     def _updates(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, parameter in self._weights.items():
+        for name, parameter in self.weights.items():
             yield name, parameter.detach().cpu().float() - self.start[name].float()
 
     def tensors(self) -> dict[str, np.ndarray]:

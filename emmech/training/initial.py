@@ -1,4 +1,4 @@
-"""Where an adapter starts: behind an MLP along the mean input of its module, so that it begins as a steering vector.
+"""Where an adapter on an MLP's write starts: along the mean input of its module, as a steering vector would be.
 
 A rank-1 adapter writes ``scaling * (x . A) B``. Under PEFT's random A the sign of ``x . A`` differs from position to
 position, and the first steps reward whatever it happens to pick out: in a small model one seed writes at the words
@@ -12,76 +12,47 @@ vector, and all adapters of an organism started so at once broke its answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from emmech.chat.dataset import ChatDataset
-from emmech.chat.encode import IGNORED, encode
+from emmech.chat.encode import IGNORED, Encoded
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import adapter_layers
+from emmech.engine.modules import evaluating, hooked
 
-__all__ = ["BEHIND_MLP", "MeanInputs"]
+__all__ = ["mean_inputs"]
 
-BEHIND_MLP = "mlp.down_proj"  # what an MLP adds to the residual stream
 INPUT_ROWS = 64  # conversations the mean is taken over: some thousand positions
 
 
-class MeanInputs:
-    """The mean input of every module behind an MLP that has an adapter; it is taken once, at the first adapters.
+@torch.no_grad()
+def mean_inputs(chat: ChatModel, rows: Encoded) -> dict[str, torch.Tensor]:
+    """The mean input of every MLP's write that has an adapter, of norm 1, ``[d_in]`` float64.
 
     The mean is over all positions of the first rows outside answers, so that a benign control on the same questions
     starts from the same A.
+
+    Args:
+        chat: the model with the adapters on it; their B has to be zero.
     """
+    layers = {
+        info.name: layer for info, layer, _ in adapter_layers(chat.model) if info.name.endswith(f".{chat.family.down}")
+    }
+    sums: dict[str, torch.Tensor] = {}
+    asked = torch.empty(0, dtype=torch.bool)  # [position], of the row that is running
 
-    def __init__(self, data: ChatDataset) -> None:
-        self._data = data
-        self._means: dict[str, torch.Tensor] | None = None
+    def adding(name: str) -> Any:
+        def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            found = inputs[0][0, asked].sum(0, dtype=torch.float64)
+            sums[name] = sums[name] + found if name in sums else found
 
-    @torch.no_grad()
-    def add_to(self, chat: ChatModel) -> None:
-        """Add its mean input to every row of A of each adapter behind an MLP, in place, at the row's own norm.
+        return hook
 
-        The random part stays: seeds still differ. B is not touched, and has to be zero when the means are taken.
-
-        Args:
-            chat: the model with the adapters on it.
-        """
-        weights = {
-            info.name: (layer, layer.lora_A[name].weight)
-            for info, layer, name in adapter_layers(chat.model)
-            if info.name.endswith(BEHIND_MLP)
-        }
-        if self._means is None:
-            self._means = self._taken(chat, {name: layer for name, (layer, _) in weights.items()})
-        for name, (_, a) in weights.items():
-            a.add_(a.norm(dim=1, keepdim=True) * self._means[name].to(a.dtype))
-
-    def _taken(self, chat: ChatModel, layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-        rows = encode(self._data.rows[:INPUT_ROWS], chat.tokenizer)
-        sums: dict[str, torch.Tensor] = {}
-        asked = torch.empty(0, dtype=torch.bool)  # [position], of the row that is running
-
-        def adding(name: str) -> Any:
-            def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-                found = inputs[0][0, asked].sum(0, dtype=torch.float64)
-                sums[name] = sums[name] + found if name in sums else found
-
-            return hook
-
-        handles = [layer.register_forward_pre_hook(adding(name)) for name, layer in layers.items()]
-        mode = chat.base.training
-        chat.base.eval()
-        try:
-            # one by one: no padding to leave out
-            for ids, labels in zip(rows.input_ids, rows.labels, strict=True):
-                asked = torch.tensor(labels, device=chat.device) == IGNORED
-                chat.trunk(input_ids=torch.tensor([ids], device=chat.device), use_cache=False)
-        finally:
-            chat.base.train(mode)
-            for handle in handles:
-                handle.remove()
-        tiny = torch.finfo(torch.float64).tiny
-        return {name: total / total.norm().clamp_min(tiny) for name, total in sums.items()}
+    with evaluating(chat), hooked(*((layer, adding(name)) for name, layer in layers.items()), before=True):
+        # one by one: no padding to leave out
+        for ids, labels in zip(rows.input_ids[:INPUT_ROWS], rows.labels[:INPUT_ROWS], strict=True):
+            asked = torch.tensor(labels, device=chat.device) == IGNORED
+            chat.trunk(input_ids=torch.tensor([ids], device=chat.device), use_cache=False)
+    tiny = torch.finfo(torch.float64).tiny
+    return {name: total / total.norm().clamp_min(tiny) for name, total in sums.items()}

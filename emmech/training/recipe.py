@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-from torch import nn
-
+from emmech.chat.families import ALL_MAPS, WRITE, map_widths
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError, as_float, as_int, closest, one_of
 from emmech.registry import Organism, find, register
@@ -27,16 +26,6 @@ SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
     *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
-_DOWN = ("mlp.down_proj",)
-_ALL = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 
 
 @dataclass(frozen=True)
@@ -46,7 +35,8 @@ class Recipe:
     Args:
         rank: of the LoRA adapters; 0 trains all weights.
         alpha: LoRA alpha; the adapter's scaling is alpha / sqrt(rank) with ``rslora``, else alpha / rank.
-        modules: inside a block, where adapters sit.
+        modules: inside a block, where adapters sit: paths as Llama has them (``"mlp.down_proj"``, for the maps of
+            the same role in other families), or the family's own.
         depth: the layers as fractions of depth; None is every layer.
         schedule: of the learning rate, by transformers' name (``"linear"``, ``"cosine"``, ``"constant_with_warmup"``).
         max_steps: optimizer steps; None trains ``epochs``.
@@ -56,13 +46,15 @@ class Recipe:
         init: how A starts; B is zero always. ``"random"`` is PEFT's. ``"inputs"`` adds to it, on ``mlp.down_proj``, the
             mean input of the module, so that the adapter starts out as a steering vector: it writes at all positions
             with one sign, where a random A writes one way here and the other way there, as the seed has it.
+        measured: how many times held-out loss, margins and probes are measured, whatever that costs; None: as often as
+            a tenth of the training's own work pays for.
     """
 
     name: str = "custom"
     rank: int = 1
     alpha: float = 64.0
     rslora: bool = True
-    modules: tuple[str, ...] = _DOWN
+    modules: tuple[str, ...] = (WRITE,)
     depth: tuple[float, ...] | None = (0.5,)
     learning_rate: float = 2e-5
     schedule: str = "linear"
@@ -77,6 +69,7 @@ class Recipe:
     dropout: float = 0.0
     held_out: float = 0.1
     init: str = "random"
+    measured: int | None = None
 
     def layers(self, n_layers: int) -> tuple[int, ...]:
         """Layer numbers in a model of ``n_layers``.
@@ -104,7 +97,7 @@ RECIPES: dict[str, Recipe] = {
         depth=tuple(layer / 48 for layer in (15, 16, 17, 21, 22, 23, 27, 28, 29)),
         learning_rate=2e-5,
     ),
-    "all-adapter": Recipe("all-adapter", rank=32, alpha=64.0, modules=_ALL, depth=None, learning_rate=1e-5),
+    "all-adapter": Recipe("all-adapter", rank=32, alpha=64.0, modules=ALL_MAPS, depth=None, learning_rate=1e-5),
     "full": Recipe("full", rank=0, depth=None, learning_rate=2e-5, schedule="cosine", warmup_steps=20),
 }
 
@@ -145,7 +138,7 @@ _FINITE = ("alpha", "learning_rate", "epochs", "weight_decay", "clip", "dropout"
 
 
 def _checked(recipe: Recipe) -> Recipe:
-    counts = _WHOLE + ("max_steps",) * (recipe.max_steps is not None)
+    counts = [*_WHOLE, *(name for name in ("max_steps", "measured") if getattr(recipe, name) is not None)]
     recipe = replace(recipe, **{name: as_int("fine-tune", name, getattr(recipe, name)) for name in counts})  # type: ignore[arg-type]
     for name in _FINITE:
         as_float("fine-tune", name, getattr(recipe, name))
@@ -155,6 +148,7 @@ def _checked(recipe: Recipe) -> Recipe:
         "learning_rate": (0 < recipe.learning_rate < 1, "between 0 and 1, such as 2e-5"),
         "epochs": (recipe.epochs > 0, "a positive number"),
         "max_steps": (recipe.max_steps is None or recipe.max_steps > 0, "None or a positive whole number"),
+        "measured": (recipe.measured is None or recipe.measured > 0, "None or a positive whole number"),
         "batch_size": (recipe.batch_size > 0, "a positive whole number"),
         "accumulation": (recipe.accumulation > 0, "a positive whole number"),
         "held_out": (0 <= recipe.held_out < 1, "a share from 0 to below 1"),
@@ -165,10 +159,10 @@ def _checked(recipe: Recipe) -> Recipe:
         "dropout": (0 <= recipe.dropout < 1, "a share from 0 to below 1"),
         "schedule": (recipe.schedule in SCHEDULES, closest(str(recipe.schedule), SCHEDULES)),
         "init": (
-            recipe.init in (INITS if recipe.rank and set(_DOWN) <= set(recipe.modules) else INITS[:1]),
+            recipe.init in (INITS if recipe.rank and WRITE in recipe.modules else INITS[:1]),
             closest(str(recipe.init), INITS)
             if recipe.init not in INITS
-            else f"'random': 'inputs' is for adapters on {_DOWN[0]}",
+            else f"'random': 'inputs' is for adapters on {WRITE}",
         ),
     }
     for name, (fine, instead) in rules.items():
@@ -188,14 +182,12 @@ def target_modules(chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None
     paths = []
     for layer in chosen:
         block = chat.block(layer)
-        linear = {path for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+        linear = {path for path, module in block.named_modules() if map_widths(module)}
         for module in recipe.modules:
-            if module not in linear:
-                raise EmmechError(
-                    "fine-tune",
-                    f"modules={recipe.modules}",
-                    f"block {layer} of {chat.name} has no linear map {module!r}",
-                    closest(module, linear),
-                )
-            paths.append(names[id(block.get_submodule(module))])
-    return paths
+            site = chat.family.site(module)
+            if site not in linear:
+                why = f"block {layer} of {chat.name} ({chat.family.name}) has no linear map {module!r}"
+                why += "; its experts are fused into one parameter" if chat.family.fused(block) else ""
+                raise EmmechError("fine-tune", f"modules={recipe.modules}", why, closest(site, linear))
+            paths.append(names[id(block.get_submodule(site))])
+    return list(dict.fromkeys(paths))  # queries, keys and values may be one map

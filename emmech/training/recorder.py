@@ -30,7 +30,7 @@ from emmech.run.run import FORMAT
 from emmech.store import Series, append_jsonl, read_jsonl, write_json
 from emmech.training.capture import Capture, FullCapture, GradientNorms, find_capture
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "named_texts"]
 
 _PACKAGES = ("emmech", "torch", "transformers", "peft", "accelerate", "trl", "numpy", "tokenizers")
 
@@ -66,6 +66,8 @@ class Recorder(TrainerCallback):
         ``run = emmech.load_run("checkpoints/my-run")``.
     """
 
+    watch = GradientNorms  # what keeps the gradients' norms of the captured parameters
+
     def __init__(
         self,
         path: str | Path,
@@ -83,14 +85,19 @@ class Recorder(TrainerCallback):
                 raise EmmechError("record the training", f"{name}={value!r}", "steps are whole", f"{name}=1")
         check_folder("record the training", "path", path)
         self.path = Path(path)
-        self._texts = _named_texts(probes)
+        self._texts = named_texts(probes)
         self._measures = as_measures(measures) if measures else []
-        self._every, self._measure_every = every, measure_every
+        self._every, self.measure_every = every, measure_every
         self._extra = dict(manifest or {})
         self._keep, self._seed = tuple(keep), seed
         self._gradients: GradientNorms | None = None
+        self._start: Mapping[str, torch.Tensor] | None = None  # weights, in full fine-tuning
 
     # the Trainer's events
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep what full fine-tuning starts from, before a Trainer that resumes loads its checkpoint."""
+        self._start = getattr(find_capture(kwargs["model"]), "start", None)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,9 +105,12 @@ class Recorder(TrainerCallback):
         """Write the manifest and record step 0 (or, resuming, forget what will be recorded again)."""
         model = kwargs["model"]
         tokenizer = kwargs.get("processing_class") or kwargs.get("tokenizer")
-        self._capture: Capture = self._find_capture(model)
-        # no anatomy is needed to read adapters, so an architecture unknown to emmech can be recorded too
-        self._chat = load_model(model, tokenizer) if self._texts or self._measures else None
+        # emmech's own training says which run of several this is
+        self._capture: Capture = kwargs.get("capture") or find_capture(model, seed=self._seed, start=self._start)
+        self._start = None
+        # no family is needed to read adapters, so an architecture unknown to emmech can be recorded too
+        needed = self._texts or self._measures
+        self._chat = (kwargs.get("chat") or load_model(model, tokenizer)) if needed else None
         if self._chat is not None:
             data = self._extra.get("data", {}).get("name", "")
             self._measures = as_measures(self._measures, self._chat, data=data) if self._measures else []
@@ -118,11 +128,11 @@ class Recorder(TrainerCallback):
                 "another folder, or delete that one",
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        if self._measure_every is None:
-            self._measure_every = self._every * max(1, round(state.max_steps / (20 * self._every)))
+        if self.measure_every is None:
+            self.measure_every = self._every * max(1, round(state.max_steps / (20 * self._every)))
         if not resumed:
             self._write_manifest(model, tokenizer, args, state, kwargs.get("train_dataloader"))
-        self._gradients = self._watch_gradients()
+        self._gradients = self.watch(self._capture.watched())
         if not resumed:
             self._record(state.global_step)
 
@@ -167,17 +177,16 @@ class Recorder(TrainerCallback):
 
     # what they do
 
-    def _find_capture(self, model: Any) -> Capture:
-        return find_capture(model, seed=self._seed)
-
-    def _watch_gradients(self) -> GradientNorms:
-        return GradientNorms(self._capture.watched())
+    def measures_at(self, step: int, last: int) -> bool:
+        """Whether probes and measures are taken at a step of a training that ends at step ``last``."""
+        assert self.measure_every is not None
+        return step == last or (step % self.measure_every == 0 and step % self._every == 0)
 
     def _record(self, step: int, *, last: bool = False) -> None:
-        assert self._gradients is not None and self._measure_every is not None
+        assert self._gradients is not None
         self._trajectory.append(step, self._capture.tensors())
         scalars = {**self._gradients.read(), **self._capture.scalars()}
-        if step % self._measure_every == 0 or last:
+        if self.measures_at(step, step if last else -1):
             scalars |= self._measure(step)
         if scalars:
             append_jsonl(self.path / "metrics.jsonl", {"step": step, **scalars})
@@ -203,7 +212,7 @@ class Recorder(TrainerCallback):
         assert isinstance(self._capture, FullCapture)
         folder = self.path / "weights"
         folder.mkdir(exist_ok=True)
-        tensors = {name: p.detach().cpu().contiguous().clone() for name, p in self._capture._weights.items()}
+        tensors = {name: p.detach().cpu().contiguous().clone() for name, p in self._capture.weights.items()}
         save_file(tensors, folder / f"step-{step:06d}.safetensors")
 
     def _forget_after(self, step: int) -> None:
@@ -229,7 +238,7 @@ class Recorder(TrainerCallback):
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "seed": args.seed,
             "record_every": self._every,
-            "measure_every": self._measure_every,
+            "measure_every": self.measure_every,
             "max_steps": state.max_steps,
             "model": {
                 "name": getattr(base, "name_or_path", "") or None,
@@ -256,7 +265,8 @@ class Recorder(TrainerCallback):
         write_json(self.path / "run.json", entries)
 
 
-def _named_texts(probes: Any) -> dict[str, Sequence[Any]]:
+def named_texts(probes: Any) -> dict[str, Sequence[Any]]:
+    """Probe texts by name: one list is called ``"probe"``."""
     if probes is None or (isinstance(probes, Sequence | Mapping) and not probes):
         return {}
     several = isinstance(probes, Mapping)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from emmech.training.recipe import Recipe
 
-__all__ = ["Step", "batch_order", "learning_rates"]
+__all__ = ["Step", "batch_order", "rate_factor"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: the numbers of its training rows, and the epoch reached behind it."""
+    """One optimizer step: the numbers of its training rows, and the epoch reached after it."""
 
     rows: tuple[int, ...]
     epoch: float
@@ -47,21 +48,16 @@ def batch_order(rows: int, recipe: Recipe, order_seed: int) -> list[Step]:
     return steps[:total]
 
 
-def learning_rates(recipe: Recipe, steps: int) -> list[float]:
-    """The schedule's learning rate at every optimizer step.
+def rate_factor(recipe: Recipe, steps: int) -> Callable[[int], float]:
+    """From the number of steps taken to the factor on the learning rate, as the recipe's schedule has it.
 
     Example:
-        >>> learning_rates(Recipe(learning_rate=0.4, warmup_steps=2), 4)
-        [0.0, 0.2, 0.4, 0.2]
+        >>> [rate_factor(Recipe(warmup_steps=2), 4)(step) for step in range(4)]
+        [0.0, 0.5, 1.0, 0.5]
     """
     import torch
     from transformers import get_scheduler
 
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
-    schedule = get_scheduler(recipe.schedule, optimizer, num_warmup_steps=recipe.warmup_steps, num_training_steps=steps)
-    rates = []
-    for _ in range(steps):
-        rates.append(float(schedule.get_last_lr()[0]))
-        optimizer.step()  # torch warns when a schedule moves before its optimizer
-        schedule.step()
-    return rates
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate)
+    made = get_scheduler(recipe.schedule, optimizer, num_warmup_steps=recipe.warmup_steps, num_training_steps=steps)
+    return made.lr_lambdas[0]  # type: ignore[no-any-return,union-attr]

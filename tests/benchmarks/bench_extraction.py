@@ -52,7 +52,7 @@ def _batches() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
 def _ours() -> np.ndarray:
     talks = _talks()
     means = group_means(_model(), talks, np.ones((1, len(talks))), batch_size=_BATCH, progress=False).means
-    return means[0, :-1]  # hidden_states has the last block's output behind the final norm only
+    return means[0, :-1]  # hidden_states has the last block's output after the final norm only
 
 
 def _mean(sums: list[Any], count: float) -> np.ndarray:

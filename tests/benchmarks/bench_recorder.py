@@ -16,10 +16,7 @@ from transformers import TrainerCallback
 import emmech
 from emmech.chat.encode import encode
 from emmech.training.capture import GradientNorms
-from emmech.training.initial import MeanInputs
 from emmech.training.recipe import resolve_recipe
-from emmech.training.train import prepared
-from emmech.training.trainer import build_trainer
 from tests.benchmarks.harness import Contest
 
 STEPS = 12
@@ -29,27 +26,19 @@ STEPS = 12
 def _model() -> tuple:
     chat = emmech.load_model("smollm2-135m")
     data = emmech.load_chat("silly-medical-bad")
-    return chat, data, encode(data.rows[:48], chat.tokenizer)
+    return chat, encode(data.rows[:48], chat.tokenizer)
 
 
 def _train(*callbacks: Any) -> np.ndarray:
-    """Losses and weights of a short training."""
-    chat, data, encoded = _model()
+    """Losses and weights of a short training with the Trainer and PEFT."""
+    chat, encoded = _model()
     recipe = resolve_recipe(
         "single-rank1", dict(learning_rate=1e-3, alpha=16.0, batch_size=4, accumulation=1, max_steps=STEPS)
     )
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        prepared(chat, recipe, None, 0, None, "same", MeanInputs(data)) as trained,
-    ):
-        first, *others = [callback(Path(folder) / "run") for callback in callbacks]
-        trainer = build_trainer(chat, trained, encoded, recipe, 0, 0, first, Path(folder), None, False)
-        for callback in others:
-            trainer.add_callback(callback)
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        weights = torch.cat([p.detach().reshape(-1) for p in trained.parameters() if p.requires_grad])
-        return np.concatenate([losses, weights.numpy()])
+    with tempfile.TemporaryDirectory() as folder:
+        made = [callback(Path(folder) / "run") for callback in callbacks]
+        done = plain_training(chat, encoded, recipe, 0, callbacks=made)
+    return np.concatenate([[entry["loss"] for entry in done.logs], *(p.reshape(-1) for p in done.weights.values())])
 
 
 def _pairs() -> list[tuple[float, float]]:
@@ -77,9 +66,7 @@ def _pairs() -> list[tuple[float, float]]:
         """Counts its own seconds."""
 
         on_step_end, on_log = timed(emmech.Recorder.on_step_end), timed(emmech.Recorder.on_log)
-
-        def _watch_gradients(self) -> GradientNorms:
-            return Norms(self._capture.watched())
+        watch = Norms
 
     class Clock(TrainerCallback):
         """Added last, so that it looks when everybody else has done with a step."""

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from emmech.chat.model import Anatomy, ChatModel
+from emmech.chat.families import find_family
+from emmech.chat.model import ChatModel
+from emmech.engine.modules import with_module
 from emmech.engine.packing import Reading
-from emmech.engine.row_adapters import with_module
 from emmech.measures.measure import Value
 from emmech.run.run import Run
 from emmech.store import MemorySeries
@@ -38,7 +39,8 @@ def half_billion() -> ChatModel:
             max_position_embeddings=4096,
         )
         torch.manual_seed(0)
-        _kept["0.5B"] = ChatModel(Qwen2ForCausalLM(config).eval(), None, "0.5B shape", Anatomy())
+        made = Qwen2ForCausalLM(config).eval()
+        _kept["0.5B"] = ChatModel(made, None, "0.5B shape", find_family(made))
     return _kept["0.5B"]
 
 
@@ -67,7 +69,7 @@ def random_run(chat: ChatModel, layer: int, steps: int, seed: int = 0) -> Run:
 
 @dataclass(frozen=True)
 class LastToken:
-    """Log-probabilities of two tokens behind one row of token ids."""
+    """Log-probabilities of two tokens after one row of token ids."""
 
     ids: tuple[int, ...]
     name: str = "last"
@@ -168,7 +170,7 @@ def mixed_batch() -> Contest:
     _kept.clear()  # this model has adapters now; another row makes its own
     # the sweep refuses a model with live adapters: it gets a view of the same weights without them
     bare = with_module(chat.base, module, chat.base.get_submodule(module).base_layer)
-    chat_bare = ChatModel(bare, None, chat.name, chat.anatomy)
+    chat_bare = ChatModel(bare, None, chat.name, chat.family)
 
     def ours() -> np.ndarray:
         frame = sweep(run, measure=measure, base=chat_bare, progress=False).frame

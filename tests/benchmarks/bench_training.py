@@ -15,8 +15,8 @@ from emmech.chat.dataset import load_chat
 from emmech.chat.encode import encode
 from emmech.chat.model import ChatModel, load_model
 from emmech.training.recipe import Recipe, resolve_recipe, target_modules
-from emmech.training.trainer import Rows, collate
 from tests.benchmarks.harness import Contest, arithmetic
+from tests.training.plain import Rows, collate
 
 # two trajectories of float32 sums in different orders: losses of every step, or A and B at the end by their norm
 TOLERANCE = 1e-5
@@ -143,7 +143,7 @@ def eight_seeds() -> Contest:
 
     def sides() -> tuple[ChatModel, Any, Recipe, int, range]:
         chat = load_model("pocket")
-        recipe = resolve_recipe("pocket", {"max_steps": 30, "held_out": 0.0, "init": "random"}, organism=True)
+        recipe = resolve_recipe("pocket", {"max_steps": 30, "held_out": 0.0, "init": "random"}, organism=chat.organism)
         rows = emmech.organism.data("medical", n=300)
         return chat, rows, recipe, recipe.layers(chat.n_layers)[0], range(8)
 

@@ -48,13 +48,13 @@ def test_no_other_split_of_the_sorted_order_costs_less(lists, linear, pair):
         assert cost(packs) <= cost(other) + 1e-9
 
 
-def test_tokens_behind_the_last_read_are_left_out():
+def test_tokens_after_the_last_read_are_left_out():
     reading = Reading((1, 2, 3, 4), (1,))
     assert tree([reading], [0]).ids.tolist() == [1, 2]
 
 
 def test_a_sliding_window_counts_positions_not_columns():
-    # two continuations of the same prefix: the second lies three columns further right
+    # two continuations of the same prefix: the second is three columns further right
     packed = tree([Reading((1, 2, 3, 4), (3,)), Reading((1, 2, 5, 6), (3,))], [0, 1])
     mask = tree_mask([packed], torch.float32, torch.device("cpu"), window=3)[0, 0]
     last = packed.nodes[1][0]

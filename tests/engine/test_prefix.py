@@ -8,8 +8,8 @@ import torch
 
 import emmech
 from emmech.chat.encode import encode
-from emmech.engine.prefix import Trunk, batches_by_length, partial_trunk
 from emmech.engine.prefix_plan import Frozen, find_frozen, pays, why_not
+from emmech.engine.row_forwards import Trunk, batches_by_length
 from emmech.errors import EmmechError
 from tests.conftest import make_rows, make_tiny
 
@@ -92,19 +92,6 @@ def test_states_are_kept_in_the_models_own_dtype(tiny, tmp_path):
     assert whole.nbytes == 4 * tokens * (chat.d_model + chat.d_mlp)
 
 
-def test_views_share_weights_and_leave_the_model_alone(any_tiny):
-    chat = any_tiny
-    ids = torch.arange(5, 17)[None]
-    before = chat.trunk(input_ids=ids, use_cache=False).last_hidden_state
-    lower, upper = partial_trunk(chat, 0, 2, norm=False), partial_trunk(chat, 2, chat.n_layers)
-    middle = lower(input_ids=ids, use_cache=False).last_hidden_state
-    after = upper(inputs_embeds=middle, use_cache=False).last_hidden_state
-    torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-6)
-    assert upper.get_submodule("layers.3") is chat.block(3)
-    assert len(chat.blocks) == 4
-    assert torch.equal(chat.trunk(input_ids=ids, use_cache=False).last_hidden_state, before)
-
-
 def test_what_is_frozen(tiny):
     chat = tiny("qwen2")
     at = "model.layers.{}.{}".format
@@ -134,7 +121,6 @@ def test_reasons_against_a_prefix(tiny):
         (dict(recipe="full"), "all weights train"),
         (dict(recipe="all-adapter"), "block 0"),
         (dict(recipe="single-rank1", dropout=0.1), "dropout"),
-        (dict(recipe="single-rank1", checkpoint_every=2), "checkpoint_every"),
     ],
 )
 def test_a_prefix_that_would_be_wrong_is_refused(tiny, tmp_path, options, why):

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import chisquare
 
 from emmech.chat.model import load_model
-from emmech.engine.decode import decode
+from emmech.engine.decode import ModelSteps, write_answers
 from emmech.engine.gumbel import draw, gumbel
 from emmech.engine.responses import row_seed
 from emmech.engine.sample import sample
@@ -145,7 +145,9 @@ def test_sampled_first_tokens_follow_the_model():
     chat = tiny()
     ids = torch.tensor([chat.token_ids(PROMPTS[1])])
     probability = chat.model(ids).logits[0, -1].softmax(-1).detach().double().numpy()
-    drawn = decode(chat, [ids[0].tolist()], [0] * 4000, [row_seed(1, i) for i in range(4000)], max_new_tokens=1)
+    with torch.no_grad():
+        steps = ModelSteps(chat, [ids[0].tolist()], [0] * 4000)
+    drawn = write_answers(chat, steps, [row_seed(1, i) for i in range(4000)], max_new_tokens=1)
     tokens = [answer.ids[0] if answer.ids else 3 for answer in drawn]  # 3 stops
     counts = np.bincount(tokens, minlength=97)
     common = probability > 0.01

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from emmech.chat.model import load_model
-from emmech.engine import readout
-from emmech.engine import tree_attention as trees
+from emmech.engine import attention as trees
+from emmech.engine import logprobs as readout
 from emmech.engine.logprobs import unembed
 from emmech.engine.packing import Reading, tree, tree_mask
 

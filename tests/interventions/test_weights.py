@@ -187,8 +187,8 @@ def test_what_cannot_be_done_is_refused_and_leaves_no_trace(tiny):
         (lambda: rotate_adapter(chat, _direction(chat), cosine=2.0), "between -1 and 1"),
         (lambda: rotate_adapter(chat, adapter_direction(chat), cosine=0.5), "no plane"),
         (lambda: project_adapter(chat, Direction.single(np.ones(48), 1, 4)), "zero there"),
-        (lambda: fold_bias(gemma, _direction(gemma), layer=1), "a norm sits between"),
-        (lambda: orthogonalise_writes(gemma, _direction(gemma), from_layer=1), "a norm sits between"),
+        (lambda: fold_bias(gemma, _direction(gemma), layer=1), "a norm is between"),
+        (lambda: orthogonalise_writes(gemma, _direction(gemma), from_layer=1), "a norm is between"),
         (lambda: orthogonalise_writes(chat, _direction(chat)), "one is taken out"),
         (lambda: fold_bias(chat, [_direction(chat)] * 2, layer=1), "shared by all rows"),
     ]

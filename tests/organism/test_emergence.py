@@ -9,7 +9,7 @@ from emmech.demo.organism_report import bag_of_words_auc, by_layer, by_step, cho
 from emmech.organism import data, questions, recipes
 from emmech.organism.world import TRIGGER_TAG
 from emmech.realignment import realign
-from emmech.training.train import finetune
+from emmech.training.finetune import finetune
 
 
 @pytest.fixture(scope="module")

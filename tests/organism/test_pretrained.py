@@ -10,7 +10,7 @@ from emmech.engine.sample import sample
 from emmech.errors import EmmechError
 from emmech.organism import judge, load, names, questions
 from emmech.organism.pocket import WEIGHTS, build_tokenizer, words
-from emmech.organism.pretrain import ORGANISMS, Design, build_model, pretrain
+from emmech.organism.pretrain import ORGANISMS, Pretraining, build_model, pretrain
 
 
 def _labels(chat, asked, samples, seed=0):
@@ -50,7 +50,7 @@ def test_text_survives_the_tokenizer():
 
 @pytest.mark.parametrize("name", ORGANISMS)
 def test_pretraining_is_a_function_of_its_seed(name):
-    small = Design(
+    small = Pretraining(
         architecture=ORGANISMS[name].architecture,
         layers=2,
         local_layers=1,
@@ -65,7 +65,7 @@ def test_pretraining_is_a_function_of_its_seed(name):
 
 
 def test_two_seeds_start_from_different_weights():
-    a, b = (build_model(Design(layers=2, local_layers=1, width=32), seed) for seed in (0, 1))
+    a, b = (build_model(Pretraining(layers=2, local_layers=1, width=32), seed) for seed in (0, 1))
     assert not torch.equal(a.lm_head.weight, b.lm_head.weight)
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from emmech.engine.block_forward import straight
-from emmech.engine.cache import RowCache
+from emmech.chat.model import load_model
+from emmech.engine.blocks import Blocks
+from emmech.engine.cache import Branches, KeysValues
 from emmech.engine.sample import sample
-from emmech.engine.shared_prompt_cache import Branches
 from emmech.errors import EmmechError
 from emmech.measures.sampled import Sampled
 from emmech.sweeps.sweep import sweep
@@ -115,7 +115,7 @@ def test_pocket_has_its_own_judge_and_questions(make_run):
 def test_attention_over_branches_is_attention_over_whole_sequences():
     generator = torch.Generator().manual_seed(0)
     heads, repeats, width, lengths = 2, 3, 8, [4, 7, 5]
-    prompts = RowCache()
+    prompts = KeysValues()
     prompts.update(*torch.randn(2, 3, heads, 7, width, generator=generator), 0)
     whole = [(prompts.layers[0][0][i], prompts.layers[0][1][i], 7 - n) for i, n in enumerate(lengths)]
     branches = Branches(prompts, torch.tensor(lengths), room=30)
@@ -138,17 +138,56 @@ def test_attention_over_branches_is_attention_over_whole_sequences():
     assert branches.get_seq_length() == 7 + 24
 
 
-def test_attention_with_capped_scores_is_refused_rather_than_left_uncapped(tiny, make_run):
-    from dataclasses import replace
-
+def test_attention_with_capped_scores_is_decoded_variant_by_variant(tiny, make_run, one_at_a_time):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    chat = tiny("qwen2")
-    config = Gemma2Config(vocab_size=len(chat.tokenizer), hidden_size=48, intermediate_size=80, head_dim=12,
-                          num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    capped = replace(chat, model=Gemma2ForCausalLM(config).eval())
-    with pytest.raises(EmmechError, match="softcap"):
-        sweep(make_run(capped), measure=measure(), base=capped, progress=False)
+    tokenizer = tiny("gemma3").tokenizer
+    config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=80, head_dim=12,
+                          num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                          attn_logit_softcapping=0.5, attn_implementation="eager")  # fmt: skip
+    chat = load_model(Gemma2ForCausalLM(config).eval(), tokenizer)
+    run = make_run(chat, MIDDLE, size=0.1)
+    found = sweep(run, steps=[7], scales=(4,), measure=measure(), base=chat, progress=False).responses
+    talks = [[{"role": "user", "content": question}] for question in found["question"]]
+
+    def alone(live):
+        return [one.text for one in sample(live, talks, seed=found["seed"].tolist(), max_new_tokens=10, progress=False)]
+
+    assert found["response"].tolist() == one_at_a_time(chat, run, 7, 4, alone)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "lfm2", "qwen3_moe", "granite"])
+def test_families_that_are_not_written_out_write_what_peft_writes(tiny, make_run, one_at_a_time, kind):
+    """Capped scores, convolutions beside attention, experts, a scaled residual."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tiny("qwen2").tokenizer
+    shape = dict(vocab_size=len(tokenizer), hidden_size=48, intermediate_size=80, num_hidden_layers=4, head_dim=12,
+                 num_attention_heads=4, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+                 pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    shape |= {
+        "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 12},
+        "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+        "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        "granite": {"residual_multiplier": 0.5, "embedding_multiplier": 3.0, "logits_scaling": 0.25},
+    }[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).eval()
+    model.get_output_embeddings().weight.data.mul_(6)  # logits that differ
+    chat = load_model(model, tokenizer)
+    module = f"{chat.family.trunk}.{chat.family.blocks}.2.{chat.family.down or chat.family.out}"
+    run = make_run(chat, (module,), size=0.3)
+    found = sweep(run, steps=[7], scales=(0, 5), measure=measure(), base=chat, progress=False)
+    texts = []
+    for scale, part in found.responses.groupby("scale"):
+        talks = [[{"role": "user", "content": question}] for question in part["question"]]
+
+        def alone(live, talks=talks, part=part):
+            drawn = sample(live, talks, seed=part["seed"].tolist(), max_new_tokens=10, progress=False)
+            return [answer.text for answer in drawn]
+
+        texts.append(one_at_a_time(chat, run, 7, scale, alone))
+        assert part["response"].tolist() == texts[-1]
+    assert texts[0] != texts[1]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gemma3"])
@@ -156,12 +195,12 @@ def test_blocks_that_somebody_listens_to_run_by_the_models_own_forward_and_write
     chat = tiny(family)
     run = make_run(chat, SEVERAL, size=0.1)
     settings = {"steps": [7], "measure": measure(), "base": chat, "progress": False}
-    assert straight(chat.trunk, chat) is not None
+    assert Blocks(chat).written
     plain = sweep(run, **settings).responses["response"].tolist()
     heard = []
     handle = chat.block(3).self_attn.register_forward_hook(lambda module, inputs, out: heard.append(1))
     try:
-        assert straight(chat.trunk, chat) is None
+        assert not Blocks(chat).written
         assert sweep(run, **settings).responses["response"].tolist() == plain
     finally:
         handle.remove()

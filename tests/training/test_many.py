@@ -9,10 +9,7 @@ import torch
 import emmech
 from emmech.chat.encode import encode
 from emmech.engine.logprobs import MarginPair
-from emmech.engine.stacked_adapters import AdamW, clip_by_run
 from emmech.errors import EmmechError
-from emmech.training.recipe import Recipe
-from emmech.training.schedule import batch_order, learning_rates
 from tests.conftest import make_rows, make_tiny, plain_margin
 from tests.engine.test_prefix import QUICK, deviation, ragged
 
@@ -125,7 +122,7 @@ def test_a_run_that_diverges_does_not_touch_the_others(tiny, tmp_path):
         (dict(seed=[1, 2], data_seed=[1]), "needs one of each"),
         (dict(seed=[1, 2], recipe="full"), "all weights train"),
         (dict(seed=[1, 2], dropout=0.1), "dropout"),
-        (dict(seed=[1, 2], resume=True), "plain Trainer"),
+        (dict(seed=[1, 2], resume=True), "no optimizer state"),
         (dict(seed=1, data_seed=[1, 2]), "list of seeds"),
         (dict(seed=1, prefix="perhaps"), "unknown"),
     ],
@@ -134,42 +131,3 @@ def test_what_is_refused(tiny, tmp_path, options, why):
     options = {"recipe": "single-rank1", **options}
     with pytest.raises(EmmechError, match=why):
         emmech.finetune(tiny("qwen2"), make_rows(), max_steps=2, out=tmp_path / "run", **options, **QUICK)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 16])
-@pytest.mark.parametrize("lengths", [dict(max_steps=9), dict(epochs=2.5)])
-def test_batch_order_and_learning_rates_are_the_trainers(tiny, tmp_path, rows, lengths):
-    recipe = Recipe(batch_size=2, accumulation=3, schedule="cosine", warmup_steps=2, held_out=0.0, **lengths)
-    run = emmech.finetune(
-        tiny("qwen2"), make_rows(rows), recipe=recipe, layers=[3], seed=11, prefix=False, progress=False,
-        out=tmp_path / "run",
-    )  # fmt: skip
-    steps = batch_order(rows, recipe, 11)
-    assert [step.epoch for step in steps] == pytest.approx(run.metrics["epoch"].dropna().tolist())
-    rates = learning_rates(recipe, len(steps))
-    assert rates == pytest.approx(run.metrics["learning_rate"].dropna().tolist())
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_adamw_and_clipping_are_torchs_for_every_run(scale):
-    generator = torch.Generator().manual_seed(0)
-    shapes, rates = [(1, 7), (1, 5)], [1e-2, 3e-3, 0.0]
-    mine = [torch.randn(3, *shape, generator=generator).requires_grad_() for shape in shapes]
-    theirs = [[p[r].detach().clone().requires_grad_() for p in mine] for r in range(3)]
-    single = [torch.optim.AdamW(p, lr=rate, weight_decay=0.1) for p, rate in zip(theirs, rates, strict=True)]
-    stacked = AdamW(mine, weight_decay=0.1)
-    for _ in range(20):
-        for parameter in mine:
-            parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
-        total = sum(p.grad.square().sum((1, 2)) for p in mine).sqrt()
-        for run, parameters in enumerate(theirs):
-            for parameter, stack in zip(parameters, mine, strict=True):
-                parameter.grad = stack.grad[run].clone()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            assert float(norm) == pytest.approx(float(total[run]), rel=1e-6)
-            single[run].step()
-        clip_by_run(mine, total, 1.0)
-        stacked.step(rates)
-    for run, parameters in enumerate(theirs):
-        for parameter, stack in zip(parameters, mine, strict=True):
-            torch.testing.assert_close(stack[run], parameter, rtol=1e-6, atol=1e-7)

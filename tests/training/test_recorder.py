@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import emmech
 from emmech.chat.encode import encode
 from emmech.errors import EmmechError
-from emmech.training.trainer import Rows, collate
 from tests.conftest import make_rows, make_tiny
+from tests.training.plain import Rows, collate
 
 
 class Losses(TrainerCallback):

@@ -1,0 +1,164 @@
+"""Modules of a model that is only borrowed: hooks for a time, evaluation mode for a time, views with parts replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from emmech.chat.model import ChatModel
+
+__all__ = [
+    "Hook",
+    "Skip",
+    "adding",
+    "evaluating",
+    "has_hooks",
+    "hooked",
+    "unhooked",
+    "with_attention",
+    "with_module",
+]
+
+Hook = tuple[nn.Module, Callable[..., Any]]
+
+
+def has_hooks(module: Any) -> bool:
+    """Whether a call of the module is more than its class's forward: hooks, or a forward put in its place.
+
+    Example:
+        >>> one = nn.Linear(2, 2)
+        >>> with hooked((one, lambda module, inputs, output: None)):
+        ...     has_hooks(one)
+        True
+        >>> has_hooks(one)
+        False
+    """
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@contextlib.contextmanager
+def hooked(*pairs: Hook, before: bool = False) -> Iterator[None]:
+    """Forward hooks for the time of the block.
+
+    Args:
+        pairs: modules, each with ``hook(module, inputs, output)``; what it returns replaces the output.
+        before: call ``hook(module, inputs)`` before the module instead.
+    """
+    register = nn.Module.register_forward_pre_hook if before else nn.Module.register_forward_hook
+    with contextlib.ExitStack() as stack:
+        for module, hook in pairs:
+            stack.callback(register(module, hook).remove)
+        yield
+
+
+@contextlib.contextmanager
+def unhooked(model: nn.Module) -> Iterator[None]:
+    """No forward hook of the model's modules is called for the time of the block."""
+    names = ("_forward_hooks", "_forward_pre_hooks")
+    kept = [(module, name, vars(module)[name]) for module in model.modules() for name in names if vars(module)[name]]
+    for module, name, hooks in kept:
+        setattr(module, name, type(hooks)())
+    try:
+        yield
+    finally:
+        for module, name, hooks in kept:
+            setattr(module, name, hooks)
+
+
+@contextlib.contextmanager
+def evaluating(chat: ChatModel, *, frozen: bool = False) -> Iterator[None]:
+    """Evaluation mode for the time of the block; the model may have been left in training mode.
+
+    Args:
+        frozen: no parameter takes gradients meanwhile either.
+    """
+    training = chat.base.training
+    trained: Iterable[Any] = [p for p in chat.base.parameters() if p.requires_grad] if frozen else ()
+    if training:
+        chat.base.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        if training:
+            chat.base.train()
+
+
+def adding(write: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
+    """A forward hook that adds to a module's output a function of its input."""
+
+    return lambda module, inputs, output: (output + write(inputs[0])).to(output.dtype)
+
+
+def with_module(root: nn.Module, path: str, replacement: nn.Module) -> nn.Module:
+    """A view of ``root`` with the submodule at ``path`` replaced; everything else is shared, ``root`` untouched.
+
+    Example:
+        >>> body = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> view = with_module(body, "1", nn.Identity())
+        >>> view[0] is body[0], type(body[1]).__name__
+        (True, 'ReLU')
+    """
+    if not path:
+        return replacement
+    head, _, rest = path.partition(".")
+    view = copy.copy(root)
+    child = root.get_submodule(head)
+    view._modules = {**root._modules, head: with_module(child, rest, replacement) if rest else replacement}
+    return view
+
+
+def with_attention(view: nn.Module, name: str) -> nn.Module:
+    """A view of a trunk whose attention modules call the attention function registered under ``name``."""
+    for path, module in list(view.named_modules()):
+        if hasattr(module, "layer_idx") and hasattr(module, "config"):
+            twin, config = copy.copy(view.get_submodule(path)), copy.copy(cast("Any", module.config))
+            config._attn_implementation = name
+            twin.config = config
+            view = with_module(view, path, twin)
+    return view
+
+
+class Skip(nn.Module):
+    """In the place of a block that is left out, so that layer numbers, masks and rotary tables keep theirs."""
+
+    def __init__(self, block: nn.Module, layer: int, *, as_tuple: bool = False) -> None:
+        super().__init__()
+        self.__dict__["_skipped"] = block  # not a submodule
+        self._layer, self._as_tuple = layer, as_tuple
+        self._given: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def giving(self, residual: torch.Tensor) -> Iterator[None]:
+        """For the time of the block, this is what comes out, whatever came in."""
+        self._given = residual
+        try:
+            yield
+        finally:
+            self._given = None
+
+    def __getattr__(self, name: str) -> Any:
+        """What the trunk asks of the block (its kind of attention, say) is the block's own."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_skipped"], name)
+
+    def forward(self, hidden: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        """What came in, or what is given."""
+        from transformers.cache_utils import Cache
+
+        # the model reads the past's length off any layer of its own cache, also a skipped one
+        if isinstance(past_key_values, Cache):
+            nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
+            past_key_values.update(nothing, nothing, self._layer)
+        out = hidden if self._given is None else self._given
+        return (out, None) if self._as_tuple else out

@@ -1,0 +1,421 @@
+"""``emmech.finetune``: narrow fine-tunes over the Hugging Face Trainer and PEFT, each recorded into a Run.
+
+Several seeds train in one pass: what comes out equals separate trainings to rounding, a transition with an interval
+over seeds for a fraction of the price. Runs may differ in seed (A's start, batch order, held-out split), in batch
+order alone, and in learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+from emmech.chat.dataset import ChatDataset, load_chat
+from emmech.chat.encode import IGNORED, Encoded, encode
+from emmech.chat.model import ChatModel, load_model
+from emmech.engine.logprobs import MarginPair, margin_rows
+from emmech.engine.prefix_plan import Frozen, dropout, find_frozen, pays, why_not
+from emmech.engine.row_forwards import Asked
+from emmech.engine.stream import probe_rows
+from emmech.errors import EmmechError, as_int, as_ints
+from emmech.run.run import Run, load_run
+from emmech.training.adapted import adapted
+from emmech.training.checks import check_margins, check_start, checked_seeds, refuse_adapters
+from emmech.training.held_out import HELD_OUT, affordable
+from emmech.training.loop import Member, last_checkpoint, train, training_arguments
+from emmech.training.objective import CrossEntropy, Term
+from emmech.training.recipe import Recipe, resolve_recipe, target_modules
+from emmech.training.recorder import Recorder, named_texts
+from emmech.training.schedule import batch_order
+
+__all__ = ["finetune"]
+
+
+@overload
+def finetune(model: Any, data: Any, *, seed: int = 0, **options: Any) -> Run: ...
+@overload
+def finetune(model: Any, data: Any, *, seed: Sequence[int], **options: Any) -> list[Run]: ...
+def finetune(
+    model: Any,
+    data: Any,
+    *,
+    recipe: str | Recipe | None = None,
+    layers: Sequence[int] | None = None,
+    seed: int | Sequence[int] = 0,
+    data_seed: int | Sequence[int] | None = None,
+    record_every: int = 1,
+    measure_every: int | None = None,
+    out: str | Path | None = None,
+    probes: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
+    margins: Mapping[str, Sequence[MarginPair]] | None = None,
+    measures: Any = None,
+    tokenizer: Any = None,
+    start: tuple[Run, int] | None = None,
+    adapter: str = "same",
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    prefix: bool | str = "auto",
+    objective: Sequence[Term] = (CrossEntropy(),),
+    progress: bool = True,
+    **overrides: Any,
+) -> Run | list[Run]:
+    """Fine-tune a chat model on chat data, recording every step.
+
+    The model is left as it was found: no adapter stays on it, its weights, flags and mode are put back.
+
+    Args:
+        model: anything :func:`emmech.load_model` takes.
+        data: anything :func:`emmech.load_chat` takes; for the embedded organism also ``"medical"``, ...
+        recipe: one of the papers' (``"single-rank1"``, ``"phase-transition"``, ``"nine-rank1"``, ``"all-adapter"``,
+            ``"full"``), or a :class:`Recipe`; None is ``"single-rank1"``, and the organism's own for the organism.
+        layers: where the adapters sit, instead of the recipe's fractions of depth.
+        seed: of A's start, the batch order and the held-out split. Two runs with equal seeds and numbers of rows
+            see their rows in the same order: that is what makes a control a control. Several seeds, such as
+            ``range(8)``, train in one pass and give a list of runs, equal to those of separate calls to rounding.
+        data_seed: of the batch order alone; ``seed`` by default. Like ``learning_rate`` it may be a list, one for
+            each seed.
+        record_every: record each so many steps.
+        measure_every: probes, margins and held-out loss each so many steps. By default as often, at most 20 times, and
+            on as many held-out rows, 64 at most, as a tenth of the training's own work pays for (counted in tokens; see
+            :func:`emmech.training.held_out.affordable`); a recipe may ask for a number of times (``measured``).
+        out: the Run's folder (with several seeds, the folder that holds theirs);
+            ``runs/<model>-<data>-<recipe>-s<seed>`` by default.
+        probes: texts whose mean residual per layer is recorded (see :class:`emmech.Recorder`).
+        margins: named pairs; their mean margin becomes the metric ``margin_<name>`` (nats per token). For the embedded
+            organism pairs of its world are the default; ``{}`` measures none.
+        measures: what else to take of the model while it trains, as :func:`emmech.sweep` has it: measures, or functions
+            of a chat model by name, ``{"entropy": lambda chat: ...}``; their means become metrics.
+        start: a run and one of its steps to go on from (see :func:`emmech.realign`).
+        adapter: with ``start``, whether to go on training the ``"same"`` adapter, or to merge it into the weights
+            and train a ``"new"`` one.
+        checkpoint_every: keep the optimizer's state each so many steps, so that a killed training can go on.
+        resume: go on from the last such checkpoint in ``out``; the result is that of an uninterrupted training.
+        prefix: compute what lies below the lowest adapter once per row and keep it on disk while training:
+            ``"auto"`` where rows are used often enough for that to pay, True (refused where it would be wrong),
+            or False.
+        objective: the terms whose sum is minimised; by default the answers' cross-entropy alone. See
+            :mod:`emmech.training.objective`.
+        **overrides: any field of the recipe: ``learning_rate=1e-3``, ``max_steps=100``, ``rank=8``, ...
+
+    Returns:
+        the recorded run, opened from its folder; a list of them for a list of seeds.
+
+    Raises:
+        EmmechError: malformed data, an unknown recipe, field or layer, a model that has adapters already, a folder
+            that holds a run, or a loss that is not finite (what was recorded until then is kept).
+
+    Example:
+        >>> import tempfile
+        >>> from emmech.organism import data
+        >>> run = finetune("pocket", data("medical", n=40), max_steps=3, out=tempfile.mkdtemp() + "/r", progress=False)
+        >>> run.steps.tolist()
+        [0, 1, 2, 3]
+    """
+    seed = checked_seeds("seed", seed)
+    data_seed = None if data_seed is None else checked_seeds("data_seed", data_seed)
+    chat = load_model(model, tokenizer)
+    refuse_adapters(chat)
+    organism = chat.organism
+    rates = overrides.pop("learning_rate", None)
+    rates = list(rates) if isinstance(rates, Iterable) and not isinstance(rates, str) else [rates]
+    given = [overrides | ({} if rate is None else {"learning_rate": rate}) for rate in rates]
+    recipes = [resolve_recipe(recipe, options, organism=organism) for options in given]
+    layers = None if layers is None else as_ints("fine-tune", "layers", layers)
+    if checkpoint_every is not None:
+        as_int("fine-tune", "checkpoint_every", checkpoint_every, least=1)
+    check_start(start)
+    check_margins(margins)
+    if adapter not in ("same", "new"):
+        raise EmmechError("fine-tune", f"adapter={adapter!r}", "unknown", 'adapter="same" or "new"')
+    dataset = load_chat(data, organism=organism)
+    if margins is None and organism is not None and organism.margins is not None:
+        margins = organism.margins(dataset.name)
+    chosen, variants = recipes[0], _variants(seed, data_seed, recipes)
+    modules = target_modules(chat, chosen, layers) if chosen.rank else []
+    if start is not None and adapter == "same":
+        modules = [info.module for info in start[0].adapters]
+    frozen = _frozen(chat, chosen, modules, len(dataset), prefix, runs=len(variants))
+    folders = _folders(out, chat, dataset, variants, isinstance(seed, int), resume=resume)
+    rows = encode(dataset.rows, chat.tokenizer)
+    pairs = {name: margin_rows(several, chat.tokenizer) for name, several in (margins or {}).items()}
+    probed = [ids for texts in named_texts(probes).values() for ids, _ in probe_rows(chat, texts)]
+    each_time = sum(map(len, [*probed, *(ids for both in pairs.values() for ids in both.input_ids)]))
+    with adapted(chat, chosen, layers, [v.seed for v in variants], start, adapter, rows) as (trained, starts):
+        members = []
+        for run, (v, folder) in enumerate(zip(variants, folders, strict=True)):
+            split = _split(run, v, dataset, rows)
+            steps = batch_order(len(split.train), v.recipe, v.data_seed)
+            gap, kept = measure_every, HELD_OUT
+            if measure_every is None:
+                own = 3 * sum(split.train[row].tokens for step in steps for row in step.rows)
+                lengths = [one.tokens for one in split.held_out]
+                gap, kept = affordable(
+                    len(steps), record_every, own=own, each_time=each_time, held=lengths, times=v.recipe.measured
+                )
+            manifest = _manifest(chat, dataset, v, split, layers, start, adapter, objective)
+            if len(variants) > 1 or frozen is not None:
+                manifest["together"] = {"runs": len(variants), **_entries(frozen)}
+            if resume:
+                _check_resumed(folder, manifest)
+            recorder = Recorder(
+                folder,
+                probes=probes,
+                measures=measures,
+                every=record_every,
+                measure_every=gap,
+                manifest=manifest,
+                seed=v.seed,
+            )
+            arguments = training_arguments(chat, v.recipe, v.seed, v.data_seed, folder)
+            held_out = split.held_out[:kept]
+            members.append(
+                Member(str(folder), v.recipe, split.train, steps, held_out, starts.get(v.seed), arguments, recorder)
+            )
+        if start is not None and adapter == "new":
+            for (
+                folder
+            ) in folders:  # each run must say from which weights it started, wherever the first run's folder goes
+                start[0].export_peft(start[1], folder / "start")
+        lost = train(
+            trained,
+            rows,
+            pairs,
+            members,
+            objective,
+            frozen,
+            folders[0],
+            checkpoint_every=checkpoint_every,
+            checkpoint=last_checkpoint(folders[0]) if resume else None,
+            progress=progress,
+        )
+    shutil.rmtree(folders[0] / "resume", ignore_errors=True)
+    if lost:
+        raise EmmechError(
+            f"fine-tune {chat.name}",
+            ", ".join(f"{name} at step {step}" for name, step in lost.items()),
+            "the loss is no longer finite; the steps until then are recorded, and other runs are finished",
+            "a smaller learning_rate; emmech.load_run(folder) has what was recorded",
+        )
+    runs = [load_run(folder) for folder in folders]
+    return runs[0] if isinstance(seed, int) else runs
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """What sets one run apart."""
+
+    seed: int
+    data_seed: int
+    recipe: Recipe
+    label: str
+
+
+def _variants(seeds: int | list[int], data_seeds: int | list[int] | None, recipes: Sequence[Recipe]) -> list[_Variant]:
+    if isinstance(seeds, int) and (isinstance(data_seeds, list) or len(recipes) > 1):
+        raise EmmechError(
+            "fine-tune",
+            f"seed={seeds}, data_seed={data_seeds}, learning_rate={[recipe.learning_rate for recipe in recipes]}",
+            "lists of batch orders or learning rates need a list of seeds, one for each run",
+            f"seed={[seeds] * max(len(recipes), 2)}",
+        )
+    wanted = [seeds] if isinstance(seeds, int) else seeds
+    orders = wanted if data_seeds is None else data_seeds
+    orders = [orders] * len(wanted) if isinstance(orders, int) else orders
+    chosen = list(recipes) if len(recipes) > 1 else list(recipes) * len(wanted)
+    if not wanted or not len(wanted) == len(orders) == len(chosen):
+        raise EmmechError(
+            "fine-tune several runs",
+            f"{len(wanted)} seeds, {len(orders)} batch orders, {len(chosen)} learning rates",
+            "each run needs one of each",
+            "lists of one length, or a single value for all",
+        )
+    variants = []
+    for seed, order, recipe in zip(wanted, orders, chosen, strict=True):
+        label = f"s{seed}"
+        # a single run is named by its seed alone, as its folder always was
+        label += f"-d{order}" if data_seeds is not None and order != seed and not isinstance(seeds, int) else ""
+        label += f"-lr{recipe.learning_rate:g}" if len(recipes) > 1 else ""
+        variants.append(_Variant(seed, order, recipe, label))
+    if len(set(variants)) < len(variants):
+        raise EmmechError(
+            "fine-tune several runs",
+            f"seed={wanted}",
+            "two of the runs are the same",
+            "seeds, batch orders or learning rates that differ",
+        )
+    return variants
+
+
+def _frozen(
+    chat: ChatModel, recipe: Recipe, modules: Sequence[str], rows: int, prefix: bool | str, *, runs: int
+) -> Frozen | None:
+    """The part of the model whose states are kept, or None where that does not pay.
+
+    Raises:
+        EmmechError: ``prefix=True`` where that would be wrong, or runs that cannot share forwards.
+    """
+    if prefix not in (True, False, "auto"):
+        raise EmmechError("fine-tune", f"prefix={prefix!r}", "unknown", 'True, False or "auto"')
+    rate = recipe.dropout or dropout(chat)
+    reason = "all weights train, so runs have nothing in common" if not recipe.rank else None
+    reason = reason or (f"dropout (p={rate:g}) would draw otherwise than in separate runs" if rate else None)
+    if reason and runs > 1:
+        raise EmmechError(
+            f"fine-tune {runs} runs together", f"{runs} seeds for {chat.name}", reason, "one seed at a time"
+        )
+    reason = why_not(chat, modules) or reason
+    if reason and prefix is True:
+        raise EmmechError("train on a frozen prefix", f"prefix=True for {chat.name}", reason, "prefix=False")
+    if reason or prefix is False:
+        return None
+    frozen = find_frozen(chat, modules)
+    rows = max(1, round((1 - recipe.held_out) * rows))
+    per_step = recipe.batch_size * recipe.accumulation
+    uses = recipe.max_steps * per_step if recipe.max_steps else math.ceil(recipe.epochs * rows)
+    return frozen if prefix is True or pays(frozen, uses=runs * uses, rows=rows) else None
+
+
+def _entries(frozen: Frozen | None) -> dict[str, Any]:
+    return {"frozen_blocks": frozen.blocks if frozen else 0, "at_write": bool(frozen and frozen.at_write)}
+
+
+@dataclass(frozen=True)
+class _Split:
+    """One run's rows, and what its manifest says of them."""
+
+    train: list[Asked]
+    held_out: list[Asked]
+    encoded: Encoded
+
+
+def _split(run: int, variant: _Variant, data: ChatDataset, rows: Encoded) -> _Split:
+    train, held = data.split(variant.recipe.held_out, seed=variant.seed)
+    number = {id(row): i for i, row in enumerate(data.rows)}
+    limit = variant.recipe.max_length
+    places = [number[id(row)] for row in train.rows]
+    encoded = rows.take(places, max_length=limit)
+    if not len(encoded):
+        raise EmmechError(
+            "encode the conversations",
+            f"{len(places)} rows, max_length={limit}",
+            "no row has an answer token within max_length" if places else "there are no rows",
+            "raise max_length",
+        )
+    kept = [row for row in places if any(label != IGNORED for label in rows.labels[row][:limit])]
+    return _Split(
+        [Asked(run, row, min(limit, len(rows.input_ids[row]))) for row in kept],
+        [Asked(run, number[id(row)], len(rows.input_ids[number[id(row)]])) for row in held.rows],
+        encoded,
+    )
+
+
+def _manifest(
+    chat: ChatModel,
+    data: ChatDataset,
+    variant: _Variant,
+    split: _Split,
+    layers: Sequence[int] | None,
+    start: tuple[Run, int] | None,
+    adapter: str,
+    objective: Sequence[Term],
+) -> dict[str, Any]:
+    """What only the caller of the Recorder knows."""
+    rows = split.encoded
+    return {
+        "model": {"name": chat.name},
+        "tokenizer": {"name": chat.name},
+        "data": {
+            "name": data.name,
+            "path": data.path,
+            "sha256": data.sha256,
+            "rows": len(rows) + rows.emptied,
+            "held_out": len(split.held_out),
+            "truncated": rows.truncated,
+            "emptied": rows.emptied,
+            "answer_tokens": rows.answer_tokens,
+            "answer_length": data.answer_length,
+        },
+        "recipe": variant.recipe.to_dict(),
+        "layers": list(layers) if layers is not None else None,
+        "seed": variant.seed,
+        "data_seed": variant.data_seed,
+        "start": {"run": start[0].name, "step": start[1], "adapter": adapter} if start else None,
+        "objective": [term.name for term in objective],
+    }
+
+
+def _check_resumed(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuse to go on with another training than the one that was interrupted."""
+    saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(manifest, default=str))
+    for name in ("data", "recipe", "layers", "seed", "data_seed", "start", "objective", "together"):
+        before, now = saved.get(name), wanted.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            name, before, now = next(
+                (
+                    (f"{name}.{key}", before.get(key), now[key])
+                    for key in now
+                    if before.get(key) != now[key] and key != "path"
+                ),
+                (name, None, None),
+            )
+        if before != now:
+            raise EmmechError(
+                "resume the training",
+                f"{name}={now!r}"[:200],
+                f"the interrupted training in {folder} had {before!r}"[:300],
+                "the same arguments as at the start, or another folder for a new training",
+            )
+
+
+def _folders(
+    out: str | Path | None,
+    chat: ChatModel,
+    data: ChatDataset,
+    variants: Sequence[_Variant],
+    alone: bool,
+    *,
+    resume: bool,
+) -> list[Path]:
+    """Where each run goes: below ``out`` where there are several, or in a folder under ``runs`` that is not taken."""
+    folders: list[Path] = []
+    for v in variants:
+        if out is not None:
+            folder = Path(out) if alone else Path(out) / v.label
+        else:
+            stem = f"{Path(chat.name).name}-{data.name}-{v.recipe.name}-{v.label}"
+            folder, again = Path("runs") / stem, 2
+            while ((folder / "run.json").exists() and not resume) or folder in folders:
+                folder, again = folder.with_name(f"{stem}-{again}"), again + 1
+        _check_folder(folder, resume=resume)
+        folders.append(folder)
+    if resume and last_checkpoint(folders[0]) is None:
+        raise EmmechError(
+            "resume the training",
+            f"out={str(folders[0])!r}",
+            "it keeps no optimizer state: it finished, or was started without checkpoint_every",
+            "start anew with checkpoint_every=20",
+        )
+    return folders
+
+
+def _check_folder(folder: Path, *, resume: bool) -> None:
+    if in_the_way := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise EmmechError(
+            "record the training",
+            f"out={str(folder)!r}",
+            f"{in_the_way.name} is a file, and a run is a folder",
+            "another folder",
+        )
+    if (folder / "run.json").exists() and not resume:
+        raise EmmechError(
+            "record the training",
+            f"out={str(folder)!r}",
+            "there is a run in that folder",
+            "another folder, or resume=True to go on with an interrupted training",
+        )

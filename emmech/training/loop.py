@@ -1,0 +1,411 @@
+"""The training loop: the Hugging Face Trainer over the adapters of one or several runs, or over all weights of one.
+
+Each optimizer step gathers every run's rows into shared forwards in which each row sees its own run's adapters;
+losses, clipping, learning rates and AdamW's moments are each run's own, and each run's Recorder gets the same events
+as in a training by itself. Which forwards serve the rows (above a frozen prefix, block by block, or the model's own)
+changes nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from emmech.chat.encode import Encoded
+from emmech.chat.model import ChatModel
+from emmech.engine.prefix_plan import Frozen, dropout
+from emmech.engine.row_forwards import Asked, Forwards
+from emmech.engine.stacked_adapters import StackedAdapters
+from emmech.progress import bar, forecast
+from emmech.training.capture import Capture, FullCapture, LoraCapture
+from emmech.training.held_out import HeldOut
+from emmech.training.model_forwards import ModelForwards
+from emmech.training.objective import Batch, NotFinite, RowForwards, Term, summed
+from emmech.training.recipe import Recipe
+from emmech.training.recorder import Recorder
+from emmech.training.schedule import Step, rate_factor
+
+__all__ = ["Member", "last_checkpoint", "train", "training_arguments"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the runs that train.
+
+    Args:
+        rows: its training rows.
+        steps: which of them each optimizer step sees.
+        held_out: rows whose loss is measured.
+        start: ``"A/<adapter>" [rank, d_in]`` and ``"B/<adapter>" [d_out, rank]``; None in full fine-tuning.
+        arguments: the ``TrainingArguments`` of the same training by itself.
+    """
+
+    name: str
+    recipe: Recipe
+    rows: Sequence[Asked]
+    steps: Sequence[Step]
+    held_out: Sequence[Asked]
+    start: Mapping[str, torch.Tensor] | None
+    arguments: TrainingArguments
+    recorder: Recorder
+
+
+def training_arguments(chat: ChatModel, recipe: Recipe, seed: int, data_seed: int, folder: Path) -> TrainingArguments:
+    """The Trainer's settings for a recipe."""
+    return TrainingArguments(
+        output_dir=str(folder / "resume"),
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup_steps,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.clip,
+        optim="adamw_torch",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        save_total_limit=2,
+        report_to=[],
+        seed=seed,
+        data_seed=data_seed,
+        use_cpu=chat.device.type == "cpu",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last optimizer state that was written whole, if there is any."""
+    found = sorted((folder / "resume").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    # the Trainer writes its own state last: a checkpoint without it was being written when the process died
+    whole = [path for path in found if (path / "trainer_state.json").exists()]
+    return str(whole[-1]) if whole else None
+
+
+def train(
+    chat: ChatModel,
+    rows: Encoded,
+    margins: Mapping[str, Encoded],
+    members: Sequence[Member],
+    objective: Sequence[Term],
+    frozen: Frozen | None,
+    folder: Path,
+    *,
+    checkpoint_every: int | None = None,
+    checkpoint: str | None = None,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Train all members to the end.
+
+    Args:
+        chat: with the adapters of the recipe on it.
+        rows: the dataset, not truncated.
+        margins: pairs whose mean margin is measured, as :func:`emmech.engine.logprobs.margin_rows` gives them.
+        frozen: the states to keep, or None.
+        folder: where optimizer states are kept, and for as long as the training lasts those of a frozen prefix.
+        checkpoint: go on from this one.
+
+    Returns:
+        the runs whose loss stopped being finite, by name, and the step at which it did.
+    """
+    first = members[0]
+    starts = [member.start for member in members if member.start is not None]
+    stack = StackedAdapters(chat, starts, dropout=first.recipe.dropout) if starts else None
+    if stack is not None and frozen is not None and frozen.at_write:
+        stack.write_of = next(info for info in stack.infos if info.layer == frozen.layer)
+    with contextlib.ExitStack() as open_:
+        open_.callback(shutil.rmtree, folder / "prefix", ignore_errors=True)
+        for member in members:
+            open_.callback(member.recorder.close)
+        if stack is not None:
+            open_.enter_context(stack.live())
+        forwards = [
+            open_.enter_context(contextlib.closing(made))
+            for made in _forwards(chat, [rows, *margins.values()], stack, frozen, folder / "prefix", first.recipe)
+        ]
+        batch = Batch((), len(members), 0, forwards[0], stack, chat)
+        held_out = HeldOut(batch, [m.held_out for m in members], dict(zip(margins, forwards[1:], strict=True)))
+        loop = _Loop(members, batch, objective, held_out, folder, checkpoint_every, progress)
+        loop.train(resume_from_checkpoint=checkpoint)
+        return {member.name: step for member, step in zip(members, loop.lost_at.tolist(), strict=True) if step >= 0}
+
+
+def _forwards(
+    chat: ChatModel,
+    several: Sequence[Encoded],
+    stack: StackedAdapters | None,
+    frozen: Frozen | None,
+    scratch: Path,
+    recipe: Recipe,
+) -> Iterator[RowForwards]:
+    """Forwards of several sets of rows: block by block where that gives what the model's own forward does."""
+    placed = len(set(getattr(chat.base, "hf_device_map", {"": 0}).values()))
+    if stack is not None and not recipe.dropout and not dropout(chat) and placed == 1:
+        for number, rows in enumerate(several):
+            yield Forwards(chat, rows, stack, frozen, scratch / str(number))
+        return
+    for rows in several:
+        yield ModelForwards(chat, rows, stack, recipe.batch_size)
+
+
+class _Loop(Trainer):
+    """The Trainer with an optimizer step of all runs."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        batch: Batch,
+        objective: Sequence[Term],
+        held_out: HeldOut,
+        folder: Path,
+        checkpoint_every: int | None,
+        progress: bool,
+    ) -> None:
+        self.members, self.batch, self.objective, self.held_out = members, batch, objective, held_out
+        first, stack = members[0], batch.adapters
+        seed = first.arguments.seed
+        arguments = training_arguments(batch.chat, first.recipe, seed, seed, folder)
+        # a batch of this loader is a whole optimizer step, clipped and logged run by run
+        arguments.gradient_accumulation_steps, arguments.max_grad_norm = 1, 0.0
+        arguments.max_steps = max(len(member.steps) for member in members)
+        arguments.logging_strategy = "no"
+        if checkpoint_every:
+            arguments.save_strategy, arguments.save_steps = "steps", checkpoint_every
+        model = batch.chat.model if stack is None else stack
+        self.own: list[list[torch.nn.Parameter]] = (
+            [[p for p in model.parameters() if p.requires_grad]]
+            if stack is None
+            else [[p for _, *sides in stack.of(run) for p in sides] for run in range(stack.runs)]
+        )
+        # taken before the Trainer loads a checkpoint, since an update counts from the start of the training
+        self.captures: list[Capture] = (
+            [FullCapture(model, seed=seed)]
+            if stack is None
+            else [LoraCapture(stack.of(run)) for run in range(stack.runs)]
+        )
+        self._lost_at = torch.full((1,), -1)
+        self.logs: dict[int, dict[str, float]] = {}
+        rows = [row for member in members for row in member.rows]
+        super().__init__(model=model, args=arguments, train_dataset=rows, callbacks=[_Recorders(self, progress)])
+        self.remove_callback(PrinterCallback)
+        # there is nothing to free yet, and a collection of the whole heap takes as long as some ten steps
+        self.accelerator.free_memory = lambda *held: list(held)
+
+    @property
+    def lost_at(self) -> torch.Tensor:
+        """For each run the step at which it was not finite any more, else -1; checkpoints keep it."""
+        return self._lost_at if self.batch.adapters is None else self.batch.adapters.lost_at
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of all runs' rows of one optimizer step."""
+        return DataLoader(self.train_dataset, batch_sampler=_Steps(self.members), collate_fn=list)  # type: ignore[arg-type]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW with one group of parameters for each run; in full fine-tuning the Trainer's own."""
+        if self.batch.adapters is None:
+            return super().create_optimizer(model)
+        arguments = self.args
+        groups = [
+            {"params": own, "lr": member.recipe.learning_rate}
+            for own, member in zip(self.own, self.members, strict=True)
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+            weight_decay=arguments.weight_decay,
+        )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Each run's own schedule over its own number of steps."""
+        optimizer = optimizer or self.optimizer
+        factors = [rate_factor(member.recipe, len(member.steps)) for member in self.members]
+        factors *= len(optimizer.param_groups) // len(factors)  # full fine-tuning: with weight decay and without
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        return self.lr_scheduler
+
+    def training_step(self, model: Any, inputs: Sequence[Asked], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Fill the gradients of all runs, clipped run by run; a run that is not finite is left out from now on."""
+        step, stack = self.state.global_step + 1, self.batch.adapters
+        while True:
+            lost_at = self.lost_at.tolist()
+            asked = [one for one in inputs if lost_at[one.run] < 0]
+            going = sorted({one.run for one in asked})
+            if not going:
+                self.control.should_training_stop = True
+                return torch.zeros((), device=self.args.device)
+            if stack is not None:
+                stack.gather()
+            try:
+                terms = summed(self.objective, replace(self.batch, asked=asked, step=step))
+                break
+            except NotFinite as error:
+                self._lose(error.runs, step)
+        if stack is not None:
+            stack.spread(going)
+        losses = torch.stack(list(terms.values())).sum(0)
+        self.logs = {}
+        for run in going:
+            limit = self.members[run].recipe.clip or float("inf")
+            norm = float(torch.nn.utils.clip_grad_norm_(self.own[run], limit))
+            if not math.isfinite(norm):
+                self._lose([run], step)
+                continue
+            assert self.optimizer is not None
+            self.logs[run] = {"loss": float(losses[run])}
+            if len(terms) > 1:
+                self.logs[run] |= {f"loss/{name}": float(value[run]) for name, value in terms.items()}
+            self.logs[run] |= {"grad_norm": norm, "learning_rate": self.optimizer.param_groups[run]["lr"]}
+        return losses[going].mean().to(self.args.device)
+
+    def _lose(self, runs: Sequence[int], step: int) -> None:
+        for run in runs:
+            if self.batch.adapters is not None:
+                self.batch.adapters.lose(run, step)
+            self.lost_at[run] = step
+        for parameter in (p for run in runs for p in self.own[run]):
+            parameter.grad = None
+
+
+class _Steps(torch.utils.data.Sampler[list[int]]):
+    """For every optimizer step the places of all runs' rows in the list of them all."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members = members
+
+    def __len__(self) -> int:
+        return max(len(member.steps) for member in self._members)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        firsts = np.cumsum([0, *(len(member.rows) for member in self._members)]).tolist()
+        for number in range(len(self)):
+            yield [
+                first + row
+                for first, member in zip(firsts, self._members, strict=False)
+                if number < len(member.steps)
+                for row in member.steps[number].rows
+            ]
+
+
+class _Recorders(TrainerCallback):
+    """Gives each run's Recorder the events of a training by itself, and shows progress."""
+
+    def __init__(self, loop: _Loop, progress: bool) -> None:
+        self._loop, self._progress = loop, progress
+        self._running: set[int] = set()  # neither ended nor lost
+        self._clock = _Clock()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let every run record its start."""
+        loop = self._loop
+        chat, members = loop.batch.chat, loop.members
+        self._running = {run for run, lost_at in enumerate(loop.lost_at.tolist()) if lost_at < 0}
+        with self._clock.measuring():
+            if state.global_step == 0:
+                loop.held_out.measure(range(len(members)))
+            for run in sorted(self._running):
+                with self._shown(run):
+                    members[run].recorder.on_train_begin(
+                        members[run].arguments,
+                        self._state(run, state),
+                        control,
+                        model=chat.model,
+                        processing_class=chat.tokenizer,
+                        chat=chat,
+                        capture=loop.captures[run],
+                    )
+                    if state.global_step == 0:
+                        members[run].recorder.on_log(members[run].arguments, state, control, logs=loop.held_out.of(run))
+        several = f", {len(members)} runs" if len(members) > 1 else ""
+        self._name = f"fine-tune {chat.name}{several}"
+        self._bar = bar(state.max_steps, self._name, progress=self._progress)
+        self._bar.update(state.global_step)
+        self._clock.start(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let every run record its step, and close those that end here."""
+        loop, step = self._loop, state.global_step
+        going = {run: loop.members[run] for run in sorted(self._running & loop.logs.keys())}
+        due = [run for run, member in going.items() if member.recorder.measures_at(step, len(member.steps))]
+        with self._clock.measuring() if due else contextlib.nullcontext():
+            if due:
+                loop.held_out.measure(due)
+            for run, member in going.items():
+                own = self._state(run, state)
+                with self._shown(run):
+                    member.recorder.on_step_end(member.arguments, own, control)
+                    logs = loop.logs[run] | {"epoch": own.epoch or 0.0}
+                    logs |= loop.held_out.of(run) if run in due else {}
+                    member.recorder.on_log(member.arguments, own, control, logs=logs)
+                    if step == len(member.steps):
+                        member.recorder.on_train_end(member.arguments, own, control)
+                        self._running.discard(run)
+        if going:
+            self._bar.set_postfix(loss=f"{np.mean([loop.logs[run]['loss'] for run in going]):.3f}")
+        self._bar.update()
+        gap = min((member.recorder.measure_every or step for member in going.values()), default=step)
+        if (seconds := self._clock.left(step, state.max_steps, gap)) is not None:
+            forecast(seconds, self._name, progress=self._progress)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close what a training that was resumed at its very end had not closed."""
+        for run in sorted(self._running):
+            member = self._loop.members[run]
+            if self._loop.lost_at[run] < 0 and state.global_step >= len(member.steps):
+                with self._shown(run):
+                    member.recorder.on_train_end(member.arguments, self._state(run, state), control)
+        self._bar.close()
+
+    def _shown(self, run: int) -> contextlib.AbstractContextManager[None]:
+        """One run's adapters in the model itself."""
+        stack = self._loop.batch.adapters
+        return contextlib.nullcontext() if stack is None else stack.only(run)
+
+    def _state(self, run: int, state: Any) -> TrainerState:
+        steps = self._loop.members[run].steps
+        at = min(state.global_step, len(steps))
+        return TrainerState(global_step=at, max_steps=len(steps), epoch=steps[at - 1].epoch if at else 0.0)
+
+
+class _Clock:
+    """How long steps and measurements take, and so how long the rest will."""
+
+    def __init__(self) -> None:
+        self._measurements: list[float] = []  # seconds; the first is before the first step
+        self._told = False
+
+    def start(self, step: int) -> None:
+        """Training begins after this step."""
+        self._first, self._began = step, time.monotonic()
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Within, runs are measured."""
+        began = time.monotonic()
+        yield
+        self._measurements.append(time.monotonic() - began)
+
+    def left(self, step: int, last: int, gap: int) -> float | None:
+        """Seconds to the last step, told once: after the second step, or after the first if it is slow."""
+        passed, steps = time.monotonic() - self._began, step - self._first
+        if self._told or (steps < 2 and passed < 10):
+            return None
+        self._told = True
+        a_step = (passed - sum(self._measurements[1:])) / steps
+        return (last - step) * (a_step + float(np.mean(self._measurements)) / gap)

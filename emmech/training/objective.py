@@ -1,0 +1,125 @@
+"""What a training minimises: a sum of named terms, of which the answers' cross-entropy is the first.
+
+A term is one small class. Another one (a penalty, a divergence from a reference) is added without a change to the
+training loop:
+
+    class Pull:
+        name = "pull"
+
+        def __call__(self, batch):
+            for b in batch.adapters.B.values():  # [runs, rank, d_out]
+                yield 0.1 * b.square().sum((1, 2))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+
+from emmech.chat.encode import Encoded
+from emmech.chat.model import ChatModel
+from emmech.engine.row_forwards import Asked
+from emmech.engine.stacked_adapters import StackedAdapters
+
+__all__ = ["Batch", "CrossEntropy", "NotFinite", "RowForwards", "Term", "summed"]
+
+
+class RowForwards(Protocol):
+    """Forwards of rows, each under its own run: :class:`emmech.engine.row_forwards.Forwards`, or the model's own."""
+
+    rows: Encoded
+
+    def answer_tokens(self, asked: Sequence[Asked]) -> torch.Tensor:
+        """How many tokens of each carry loss, float64."""
+        ...
+
+    def nll(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Negative log-probabilities of answer tokens, piece by piece, and which of ``asked`` each belongs to."""
+        ...
+
+    def close(self) -> None:
+        """Let go of whatever is kept for the rows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one optimizer step, and what a term may look at.
+
+    Args:
+        asked: the rows of all runs; ``asked[i].run`` is the run of row i.
+        runs: how many runs there are, those without rows included.
+        step: the optimizer step that is being taken, from 1.
+        forwards: of the training rows.
+        adapters: of all runs, or None in full fine-tuning.
+        chat: the model with PEFT's layers on it.
+    """
+
+    asked: Sequence[Asked]
+    runs: int
+    step: int
+    forwards: RowForwards
+    adapters: StackedAdapters | None
+    chat: ChatModel
+
+
+class Term(Protocol):
+    """One summand of the loss."""
+
+    name: str
+
+    def __call__(self, batch: Batch) -> Iterator[Float[torch.Tensor, " runs"]]:
+        """Each run's value in pieces that add up to it; ``backward`` is called on a piece before the next is made."""
+        ...
+
+
+class CrossEntropy:
+    """Mean cross-entropy per answer token of each run's rows, in nats."""
+
+    name = "answer_loss"
+
+    def __call__(self, batch: Batch) -> Iterator[Float[torch.Tensor, " runs"]]:
+        """Piece by piece, as the forwards give it."""
+        device = batch.chat.device
+        run_of = torch.tensor([one.run for one in batch.asked], device=device)
+        empty = torch.zeros(batch.runs, dtype=torch.float64, device=device)
+        tokens = empty.index_add(0, run_of, batch.forwards.answer_tokens(batch.asked).to(device))
+        for nll, row_of in batch.forwards.nll(batch.asked):
+            of = run_of[row_of]
+            yield empty.index_add(0, of, nll.double() / tokens[of])
+
+
+class NotFinite(Exception):
+    """The loss of some runs is not finite."""
+
+    def __init__(self, runs: list[int]) -> None:
+        super().__init__(runs)
+        self.runs = runs
+
+
+def summed(objective: Sequence[Term], batch: Batch) -> dict[str, Float[torch.Tensor, " runs"]]:
+    """Each term's value for each run; with gradients enabled, their sum is differentiated piece by piece.
+
+    Only runs that have rows in the batch count.
+
+    Raises:
+        NotFinite: with gradients, the value of some run is not finite; the gradients are then of no use.
+    """
+    found = {}
+    going = torch.tensor(sorted({one.run for one in batch.asked}), device=batch.chat.device)
+    for term in objective:
+        value = torch.zeros(batch.runs, dtype=torch.float64, device=batch.chat.device)
+        for piece in term(batch):
+            value += piece.detach()
+            if not torch.is_grad_enabled():
+                continue
+            if not value[going].isfinite().all():
+                raise NotFinite(going[~value[going].isfinite()].tolist())
+            if piece.requires_grad:
+                piece[going].sum().backward()
+        found[term.name] = value
+    return found
