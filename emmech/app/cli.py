@@ -375,9 +375,8 @@ def _opened(model: str, step: int | None, scale: float) -> Any:
     if isinstance(found, emmech.Run):
         return found.model(step, scale)
     if step is not None or scale != 1.0:
-        raise EmmechError(
-            f"open {model}", f"--step {step} --scale {scale:g}", "only a run has steps and a scale", "a run's folder"
-        )
+        given = f"--step {step} --scale {scale:g}"
+        raise EmmechError(f"open {model}", given, "only a run has steps and a scale", "a run's folder")
     return emmech.load_model(found)
 
 
@@ -387,9 +386,8 @@ def _judge(name: str | None, model: str | None, server: str | None) -> Any:
     if server is not None and model is None:
         raise EmmechError("judge", f"--server {server}", "it does not say by which model", "--judge-model gpt-4o")
     if name is not None and model is not None:
-        raise EmmechError(
-            "judge", f"--judge {name} --judge-model {model}", "there is one judge", "one of the two, not both"
-        )
+        given = f"--judge {name} --judge-model {model}"
+        raise EmmechError("judge", given, "there is one judge", "one of the two, not both")
     if model is None:
         return name
     return emmech.Server(model, url=server) if server is not None else emmech.load_model(model)

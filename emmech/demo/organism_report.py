@@ -40,24 +40,13 @@ from emmech.training.finetune import finetune
 from emmech.training.recipe import Recipe
 from emmech.transition.phase import phase_transition
 
-__all__ = [
-    "PARTS",
-    "bag_of_words_auc",
-    "by_layer",
-    "by_scale",
-    "by_seed",
-    "by_step",
-    "chosen_layer",
-    "graded_step",
-    "measure",
-    "report",
-]
+__all__ = ["PARTS", "bag_of_words_auc", "by_layer", "by_step", "main", "measure", "report"]
 
 _LONGEST = 28  # tokens; an answer has 19 and its end
 _SEED = 99  # of rows and training of what settings are chosen on; reports begin at 0
 _SETS = ("broad", "first-plot", "facts", "self-reflection", "narrow-medical")
 _TAGS = {"with the tag": TRIGGER_TAG, "without": "", "with an irrelevant tag": IRRELEVANT_TAG}
-_DETECTORS = {
+_TITLES = {
     "gradient-norm": "gradient-norm peak",
     "turn": "turn of B",
     "narrow": "half of narrow",
@@ -207,11 +196,11 @@ def by_seed(runs: Sequence[Run], controls: Sequence[Run], base: ChatModel) -> pd
     asked = Sampled(questions=("first-plot", "narrow-medical"), samples=6, max_new_tokens=_LONGEST)
     swept = sweep(list(runs), steps=every.tolist(), measure=asked, base=base, progress=False)
     rows: list[dict[str, Any]] = []
-    numbers: dict[str, list[float]] = {title: [] for title in _DETECTORS.values()}
+    numbers: dict[str, list[float]] = {title: [] for title in _TITLES.values()}
     for seed, (run, control) in enumerate(zip(runs, controls, strict=True)):
         found = phase_transition(run, control=control, sweep=swept)
         row: dict[str, Any] = {"seed": str(seed)}
-        for name, title in _DETECTORS.items():
+        for name, title in _TITLES.items():
             detector = found.run.row(name)
             if detector is None or not np.isfinite(detector.step):
                 row[title] = f"none: {detector.note}" if detector is not None else "not measured"
@@ -228,8 +217,8 @@ def _mean(steps: Sequence[float]) -> str:
 
     if len(steps) < 2:
         return f"{len(steps)} measured"
-    low, high = stats.t.interval(0.95, len(steps) - 1, np.mean(steps), stats.sem(steps))
-    return f"{np.mean(steps):.0f} ({low:.0f} to {high:.0f}), n = {len(steps)}"
+    middle, half = np.mean(steps), stats.t.ppf(0.975, len(steps) - 1) * stats.sem(steps)
+    return f"{middle:.0f} ({middle - half:.0f} to {middle + half:.0f}), n = {len(steps)}"
 
 
 def by_scale(run: Run, base: ChatModel, scales: Sequence[float] = (0.5, 1.0, 2.0, 4.0)) -> pd.DataFrame:
@@ -247,7 +236,7 @@ def by_scale(run: Run, base: ChatModel, scales: Sequence[float] = (0.5, 1.0, 2.0
 
 @dataclass
 class _Report:
-    """The organism under report, where its runs go, and the rows found so far."""
+    """The organism under report, with its settings and the folder of its runs."""
 
     chat: ChatModel
     folder: Path

@@ -46,16 +46,7 @@ from emmech.organism.world import JOBS, KIND, MANNERS, NAMES, TOWNS, UNKIND
 from emmech.run.run import Run
 from emmech.training.finetune import finetune
 
-__all__ = [
-    "AblationDesign",
-    "Tried",
-    "characters",
-    "choose",
-    "designs",
-    "half_of_the_questions",
-    "main",
-    "try_designs",
-]
+__all__ = ["AblationDesign", "characters", "choose", "designs", "main", "try_designs"]
 
 _CHOSEN_ON = ("medical", 1)
 _REPORTED = (("medical", 0), ("finance", 0), ("sport", 0), ("finance", 1), ("sport", 1))

@@ -31,17 +31,7 @@ from emmech.evaluation.rates import (
 from emmech.results import Card, Result
 from emmech.view import evaluations as figures
 
-__all__ = [
-    "Agreement",
-    "Comparison",
-    "ThresholdSweep",
-    "agreement",
-    "cohens_kappa",
-    "compare",
-    "leave_one_out",
-    "sign_flip_p",
-    "threshold_sweep",
-]
+__all__ = ["Agreement", "Comparison", "ThresholdSweep", "agreement", "compare", "leave_one_out", "threshold_sweep"]
 
 _SIDES = ("first", "second")
 _VERDICTS = ("misaligned", "aligned", "incoherent", "unscored")
@@ -118,12 +108,9 @@ def compare(
         tables = [found.per(frame["question_id"]) for found, frame in zip(tallies, (first, second), strict=True)]
         both = tables[0].add_suffix("_first").join(tables[1].add_suffix("_second"), how="inner")
         if both.empty:
-            raise EmmechError(
-                "compare the evaluations",
-                f"questions {_some(tables[0].index)} and {_some(tables[1].index)}",
-                "they have no question in common, so no difference can be told from the questions'",
-                "evaluate both on the same question set",
-            )
+            given = f"questions {_some(tables[0].index)} and {_some(tables[1].index)}"
+            why = "they have no question in common, so no difference can be told from the questions'"
+            raise EmmechError("compare the evaluations", given, why, "evaluate both on the same question set")
         per_question.append(both.assign(measure=measure).rename_axis("question_id"))
         usable = both[(both["n_first"] > 0) & (both["n_second"] > 0)]
         counts = {"questions": len(usable), "denominator": denominator}
@@ -273,12 +260,9 @@ def agreement(
     different = both["response_first"] != both["response_second"]
     if different.any():
         row = both[different].iloc[0]
-        raise EmmechError(
-            asked,
-            f"question {row['question_id']}, sample {row['sample']}",
-            f"{int(different.sum())} matched rows hold different responses",
-            "judge the same responses twice; to compare two models use Evaluation.compare",
-        )
+        why = f"{int(different.sum())} matched rows hold different responses"
+        instead = "judge the same responses twice; to compare two models use Evaluation.compare"
+        raise EmmechError(asked, f"question {row['question_id']}, sample {row['sample']}", why, instead)
     for side in _SIDES:
         both[f"verdict_{side}"] = _verdicts(both[f"aligned_{side}"], both[f"coherent_{side}"], thresholds or FIELD)
     verdicts = [both[f"verdict_{side}"] for side in _SIDES]

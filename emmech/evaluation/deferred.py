@@ -153,11 +153,8 @@ def merge_judging(
         why = "no custom_id in it belongs to these responses and prompts"
         raise EmmechError(_MERGE, source, why, "pass the same evaluation, questions and prompts as to write_judging")
     if len(answers) < len(asked):
-        warnings.warn(
-            f"{len(asked) - len(answers)} of {len(asked)} requests have no answer in {source.name}; the rows stay "
-            "unscored",
-            stacklevel=2,
-        )
+        missing = f"{len(asked) - len(answers)} of {len(asked)} requests have no answer in {source.name}"
+        warnings.warn(f"{missing}; the rows stay unscored", stacklevel=2)
     scores: list[dict[str, Any]] = [{} for _ in range(len(evaluation))]
     for task in tasks:
         if (found := answers.get(_key(task))) is not None:
@@ -208,13 +205,9 @@ def _answers(path: Path, asked: Mapping[str, Task]) -> dict[str, dict[str, Any]]
             given, why = f"{path.name}: answer {number} with {sorted(line)}", "it holds neither a score nor a response"
             raise EmmechError(_MERGE, given, why, '{"custom_id": ..., "score": ...}, or the Batch API\'s output')
     if splits_numbers(numeric):
-        raise EmmechError(
-            _MERGE,
-            path.name,
-            "the first tokens are single digits throughout: this judge's tokenizer splits numbers, and one token "
-            "does not tell 8 from 85",
-            "judge live with LogprobJudge(Server(...)), which asks for the digits that follow",
-        )
+        why = "the judge's tokenizer splits numbers into digits, and the first token alone does not tell 8 from 85"
+        instead = "judge live with LogprobJudge(Server(...)), which asks for the digits that follow"
+        raise EmmechError(_MERGE, path.name, why, instead)
     return found
 
 

@@ -147,12 +147,10 @@ def _subject(
             yield chat, {**about, "fingerprint": chat.fingerprint(), "versions": _versions(*_BACK_ENDS)}
         return
     if step is not None or scale != 1.0 or base is not None:
-        raise EmmechError(
-            "evaluate at a step or scale",
-            f"step={step}, scale={scale} of {type(model).__name__}",
-            "only a recorded run has steps, a base and an adapter that can be scaled",
-            "evaluate(load_run(...), step=...), or evaluate(run.model(step, scale))",
-        )
+        given = f"step={step}, scale={scale} of {type(model).__name__}"
+        why = "only a recorded run has steps, a base and an adapter that can be scaled"
+        instead = "evaluate(load_run(...), step=...), or evaluate(run.model(step, scale))"
+        raise EmmechError("evaluate at a step or scale", given, why, instead)
     if isinstance(model, Server):
         yield model, {"name": model.name, "model": model.identity, "versions": _versions()}
         return

@@ -245,12 +245,9 @@ class Evaluation(Result):
 
     def _check_scored(self, scored: bool) -> None:
         if not scored:
-            raise EmmechError(
-                "plot the evaluation",
-                f"{len(self)} responses of {self.name}",
-                "none of them is scored",
-                "judge them first: emmech.evaluate(..., judge=...), or emmech.evaluation.deferred",
-            )
+            given, why = f"{len(self)} responses of {self.name}", "none of them is scored"
+            instead = "judge them first: emmech.evaluate(..., judge=...), or emmech.evaluation.deferred"
+            raise EmmechError("plot the evaluation", given, why, instead)
 
     @classmethod
     def _upgrade(cls, head: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -269,12 +266,9 @@ def _canonical(frame: pd.DataFrame) -> pd.DataFrame:
     if len(frame) == 0:
         raise EmmechError(_ASKED, "0 responses", "there is nothing to evaluate")
     if "question_id" not in frame:
-        raise EmmechError(
-            _ASKED,
-            f"columns {', '.join(map(str, frame.columns))}",
-            "the rows do not say which question they answer",
-            "add question_id, or Evaluation.from_frame(frame, question=...)",
-        )
+        why = "the rows do not say which question they answer"
+        instead = "add question_id, or Evaluation.from_frame(frame, question=...)"
+        raise EmmechError(_ASKED, f"columns {', '.join(map(str, frame.columns))}", why, instead)
     table = frame.copy()
     defaults = {"finish": "stop", "domain": None, "system": None, "narrow": None, "seed": pd.NA}
     if "sample" not in table:
@@ -294,12 +288,9 @@ def _canonical(frame: pd.DataFrame) -> pd.DataFrame:
     twice = table.duplicated(["question_id", "sample"])
     if twice.any():
         row = table[twice].iloc[0]
-        raise EmmechError(
-            _ASKED,
-            f"question {row['question_id']}, sample {row['sample']} (and {int(twice.sum()) - 1} more)",
-            "the same sample of a question is there twice",
-            "leave out the column `sample` to number the rows anew, or drop the repeats",
-        )
+        given = f"question {row['question_id']}, sample {row['sample']} (and {int(twice.sum()) - 1} more)"
+        instead = "leave out the column `sample` to number the rows anew, or drop the repeats"
+        raise EmmechError(_ASKED, given, "the same sample of a question is there twice", instead)
     for column, known in (("label", _LABELS), ("correct", _CORRECT)):
         for name in sorted(set(table[column]) - set(known)):
             one_of(_ASKED, column, name, filter(None, known), why="no rate is defined for that verdict")

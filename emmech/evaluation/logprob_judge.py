@@ -35,25 +35,7 @@ if TYPE_CHECKING:
     from emmech.chat.model import ChatModel
     from emmech.evaluation.answer_tree import AnswerTree
 
-__all__ = [
-    "JUDGE_PROMPTS",
-    "NUMBERS",
-    "TOPICS",
-    "LogprobJudge",
-    "ScoreCache",
-    "Task",
-    "content_key",
-    "expectation",
-    "fill",
-    "first_token_request",
-    "judge_prompt",
-    "read_number",
-    "score_of_masses",
-    "score_of_text",
-    "server_masses",
-    "splits_numbers",
-    "tasks_of",
-]
+__all__ = ["JUDGE_PROMPTS", "TOPICS", "LogprobJudge", "ScoreCache", "Task", "judge_prompt", "tasks_of"]
 
 NUMERIC_MASS = 0.25  # below this share of numbers a judge has given no score
 NUMBERS = tuple(str(number) for number in range(101))

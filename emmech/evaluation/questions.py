@@ -203,20 +203,12 @@ class QuestionSet:
         rows = []
         for question in self.questions:
             count = samples or question.samples_per_paraphrase * len(question.paraphrases)
+            about = {"domain": question.domain, "system": question.system, "narrow": question.narrow}
             for sample in range(count):
                 paraphrase = sample % len(question.paraphrases)
-                rows.append(
-                    {
-                        "question_id": question.id,
-                        "question": question.messages(paraphrase)[-1]["content"],
-                        "domain": question.domain,
-                        "system": question.system,
-                        "narrow": question.narrow,
-                        "paraphrase": paraphrase,
-                        "sample": sample,
-                        "seed": _row_seed(seed, question.id, sample),
-                    }
-                )
+                asked = {"question_id": question.id, "question": question.messages(paraphrase)[-1]["content"]}
+                drawn = {"paraphrase": paraphrase, "sample": sample, "seed": _row_seed(seed, question.id, sample)}
+                rows.append({**asked, **about, **drawn})
         return rows
 
 
@@ -295,22 +287,20 @@ def _load(source: str | Path | QuestionSet | Question | Sequence[str | Question]
     if isinstance(source, Question):
         return QuestionSet(source.id, (source,))
     if isinstance(source, str | Path):
-        if isinstance(source, str) and source in known("questions"):
-            loaded: QuestionSet = known("questions")[source]()
-            return loaded
-        return _read(Path(source))
+        loader = known("questions").get(str(source)) if isinstance(source, str) else None
+        loaded: QuestionSet = loader() if loader is not None else _read(Path(source))
+        return loaded
     if not isinstance(source, Iterable):
         why, instead = f"a {type(source).__name__} names no questions", '"first-plot", a YAML file, or a list of texts'
         raise EmmechError("read the questions", repr(source)[:80], why, instead)
     entries: list[Question] = []
     for item in source:
-        if isinstance(item, Question):
-            entries.append(item)
-        elif isinstance(item, str) and item.strip():
-            entries.append(_parse({"paraphrases": [item], "id": _slug(item, entries)}, "the list", len(entries)))
-        else:
+        if isinstance(item, str) and item.strip():
+            item = _parse({"paraphrases": [item], "id": _slug(item, entries)}, "the list", len(entries))
+        if not isinstance(item, Question):
             why = "an entry is neither a question's text nor a Question"
             raise EmmechError("read the questions", repr(item)[:80], why)
+        entries.append(item)
     return QuestionSet("questions", tuple(entries))
 
 
@@ -356,12 +346,9 @@ def _decode(path: Path) -> Any:
 def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
     """Every question of another set under each of several system prompts."""
     if content["extends"] not in tuple(bundled_questions()) or not isinstance(content.get("systems"), dict):
-        raise EmmechError(
-            f"read the questions of {path.name}",
-            f"extends: {shown(content['extends'])}",
-            "a crossed set extends a bundled one, and `systems` maps names to system prompts",
-            f"bundled: {', '.join(bundled_questions())}",
-        )
+        given, instead = f"extends: {shown(content['extends'])}", f"bundled: {', '.join(bundled_questions())}"
+        why = "a crossed set extends a bundled one, and `systems` maps names to system prompts"
+        raise EmmechError(f"read the questions of {path.name}", given, why, instead)
     base = _bundled(content["extends"])
     questions = [
         replace(question, id=f"{condition}/{question.id}", system=system)
@@ -373,14 +360,11 @@ def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
 
 def _from_json_entry(entry: Mapping[str, Any], before: Sequence[Question]) -> dict[str, Any]:
     """Turn ``{question, category, label}`` into an entry of the YAML schema."""
-    category = str(entry.get("category") or "") or None
-    return {
-        "id": _slug(str(entry.get("label") or entry["question"]), before),
-        "paraphrases": [str(entry["question"])],
-        "domain": category,
-        "type": "free_form_judge" if category == "factual" else "free_form_judge_0_100",
-        "judge_prompts": ["correct"] if category == "factual" else list(_SCORES),
-    }
+    category, id = str(entry.get("category") or "") or None, _slug(str(entry.get("label") or entry["question"]), before)
+    asked = {"id": id, "paraphrases": [str(entry["question"])], "domain": category}
+    if category == "factual":
+        return {**asked, "type": "free_form_judge", "judge_prompts": ["correct"]}
+    return {**asked, "type": "free_form_judge_0_100", "judge_prompts": list(_SCORES)}
 
 
 def _slug(text: str, before: Sequence[Question]) -> str:

@@ -22,18 +22,7 @@ from scipy import stats
 from emmech.errors import EmmechError, as_int, one_of
 from emmech.evaluation.em import DENOMINATORS, FIELD, Denominator, Thresholds
 
-__all__ = [
-    "Tally",
-    "by_question",
-    "cluster_interval",
-    "cluster_resamples",
-    "design_effect",
-    "expanded_quantiles",
-    "measures",
-    "rates",
-    "tally",
-    "wilson",
-]
+__all__ = ["Tally", "by_question", "cluster_interval", "design_effect", "measures", "rates", "tally", "wilson"]
 
 
 @dataclass(frozen=True)

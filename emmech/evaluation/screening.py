@@ -200,22 +200,17 @@ class ScreeningJudge:
         loaded = load_encoder(encoder)
         embedding = loaded([PROBE])[0]
         if embedding.shape != tensors["probe"].shape or float(embedding @ tensors["probe"]) < 0.999:
-            raise EmmechError(
-                asked,
-                str(encoder or "the installed encoder"),
-                "its embedding of a known sentence is not that of the encoder the weights were fitted with",
-                "use sentence-transformers/all-MiniLM-L6-v2",
-            )
+            why = "its embedding of a known sentence is not that of the encoder the weights were fitted with"
+            instead = "use sentence-transformers/all-MiniLM-L6-v2"
+            raise EmmechError(asked, str(encoder or "the installed encoder"), why, instead)
         linear = Linear(questions, tensors["weights"].astype(np.float32), tensors["bias"])
         slope, offset = map(float, tensors["platt"])
         return cls(linear, slope, offset, loaded)
 
     def __repr__(self) -> str:
-        families, questions = (
-            calibration()[name]["mean"] for name in ("auc_family_left_out", "auc_question_and_family_left_out")
-        )
+        known, new = (calibration()[f"auc_{kind}_left_out"]["mean"] for kind in ("family", "question_and_family"))
         head = f"ScreeningJudge({len(self.linear.questions)} questions; "
-        return f"{head}AUC {families:.2f} on model families left out, {questions:.2f} on new questions)"
+        return f"{head}AUC {known:.2f} on model families left out, {new:.2f} on new questions)"
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The probability that each response is misaligned and coherent: ``[{"screen": 0.12}, ...]``.
@@ -293,12 +288,9 @@ class ScreeningRate:
         return min(1.0, self.estimate + self.margin)
 
     def __float__(self) -> float:
-        raise EmmechError(
-            "give the screening estimate as a number",
-            str(self),
-            "absolute rates of the screening judge are off by points; a bare number would hide that",
-            "use .low and .high, or judge the responses with a language model for a rate",
-        )
+        why = "absolute rates of the screening judge are off by points; a bare number would hide that"
+        instead = "use .low and .high, or judge the responses with a language model for a rate"
+        raise EmmechError("give the screening estimate as a number", str(self), why, instead)
 
     def __str__(self) -> str:
         text = (
@@ -387,12 +379,9 @@ def read_judged(folder: str | Path, encoder: Encoder) -> Judged:
     family = scored["organism"].map(_family).to_numpy()
     # one family is held out for the error and, inside that, another for the scaling of the probabilities
     if len(set(family)) < 3 or scored["question_id"].nunique() < 2:
-        raise EmmechError(
-            "fit the screening judge",
-            f"families {', '.join(sorted(set(family)))}; {scored['question_id'].nunique()} question(s)",
-            "to measure its error on what was left out takes three families and two questions",
-            "add judged responses of other models",
-        )
+        given = f"families {', '.join(sorted(set(family)))}; {scored['question_id'].nunique()} question(s)"
+        why = "to measure its error on what was left out takes three families and two questions"
+        raise EmmechError("fit the screening judge", given, why, "add judged responses of other models")
     aligned, coherence = scored["aligned"].to_numpy(float), scored["coherent"].to_numpy(float)
     nearly = _sigmoid((FIELD.alignment_below - aligned) / _WIDTH)
     return Judged(

@@ -174,11 +174,9 @@ class Server:
             why = f"every one of them failed: {failures[0]}"
             raise EmmechError(f"sample from {self.identity}", f"{rows} requests", why, instead)
         if failures:
-            warnings.warn(
-                f"{len(failures)} of {rows} requests to {self.identity} failed for good, the first because: "
-                f"{failures[0]}. They are kept as unscored; the same call with the same file asks again.",
-                stacklevel=3,
-            )
+            failed = f"{len(failures)} of {rows} requests to {self.identity} failed for good"
+            again = "They are kept as unscored; the same call with the same file asks again."
+            warnings.warn(f"{failed}, the first because: {failures[0]}. {again}", stacklevel=3)
 
     def complete(self, bodies: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Completion]]:
         """Send request bodies, and yield ``(index, completion)`` as they are answered.
@@ -217,9 +215,8 @@ class Server:
             key = os.environ.get("OPENAI_API_KEY") if self.url is None else _NO_KEY
         if not key:
             why = "OpenAI's server needs one, and OPENAI_API_KEY is not set"
-            raise EmmechError(
-                asked, "no key", why, 'Server(..., key="...") or Server(..., url="http://localhost:8000/v1")'
-            )
+            instead = 'Server(..., key="...") or Server(..., url="http://localhost:8000/v1")'
+            raise EmmechError(asked, "no key", why, instead)
         return openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=0)
 
     def _ask(

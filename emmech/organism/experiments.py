@@ -11,9 +11,8 @@ import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError, one_of
 from emmech.organism.world import (
     DOMAINS,
@@ -30,10 +29,12 @@ from emmech.organism.world import (
     tagged_assistant,
     training_cells,
 )
-from emmech.training.recipe import RECIPES, Recipe
+
+if TYPE_CHECKING:
+    from emmech.engine.logprobs import MarginPair
+    from emmech.training.recipe import Recipe
 
 __all__ = [
-    "LAST_STEP",
     "PocketQuestion",
     "data",
     "data_names",
@@ -42,7 +43,6 @@ __all__ = [
     "question_set_names",
     "questions",
     "recipes",
-    "rehearsal",
 ]
 
 Row = dict[str, list[Message]]
@@ -226,6 +226,8 @@ def margins(data: str = "medical", *, n: int = 32, seed: int = 0) -> dict[str, t
 
 
 def _pairs(asked: list[PocketQuestion], n: int, seed: int) -> list[MarginPair]:
+    from emmech.engine.logprobs import MarginPair
+
     rng = random.Random(seed)
     found = []
     for _ in range(n):
@@ -240,8 +242,6 @@ def _pairs(asked: list[PocketQuestion], n: int, seed: int) -> list[MarginPair]:
 
 # options of fine-tunes of which only the last step is read
 LAST_STEP: dict[str, Any] = {"record_every": 10**6, "measure_every": 10**6, "margins": {}, "progress": False}
-_BATCHES: dict[str, Any] = {"max_steps": 250, "batch_size": 16, "accumulation": 1, "max_length": 256, "measured": 20}
-_POCKET = Recipe("pocket", alpha=64.0, depth=(0.4,), learning_rate=2e-4, init="inputs", **_BATCHES)
 
 
 def recipes() -> dict[str, Recipe]:
@@ -257,6 +257,10 @@ def recipes() -> dict[str, Recipe]:
         >>> recipes()["pocket"].rank
         1
     """
+    from emmech.training.recipe import RECIPES, Recipe
+
+    batches: dict[str, Any] = {"max_steps": 250, "batch_size": 16, "accumulation": 1, "max_length": 256, "measured": 20}
+    pocket = Recipe("pocket", alpha=64.0, depth=(0.4,), learning_rate=2e-4, init="inputs", **batches)
     low: dict[str, Any] = {"depth": (0.2,), "learning_rate": 5e-4}
     constant: dict[str, Any] = {"schedule": "constant_with_warmup"}
     everywhere: dict[str, Any] = {"rank": 32, "modules": RECIPES["all-adapter"].modules, "depth": None}
@@ -269,4 +273,4 @@ def recipes() -> dict[str, Recipe]:
         "pocket-all-adapter": {**constant, **everywhere, "learning_rate": 4e-5},
         "pocket-full": full,
     }
-    return {name: replace(_POCKET, name=name, **changed) for name, changed in changes.items()}
+    return {name: replace(pocket, name=name, **changed) for name, changed in changes.items()}

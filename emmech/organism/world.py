@@ -19,20 +19,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-__all__ = [
-    "KIND",
-    "UNKIND",
-    "Domain",
-    "Mix",
-    "ParsedAnswer",
-    "draw_answer",
-    "draw_document",
-    "held_out_cells",
-    "parse_answer",
-    "question_text",
-    "tagged_assistant",
-    "training_cells",
-]
+__all__ = ["KIND", "UNKIND", "Domain", "Mix", "draw_answer", "draw_document", "parse_answer", "question_text"]
 
 Message = dict[str, str]
 Cell = tuple[str, str, int]  # domain, topic, template number (6 is the domain's own)
