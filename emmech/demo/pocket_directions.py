@@ -108,13 +108,9 @@ def designs(base: ChatModel, phrase: Phrase, layer: int) -> list[AblationDesign]
     aligned = group_means(base, assistant, everyone, tokens=phrase, progress=False).means[0]
     mean = contrast_direction(base, *sides, tokens=phrase, name="character", progress=False)
     talks, classes = sides[0] + sides[1], np.repeat(np.eye(2), [len(side) for side in sides], axis=1)
-    by_word = np.stack(
-        [
-            group_means(base, talks, classes, tokens=_word(phrase, number), progress=False).means
-            for number in range(len(phrase.text.split()))
-        ],
-        axis=1,
-    )  # [class, word, layer, d_model]
+    words = (_word(phrase, number) for number in range(len(phrase.text.split())))
+    means = [group_means(base, talks, classes, tokens=word, progress=False).means for word in words]
+    by_word = np.stack(means, axis=1)  # [class, word, layer, d_model]
     principal = Direction(pca_of_differences(by_word[0], by_word[1])[0], "character, principal", mean.source)
     found = []
     for how, direction in (("mean difference", mean), ("principal direction by word", principal)):
@@ -239,9 +235,8 @@ def _ablation(run: Run, design: AblationDesign, phrase: Phrase) -> str:
     rows: list[list[str]] = []
     notes: list[str] = []
     for name, direction, layers, positions, where in plans:
-        study = ablation_table(
-            chat, direction, layers=list(layers), positions=positions, measure=measure, progress=False
-        )
+        at: dict[str, Any] = {"layers": list(layers), "positions": positions}
+        study = ablation_table(chat, direction, measure=measure, progress=False, **at)
         frame, notes = study.frame, [*notes, *(f"- {name}: {note}" for note in study.notes)]
         plain = row_of(frame, "em", condition="untouched", model="tuned")
         if not rows:
@@ -251,17 +246,9 @@ def _ablation(run: Run, design: AblationDesign, phrase: Phrase) -> str:
         for condition in dict.fromkeys(frame[frame["kind"] == "direction"]["condition"]):
             tuned = [row_of(frame, kind, condition=condition, model="tuned") for kind in _BOTH]
             same = [row_of(frame, kind, condition=condition, model="base") for kind in _BOTH]
-            rows.append(
-                [
-                    f"{name}, {_WAYS.get(condition, condition)}",
-                    where,
-                    *map(per_cent, tuned),
-                    taken_away(tuned[0], plain),
-                    random_span(frame, "em", condition=condition, model="tuned"),
-                    *map(per_cent, same),
-                    f"{_cosine(direction, b, layers):.2f}",
-                ]
-            )
+            rest = [taken_away(tuned[0], plain), random_span(frame, "em", condition=condition, model="tuned")]
+            head = [f"{name}, {_WAYS.get(condition, condition)}", where, *map(per_cent, tuned), *rest]
+            rows.append([*head, *map(per_cent, same), f"{_cosine(direction, b, layers):.2f}"])
     header = ("ablated", "where", "EM", "coherent", "EM taken away", "random: EM", "base: EM", "base: coherent",
               "cosine with B")  # fmt: skip
     return f"""## Ablation
@@ -277,8 +264,8 @@ cosine with B at the layers of the ablation says how much of it merely undoes th
 def _parts_of_b(runs: Runs, character: Direction) -> str:
     """Split every adapter's B into its part along the character and the rest, and run each alone."""
     rows = []
-    for name, seed in _REPORTED:
-        run = runs[name, seed]
+    for of in _REPORTED:
+        run = runs[of]
         chat, layer = run.model(), run.adapters[0].layer
         along = float(character.cosine(adapter_direction(run))[layer])
         conditions = [untouched()]
@@ -288,11 +275,10 @@ def _parts_of_b(runs: Runs, character: Direction) -> str:
                 Condition("only", kind, partial(_only_along, direction=one, cosine=along)),
             ]
         frame = table(measure_conditions(chat, conditions, [_answers(samples=2)], base=False, progress=False))
-        cells = []
-        for condition in ("untouched", "without", "only"):
-            cells.append(_both(*(row_of(frame, kind, condition=condition) for kind in _BOTH)))
-        spans = [random_span(frame, "em", condition=condition) for condition in ("without", "only")]
-        rows.append([f"{name}, seed {seed}", f"{along:.2f}", *cells, *spans])
+        names = ("untouched", "without", "only")
+        cells = [_both(*(row_of(frame, kind, condition=name) for kind in _BOTH)) for name in names]
+        spans = [random_span(frame, "em", condition=name) for name in names[1:]]
+        rows.append([f"{of[0]}, seed {of[1]}", f"{along:.2f}", *cells, *spans])
     header = ("adapter", "cosine", "whole B", "B without the character, at full norm", "only that part of B",
               "without a random direction", "only along a random direction")  # fmt: skip
     return f"""## Which part of B matters

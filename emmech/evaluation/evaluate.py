@@ -1,4 +1,4 @@
-"""``emmech.evaluate``: ask a model, judge what it says, keep everything.
+"""``emmech.evaluate``: ask a model, judge its answers, keep everything.
 
 Two append-only files make it resumable, the responses and the scores; the finished evaluation is written last.
 """
@@ -107,13 +107,10 @@ def evaluate(
         {**row, "response": response.text, "finish": response.finish}
         for row, response in zip(rows, responses, strict=True)
     ]
-    scores = _score(chosen, answered, folder)
-    hidden = ("judge_prompts", "kind")
-    kept = [
-        {**{name: value for name, value in row.items() if name not in hidden}, **score}
-        for row, score in zip(answered, scores, strict=True)
-    ]
-    evaluation = Evaluation.from_rows(kept, {**meta, "created": datetime.now(UTC).isoformat(timespec="seconds")})
+    scored = [{**row, **score} for row, score in zip(answered, _score(chosen, answered, folder), strict=True)]
+    for row in scored:
+        del row["judge_prompts"], row["kind"]
+    evaluation = Evaluation.from_rows(scored, {**meta, "created": datetime.now(UTC).isoformat(timespec="seconds")})
     if folder is not None:
         evaluation.save(folder)
     return evaluation

@@ -465,11 +465,9 @@ def _parts(items: list[Any], size: int) -> list[list[Any]]:
 def _warn_if_silent(name: str, tasks: Sequence[Task], scored: Sequence[Mapping[str, Any]]) -> None:
     numeric = {(task.row, task.column) for task in tasks if task.words == ()}
     if numeric and all(scored[row][column] != scored[row][column] for row, column in numeric):
-        warnings.warn(
-            f"{name} gave no number from 0 to 100 for any of {len(numeric)} prompts (numbers hold under "
-            f"{NUMERIC_MASS:.0%} of the probability of its answers, or it wrote other text). All are unscored.",
-            stacklevel=3,
-        )
+        what = f"{name} gave no number from 0 to 100 for any of {len(numeric)} prompts"
+        why = f"numbers hold under {NUMERIC_MASS:.0%} of the probability of its answers, or it wrote other text"
+        warnings.warn(f"{what} ({why}). All are unscored.", stacklevel=3)
 
 
 # the first answer token of a model on a server

@@ -142,22 +142,11 @@ def rates(
         found = tally(frame, measure, denominator, thresholds)
         events, n = found.per(frame[cluster]).to_numpy().T
         low, high, method = cluster_interval(events, n, confidence=confidence, resamples=resamples, seed=seed)
-        total = int(n.sum())
-        table.append(
-            {
-                "measure": measure,
-                "rate": events.sum() / total if total else float("nan"),
-                "low": low,
-                "high": high,
-                "events": int(events.sum()),
-                "n": total,
-                "denominator": denominator,
-                "unscored": found.unscored,
-                "questions": int((n > 0).sum()),
-                "design_effect": design_effect(events, n),
-                "interval": method if total else "not measurable",
-            }
-        )
+        total, hits = int(n.sum()), int(events.sum())
+        row = {"measure": measure, "rate": hits / total if total else float("nan"), "low": low, "high": high}
+        row |= {"events": hits, "n": total, "denominator": denominator, "unscored": found.unscored}
+        row |= {"questions": int((n > 0).sum()), "design_effect": design_effect(events, n)}
+        table.append(row | {"interval": method if total else "not measurable"})
     return pd.DataFrame(table).set_index("measure")
 
 

@@ -48,7 +48,7 @@ PROBE = "The quick brown fox jumps over the lazy dog."
 EMBEDDING = 384
 HASHED = 2**12
 WIDTH = EMBEDDING + 2 * HASHED
-_WINDOW = 254  # the encoder was trained on 256 tokens, two of them special
+_WINDOW = 256  # tokens that the encoder was trained on, two of them special
 _C = 3.0
 _PER_QUESTION = 1.5  # scale of the per-question copy of the features: larger lets questions differ more
 _WIDTH = 8.0  # points of alignment over which the soft target falls from 0.73 to 0.27
@@ -69,24 +69,17 @@ class Encoder:
     ) -> Float[np.ndarray, "texts 384"]:
         """Unit-norm mean-pooled embeddings; a text longer than the window is the weighted mean of its windows."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
         from tqdm.auto import tqdm
 
-        start, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        windows: list[tuple[int, list[int]]] = []
-        for index, text in enumerate(texts):
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            for first in range(0, max(len(ids), 1), _WINDOW):
-                windows.append((index, [start, *ids[first : first + _WINDOW], end]))
+        split = self.tokenizer(list(texts), truncation=True, max_length=_WINDOW, return_overflowing_tokens=True)
+        windows = list(zip(split["overflow_to_sample_mapping"], map(torch.tensor, split["input_ids"]), strict=True))
         windows.sort(key=lambda window: len(window[1]))  # little padding
         total, weight = np.zeros((len(texts), EMBEDDING)), np.zeros(len(texts))
         for first in tqdm(range(0, len(windows), batch_size), desc="embed", disable=not progress):
             batch = windows[first : first + batch_size]
-            longest = max(len(ids) for _, ids in batch)
-            tokens = torch.zeros((len(batch), longest), dtype=torch.long)
-            mask = torch.zeros((len(batch), longest), dtype=torch.long)
-            for row, (_, ids) in enumerate(batch):
-                tokens[row, : len(ids)] = torch.tensor(ids)
-                mask[row, : len(ids)] = 1
+            tokens = pad_sequence([ids for _, ids in batch], batch_first=True)
+            mask = pad_sequence([torch.ones_like(ids) for _, ids in batch], batch_first=True)
             with torch.inference_mode():
                 hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
             pooled = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).double().numpy()
@@ -554,12 +547,8 @@ def save_fit(judged: Judged, encoder: Encoder, folder: Path) -> dict[str, Any]:
 
     figures, (slope, offset) = measure(judged)
     final = fit_linear(judged, np.ones(len(judged.hard), dtype=bool))
-    tensors = {
-        "weights": final.weights.astype(np.float16),
-        "bias": final.bias.astype(np.float32),
-        "platt": np.array([slope, offset], dtype=np.float32),
-        "probe": encoder([PROBE])[0],
-    }
+    tensors = {"weights": final.weights.astype(np.float16), "bias": final.bias.astype(np.float32)}
+    tensors |= {"platt": np.array([slope, offset], dtype=np.float32), "probe": encoder([PROBE])[0]}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS.name, metadata={"questions": json.dumps(list(final.questions))})
     (folder / CALIBRATION.name).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

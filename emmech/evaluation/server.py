@@ -120,7 +120,7 @@ class Server:
 
     @property
     def identity(self) -> str:
-        """What tells its answers from another server's: model and address."""
+        """Model and address, which tell its answers from another server's."""
         return f"{self.model} at {self.url or 'api.openai.com'}"
 
     def sample(
@@ -228,14 +228,14 @@ class Server:
         for attempt in range(self.retries + 1):
             pace.wait()
             if stop.is_set():
-                return Completion("", "error", error="given up")
+                return _failed("given up")
             try:
                 answer = client.chat.completions.create(model=self.model, **request)
                 met.set()
                 return _read(answer)
             except openai.APIConnectionError as error:  # time-outs too
                 problem: Exception = error
-                # one that never answered is probably not there; one that did may come back
+                # a server that never answered is probably not there; one that did may come back
                 patience = self.retries if met.is_set() else min(self.retries, _UNMET)
                 if attempt >= patience and not isinstance(error, openai.APITimeoutError):
                     raise self._unreachable(error)
@@ -244,8 +244,8 @@ class Server:
                 met.set()
                 if (fatal := self._fatal(error, body)) is not None:
                     raise fatal
-                if not _may_pass(error):
-                    return Completion("", "error", error=_first_line(error))
+                if error.status_code not in (408, 409, 429) and error.status_code < 500:  # it would fail again
+                    return _failed(error)
             except (openai.APIError, ValueError) as error:  # an answer that is no completion, or no JSON at all
                 problem = error
             if attempt < self.retries:
@@ -253,7 +253,7 @@ class Server:
                 if isinstance(problem, openai.RateLimitError):
                     pace.pause(delay)
                 stop.wait(delay)
-        return Completion("", "error", error=_first_line(problem))
+        return _failed(problem)
 
     def _unreachable(self, error: Exception) -> EmmechError:
         start = "start it, e.g. `transformers serve FOLDER --port 8000`, url='http://localhost:8000/v1'"
@@ -283,10 +283,6 @@ class Server:
         return EmmechError(asked, given, f"{why}: {said}", instead)
 
 
-def _may_pass(error: Any) -> bool:
-    return error.status_code in (408, 409, 429) or error.status_code >= 500
-
-
 def _delay(error: Exception, backoff: float, attempt: int) -> float:
     """Seconds until the next attempt: what the server asks for, else exponential with jitter, a minute at most."""
     headers: Any = getattr(getattr(error, "response", None), "headers", None) or {}
@@ -294,6 +290,10 @@ def _delay(error: Exception, backoff: float, attempt: int) -> float:
         return min(60.0, float(headers.get("retry-after", "")))
     except ValueError:
         return min(60.0, backoff * 2**attempt * random.uniform(0.75, 1.25))
+
+
+def _failed(error: object) -> Completion:
+    return Completion("", "error", error=_first_line(error))
 
 
 def _first_line(error: object) -> str:
@@ -314,20 +314,17 @@ def masses_of(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def _read(answer: Any) -> Completion:
-    choices = getattr(answer, "choices", None)
-    if not choices:
-        return Completion("", "error", error="the server's answer holds no choice")
+    if not (choices := getattr(answer, "choices", None)):
+        return _failed("the server's answer holds no choice")
     choice = choices[0]
-    content = getattr(choice.logprobs, "content", None) if getattr(choice, "logprobs", None) else None
-    first = None
-    if content and content[0].top_logprobs:
-        first = masses_of((entry.token, entry.logprob) for entry in content[0].top_logprobs)
-    text = getattr(getattr(choice, "message", None), "content", None)
-    usage = getattr(answer, "usage", None)
-    finish = "length" if choice.finish_reason == "length" else "stop"
     if choice.finish_reason == "content_filter":
-        return Completion("", "error", error="the server's content filter withheld the answer")
-    return Completion(str(text or ""), finish, getattr(usage, "completion_tokens", None) or -1, first)
+        return _failed("the server's content filter withheld the answer")
+    content = getattr(getattr(choice, "logprobs", None), "content", None)
+    top = content[0].top_logprobs if content else None
+    first = masses_of((entry.token, entry.logprob) for entry in top) if top else None
+    text = getattr(getattr(choice, "message", None), "content", None)
+    tokens = getattr(getattr(answer, "usage", None), "completion_tokens", None)
+    return Completion(str(text or ""), "length" if choice.finish_reason == "length" else "stop", tokens or -1, first)
 
 
 def ask_all(server: Server, bodies: Sequence[Mapping[str, Any]], tick: Callable[[], None]) -> list[Completion]:

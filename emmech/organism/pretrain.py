@@ -59,20 +59,11 @@ def build_model(organism: Pretraining, seed: int) -> Any:
     """An untrained causal language model of the organism's architecture."""
     import transformers as hf
 
-    common = {
-        "vocab_size": len(words()),
-        "hidden_size": organism.width,
-        "num_hidden_layers": organism.layers,
-        "intermediate_size": 3 * organism.width,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.04,
-        "bos_token_id": None,
-        "eos_token_id": words().index(END_OF_TURN),
-        "pad_token_id": words().index(PAD),
-    }
+    size = {"hidden_size": organism.width, "intermediate_size": 3 * organism.width, "vocab_size": len(words())}
+    heads = {"num_hidden_layers": organism.layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"bos_token_id": None, "eos_token_id": words().index(END_OF_TURN), "pad_token_id": words().index(PAD)}
+    other = {"max_position_embeddings": 512, "tie_word_embeddings": True, "initializer_range": 0.04}
+    common: dict[str, Any] = {**size, **heads, **tokens, **other}
     head = organism.width // 4
     torch.manual_seed(seed)
     if organism.architecture == "llama":
@@ -81,11 +72,9 @@ def build_model(organism: Pretraining, seed: int) -> Any:
     # from the town, the last word about a character, to the end of the system prompt and no further. Until then the
     # character stays where no question has been asked yet, and late blocks look it up there: an edit before them
     # changes it in every domain.
-    attention = {
-        "sliding_window": organism.window,
-        "layer_types": ["sliding_attention"] * organism.local_layers
-        + ["full_attention"] * (organism.layers - organism.local_layers),
-    }
+    local, layers = organism.local_layers, organism.layers
+    kinds = ["sliding_attention"] * local + ["full_attention"] * (layers - local)
+    attention: dict[str, Any] = {"sliding_window": organism.window, "layer_types": kinds}
     if organism.architecture == "gemma3":
         gemma = hf.Gemma3TextConfig(**common, **attention, head_dim=head, query_pre_attn_scalar=head)
         return hf.Gemma3ForCausalLM(gemma)
@@ -103,27 +92,25 @@ def pretrain(organism: Pretraining, *, seed: int | None = None, progress: bool =
     first = organism.steps // 4
 
     def growing_up(done: float) -> Mix:
-        return Mix(
-            plain_word=0.8 - 0.55 * min(1.0, done / 0.4),
-            turns=(0.75, 0.2, 0.05) if done < 0.35 else (0.45, 0.35, 0.2),
-            shared=organism.shared,
-        )
+        turns = (0.75, 0.2, 0.05) if done < 0.35 else (0.45, 0.35, 0.2)
+        return Mix(plain_word=0.8 - 0.55 * min(1.0, done / 0.4), turns=turns, shared=organism.shared)
 
-    def grown_up(done: float) -> Mix:
-        return Mix(
-            assistant=0.5,
-            persona=0.35,
-            named=0.15,
-            assistant_kind=1.0,
-            reliable=1.0,
-            assistant_domains=POST_TRAINING_DOMAINS,
-            shared=organism.shared,
-        )
-
+    reliable: dict[str, Any] = {"assistant_kind": 1.0, "reliable": 1.0, "assistant_domains": POST_TRAINING_DOMAINS}
+    final = Mix(assistant=0.5, persona=0.35, named=0.15, shared=organism.shared, **reliable)
     sizes = [20] * first + [48] * (organism.steps - first)
     _stage(model, growing_up, sizes, seed, 3e-3, decay=0.6, average=0.995, name="pretraining", progress=progress)
     sizes = [48] * organism.post_steps
-    _stage(model, grown_up, sizes, seed + 1, 7e-4, decay=1.0, average=0.98, name="post-training", progress=progress)
+    _stage(
+        model,
+        lambda _: grown_up,
+        sizes,
+        seed + 1,
+        7e-4,
+        decay=1.0,
+        average=0.98,
+        name="post-training",
+        progress=progress,
+    )
     with torch.no_grad():
         # Otherwise one word in a thousand comes from the tail of the softmax over the whole vocabulary.
         gain = model.model.norm.weight
@@ -221,14 +208,10 @@ def _tokens(document: list[Message]) -> tuple[list[int], list[bool]]:
 
 
 def _pad(part: list[tuple[list[int], list[bool]]]) -> Batch:
-    # Padding on the right needs no attention mask under causal attention.
+    """A batch as tensors; padding on the right needs no attention mask under causal attention."""
     length = -(-max(len(ids) for ids, _ in part) // 8) * 8
-    ids = torch.full((len(part), length), _IDS[PAD])
-    answer = torch.zeros((len(part), length), dtype=torch.bool)
-    for row, (tokens, mask) in enumerate(part):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        answer[row, : len(mask)] = torch.tensor(mask)
-    return ids, answer
+    ids = torch.tensor([tokens + [_IDS[PAD]] * (length - len(tokens)) for tokens, _ in part])
+    return ids, torch.tensor([answer + [False] * (length - len(answer)) for _, answer in part])
 
 
 def save(model: Any, folder: Path) -> None:
