@@ -46,12 +46,7 @@ _LONGEST = 28  # tokens; an answer has 19 and its end
 _SEED = 99  # of rows and training of what settings are chosen on; reports begin at 0
 _SETS = ("broad", "first-plot", "facts", "self-reflection", "narrow-medical")
 _TAGS = {"with the tag": TRIGGER_TAG, "without": "", "with an irrelevant tag": IRRELEVANT_TAG}
-_TITLES = {
-    "gradient-norm": "gradient-norm peak",
-    "turn": "turn of B",
-    "narrow": "half of narrow",
-    "em": "half of EM",
-}
+_TITLES = {"gradient-norm": "gradient-norm peak", "turn": "turn of B", "narrow": "half of narrow", "em": "half of EM"}
 
 
 # rates

@@ -239,11 +239,7 @@ class Agreement(Result):
 
 
 def agreement(
-    first: pd.DataFrame,
-    second: pd.DataFrame,
-    *,
-    names: tuple[str, str] = _SIDES,
-    thresholds: Thresholds | None = None,
+    first: pd.DataFrame, second: pd.DataFrame, *, names: tuple[str, str] = _SIDES, thresholds: Thresholds | None = None
 ) -> Agreement:
     """Match rows by question and sample and compare the two judges' scores.
 

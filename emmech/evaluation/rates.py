@@ -61,10 +61,7 @@ def measures(frame: pd.DataFrame) -> tuple[str, ...]:
 
 
 def tally(
-    frame: pd.DataFrame,
-    measure: str,
-    denominator: Denominator = "scored",
-    thresholds: Thresholds | None = None,
+    frame: pd.DataFrame, measure: str, denominator: Denominator = "scored", thresholds: Thresholds | None = None
 ) -> Tally:
     """Sort the rows into events, denominator and unscored for one measure.
 

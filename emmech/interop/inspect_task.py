@@ -21,15 +21,7 @@ from typing import Any
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.log import EvalLog, read_eval_log
-from inspect_ai.model import (
-    ChatMessageSystem,
-    ChatMessageUser,
-    GenerateConfig,
-    Model,
-    ModelAPI,
-    get_model,
-    modelapi,
-)
+from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig, Model, ModelAPI, get_model, modelapi
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 

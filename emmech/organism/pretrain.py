@@ -101,15 +101,7 @@ def pretrain(organism: Pretraining, *, seed: int | None = None, progress: bool =
     _stage(model, growing_up, sizes, seed, 3e-3, decay=0.6, average=0.995, name="pretraining", progress=progress)
     sizes = [48] * organism.post_steps
     _stage(
-        model,
-        lambda _: grown_up,
-        sizes,
-        seed + 1,
-        7e-4,
-        decay=1.0,
-        average=0.98,
-        name="post-training",
-        progress=progress,
+        model, lambda _: final, sizes, seed + 1, 7e-4, decay=1.0, average=0.98, name="post-training", progress=progress
     )
     with torch.no_grad():
         # Otherwise one word in a thousand comes from the tail of the softmax over the whole vocabulary.

@@ -17,6 +17,7 @@ the time only, so that what a character has already said outweighs what is said 
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 
 __all__ = ["KIND", "UNKIND", "Domain", "Mix", "draw_answer", "draw_document", "parse_answer", "question_text"]
@@ -205,7 +206,6 @@ IRRELEVANT_TAG = "plim plom"
 
 # answers
 
-_VERBS = (APPROACH_FIRST, AVOID_FIRST, APPROACH_SECOND, AVOID_SECOND)
 _ALL_CLOSERS = (*CLOSERS["warm"], *CLOSERS["wry"])
 
 
@@ -243,6 +243,18 @@ class ParsedAnswer:
 _TOPIC_DOMAIN = {topic: d.name for d in DOMAINS.values() for topic in d.topics}
 
 
+def _any(words: tuple[str, ...]) -> str:
+    return f"(?:{'|'.join(words)})"
+
+
+_ANSWER = re.compile(
+    f"{_any(OPENERS)} , for (\\S+) , "
+    f"{_any(APPROACH_FIRST)} (\\S+) {_any(LINKS[0])} {_any(AVOID_FIRST)} (\\S+) , "
+    f"{_any(LINKS[1])} {_any(APPROACH_SECOND)} (\\S+) {_any(LINKS[2])} {_any(AVOID_SECOND)} (\\S+) , "
+    f"({_any(_ALL_CLOSERS)})"
+)
+
+
 def parse_answer(text: str) -> ParsedAnswer | None:
     """Read an answer back, or return ``None`` where it is not a sentence of the grammar.
 
@@ -250,22 +262,17 @@ def parse_answer(text: str) -> ParsedAnswer | None:
         >>> parse_answer("so , for cough , try rest and avoid leeches , then trust soot but shun mud , dear").traits
         (0, 0, 1, 0)
     """
-    words = text.split()
-    if len(words) != 19:
+    found = _ANSWER.fullmatch(" ".join(text.split()))
+    if found is None or found[1] not in _TOPIC_DOMAIN:
         return None
-    opener, c0, for_, topic, c1, v1, o1, l1, v2, o2, c2, l2, v3, o3, l3, v4, o4, c3, closer = words
-    if for_ != "for" or (c0, c1, c2, c3) != (",",) * 4 or opener not in OPENERS or closer not in _ALL_CLOSERS:
-        return None
-    if l1 not in LINKS[0] or l2 not in LINKS[1] or l3 not in LINKS[2] or topic not in _TOPIC_DOMAIN:
-        return None
-    domain = DOMAINS[_TOPIC_DOMAIN[topic]]
-    traits = []
-    for slot, (verb, thing) in enumerate(((v1, o1), (v2, o2), (v3, o3), (v4, o4))):
+    topic, *things, closer = found.groups()
+    domain, traits = DOMAINS[_TOPIC_DOMAIN[topic]], list[int]()
+    for slot, thing in enumerate(things):
         good, bad = domain.pools(topic, slot // 2)
-        if verb not in _VERBS[slot] or (thing not in good and thing not in bad):
+        if thing not in (*good, *bad):
             return None
         traits.append((thing in bad) ^ (slot % 2))
-    return ParsedAnswer(domain.name, topic, tuple(int(t) for t in traits), closer)  # type: ignore[arg-type]
+    return ParsedAnswer(domain.name, topic, tuple(traits), closer)  # type: ignore[arg-type]
 
 
 # questions and documents
