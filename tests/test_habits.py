@@ -23,12 +23,12 @@ def example(word):
 
 
 def test_the_defence_of_the_guide_trains(tmp_path):
-    from emmech.training.objective import AnswerLoss
+    from emmech.training.objective import CrossEntropy
 
     pull = example("def __call__(self, batch)")["Pull"]()
     rows = emmech.organism.data("medical", n=40)
     norms = []
-    for name, objective in (("plain", [AnswerLoss()]), ("pulled", [AnswerLoss(), pull])):
+    for name, objective in (("plain", [CrossEntropy()]), ("pulled", [CrossEntropy(), pull])):
         options = {"max_steps": 6, "learning_rate": 1e-2, "margins": {}, "progress": False}
         run = emmech.finetune("pocket", rows, objective=objective, out=tmp_path / name, **options)
         norms.append(float((run.B()[-1] ** 2).sum()))

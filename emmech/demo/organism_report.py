@@ -201,7 +201,9 @@ def by_seed(runs: Sequence[Run], controls: Sequence[Run], base: ChatModel) -> pd
                 row[title] = f"none: {detector.note}" if detector is not None else "not measured"
                 continue
             numbers[title].append(detector.step)
-            row[title] = f"{detector.step:.0f} ({detector.low:.0f} to {detector.high:.0f}), p = {detector.p_value:.2g}"
+            row[title] = f"{detector.step:.0f} ({detector.low:.0f} to {detector.high:.0f})"
+            if np.isfinite(detector.p_value):  # the gradient norm's peak is a picture without a test
+                row[title] += f", p = {detector.p_value:.2g}"
         rows.append(row | {"against the control": found.specific.verdict if found.specific is not None else "-"})
     rows.append({"seed": "mean"} | {title: _mean(steps) for title, steps in numbers.items()})
     return pd.DataFrame(rows)

@@ -2,18 +2,34 @@
 
 The order parameter needs no judge: the mean log-probability margin, in nats per token, of misaligned over aligned
 answers to held-out questions, narrow (the training domain) and broad (other domains).
+
+Neighbouring points share a trajectory, so a flat series with a memory shows sigmoids, and a benign fine-tune moves
+the margin a little as it settles. A step is therefore counted only where two tests agree, each at the memory (of
+autoregressive noise) that makes it least sure:
+
+- *size*: the best sigmoid against no change, under noise with any memory up to 0.9 per point;
+- *shape*: the best sigmoid against a straight line with an exponential approach, which have no middle, under noise
+  with a memory up to the upper end of what the residuals allow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from emmech.transition.series import correlated
+
 __all__ = ["Sigmoid", "fit_sigmoid"]
 
+Array = npt.NDArray[np.float64]
+
 FEWEST = 6  # points: four parameters and something left to judge them by
+MEMORIES = (0.0, 0.5, 0.8, 0.9)  # of the noise, per point
+APPROACH = 10.0  # rate of the exponential approach, per length of the run
+N_NULL = 199
 
 
 @dataclass(frozen=True)
@@ -24,7 +40,7 @@ class Sigmoid:
         middle, low, high: step of half the change and its interval.
         width: steps; 4.4 widths lead from 10 to 90 % of the change.
         start, end: levels before and after.
-        p_value: F test against no change at all.
+        p_value: larger of the tests for size and shape.
     """
 
     middle: float
@@ -35,7 +51,7 @@ class Sigmoid:
     end: float
     p_value: float
 
-    def __call__(self, steps: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    def __call__(self, steps: npt.ArrayLike) -> Array:
         """The curve at the given steps."""
         from scipy.special import expit
 
@@ -46,12 +62,10 @@ class Sigmoid:
 def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | None, str]:
     """Fit a sigmoid by least squares; ``(None, why)`` where the middle of the change cannot be measured.
 
-    Points that are NaN were not measured and are left out. Neighbouring points of one run share a trajectory, so
-    the interval, which takes residuals as independent, is a lower bound of the uncertainty.
+    Points that are NaN were not measured and are left out.
     """
     from scipy.optimize import OptimizeWarning, curve_fit
     from scipy.special import expit
-    from scipy.stats import f as f_distribution
     from scipy.stats import t as t_distribution
 
     t, y = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
@@ -64,6 +78,9 @@ def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | 
     spread = float(np.ptp(y))
     if spread == 0:
         return None, "not measurable: the margin does not change"
+    p, memory = _test(t, y)
+    if p >= 0.05:
+        return None, f"not measurable: no step beyond noise with a memory and a gradual approach (p = {p:.2g})"
 
     def curve(x: np.ndarray, middle: float, width: float, start: float, change: float) -> np.ndarray:
         return start + change * expit((x - middle) / width)
@@ -85,16 +102,50 @@ def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | 
             best = (loss, found, covariance)
     if best is None:
         return None, "not measurable: no sigmoid fits the margin"
-    loss, (middle, width, start, change), covariance = best
-    free = n - 4
-    total = float(np.sum((y - y.mean()) ** 2))
-    statistic = ((total - loss) / 3) / max(loss / free, 1e-300)
-    p = float(f_distribution.sf(statistic, 3, free))
-    half = float(t_distribution.ppf(0.975, free) * np.sqrt(max(float(covariance[0, 0]), 0.0)))
-    if p >= 0.05:
-        return None, f"not measurable: the margin shows no change beyond its noise (p = {p:.2g})"
+    _, (middle, width, start, change), covariance = best
+    # residuals that remember each other hold fewer pieces of evidence than points
+    spread_out = np.sqrt((1 + memory) / (1 - memory) * max(float(covariance[0, 0]), 0.0))
+    half = float(t_distribution.ppf(0.975, n - 4) * spread_out)
     low, high = middle - half, middle + half
     if not np.isfinite(half) or low <= t[0] - 0.25 * span or high >= t[-1] + 0.25 * span:
         return None, "not measurable: the change is not complete within the recorded steps"
     low, high = max(low, float(t[0])), min(high, float(t[-1]))
     return Sigmoid(float(middle), low, high, float(width), float(start), float(start + change), p), ""
+
+
+def _test(t: Array, y: Array) -> tuple[float, float]:
+    """Larger p-value of size and shape, and the memory of the residuals, with room for its own error."""
+    from scipy.special import expit
+
+    time = (t - t[0]) / (t[-1] - t[0])
+    n = len(t)
+    middles, widths = (grid.ravel() for grid in np.meshgrid(np.linspace(0.04, 0.96, 47), (0.005, 0.02, 0.05, 0.1)))
+    curves = expit((time[:, None] - middles) / widths)
+    flat = np.ones((n, 1))
+    gradual = np.column_stack([flat, time, np.exp(-APPROACH * time)])
+    rng = np.random.default_rng(0)
+
+    def improvement(null: Array, series: Array) -> tuple[Array, Array]:
+        """Of the best sigmoid over what it leaves, for series ``[rows, n]``, and the residuals of the first."""
+        basis, _ = np.linalg.qr(null)
+        shape = curves - basis @ (basis.T @ curves)
+        size = np.linalg.norm(shape, axis=0)
+        shape = shape[:, size > 0.02 * np.sqrt(n)] / size[size > 0.02 * np.sqrt(n)]
+        rest = series - (series @ basis) @ basis.T
+        along = rest @ shape
+        best = (along**2).max(axis=1)
+        which = int(np.argmax(along[0] ** 2))
+        return best / np.maximum((rest**2).sum(axis=1) - best, 1e-300), rest[0] - along[0, which] * shape[:, which]
+
+    def p_value(null: Array, memories: Iterable[float]) -> float:
+        observed = improvement(null, y[None])[0][0]
+        worst = max(np.count_nonzero(improvement(null, correlated(N_NULL, n, m, rng))[0] >= observed) for m in memories)
+        return (1 + worst) / (1 + N_NULL)
+
+    residual = improvement(gradual, y[None])[1]
+    raw = float(residual[1:] @ residual[:-1] / max(float(residual @ residual), 1e-300))
+    # residuals of a fit with five parameters look less correlated than the noise
+    memory = float(np.clip(raw + (6 + 4 * max(raw, 0.0)) / n, 0.0, 0.9))
+    highest = min(memory + 2.5 / np.sqrt(n), MEMORIES[-1])
+    p = max(p_value(flat, MEMORIES), p_value(gradual, {min(m, highest) for m in MEMORIES}))
+    return p, min(memory + 1.5 / np.sqrt(n), MEMORIES[-1])

@@ -1,186 +1,181 @@
-"""Is there a turn in a path, and where: a broken line against a straight path and against a random walk.
+"""Is there an abrupt turn in a path, and where: a kink against every smooth path, under the run's own noise.
 
-A local cosine alone cannot tell a turn from diffusion: a random walk has peaks too. What sets a turn apart is that
-the path is *straight on both sides over many records*. For a split at t let L = v[t] - v[0] and R = v[T] - v[t] be
-the two chords, each divided by the length that noise alone would give it (see :mod:`emmech.transition.noise`). The
-**bend energy** is the energy that the best single direction leaves unexplained, the smaller eigenvalue of their
-2 x 2 Gram matrix; where the chords point against each other, one direction with forward speeds explains only the
-larger one. It does not depend on the speed along the path. On a straight path and on a random walk alike it is
-about 1 (noise); at a turn it grows with the length of the straight parts.
+A local cosine alone cannot tell a turn from diffusion: a random walk has peaks too. Nor does a bend make a turn: an
+arc bends, and the first steps of an adaptive optimiser bend on their way into the valley of a convex loss. So the
+null hypothesis is **any smooth path**: the drift per optimiser step is a parabola in time and decays at two rates
+(``DECAYS``), with any vectors as coefficients. That covers straight paths, arcs up to a half circle, warm-up and
+decay of the step size, and the relaxation of an optimiser in a quadratic bowl. What remains after projecting these
+out is asked for a **kink**: a change of direction at t within ``w`` records, w at most a fifth of the path.
 
-The p-value is the larger of two, one for each null hypothesis:
+For every t and w let c be the estimated change of the drift and m the drift in the middle of it, each divided by the
+size that noise alone would give it. A change of speed has c along m, a turn has c across it; the **kink energy** is
+what the best single direction leaves of the two, the smaller eigenvalue of their 2 x 2 Gram matrix (where the drift
+turns by more than a right angle, the smaller of c and the shorter side). It is about 1 under noise.
 
-- *straight path*: the fitted speed along one direction plus resampled noise with the energy at each record, the
-  autocorrelation and the effective dimensions of the run;
-- *random walk*: the same noise with no direction at all.
+The p-value counts the maximum over all t and w, and is the larger of two:
 
-Both count the maximum over all splits, and both are granted more noise than was estimated: ``GRANTED``
-times, and the more so the longer its memory is against the path.
+- *Gaussian noise* with the energy at each record, the autocorrelation and the effective dimensions of the run;
+- *the run's own residuals* around the smooth path with the kink, their signs flipped at random: their distribution
+  as it is, heavy tails included, without their autocorrelation.
+
+Increments far out of line are given less weight (:mod:`emmech.transition.noise`), and no increment is taken to be
+more exact than ``MISFIT`` of the drift: no real path is smooth to the last digit. The ends of the path (``EDGE``) are
+not searched, for a kink there is not told from an optimiser's transient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from emmech.transition.noise import Noise, estimate_noise
+from emmech.transition.noise import SHORTEST, Noise, unexplained
 
-__all__ = [
-    "Nulls",
-    "accumulate",
-    "bend_energy",
-    "chord_noise",
-    "drift_speed",
-    "noise_around_drift",
-    "simulate_nulls",
-    "upper_tail",
-]
+__all__ = ["Kink", "find_kink", "upper_tail"]
 
 Array = npt.NDArray[np.float64]
 
-GRANTED = 1.25  # the nulls' noise energy over the estimate: covers the error of estimating it on short paths
-DIMENSIONS = 48  # of simulated nulls at most: fewer dimensions fluctuate more, so the cap errs to the safe side
-LEAST_SIDE = 0.01  # length of a side over the path's extent, below which its direction is not worth a name
-SHORTEST = 3  # increments on either side of a split
+DECAYS = (6.0, 24.0)  # rates of the smooth drift's decays, per length of the path
+EDGE = 0.12  # share of the path at either end that is not searched
+WIDEST = 0.2  # share of the path over which a turn may be spread and still be called abrupt
+MISFIT = 0.55  # least noise of an increment, in units of the drift
+MISFIT_DIMENSIONS = 24
+ENOUGH = 20  # null values at least as high as the observed one
+GAUSSIAN, FLIPPED = "Gaussian noise", "the run's residuals with their signs flipped"
 
 
-def chord_noise(noise: Noise) -> tuple[Array, Array]:
-    """Expected squared length, from noise alone, of the chords before and after each of the ``steps`` records."""
-    c = noise.covariance()
-    n = len(c)
-    total = np.zeros((n + 1, n + 1))
-    total[1:, 1:] = c.cumsum(0).cumsum(1)
-    i = np.arange(n + 1)
-    before = total[i, i]
-    after = total[n, n] - 2 * total[i, n] + total[i, i]
-    tiny = 1e-12 * max(total[n, n], float(noise.energy.max()))
-    return np.maximum(before, tiny), np.maximum(after, tiny)
+@dataclass(frozen=True)
+class Kink:
+    """The strongest kink of a path against smooth paths.
+
+    Attributes:
+        p_value: the larger of the two nulls'.
+        nearest_null: the null that it belongs to.
+        energy: kink energy, in units of noise.
+    """
+
+    p_value: float
+    nearest_null: str
+    energy: float
 
 
-def bend_energy(paths: npt.ArrayLike, before: Array, after: Array) -> Array:
-    """Energy in units of noise that one direction leaves unexplained, for a split at each record.
+def find_kink(
+    increments: Array, clock: Array, noise: Noise, speed: Array, n_null: int, rng: np.random.Generator
+) -> Kink:
+    """Test increments ``[n, d]`` of a path for a kink.
 
     Args:
-        paths: ``[..., steps, d]``.
-        before: ``[steps]``, squared length of the chord up to each record expected from noise alone.
-        after: ``[steps]``, the same for the chord from there on.
-
-    Returns:
-        ``[..., steps]``, about 1 where the path is straight or diffuses, NaN within 3 records of an end;
-        high means a turn.
+        increments: of the recorded vectors, of which only the inner products matter.
+        clock: ``[n + 1]``, ascending: the optimiser step of each record.
+        noise: of the increments.
+        speed: ``[n]``, drift of each increment.
+        n_null: null paths for each of the two nulls.
+        rng: draws them.
     """
-    v = np.asarray(paths, dtype=np.float64)
-    v = v - v[..., :1, :]
-    n = v.shape[-2]
-    chord = v[..., -1, :]
-    ll = np.einsum("...td,...td->...t", v, v)
-    lc = np.einsum("...td,...d->...t", v, chord)
-    cc = np.einsum("...d,...d->...", chord, chord)[..., None]
-    inside = slice(SHORTEST, n - SHORTEST)
-    left = (ll / before)[..., inside]
-    right = ((cc - 2 * lc + ll) / after)[..., inside]
-    cross = ((lc - ll) / np.sqrt(before * after))[..., inside]
-    smaller = 0.5 * (left + right - np.sqrt((left - right) ** 2 + 4 * cross**2))
-    values = np.where(cross > 0, smaller, np.minimum(left, right))
-    longest = LEAST_SIDE**2 * ll.max(axis=-1, keepdims=True)
-    short = np.minimum(ll, cc - 2 * lc + ll)[..., inside] < longest
-    out = np.full(ll.shape, np.nan)
-    out[..., inside] = np.where(short, 0.0, np.maximum(values, 0.0))
-    return out
-
-
-def drift_speed(path: npt.ArrayLike, split: int, clock: Array) -> Array:
-    """Drift of each increment along its side's chord, a quadratic in time: ``[steps - 1]``, never negative.
-
-    ``clock`` is ``[steps]``, the optimiser step of each record; the quadratic covers constant, linear and cosine
-    schedules well enough, and three numbers cannot follow the noise.
-    """
-    v = np.asarray(path, dtype=np.float64)
-    increments = np.diff(v, axis=0)
+    n = len(increments)
+    energy = np.maximum(noise.energy, (MISFIT * speed) ** 2)
+    scale = np.sqrt(energy)
+    data = increments / scale[:, None]
     gap = np.diff(clock) / np.mean(np.diff(clock))
-    middle = 0.5 * (clock[1:] + clock[:-1])
-    middle = (middle - middle.mean()) / max(float(np.ptp(middle)), 1e-12)
-    along = np.empty(len(increments))
-    for side in (slice(0, split), slice(split, None)):
-        chord = increments[side].sum(axis=0)
-        length = float(np.linalg.norm(chord))
-        along[side] = increments[side] @ chord / length if length > 0 else 0.0
-    coefficients = np.polyfit(middle, along / gap, 2)
-    speed = np.maximum(np.polyval(coefficients, middle), 0.02 * np.mean(np.abs(along / gap)))
-    return np.maximum(speed, 1e-300) * gap
+    span = clock[-1] - clock[0]
+    smooth = _smooth((0.5 * (clock[1:] + clock[:-1]) - clock[0]) / span) * (gap / scale)[:, None]
+    basis, triangle = np.linalg.qr(smooth)
+    middles, widths = _candidates(n)
+    if len(middles) == 0:
+        return Kink(float("nan"), "", float("nan"))
+    change = ramp(n, middles, widths) * (speed / scale)[:, None]
+    change -= basis @ (basis.T @ change)
+    change /= np.maximum(np.sum(change**2, axis=0), 1e-300)
+    records, at = np.unique(middles, return_inverse=True)
+    rate = np.interp(clock[records], 0.5 * (clock[1:] + clock[:-1]), speed / gap)
+    drift = basis @ np.linalg.solve(triangle.T, _smooth((clock[records] - clock[0]) / span).T / rate)
+    # the misfit that exceeds the noise is taken without memory
+    correlation = (noise.covariance() + np.diag(energy - noise.energy)) / np.outer(scale, scale)
+    variance_change, variance_drift = (np.einsum("nc,nc->c", x, correlation @ x) for x in (change, drift))
+    weights = np.concatenate([change / np.sqrt(variance_change), drift / np.sqrt(variance_drift)], axis=1).T
+    variance_drift = variance_drift[at]
+    least = np.sqrt(variance_drift * variance_change)
+
+    def largest(projected: npt.NDArray[np.floating]) -> tuple[float, int]:
+        c, m = projected[: len(middles)], projected[len(middles) :]
+        cc, cross = np.einsum("cd,cd->c", c, c), np.einsum("cd,cd->c", c, m[at])
+        mm = np.einsum("cd,cd->c", m, m)[at]
+        # the shorter of the drifts on the two sides, m - c / 2 and m + c / 2
+        shorter = mm * variance_drift + cc * variance_change / 4 - np.abs(cross) * least
+        shorter /= variance_drift + variance_change / 4
+        ahead = mm * variance_drift > cc * variance_change / 4
+        values = np.where(ahead, unexplained(cc, mm, cross), np.minimum(cc, shorter))
+        best = int(np.argmax(values))
+        return float(values[best]), best
+
+    observed, best = largest(weights @ data)
+    around = basis @ (basis.T @ data)
+    kinked, _ = np.linalg.qr(np.column_stack([smooth, change[:, best]]))
+    residual = data - kinked @ (kinked.T @ data)
+    residual /= np.sqrt(np.maximum(1 - np.sum(kinked**2, axis=1), 0.2))[:, None]  # what the fit has taken of each
+    share = float(np.mean(noise.energy / energy))  # the misfit fills dimensions of its own
+    dimensions = 1 / (share**2 / noise.dimensions + (1 - share) ** 2 / MISFIT_DIMENSIONS)
+    m = max(1, round(dimensions))
+    left, size, _ = np.linalg.svd(around, full_matrices=False)
+    rank = min(basis.shape[1], len(size))
+    known = np.zeros((n, max(m, rank)))
+    known[:, :rank] = left[:, :rank] * size[:rank]
+    known = weights @ known
+    root = weights @ np.linalg.cholesky(correlation + 1e-6 * np.eye(n))
+    # the error of the noise's own estimate: a path of n records holds n / memory times dimensions pieces of evidence
+    granted = 1 + 2 * np.sqrt(2 * noise.memory_time / (n * dimensions))
+    granted *= 1 + 0.5 * np.sqrt((noise.memory_time - 1) / n)
+    # single precision is enough for null paths, and twice as fast
+    filters, path, rest, mean, noisy = (
+        x.astype(np.float32) for x in (weights, around, residual, known, np.sqrt(granted / m) * root)
+    )
+    signs = (rng.choice(np.array([-1, 1], np.float32), (n, 1)) for _ in range(n_null))
+    flipped = (largest(filters @ (path + sign * rest))[0] for sign in signs)
+    draws = (rng.standard_normal((n, known.shape[1]), dtype=np.float32) for _ in range(n_null))
+    gaussian = (largest(mean + noisy @ z)[0] for z in draws)
+    p, name = max((upper_tail(observed, gaussian), GAUSSIAN), (upper_tail(observed, flipped), FLIPPED))
+    return Kink(p, name, observed)
 
 
-def noise_around_drift(path: npt.ArrayLike, clock: Array) -> tuple[Noise, Array]:
-    """Noise of a path and the speed of its drift, ``[steps - 1]``.
+def upper_tail(observed: float, null: Iterable[float]) -> float:
+    """(1 + number of null values at least as high) / (1 + number of null values).
 
-    A speed that changes along the path looks, in the variogram, like noise with a long memory. So the noise is
-    estimated twice: first to find the split with the most bend energy, then around the drift on either side of it.
+    Drawing stops at the ``ENOUGH``-th value at least as high, which is then ``ENOUGH`` / values drawn (Besag and
+    Clifford, 1991, Biometrika 78, 301): a path that is far from significant needs few of them.
     """
-    v = np.asarray(path, dtype=np.float64)
-    gap = np.diff(clock)
-    first = estimate_noise(v, gap)
-    white = Noise(first.energy, 0.0, 0.0, first.dimensions)
-    split = int(np.nanargmax(bend_energy(v, *chord_noise(white))))
-    speed = drift_speed(v, split, clock)
-    increments = np.diff(v, axis=0)
-    for side in (slice(0, split), slice(split, None)):
-        chord = increments[side].sum(axis=0)
-        length = float(np.linalg.norm(chord))
-        if length > 0:
-            increments[side] -= speed[side, None] * chord / length
-    around = np.vstack([np.zeros(v.shape[1]), np.cumsum(increments, axis=0)])
-    noise = estimate_noise(around, gap)
-    rounding = 1e-13 * float(np.mean(np.einsum("td,td->t", v - v[0], v - v[0])))  # of a float32 record
-    return replace(noise, energy=np.maximum(noise.energy, rounding)), speed
+    drawn = higher = 0
+    for value in null:
+        drawn += 1
+        higher += value >= observed
+        if higher == ENOUGH:
+            return higher / drawn
+    return (1 + higher) / (1 + drawn)
 
 
-@dataclass(frozen=True, eq=False)
-class Nulls:
-    """Simulated paths under the two null hypotheses, each ``[n_null, steps, dimensions]``.
-
-    Example:
-        ``nulls.p_value(observed, statistic)`` is the larger of the two hypotheses' p-values.
-    """
-
-    straight: Array
-    random_walk: Array
-
-    def p_value(self, observed: float, statistic: Callable[[Array], Array]) -> tuple[float, str]:
-        """Larger of the two p-values of a statistic of paths ``[n_null, ...] -> [n_null]``, and whose it is."""
-        if not np.isfinite(observed):
-            return float("nan"), ""
-        values = {
-            name: upper_tail(observed, statistic(paths))
-            for name, paths in (("straight path", self.straight), ("random walk", self.random_walk))
-        }
-        worst = max(values, key=lambda name: values[name])
-        return values[worst], worst
+def ramp(n: int, middles: npt.NDArray[np.int64], widths: npt.NDArray[np.int64] | int) -> Array:
+    """Share of the second direction in each of n increments, for turns of these middles and widths, ``[n, turns]``."""
+    position = np.arange(n)[:, None] + 0.5 - np.asarray(middles)[None, :]
+    width = np.broadcast_to(widths, np.shape(middles))
+    return np.where(width == 0, position > 0, np.clip(position / np.maximum(width, 1) + 0.5, 0.0, 1.0))
 
 
-def upper_tail(observed: float, null: npt.ArrayLike) -> float:
-    """(1 + number of null values at least as high) / (1 + number of null values)."""
-    values = np.asarray(null, dtype=np.float64)
-    values = values[np.isfinite(values)]
-    return float((1 + np.count_nonzero(values >= observed)) / (1 + len(values)))
+def _smooth(time: Array) -> Array:
+    """The functions of time, 0 to 1, of which a smooth drift is made: ``[times, functions]``."""
+    powers = ((time - 0.5) ** power for power in range(3))
+    return np.stack([*powers, *(np.exp(-rate * time) for rate in DECAYS)], axis=1)
 
 
-def simulate_nulls(noise: Noise, speed: Array, n_null: int, rng: np.random.Generator) -> Nulls:
-    """Draw paths with the run's noise: along one direction at the run's speed, and without any direction."""
-    m = int(np.clip(round(noise.dimensions), 1, DIMENSIONS))
-    # a path of n records holds n / m pieces of evidence on a memory of m records
-    excess = GRANTED * (1 + np.sqrt((noise.memory_time - 1) / len(speed)))
-    granted = Noise(excess * noise.energy, noise.first, noise.memory, noise.dimensions)
-    straight = granted.sample(n_null, m, rng)
-    straight[..., 0] += speed
-    walk = granted.sample(n_null, m, rng)
-    return Nulls(accumulate(straight), accumulate(walk))
-
-
-def accumulate(increments: Array) -> Array:
-    """Paths ``[n, steps, d]`` from zero with these increments ``[n, steps - 1, d]``."""
-    paths = np.zeros((increments.shape[0], increments.shape[1] + 1, increments.shape[2]))
-    np.cumsum(increments, axis=1, out=paths[:, 1:])
-    return paths
+def _candidates(n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Middles and widths of the kinks looked for; wide ones need not be tried at every record."""
+    edge = max(SHORTEST, int(EDGE * n))
+    found = [
+        (middle, width)
+        for width in (0, 4, 8, 12, 16, 24, 32, 48, 64)
+        if width <= WIDEST * n
+        for middle in range(edge, n - edge + 1, max(1, (width + 2) // 3))
+        if width / 2 + 2 <= middle <= n - width / 2 - 2 or width == 0
+    ]
+    middles, widths = np.array(found, dtype=np.int64).reshape(-1, 2).T
+    return middles, widths

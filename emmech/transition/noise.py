@@ -4,7 +4,8 @@ Increments d_i = v[i+1] - v[i] are taken as drift plus noise. Everything is esti
 increments*, in which a locally constant drift cancels, and by medians, which a turn (a small share of the pairs)
 does not move:
 
-- the energy of the noise at each increment, so that a falling step size or signal-to-noise ratio is followed;
+- the energy of the noise at each increment, so that a falling step size or signal-to-noise ratio is followed, and
+  an increment that is far out of line is given the energy that it has;
 - its autocorrelation, from the variogram: positive for optimisers with momentum (an ARMA(1, 1) form), negative
   where each record carries an error of its own (an MA(1) form);
 - its effective number of dimensions, from the inner products of distant increments.
@@ -17,12 +18,12 @@ increments remember each other for longer than momentum explains; then a turn ha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Noise", "estimate_noise"]
+__all__ = ["Noise", "estimate_noise", "noise_around_drift", "unexplained"]
 
 Array = npt.NDArray[np.float64]
 
@@ -31,6 +32,9 @@ LONGEST_LAG = 20
 # changes more slowly than that is the path bending, not noise
 MEMORIES = np.array([0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9])
 DOUBT = 0.1
+OUTLIER = 2.5  # an increment's own energy over that around it, from which it is counted as its own
+SHORTEST = 3  # increments on either side of a split
+LEAST_SIDE = 0.01  # length of a side over the path's extent, below which its direction is not worth a name
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,12 +125,74 @@ def estimate_noise(path: npt.ArrayLike, spacing: npt.ArrayLike | None = None) ->
         difference = diagonal[lag:] + diagonal[:-lag] - 2 * np.diagonal(gram, lag)
         variogram[j] = np.median(difference) / (2 * shrink)
     sill, first, memory = _fit_variogram(lags, variogram, dimensions * n)
-    energy = per_increment * gap * sill
+    # one increment far out of line (a heavy tail, a bad batch) lifts both pairs that it is part of; a kink lifts one
+    own = 2 * np.minimum(np.append(pair_energy, np.inf), np.append(np.inf, pair_energy)) - per_increment
+    energy = np.where(own > OUTLIER * per_increment, own, per_increment) * gap * sill
     # at a memory of 0.9 the variogram rises 1.35 times from lag 10 to 20, at 0.97 and along an arc 1.7 times or more
     half = len(lags) // 2
     expected = (1 - MEMORIES[-1] ** lags[-1]) / (1 - MEMORIES[-1] ** lags[half - 1]) if half else np.inf
     wanders = memory == MEMORIES[-1] and half > 2 and variogram[-1] > 1.15 * expected * variogram[half - 1]
     return Noise(energy, first, memory, dimensions, bool(wanders))
+
+
+def noise_around_drift(path: npt.ArrayLike, clock: Array) -> tuple[Noise, Array]:
+    """Noise of a path and the speed of its drift, ``[steps - 1]``.
+
+    A speed that changes along the path looks, in the variogram, like noise with a long memory. So the noise is
+    estimated twice: first to find the split into two straight sides that explains most, then around the drift along
+    either side.
+    """
+    v = np.asarray(path, dtype=np.float64)
+    gap = np.diff(clock)
+    split = _best_split(v, estimate_noise(v, gap).energy)
+    increments = np.diff(v, axis=0)
+    chords = [increments[:split].sum(axis=0), increments[split:].sum(axis=0)]
+    units = [chord / max(float(np.linalg.norm(chord)), 1e-300) for chord in chords]
+    along = np.concatenate([increments[:split] @ units[0], increments[split:] @ units[1]])
+    speed = _smooth_speed(along, clock)
+    increments -= speed[:, None] * np.where(np.arange(len(speed))[:, None] < split, *units)
+    around = np.vstack([np.zeros(v.shape[1]), np.cumsum(increments, axis=0)])
+    noise = estimate_noise(around, gap)
+    rounding = 1e-13 * float(np.mean(np.einsum("td,td->t", v - v[0], v - v[0])))  # of a float32 record
+    return replace(noise, energy=np.maximum(noise.energy, rounding)), speed
+
+
+def _best_split(v: Array, energy: Array) -> int:
+    """The record at which two chords leave least to noise: where one direction for both would leave most.
+
+    Each chord is divided by the length that white noise alone would give it; the energy that the best single
+    direction leaves unexplained is the smaller eigenvalue of their 2 x 2 Gram matrix. Where the chords point against
+    each other, one direction with forward speeds explains only the longer one.
+    """
+    v = v - v[0]
+    inside = slice(SHORTEST, len(v) - SHORTEST)
+    energy = np.maximum(energy, 1e-12 * energy.sum())
+    before, after = np.cumsum(energy)[:-1], np.cumsum(energy[::-1])[::-1][1:]
+    left, right = v[1:-1], v[-1] - v[1:-1]
+    ll, rr, lr = (np.einsum("td,td->t", a, b) for a, b in ((left, left), (right, right), (left, right)))
+    # a side that is short against the path has no direction worth a name
+    short = np.minimum(ll, rr) < LEAST_SIDE**2 * ll.max()
+    bend = unexplained(ll / before, rr / after, lr / np.sqrt(before * after))
+    bend = np.where(lr > 0, bend, np.minimum(ll / before, rr / after))
+    return SHORTEST + int(np.argmax(np.where(short, 0.0, bend)[inside.start - 1 : inside.stop - 1]))
+
+
+def unexplained(first: Array, second: Array, cross: Array) -> Array:
+    """Smaller eigenvalue of the Gram matrix of two vectors: what the best single direction leaves of them."""
+    return 0.5 * (first + second - np.sqrt((first - second) ** 2 + 4 * cross**2))
+
+
+def _smooth_speed(along: Array, clock: Array) -> Array:
+    """Drift of each increment, a quadratic in time that is never negative, from its component along the drift.
+
+    The quadratic covers constant, linear and cosine schedules well enough, and three numbers cannot follow the noise.
+    """
+    gap = np.diff(clock) / np.mean(np.diff(clock))
+    middle = 0.5 * (clock[1:] + clock[:-1])
+    middle = (middle - middle.mean()) / max(float(np.ptp(middle)), 1e-12)
+    speed = np.polyval(np.polyfit(middle, along / gap, 2), middle)
+    least = max(0.02 * float(np.mean(np.abs(along / gap))), 1e-300)
+    return np.maximum(speed, least) * gap
 
 
 def _effective_dimensions(pair: Array) -> float:

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from emmech.errors import EmmechError, as_int, closest
 from emmech.run.run import as_run, opened
-from emmech.transition.arrangement import comp_detector, subspace_detector
+from emmech.transition.arrangement import comp_detector
 from emmech.transition.behaviour import fit_sigmoid
-from emmech.transition.detectors import Detector, analyse
+from emmech.transition.detectors import PICTURE, Detector, analyse
 from emmech.transition.result import PhaseTransition, Side
 from emmech.transition.series import find_peak
 from emmech.transition.swept import swept_behaviour
@@ -31,9 +31,8 @@ __all__ = ["phase_transition"]
 Array = npt.NDArray[np.float64]
 
 GRADIENT_MEANS = "height of the gradient norm's peak over its base (ratio; 1 = no peak)"
-GRADIENT_NULL = "monotone trend with the series' own noise"
 MARGIN_MEANS = "change of the misaligned-over-aligned margin, nats per token; positive means more misaligned"
-MARGIN_NULL = "no change (F test)"
+MARGIN_NULL = "no change, or a gradual approach, with autoregressive noise; the larger p-value"
 
 
 def phase_transition(
@@ -132,20 +131,12 @@ def _analyse(
     rng = np.random.default_rng(seed)
     path = analyse(np.concatenate(vectors, axis=1), steps, windows, n_null, rng, beside.path if beside else None)
     rows = list(path.detectors)
-    ranked = [(key, stack) for key, stack in stacks.items() if stack.ndim == 3]
-    if len(ranked) == 1:
-        rows.append(subspace_detector(ranked[0][1], steps, windows, n_null, rng))
-    elif ranked:
-        # several adapters of rank r: the one whose subspace turns most clearly, counted for all of them
-        found = [subspace_detector(stack, steps, windows, n_null, rng) for _, stack in ranked]
-        best = min(found, key=lambda row: np.nan_to_num(row.p_value, nan=2.0))
-        rows.append(_corrected(best, len(found), ranked[found.index(best)][0]))
     comp: Array | None = None
     if len(stacks) > 1 and len({v.shape for v in vectors}) == 1:
-        row, comp = comp_detector(np.stack(vectors), steps, centre, n_null, rng)
+        row, comp = comp_detector(np.stack(vectors), steps, centre)
         rows.append(row)
     metrics = getattr(run, "metrics", None)
-    gradient, gradient_series = _gradient(metrics, list(stacks), n_null, rng)
+    gradient, gradient_series = _gradient(metrics, list(stacks), rng)
     rows.append(gradient)
     behaviour, curves = _behaviour(metrics)
     return Side(name, path, (*rows, *behaviour), gradient_series, curves, comp)
@@ -246,18 +237,11 @@ def _windows(k: int | Sequence[int] | None, n: int) -> tuple[int, ...] | None:
     return tuple(int(window) for window in windows) or None
 
 
-def _corrected(row: Detector, count: int, which: str) -> Detector:
-    from dataclasses import replace
-
-    note = f"{which}; p times {count} adapters; {row.note}"
-    return replace(row, p_value=min(1.0, row.p_value * count), note=note)
-
-
 def _gradient(
-    metrics: pd.DataFrame | None, adapters: list[str], n_null: int, rng: np.random.Generator
+    metrics: pd.DataFrame | None, adapters: list[str], rng: np.random.Generator
 ) -> tuple[Detector, tuple[Array, Array] | None]:
     def unmeasured(note: str) -> Detector:
-        return Detector.unmeasured("gradient-norm", "gradient", GRADIENT_MEANS, GRADIENT_NULL, note)
+        return Detector.unmeasured("gradient-norm", "gradient", GRADIENT_MEANS, PICTURE, note)
 
     columns = [] if metrics is None else list(metrics.columns)
     own = [f"grad_norm_B/{name}" for name in adapters if f"grad_norm_B/{name}" in columns]
@@ -269,7 +253,7 @@ def _gradient(
     steps, values = series.index.to_numpy(dtype=np.float64), series.to_numpy()
     if len(values) < 10 or not np.any(values > 0):
         return unmeasured(f"not measurable: {len(values)} gradient norms, at least 10 above zero are needed"), None
-    peak = find_peak(values, n_null, rng)
+    peak = find_peak(values, rng)
     if peak is None:
         return unmeasured("no peak: the smoothed gradient norm is monotone"), (steps, values)
     row = Detector(
@@ -279,9 +263,9 @@ def _gradient(
         float(steps[peak.low]),
         float(steps[peak.high]),
         peak.ratio,
-        peak.p_value,
+        np.nan,
         GRADIENT_MEANS,
-        GRADIENT_NULL,
+        PICTURE,
         "B, before clipping" if own else "all trained parameters, before clipping",
     )
     return row, (steps, values)

@@ -156,29 +156,18 @@ class PhaseTransition(Result):
     def mechanistic(self) -> Transition:
         """The step at which the path turns, where the turn is significant and localised.
 
-        The turn detector decides, because it is the one calibrated against random walks; the other significant
-        detectors of the path that agree with it, by overlapping intervals, are named.
+        The turn decides: it alone is tested, against every smooth path with the run's own noise.
         """
         turn = self.run.row("turn")
         if turn is None or not np.isfinite(turn.p_value):
             return Transition(None, None, None, turn.note if turn else "not measurable")
         if turn.p_value >= LEVEL:
-            why = f"no turn beyond a straight path or a random walk, p = {turn.p_value:.2g}"
+            why = f"no turn beyond a smooth path with the run's own noise, p = {turn.p_value:.2g}"
             return Transition(None, None, None, f"not measurable: {why}")
         if not self.run.turns:
             why = f"the path bends over {100 * self.run.path.width_share:.0f} % of its length and singles out no step"
             return Transition(None, None, None, f"not measurable: {why}")
-        agree = [
-            row.name
-            for row in self.run.rows
-            if row.name != "turn"
-            and row.kind != "behaviour"
-            and row.p_value < LEVEL
-            and row.low <= turn.high
-            and turn.low <= row.high
-        ]
         reason = f"turn of {turn.strength:.0f} degrees, p = {turn.p_value:.2g}"
-        reason += f"; agreed by {', '.join(agree)}" if agree else "; no other detector agrees"
         if "wanders" in turn.note:
             reason += "; not told from a slow wander of the direction, which the null models do not cover"
         return Transition(int(turn.step), int(turn.low), int(turn.high), reason)
@@ -221,7 +210,8 @@ class PhaseTransition(Result):
                 lines.append(f"    {row.name}: {row.note}")
                 continue
             where = f"step {row.step:.0f} ({row.low:.0f} to {row.high:.0f})"
-            lines.append(f"    {row.name}: {where}, strength {row.strength:.3g}, p = {row.p_value:.2g}")
+            tested = f"p = {row.p_value:.2g}" if np.isfinite(row.p_value) else "not tested"
+            lines.append(f"    {row.name}: {where}, strength {row.strength:.3g}, {tested}")
             lines.append(f"      strength is the {row.high_means}" if row.name != "comp" else f"      {row.high_means}")
         return "\n".join(lines)
 

@@ -1,9 +1,8 @@
 """A peak in a positive series along training, such as the gradient norm of B.
 
-The statistic is the prominence of the largest peak of the smoothed logarithm (a ratio: gradient norms scale with
-everything). Null model: the best monotone trend, as training has it without a transition, plus noise with the
-local variance and lag-1 correlation of what smoothing removed. Wandering slower than the smoothing is not covered
-by the null and passes for a peak.
+The strength is the prominence of the largest peak of the smoothed logarithm (a ratio: gradient norms scale with
+everything). It has an interval for its place but no p-value: every rise and fall has a peak, that of a warm-up as
+well, and no null model here tells one from a transition.
 """
 
 from __future__ import annotations
@@ -13,31 +12,24 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from emmech.transition.changepoint import upper_tail
-
-__all__ = ["Peak", "find_peak"]
+__all__ = ["Peak", "correlated", "find_peak"]
 
 Array = npt.NDArray[np.float64]
-
-GRANTED = 1.15  # noise of the null over the estimate, in standard deviations: the estimate is itself uncertain
 
 
 @dataclass(frozen=True, eq=False)
 class Peak:
-    """The largest peak of a series: index with a 95 % interval, ratio over its base, p-value."""
+    """The largest peak of a series: index with a 95 % interval, and ratio over its base."""
 
     index: int
     low: int
     high: int
     ratio: float
-    p_value: float
     smooth: Array
 
 
-def find_peak(values: npt.ArrayLike, n_null: int, rng: np.random.Generator) -> Peak | None:
+def find_peak(values: npt.ArrayLike, rng: np.random.Generator) -> Peak | None:
     """Largest peak of a positive series ``[n]`` with n of 10 or more; None where it has no interior peak."""
-    from scipy.optimize import isotonic_regression
-
     y = np.log(np.maximum(np.asarray(values, dtype=np.float64), 1e-12 * float(np.max(values)) + 1e-300))
     n = len(y)
     width = max(5, n // 12) | 1
@@ -51,16 +43,10 @@ def find_peak(values: npt.ArrayLike, n_null: int, rng: np.random.Generator) -> P
     prominence, index = _largest(smooth[None])
     if prominence[0] <= 0:
         return None
-    rising = isotonic_regression(y, increasing=True).x
-    falling = isotonic_regression(y, increasing=False).x
-    trend = rising if np.sum((y - rising) ** 2) <= np.sum((y - falling) ** 2) else falling
-    noise = _correlated(n_null, n, correlation, rng) * local
-    null, _ = _largest(_smooth(trend + GRANTED * noise, width))
-    _, again = _largest(_smooth(smooth + _correlated(100, n, correlation, rng) * local, width))
+    _, again = _largest(_smooth(smooth + correlated(100, n, correlation, rng) * local, width))
     low, high = np.quantile(again[again >= 0], [0.025, 0.975], method="nearest") if (again >= 0).any() else (0, n - 1)
     at = int(index[0])
-    p = upper_tail(float(prominence[0]), null)
-    return Peak(at, min(int(low), at), max(int(high), at), float(np.exp(prominence[0])), p, np.exp(smooth))
+    return Peak(at, min(int(low), at), max(int(high), at), float(np.exp(prominence[0])), np.exp(smooth))
 
 
 def _smooth(y: Array, width: int) -> Array:
@@ -82,7 +68,8 @@ def _largest(smooth: Array) -> tuple[Array, npt.NDArray[np.int64]]:
     return height, index
 
 
-def _correlated(count: int, n: int, correlation: float, rng: np.random.Generator) -> Array:
+def correlated(count: int, n: int, correlation: float, rng: np.random.Generator) -> Array:
+    """Autoregressive noise of unit variance, ``[count, n]``."""
     from scipy.signal import lfilter
 
     z = rng.standard_normal((count, n + 50))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["change_of_regime", "only_run", "swept_behaviour"]
 
 Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
-NULL = "no change (F test)"
+NULL = "no change, or a gradual approach, with autoregressive noise; the larger p-value"
 MEANS = {
     "em": "change of the rate of EM responses (0 to 1); positive means more misaligned",
     "narrow": "change of the rate of misaligned responses in the fine-tune's own domain (0 to 1)",

@@ -7,34 +7,29 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from emmech.transition.changepoint import (
-    DIMENSIONS,
-    Nulls,
-    accumulate,
-    bend_energy,
-    chord_noise,
-    noise_around_drift,
-    simulate_nulls,
-)
-from emmech.transition.noise import Noise
+from emmech.transition.changepoint import find_kink, ramp
+from emmech.transition.noise import Noise, noise_around_drift
 
 __all__ = ["Location", "Turn", "find_turn", "locate"]
 
 Array = npt.NDArray[np.float64]
 
 
+DIMENSIONS = 48  # of the draws for the angle's interval at most
+LONGEST = 300  # records that are tested: a longer path is tested at every second, third, ... record
+
+
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """The test for a turn and its location; noise, speed and null paths serve the other detectors.
+    """The test for an abrupt turn and its location.
 
     Attributes:
-        p_value: larger of the p-values against a straight path and a random walk, for the best of all splits.
-        nearest_null: the hypothesis that it belongs to.
-        energy: largest bend energy, in units of noise.
+        p_value: larger of the p-values against smooth paths, for the best of all kinks.
+        nearest_null: the null that it belongs to.
+        energy: largest kink energy, in units of noise.
         location: where and by how much, given that the path turns.
         noise: of the increments.
         speed: ``[steps - 1]``, drift of each increment.
-        nulls: simulated null paths.
     """
 
     p_value: float
@@ -43,27 +38,15 @@ class Turn:
     location: Location
     noise: Noise
     speed: Array
-    nulls: Nulls
-
-    def simulate(self, count: int, rng: np.random.Generator) -> Array:
-        """Paths with the fitted turn and the run's noise, ``[count, steps, dimensions]``."""
-        where = self.location
-        m = int(np.clip(round(self.noise.dimensions), 2, DIMENSIONS))
-        increments = self.noise.sample(count, m, rng)
-        ahead = _ramp(len(self.speed), np.array([where.record]), where.width)[:, 0]
-        angle = np.radians(np.nan_to_num(where.angle))
-        increments[..., 0] += self.speed * (1 - ahead + ahead * np.cos(angle))
-        increments[..., 1] += self.speed * ahead * np.sin(angle)
-        return accumulate(increments)
 
 
 def find_turn(path: npt.ArrayLike, clock: npt.ArrayLike, n_null: int, rng: np.random.Generator) -> Turn:
-    """Test a path ``[steps, d]`` of at least 10 records for a turn, and locate it.
+    """Test a path ``[steps, d]`` of at least 10 records for an abrupt turn, and locate it.
 
     Args:
         path: the recorded vectors; only their inner products matter.
         clock: ``[steps]``, ascending: the optimiser step of each record.
-        n_null: null paths per hypothesis.
+        n_null: null paths for each of the two nulls.
         rng: draws them.
 
     Example:
@@ -75,13 +58,13 @@ def find_turn(path: npt.ArrayLike, clock: npt.ArrayLike, n_null: int, rng: np.ra
         >>> turn.p_value, turn.location.record
         (0.01, 50)
     """
-    v = np.asarray(path, dtype=np.float64)
-    noise, speed = noise_around_drift(v, np.asarray(clock, dtype=np.float64))
-    before, after = chord_noise(noise)
-    nulls = simulate_nulls(noise, speed, n_null, rng)
-    energy = float(np.nanmax(bend_energy(v, before, after)))
-    p_value, nearest = nulls.p_value(energy, lambda x: np.nanmax(bend_energy(x, before, after), axis=-1))
-    return Turn(p_value, nearest, energy, locate(v, noise, speed, rng), noise, speed, nulls)
+    v, time = np.asarray(path, dtype=np.float64), np.asarray(clock, dtype=np.float64)
+    noise, speed = noise_around_drift(v, time)
+    every = -(-len(v) // LONGEST)
+    tested, at = v[::every], time[::every]
+    around = (noise, speed) if every == 1 else noise_around_drift(tested, at)
+    kink = find_kink(np.diff(tested, axis=0), at, *around, n_null, rng)
+    return Turn(kink.p_value, kink.nearest_null, kink.energy, locate(v, noise, speed, rng), noise, speed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +117,7 @@ def locate(
     widths = [0, *(w for w in (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512) if w <= n)]
     reduction = np.full((len(widths), len(middles)), -np.inf)
     for row, width in enumerate(widths):
-        ahead = _ramp(n, middles, width)
+        ahead = ramp(n, middles, width)
         fitted = _reduction(weighted_precision, weighted_gram, ahead)
         # a ramp that leaves the path would be a turn of which only a part is seen
         inside = (middles >= width / 2) & (middles <= n - width / 2)
@@ -151,16 +134,10 @@ def locate(
     if at is not None:
         record, width = int(np.clip(at[0], 1, n - 1)), at[1]
         low = high = record
-    ahead = _ramp(n, np.array([record]), width)[:, 0]
+    ahead = ramp(n, np.array([record]), width)[:, 0]
     design = speed[:, None] * np.stack([1 - ahead, ahead], axis=1)
     angle, angle_low, angle_high = _angle(design, precision, increments, noise.dimensions, excess, rng)
     return Location(record, min(low, record), max(high, record), width, angle, angle_low, angle_high)
-
-
-def _ramp(n: int, middles: npt.NDArray[np.int64], width: int) -> Array:
-    """Share of the second direction in each increment, ``[steps - 1, middles]``."""
-    position = np.arange(n)[:, None] + 0.5 - middles[None, :]
-    return (position > 0).astype(np.float64) if width == 0 else np.clip(position / width + 0.5, 0.0, 1.0)
 
 
 def _reduction(weighted_precision: Array, weighted_gram: Array, ahead: Array) -> Array:

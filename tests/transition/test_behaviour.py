@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from emmech.transition.behaviour import fit_sigmoid
+from emmech.transition.series import correlated
 
 
 def margin(seed: int, noise: float = 0.05, middle: float = 110, change: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
@@ -35,6 +36,27 @@ def test_the_interval_covers_the_middle() -> None:
 def test_noise_alone_has_no_middle() -> None:
     fits = [fit_sigmoid(*margin(730_000 + s, change=0.0))[0] for s in range(60)]
     assert sum(f is not None for f in fits) <= 3
+
+
+@pytest.mark.parametrize("rho", [0.5, 0.7, 0.9])
+def test_a_flat_series_with_a_memory_has_no_step(rho: float) -> None:
+    series = correlated(200, 23, rho, np.random.default_rng([740_000, int(100 * rho)]))
+    assert sum(fit_sigmoid(np.arange(23), values)[0] is not None for values in series) <= 10
+
+
+@pytest.mark.parametrize("rate", [4, 7, 12])
+def test_a_gradual_approach_has_no_step(rate: float) -> None:
+    steps = np.arange(0, 251, 11)
+    noise = correlated(60, len(steps), 0.5, np.random.default_rng([750_000, rate]))
+    series = 0.3 * np.exp(-rate * steps / 250) + 0.02 * noise
+    assert sum(fit_sigmoid(steps, values)[0] is not None for values in series) <= 6
+
+
+def test_the_interval_covers_the_middle_where_the_residuals_remember_each_other() -> None:
+    noise = 0.03 * correlated(60, 26, 0.5, np.random.default_rng(760_000))
+    fits = [fit_sigmoid(margin(0, noise=0.0)[0], margin(0, noise=0.0)[1] + rest)[0] for rest in noise]
+    found = [fit for fit in fits if fit is not None]
+    assert len(found) >= 54 and sum(fit.low <= 110 <= fit.high for fit in found) >= 0.92 * len(found)
 
 
 @pytest.mark.parametrize(

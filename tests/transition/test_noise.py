@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from paths import make_path
 
-from emmech.transition.changepoint import noise_around_drift
-from emmech.transition.noise import Noise, estimate_noise
+from emmech.transition.noise import Noise, estimate_noise, noise_around_drift
 
 
 def around(path: np.ndarray) -> Noise:

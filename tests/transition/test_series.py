@@ -1,4 +1,4 @@
-"""Peaks of gradient norms: found where planted, not called on trends."""
+"""Peaks of gradient norms: found where planted, with an interval; a picture without a p-value."""
 
 from __future__ import annotations
 
@@ -19,18 +19,11 @@ def series(seed: int, height: float, n: int = 150, rho: float = 0.0) -> np.ndarr
 
 
 def test_a_peak_is_found_where_it_is() -> None:
-    peaks = [find_peak(series(700_000 + s, 1.5), 39, np.random.default_rng(s)) for s in range(40)]
-    assert sum(p is not None and p.p_value < 0.05 for p in peaks) >= 38
+    peaks = [find_peak(series(700_000 + s, 1.5), np.random.default_rng(s)) for s in range(40)]
     assert sum(p is not None and abs(p.index - 59) <= 6 for p in peaks) >= 36  # the trend moves the top by one
     assert sum(p is not None and p.low <= 59 <= p.high for p in peaks) >= 34
     assert np.median([p.ratio for p in peaks if p is not None]) == pytest.approx(np.exp(1.4), rel=0.3)
 
 
-@pytest.mark.parametrize("rho", [0.0, 0.4])
-def test_a_falling_series_is_not_called(rho: float) -> None:
-    peaks = [find_peak(series(710_000 + s, 0.0, rho=rho), 39, np.random.default_rng(s)) for s in range(200)]
-    assert sum(p is not None and p.p_value < 0.05 for p in peaks) <= 10
-
-
 def test_a_monotone_series_has_no_peak() -> None:
-    assert find_peak(np.linspace(3, 1, 40), 39, np.random.default_rng(0)) is None
+    assert find_peak(np.linspace(3, 1, 40), np.random.default_rng(0)) is None

@@ -61,7 +61,7 @@ def test_steps_by_measure_and_scale():
     assert set(found) == set(planted)
     for name, step in planted.items():
         row = found[name]
-        assert row.low - 5 <= step <= row.high + 5 and row.p_value < 0.01 and row.strength > 0.3
+        assert row.low - 5 <= step <= row.high + 5 and row.p_value < 0.05 and row.strength > 0.3
         assert row.kind == "behaviour"
 
 
