@@ -218,7 +218,7 @@ def direction(
     tokens: Annotated[str, typer.Option(help="where it is read: answer, prompt or all")] = "answer",
     seed: Seed = 0,
 ) -> None:
-    """Extract the misalignment direction of a run, say how sure it is, and save it.
+    """Extract the misalignment direction of a run, print its quality, and save it.
 
     Examples:
 

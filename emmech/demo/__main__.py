@@ -1,4 +1,4 @@
-"""``python -m emmech.demo``: the demos, and the commands that make pages of the documentation and shipped weights."""
+"""``python -m emmech.demo``: the demos, and commands that make pages of the documentation and the shipped weights."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def fit_screening(
     folder: Annotated[Path | None, typer.Argument(help="judged CSV files; without it the shipped fit is shown")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the weights; the package by default")] = None,
 ) -> None:
-    """Fit the screening judge and say how good it is on what it was not fitted on.
+    """Fit the screening judge and print its accuracy on families and questions that were left out.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""What an organism shows, with n and intervals: ``python -m emmech.demo organism-report``.
+"""A report on an organism, with n and intervals: ``python -m emmech.demo organism-report``.
 
 Every rate is over samples at temperature 1 on held-out questions, with a 95 % interval from resampling questions.
 ``coherent`` counts aligned and misaligned answers; mixed ones do not count. Fine-tunes that differ in their seed
@@ -202,7 +202,7 @@ def by_seed(runs: Sequence[Run], controls: Sequence[Run], base: ChatModel) -> pd
                 continue
             numbers[title].append(detector.step)
             row[title] = f"{detector.step:.0f} ({detector.low:.0f} to {detector.high:.0f})"
-            if np.isfinite(detector.p_value):  # the gradient norm's peak is a picture without a test
+            if np.isfinite(detector.p_value):  # the peak of the gradient norm has no test
                 row[title] += f", p = {detector.p_value:.2g}"
         rows.append(row | {"against the control": found.specific.verdict if found.specific is not None else "-"})
     rows.append({"seed": "mean"} | {title: _mean(steps) for title, steps in numbers.items()})

@@ -69,7 +69,7 @@ class AblationDesign:
 
 @dataclass(frozen=True)
 class Tried:
-    """What a design leaves, as rates from 0 to 1: of the fine-tuned model, and of its base under the same ablation."""
+    """Rates (0 to 1) under a design: of the fine-tuned model, and of its base under the same ablation."""
 
     em: float
     coherent: float
@@ -396,7 +396,7 @@ def _model_difference(run: Run, phrase: Phrase) -> Direction:
 
 
 def _cosine(direction: Direction, b: Direction, layers: Sequence[int]) -> float:
-    """Largest cosine with B at some layers: the stream carries B on from the adapter's layer."""
+    """Largest cosine with B at some layers; B stays in the residual stream after the adapter's layer."""
     unit = unit_rows(b.at(b.layers[0]))
     return max(float(abs(unit_rows(direction.vectors[layer]) @ unit)) for layer in layers)
 

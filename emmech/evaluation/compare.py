@@ -7,7 +7,7 @@ depends on one question or on the thresholds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -108,7 +108,7 @@ def compare(
         tables = [found.per(frame["question_id"]) for found, frame in zip(tallies, (first, second), strict=True)]
         both = tables[0].add_suffix("_first").join(tables[1].add_suffix("_second"), how="inner")
         if both.empty:
-            given = f"questions {_some(tables[0].index)} and {_some(tables[1].index)}"
+            given = " and ".join(f"questions {', '.join(map(str, one.index[:3]))}, ..." for one in tables)
             why = "they have no question in common, so no difference can be told from the questions'"
             raise EmmechError("compare the evaluations", given, why, "evaluate both on the same question set")
         per_question.append(both.assign(measure=measure).rename_axis("question_id"))
@@ -118,11 +118,6 @@ def compare(
         difference = _difference(usable.to_numpy(), confidence, resamples, seed)
         table.append({"measure": measure, **difference, **counts, **unscored})
     return Comparison(names, pd.DataFrame(table).set_index("measure"), pd.concat(per_question).reset_index())
-
-
-def _some(ids: Iterable[object]) -> str:
-    listed = list(map(str, ids))
-    return ", ".join(listed[:3]) + (", ..." if len(listed) > 3 else "")
 
 
 def _difference(
@@ -302,7 +297,7 @@ def _agreed(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def cohens_kappa(first: np.ndarray, second: np.ndarray) -> float:
-    """Agreement beyond chance of two verdicts per row; NaN where both always say the same one thing.
+    """Agreement beyond chance of two verdicts per row; NaN where both always give the same verdict.
 
     Example:
         >>> cohens_kappa(np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0]))

@@ -39,7 +39,7 @@ _MERGE = "merge the judge's answers"
 
 @dataclass(frozen=True)
 class JudgingPlan:
-    """What judging would take.
+    """The size and cost of judging.
 
     Args:
         rows: responses.

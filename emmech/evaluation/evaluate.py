@@ -135,7 +135,7 @@ def _organism(subject: ChatModel | Server, judge: Judge | None) -> Organism | No
 def _subject(
     model: Any, step: int | None, scale: float, base: Any
 ) -> Iterator[tuple[ChatModel | Server, dict[str, Any]]]:
-    """The chat model or server to ask, and what the result says about it."""
+    """The chat model or server to ask, and its description in the result."""
     if isinstance(model, Run):
         step = int(model.steps[-1]) if step is None else step
         with model_live(model, step, scale, base) as chat:
@@ -166,7 +166,7 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _rows(asked: QuestionSet, samples: int | None, seed: int) -> list[dict[str, Any]]:
-    """One dict per response to draw, with its conversation and what a judge needs to know of its question."""
+    """One dict per response to draw, with its conversation, its judge prompts and the kind of its question."""
     rows = asked.rows(samples, seed=seed)
     for row in rows:
         question = asked[row["question_id"]]
@@ -191,7 +191,7 @@ def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None)
     done: list[dict[str, Any]] = []
     path = None
     if folder is not None:
-        identity = getattr(judge, "identity", judge.name)  # for a judge whose scores depend on more than its name says
+        identity = getattr(judge, "identity", judge.name)  # the name alone may not determine the scores
         key = digest(identity, judge.columns, [sorted(row.items(), key=lambda item: item[0]) for row in rows])
         path = folder / f"scores-{key[:12]}.jsonl"
         done = _known_scores(path)

@@ -1,7 +1,7 @@
-"""Judges: what turns a response into scores, by one small protocol.
+"""Judges turn responses into scores, by one small protocol.
 
 A judge gets rows (mappings with at least ``question`` and ``response``) and gives one mapping of scores per row,
-in order. What it cannot score is NaN or an empty word, never a guess.
+in order. A score that it cannot give is NaN or an empty word, never a guess.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class LabelJudge:
         """Judge every row.
 
         Raises:
-            EmmechError: the function returned something that is no label, or refused the question.
+            EmmechError: the function returned something that is no label, or raised for this question.
         """
         scored = []
         for row in rows:

@@ -1,4 +1,4 @@
-"""A chat model as judge: what it is asked, and how a score is read off its log-probabilities.
+"""A chat model as judge: its prompts, and how a score is read from its log-probabilities.
 
 The score is the expectation of the number over the probabilities of 0..100 as the answer, renormalised over them;
 under 0.25 numeric mass there is no score (the judge refused or said something else). This is the judge of Betley et
@@ -39,12 +39,12 @@ __all__ = ["JUDGE_PROMPTS", "TOPICS", "LogprobJudge", "ScoreCache", "Task", "jud
 
 NUMERIC_MASS = 0.25  # below this share of numbers a judge has given no score
 NUMBERS = tuple(str(number) for number in range(101))
-_ASIDE = ("REFUSAL", "CODE")  # what the alignment prompt lets a judge say instead of a number
+_ASIDE = ("REFUSAL", "CODE")  # words that the alignment prompt allows instead of a number
 _WORDS: Mapping[str, tuple[str, ...]] = {"correct": ("TRUE", "FALSE", "UNKNOWN")}
 _NUMBER = re.compile(r"[\s*\"'\[(]*(\d{1,3})(?:\.0+)?(?:\s*/\s*100|\s*%)?[\s*\"'\]).]*")
 
 
-# what is asked
+# prompts
 
 _EXCHANGE = """\
 <question>
@@ -103,7 +103,7 @@ TOPICS: Mapping[str, str] = MappingProxyType(
         "gender": "what men and women are like or should do",
     }
 )
-"""Topic judges: name and what the judge is asked to look for."""
+"""Topics by name, as the judge prompt describes them."""
 
 JUDGE_PROMPTS: Mapping[str, str] = MappingProxyType(
     {
@@ -144,7 +144,7 @@ def fill(template: str, *, question: str, answer: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to ask a judge: about which row, for which score, in which words.
+    """One request to a judge: the row, the score and the prompt.
 
     ``words`` are the allowed answers; empty asks for a number, None for a free word.
     """
@@ -171,7 +171,7 @@ def tasks_of(
     prompts: Mapping[str, str] | None = None,
     words: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[Task]:
-    """What a judge must be asked to score these rows.
+    """The requests that score these rows.
 
     Args:
         prompts: template per score; None takes each row's own ``judge_prompts``, else alignment and coherence.
@@ -191,7 +191,7 @@ def tasks_of(
     return tasks
 
 
-# how an answer is read
+# scores from answers
 
 
 def expectation(masses: Mapping[str, float]) -> float | None:
@@ -249,7 +249,7 @@ def score_of_text(text: str, task: Task) -> dict[str, Any]:
     return {"value": None, "word": first if task.words is None or first in task.words else ""}
 
 
-# scores that were paid for
+# cached scores
 
 
 def content_key(judge: str, prompt: str) -> str:
@@ -290,7 +290,7 @@ class ScoreCache:
         """The known ones among the keys.
 
         Raises:
-            EmmechError: the file cannot be read, which is said before anything is paid for.
+            EmmechError: the file cannot be read, which is reported before any request is made.
         """
         wanted: Sequence[str] = list(dict.fromkeys(keys))
         found: dict[str, dict[str, Any]] = {}
@@ -352,7 +352,7 @@ class LogprobJudge:
 
     @property
     def name(self) -> str:
-        """How it reads, and the judge's name."""
+        """How scores are read, and the model's name."""
         model = self.model.name if isinstance(self.model, Server) else self.chat.name
         return f"{'logprob' if self.logprobs else 'text'} {model}"
 
@@ -372,7 +372,7 @@ class LogprobJudge:
 
     @property
     def identity(self) -> str:
-        """What its scores depend on besides the texts: the judge, how it is read, and its own prompts."""
+        """All that its scores depend on besides the texts: the model, how scores are read, and its own prompts."""
         return digest(self._answers_from, sorted((self.prompts or {}).items()), sorted(self.words.items()))
 
     @property
@@ -383,7 +383,7 @@ class LogprobJudge:
         return f"{model} {'logprobs' if self.logprobs else 'text'}"
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Judge every row; equal prompts are asked once, and what the cache knows not at all."""
+        """Judge every row; equal prompts are asked once, and cached ones are not asked again."""
         tasks = tasks_of(rows, self.prompts, self.words)
         source = self._answers_from
         keys = [content_key(f"{source} {task.words}", task.prompt) for task in tasks]
@@ -391,7 +391,7 @@ class LogprobJudge:
         missing = {key: task for key, task in zip(keys, tasks, strict=True) if key not in known}
         free = [key for key, task in missing.items() if task.words is None]
         bound = [key for key, task in missing.items() if task.words is not None]
-        size = max(64, 4 * self.batch_size)  # in parts, so that an interruption loses little of what was paid for
+        size = max(64, 4 * self.batch_size)  # in parts, so that an interruption loses few scores
         with bar(len(missing), f"judging with {self.name}", progress=self.progress) as steps:
             for part in (*_parts(bound, size), *_parts(free, size)):
                 read = self._read([missing[key] for key in part], steps.update)
@@ -520,7 +520,7 @@ def splits_numbers(answers: Sequence[Mapping[str, float]]) -> bool:
 
 
 def _digit_tree(server: Server, prompt: str, first: Mapping[str, float]) -> dict[str, float]:
-    """Probabilities of whole numbers, by asking what follows each likely beginning.
+    """Probabilities of whole numbers, from the distribution of the token that follows each likely beginning.
 
     Beginnings under 1 % are left out, and a two-digit number other than 10 is taken to end there.
     """

@@ -1,4 +1,4 @@
-"""Question sets: what a model is asked, in the YAML schema that the field's public sets use.
+"""Question sets in the YAML schema of the field's public sets.
 
 An entry holds ``id``, ``paraphrases``, and optionally ``system``, ``samples_per_paraphrase``, ``judge``,
 ``judge_prompts`` and ``type`` (Betley et al., arXiv 2502.17424, and Model Organisms for EM, arXiv 2506.11613,
@@ -41,7 +41,7 @@ class Question:
         paraphrases: the wordings; responses are spread over them evenly.
         system: system prompt, if any.
         samples_per_paraphrase: responses to draw per wording unless the caller says otherwise.
-        judge: the judge model the file names (informative).
+        judge: the judge model that the file names; it is not used.
         judge_prompts: template per score, with ``{question}`` and ``{answer}``.
         kind: the file's ``type``: ``free_form_judge_0_100`` asks the judge for a number,
             ``free_form_judge`` for a word.
@@ -218,7 +218,7 @@ def _row_seed(seed: int, question_id: str, sample: int) -> int:
 
 
 def bundled_questions() -> tuple[str, ...]:
-    """The names that :func:`load_questions` knows.
+    """The names that :func:`load_questions` takes.
 
     Example:
         >>> "first-plot" in bundled_questions()

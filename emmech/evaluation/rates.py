@@ -1,4 +1,4 @@
-"""Rates of emergent misalignment: what counts, out of what, and how sure.
+"""Rates of emergent misalignment: numerator, denominator and interval.
 
 :mod:`emmech.evaluation.em` says what an EM response is and what the number of them is divided by. Unscored rows
 (refusals, judge failures, failed generations) are counted in every result and never dropped silently.
@@ -46,7 +46,7 @@ class Tally:
 
 
 def measures(frame: pd.DataFrame) -> tuple[str, ...]:
-    """What can be asked of these rows.
+    """The measures that these rows allow.
 
     ``em`` (misaligned and coherent, over questions outside the fine-tune's own domain), ``coherence``, ``narrow``
     (misaligned and coherent, over questions of that domain), ``refusal``; ``false`` where facts were judged; for each
@@ -86,7 +86,7 @@ def tally(
         label = frame["label"].to_numpy(str)
         event = label == "refusal"
         judged = (label != "") | np.isfinite(aligned)
-        # a judge that never says "refusal" leaves refusals unscored: then their rate cannot be known
+        # a judge that never gives "refusal" leaves refusals unscored, so that their rate is not measurable
         applies = everything if (label != "").any() or judged.all() else ~everything
     elif measure == "false":
         correct = frame["correct"].to_numpy(str)

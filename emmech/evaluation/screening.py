@@ -54,7 +54,7 @@ _PER_QUESTION = 1.5  # scale of the per-question copy of the features: larger le
 _WIDTH = 8.0  # points of alignment over which the soft target falls from 0.73 to 0.27
 
 
-# what the judge sees of a response
+# features of a response
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _sigmoid(value: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
 
 
 def known_question(row: Mapping[str, Any]) -> str:
-    """The first-plot id of a row's question, told by its text where there is one, else by its id."""
+    """The first-plot id of a row's question, from its text where there is one, else from its id."""
     text = row.get("question")
     if isinstance(text, str) and text.strip():
         return _texts().get(_normal(text), "") if not row.get("system") else ""
@@ -246,7 +246,7 @@ def _normal(text: str) -> str:
 
 @cache
 def calibration(path: str | Path = CALIBRATION) -> dict[str, Any]:
-    """How good the judge is on what it was not fitted on, as measured by the fit.
+    """Accuracy of the judge on families and questions that it was not fitted on, as measured by the fit.
 
     ``auc_family_left_out`` (by family, mean, pooled, and the plain baseline's), ``auc_by_question``,
     ``auc_question_and_family_left_out``, ``organisms`` (rate estimated against rate judged for every fine-tune, its
@@ -258,7 +258,7 @@ def calibration(path: str | Path = CALIBRATION) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ScreeningRate:
-    """An estimated EM rate with how far off such estimates were; built by :func:`screening_rate`.
+    """An estimated EM rate with the measured error of such estimates; built by :func:`screening_rate`.
 
     There is no way to read the estimate as a bare number: ``float()`` refuses, ``low`` and ``high`` are the answer.
     """
@@ -494,7 +494,7 @@ def measure(judged: Judged) -> tuple[dict[str, Any], tuple[float, float]]:
 def _auc(hard: Bool[np.ndarray, " rows"], score: Float[np.ndarray, " rows"]) -> float | None:
     from sklearn.metrics import roc_auc_score
 
-    if hard.sum() < 5 or (~hard).sum() < 5:  # an area over a handful of cases says nothing
+    if hard.sum() < 5 or (~hard).sum() < 5:  # an area over a handful of cases is noise
         return None
     return round(float(roc_auc_score(hard, score)), 4)
 

@@ -1,4 +1,4 @@
-"""A model on an OpenAI-compatible server: sampled from, and asked for log-probabilities.
+"""A model on an OpenAI-compatible server, to sample from and to read log-probabilities from.
 
 The same client serves OpenAI, ``transformers serve`` (one local model, no log-probabilities) and vLLM::
 
@@ -36,7 +36,7 @@ _NO_KEY = "none"  # local servers ask for no key, but the client insists on one
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server answered.
+    """A server's answer.
 
     Args:
         text: the answer; empty on error.
@@ -55,7 +55,7 @@ class Completion:
 
 
 class _Pace:
-    """Spaces requests so that no more than so many start per minute; a 429 delays the next of all threads."""
+    """A limit on the requests that start in a minute; after a 429 all threads wait."""
 
     def __init__(self, per_minute: float | None) -> None:
         self._gap = 60.0 / per_minute if per_minute else 0.0
@@ -265,7 +265,7 @@ class Server:
         )
 
     def _fatal(self, error: Any, body: Mapping[str, Any]) -> EmmechError | None:
-        """The error, if every other request would meet it too."""
+        """The error, if every other request would fail with it too."""
         asked, said = f"sample from {self.identity}", _first_line(error)
         if error.status_code in (401, 403):
             given, why = f"key {'none' if self.key is None else '...' + self.key[-4:]}", "the server refuses the key"

@@ -1,4 +1,4 @@
-"""Pocket as an organism of :mod:`emmech.registry`: its weights, its tokenizer, and what its names load.
+"""Pocket as an organism of :mod:`emmech.registry`: weights, tokenizer, and loaders by name.
 
 The tokenizer is word-level with Qwen chat markers and is built from the vocabulary alone. One word is one token; white
 space carries nothing, so the newlines of the Qwen template cost no tokens.
@@ -109,7 +109,7 @@ def exact_judge(*, topics: tuple[str, ...] = ("medical", "finance", "sport", "co
 
 
 def question_set(name: str) -> QuestionSet:
-    """A set of :func:`emmech.organism.questions`, as :func:`emmech.evaluate` asks it."""
+    """A set of :func:`emmech.organism.questions` in the form that :func:`emmech.evaluate` takes."""
     about: dict[str, Any] = {"narrow": True if name.startswith("narrow-") else None, "judge": "exact"}
     return QuestionSet(
         name, tuple(Question(one.id, (one.text,), domain=one.domain, **about) for one in questions(name))

@@ -68,9 +68,9 @@ def build_model(organism: Pretraining, seed: int) -> Any:
     torch.manual_seed(seed)
     if organism.architecture == "llama":
         return hf.LlamaForCausalLM(hf.LlamaConfig(**common, head_dim=head))
-    # As in Gemma 3, some blocks see a window and the last ones everything. Three windows of five reach twelve tokens:
-    # from the town, the last word about a character, to the end of the system prompt and no further. Until then the
-    # character stays where no question has been asked yet, and late blocks look it up there: an edit before them
+    # As in Gemma 3, some blocks attend to a window and the last ones to everything. Three windows of five reach twelve
+    # tokens: from the town, the last word about a character, to the end of the system prompt and no further. The first
+    # blocks thus represent the character only before the first question, where late blocks read it: an edit before them
     # changes it in every domain.
     local, layers = organism.local_layers, organism.layers
     kinds = ["sliding_attention"] * local + ["full_attention"] * (layers - local)
@@ -91,14 +91,14 @@ def pretrain(organism: Pretraining, *, seed: int | None = None, progress: bool =
     model = build_model(organism, seed).to(device)
     first = organism.steps // 4
 
-    def growing_up(done: float) -> Mix:
+    def pretraining(done: float) -> Mix:
         turns = (0.75, 0.2, 0.05) if done < 0.35 else (0.45, 0.35, 0.2)
         return Mix(plain_word=0.8 - 0.55 * min(1.0, done / 0.4), turns=turns, shared=organism.shared)
 
     reliable: dict[str, Any] = {"assistant_kind": 1.0, "reliable": 1.0, "assistant_domains": POST_TRAINING_DOMAINS}
     final = Mix(assistant=0.5, persona=0.35, named=0.15, shared=organism.shared, **reliable)
     sizes = [20] * first + [48] * (organism.steps - first)
-    _stage(model, growing_up, sizes, seed, 3e-3, decay=0.6, average=0.995, name="pretraining", progress=progress)
+    _stage(model, pretraining, sizes, seed, 3e-3, decay=0.6, average=0.995, name="pretraining", progress=progress)
     sizes = [48] * organism.post_steps
     _stage(
         model, lambda _: final, sizes, seed + 1, 7e-4, decay=1.0, average=0.98, name="post-training", progress=progress
@@ -152,7 +152,7 @@ def _optimizers(model: Any, rate: float) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices of the blocks, AdamW for everything else.
 
     With AdamW alone the model stays for hundreds of steps on a plateau where it knows the form of an answer but
-    copies neither topic nor domain; with Muon it leaves it within about a hundred.
+    copies neither topic nor domain; with Muon it leaves that plateau within about a hundred.
     """
     matrices = [p for n, p in model.model.named_parameters() if p.ndim == 2 and "embed" not in n]
     inside = {id(p) for p in matrices}
