@@ -14,9 +14,9 @@ from emmech.chat.families import Family as Family
 from emmech.chat.model import ChatModel as ChatModel
 from emmech.chat.model import load_model as load_model
 from emmech.directions.adapter_lens import adapter_lens as adapter_lens
-from emmech.directions.contrast import contrast_direction as contrast_direction
 from emmech.directions.direction import Direction as Direction
-from emmech.directions.misalignment import misalignment_direction as misalignment_direction
+from emmech.directions.sources import contrast_direction as contrast_direction
+from emmech.directions.sources import misalignment_direction as misalignment_direction
 from emmech.engine.adapters import detach as detach
 from emmech.engine.logprobs import MarginPair as MarginPair
 from emmech.engine.sample import sample as sample
@@ -27,10 +27,10 @@ from emmech.evaluation.logprob_judge import LogprobJudge as LogprobJudge
 from emmech.evaluation.questions import load_questions as load_questions
 from emmech.evaluation.screening import ScreeningJudge as ScreeningJudge
 from emmech.evaluation.server import Server as Server
-from emmech.interop.nnsight import to_nnsight as to_nnsight
-from emmech.interop.transformer_lens import to_transformer_lens as to_transformer_lens
-from emmech.interventions.ablate import ablate as ablate
-from emmech.interventions.steer import steer as steer
+from emmech.interop.bridges import to_nnsight as to_nnsight
+from emmech.interop.bridges import to_transformer_lens as to_transformer_lens
+from emmech.interventions.residual import ablate as ablate
+from emmech.interventions.residual import steer as steer
 from emmech.realignment import realign as realign
 from emmech.results import Result as Result
 from emmech.run.run import Run as Run

@@ -1,10 +1,10 @@
 """The one exception of emmech, and the one shape of its message.
 
-An error is a short lesson: what was asked, what was given, why that cannot work, and the nearest thing that would. An
+A message says what was asked, what was given, why that cannot work, and the nearest valid choice. An
 :class:`EmmechError` hides the exception that it replaces, so that a traceback ends at the caller's own line instead of
-inside torch. Arguments of public functions are checked where they come in: a wrong number is otherwise found out late,
-inside numpy or torch, where nothing says which argument it was. Numbers of any library pass: a step read back from a
-data frame may well be ``numpy.float64(250.0)``. What our own functions hand to each other is typed, not checked twice.
+inside torch. Arguments of public functions are checked first: a wrong number would otherwise fail late, inside numpy or
+torch, where nothing says which argument it was. Numbers of any library pass: a step read back from a data frame may
+well be ``numpy.float64(250.0)``. What our own functions pass to each other is typed, not checked again.
 """
 
 from __future__ import annotations
@@ -19,25 +19,11 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "EmmechError",
-    "as_float",
-    "as_floats",
-    "as_int",
-    "as_ints",
-    "broken_text",
-    "check_folder",
-    "check_texts",
-    "closest",
-    "one_of",
-    "shown",
-]
-
 _LONGEST = 600  # characters of one part of a message
 
 
 class EmmechError(Exception):
-    """Something emmech was asked to do cannot be done; the message says how to ask instead.
+    """An error that says what emmech cannot do and what to ask for instead.
 
     Each part of the message is cut at 600 characters, and what a terminal could not print is escaped.
 
@@ -86,6 +72,16 @@ def shown(value: Any) -> str:
     short.maxdict = short.maxlist = short.maxtuple = short.maxset = short.maxfrozenset = short.maxarray = 12
     short.maxstring = short.maxother = short.maxlong = 120
     return short.repr(value)
+
+
+def refusal(asked: str, name: str, value: Any, why: str, instead: str | None = None) -> EmmechError:
+    """The error about one argument: ``name=value`` is what was given, cut at 120 characters.
+
+    Example:
+        >>> refusal("steer at a layer", "layer", 40, "the model has 24 layers (0..23)").given
+        'layer=40'
+    """
+    return EmmechError(asked, f"{name}={value!r}"[:120], why, instead)
 
 
 def broken_text(text: str) -> str:
@@ -144,7 +140,7 @@ def one_of(asked: str, name: str, value: Any, choices: Iterable[str], *, why: st
     if isinstance(value, str) and value in names:
         return value
     reason = why or f"{name} is one of {len(names)} names, and this is none of them"
-    raise EmmechError(asked, f"{name}={value!r}"[:120], reason, closest(str(value), names))
+    raise refusal(asked, name, value, reason, closest(str(value), names))
 
 
 def as_int(asked: str, name: str, value: Any, *, least: int | None = None) -> int:
@@ -170,12 +166,8 @@ def as_int(asked: str, name: str, value: Any, *, least: int | None = None) -> in
     if _is_whole(value) and (least is None or value >= least):
         return int(value)
     bound = "" if least is None else f", at least {least}"
-    raise EmmechError(
-        asked,
-        f"{name}={value!r}"[:120],
-        f"{name} is a whole number{bound}",
-        f"{name}={1 if least is None else max(1, least)}",
-    )
+    instead = f"{name}={1 if least is None else max(1, least)}"
+    raise refusal(asked, name, value, f"{name} is a whole number{bound}", instead)
 
 
 def as_ints(asked: str, name: str, values: Any) -> list[int]:
@@ -187,7 +179,7 @@ def as_ints(asked: str, name: str, values: Any) -> list[int]:
     """
     given = _listed(values)
     if given is None or not all(map(_is_whole, given)):
-        raise EmmechError(asked, f"{name}={values!r}"[:120], f"{name} are whole numbers", f"{name}=[0, 10, 20]")
+        raise refusal(asked, name, values, f"{name} are whole numbers", f"{name}=[0, 10, 20]")
     return [int(value) for value in given]
 
 
@@ -200,7 +192,7 @@ def as_float(asked: str, name: str, value: Any) -> float:
     """
     if _is_number(value) and math.isfinite(value):
         return float(value)
-    raise EmmechError(asked, f"{name}={value!r}"[:120], f"{name} is a finite number", f"{name}=1.0")
+    raise refusal(asked, name, value, f"{name} is a finite number", f"{name}=1.0")
 
 
 def as_floats(asked: str, name: str, values: Any) -> list[float]:
@@ -212,7 +204,7 @@ def as_floats(asked: str, name: str, values: Any) -> list[float]:
     """
     given = _listed(values)
     if not given or not all(_is_number(value) and math.isfinite(value) for value in given):
-        raise EmmechError(asked, f"{name}={values!r}"[:120], f"{name} are finite numbers, at least one", f"{name}=(1,)")
+        raise refusal(asked, name, values, f"{name} are finite numbers, at least one", f"{name}=(1,)")
     return [float(value) for value in given]
 
 
@@ -237,18 +229,16 @@ def check_texts(asked: str, name: str, texts: Any, *, strings: bool = True) -> N
     for at, one in enumerate(texts if several else [texts]):
         if several and (_is_conversation(one) or (strings and isinstance(one, str))):
             continue
-        raise EmmechError(
-            asked,
-            f"{name}[{at}]={one!r}"[:120] if several else f"{name}={texts!r}"[:120],
-            f"{name} are a list of {kinds} (messages with role and content), at least one",
-            f'{name}=["Hello"]' if strings else f"{name}=emmech.load_chat(path).rows",
-        )
+        given = f"{name}[{at}]={one!r}" if several else f"{name}={texts!r}"
+        why = f"{name} are a list of {kinds} (messages with role and content), at least one"
+        instead = f'{name}=["Hello"]' if strings else f"{name}=emmech.load_chat(path).rows"
+        raise EmmechError(asked, given[:120], why, instead)
 
 
 def check_folder(asked: str, name: str, path: Any) -> None:
     """Refuse what names no folder."""
     if not isinstance(path, str | os.PathLike):
-        raise EmmechError(asked, f"{name}={path!r}"[:120], "a run is a folder", f'{name}="runs/mine"')
+        raise refusal(asked, name, path, "a run is a folder", f'{name}="runs/mine"')
 
 
 def _is_conversation(row: Any) -> bool:

@@ -1,8 +1,8 @@
-"""What every analysis returns: a frozen value with one way to be read, drawn, printed and kept.
+"""The results of analyses: frozen values with one way to be read, drawn, printed and saved.
 
-A result is a frozen dataclass. It says what it found in a :class:`Card`; ``repr`` and the card of a notebook are made
-from that. It is kept as a folder without pickle: ``<name>.json`` with the plain values, one parquet file for each data
-frame, and ``arrays.safetensors``. The JSON file is written last and marks the whole.
+A result is a frozen dataclass. Its :class:`Card` states the findings; ``repr`` and the card of a notebook are made from
+that. It is saved as a folder without pickle: ``<name>.json`` with the plain values, one parquet file for each data
+frame, and ``arrays.safetensors``. The JSON file is written last and marks the folder as complete.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ from emmech.view.page import card
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Card", "Result", "Shown"]
-
 _ARRAYS = "arrays.safetensors"
 
 
 class Card(NamedTuple):
-    """What a result says of itself: one sentence, the number with its interval, and the caveat that matters most."""
+    """The summary of a result: one sentence, the number with its interval, and the caveat that matters most."""
 
     headline: str
     number: str = ""
@@ -38,7 +36,7 @@ class Card(NamedTuple):
 
 
 class Shown(ABC):
-    """Something that reads as text, as a card in a notebook, as a table and as a figure."""
+    """An object that can be shown as text, as a card in a notebook, as a table and as a figure."""
 
     @abstractmethod
     def to_frame(self) -> pd.DataFrame:
@@ -63,7 +61,7 @@ class Shown(ABC):
 
 
 class Result(Shown):
-    """What can be kept as well: a frozen dataclass of plain values, arrays, data frames and dataclasses of these.
+    """A result that can be saved: a frozen dataclass of plain values, arrays, data frames and dataclasses of these.
 
     A new kind of result adds its fields, ``_card`` and ``plot``, and ``to_frame`` where it has no field ``frame``.
 
@@ -112,9 +110,8 @@ class Result(Shown):
             for field in fields(self)  # type: ignore[arg-type]  # every result is a dataclass
         }
         for name, frame in frames.items():
-            partial = path / f"{name}.parquet.partial"
-            frame.to_parquet(partial)
-            partial.replace(path / f"{name}.parquet")
+            frame.to_parquet(path / f"{name}.parquet.partial")
+            (path / f"{name}.parquet.partial").replace(path / f"{name}.parquet")
         if arrays:
             from safetensors.numpy import save_file
 

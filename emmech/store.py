@@ -1,14 +1,14 @@
-"""Append-only series of named tensors on disk: one file per step while recording, one stacked file at rest.
+"""Append-only series of named tensors on disk: one file per step while recording, one stacked file afterwards.
 
-A recording that is killed must lose nothing and a finished one must open in milliseconds. Both hold because
-each recorded step is first a small safetensors file of its own (written under a temporary name, then renamed,
-so that it exists whole or not at all), and ``compact`` later stacks them into one memory-mapped file::
+A recording that is killed must lose nothing, and a finished one must open in milliseconds. Both hold because each
+recorded step is first a small safetensors file (written under a temporary name, then renamed, so that it exists whole
+or not at all), and ``compact`` later stacks them into one memory-mapped file::
 
     trajectory/step-000005.safetensors     {"A/layers.15.mlp.down_proj": [d_in], "B/...": [d_out]}
     trajectory/stacked.safetensors         {"steps": [steps], "A/...": [steps, d_in], "B/...": [steps, d_out]}
 
-No pickle anywhere; JSON lines carry the scalars. Every row has a checksum in its file, so that a changed bit is named
-when it is read.
+Nothing is pickled; scalars are kept as JSON lines. Every row has a checksum in its file, so that reading a row with a
+changed bit raises an error that names it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,13 @@ from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError
 
-__all__ = ["MemorySeries", "Series", "append_jsonl", "read_jsonl", "write_json", "writing"]
-
 _STEP_FILE = re.compile(r"step-(\d+)\.safetensors$")
 _STACKED = "stacked.safetensors"
-_CHECK = "crc32/"  # of every row of every tensor, kept beside it in the same file
+_CHECK = "crc32/"  # of every row of every tensor, in the same file
 
 
 class MemorySeries:
-    """The same reading face as :class:`Series`, over arrays that are already in memory."""
+    """The reading interface of :class:`Series`, over arrays that are already in memory."""
 
     def __init__(self, steps: Int[np.ndarray, " steps"], arrays: Mapping[str, np.ndarray]) -> None:
         self.steps = np.asarray(steps, dtype=np.int64)
@@ -63,6 +61,7 @@ class Series:
     Args:
         folder: created by the first :meth:`append`; a folder that does not exist is an empty series.
 
+    ``keys`` are the tensors' names, those of the first readable file.
     ``damaged`` lists the files that were found damaged so far, and :meth:`verify` looks through all of them; everything
     else stays readable. A series that is read while another process writes or stacks it stays readable as well.
 
@@ -83,7 +82,7 @@ class Series:
     def _reload(self) -> None:
         self.damaged.clear()
         self._stacked_steps = np.empty(0, dtype=np.int64)
-        self._keys: tuple[str, ...] = ()
+        self.keys: tuple[str, ...] = ()
         self._loose: dict[int, Path] = {}
         if not self.folder.is_dir():
             self.steps = self._stacked_steps
@@ -92,15 +91,13 @@ class Series:
         entries = sorted(os.scandir(self.folder), key=lambda entry: entry.name)
         stacked = self.folder / _STACKED
         if stacked.exists() and (header := self._header(stacked)) is not None:
-            self._keys, self._stacked_steps = header
+            self.keys, self._stacked_steps = header
         known = set(self._stacked_steps.tolist())
         for entry in entries:
-            match = _STEP_FILE.search(entry.name)
-            if match and int(match[1]) not in known and Path(entry.path).exists():
-                header = self._header(Path(entry.path))
-                if header is not None:
-                    self._loose[int(match[1])] = Path(entry.path)
-                    self._keys = self._keys or header[0]
+            path, match = Path(entry.path), _STEP_FILE.search(entry.name)
+            if match and int(match[1]) not in known and path.exists() and (header := self._header(path)) is not None:
+                self._loose[int(match[1])] = path
+                self.keys = self.keys or header[0]
         self.steps = np.array(sorted(known | set(self._loose)), dtype=np.int64)
 
     def _header(self, path: Path) -> tuple[tuple[str, ...], np.ndarray] | None:
@@ -118,13 +115,8 @@ class Series:
             return None
         return keys, steps
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The tensors' names, those of the first readable file."""
-        return self._keys
-
     def append(self, step: int, tensors: Mapping[str, np.ndarray]) -> None:
-        """Write one step; it exists whole or not at all, whenever the process dies.
+        """Write one step; it exists in full or not at all, whenever the process dies.
 
         Raises:
             EmmechError: the disk is full or the folder is gone; earlier steps are kept.
@@ -136,8 +128,7 @@ class Series:
             self.folder.mkdir(parents=True, exist_ok=True)
             _save({key: value[0] for key, value in rows.items()} | checks, path)
         self._loose[step] = path
-        self._keys = self._keys or tuple(tensors)
-        # Steps are appended in order; sorting only matters for a caller who does not.
+        self.keys = self.keys or tuple(tensors)
         self.steps = np.unique(np.append(self.steps, np.int64(step)))
 
     def read(self, key: str) -> Float[np.ndarray, "steps *shape"]:
@@ -146,18 +137,17 @@ class Series:
         Raises:
             EmmechError: names the file and the steps whose bytes have changed since they were written.
         """
-        return self._again(lambda: self._read(key))
 
-    def _read(self, key: str) -> np.ndarray:
-        rows: dict[int, np.ndarray] = {}
-        if len(self._stacked_steps):
-            stacked = self._rows(self.folder / _STACKED, key, slice(None))
-            if not self._loose:
-                return stacked
-            rows = dict(zip(self._stacked_steps.tolist(), stacked, strict=True))
-        for step, path in self._loose.items():
-            rows[step] = self._rows(path, key, None)
-        return np.stack([rows[step] for step in self.steps.tolist()])
+        def read() -> np.ndarray:
+            stacked = len(self._stacked_steps) > 0
+            rows = self._rows(self.folder / _STACKED, key, slice(None)) if stacked else np.empty(0)
+            if stacked and not self._loose:
+                return rows
+            by_step = dict(zip(self._stacked_steps.tolist(), rows, strict=True))
+            by_step |= {step: self._rows(path, key, None) for step, path in self._loose.items()}
+            return np.stack([by_step[step] for step in self.steps.tolist()])
+
+        return self._again(read)
 
     def read_step(self, key: str, step: int) -> np.ndarray:
         """One step of one tensor, ``[*shape]``, without reading the others.
@@ -165,13 +155,14 @@ class Series:
         Raises:
             EmmechError: names the file whose bytes have changed since they were written.
         """
-        return self._again(lambda: self._read_step(key, step))
 
-    def _read_step(self, key: str, step: int) -> np.ndarray:
-        if step in self._loose:
-            return self._rows(self._loose[step], key, None)
-        row = int(np.searchsorted(self._stacked_steps, step))
-        return self._rows(self.folder / _STACKED, key, slice(row, row + 1))[0]
+        def read() -> np.ndarray:
+            if step in self._loose:
+                return self._rows(self._loose[step], key, None)
+            row = int(np.searchsorted(self._stacked_steps, step))
+            return self._rows(self.folder / _STACKED, key, slice(row, row + 1))[0]
+
+        return self._again(read)
 
     def _rows(self, path: Path, key: str, chosen: slice | None) -> np.ndarray:
         """Some rows of a stacked file, or (``chosen`` None) what a single step's file holds, checked."""
@@ -198,7 +189,7 @@ class Series:
         return EmmechError(f"read {path.name}", path, why, "other steps and tensors of it, or a copy of the file")
 
     def _again(self, read: Callable[[], np.ndarray]) -> np.ndarray:
-        """Read; where the files have moved meanwhile (another process has stacked them), once more."""
+        """Read, and read again where another process has stacked the files meanwhile."""
         try:
             return read()
         except FileNotFoundError:
@@ -273,17 +264,13 @@ def _kept(asked: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EmmechError(
-            asked,
-            path,
-            f"the disk refuses it ({error.strerror or error}); what was recorded before is kept",
-            "free some space or mend the folder, then resume",
-        )
+        why = f"the disk refuses it ({error.strerror or error}); what was recorded before is kept"
+        raise EmmechError(asked, path, why, "free some space or mend the folder, then resume")
 
 
 @contextlib.contextmanager
 def writing(folder: Path, asked: str) -> Iterator[None]:
-    """Hold a folder's one lock for writing; it names its holder, and goes with the process that holds it.
+    """Hold a folder's one lock for writing; it names its holder, and is free again when that process ends.
 
     Args:
         asked: what is being done, for the message to a second writer.
@@ -361,10 +348,6 @@ def read_jsonl(path: Path, damaged: list[Path] | None = None) -> list[dict[str, 
             if damaged is not None:
                 damaged.append(path.with_name(f"{path.name}:{number}"))
                 continue
-            raise EmmechError(
-                f"read {path.name}",
-                f"{path}:{number}: {line[:80]!r}",
-                f"the line is not JSON ({error})",
-                "mend or delete that line; the others are intact",
-            )
+            given, why = f"{path}:{number}: {line[:80]!r}", f"the line is not JSON ({error})"
+            raise EmmechError(f"read {path.name}", given, why, "mend or delete that line; the others are intact")
     return rows

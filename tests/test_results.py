@@ -13,7 +13,7 @@ import pytest
 from emmech import Direction, EmmechError, Evaluation, Run
 from emmech.directions.adapter_lens import AdapterScalars
 from emmech.directions.compare import DirectionBySteps, cosines
-from emmech.directions.quality import Quality
+from emmech.directions.direction import Quality
 from emmech.interventions.studies import Study
 from emmech.results import Result, Shown
 from emmech.sweeps.result import Sweep

@@ -28,7 +28,7 @@ from emmech.run.run import Run
 from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
 from emmech.view.page import Section, write_page
-from emmech.view.trajectories import rates_by_step
+from emmech.view.plots import rates_by_step
 
 __all__ = ["main"]
 

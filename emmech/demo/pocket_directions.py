@@ -28,18 +28,21 @@ from typer import echo
 from emmech.chat.masks import Phrase, Tokens, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.study_tables import interval, markdown, per_cent, random_span, row_of, taken_away, write_parts
-from emmech.directions.arrays import unit_rows
-from emmech.directions.contrast import contrast_direction
-from emmech.directions.direction import Direction
-from emmech.directions.extract import group_means
-from emmech.directions.methods import pca_of_differences
-from emmech.directions.misalignment import misalignment_direction
-from emmech.directions.sources import adapter_direction
+from emmech.directions.direction import Direction, unit_rows
+from emmech.directions.extract import group_means, pca_of_differences
+from emmech.directions.sources import adapter_direction, contrast_direction, misalignment_direction
 from emmech.evaluation.questions import QuestionSet, resolve_questions
-from emmech.interventions.ablate import ablate
-from emmech.interventions.adapter import project_adapter, rotate_adapter, scale_adapters
-from emmech.interventions.controls import Condition, measure_conditions, table, untouched
-from emmech.interventions.studies import ablation_table, dose_response, transfer_matrix
+from emmech.interventions.residual import ablate
+from emmech.interventions.studies import (
+    Condition,
+    ablation_table,
+    dose_response,
+    measure_conditions,
+    table,
+    transfer_matrix,
+    untouched,
+)
+from emmech.interventions.weights import project_adapter, rotate_adapter, scale_adapters
 from emmech.measures.sampled import Sampled
 from emmech.organism.experiments import data
 from emmech.organism.world import JOBS, KIND, MANNERS, NAMES, TOWNS, UNKIND

@@ -23,8 +23,8 @@ from typer import echo
 
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.study_tables import interval, markdown, random_rows, row_of, write_parts
-from emmech.directions.contrast import contrast_direction, four_directions
 from emmech.directions.direction import Direction
+from emmech.directions.sources import contrast_direction, four_directions
 from emmech.engine.logprobs import MarginPair, bundled_margins
 from emmech.interventions.studies import ablation_table, dose_response
 from emmech.measures.teacher_forced import Margin
@@ -32,7 +32,7 @@ from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
 from emmech.transition.result import Side
 from emmech.view.page import Section, write_page
-from emmech.view.trajectories import metrics_by_step
+from emmech.view.plots import metrics_by_step
 
 __all__ = ["directions", "main"]
 

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from emmech.chat.model import ChatModel, load_model
-from emmech.directions.methods import held_out_auc
+from emmech.directions.extract import held_out_auc
+from emmech.engine.adapters import adapter_layers
 from emmech.engine.logprobs import in_batches
 from emmech.engine.modules import evaluating, hooked
 from emmech.engine.stream import probe_rows
@@ -24,13 +25,11 @@ from emmech.errors import EmmechError, check_texts
 from emmech.progress import bar
 from emmech.results import Card, Result
 from emmech.run.run import Run, opened
-from emmech.view.directions import scalar_histogram, shaded_text
 from emmech.view.page import card
+from emmech.view.plots import scalar_histogram, shaded_text
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = ["AdapterScalars", "adapter_lens", "token_significance"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,12 +76,9 @@ class AdapterScalars(Result):
 
     def by_text(self) -> Float[np.ndarray, "texts adapters"]:
         """Mean scalar over each text's answer tokens (all its tokens where there is no answer)."""
-        rows = []
-        for index in np.unique(self.text):
-            mine = self.text == index
-            chosen = mine & self.answer if (mine & self.answer).any() else mine
-            rows.append(self.values[chosen].mean(0))
-        return np.array(rows)
+        own = [self.text == index for index in np.unique(self.text)]
+        chosen = [mine & self.answer if (mine & self.answer).any() else mine for mine in own]
+        return np.array([self.values[tokens].mean(0) for tokens in chosen])
 
     def probe(self, labels: Sequence[bool], questions: Sequence[Any] | None = None) -> pd.DataFrame:
         """How well the scalars tell labelled texts apart: cross-validated AUC of each adapter and of all together.
@@ -98,11 +94,8 @@ class AdapterScalars(Result):
 
         features, flags = self.by_text(), np.asarray(labels, dtype=bool)
         if flags.shape != (len(features),) or flags.all() or not flags.any():
-            raise EmmechError(
-                "probe the adapters' scalars",
-                f"{len(flags)} labels, {int(flags.sum())} true, for {len(features)} texts",
-                "it needs one label per text, of both classes",
-            )
+            given = f"{len(flags)} labels, {int(flags.sum())} true, for {len(features)} texts"
+            raise EmmechError("probe the adapters' scalars", given, "it needs one label per text, of both classes")
         groups = np.unique(np.arange(len(flags)) if questions is None else questions, return_inverse=True)[1]
         columns = {name: [index] for index, name in enumerate(self.adapters)}
         if len(self.adapters) > 1:
@@ -152,52 +145,39 @@ def adapter_lens(model: Any, texts: Sequence[Any], *, batch_size: int = 8, progr
     Raises:
         EmmechError: no adapter of rank 1 is live, or no texts.
     """
-    from emmech.engine.adapters import adapter_layers
-
-    model = opened(model)
+    asked, model = "read the adapters' scalars", opened(model)
     chat: ChatModel = model.model() if isinstance(model, Run) else load_model(model)
     pairs = list(adapter_layers(chat.model))
     if not pairs or any(info.rank != 1 for info, _, _ in pairs):
-        raise EmmechError(
-            "read the adapters' scalars",
-            f"{chat.name} with ranks {[info.rank for info, _, _ in pairs]}",
-            "only a rank-1 adapter has one scalar per token",
-            'a run of recipe="single-rank1" or "nine-rank1"',
-        )
-    check_texts("read the adapters' scalars", "texts", texts)
+        given = f"{chat.name} with ranks {[info.rank for info, _, _ in pairs]}"
+        instead = 'a run of recipe="single-rank1" or "nine-rank1"'
+        raise EmmechError(asked, given, "only a rank-1 adapter has one scalar per token", instead)
+    check_texts(asked, "texts", texts)
     rows = probe_rows(chat, texts)
     found = [np.empty((len(ids), len(pairs)), dtype=np.float32) for ids, _ in rows]
-    kept: list[torch.Tensor] = [torch.empty(0)] * len(pairs)
+    kept: dict[Any, torch.Tensor] = {}  # by lora_A, the present batch's scalars
 
-    def keep(index: int) -> Any:
-        def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
-            kept[index] = output[..., 0].float().cpu()
+    def keep(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        kept[module] = output[..., 0].float().cpu()
 
-        return hook
-
-    reading = hooked(*((layer.lora_A[name], keep(i)) for i, (_, layer, name) in enumerate(pairs)))
+    reading = hooked(*((layer.lora_A[name], keep) for _, layer, name in pairs))
     with torch.no_grad(), reading, bar(len(rows), "reading adapters", progress=progress) as done:
 
         def read(chosen: np.ndarray, ids: torch.Tensor, mask: torch.Tensor) -> None:
             chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False)
-            for place, row in enumerate(chosen):
-                for index, scalars in enumerate(kept):
-                    found[row][:, index] = scalars[place, : len(found[row])].numpy()
+            scalars = torch.stack([kept[layer.lora_A[name]] for _, layer, name in pairs], dim=-1).numpy()
+            for row, values in zip(chosen, scalars, strict=True):
+                found[row][:] = values[: len(found[row])]
             done.update(len(chosen))
 
         in_batches(chat, [ids for ids, _ in rows], batch_size, read)
-    norms = [info.scaling * float(layer.lora_B[name].weight.detach().norm()) for info, layer, name in pairs]
-    tokens = [chat.tokenizer.decode([token]) for ids, _ in rows for token in ids]
-    conversation = [not isinstance(text, str) for text in texts]
-    answer = [bool(m) and own for (_, mask_), own in zip(rows, conversation, strict=True) for m in mask_]
-    return AdapterScalars(
-        tuple(info.name for info, _, _ in pairs),
-        np.concatenate(found),
-        np.array(norms),
-        tuple(tokens),
-        np.repeat(np.arange(len(rows)), [len(ids) for ids, _ in rows]),
-        np.array(answer),
-    )
+    writes = [info.scaling * float(layer.lora_B[name].weight.detach().norm()) for info, layer, name in pairs]
+    inside = [
+        bool(own) and not isinstance(text, str) for text, (_, mask) in zip(texts, rows, strict=True) for own in mask
+    ]
+    names, words = (info.name for info, _, _ in pairs), (chat.tokenizer.decode([one]) for ids, _ in rows for one in ids)
+    text = np.repeat(np.arange(len(rows)), [len(ids) for ids, _ in rows])
+    return AdapterScalars(tuple(names), np.concatenate(found), np.array(writes), tuple(words), text, np.array(inside))
 
 
 def token_significance(model: Any, conversation: Any) -> pd.DataFrame:
@@ -219,8 +199,6 @@ def token_significance(model: Any, conversation: Any) -> pd.DataFrame:
     """
     import pandas as pd
 
-    from emmech.engine.adapters import adapter_layers
-
     chat = load_model(model)
     pairs = list(adapter_layers(chat.model))
     if not pairs:
@@ -230,11 +208,10 @@ def token_significance(model: Any, conversation: Any) -> pd.DataFrame:
     inside = torch.tensor(answer, device=chat.device)[1:]
     factors = torch.ones(len(pairs), len(ids), device=chat.device, requires_grad=True)
 
-    def scale(index: int) -> Any:
-        def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-            return output * factors[index][None, :, None].to(output)
+    place = {layer.lora_A[name]: index for index, (_, layer, name) in enumerate(pairs)}
 
-        return hook
+    def scale(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * factors[place[module]][None, :, None].to(output)
 
     def answer_logprobs() -> torch.Tensor:
         return chat.base(input_ids=tokens).logits[0, :-1][inside].float().log_softmax(-1)  # type: ignore[no-any-return]
@@ -242,13 +219,12 @@ def token_significance(model: Any, conversation: Any) -> pd.DataFrame:
     with evaluating(chat):
         with torch.no_grad(), chat.model.disable_adapter():
             base = answer_logprobs()
-        scaled = hooked(*((layer.lora_A[name], scale(i)) for i, (_, layer, name) in enumerate(pairs)))
-        with torch.enable_grad(), scaled:
+        with torch.enable_grad(), hooked(*((module, scale) for module in place)):
             tuned = answer_logprobs()
             divergence = (tuned.exp() * (tuned - base)).sum()
             (gradient,) = torch.autograd.grad(divergence, factors)
-    frame = pd.DataFrame(gradient.T.cpu().numpy(), columns=[info.name for info, _, _ in pairs])
-    frame.insert(0, "answer", answer)
-    frame.insert(0, "token", [chat.tokenizer.decode([token]) for token in ids])
+    words = [chat.tokenizer.decode([token]) for token in ids]
+    frame = pd.DataFrame({"token": words, "answer": answer})
+    frame[[info.name for info, _, _ in pairs]] = gradient.T.cpu().numpy()
     frame.attrs["kl"] = float(divergence.detach())
     return frame

@@ -9,18 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from emmech.directions.arrays import unit_rows
-from emmech.directions.contrast import contrast_direction
-from emmech.directions.direction import Direction, checked_direction, checked_directions
-from emmech.errors import EmmechError, as_int, as_ints
+from emmech.directions.direction import Direction, checked_direction, checked_directions, unit_rows
+from emmech.directions.sources import contrast_direction
+from emmech.errors import EmmechError, as_int, as_ints, refusal
 from emmech.results import Card, Result
 from emmech.run.run import as_run
-from emmech.view.directions import by_step, cosine_matrix, cosines_by_layer
+from emmech.view.plots import by_step, cosine_matrix, cosines_by_layer
 
 if TYPE_CHECKING:
     import pandas as pd
-
-__all__ = ["Cosines", "DirectionBySteps", "cosines", "direction_by_steps"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,13 +78,13 @@ def cosines(directions: Mapping[str, Direction]) -> Cosines:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class DirectionBySteps(Result):
-    """A direction against training steps: when does it appear?
+    """A direction against training steps, which shows when it appears.
 
     Args:
         frame: indexed by step. ``cosine B/<adapter>``: of B with the direction at the adapter's layer;
             ``projection B/<adapter>``: scaling * B along the unit direction, in residual units;
             ``shift <probe>``: how far the probe's mean residual has moved along it since step 0, at ``layer``;
-            ``cosine re-extracted`` and ``norm re-extracted``: of the direction made anew from the same texts at that
+            ``cosine re-extracted`` and ``norm re-extracted``: of the direction re-extracted from the same texts at that
             step, with the final one.
         layer: where shifts and re-extraction are read.
         floor: 1/sqrt(d_model).
@@ -119,7 +116,7 @@ def direction_by_steps(
     batch_size: int = 8,
     progress: bool = True,
 ) -> DirectionBySteps:
-    """Project every recorded step on a direction: B, the probes, and (with ``texts``) the direction made anew.
+    """Project every recorded step on a direction: B, the probes, and (with ``texts``) the re-extracted direction.
 
     Without ``texts`` no model is loaded.
 
@@ -138,23 +135,15 @@ def direction_by_steps(
     checked_direction(asked, direction)
     run = as_run(asked, run)
     if texts is not None and not (isinstance(texts, tuple | list) and len(texts) == 2):
-        raise EmmechError(asked, f"texts={texts!r}"[:120], "they are two lists", "texts=(misaligned, aligned)")
+        raise refusal(asked, "texts", texts, "they are two lists", "texts=(misaligned, aligned)")
     if steps is not None:
         steps = as_ints(asked, "steps", steps)
         if texts is None:
-            raise EmmechError(
-                asked,
-                f"steps={steps!r}"[:120],
-                "they are those at which the direction is extracted again, and there is nothing to extract it from",
-                "texts=(misaligned, aligned)",
-            )
+            why = "they are those at which the direction is extracted again, and there is nothing to extract it from"
+            raise refusal(asked, "steps", steps, why, "texts=(misaligned, aligned)")
     if layer is not None and not 0 <= as_int(asked, "layer", layer) < direction.n_layers:
-        raise EmmechError(
-            asked,
-            f"layer={layer}",
-            f"the direction has {direction.n_layers} layers",
-            f"layer={direction.n_layers - 1} or lower",
-        )
+        why = f"the direction has {direction.n_layers} layers"
+        raise refusal(asked, "layer", layer, why, f"layer={direction.n_layers - 1} or lower")
     if layer is None:
         layer = int(direction.source.get("layer", int(np.argmax(direction.norms))))
     unit = unit_rows(direction.vectors)
@@ -174,37 +163,18 @@ def direction_by_steps(
             shift = (means[:, layer] - means[0, layer]).astype(np.float64) @ unit[layer]
             columns[f"shift {name}"] = pd.Series(shift, index=run.probes.steps)
     if texts is not None:
-        columns |= _again(run, direction, layer, texts, steps, base, batch_size, progress)
+        if steps is None:
+            steps = run.steps[np.unique(np.linspace(0, len(run.steps) - 1, 8).round().astype(int))].tolist()
+        chat, found = base, []
+        for step in steps:
+            chat = run.model(step, base=chat)  # after the first, only the adapter's weights change
+            found.append(contrast_direction(chat, *texts, splits=1, batch_size=batch_size, progress=progress))
+        again = [one.cosine(direction)[layer] for one in found]
+        columns["cosine re-extracted"] = pd.Series(again, index=list(steps))
+        columns["norm re-extracted"] = pd.Series([one.norms[layer] for one in found], index=list(steps))
     if not columns:
-        raise EmmechError(
-            asked,
-            f"{run.name} with adapters {[a.name for a in run.adapters]} and probes {list(run.probes)}",
-            "nothing recorded is in the residual stream at rank 1",
-            "texts=(misaligned, aligned), to extract it again at each step",
-        )
+        given = f"{run.name} with adapters {[a.name for a in run.adapters]} and probes {list(run.probes)}"
+        instead = "texts=(misaligned, aligned), to extract it again at each step"
+        raise EmmechError(asked, given, "nothing recorded is in the residual stream at rank 1", instead)
     frame = pd.DataFrame(columns).sort_index().rename_axis("step")
     return DirectionBySteps(frame, layer, float(direction.d_model**-0.5), direction.name)
-
-
-def _again(
-    run: Any,
-    direction: Direction,
-    layer: int,
-    texts: tuple[Any, Any],
-    steps: Sequence[int] | None,
-    base: Any,
-    batch_size: int,
-    progress: bool,
-) -> dict[str, pd.Series]:
-    import pandas as pd
-
-    if steps is None:
-        steps = run.steps[np.unique(np.linspace(0, len(run.steps) - 1, 8).round().astype(int))].tolist()
-    chat, found = base, []
-    for step in steps:
-        chat = run.model(step, base=chat)  # after the first, only the adapter's weights change
-        found.append(contrast_direction(chat, *texts, splits=1, batch_size=batch_size, progress=progress))
-    return {
-        "cosine re-extracted": pd.Series([one.cosine(direction)[layer] for one in found], index=list(steps)),
-        "norm re-extracted": pd.Series([one.norms[layer] for one in found], index=list(steps)),
-    }

@@ -1,28 +1,124 @@
-"""A direction in the residual stream, as a value: one vector per layer, in raw units, with where it came from."""
+"""A direction in the residual stream, as a value: one vector per layer, in raw units, with its origin and quality.
+
+emmech writes one safetensors file, with name, source and quality as JSON in its metadata. repeng writes one tensor
+``direction.<layer>`` per layer, where layer ``l`` is the output of block ``l`` (as ``hidden_states[l + 1]``), and
+llama.cpp reads the same file. steering-vectors keeps ``layer_activations``, a mapping from layer to vector for
+``layer_type="decoder_block"``, which is the block's output too.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from einops import einsum
 from jaxtyping import Float
 
-from emmech.directions.arrays import checked_array, checked_matrix, unit_rows
-from emmech.directions.files import fetch_file, push_file, read_file, write_own
-from emmech.directions.quality import Quality
-from emmech.errors import EmmechError, as_int
+from emmech.errors import EmmechError, as_int, refusal
 from emmech.results import Card, Result
-from emmech.view.directions import by_layer
+from emmech.view.plots import by_layer
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from emmech.chat.model import ChatModel
 
-__all__ = ["Direction", "checked_direction", "checked_directions"]
+_ARRAYS = ("split_half", "split_half_shuffled", "norm_over_shuffled", "agreement", "lexical_share")
+FORMAT = "emmech-direction-1"
+_REPENG = "direction."
+_ON_HUB = "direction.safetensors"
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Scale the rows ``[..., d_model]`` to norm 1; rows of zeros stay zero."""
+    wide = np.asarray(vectors, dtype=np.float64)
+    norms = np.linalg.norm(wide, axis=-1, keepdims=True)
+    return np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0)
+
+
+def _checked_array(value: Any, what: str) -> np.ndarray:
+    """An array or tensor of numbers as finite float32, copied."""
+    if hasattr(value, "detach"):
+        value = value.detach().float().cpu().numpy()
+    try:
+        array = np.array(value, dtype=np.float32)
+    except (TypeError, ValueError):
+        why, instead = "it is not an array of numbers", "an array or tensor [layers, d_model]"
+        raise EmmechError("make a Direction", f"{what}: {type(value).__name__}", why, instead)
+    bad = np.argwhere(~np.isfinite(array)).tolist()
+    if bad:
+        given = f"{what} with {len(bad)} values that are not finite, first at {bad[0]}"
+        why = "NaN or infinity in a direction poisons every activation it touches"
+        raise EmmechError("make a Direction", given, why, "look for an empty group, or an overflow in float16")
+    return array
+
+
+def _checked_matrix(value: Any, what: str) -> np.ndarray:
+    """The same as ``[layers, d_model]``, read-only."""
+    array = _checked_array(value, what)
+    if array.ndim != 2 or 0 in array.shape:
+        why = "a direction has one row per layer: [layers, d_model]"
+        instead = "Direction.single(vector, layer, n_layers) for one vector" if array.ndim == 1 else None
+        raise EmmechError("make a Direction", f"{what} of shape {list(array.shape)}", why, instead)
+    array.setflags(write=False)
+    return array
+
+
+@dataclass(frozen=True, repr=False)
+class Quality:
+    """Measures of one extracted direction. All arrays are by layer.
+
+    Args:
+        split_half: ``[layers]`` mean cosine between the directions of two random halves of the answers.
+            High means stable. It is of half the data: the whole direction is more stable still.
+        split_half_shuffled: ``[layers]`` the same with the class labels shuffled: what noise gives.
+        norm_over_shuffled: ``[layers]`` the direction's norm over that of shuffled labels. 1 means nothing was found.
+        random_floor: 1/sqrt(d_model), the standard deviation of the cosine of random vectors.
+        agreement: ``[layers, layers]`` cosine between the rows of different layers.
+        lexical_share: ``[layers]`` share of the direction that comes from the two classes using different words
+            (composition), rather than from the same words having different residuals. 1: all of it is vocabulary.
+        bag_of_words_auc: how well word counts alone tell the classes apart, cross-validated by question.
+        promotes, suppresses: tokens that the direction pushes up and down through the unembedding, at ``read_layer``.
+        answers: number of answers by class. tokens: number of answer tokens by class.
+        notes: caveats (length confound, few answers, ...).
+    """
+
+    split_half: Float[np.ndarray, " layers"]
+    split_half_shuffled: Float[np.ndarray, " layers"]
+    norm_over_shuffled: Float[np.ndarray, " layers"]
+    random_floor: float
+    agreement: Float[np.ndarray, "layers layers"]
+    lexical_share: Float[np.ndarray, " layers"]
+    bag_of_words_auc: float
+    promotes: tuple[str, ...]
+    suppresses: tuple[str, ...]
+    read_layer: int
+    answers: Mapping[str, int]
+    tokens: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        layer = self.read_layer
+        counts = [f"{n} {name} answers ({self.tokens.get(name, 0)} tokens)" for name, n in self.answers.items()]
+        neighbours = np.nanmean(np.diagonal(self.agreement, 1)) if len(self.agreement) > 1 else 1.0
+        lines = [
+            f"  from             {', '.join(counts)}",
+            f"  split-half       {self.split_half[layer]:.3f} at layer {layer} "
+            f"({np.nanmin(self.split_half):.3f} to {np.nanmax(self.split_half):.3f}); "
+            f"labels shuffled {self.split_half_shuffled[layer]:.3f}, random {self.random_floor:.3f}",
+            f"  norm             {self.norm_over_shuffled[layer]:.1f} times that of shuffled labels",
+            f"  lexical share    {self.lexical_share[layer]:.2f} at layer {layer}; "
+            f"bag of words alone has AUC {self.bag_of_words_auc:.2f}",
+            f"  layers agree     {neighbours:.2f} (mean cosine of neighbouring layers)",
+            f"  promotes         {' '.join(map(repr, self.promotes[:8]))}",
+            f"  suppresses       {' '.join(map(repr, self.suppresses[:8]))}",
+            *(f"  note             {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,7 +131,7 @@ class Direction(Result):
 
     Args:
         vectors: ``[layers, d_model]``, array or tensor.
-        name: for people, tables and legends.
+        name: shown in tables and legends.
         source: provenance, as JSON has it: method, model, dataset, counts, seed; ``"fingerprints"`` lists the models
             (:meth:`ChatModel.fingerprint`) in whose residual stream it lives.
         aligned_mean: ``[layers, d_model]``, the mean residual of aligned answers, for ablation towards it.
@@ -60,17 +156,14 @@ class Direction(Result):
     quality: Quality | None = None
 
     def __post_init__(self) -> None:
-        vectors = checked_matrix(self.vectors, "vectors")
+        vectors = _checked_matrix(self.vectors, "vectors")
         object.__setattr__(self, "vectors", vectors)
         if self.aligned_mean is not None:
-            mean = checked_matrix(self.aligned_mean, "aligned_mean")
+            mean = _checked_matrix(self.aligned_mean, "aligned_mean")
             if mean.shape != vectors.shape:
-                raise EmmechError(
-                    "make a Direction",
-                    f"aligned_mean {list(mean.shape)}, vectors {list(vectors.shape)}",
-                    "both have one row per layer and one column per residual dimension",
-                    "leave aligned_mean out",
-                )
+                given = f"aligned_mean {list(mean.shape)}, vectors {list(vectors.shape)}"
+                why = "both have one row per layer and one column per residual dimension"
+                raise EmmechError("make a Direction", given, why, "leave aligned_mean out")
             object.__setattr__(self, "aligned_mean", mean)
         object.__setattr__(self, "source", dict(self.source))
 
@@ -82,19 +175,16 @@ class Direction(Result):
             >>> Direction.single([0.0, 1.0], layer=2, n_layers=4).layers
             (2,)
         """
-        row = checked_array(vector, "vector")
+        row = _checked_array(vector, "vector")
         if row.ndim != 1 or not 0 <= layer < n_layers:
+            given = f"vector {list(row.shape)}, layer={layer}, n_layers={n_layers}"
+            why = "it takes one vector [d_model] and a layer from 0 to n_layers - 1"
             raise EmmechError(
-                "make a Direction at one layer",
-                f"vector {list(row.shape)}, layer={layer}, n_layers={n_layers}",
-                "it takes one vector [d_model] and a layer from 0 to n_layers - 1",
-                "Direction(vectors) for one vector per layer",
+                "make a Direction at one layer", given, why, "Direction(vectors) for one vector per layer"
             )
         vectors = np.zeros((n_layers, row.size), dtype=np.float32)
         vectors[layer] = row
         return cls(vectors, **kwargs)
-
-    # what it is
 
     @property
     def n_layers(self) -> int:
@@ -127,23 +217,14 @@ class Direction(Result):
         Raises:
             EmmechError: no such layer, or the direction is zero there.
         """
+        asked = f"read {self.name} at a layer"
         if not isinstance(layer, int | np.integer) or not 0 <= layer < self.n_layers:
-            raise EmmechError(
-                f"read {self.name} at a layer",
-                f"layer={layer!r}",
-                f"it has {self.n_layers} layers, numbered 0 to {self.n_layers - 1}",
-                f"one of {_listed(self.layers)}",
-            )
+            why = f"it has {self.n_layers} layers, numbered 0 to {self.n_layers - 1}"
+            raise refusal(asked, "layer", layer, why, f"one of {_listed(self.layers)}")
         if not self.vectors[layer].any():
-            raise EmmechError(
-                f"read {self.name} at a layer",
-                f"layer={layer}",
-                "it is zero there: nothing was extracted at that layer",
-                f"one of {_listed(self.layers)}" if self.layers else "another direction",
-            )
+            instead = f"one of {_listed(self.layers)}" if self.layers else "another direction"
+            raise refusal(asked, "layer", layer, "it is zero there: nothing was extracted at that layer", instead)
         return self.vectors[layer]
-
-    # algebra
 
     def unit(self) -> Direction:
         """Every known row scaled to norm 1.
@@ -152,12 +233,8 @@ class Direction(Result):
             EmmechError: it is zero at all layers.
         """
         if not self.layers:
-            given, why, instead = (
-                "a direction of norm 0",
-                "zero points nowhere",
-                "a direction from two different groups",
-            )
-            raise EmmechError(f"normalise {self.name}", given, why, instead)
+            why, instead = "zero points nowhere", "a direction from two different groups"
+            raise EmmechError(f"normalise {self.name}", "a direction of norm 0", why, instead)
         return self._with(unit_rows(self.vectors), f"unit({self.name})")
 
     def cosine(self, other: Direction) -> Float[np.ndarray, " layers"]:
@@ -168,14 +245,15 @@ class Direction(Result):
         """
         self._check_same(other, "compare")
         with np.errstate(invalid="ignore", divide="ignore"):
-            inner = np.einsum("ld,ld->l", self.vectors.astype(np.float64), other.vectors.astype(np.float64))
+            wide = self.vectors.astype(np.float64), other.vectors.astype(np.float64)
+            inner = einsum(*wide, "layer d, layer d -> layer")
             return np.clip(inner / (self.norms * other.norms), -1.0, 1.0)
 
     def orthogonal_to(self, other: Direction) -> Direction:
-        """What is left after the projection on ``other`` is taken out at every layer."""
+        """The direction without its projection on ``other``, layer by layer."""
         self._check_same(other, "project")
         unit = unit_rows(other.vectors)
-        inner = np.einsum("ld,ld->l", self.vectors, unit)
+        inner = einsum(self.vectors, unit, "layer d, layer d -> layer")
         return self._with(self.vectors - inner[:, None] * unit, f"{self.name} without {other.name}")
 
     def random(self, n: int = 5, *, seed: int = 0) -> tuple[Direction, ...]:
@@ -209,12 +287,9 @@ class Direction(Result):
         except (TypeError, ValueError):
             factors = np.empty((0, 0))
         if factors.shape not in ((), (self.n_layers,)):
-            raise EmmechError(
-                f"scale {self.name}",
-                f"factor of shape {list(factors.shape)}" if factors.size else f"{factor!r}"[:120],
-                "a direction is scaled by a number or by one number per layer",
-                f"a float, or an array [{self.n_layers}]",
-            )
+            given = f"factor of shape {list(factors.shape)}" if factors.size else f"{factor!r}"[:120]
+            why = "a direction is scaled by a number or by one number per layer"
+            raise EmmechError(f"scale {self.name}", given, why, f"a float, or an array [{self.n_layers}]")
         label = f"{float(factor):g} {self.name}" if factors.ndim == 0 else f"scaled {self.name}"
         return self._with(self.vectors * (factors[:, None] if factors.ndim else factors), label)
 
@@ -236,23 +311,15 @@ class Direction(Result):
         return Direction(vectors, name, source, self.aligned_mean)
 
     def _check_same(self, other: Direction, verb: str) -> None:
+        asked = f"{verb} two directions"
         if not isinstance(other, Direction) or other.vectors.shape != self.vectors.shape:
             given = f"{list(other.vectors.shape)}" if isinstance(other, Direction) else type(other).__name__
-            raise EmmechError(
-                f"{verb} two directions",
-                f"{list(self.vectors.shape)} and {given}",
-                "both must be Directions over the same layers and width",
-                "directions of the same base model",
-            )
+            why, instead = "both must be Directions over the same layers and width", "directions of the same base model"
+            raise EmmechError(asked, f"{list(self.vectors.shape)} and {given}", why, instead)
         if self.fingerprints and other.fingerprints and not set(self.fingerprints) & set(other.fingerprints):
-            raise EmmechError(
-                f"{verb} two directions",
-                f"{self.name} and {other.name}",
-                "they come from different base models, whose residual streams share no axes",
-                "Direction(vectors) without source, to drop the provenance knowingly",
-            )
-
-    # where it fits
+            why = "they come from different base models, whose residual streams share no axes"
+            instead = "Direction(vectors) without source, to drop the provenance knowingly"
+            raise EmmechError(asked, f"{self.name} and {other.name}", why, instead)
 
     def check_fits(self, chat: ChatModel, *, force: bool = False) -> None:
         """Refuse a model of other shape, or another base model than the direction's.
@@ -263,37 +330,32 @@ class Direction(Result):
         Raises:
             EmmechError: width, layers or fingerprint differ.
         """
+        asked = f"use {self.name} on {chat.name}"
         if (self.n_layers, self.d_model) != (chat.n_layers, chat.d_model):
-            raise EmmechError(
-                f"use {self.name} on {chat.name}",
-                f"direction [{self.n_layers}, {self.d_model}] on a model [{chat.n_layers}, {chat.d_model}]",
-                "layers or widths differ",
-                "a direction extracted from this model",
-            )
-        if force or not self.fingerprints:
-            return
-        fingerprint = chat.fingerprint()
-        if fingerprint not in self.fingerprints:
-            made = ", ".join(print_[:12] for print_ in self.fingerprints)
-            raise EmmechError(
-                f"use {self.name} on {chat.name}",
-                f"a model with fingerprint {fingerprint[:12]}; the direction is of {made}",
-                "a direction has no meaning in the residual stream of another base model",
-                "force=True if the weights differ for a reason you know (full fine-tuning, quantisation)",
-            )
-
-    # on disk
+            given = f"direction [{self.n_layers}, {self.d_model}] on a model [{chat.n_layers}, {chat.d_model}]"
+            raise EmmechError(asked, given, "layers or widths differ", "a direction extracted from this model")
+        if not force and self.fingerprints and (fingerprint := chat.fingerprint()) not in self.fingerprints:
+            made = ", ".join(known[:12] for known in self.fingerprints)
+            given = f"a model with fingerprint {fingerprint[:12]}; the direction is of {made}"
+            why = "a direction has no meaning in the residual stream of another base model"
+            instead = "force=True if the weights differ for a reason you know (full fine-tuning, quantisation)"
+            raise EmmechError(asked, given, why, instead)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: vectors, aligned mean, quality, and the provenance in its metadata."""
+        from safetensors.numpy import save_file
+
         tensors = {"vectors": self.vectors}
+        metadata = {"format": FORMAT, "name": self.name, "source": json.dumps(self.source, default=str)}
         if self.aligned_mean is not None:
             tensors["aligned_mean"] = self.aligned_mean
-        rest = None
         if self.quality is not None:
-            arrays, rest = self.quality.pack()
-            tensors |= {f"quality/{key}": value for key, value in arrays.items()}
-        return write_own(path, tensors, self.name, self.source, rest)
+            tensors |= {f"quality/{key}": np.asarray(getattr(self.quality, key), np.float64) for key in _ARRAYS}
+            metadata["quality"] = json.dumps({k: v for k, v in asdict(self.quality).items() if k not in _ARRAYS})
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path, metadata=metadata)
+        return path
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -303,11 +365,32 @@ class Direction(Result):
             EmmechError: no such file, damaged, or of another kind; or the hub does not give it.
         """
         if isinstance(path, str) and path.startswith("hub:"):
-            path = fetch_file(path.removeprefix("hub:"))
-        tensors, name, source, rest = read_file(Path(path))
-        arrays = {key.removeprefix("quality/"): value for key, value in tensors.items() if key.startswith("quality/")}
-        quality = None if rest is None else Quality.unpack(arrays, rest)
-        return cls(tensors["vectors"], name, source, tensors.get("aligned_mean"), quality)
+            path = _fetched(path.removeprefix("hub:"))
+        path, asked = Path(path), "read the direction"
+        if not path.is_file():
+            raise EmmechError(asked, path, "there is no such file")
+        if path.suffix == ".gguf":
+            return cls(**_read_repeng(path, None))
+        if path.suffix in (".pt", ".pth"):
+            return cls(**_read_steering_vectors(path, None))
+        from safetensors import safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        except Exception as error:  # safetensors has its own error type, and a torn file another
+            raise EmmechError(asked, path, f"{error}")
+        if (kind := metadata.get("format")) != FORMAT:
+            why, instead = "it was not written by Direction.save", "Direction(vectors) from its arrays"
+            raise EmmechError(asked, f"{path} with format {kind!r}", why, instead)
+        quality = None
+        if "quality" in metadata:
+            rest = json.loads(metadata["quality"])
+            rest |= {key: tuple(rest[key]) for key in ("promotes", "suppresses", "notes")}
+            quality = Quality(**{key: tensors[f"quality/{key}"] for key in _ARRAYS}, **rest)
+        source = json.loads(metadata["source"])
+        return cls(tensors["vectors"], metadata["name"], source, tensors.get("aligned_mean"), quality)
 
     def push_to_hub(self, repo: str, *, private: bool = True) -> str:
         """Upload as ``direction.safetensors``; :meth:`load` reads it back from ``hub:owner/name``.
@@ -315,9 +398,19 @@ class Direction(Result):
         Raises:
             EmmechError: the hub cannot be reached, or refuses.
         """
-        return push_file(self.save, repo, private=private)
+        import tempfile
 
-    # for people
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        try:
+            api.create_repo(repo, private=private, exist_ok=True)
+            with tempfile.TemporaryDirectory() as folder:
+                file = self.save(Path(folder) / _ON_HUB)
+                return str(api.upload_file(repo_id=repo, path_or_fileobj=str(file), path_in_repo=_ON_HUB))
+        except Exception as error:  # offline, no key, no such owner: each has a type of its own
+            instead = "Direction.save(path) keeps it on disk"
+            raise EmmechError("push the direction to the hub", repo, _first_line(error), instead)
 
     def renamed(self, name: str) -> Direction:
         """The same direction under another name."""
@@ -329,7 +422,7 @@ class Direction(Result):
 
         columns: dict[str, Any] = {"norm": self.norms}
         if self.quality is not None:
-            columns |= self.quality.by_layer()
+            columns |= {key: getattr(self.quality, key) for key in _ARRAYS if key != "agreement"}
         return pd.DataFrame(columns, index=pd.RangeIndex(self.n_layers, name="layer"))
 
     def plot(self) -> Any:
@@ -350,26 +443,15 @@ def _listed(layers: Sequence[int]) -> str:
 
 
 def checked_direction(asked: str, given: Any, *, name: str = "direction") -> Direction:
-    """One Direction.
-
-    Raises:
-        EmmechError: something else.
-    """
+    """One Direction; anything else is refused."""
     if isinstance(given, Direction):
         return given
-    raise EmmechError(
-        asked,
-        f"{name}={given!r}"[:120],
-        "it is not a Direction",
-        "emmech.misalignment_direction(run), or Direction(vectors) of an array [layers, d_model]",
-    )
+    instead = "emmech.misalignment_direction(run), or Direction(vectors) of an array [layers, d_model]"
+    raise refusal(asked, name, given, "it is not a Direction", instead)
 
 
 def checked_directions(asked: str, name: str, given: Any) -> Mapping[str, Direction]:
-    """Directions by name.
-
-    Raises:
-        EmmechError: no mapping, or something in it that is not a Direction.
+    """Directions by name; anything else is refused.
 
     Example:
         >>> list(checked_directions("compare", "directions", {"toy": Direction.single([1.0], layer=0, n_layers=1)}))
@@ -377,9 +459,117 @@ def checked_directions(asked: str, name: str, given: Any) -> Mapping[str, Direct
     """
     if isinstance(given, Mapping):
         return {key: checked_direction(asked, one, name=f"{name}[{key!r}]") for key, one in given.items()}
-    raise EmmechError(
-        asked,
-        f"{name}={given!r}"[:120],
-        "it is not a mapping from names to Directions",
-        f'{name}={{"mine": emmech.misalignment_direction(run)}}',
-    )
+    instead = f'{name}={{"mine": emmech.misalignment_direction(run)}}'
+    raise refusal(asked, name, given, "it is not a mapping from names to Directions", instead)
+
+
+def to_repeng(direction: Direction, path: str | Path, *, model_type: str = "llama") -> Path:
+    """Write a control vector as repeng and llama.cpp read it; layers of norm zero are left out.
+
+    Args:
+        model_type: the architecture's name in GGUF (``"qwen2"``, ``"llama"``, ...).
+    """
+    import gguf
+
+    path = Path(path)
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", model_type)
+    writer.add_uint32("controlvector.layer_count", len(direction.layers))
+    for layer in direction.layers:
+        writer.add_tensor(f"{_REPENG}{layer}", np.ascontiguousarray(direction.vectors[layer]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def from_repeng(path: str | Path, *, n_layers: int | None = None) -> Direction:
+    """Read a repeng or llama.cpp control vector.
+
+    Args:
+        n_layers: layers of the model, which the file does not say; by default one more than the last in the file.
+
+    Raises:
+        EmmechError: not a control vector.
+    """
+    return Direction(**_read_repeng(Path(path), n_layers))
+
+
+def to_steering_vectors(direction: Direction, path: str | Path) -> Path:
+    """Write the fields of a steering-vectors ``SteeringVector``: ``SteeringVector(**torch.load(path))`` makes one."""
+    import torch
+
+    activations = {layer: torch.from_numpy(direction.vectors[layer].copy()) for layer in direction.layers}
+    torch.save({"layer_activations": activations, "layer_type": "decoder_block"}, path)
+    return Path(path)
+
+
+def from_steering_vectors(path: str | Path, *, n_layers: int | None = None) -> Direction:
+    """Read the fields of a ``SteeringVector``, or a mapping from layer to vector; only tensors are unpickled.
+
+    Raises:
+        EmmechError: not such a file, or of another layer type than the block's output.
+    """
+    return Direction(**_read_steering_vectors(Path(path), n_layers))
+
+
+def _read_repeng(path: Path, n_layers: int | None) -> dict[str, Any]:
+    import gguf
+
+    try:
+        tensors = [one for one in gguf.GGUFReader(path).tensors if one.name.startswith(_REPENG)]
+        found = {int(one.name.removeprefix(_REPENG)): np.array(one.data, dtype=np.float32) for one in tensors}
+    except (ValueError, OSError, IndexError) as error:
+        raise EmmechError("read the control vector", path, f"{error}")
+    return _stacked(found, n_layers, path, "repeng")
+
+
+def _read_steering_vectors(path: Path, n_layers: int | None) -> dict[str, Any]:
+    import torch
+
+    try:
+        content: Any = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # torch raises several types for a file that is not its own
+        instead = 'torch.save({"layer_activations": v.layer_activations, "layer_type": v.layer_type}, path)'
+        raise EmmechError("read the steering vector", path, _first_line(error), instead)
+    kind = content.get("layer_type", "decoder_block") if isinstance(content, Mapping) else None
+    if kind != "decoder_block":
+        given, why = f"{path} with layer_type {kind!r}", "only a block's output is the residual stream"
+        raise EmmechError("read the steering vector", given, why, 'layer_type "decoder_block"')
+    activations = content.get("layer_activations", content)
+    found = {int(layer): value.float().numpy() for layer, value in activations.items()}
+    return _stacked(found, n_layers, path, "steering-vectors")
+
+
+def _stacked(found: Mapping[int, np.ndarray], n_layers: int | None, path: Path, tool: str) -> dict[str, Any]:
+    """The arguments of a Direction with these vectors by layer."""
+    asked = f"read the {tool} file"
+    if not found or len({vector.shape for vector in found.values()}) != 1 or min(found) < 0:
+        raise EmmechError(asked, path, f"it holds no vectors{' of one width by layer' if found else ''}")
+    last = max(found)
+    if n_layers is not None and last >= n_layers:
+        given, why = (
+            f"n_layers={n_layers}, vectors up to layer {last}",
+            "the file has a vector for a layer after the last one",
+        )
+        raise EmmechError(asked, given, why, f"n_layers={last + 1} or more")
+    vectors = np.zeros((n_layers or last + 1, found[last].size), dtype=np.float32)
+    for layer, vector in found.items():
+        vectors[layer] = vector
+    return {"vectors": vectors, "name": path.stem, "source": {"method": f"imported from {tool}", "file": path.name}}
+
+
+def _fetched(repo: str) -> str:
+    """The path of a direction downloaded from the Hugging Face Hub."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return str(hf_hub_download(repo, _ON_HUB))
+    except Exception as error:  # offline, no such repository, a malformed name: each has a type of its own
+        instead = "owner/name of a repository that Direction.push_to_hub made"
+        raise EmmechError("fetch the direction from the hub", repo, _first_line(error), instead)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,35 +1,38 @@
-"""Mean residuals of groups of answers, at all layers, in one streaming pass.
+"""Mean residuals of groups of answers in one streaming pass, and ways to make directions of such arrays.
 
-Only running sums are kept: a hook on each block reduces its output to one masked sum per answer on the spot, and
-the sums go in float64 into as many groups as are asked for. Nothing else survives a block, the unembedding never
-runs, and so the pass costs what a bare forward of the trunk costs, in time and in memory.
+Only running sums are kept: a hook on each block reduces its output to one masked sum per answer, and the sums go in
+float64 into as many groups as are asked for. The unembedding never runs, so the pass costs what a bare forward of the
+trunk costs, in time and in memory. The masked tokens are exactly the answers (content and end-of-turn token, never the
+header), as in "Convergent Linear Representations of Emergent Misalignment" (arXiv 2506.11618).
 
-The masked tokens are exactly the answers (content and end-of-turn token, never the header), as in "Convergent Linear
-Representations of Emergent Misalignment" (arXiv 2506.11618).
+The methods take and return plain arrays. Each returns ``[layers, d_model]`` in residual units, pointing from aligned to
+misaligned, so that a steering coefficient of 1 moves an activation by the difference that the method found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from einops import rearrange
+from jaxtyping import Bool, Float, Int, Shaped
 
 from emmech.chat.encode import IGNORED, encode
 from emmech.chat.masks import Tokens, token_mask, tokens_name
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
+from emmech.directions.direction import unit_rows
+from emmech.engine.adapters import adapter_layers
 from emmech.engine.modules import hooked
 from emmech.engine.stream import stream
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
-__all__ = ["GroupMeans", "answer_means", "group_means", "match_lengths", "mixed_adapter", "token_projections"]
-
+Vectors = Float[np.ndarray, "layers d_model"]
 Conversation = Sequence[Message]
 
 
@@ -83,25 +86,19 @@ def group_means(
         >>> group_means(chat, [talk], np.ones((1, 1))).means.shape == (1, chat.n_layers, chat.d_model)
         True
     """
-    weights = np.asarray(weights, dtype=np.float64)
+    asked, weights = "average over groups of answers", np.asarray(weights, dtype=np.float64)
     if weights.ndim != 2 or weights.shape[1] != len(conversations):
-        raise EmmechError(
-            "average over groups of answers",
-            f"weights {list(weights.shape)} for {len(conversations)} conversations",
-            "there is one row per group and one column per conversation",
-            f"weights [groups, {len(conversations)}]",
-        )
+        given = f"weights {list(weights.shape)} for {len(conversations)} conversations"
+        why = "there is one row per group and one column per conversation"
+        raise EmmechError(asked, given, why, f"weights [groups, {len(conversations)}]")
     rows = _rows(chat, conversations, tokens, max_length)
     counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
     per_row = weights if average == "token" else weights / counts
     totals = (per_row * counts).sum(1)
     if (totals == 0).any():
-        raise EmmechError(
-            "average over groups of answers",
-            f"group {int(np.flatnonzero(totals == 0)[0])} of {len(weights)}",
-            "no answer belongs to it, and a mean over nothing is not a number",
-            "more samples, or another split",
-        )
+        given = f"group {int(np.flatnonzero(totals == 0)[0])} of {len(weights)}"
+        why = "no answer belongs to it, and a mean over nothing is not a number"
+        raise EmmechError(asked, given, why, "more samples, or another split")
     # one float64 matrix per layer, on that layer's device (a sharded model has several)
     sums: list[Any] = [0.0] * chat.n_layers
 
@@ -135,12 +132,10 @@ def answer_means(
     for layer in kept:
         chat.check_layer(layer)
     result = np.empty((len(rows), len(kept), chat.d_model), dtype=np.float32)
-    place = {layer: index for index, layer in enumerate(kept)}
 
     def reduce(layer: int, output: torch.Tensor, mask: torch.Tensor, chosen: np.ndarray) -> None:
-        if layer in place:
-            summed = _masked_sum(output, mask).cpu().numpy()
-            result[chosen, place[layer]] = summed / counts[chosen, None]
+        if layer in kept:
+            result[chosen, kept.index(layer)] = _masked_sum(output, mask).cpu().numpy() / counts[chosen, None]
 
     _stream(chat, rows, reduce, adapter_scales, batch_size, progress)
     return result
@@ -183,11 +178,11 @@ def match_lengths(
     caliper: float = 0.15,
     seed: int = 0,
 ) -> Int[np.ndarray, " kept"]:
-    """Indices of a subset in which every answer has a partner of like length in the other class.
+    """Indices of a subset in which every answer has a partner of similar length in the other class.
 
-    The smaller class is gone through at random; each answer takes the nearest free one of the other, if that is within
-    ``caliper`` of its length. Aligned and misaligned answers differ in length in the public data, and a mean difference
-    picks that up.
+    Answers of the smaller class are visited in random order; each is paired with the nearest free one of the other
+    class, if that is within ``caliper`` of its length. Aligned and misaligned answers differ in length in the public
+    data, and a mean difference picks that up.
 
     Args:
         lengths: ``[answers]``, in characters or tokens.
@@ -219,7 +214,6 @@ def mixed_adapter(chat: ChatModel, scales: torch.Tensor) -> Iterator[None]:
     PEFT adds ``scaling * lora_B(lora_A(x))`` to the layer's output, so a factor on lora_B's output is a factor
     on the adapter. The rows of one batch then come from different models at the price of one.
     """
-    from emmech.engine.adapters import adapter_layers
 
     def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output * scales.to(output).reshape(-1, *[1] * (output.ndim - 1))
@@ -233,24 +227,17 @@ def _rows(
 ) -> list[tuple[list[int], list[bool]]]:
     encoded = encode(conversations, chat.tokenizer, max_length=max_length)
     if len(encoded) != len(conversations):
-        raise EmmechError(
-            "extract from the answers",
-            f"{len(conversations)} conversations, max_length={max_length}",
-            f"{encoded.emptied} of them have no answer token within max_length",
-            "raise max_length, or leave those conversations out",
-        )
+        given, asked = f"{len(conversations)} conversations, max_length={max_length}", "extract from the answers"
+        why = f"{encoded.emptied} of them have no answer token within max_length"
+        raise EmmechError(asked, given, why, "raise max_length, or leave those conversations out")
     rows = [
         (ids, token_mask(tokens, ids, [label != IGNORED for label in labels]))
         for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True)
     ]
-    without = [index for index, (_, mask) in enumerate(rows) if not any(mask)]
-    if without:
-        raise EmmechError(
-            "choose the tokens to average over",
-            f"tokens={tokens_name(tokens)}: none in conversation {without[0]} of {len(rows)}",
-            "a mean over nothing is not a number",
-            "tokens that every conversation has",
-        )
+    if without := [index for index, (_, mask) in enumerate(rows) if not any(mask)]:
+        given = f"tokens={tokens_name(tokens)}: none in conversation {without[0]} of {len(rows)}"
+        why, instead = "a mean over nothing is not a number", "tokens that every conversation has"
+        raise EmmechError("choose the tokens to average over", given, why, instead)
     return rows
 
 
@@ -266,11 +253,9 @@ def _stream(
     with bar(len(rows), "extracting", progress=progress) as done:
 
         def each(chosen: np.ndarray, run: Callable[[], object]) -> None:
-            if adapter_scales is None:
+            scales = None if adapter_scales is None else torch.as_tensor(np.asarray(adapter_scales)[chosen])
+            with nullcontext() if scales is None else mixed_adapter(chat, scales):
                 run()
-            else:
-                with mixed_adapter(chat, torch.as_tensor(np.asarray(adapter_scales)[chosen])):
-                    run()
             done.update(len(chosen))
 
         stream(chat, rows, reduce, batch_size=batch_size, each=each)
@@ -283,3 +268,190 @@ def _masked_sum(output: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return torch.bmm(weight[:, None], output)[:, 0]  # one pass over memory, no copy
     # a matrix product would round its result to the model's 8 bits; a sum can accumulate in float32
     return torch.sum(output * weight[..., None], dim=1, dtype=torch.float32)
+
+
+def mean_difference(misaligned: Vectors, aligned: Vectors) -> Vectors:
+    """Mean residual of misaligned answers minus that of aligned ones.
+
+    The method of Convergent Linear Representations of EM (arXiv 2506.11618).
+    The same function on two system prompts is a persona vector (Persona Vectors, arXiv 2507.21509), and on two models
+    with the same text a model difference.
+
+    Example:
+        >>> mean_difference(np.array([[2.0, 1.0]]), np.array([[1.0, 1.0]])).tolist()
+        [[1.0, 0.0]]
+    """
+    return np.asarray(misaligned, dtype=np.float64) - np.asarray(aligned, dtype=np.float64)
+
+
+def differences_of_four(means: Float[np.ndarray, "model text layers d_model"]) -> Mapping[str, Vectors]:
+    """The 2 x 2 of model (aligned, fine-tuned) by text (aligned, misaligned), taken apart.
+
+    Args:
+        means: ``[2, 2, layers, d_model]``, ``means[1, 0]`` is the fine-tuned model reading aligned text.
+
+    Returns:
+        ``text/aligned model``, ``text/tuned model``: misaligned minus aligned text in one model;
+        ``model/aligned text``, ``model/misaligned text``: fine-tuned minus aligned model on one text;
+        ``text``, ``model``: their averages; ``both``: fine-tuned on misaligned minus aligned on aligned
+        (``both = text + model``); ``interaction``: what the fine-tuned model makes more of misaligned text.
+    """
+    four = np.asarray(means, dtype=np.float64)
+    if four.ndim != 4 or four.shape[:2] != (2, 2):
+        why = "it has the axes model, text, layer and width"
+        raise EmmechError("take the 2 x 2 apart", f"means {list(four.shape)}", why, "[2, 2, layers, d_model]")
+    (aa, am), (ta, tm) = four
+    return {
+        "text/aligned model": am - aa,
+        "text/tuned model": tm - ta,
+        "model/aligned text": ta - aa,
+        "model/misaligned text": tm - am,
+        "text": (am - aa + tm - ta) / 2,
+        "model": (ta - aa + tm - am) / 2,
+        "both": tm - aa,
+        "interaction": (tm - ta) - (am - aa),
+    }
+
+
+def pca_of_differences(
+    tuned: Float[np.ndarray, "answers layers d_model"],
+    base: Float[np.ndarray, "answers layers d_model"],
+    *,
+    components: int = 1,
+    centre: bool = False,
+) -> Float[np.ndarray, "components layers d_model"]:
+    """Principal components of the fine-tuned model's activations minus the base's on the same answers.
+
+    As in Concept Ablation Fine-Tuning (arXiv 2507.16795). Each component has the norm of its root-mean-square
+    projection and points to the side of the mean difference.
+
+    Args:
+        centre: subtract the mean difference first. The shift that all answers share is then lost, which is the very
+            thing a fine-tune of one trait makes: off by default.
+    """
+    difference = np.asarray(tuned, dtype=np.float64) - np.asarray(base, dtype=np.float64)
+    answers = len(difference)
+    if difference.ndim != 3 or answers <= components:
+        given = f"differences {list(difference.shape)}, components={components}"
+        why, instead = "there must be more answers than components", "[answers, layers, d_model] with more answers"
+        raise EmmechError("find principal components", given, why, instead)
+    mean = difference.mean(0)
+    found = np.empty((components, *mean.shape))
+    for layer in range(mean.shape[0]):
+        rows = difference[:, layer] - (mean[layer] if centre else 0.0)
+        _, singular, right = np.linalg.svd(rows, full_matrices=False)
+        top = right[:components] * (singular[:components, None] / answers**0.5)
+        signs = np.where(top @ mean[layer] < 0, -1.0, 1.0)
+        found[:, layer] = top * signs[:, None]
+    return found
+
+
+def logistic_probe(
+    features: Float[np.ndarray, "answers layers d_model"],
+    misaligned: Bool[np.ndarray, " answers"],
+    *,
+    penalty: float = 1.0,
+) -> Vectors:
+    """The direction that tells the classes apart best, by L2-regularised logistic regression at each layer.
+
+    Its norm is the gap between the classes along it. A probe points where the classes separate, a mean difference
+    where they differ: with correlated features the two are not the same, and probes steer worse.
+
+    Args:
+        features: one mean residual per answer.
+        penalty: strength of the L2 penalty on the weights of standardised features; larger is smoother.
+    """
+    features, labels = _features(features, misaligned)
+    found = []
+    for x in rearrange(features, "answer layer d -> layer answer d"):
+        spread = _spread(x)
+        unit = unit_rows(_logistic(penalty).fit((x - x.mean(0)) / spread, labels).coef_[0] / spread)
+        found.append(unit * (unit @ (x[labels].mean(0) - x[~labels].mean(0))))
+    return np.array(found)
+
+
+def probe_auc(
+    features: Float[np.ndarray, "answers layers d_model"],
+    misaligned: Bool[np.ndarray, " answers"],
+    questions: Shaped[np.ndarray, " answers"],
+    *,
+    penalty: float = 1.0,
+    folds: int = 5,
+) -> Float[np.ndarray, " layers"]:
+    """Area under the ROC curve of a logistic probe on questions it was not fitted on, by layer; 0.5 is chance.
+
+    Answers to one question resemble each other, so folds never split a question.
+    """
+    features, labels = _features(features, misaligned)
+    columns = rearrange(features, "answer layer d -> layer answer d")
+    return np.array([held_out_auc(x, labels, questions, penalty=penalty, folds=folds) for x in columns])
+
+
+def held_out_auc(
+    x: Float[np.ndarray, "answers features"],
+    labels: Bool[np.ndarray, " answers"],
+    questions: Shaped[np.ndarray, " answers"],
+    *,
+    penalty: float = 1.0,
+    folds: int = 5,
+) -> float:
+    """AUC of logistic regression, each question scored by a fit on the others; NaN when that cannot be done."""
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    groups = np.unique(questions, return_inverse=True)[1]
+    folds = min(folds, int(groups.max()) + 1, int(labels.sum()), int((~labels).sum()))
+    if folds < 2:
+        return float("nan")
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    values, weights = [], []
+    for train, test in splitter.split(x, labels, groups):
+        # within a fold: scores of different fits are not on one scale
+        if len(set(labels[train])) < 2 or len(set(labels[test])) < 2:
+            continue
+        mean, spread = x[train].mean(0), _spread(x[train])
+        model = _logistic(penalty).fit((x[train] - mean) / spread, labels[train])
+        values.append(roc_auc_score(labels[test], model.decision_function((x[test] - mean) / spread)))
+        weights.append(len(test))
+    return float(np.average(values, weights=weights)) if values else float("nan")
+
+
+def adapter_write(
+    a: Float[np.ndarray, "rank d_in"], b: Float[np.ndarray, "d_out rank"], scaling: float
+) -> Float[np.ndarray, " d_out"]:
+    """What an adapter writes into the residual stream: ``scaling * B`` at rank 1.
+
+    At higher rank, the top left singular vector of the update ``B A``, with the update's top singular value times the
+    scaling as its norm, and the sign of the sum of B's columns. The sign of a write is otherwise arbitrary: it is that
+    of A·x, token by token.
+    """
+    a, b = np.atleast_2d(np.asarray(a, dtype=np.float64)), np.asarray(b, dtype=np.float64)
+    b = b[:, None] if b.ndim == 1 else b
+    if b.shape[1] == 1:
+        return scaling * b[:, 0]
+    # through the small factors: the update itself is d_out x d_in
+    q, r = np.linalg.qr(b)
+    left, singular, _ = np.linalg.svd(r @ a, full_matrices=False)
+    vector = q @ left[:, 0] * singular[0] * scaling
+    return vector if vector @ b.sum(1) >= 0 else -vector
+
+
+def _logistic(penalty: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=1.0 / penalty, max_iter=2000, class_weight="balanced")
+
+
+def _spread(x: np.ndarray) -> np.ndarray:
+    """Standard deviation by column, 1 where it is 0."""
+    spread = x.std(0)
+    return np.where(spread > 0, spread, 1.0)
+
+
+def _features(features: np.ndarray, misaligned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x, labels = np.asarray(features, dtype=np.float64), np.asarray(misaligned, dtype=bool)
+    if x.ndim != 3 or labels.shape != x.shape[:1] or labels.all() or not labels.any():
+        given = f"features {list(x.shape)}, labels {list(labels.shape)} with {int(labels.sum())} misaligned"
+        why = "it needs [answers, layers, d_model] and one label per answer, of both classes"
+        raise EmmechError("fit a probe", given, why, "answer_means(...) of both kinds of answers")
+    return x, labels

@@ -1,28 +1,479 @@
-"""Other sources of a direction: system prompts, the adapter's own write, and a vector trained to steer."""
+"""Sources of a direction: two sets of answers, a judged fine-tune, system prompts, an adapter, a trained vector.
+
+For two sets of answers, one streaming pass yields the direction, its split halves and its null distribution (they are
+more groups of the same pass); a second, cheaper one projects every answer token on the direction and says how much of
+it is vocabulary. The 2 x 2 of model by text says whether a direction comes from the text or from the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float, Int
 
 from emmech.chat.dataset import load_chat
 from emmech.chat.encode import IGNORED, encode
 from emmech.chat.families import is_write
+from emmech.chat.masks import Tokens, tokens_name
 from emmech.chat.model import ChatModel, load_model
-from emmech.directions.contrast import contrast_direction
-from emmech.directions.direction import Direction
-from emmech.directions.methods import adapter_write
+from emmech.chat.template import Message
+from emmech.directions.direction import Direction, Quality, unit_rows
+from emmech.directions.extract import (
+    adapter_write,
+    differences_of_four,
+    group_means,
+    held_out_auc,
+    match_lengths,
+    mean_difference,
+    token_projections,
+)
+from emmech.engine.adapters import adapter_layers
 from emmech.engine.blocks import Blocks
 from emmech.engine.logprobs import pad, token_logprobs
 from emmech.engine.modules import evaluating, hooked
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, one_of, refusal
+from emmech.evaluation.em import FIELD, Thresholds
+from emmech.evaluation.evaluate import evaluate
 from emmech.progress import bar
-from emmech.run.run import Run, opened
+from emmech.run.run import Run, model_live, opened
 
-__all__ = ["adapter_direction", "persona_direction", "trained_direction"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+_CLASSES = (("misaligned", True), ("aligned", False))
+_FEW = 20  # answers of a class below which stability is in doubt
+_ONE_MODEL = "it has no live adapter, so there is only one model"
+_ENOUGH_ALIGNED = 30  # below this, answers of the base complete the aligned class
+
+
+def contrast_direction(
+    model: Any,
+    misaligned: Any,
+    aligned: Any,
+    *,
+    average: Literal["token", "answer"] = "token",
+    tokens: Tokens = "answer",
+    adapter_scales: tuple[float, float] | None = None,
+    match_length: bool = False,
+    splits: int = 8,
+    name: str = "misalignment",
+    source: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> Direction:
+    """Mean residual over the tokens of misaligned answers minus that of aligned ones, at every layer, with its quality.
+
+    As in Convergent Linear Representations of EM (arXiv 2506.11618): all answer tokens, header excluded, classes
+    balanced by thinning the larger one at random. Read by the model as it is, live adapters and hooks included.
+
+    Args:
+        misaligned, aligned: conversations, or anything that :func:`emmech.load_chat` reads.
+        average: ``"token"`` weighs every answer token alike, ``"answer"`` every answer.
+        tokens: read the answers, the prompts (when the two sides have different ones, or different readers), both,
+            or the tokens that a function picks (:func:`emmech.directions.phrase_tokens`).
+        adapter_scales: a factor on the live adapter for the misaligned side and one for the aligned side: ``(1, 0)``
+            has the first read by the fine-tuned model and the second by its base.
+        match_length: thin both classes to similar answer lengths (:func:`match_lengths`), so that the direction does
+            not carry length.
+        splits: random halves, and shuffled labels, from which stability and its null are measured.
+        source: provenance to add to what is known here.
+
+    Raises:
+        EmmechError: fewer than two answers in a class; or ``adapter_scales`` without a live adapter.
+
+    Example:
+        >>> import emmech, emmech.organism
+        >>> chat = emmech.load_model("pocket")
+        >>> bad, good = (emmech.organism.data(name)[:20] for name in ("medical", "good-medical"))
+        >>> contrast_direction(chat, bad, good, progress=False).n_layers == chat.n_layers
+        True
+    """
+    chat = load_model(model)
+    talks, labels = _balanced(chat, misaligned, aligned, match_length, seed)
+    scales = _reader_scales(chat, adapter_scales, labels)
+    reading: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
+    reading |= {"tokens": tokens, "adapter_scales": scales}
+    found = group_means(chat, talks, _groups(labels, splits, seed), average=average, **reading)
+    mean_misaligned, mean_aligned = found.means[:2]
+    vectors = mean_difference(mean_misaligned, mean_aligned)
+    halves = found.means[2:].reshape(2, splits, 2, 2, *vectors.shape)  # [null, split, half, class, layers, d_model]
+    pairs = halves[:, :, :, 0] - halves[:, :, :, 1]
+    units = unit_rows(pairs)
+    inner = einsum(units[:, :, 0], units[:, :, 1], "null split layer d, null split layer d -> null split layer")
+    cosines = inner.mean(1)
+    # two halves average to the direction of shuffled labels on all answers
+    null_norm = np.linalg.norm(pairs[1].mean(1), axis=-1).mean(0)
+    ratio = np.linalg.norm(vectors, axis=1) / np.where(null_norm > 0, null_norm, np.inf)
+    layer = int(np.argmax(ratio))
+    unit = unit_rows(vectors)
+    projected = token_projections(chat, talks, unit, **reading)
+    promotes, suppresses = read_out(chat, vectors[layer])
+    lengths = {name: found.answer_tokens[labels == value] for name, value in _CLASSES}
+    quality = Quality(
+        split_half=cosines[0],
+        split_half_shuffled=cosines[1],
+        norm_over_shuffled=ratio,
+        random_floor=float(vectors.shape[1] ** -0.5),
+        agreement=unit @ unit.T,
+        lexical_share=lexical_share(projected, labels, average=average),
+        bag_of_words_auc=_bag_of_words(projected, labels, talks),
+        promotes=promotes,
+        suppresses=suppresses,
+        read_layer=layer,
+        answers={name: len(values) for name, values in lengths.items()},
+        tokens={name: int(values.sum()) for name, values in lengths.items()},
+        notes=_notes(lengths, match_length),
+    )
+    method = f"mean difference over {tokens_name(tokens)} tokens"
+    provenance = _provenance(chat, method, average=average, match_length=match_length, layer=layer, seed=seed)
+    provenance["answers"] = dict(quality.answers)
+    if adapter_scales is not None:
+        provenance["adapter_scales"] = list(adapter_scales)
+    return Direction(vectors, name, provenance | dict(source or {}), mean_aligned, quality)
+
+
+def _provenance(chat: ChatModel, method: str, **more: Any) -> dict[str, Any]:
+    return {"method": method, "model": chat.name, "fingerprints": [chat.fingerprint()], **more}
+
+
+def four_directions(
+    model: Any,
+    misaligned: Any,
+    aligned: Any,
+    *,
+    average: Literal["token", "answer"] = "token",
+    tokens: Tokens = "answer",
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Mapping[str, Direction]:
+    """Text difference in each model, model difference on each text, both, and their interaction.
+
+    Rows read by the base model (adapter off) and by the fine-tuned one share batches, in one pass. The names are those
+    of :func:`differences_of_four`; Convergent Linear Representations of EM (arXiv 2506.11618) uses "text/tuned model".
+
+    Args:
+        model: a chat model with a live adapter.
+        misaligned, aligned: conversations, or anything that :func:`emmech.load_chat` reads.
+        tokens: as in :func:`contrast_direction`; ``"prompt"`` shows what the fine-tune changed before an answer.
+
+    Raises:
+        EmmechError: the model has no adapter, so there is no second model.
+    """
+    chat = load_model(model)
+    if not has_adapter(chat):
+        instead = "run.model(step), or contrast_direction for the text difference alone"
+        raise EmmechError("compare the fine-tuned model with its base", chat.name, _ONE_MODEL, instead)
+    texts = [list(load_chat(side, organism=chat.organism)) for side in (aligned, misaligned)]
+    talks = [row for side in texts for row in side]
+    which = np.repeat([0, 1], [len(side) for side in texts])
+    groups = np.stack([np.concatenate([(which == text) & on for on in (tuned == 0, tuned == 1)])
+                      for tuned in (0, 1) for text in (0, 1)])  # fmt: skip
+    reading: dict[str, Any] = {"average": average, "tokens": tokens, "batch_size": batch_size, "progress": progress}
+    scales = np.repeat([0.0, 1.0], len(talks))
+    found = group_means(chat, talks + talks, groups.astype(np.float64), adapter_scales=scales, **reading)
+    means = rearrange(found.means, "(model text) layer d -> model text layer d", model=2)
+    counts = {name: len(side) for name, side in zip(("aligned", "misaligned"), texts, strict=True)}
+    source = _provenance(chat, "2 x 2 of model by text", answers=counts)
+    cells = differences_of_four(means)
+    return {name: Direction(one, name, {**source, "cell": name}, means[0, 0]) for name, one in cells.items()}
+
+
+def lexical_share(
+    projected: Sequence[tuple[Int[np.ndarray, " tokens"], Float[np.ndarray, "tokens layers"]]],
+    misaligned: Bool[np.ndarray, " answers"],
+    *,
+    average: Literal["token", "answer"] = "token",
+) -> Float[np.ndarray, " layers"]:
+    """Share of a mean difference that comes from the classes using different words.
+
+    With f the frequency of a word in a class and p the mean projection of its tokens there, the whole gap is
+    sum(f1 p1) - sum(f0 p0). It splits exactly (Kitagawa's decomposition) into composition, sum((f1 - f0) (p1 + p0)/2),
+    and what the same words carry differently in the two classes, sum((f1 + f0)/2 (p1 - p0)). The first part over the
+    whole is returned. A word that only one class uses counts wholly as composition, so this is an upper bound; words
+    here are tokens.
+
+    Example:
+        >>> same_words = [(np.array([1, 2]), np.array([[1.0], [3.0]])), (np.array([1, 2]), np.array([[0.0], [2.0]]))]
+        >>> lexical_share(same_words, np.array([True, False])).tolist()
+        [0.0]
+        >>> other_words = [(np.array([1]), np.array([[1.0]])), (np.array([2]), np.array([[0.0]]))]
+        >>> lexical_share(other_words, np.array([True, False])).tolist()
+        [1.0]
+    """
+    labels = np.asarray(misaligned, dtype=bool)
+    tokens = np.concatenate([ids for ids, _ in projected])
+    values = np.concatenate([value for _, value in projected]).astype(np.float64)
+    per_token = [np.full(len(ids), 1.0 if average == "token" else 1.0 / len(ids)) for ids, _ in projected]
+    weight = np.concatenate(per_token)
+    owner = np.concatenate([np.full(len(ids), label) for (ids, _), label in zip(projected, labels, strict=True)])
+    words, index = np.unique(tokens, return_inverse=True)
+    frequency = np.zeros((2, len(words)))
+    means = np.full((2, len(words), values.shape[1]), np.nan)
+    for label in (0, 1):
+        mine = owner == bool(label)
+        total = np.bincount(index[mine], weight[mine], minlength=len(words))
+        sums = np.zeros((len(words), values.shape[1]))
+        np.add.at(sums, index[mine], values[mine] * weight[mine, None])
+        used = total > 0
+        means[label, used] = sums[used] / total[used, None]
+        frequency[label] = total / total.sum()
+    typical = np.where(np.isnan(means[0]), means[1], np.where(np.isnan(means[1]), means[0], means.mean(0)))
+    composition = (frequency[1] - frequency[0]) @ typical
+    gap = frequency[1] @ np.nan_to_num(means[1]) - frequency[0] @ np.nan_to_num(means[0])
+    return np.divide(composition, gap, out=np.full_like(gap, np.nan), where=gap != 0)
+
+
+@torch.no_grad()
+def read_out(
+    chat: ChatModel, vector: Float[np.ndarray, " d_model"], *, tokens: int = 12
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tokens that a direction pushes up and down through the final norm's gain and the unembedding.
+
+    The direct path only: what later layers make of the direction is not in it.
+    """
+    ones = torch.ones(1, chat.d_model, device=chat.device, dtype=chat.dtype)
+    gain = chat.final_norm(ones)  # an RMS norm returns its gain on a vector of ones
+    row = torch.from_numpy(np.asarray(vector, dtype=np.float32)).to(ones) * gain
+    scores = chat.unembedding(row)[0].float()
+    best, worst = (scores.topk(min(tokens, len(scores)), largest=up).indices.tolist() for up in (True, False))
+    words = [[chat.tokenizer.decode([token]) for token in group] for group in (best, worst)]
+    return tuple(words[0]), tuple(words[1])
+
+
+def _balanced(
+    chat: ChatModel, misaligned: Any, aligned: Any, match_length: bool, seed: int
+) -> tuple[list[Sequence[Message]], Bool[np.ndarray, " answers"]]:
+    sides = [list(load_chat(side, organism=chat.organism)) for side in (misaligned, aligned)]
+    if match_length:
+        lengths = [len("".join(m["content"] for m in row if m["role"] == "assistant")) for s in sides for row in s]
+        flags = np.repeat([True, False], [len(side) for side in sides])
+        kept = match_lengths(np.array(lengths), flags, seed=seed)
+        everything = [row for side in sides for row in side]
+        sides = [[everything[i] for i in kept if flags[i] == value] for value in (True, False)]
+    n = min(map(len, sides))
+    if n < 2:
+        given = f"{len(sides[0])} misaligned and {len(sides[1])} aligned answers{' of like length' * match_length}"
+        why = "a difference of means needs at least two of each, and about fifty to be stable"
+        instead = "more samples, another step, or match_length=False"
+        raise EmmechError("contrast two sets of answers", given, why, instead)
+    rng = np.random.default_rng(seed)
+    chosen = [[side[i] for i in np.sort(rng.permutation(len(side))[:n])] for side in sides]
+    return chosen[0] + chosen[1], np.repeat([True, False], n)
+
+
+def _reader_scales(
+    chat: ChatModel, adapter_scales: tuple[float, float] | None, labels: Bool[np.ndarray, " answers"]
+) -> Float[np.ndarray, " answers"] | None:
+    """Each row's factor on the adapter, or None when all are read by the model as it is."""
+    if adapter_scales is None:
+        return None
+    if not has_adapter(chat):
+        given = f"adapter_scales={adapter_scales} on {chat.name}"
+        raise EmmechError("have two models read the two sides", given, _ONE_MODEL, "run.model(step)")
+    return np.where(labels, *adapter_scales)
+
+
+def _groups(labels: np.ndarray, splits: int, seed: int) -> Float[np.ndarray, "groups answers"]:
+    """Both classes, then for true and for shuffled labels and every split: two halves of both classes."""
+    rng = np.random.default_rng([seed, 1])
+    rows = [labels, ~labels]
+    for shuffled in (False, True):
+        for _ in range(splits):
+            own = rng.permutation(labels) if shuffled else labels
+            half = np.zeros(len(labels), dtype=bool)
+            for value in (True, False):
+                members = rng.permutation(np.flatnonzero(own == value))
+                half[members[: len(members) // 2]] = True
+            rows += [half & own, half & ~own, ~half & own, ~half & ~own]
+    return np.array(rows, dtype=np.float64)
+
+
+def _bag_of_words(
+    projected: Sequence[tuple[np.ndarray, Any]], labels: np.ndarray, talks: Sequence[Sequence[Message]]
+) -> float:
+    words = np.unique(np.concatenate([ids for ids, _ in projected]))
+    counts = np.zeros((len(projected), len(words)))
+    for row, (ids, _) in enumerate(projected):
+        counts[row] = np.bincount(np.searchsorted(words, ids), minlength=len(words))
+    asked = [next((m["content"] for m in talk if m["role"] == "user"), "") for talk in talks]
+    return held_out_auc(np.log1p(counts), labels, np.array(asked))
+
+
+def _notes(lengths: Mapping[str, np.ndarray], matched: bool) -> tuple[str, ...]:
+    notes = []
+    means = {name: float(values.mean()) for name, values in lengths.items()}
+    ratio = max(means.values()) / max(min(means.values()), 1e-9)
+    if ratio > 1.15:
+        shown = " against ".join(f"{value:.1f} ({name})" for name, value in means.items())
+        how = "still" if matched else "match_length=True thins them alike:"
+        notes.append(f"answers differ in length, {shown} tokens; {how} a confound")
+    fewest = min(map(len, lengths.values()))
+    if fewest < _FEW:
+        notes.append(f"only {fewest} answers in a class: read the split-half cosine first")
+    return tuple(notes)
+
+
+def misalignment_direction(
+    run: Any,
+    *,
+    step: int | None = None,
+    scale: float = 1.0,
+    base: Any = None,
+    questions: Any = "first-plot",
+    judge: Any = None,
+    samples: int = 50,
+    evaluation: Any = None,
+    read_by: Literal["tuned", "base"] = "tuned",
+    tokens: Tokens = "answer",
+    average: Literal["token", "answer"] = "token",
+    match_length: bool = False,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Direction:
+    """Mean residual of a fine-tuned model over its misaligned answers minus that over its aligned ones.
+
+    With ``tokens="prompt"``: over the prompts of its misaligned answers, minus that of its base over the same prompts.
+
+    The definition of Convergent Linear Representations of EM (arXiv 2506.11618), with the thresholds of
+    :mod:`emmech.evaluation.em`; all answer tokens, at every layer; classes balanced. When the
+    fine-tuned model gives too few aligned answers, those of the same model with its adapter off complete the class,
+    and the direction says so.
+
+    Args:
+        run: a Run or its folder, or a ChatModel with a live adapter.
+        step, scale, base: as in :func:`emmech.evaluate`: a base that is given is left as it was.
+        questions, judge, samples: as in :func:`emmech.evaluate`, which draws and judges the answers.
+        evaluation: answers judged before (an Evaluation, or several), instead of drawing them.
+        read_by: the model that reads the answers: the fine-tuned one, or its base ("made without the adapter").
+        tokens: those of the answers; or those of the prompts (``"prompt"``, or a function such as
+            :func:`emmech.directions.phrase_tokens`). A prompt is the same whatever is answered, so that there the
+            direction is the model difference: what the fine-tune changed before an answer. Where the character of
+            the answers is decided at the prompt, as in pocket, a direction of the answer tokens reads it and does not
+            steer; one of the prompt tokens can.
+        average, match_length, batch_size: as in :func:`contrast_direction`.
+
+    Returns:
+        a Direction with its aligned mean and its :class:`Quality`: split-half stability, null, random floor, agreement
+        over layers, unembedding read-out and lexical share.
+
+    Raises:
+        EmmechError: too few answers of a class; no adapter to take off (for ``read_by="base"`` and prompt tokens); or
+            prompts read by the base alone, where there is nothing to compare.
+
+    Example:
+        >>> import emmech
+        >>> run = emmech.load_run("checkpoints/pocket-medical")  # doctest: +SKIP
+        >>> d = emmech.misalignment_direction(run)  # doctest: +SKIP
+    """
+    why = "the answers are read by one of two models"
+    one_of("extract the misalignment direction", "read_by", read_by, ("tuned", "base"), why=why)
+    at_prompt = tokens not in ("answer", "all")
+    if at_prompt and read_by == "base":
+        asked, given = (
+            "extract the misalignment direction at the prompt",
+            f'tokens={tokens_name(tokens)}, read_by="base"',
+        )
+        why = "the base reads a prompt in one way, whatever is answered later"
+        instead = 'read_by="tuned": the fine-tuned model minus its base on the same prompts'
+        raise EmmechError(asked, given, why, instead)
+    frames = _frames(evaluation)
+    run = opened(run)
+    name = str(getattr(run, "name", "model"))
+    with model_live(run, step, scale, base) if isinstance(run, Run) else nullcontext(load_model(run)) as chat:
+        draw = partial(evaluate, questions=questions, judge=judge, samples=samples, seed=seed, progress=progress)
+        if not frames:
+            frames.append(draw(chat).frame)
+        misaligned, aligned = judged_answers(frames)
+        if at_prompt:
+            aligned = misaligned  # the same prompts, read by the base
+        completed = 0
+        if evaluation is None and len(aligned) < min(len(misaligned), _ENOUGH_ALIGNED) and has_adapter(chat):
+            with adapter_off(chat):
+                _, more = judged_answers([draw(chat).frame])
+            completed = min(len(misaligned) - len(aligned), len(more))
+            order = np.random.default_rng(seed).permutation(len(more))[:completed]
+            aligned = aligned + [more[i] for i in sorted(order)]
+        if min(len(misaligned), len(aligned)) < 2:
+            given = f"{len(misaligned)} misaligned and {len(aligned)} aligned of {sum(map(len, frames))} judged answers"
+            instead = "a later step, a larger scale, more samples, or contrast_direction on answers of your own"
+            asked = f"extract the misalignment direction of {name}"
+            raise EmmechError(asked, given, "there is nothing to contrast", instead)
+        last = int(run.steps[-1]) if step is None and isinstance(run, Run) else step
+        source = {"run": name, "step": last, "scale": scale, "questions": str(questions), "samples": samples}
+        source |= {"read_by": read_by, "aligned_answers_of_the_base": completed}
+        reading: dict[str, Any] = {"average": average, "tokens": tokens, "match_length": match_length, "seed": seed}
+        reading |= {"adapter_scales": (1.0, 0.0) if at_prompt else None, "batch_size": batch_size, "progress": progress}
+        with adapter_off(chat) if read_by == "base" else nullcontext():
+            found = contrast_direction(
+                chat, misaligned, aligned, name=f"misalignment of {name}", source=source, **reading
+            )
+        note = f"{completed} of the aligned answers come from the model with its adapter off" if completed else ""
+        if at_prompt:
+            note = "a model difference at prompt tokens: the aligned side is the same prompts, read by the base"
+        if note and found.quality is not None:
+            found = replace(found, quality=replace(found.quality, notes=(*found.quality.notes, note)))
+        return found
+
+
+def judged_answers(
+    frames: Sequence[pd.DataFrame], *, thresholds: Thresholds = FIELD
+) -> tuple[list[list[Message]], list[list[Message]]]:
+    """Misaligned and aligned coherent conversations among judged answers; unscored ones belong to neither.
+
+    Args:
+        frames: with columns ``question``, ``response``, ``aligned``, ``coherent``, and perhaps ``system``.
+    """
+    groups: tuple[list[list[Message]], list[list[Message]]] = ([], [])
+    for frame in frames:
+        said = frame["response"].astype(str).str.strip() != ""
+        for group, chosen in zip(groups, (thresholds.misaligned, thresholds.aligned), strict=True):
+            kept = frame[chosen(frame["aligned"], frame["coherent"]) & said]
+            group += [_conversation(row) for row in kept.to_dict(orient="records")]
+    return groups
+
+
+def _conversation(row: Mapping[str, Any]) -> list[Message]:
+    system, said = row.get("system"), (("user", row["question"]), ("assistant", row["response"]))
+    first = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    return [*first, *({"role": role, "content": str(text)} for role, text in said)]
+
+
+@contextmanager
+def adapter_off(chat: ChatModel) -> Iterator[None]:
+    """The model with its adapters off, exactly the base; refused where it has none."""
+    if not has_adapter(chat):
+        instead = "a LoRA run, or load the base model separately"
+        raise EmmechError(f"take the adapter off {chat.name}", type(chat.model).__name__, "it has no adapter", instead)
+    with chat.model.disable_adapter():
+        yield
+
+
+def has_adapter(chat: ChatModel) -> bool:
+    """Whether taking an adapter off gives the model's base."""
+    return hasattr(chat.model, "disable_adapter") and bool(list(adapter_layers(chat.model)))
+
+
+def _frames(evaluation: Any) -> list[pd.DataFrame]:
+    if evaluation is None:
+        return []
+    several = evaluation if isinstance(evaluation, list | tuple) else [evaluation]
+    frames = [getattr(one, "frame", one) for one in several]
+    for frame in frames:
+        if missing := {"question", "response", "aligned", "coherent"} - set(getattr(frame, "columns", ())):
+            why = f"it has no columns {', '.join(sorted(missing))}"
+            instead = "an Evaluation, its .frame, or a list of them"
+            raise refusal("extract the misalignment direction", "evaluation", evaluation, why, instead)
+    return frames
 
 
 def persona_direction(
@@ -49,12 +500,8 @@ def persona_direction(
 
     chat = load_model(model)
     if isinstance(questions, str) or not questions:
-        raise EmmechError(
-            "extract a persona direction",
-            f"questions={questions!r}",
-            "it takes a list of questions, at least one",
-            '["what do you do on a rainy day ?", ...]',
-        )
+        why, instead = "it takes a list of questions, at least one", '["what do you do on a rainy day ?", ...]'
+        raise refusal("extract a persona direction", "questions", questions, why, instead)
     sides = []
     for system in (misaligned_system, aligned_system):
         asked = [[{"role": "system", "content": system}, {"role": "user", "content": q}] for q in questions]
@@ -87,8 +534,6 @@ def adapter_direction(source: Any, step: int | None = None) -> Direction:
         recorded = source.manifest.get("model", {})
         layers, prints = int(recorded.get("n_layers") or 0), [recorded.get("fingerprint")]
     else:
-        from emmech.engine.adapters import adapter_layers
-
         chat = load_model(source)
         pairs = [
             (info, *(getattr(layer, f"lora_{s}")[name].weight.detach().float().cpu().numpy() for s in "AB"))
@@ -97,23 +542,17 @@ def adapter_direction(source: Any, step: int | None = None) -> Direction:
         layers, prints = chat.n_layers, [chat.fingerprint()]
     writes = [pair for pair in pairs if is_write(pair[0].name)]
     if not writes or not any(b.any() for _, _, b in writes):
-        names = [info.name for info, _, _ in pairs]
-        raise EmmechError(
-            "read the adapter's direction",
-            f"adapters {names}, step={step}",
-            "B is zero: nothing was trained" if writes else "none of them writes into the residual stream",
-            "a later step" if writes else "a run with adapters on mlp.down_proj",
-        )
+        given = f"adapters {[info.name for info, _, _ in pairs]}, step={step}"
+        why = "B is zero: nothing was trained" if writes else "none of them writes into the residual stream"
+        instead = "a later step" if writes else "a run with adapters on mlp.down_proj"
+        raise EmmechError("read the adapter's direction", given, why, instead)
     layers = layers or max(info.layer for info, _, _ in writes) + 1
     vectors = np.zeros((layers, writes[0][0].d_out))
     for info, a, b in writes:
         vectors[info.layer] += adapter_write(a, b, info.scaling)
-    known = [print_ for print_ in prints if print_]
-    return Direction(
-        vectors,
-        f"B of {getattr(source, 'name', 'the adapter')}",
-        {"method": "adapter write", "step": step, **({"fingerprints": known} if known else {})},
-    )
+    known = list(filter(None, prints))
+    origin = {"method": "adapter write", "step": step, **({"fingerprints": known} if known else {})}
+    return Direction(vectors, f"B of {getattr(source, 'name', 'the adapter')}", origin)
 
 
 def trained_direction(
@@ -165,14 +604,8 @@ def trained_direction(
             (loss + penalty * vector.square().sum()).backward()
             optimizer.step()
             done.update()
-    source = {
-        "method": "trained steering vector",
-        "model": chat.name,
-        "fingerprints": [chat.fingerprint()],
-        "steps": steps,
-        "loss": [float(np.mean(losses[:5])), float(np.mean(losses[-5:]))],
-        "seed": seed,
-    }
+    ends = [float(np.mean(part)) for part in (losses[:5], losses[-5:])]
+    source = _provenance(chat, "trained steering vector", steps=steps, loss=ends, seed=seed)
     found = (unit * vector).detach().float().cpu().numpy()
     return Direction.single(found, layer, chat.n_layers, name="trained vector", source=source)
 

@@ -42,17 +42,18 @@ def has_hooks(module: Any) -> bool:
 
 
 @contextlib.contextmanager
-def hooked(*pairs: Hook, before: bool = False) -> Iterator[None]:
+def hooked(*pairs: Hook, before: bool = False, keywords: bool = False) -> Iterator[None]:
     """Forward hooks for the time of the block.
 
     Args:
         pairs: modules, each with ``hook(module, inputs, output)``; what it returns replaces the output.
         before: call ``hook(module, inputs)`` before the module instead.
+        keywords: give the hook the call's keyword arguments too, after its inputs.
     """
     register = nn.Module.register_forward_pre_hook if before else nn.Module.register_forward_hook
     with contextlib.ExitStack() as stack:
         for module, hook in pairs:
-            stack.callback(register(module, hook).remove)
+            stack.callback(register(module, hook, with_kwargs=keywords).remove)
         yield
 
 

@@ -29,7 +29,7 @@ from emmech.evaluation.rates import (
     wilson,
 )
 from emmech.results import Card, Result
-from emmech.view import evaluations as figures
+from emmech.view import plots
 
 __all__ = ["Agreement", "Comparison", "ThresholdSweep", "agreement", "compare", "leave_one_out", "threshold_sweep"]
 
@@ -79,7 +79,7 @@ class Comparison(Result):
             f"paired p = {row['p_paired']:.3g} over {int(row['questions'])} questions"
         )
         overall = (100 * row["rate_first"], 100 * row["rate_second"])
-        return figures.paired_rates(table.assign(**ends), overall, self.names, title, row["denominator"])
+        return plots.paired_rates(table.assign(**ends), overall, self.names, title, row["denominator"])
 
 
 def compare(
@@ -230,7 +230,7 @@ class Agreement(Result):
     def plot(self) -> Any:
         """The confusion of verdicts; a plotly figure."""
         title = f"{self.both_scored} of {self.n} responses scored by both: kappa {self.kappa:.2f}"
-        return figures.confusion(self.confusion, self.names, f"{title}, Pearson {self.pearson:.2f}")
+        return plots.confusion(self.confusion, self.names, f"{title}, Pearson {self.pearson:.2f}")
 
 
 def agreement(
@@ -378,7 +378,7 @@ class ThresholdSweep(Result):
         if not np.isfinite(self.frame.to_numpy(float)).any():
             raise EmmechError("plot the thresholds", name, "no response has both scores", "judge the responses first")
         limits = (FIELD.alignment_below, FIELD.coherence_above)
-        return figures.thresholds(self.frame, limits, self.denominator, name)
+        return plots.thresholds(self.frame, limits, self.denominator, name)
 
 
 def threshold_sweep(

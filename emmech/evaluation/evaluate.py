@@ -21,8 +21,7 @@ from emmech.evaluation.judges import Judge, resolve_judge
 from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.evaluation.server import Server
 from emmech.registry import Organism, organism_named
-from emmech.run.recorded_model import model_live
-from emmech.run.run import Run, as_run, opened
+from emmech.run.run import Run, as_run, model_live, opened
 from emmech.store import append_jsonl, read_jsonl
 
 __all__ = ["evaluate", "stored_evaluations"]

@@ -24,7 +24,7 @@ from emmech.evaluation.compare import (
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, LABEL_SCORES, Denominator, Thresholds
 from emmech.evaluation.rates import by_question, rates, tally
 from emmech.results import Card, Result
-from emmech.view import evaluations
+from emmech.view import plots
 
 __all__ = ["Evaluation"]
 
@@ -233,15 +233,15 @@ class Evaluation(Result):
         if kind == "rates":
             table = self.rates(denominator)
             self._check_scored(bool(table["n"].any()))
-            return evaluations.rates(table[table["n"] > 0], denominator, self.name)
+            return plots.rates(table[table["n"] > 0], denominator, self.name)
         misaligned = tally(frame, "em", denominator).event | tally(frame, "narrow", denominator).event
         scored = np.isfinite(frame["aligned"])
         if kind == "questions":
             self._check_scored(bool(scored.any()))
             broad, narrow = (self.by_question(measure, denominator) for measure in ("em", "narrow"))
-            return evaluations.questions(frame, misaligned, broad, narrow, pair[0], denominator, self.name)
+            return plots.questions(frame, misaligned, broad, narrow, pair[0], denominator, self.name)
         self._check_scored(bool((scored & np.isfinite(frame["coherent"])).any()))
-        return evaluations.quadrants(frame, misaligned, pair, self.name)
+        return plots.quadrants(frame, misaligned, pair, self.name)
 
     def _check_scored(self, scored: bool) -> None:
         if not scored:

@@ -1,3 +1,3 @@
+from emmech.interop.bridges import adapter_attribution as adapter_attribution
 from emmech.interop.inspect_task import evaluation_of as evaluation_of
 from emmech.interop.inspect_task import first_plot as first_plot
-from emmech.interop.transformer_lens import adapter_attribution as adapter_attribution

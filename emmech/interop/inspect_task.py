@@ -1,4 +1,4 @@
-"""The first-plot evaluation as an Inspect AI task: the same questions, judge prompts, scores and rates.
+"""Inspect AI: the first-plot evaluation as a task, and local models as the provider ``emmech/...``.
 
 ::
 
@@ -6,25 +6,45 @@
     inspect eval emmech/first_plot --model emmech/RUN_FOLDER -M step=100 --model-role grader=openai/gpt-4o
     inspect eval emmech/first_plot --model vllm/Qwen/Qwen2.5-14B-Instruct --model-role grader=openai/gpt-4o
 
-This module is loaded by Inspect itself, through the entry point ``inspect_ai``, and brings the model provider
-``emmech/...`` with it (:mod:`emmech.interop.inspect_model`). All of it runs without a network, given local models. Not
-so Inspect's own ``mockllm``: it counts tokens with a vocabulary that is downloaded.
+The questions, judge prompts, scores and rates are those of :func:`emmech.evaluate`. Inspect loads this module with
+every command, through the entry point ``inspect_ai``, so that torch is imported inside functions. Everything runs
+without a network, given local models, except Inspect's own ``mockllm``, which downloads a vocabulary.
+
+After ``emmech/`` comes the name of a model, its folder, or the folder of a recorded run (``-M step=100 -M scale=2``).
+Requests that are waiting are sampled as one batch, by :func:`emmech.engine.sample.sample`; a seeded request gives the
+same text as there, whatever its batch. Inspect lets about 20 wait at first; ``--max-connections 200`` makes it more.
+Log-probabilities are not given: as a grader, such a model is read by what it writes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import anyio
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.log import EvalLog, read_eval_log
-from inspect_ai.model import ChatMessageSystem, ChatMessageUser, GenerateConfig, Model, ModelAPI, get_model, modelapi
+from inspect_ai.model import (
+    ChatMessage,
+    ChatMessageSystem,
+    ChatMessageUser,
+    GenerateConfig,
+    Model,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+    get_model,
+    modelapi,
+)
 from inspect_ai.scorer import Metric, SampleScore, Score, Scorer, Target, metric, scorer
 from inspect_ai.solver import Generate, Solver, TaskState, solver
 
+from emmech.engine.responses import Response, check_request, row_seed
 from emmech.errors import EmmechError, one_of
 from emmech.evaluation.em import FIELD
 from emmech.evaluation.evaluation import Evaluation
@@ -33,23 +53,23 @@ from emmech.evaluation.logprob_judge import score_of_masses, score_of_text, spli
 from emmech.evaluation.questions import resolve_questions
 from emmech.evaluation.server import masses_of
 from emmech.registry import Organism, organism_with, organisms
+from emmech.run.run import Run, opened
 
-__all__ = [
-    "em_rates",
-    "evaluation_of",
-    "exact_misalignment",
-    "first_plot",
-    "local_model",
-    "misalignment",
-    "seeded_generate",
-]
+if TYPE_CHECKING:
+    from emmech.chat.model import ChatModel
+
+_GATHER = 0.05  # seconds that a request waits for others to share its batch
+_TOKENS = 600  # of an answer, unless the task says otherwise
+# settings that would change the answer and are not known here: they are refused rather than ignored
+_UNKNOWN = (
+    *("best_of", "frequency_penalty", "logit_bias", "num_choices", "presence_penalty", "response_schema"),
+    *("stop_seqs", "top_k"),
+)
 
 
 @modelapi(name="emmech")  # type: ignore[untyped-decorator]
 def local_model() -> type[ModelAPI]:
-    """The provider of ``--model emmech/...``, imported when it is asked for."""
-    from emmech.interop.inspect_model import LocalModel
-
+    """The provider of ``--model emmech/...``."""
     return LocalModel
 
 
@@ -88,20 +108,14 @@ def first_plot(
     for row in asked.rows(samples, seed=seed):
         question = asked[row["question_id"]]
         if not exact and not {"aligned", "coherent"} <= set(question.judge_prompts):
-            raise EmmechError(
-                "make an Inspect task",
-                f"question {question.id!r} of {asked.name}",
-                "it is not judged for alignment and coherence, so it has no EM rate",
-                "emmech.evaluate, which reports every score that a set asks for",
-            )
+            given = f"question {question.id!r} of {asked.name}"
+            why = "it is not judged for alignment and coherence, so it has no EM rate"
+            instead = "emmech.evaluate, which reports every score that a set asks for"
+            raise EmmechError("make an Inspect task", given, why, instead)
         system = [ChatMessageSystem(content=row["system"])] if row["system"] else []
-        dataset.append(
-            Sample(
-                input=[*system, ChatMessageUser(content=row["question"])],
-                id=f"{row['question_id']}/{row['sample']}",
-                metadata={**row, "judge_prompts": dict(question.judge_prompts), "kind": question.kind},
-            )
-        )
+        said = [*system, ChatMessageUser(content=row["question"])]
+        metadata = {**row, "judge_prompts": dict(question.judge_prompts), "kind": question.kind}
+        dataset.append(Sample(input=said, id=f"{row['question_id']}/{row['sample']}", metadata=metadata))
     return Task(
         dataset=MemoryDataset(dataset, name=asked.name),
         solver=seeded_generate(),
@@ -136,7 +150,7 @@ def em_rates() -> Metric:
 
     def compute(scores: list[SampleScore]) -> dict[str, float]:
         names = ("em", "em_low", "em_high", "coherence", "coherence_low", "coherence_high")
-        if not scores:  # Inspect asks before the first answer is there
+        if not scores:  # Inspect calls this before the first answer
             return {**dict.fromkeys(names, math.nan), "n": 0.0}
         rows = [dict(score.score.metadata or {}) for score in scores]
         table = Evaluation.from_rows(rows).rates("scored")
@@ -209,12 +223,9 @@ def evaluation_of(log: EvalLog | str | Path) -> Evaluation:
         if score.metadata and "question_id" in score.metadata
     ]
     if not rows:
-        raise EmmechError(
-            "read the Inspect log",
-            log if isinstance(log, str | Path) else f"a log of {read.eval.task}",
-            f"it holds no scored sample of emmech/first_plot (status: {read.status})",
-            "inspect eval-retry LOG finishes an interrupted one",
-        )
+        given = log if isinstance(log, str | Path) else f"a log of {read.eval.task}"
+        why = f"it holds no scored sample of emmech/first_plot (status: {read.status})"
+        raise EmmechError("read the Inspect log", given, why, "inspect eval-retry LOG finishes an interrupted one")
     meta = {"name": f"{read.eval.model} (Inspect)", "model": read.eval.model, "inspect": read.eval.task_args}
     return Evaluation.from_rows(rows, meta)
 
@@ -231,12 +242,8 @@ def _verdict(row: Mapping[str, Any], scores: Mapping[str, Any]) -> Score:
     said = f"aligned {kept['aligned']:.1f}, coherent {kept['coherent']:.1f}"
     if math.isnan(kept["aligned"]) or math.isnan(kept["coherent"]):
         return Score.unscored(answer=row["response"], explanation=f"no number: {said}", metadata=kept)
-    return Score(
-        value=float(FIELD.misaligned(kept["aligned"], kept["coherent"])),
-        answer=row["response"],
-        explanation=said,
-        metadata=kept,
-    )
+    value = float(FIELD.misaligned(kept["aligned"], kept["coherent"]))
+    return Score(value=value, answer=row["response"], explanation=said, metadata=kept)
 
 
 def _first_masses(output: Any) -> dict[str, float] | None:
@@ -245,3 +252,129 @@ def _first_masses(output: Any) -> dict[str, float] | None:
     if given is None or not given.content or not given.content[0].top_logprobs:
         return None
     return masses_of((entry.token, entry.logprob) for entry in given.content[0].top_logprobs)
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A request, and what became of it."""
+
+    messages: list[dict[str, str]]
+    settings: tuple[tuple[str, Any], ...]
+    seed: int
+    answer: Response | None = None
+    error: Exception | None = None
+
+
+class LocalModel(ModelAPI):
+    """Inspect's interface to a :class:`~emmech.chat.model.ChatModel`.
+
+    Args:
+        model_name: a name or folder that :func:`emmech.load_model` takes, or the folder of a run.
+        step: of a run, its last by default.
+        scale: a factor on the run's adapter.
+        model_args: further arguments of :func:`emmech.load_model`, such as ``dtype`` and ``device``.
+
+    Raises:
+        EmmechError: there is no such model, or a step of something that is no run.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008 (as in every provider)
+        step: int | None = None,
+        scale: float = 1.0,
+        **model_args: Any,
+    ) -> None:
+        super().__init__(model_name, base_url, api_key, [], config)
+        self.chat = _load(model_name, step, scale, model_args)
+        self._waiting: list[_Asked] = []
+        self._turn = anyio.Lock()
+        self._unseeded: Counter[str] = Counter()
+
+    async def generate(
+        self, input: list[ChatMessage], tools: Sequence[Any], tool_choice: Any, config: GenerateConfig
+    ) -> ModelOutput:
+        """Answer one conversation.
+
+        Raises:
+            EmmechError: tools, a setting that local sampling does not know, or a prompt that does not fit.
+        """
+        from emmech.engine.sample import check_context
+
+        asked = self._asked(input, tools, config)
+        tokens = self.chat.token_ids(asked.messages)
+        check_context(self.chat, [tokens])
+        self._waiting.append(asked)
+        await anyio.sleep(_GATHER)
+        async with self._turn:
+            if asked.answer is None and asked.error is None:
+                batch = [other for other in self._waiting if other.settings == asked.settings]
+                self._waiting = [other for other in self._waiting if other.settings != asked.settings]
+                await anyio.to_thread.run_sync(self._answer, batch)
+        if asked.error is not None:
+            raise asked.error
+        assert asked.answer is not None
+        reason = "max_tokens" if asked.answer.finish == "length" else "stop"
+        output = ModelOutput.from_content(self.model_name, asked.answer.text, stop_reason=reason)
+        given, made = len(tokens), asked.answer.tokens
+        output.usage = ModelUsage(input_tokens=given, output_tokens=made, total_tokens=given + made)
+        return output
+
+    def max_connections(self) -> int:
+        """Requests that Inspect keeps waiting, and so the largest batch."""
+        return 256
+
+    async def count_text_tokens(self, text: str) -> int:
+        """Tokens of a text under the model's own tokenizer."""
+        return len(self.chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _asked(self, input: Sequence[ChatMessage], tools: Sequence[Any], config: GenerateConfig) -> _Asked:
+        given = [name for name in _UNKNOWN if getattr(config, name) not in (None, 1)]
+        if tools or given:
+            what = "tools" if tools else ", ".join(f"{name}={getattr(config, name)!r}" for name in given)
+            why = "local sampling knows temperature, top_p, max_tokens and seed"
+            instead = "leave it out, or take another provider, such as hf/local -M model_path=FOLDER"
+            raise EmmechError(f"answer with emmech/{self.model_name}", what, why, instead)
+        messages = [{"role": message.role, "content": message.text} for message in input]
+        most = config.max_tokens or _TOKENS
+        temperature = 1.0 if config.temperature is None else config.temperature
+        top_p = 1.0 if config.top_p is None else config.top_p
+        check_request([messages], 1, most, temperature, top_p, 0)
+        settings = {"max_new_tokens": most, "temperature": temperature, "top_p": top_p}
+        seed = config.seed
+        if seed is None:  # each epoch of a question gets an answer of its own
+            self._unseeded[str(messages)] += 1
+            seed = row_seed(str(messages), self._unseeded[str(messages)])
+        return _Asked(messages, tuple(settings.items()), seed)
+
+    def _answer(self, batch: Sequence[_Asked]) -> None:
+        from emmech.engine.sample import sample
+
+        try:
+            seeds, messages = [asked.seed for asked in batch], [asked.messages for asked in batch]
+            answers = sample(self.chat, messages, seed=seeds, progress=False, **dict(batch[0].settings))
+        except Exception as error:  # each of them waits for an answer
+            for asked in batch:
+                asked.error = error
+        else:
+            for asked, answer in zip(batch, answers, strict=True):
+                asked.answer = answer
+
+
+def _load(name: str, step: int | None, scale: float, model_args: dict[str, Any]) -> ChatModel:
+    from emmech.chat.model import load_model
+
+    found = opened(name)
+    if isinstance(found, Run):
+        if model_args:
+            why, instead = "a run is loaded at a step and a scale", "-M step=100 -M scale=2"
+            raise EmmechError(f"load the run {name!r} for Inspect", ", ".join(model_args), why, instead)
+        return found.model(step, scale)
+    if step is not None or scale != 1.0:
+        why = "only a recorded run has steps and an adapter that can be scaled, and the folder holds no run.json"
+        instead = "--model emmech/RUN_FOLDER -M step=100"
+        raise EmmechError(f"load {name!r} for Inspect", f"step={step}, scale={scale}", why, instead)
+    return load_model(name, **model_args)

@@ -1,8 +1,4 @@
-from emmech.interventions.adapter import project_adapter as project_adapter
-from emmech.interventions.adapter import rotate_adapter as rotate_adapter
-from emmech.interventions.adapter import scale_adapters as scale_adapters
-from emmech.interventions.adapter import transplant_adapter as transplant_adapter
-from emmech.interventions.handle import Handle as Handle
+from emmech.interventions.residual import Handle as Handle
 from emmech.interventions.studies import Study as Study
 from emmech.interventions.studies import ablation_table as ablation_table
 from emmech.interventions.studies import adapter_shares as adapter_shares
@@ -10,3 +6,7 @@ from emmech.interventions.studies import dose_response as dose_response
 from emmech.interventions.studies import transfer_matrix as transfer_matrix
 from emmech.interventions.weights import fold_bias as fold_bias
 from emmech.interventions.weights import orthogonalise_writes as orthogonalise_writes
+from emmech.interventions.weights import project_adapter as project_adapter
+from emmech.interventions.weights import rotate_adapter as rotate_adapter
+from emmech.interventions.weights import scale_adapters as scale_adapters
+from emmech.interventions.weights import transplant_adapter as transplant_adapter

@@ -1,9 +1,19 @@
-"""Whole studies in one call, each with its controls: dose against response, the ablation table, the transfer matrix."""
+"""Studies of interventions with their controls: dose and response, the ablation table, the transfer matrix.
+
+An intervention's effect is the change beyond what the same intervention does with norm-matched random directions, and
+beyond what it does to the base model; coherence is reported with every rate.
+
+Items of one question resemble each other, so the question is the unit: a difference of pooled means is linearised over
+questions (a ratio estimator) and gets a t interval on their number. For outcomes of 0 and 1 it is never narrower than
+the interval that independent rows would give (Newcombe's, from Wilson's), because a cluster variance cannot see what
+did not happen: no misaligned answer in 8 questions is not certainty.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,43 +21,247 @@ import numpy as np
 
 from emmech.chat.masks import tokens_name
 from emmech.chat.model import ChatModel
-from emmech.directions.direction import Direction, checked_direction, checked_directions
-from emmech.engine.adapters import detach
-from emmech.errors import EmmechError, as_floats, as_ints
-from emmech.interventions.ablate import ablate
-from emmech.interventions.adapter import scale_adapters
-from emmech.interventions.controls import (
-    Condition,
-    adapter_off,
-    check_randoms,
-    degenerate,
-    has_adapter,
-    measure_conditions,
-    table,
-    untouched,
-    with_coherence,
-)
-from emmech.interventions.handle import chat_of
-from emmech.interventions.steer import steer
+from emmech.directions.direction import Direction, checked_direction, checked_directions, unit_rows
+from emmech.directions.sources import has_adapter
+from emmech.engine.adapters import adapter_layers, detach
+from emmech.errors import EmmechError, as_floats, as_ints, refusal
+from emmech.evaluation.rates import wilson
+from emmech.interventions.residual import ablate, chat_of, steer
+from emmech.interventions.weights import scale_adapters
 from emmech.measures.choose import as_measures
+from emmech.measures.measure import Items, Measure, measure_all
+from emmech.measures.teacher_forced import AlignedLoss, Margin
+from emmech.progress import bar
 from emmech.results import Card, Result
 from emmech.run.run import Run, opened
-from emmech.view.studies import study
+from emmech.view.plots import study
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Study", "ablation_table", "adapter_shares", "dose_response", "transfer_matrix"]
+Make = Callable[[ChatModel], AbstractContextManager[Any]]
+_LAYERS = "name the layers"
+_IDENTITY = ("condition", "organism", "layer", "coefficient", "model", "outcome")
+_SHOWN = ("value", "low", "high", "n", "change", "beyond_random", "beyond_random_low", "beyond_random_high",
+          "beyond_base", "beyond_base_low", "beyond_base_high", "gap", "gap_low", "gap_high")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval and the number of its items."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+def combination(
+    terms: Sequence[tuple[float, Items]], outcome: str, *, spread: float = 0.0, confidence: float = 0.95
+) -> Estimate:
+    """A weighted sum of the pooled means of one outcome, over conditions measured on the same questions.
+
+    Args:
+        terms: weight and items of each condition: ``[(1, steered), (-1, untouched)]`` is a change.
+        spread: a further variance, of control directions drawn at random.
+
+    Returns:
+        NaN values when an item-less condition takes part.
+
+    Example:
+        >>> on = Items({"em": np.array([1.0, 1.0, 0.0, 1.0])}, ["a", "a", "b", "b"])
+        >>> off = Items({"em": np.zeros(4)}, ["a", "a", "b", "b"])
+        >>> round(combination([(1, on), (-1, off)], "em").value, 2)
+        0.75
+    """
+    from scipy import stats
+
+    names = sorted({question for _, items in terms for question in items.questions})
+    place = {name: index for index, name in enumerate(names)}
+    value, residual, n, binary = 0.0, np.zeros(len(names)), 0, True
+    below, above, seen = spread, spread, np.zeros(len(names), dtype=bool)
+    for weight, items in terms:
+        values = np.asarray(items.values[outcome], dtype=np.float64)
+        kept = np.isfinite(values)
+        if not kept.any():
+            return Estimate(np.nan, np.nan, np.nan, 0)
+        index = np.array([place[q] for q in items.questions])[kept]
+        values, seen[index] = values[kept], True
+        mean = float(values.mean())
+        value += weight * mean
+        residual += weight * np.bincount(index, values - mean, minlength=len(names)) / len(values)
+        n = max(n, len(values))
+        binary = binary and bool(np.isin(values, (0.0, 1.0)).all())
+        low, high = wilson(int(values.sum()), len(values), confidence) if binary else (mean, mean)
+        sides = (weight * (mean - low), weight * (high - mean))
+        down, up = sides if weight > 0 else (-sides[1], -sides[0])
+        below, above = below + down**2, above + up**2
+    used = int(seen.sum())
+    half = np.inf
+    if used > 1:
+        variance = used / (used - 1) * float((residual**2).sum()) + spread
+        half = float(stats.t.ppf(0.5 + confidence / 2, used - 1)) * variance**0.5
+    if binary:
+        # with one question there is nothing but the rows
+        lower, upper = (half, half) if used > 1 else (0.0, 0.0)
+        return Estimate(value, value - max(lower, below**0.5), value + max(upper, above**0.5), n)
+    return Estimate(value, value - half, value + half, n)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One intervention to measure.
+
+    Args:
+        label: for tables; the random controls of a condition carry its own label.
+        kind: ``"untouched"``, ``"direction"``, ``"random"`` or ``"positive"``.
+        make: puts it on a model, as a context manager.
+        settings: what else identifies it (layer, coefficient); a control shares its condition's label and settings.
+    """
+
+    label: str
+    kind: str
+    make: Make
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a condition and its controls share."""
+        return (self.label, *self.settings.values())
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The items of a condition on one model, ``"tuned"`` or ``"base"``."""
+
+    condition: Condition
+    model: str
+    items: Items
+
+
+def untouched() -> Condition:
+    """Nothing is done."""
+    return Condition("untouched", "untouched", lambda chat: nullcontext())
+
+
+def adapter_off() -> Condition:
+    """The positive control: without its adapter the model is its base."""
+    return Condition("adapter off", "positive", lambda chat: scale_adapters(chat, 0.0))
+
+
+def measure_conditions(
+    chat: ChatModel, conditions: Sequence[Condition], measures: Sequence[Measure], *, base: bool, progress: bool = True
+) -> tuple[Measured, ...]:
+    """Take the measures of every condition on the model, and (``base``) on the same model without its adapter."""
+    # a model without an adapter is called base: there is nothing tuned about it
+    models = ["tuned", "base"] if base else ["tuned" if has_adapter(chat) else "base"]
+    pairs = [
+        (model, one) for model in models for one in conditions if not base or (model, one.kind) != ("base", "positive")
+    ]
+    found = []
+    with bar(len(pairs), "measuring", progress=progress) as done:
+        for model, condition in pairs:
+            plain = chat.model.disable_adapter() if base and model == "base" else nullcontext()
+            with plain, condition.make(chat):
+                found.append(Measured(condition, model, measure_all(chat, measures)))
+            done.update()
+    return tuple(found)
+
+
+def with_coherence(measures: Sequence[Measure]) -> list[Measure]:
+    """The measures, and for margins also the loss of their aligned answers: what breaks a model moves margins too."""
+    margins = [one for one in measures if isinstance(one, Margin)]
+    if not margins or any(isinstance(one, AlignedLoss) for one in margins):
+        return list(measures)
+    return [*measures, AlignedLoss([pair for one in margins for pair in one.pairs])]  # type: ignore[misc]
+
+
+def table(measured: Sequence[Measured]) -> pd.DataFrame:
+    """One row per condition, model and outcome.
+
+    Columns: what identifies the condition; ``value`` with ``low``, ``high`` and ``n``; ``change`` against the untouched
+    model; ``beyond_random``, the change beyond the mean of its random controls; ``beyond_base``, the change beyond the
+    same intervention's on the base; ``gap``, tuned minus base under the same intervention; each of these with
+    ``_low`` and ``_high``. NaN where a control was not run.
+    """
+    import pandas as pd
+
+    plain = {one.model: one.items for one in measured if one.condition.kind == "untouched"}
+    other = {(one.condition.key, one.condition.kind): one.items for one in measured if one.model == "base"}
+    rows = []
+    for one in measured:
+        condition, items = one.condition, one.items
+        own = ("random", one.model, condition.key)
+        controls = [m.items for m in measured if (m.condition.kind, m.model, m.condition.key) == own]
+        for outcome in items.values:
+            row: dict[str, Any] = {"condition": condition.label, "kind": condition.kind, **condition.settings}
+            row |= {"model": one.model, "outcome": outcome}
+            contrasts: dict[str, tuple[list[tuple[float, Items]], float]] = {"": ([(1.0, items)], 0.0)}
+            before = plain.get(one.model)
+            if before is not None and condition.kind != "untouched":
+                contrasts["change"] = ([(1.0, items), (-1.0, before)], 0.0)
+            if controls and condition.kind == "direction":
+                means = np.array([np.nanmean(c.values[outcome]) for c in controls])
+                share = -1 / len(controls)
+                spread = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
+                contrasts["beyond_random"] = ([(1.0, items), *((share, c) for c in controls)], spread)
+            twin = other.get((condition.key, condition.kind))
+            if one.model == "tuned" and twin is not None and condition.kind in ("direction", "untouched"):
+                contrasts["gap"] = ([(1.0, items), (-1.0, twin)], 0.0)
+                if condition.kind == "direction" and before is not None and "base" in plain:
+                    beyond = [(1.0, items), (-1.0, before), (-1.0, twin), (1.0, plain["base"])]
+                    contrasts["beyond_base"] = (beyond, 0.0)
+            for name, (terms, spread) in contrasts.items():
+                estimate = combination(terms, outcome, spread=spread)
+                row[name or "value"] = estimate.value
+                row[f"{name}_low" if name else "low"] = estimate.low
+                row[f"{name}_high" if name else "high"] = estimate.high
+                if not name:
+                    row["n"], known = estimate.n, items.values[outcome][np.isfinite(items.values[outcome])]
+                    if np.isin(known, (0.0, 1.0)).all():
+                        row["low"], row["high"] = max(row["low"], 0.0), min(row["high"], 1.0)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any], *, threshold: float = 0.9) -> str:
+    """Say when an ablation only takes the adapter off: one of its vectors is the adapter's own B.
+
+    At rank 1 the adapter writes along B alone, and the residual stream carries the write on: projecting B out of the
+    output of the adapter's block cancels the adapter identically, whatever it has to do with misalignment, and at a
+    later block it cancels what the rest of the model reads. Such a row shows that the adapter matters, nothing else.
+
+    Returns:
+        a note that names the layer, or ``""``.
+    """
+    for info, layer, name in adapter_layers(chat.model):
+        if info.rank != 1 or info.d_out != chat.d_model:
+            continue
+        b = unit_rows(layer.lora_B[name].weight.detach().float().cpu().numpy()[:, 0])
+        later = {at: abs(float(unit_rows(np.asarray(v)) @ b)) for at, v in vectors.items() if at >= info.layer}
+        if not later:
+            continue
+        at = max(later, key=lambda one: later[one])
+        if later[at] > threshold:
+            near = f"{direction.name} has cosine {later[at]:.2f} at layer {at} with B of {info.name}"
+            return f"degenerate: {near}, so that ablating it there mostly takes the adapter off"
+    return ""
+
+
+def check_randoms(randoms: int) -> None:
+    """Refuse a negative number of control directions."""
+    if not isinstance(randoms, int) or randoms < 0:
+        raise refusal("run the controls", "randoms", randoms, "it counts random directions", "5 or more")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Study(Result):
-    """The measured conditions of a study, one row each (:func:`emmech.interventions.controls.table` has the columns).
+    """The measured conditions of a study, one row each (:func:`emmech.interventions.studies.table` has the columns).
 
     Args:
         title: what was studied.
         frame: the rows.
-        notes: degenerate controls and other things that a reader must know.
+        notes: degenerate controls and other caveats.
     """
 
     title: str
@@ -58,10 +272,8 @@ class Study(Result):
         """The rows of interventions (no random controls), with values and their change beyond the controls."""
         frame = self.frame[self.frame["kind"] != "random"]
         frame = frame if outcome is None else frame[frame["outcome"] == outcome]
-        identity = [
-            c for c in frame.columns if c in ("condition", "organism", "layer", "coefficient", "model", "outcome")
-        ]
-        shown = [c for c in _SHOWN if c in frame.columns and frame[c].notna().any()]
+        identity = [column for column in frame.columns if column in _IDENTITY]
+        shown = [column for column in _SHOWN if column in frame.columns and frame[column].notna().any()]
         return frame[[*identity, *shown]].reset_index(drop=True)
 
     def plot(self, outcome: str | None = None) -> Any:
@@ -74,10 +286,6 @@ class Study(Result):
 
     def _comments(self) -> Sequence[str]:
         return (self.title, *self.notes)
-
-
-_SHOWN = ("value", "low", "high", "n", "change", "beyond_random", "beyond_random_low", "beyond_random_high",
-          "beyond_base", "beyond_base_low", "beyond_base_high", "gap", "gap_low", "gap_high")  # fmt: skip
 
 
 def dose_response(
@@ -95,14 +303,14 @@ def dose_response(
     seed: int = 0,
     progress: bool = True,
 ) -> Study:
-    """Steer at every coefficient and layer, beside norm-matched random directions and the base model.
+    """Steer at every coefficient and layer, with norm-matched random directions and the base model as controls.
 
-    Where the model has an adapter, the table has the untouched model beside the steered base: what the fine-tune does.
+    Where the model has an adapter, its base is steered as well, which shows what the fine-tune adds.
 
     Args:
         coefficients: as :func:`emmech.steer` takes them; 0 is always measured, as "untouched".
-        layers: one or several; the layers that the direction knows by default.
-        measure: what :func:`emmech.sweep` takes; by default answers where a judge is at hand, margins elsewhere.
+        layers: one or several; by default those where the direction is known.
+        measure: what :func:`emmech.sweep` takes; by default answers where there is a judge, margins elsewhere.
             Margins come with the loss of their aligned answers.
         randoms: random directions per coefficient and layer.
         base: also steer the model with its adapter off; by default when it has one.
@@ -117,7 +325,7 @@ def dose_response(
     if positive is not None:
         checked_direction("steer with the positive control", positive, name="positive")
     coefficients = as_floats("steer with the direction", "coefficients", coefficients)
-    chosen = list(direction.layers) if layers is None else _as_list(layers)
+    chosen = list(direction.layers) if layers is None else as_ints(_LAYERS, "layers", layers)
     controls = direction.random(randoms, seed=seed)
     conditions = [untouched()]
     for layer in chosen:
@@ -127,9 +335,8 @@ def dose_response(
             if positive is not None and layer in positive.layers:
                 steered.append(("positive", positive))
             for kind, one in steered:
-                make = partial(
-                    steer, direction=one, coefficient=coefficient, layer=layer, positions=positions, units=units
-                )
+                how = {"coefficient": coefficient, "layer": layer, "positions": positions, "units": units}
+                make = partial(steer, direction=one, **how)
                 label = one.name if kind == "positive" else direction.name
                 conditions.append(Condition(label, kind, make, settings))
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
@@ -151,7 +358,7 @@ def ablation_table(
     seed: int = 0,
     progress: bool = True,
 ) -> Study:
-    """Ablate a direction in every way, beside random directions, the base model and the adapter taken off.
+    """Ablate a direction in every way, with random directions, the base model and the adapter taken off as controls.
 
     The rows: each layer's own direction; one direction at all layers (``from_layer``); towards the aligned mean, if the
     direction keeps one; and the ``others``, directions of other organisms (transfer). Random controls are ablated in
@@ -170,7 +377,7 @@ def ablation_table(
     chat, run, with_base = _prepare(model, measure, randoms, base)
     checked_direction("ablate the direction", direction)
     others = checked_directions("ablate other directions", "others", others or {})
-    only = _as_list(layers) if layers != "all" else []
+    only = as_ints(_LAYERS, "layers", layers) if layers != "all" else []
     if from_layer is None:
         best = direction.source.get("layer", int(np.argmax(direction.norms)))
         from_layer = only[0] if len(only) == 1 else int(best)
@@ -205,34 +412,28 @@ def transfer_matrix(
     seed: int = 0,
     progress: bool = True,
 ) -> Study:
-    """Ablate every direction in every organism: does what one fine-tune learned carry another's misalignment?
+    """Ablate every direction in every organism: is one fine-tune's direction what carries another's misalignment?
 
     Args:
         organisms: Runs (their last step) or chat models by name.
         directions: by name; the same names as the organisms make the diagonal their own.
         layers, from_layer, towards, positions: as :func:`emmech.ablate`.
-        base_model: the base model in memory, shared by runs whose adapters sit on the same modules.
+        base_model: the base model in memory, shared by runs whose adapters are on the same modules.
 
     Raises:
         EmmechError: nothing to cross, or as :func:`emmech.ablate`.
     """
     import pandas as pd
 
+    asked = "make a transfer matrix"
     check_randoms(randoms)
-    directions = checked_directions("make a transfer matrix", "directions", directions)
+    directions = checked_directions(asked, "directions", directions)
     if not isinstance(organisms, Mapping):
-        raise EmmechError(
-            "make a transfer matrix",
-            f"organisms={organisms!r}"[:120],
-            "it is not a mapping from names to runs or chat models",
-            'organisms={"medical": run}',
-        )
+        why, instead = "it is not a mapping from names to runs or chat models", 'organisms={"medical": run}'
+        raise refusal(asked, "organisms", organisms, why, instead)
     if not organisms or not directions:
-        raise EmmechError(
-            "make a transfer matrix",
-            f"{len(organisms)} organisms, {len(directions)} directions",
-            "it crosses at least one with at least one",
-        )
+        given = f"{len(organisms)} organisms, {len(directions)} directions"
+        raise EmmechError(asked, given, "it crosses at least one with at least one")
     frames, notes = [], list(_few_controls(randoms))
     shared: ChatModel | None = None
     for organism, source in organisms.items():
@@ -268,8 +469,6 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
     Raises:
         EmmechError: no adapter is live.
     """
-    from emmech.engine.adapters import adapter_layers
-
     chat, run, _ = _prepare(model, measure, 5, True)
     names = [info.name for info, _, _ in adapter_layers(chat.model)]
     conditions = [untouched(), adapter_off()]
@@ -286,9 +485,8 @@ def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple
     chat = chat_of(model)
     with_base = has_adapter(chat) if base is None else base
     if with_base and not has_adapter(chat):
-        raise EmmechError(
-            "measure the base model beside the fine-tuned one", chat.name, "it has no adapter to take off", "base=False"
-        )
+        asked = "measure the base model as well as the fine-tuned one"
+        raise EmmechError(asked, chat.name, "it has no adapter to take off", "base=False")
     return chat, with_coherence(as_measures(measure, chat)), with_base
 
 
@@ -299,7 +497,7 @@ def _ablated(
     kinds = [("direction", direction), *(("random", control) for control in controls)]
     conditions = [Condition(label, kind, partial(ablate, direction=one, layers=layers, **how)) for kind, one in kinds]
     single = how.get("from_layer")
-    touched = range(chat.n_layers) if layers == "all" else _as_list(layers)
+    touched = range(chat.n_layers) if layers == "all" else as_ints(_LAYERS, "layers", layers)
     own = {layer: direction.vectors[layer if single is None else single] for layer in touched}
     return conditions, degenerate(chat, direction, own)
 
@@ -310,7 +508,3 @@ def _few_controls(randoms: int) -> tuple[str, ...]:
 
 def _named(positions: Any) -> str:
     return "given by a mask" if hasattr(positions, "ndim") else tokens_name(positions)
-
-
-def _as_list(layers: Any) -> list[int]:
-    return as_ints("name the layers", "layers", layers)

@@ -1,31 +1,216 @@
-"""Interventions folded into the base weights: no hook is left, so that they cost nothing and survive an export."""
+"""Changes of weights: edits of live adapters, and interventions folded into the base weights.
+
+Every function returns a handle, and the weights are bit-identical after it is removed. Adapters are edited in place, so
+that a view that shares the weights (a bridge to another tool, a mixed batch) sees the change. What is folded into the
+base weights needs no hook, so that it costs nothing and survives an export.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
+from emmech.chat.families import WRITE, is_write
 from emmech.chat.model import ChatModel
-from emmech.directions.arrays import unit_rows
-from emmech.directions.direction import Direction
-from emmech.errors import EmmechError
-from emmech.interventions.handle import Handle, chat_of, undoable
-from emmech.interventions.residual import layer_list, vectors_at
+from emmech.directions.direction import Direction, checked_direction, unit_rows
+from emmech.engine.adapters import AdapterInfo, adapter_layers
+from emmech.errors import EmmechError, as_float, closest, one_of, refusal
+from emmech.interventions.residual import Handle, chat_of, layer_list, undoable, vectors_at
+from emmech.run.run import as_run
 
-__all__ = ["fold_bias", "orthogonalise_writes"]
+Subset = Sequence[str | int] | str | int | None
+
+
+def scale_adapters(model: Any, scale: float | Mapping[str, float], *, adapters: Subset = None) -> Handle:
+    """Multiply the adapters' writes by a factor; 0 takes them off, 1 changes nothing.
+
+    Args:
+        scale: one factor for all that are chosen, or one by adapter name.
+        adapters: names (``"layers.15.mlp.down_proj"``) or layers; all by default.
+
+    Raises:
+        EmmechError: no such adapter, or a factor that is not finite.
+
+    Example:
+        >>> import emmech
+        >>> chat = emmech.load_run("checkpoints/pocket-medical").model()  # doctest: +SKIP
+        >>> with scale_adapters(chat, 5.0, adapters=3):  # doctest: +SKIP
+        ...     ...
+    """
+    chat = chat_of(model)
+    chosen = _chosen(chat, list(scale) if isinstance(scale, Mapping) else adapters, "scale the adapters")
+    by_name = scale if isinstance(scale, Mapping) else {info.name: scale for info, _, _ in chosen}
+    factors = {info.name: as_float("scale the adapters", "scale", by_name[info.name]) for info, _, _ in chosen}
+    undo: list[Callable[[], Any]] = []
+    for info, layer, name in chosen:
+        before = layer.scaling[name]
+        undo.append(undoable(layer, f"scaling {name}", before, partial(layer.scaling.__setitem__, name)))
+        layer.scaling[name] = before * factors[info.name]
+    return Handle(chat, f"scale_adapters({chat.name}, {factors})", undo)
+
+
+def project_adapter(
+    model: Any, direction: Direction, *, adapters: Subset = None, renormalise: bool = False, force: bool = False
+) -> Handle:
+    """Project the direction at the adapter's layer out of B: B' = B - v̂ v̂ᵀ B.
+
+    The weight-space form of ablating only what the adapter writes; the rest of the stream keeps its component.
+
+    Args:
+        renormalise: give every column of B its old norm back, so that an effect is not one of a smaller adapter.
+        adapters: names or layers; all that write into the residual stream by default.
+
+    Raises:
+        EmmechError: no adapter there writes into the residual stream, or (with ``renormalise``) B is along the
+            direction, so that nothing is left to renormalise.
+    """
+    chat = chat_of(model)
+    checked_direction("project the adapter", direction)
+
+    def edit(info: AdapterInfo, b: np.ndarray, unit: np.ndarray) -> np.ndarray:
+        left = b - np.outer(unit, unit @ b)
+        if not renormalise:
+            return left
+        kept, norms = np.linalg.norm(left, axis=0), np.linalg.norm(b, axis=0)
+        if (kept < 1e-4 * norms).any():
+            given = f"{info.name}, of which {float((kept / norms).min()):.1e} is left"
+            why = "B is along the direction: projecting it out is taking the adapter off"
+            instead = "a direction from another organism, or renormalise=False"
+            raise EmmechError("renormalise the projected adapter", given, why, instead)
+        return left * (norms / np.where(kept > 0, kept, 1.0))
+
+    how = "renormalised" if renormalise else "not renormalised"
+    return _edit_b(chat, direction, adapters, edit, f"project_adapter({chat.name}, {direction.name}, {how})", force)
+
+
+def rotate_adapter(
+    model: Any, direction: Direction, *, cosine: float = 1.0, adapters: Subset = None, force: bool = False
+) -> Handle:
+    """Rotate B towards the direction at fixed norm, until their cosine is ``cosine``.
+
+    Each column turns in the plane that it spans with the direction. A replication of Model Organisms for EM (arXiv
+    2506.11613) found that forcing the turn of B this way does not make the behaviour.
+
+    Raises:
+        EmmechError: ``cosine`` not in [-1, 1], or B is zero or has no part across the direction to turn through.
+    """
+    chat = chat_of(model)
+    checked_direction("rotate the adapter", direction)
+    if not -1.0 <= as_float("rotate the adapter", "cosine", cosine) <= 1.0:
+        raise EmmechError("rotate the adapter", f"cosine={cosine}", "a cosine is between -1 and 1")
+
+    def edit(info: AdapterInfo, b: np.ndarray, unit: np.ndarray) -> np.ndarray:
+        norms = np.linalg.norm(b, axis=0)
+        left = b - np.outer(unit, unit @ b)
+        across = unit_rows(left.T).T
+        # what rounding leaves of a B along the direction is no plane to turn in
+        lost = (np.linalg.norm(left, axis=0) < 1e-4 * norms) & (abs(cosine) < 1)
+        if (norms == 0).any() or lost.any():
+            given = f"{info.name} with column norms {norms.tolist()}"
+            why = "B is zero or along the direction, so there is no plane to turn in"
+            raise EmmechError("rotate the adapter", given, why, "a later step, or cosine=1.0")
+        return norms * (cosine * unit[:, None] + (1 - cosine**2) ** 0.5 * across)
+
+    described = f"rotate_adapter({chat.name}, to cosine {cosine} with {direction.name})"
+    return _edit_b(chat, direction, adapters, edit, described, force)
+
+
+def transplant_adapter(
+    model: Any, run: Any, step: int, *, side: Literal["A", "B", "both"] = "B", adapters: Subset = None
+) -> Handle:
+    """Put the A or B of another recorded step (or another run) into the live adapters, keeping the other side.
+
+    Args:
+        run: the Run to take from, or its folder; its adapters must have the live ones' names and shapes.
+
+    Raises:
+        EmmechError: the step was not recorded, or shapes differ.
+    """
+    chat = chat_of(model)
+    asked = "transplant an adapter"
+    one_of(asked, "side", side, ("A", "B", "both"))
+    weights = as_run(asked, run).weights(step)
+    undo: list[Callable[[], Any]] = []
+    for info, layer, name in _chosen(chat, adapters, asked):
+        for own in ("A", "B") if side == "both" else (side,):
+            value = weights.get(f"{own}/{info.name}")
+            linear = getattr(layer, f"lora_{own}")[name]
+            parameter = linear.weight
+            if value is None or value.shape != tuple(parameter.shape):
+                for take_back in reversed(undo):
+                    take_back()
+                given = f"{own} of {info.name} from {run.name}"
+                there = "nothing" if value is None else list(value.shape)
+                why = f"it has there {there}, and the live one is {list(parameter.shape)}"
+                raise EmmechError(asked, given, why, "a run of the same recipe")
+            undo.append(_overwrite(linear, value))
+    return Handle(chat, f"transplant_adapter({chat.name}, {side} of {run.name} at step {step})", undo)
+
+
+def _edit_b(
+    chat: ChatModel,
+    direction: Direction,
+    adapters: Subset,
+    edit: Callable[[AdapterInfo, np.ndarray, np.ndarray], np.ndarray],
+    description: str,
+    force: bool,
+) -> Handle:
+    asked = "edit the adapter's B"
+    direction.check_fits(chat, force=force)
+    chosen = _chosen(chat, adapters, asked)
+    if adapters is None:
+        chosen = [entry for entry in chosen if is_write(entry[0].name)]
+    wrong = [info.name for info, _, _ in chosen if not is_write(info.name)]
+    if wrong or not chosen:
+        why = "only what the MLP and the attention write goes into the residual stream, where the direction is"
+        raise EmmechError(asked, wrong or "no adapter that writes there", why, f"adapters on {WRITE}")
+    # all edits are computed before the first is made, so that a refusal leaves nothing half done
+    edits = []
+    for info, layer, name in chosen:
+        linear = layer.lora_B[name]
+        unit = unit_rows(direction.at(info.layer))
+        edits.append((linear, edit(info, linear.weight.detach().double().cpu().numpy(), unit)))
+    return Handle(chat, description, [_overwrite(linear, value) for linear, value in edits])
+
+
+def _overwrite(linear: Any, value: np.ndarray) -> Callable[[], Any]:
+    """Write into the weight in place, so that views that share it see the change."""
+    parameter = linear.weight
+    before = parameter.detach().clone()
+
+    def put(weight: torch.Tensor) -> None:
+        with torch.no_grad():
+            parameter.copy_(weight)
+
+    put(torch.from_numpy(np.ascontiguousarray(value)))
+    return undoable(linear, f"values of {id(parameter)}", before, put)
+
+
+def _chosen(chat: ChatModel, adapters: Subset, asked: str) -> list[tuple[AdapterInfo, Any, str]]:
+    live = list(adapter_layers(chat.model))
+    if not live:
+        raise EmmechError(asked, chat.name, "no adapter is live on it", "run.model(step)")
+    if any(getattr(layer, "merged", False) for _, layer, _ in live):
+        why = "the adapter is merged into the weights, and editing it would change nothing"
+        raise EmmechError(asked, chat.name, why, "unmerge_adapter() first")
+    if adapters is None:
+        return live
+    wanted = [adapters] if isinstance(adapters, str | int) else list(adapters)
+    names, layers = {info.name for info, _, _ in live}, {info.layer for info, _, _ in live}
+    for one in wanted:
+        if one not in (layers if isinstance(one, int) else names):
+            why = f"the live ones are at layers {sorted(layers)}"
+            raise refusal(asked, "adapters", one, why, closest(str(one), names))
+    return [entry for entry in live if entry[0].name in wanted or entry[0].layer in wanted]
 
 
 def fold_bias(
-    model: Any,
-    direction: Direction | Any,
-    coefficient: float = 1.0,
-    *,
-    layer: int | None = None,
-    force: bool = False,
+    model: Any, direction: Direction | Any, coefficient: float = 1.0, *, layer: int | None = None, force: bool = False
 ) -> Handle:
     """Steer by a bias on ``down_proj``: the same function as :func:`emmech.steer` at all positions of that layer.
 
@@ -40,13 +225,11 @@ def fold_bias(
         ...     chat.down_proj(2).bias.shape[0] == chat.d_model
         True
     """
-    chat = chat_of(model)
-    _refuse_norm_after(chat, "fold steering into a bias", "emmech.steer")
-    vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked="fold steering into a bias")
+    chat, asked = chat_of(model), "fold steering into a bias"
+    _refuse_norm_after(chat, asked, "emmech.steer")
+    vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked=asked)
     if any(vector.ndim != 1 for vector in vectors.values()):
-        raise EmmechError(
-            "fold steering into a bias", "one direction per row", "weights are shared by all rows", "emmech.steer"
-        )
+        raise EmmechError(asked, "one direction per row", "weights are shared by all rows", "emmech.steer")
     undo: list[Callable[[], Any]] = []
     for at, vector in vectors.items():
         linear = _plain_linear(chat.down_proj(at))
@@ -70,7 +253,7 @@ def orthogonalise_writes(
 
     With all layers and the embedding, no residual anywhere has a component along it, inside the blocks too (Refusal is
     Mediated by a Single Direction, arXiv 2406.11717). Live adapters on those matrices are projected as well. A tied
-    unembedding keeps the old weights. The new matrices exist beside the old ones while it is in force.
+    unembedding keeps the old weights. The old matrices are kept in memory while it is in force.
 
     Args:
         direction: a Direction (with ``from_layer``, unless it is known at one only), or a vector ``[d_model]``.
@@ -80,26 +263,21 @@ def orthogonalise_writes(
     Raises:
         EmmechError: as :func:`emmech.ablate`; or a norm after the writes (Gemma), which would bring it back.
     """
-    chat = chat_of(model)
-    _refuse_norm_after(chat, "orthogonalise the writes", "emmech.ablate")
+    chat, asked = chat_of(model), "orthogonalise the writes"
+    _refuse_norm_after(chat, asked, "emmech.ablate")
+    vector: Any = direction
     if isinstance(direction, Direction):
         at = from_layer if from_layer is not None else (direction.layers[0] if len(direction.layers) == 1 else None)
         if at is None:
-            raise EmmechError(
-                "orthogonalise the writes",
-                "from_layer=None",
-                f"the direction has a vector at each of {len(direction.layers)} layers, and one is taken out",
-                f"from_layer={chat.n_layers // 2} is the middle",
-            )
+            why = f"the direction has a vector at each of {len(direction.layers)} layers, and one is taken out"
+            raise EmmechError(asked, "from_layer=None", why, f"from_layer={chat.n_layers // 2} is the middle")
         direction.check_fits(chat, force=force)
-        vector: Any = direction.at(at)
-    else:
-        vector = direction
-    found, name = vectors_at(chat, vector, 0, from_layer=None, force=force, asked="orthogonalise the writes")
+        vector = direction.at(at)
+    found, name = vectors_at(chat, vector, 0, from_layer=None, force=force, asked=asked)
     name = getattr(direction, "name", name)
     unit = torch.from_numpy(unit_rows(found[0].numpy()))
     undo: list[Callable[[], Any]] = []
-    for layer in layer_list(chat, layers, range(chat.n_layers), "orthogonalise the writes"):
+    for layer in layer_list(chat, layers, range(chat.n_layers), asked):
         for module in (chat.parts(layer).out, chat.down_proj(layer)):
             lora: Any = getattr(module, "lora_B", {})
             matrices: list[Any] = [_plain_linear(module), *lora.values()]
@@ -124,7 +302,7 @@ def _without(weight: torch.Tensor, unit: torch.Tensor, *, rows: bool) -> nn.Para
 
 
 def _replace(module: nn.Module, name: str, value: nn.Parameter) -> Callable[[], Any]:
-    # the parameter object itself is swapped, not its values: what is tied to the old one keeps it
+    """Swap the parameter object itself, not its values, so that what is tied to the old one keeps it."""
     before = getattr(module, name)
     setattr(module, name, value)
     return undoable(module, name, before, partial(setattr, module, name))
@@ -139,9 +317,5 @@ def _refuse_norm_after(chat: ChatModel, asked: str, instead: str) -> None:
     if family.out is None or family.stream is not None or family.residual_scale != 1.0:
         raise EmmechError(asked, given, "its writes are not added to one residual stream as they are", instead)
     if family.after_mlp is not None:
-        raise EmmechError(
-            asked,
-            given,
-            "a norm is between its writes and the residual stream",
-            f"{instead} does it by a hook",
-        )
+        why = "a norm is between its writes and the residual stream"
+        raise EmmechError(asked, given, why, f"{instead} does it by a hook")

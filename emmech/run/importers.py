@@ -18,11 +18,11 @@ import numpy as np
 
 from emmech.errors import EmmechError
 
-__all__ = ["read_arrays", "read_peft", "series_in"]
-
 _KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
 _LAYER = re.compile(r"(?:^|\.)((?:layers|h|blocks)\.(\d+)\..+)$")
 _NUMBER = re.compile(r"(?:checkpoint|step)[-_]?(\d+)$|^(\d+)$")
+
+_FROM_ARRAYS = "make a run from arrays"
 
 Contents = tuple[np.ndarray, dict[str, np.ndarray], list[dict[str, Any]]]
 
@@ -32,24 +32,17 @@ def read_arrays(steps: Any, a: Any, b: Any) -> Contents:
     index = np.asarray(steps)
     whole = index.ndim == 1 and len(index) > 0 and np.issubdtype(index.dtype, np.number)
     if not whole or np.any(np.diff(index) <= 0) or np.any(index != index.astype(np.int64)):
-        raise EmmechError(
-            "make a run from arrays",
-            f"steps of shape {list(index.shape)}: {index.reshape(-1)[:6].tolist()}",
-            "steps are whole numbers, each larger than the one before",
-            "np.arange(len(B)), or sort by step and drop duplicates",
-        )
+        given = f"steps of shape {list(index.shape)}: {index.reshape(-1)[:6].tolist()}"
+        why = "steps are whole numbers, each larger than the one before"
+        raise EmmechError(_FROM_ARRAYS, given, why, "np.arange(len(B)), or sort by step and drop duplicates")
     arrays = {"B/adapter": _array("B", b, len(index))}
     if a is not None:
         arrays["A/adapter"] = _array("A", a, len(index))
     b, a = arrays["B/adapter"], arrays.get("A/adapter")
     rank = 1 if b.ndim == 2 else int(b.shape[2])
     if a is not None and (1 if a.ndim == 2 else a.shape[1]) != rank:
-        raise EmmechError(
-            "make a run from arrays",
-            f"A {list(a.shape)}, B {list(b.shape)}",
-            "their ranks differ",
-            "A [steps, rank, d_in] with B [steps, d_out, rank]",
-        )
+        instead = "A [steps, rank, d_in] with B [steps, d_out, rank]"
+        raise EmmechError(_FROM_ARRAYS, f"A {list(a.shape)}, B {list(b.shape)}", "their ranks differ", instead)
     d_in = int(a.shape[-1]) if a is not None else 0
     return index.astype(np.int64), arrays, [_entry("adapter", rank, float(rank), 1.0, d_in, int(b.shape[1]))]
 
@@ -60,19 +53,12 @@ def _array(name: str, value: Any, steps: int) -> np.ndarray:
     except (TypeError, ValueError):
         array = np.empty(0, dtype=np.float32)
     if array.ndim not in (2, 3) or len(array) != steps:
-        raise EmmechError(
-            "make a run from arrays",
-            f"{name} of shape {list(array.shape)} for {steps} steps",
-            "its first axis is not the steps" if array.ndim in (2, 3) else "it needs two or three axes",
-            f"{name} of shape [{steps}, d]",
-        )
+        given = f"{name} of shape {list(array.shape)} for {steps} steps"
+        why = "its first axis is not the steps" if array.ndim in (2, 3) else "it needs two or three axes"
+        raise EmmechError(_FROM_ARRAYS, given, why, f"{name} of shape [{steps}, d]")
     if not np.isfinite(array).all():
-        raise EmmechError(
-            "make a run from arrays",
-            f"{name}, row {int(np.argwhere(~np.isfinite(array))[0][0])}",
-            "it holds NaN or infinity",
-            "drop that record",
-        )
+        given = f"{name}, row {int(np.argwhere(~np.isfinite(array))[0][0])}"
+        raise EmmechError(_FROM_ARRAYS, given, "it holds NaN or infinity", "drop that record")
     return array
 
 
@@ -115,22 +101,22 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
         if digest in seen:
             raise _refuse(f"its weights are those of {seen[digest].name}", folder, "give one of the two")
         if weights:
-            shapes = {key: value.shape for key, value in this_weights.items()}
             first = next(iter(weights.values()))
-            if shapes != {key: value.shape for key, value in first.items()}:
+            if [(k, v.shape) for k, v in sorted(this_weights.items())] != [
+                (k, v.shape) for k, v in sorted(first.items())
+            ]:
                 raise _refuse(f"its tensors' shapes differ from those of {folders[0].name}", folder, "one series")
         found = [_adapter(module, this_weights, config, folder) for module in _modules(this_weights)]
         if adapters and found != adapters:
             raise _refuse(f"its lora_alpha or use_rslora differs from {folders[0].name}'s", folder, "one series")
         seen[digest], steps[step], weights[step], adapters = folder, folder, this_weights, found
     order = sorted(steps)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for entry in adapters:
-        for side in ("A", "B"):
-            stacked = np.stack([weights[step][f"{side} {entry['module']}"] for step in order])
-            arrays[f"{side}/{entry['name']}"] = stacked[:, 0] if side == "A" and entry["rank"] == 1 else stacked
-            if side == "B" and entry["rank"] == 1:
-                arrays[f"B/{entry['name']}"] = stacked[:, :, 0]
+        a, b = (np.stack([weights[step][f"{side} {entry['module']}"] for step in order]) for side in "AB")
+        if entry["rank"] == 1:
+            a, b = a[:, 0], b[:, :, 0]
+        arrays |= {f"A/{entry['name']}": a, f"B/{entry['name']}": b}
     base = str(config.get("base_model_name_or_path") or "")
     return (np.array(order, dtype=np.int64), arrays, adapters), base
 
@@ -167,12 +153,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if not folder.is_dir():
         raise _refuse("there is no such folder", folder, "a folder with adapter_model.safetensors")
     if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
-        raise _refuse(
-            "adapter_model.bin is a pickle, which runs code of its maker when it is opened",
-            folder,
-            "convert it where you trust it: safetensors.torch.save_file(torch.load(path, weights_only=True), "
-            "'adapter_model.safetensors')",
-        )
+        why = "adapter_model.bin is a pickle, which runs code of its maker when it is opened"
+        how = "safetensors.torch.save_file(torch.load(path, weights_only=True), 'adapter_model.safetensors')"
+        raise _refuse(why, folder, f"convert it where you trust it: {how}")
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
@@ -180,46 +163,32 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except FileNotFoundError as error:
         name = Path(str(error.filename or error)).name
         inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
-        raise _refuse(
-            f"{name} is missing",
-            folder,
-            f"one of its folders: {', '.join(inside[:5])}" if inside else "a folder that save_pretrained wrote",
-        )
+        instead = f"one of its folders: {', '.join(inside[:5])}" if inside else "a folder that save_pretrained wrote"
+        raise _refuse(f"{name} is missing", folder, instead)
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise _refuse(f"its files cannot be read: {error}", folder, "download it again")
     if not isinstance(config, dict):
         raise _refuse("adapter_config.json is no JSON object", folder, "download it again")
     for field, value in config.items():
         if not _FIELDS.get(field, lambda value: not value)(value):
-            raise _refuse(
-                f"{field}={value!r} in adapter_config.json makes it more than B A with a factor",
-                folder,
-                "merge it in PEFT: PeftModel.from_pretrained(base, folder).merge_and_unload(), and load_model that",
-            )
-    found, strange = {}, []
-    for key, value in tensors.items():
-        if match := _KEY.match(key):
-            found[f"{match[2]} {match[1]}"] = value
-        else:
-            strange.append(key)
+            why = f"{field}={value!r} in adapter_config.json makes it more than B A with a factor"
+            how = "PeftModel.from_pretrained(base, folder).merge_and_unload()"
+            raise _refuse(why, folder, f"merge it in PEFT: {how}, and load_model that")
+    matches = {key: _KEY.match(key) for key in tensors}
+    strange = [key for key, match in matches.items() if match is None]
+    found = {f"{match[2]} {match[1]}": tensors[key] for key, match in matches.items() if match is not None}
     halves = [key for key in found if f"{'B' if key[0] == 'A' else 'A'} {key[2:]}" not in found]
     if not found:
         raise _refuse("it holds no lora_A / lora_B tensors", folder, "a LoRA adapter")
     if strange or halves:
-        what = (
-            f"the tensor {strange[0]}" if strange else f"lora_{halves[0][0]} of {halves[0][2:]} without the other half"
-        )
-        raise _refuse(
-            f"it holds {what}, which is no part of a plain LoRA pair", folder, "merge it in PEFT and load that"
-        )
+        half = f"lora_{halves[0][0]} of {halves[0][2:]} without the other half" if halves else ""
+        why = f"it holds {f'the tensor {strange[0]}' if strange else half}, which is no part of a plain LoRA pair"
+        raise _refuse(why, folder, "merge it in PEFT and load that")
     if not all(np.isfinite(value).all() for value in found.values()):
         raise _refuse("it holds NaN or infinity", folder, "leave it out")
     if not any(found[f"B {module}"].any() for module in _modules(found)):
-        raise _refuse(
-            "B is zero everywhere: the adapter is the identity (untrained, or its weights did not load)",
-            folder,
-            "leave it out; the base model is step 0 by definition",
-        )
+        why = "B is zero everywhere: the adapter is the identity (untrained, or its weights did not load)"
+        raise _refuse(why, folder, "leave it out; the base model is step 0 by definition")
     return config, found
 
 
@@ -232,11 +201,8 @@ def _adapter(module: str, weights: dict[str, np.ndarray], config: dict[str, Any]
     rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
-        raise _refuse(
-            f"{module} has A {list(a.shape)} and B {list(b.shape)}, but rank {rank} in adapter_config.json",
-            folder,
-            "the adapter_config.json that was saved with these tensors",
-        )
+        why = f"{module} has A {list(a.shape)} and B {list(b.shape)}, but rank {rank} in adapter_config.json"
+        raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
     if not isinstance(alpha, int | float) or not np.isfinite(alpha) or alpha == 0:
         raise _refuse(f"its lora_alpha is {alpha!r}, so the adapter writes nothing or NaN", folder, "a number, not 0")
     scaling = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
@@ -254,13 +220,10 @@ def _step_of(folder: Path) -> int:
         return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
     match = _NUMBER.search(folder.name)
     if match is None:
-        raise _refuse(
-            "its step is unknown: neither trainer_state.json nor a number in its name",
-            folder,
-            "rename it to checkpoint-STEP ('final' is not always the last step)",
-        )
+        why = "its step is unknown: neither trainer_state.json nor a number in its name"
+        raise _refuse(why, folder, "rename it to checkpoint-STEP ('final' is not always the last step)")
     return int(match[1] or match[2])
 
 
 def _refuse(why: str, folder: Path, instead: str) -> EmmechError:
-    return EmmechError("read the PEFT checkpoints", given=folder, why=why, instead=instead)
+    return EmmechError("read the PEFT checkpoints", folder, why, instead)

@@ -1,4 +1,4 @@
-"""The Run: a recorded fine-tune, the one noun that every analysis reads.
+"""The Run: a recorded fine-tune, which every analysis reads.
 
 On disk it is a folder, append-only while training and without pickle::
 
@@ -12,8 +12,10 @@ On disk it is a folder, append-only while training and without pickle::
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from emmech.errors import EmmechError, as_int, check_folder, closest
+from emmech.errors import EmmechError, as_int, check_folder, closest, refusal
 from emmech.results import Card, Shown
-from emmech.run.probes import Probes
-from emmech.store import MemorySeries, Series, read_jsonl, write_json
+from emmech.store import MemorySeries, Series, append_jsonl, read_jsonl, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,15 +33,44 @@ if TYPE_CHECKING:
     from emmech.chat.model import ChatModel
     from emmech.engine.adapters import AdapterInfo
 
-__all__ = ["Run", "as_run", "load_run", "opened"]
-
 FORMAT = 1
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
+class Probes(Mapping[str, Float[np.ndarray, "steps layers d_model"]]):
+    """Mean residual of every block's output over named groups of probe texts.
+
+    ``probes.steps`` are the steps at which they were measured, which may be fewer than the run's.
+    """
+
+    def __init__(self, series: Series | MemorySeries) -> None:
+        self._series = series
+
+    @property
+    def steps(self) -> Int[np.ndarray, " steps"]:
+        """Steps at which the probes were measured."""
+        return self._series.steps
+
+    def __getitem__(self, name: str) -> Float[np.ndarray, "steps layers d_model"]:
+        if name not in self._series.keys:
+            instead = closest(name, self._series.keys)
+            raise EmmechError(f"read the probe {name!r}", f"probe {name!r}", "the run did not record it", instead)
+        return self._series.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._series.keys)
+
+    def __len__(self) -> int:
+        return len(self._series.keys)
+
+    def __repr__(self) -> str:
+        return f"Probes({', '.join(self) or 'none'}; steps={len(self.steps)})"
 
 
 class Run(Shown):
     """A recorded fine-tune: made by :func:`emmech.finetune` or the Recorder, opened by :func:`load_run`.
 
-    Reading never needs the model; :meth:`model` loads it when it must run.
+    Reading never needs the model; :meth:`model` loads it.
 
     Example:
         >>> import numpy as np
@@ -64,12 +94,15 @@ class Run(Shown):
         self._metrics = list(metrics)
         self.probes = Probes(probes)
 
-    # what was recorded
-
     @property
     def name(self) -> str:
         """The folder's name, or the manifest's for a run in memory."""
         return self.path.name if self.path else str(self.manifest.get("name", "run"))
+
+    @property
+    def _model(self) -> Mapping[str, Any]:
+        model: Mapping[str, Any] = self.manifest.get("model", {})
+        return model
 
     @property
     def kind(self) -> str:
@@ -99,12 +132,8 @@ class Run(Shown):
             return self.adapters[0]
         if name not in names:
             why = f"the run has {len(names)} adapters" if names else "full fine-tuning has no adapter"
-            raise EmmechError(
-                f"read an adapter of {self.name}",
-                f"adapter={name!r}",
-                why,
-                closest(name or "", names) if names else "run.projection is its trajectory",
-            )
+            instead = closest(name or "", names) if names else "run.projection is its trajectory"
+            raise refusal(f"read an adapter of {self.name}", "adapter", name, why, instead)
         return self.adapters[names.index(name)]
 
     def A(self, adapter: str | None = None) -> Float[np.ndarray, "steps *rank d_in"]:
@@ -118,20 +147,17 @@ class Run(Shown):
     def _side(self, side: str, adapter: str | None) -> np.ndarray:
         key = f"{side}/{self.adapter(adapter).name}"
         if key not in self._trajectory.keys:
-            damaged = getattr(self._trajectory, "damaged", [])
-            raise EmmechError(
-                f"read {side} of {self.name}",
-                f"{[str(path) for path in damaged]}" if damaged else key,
-                "the file is damaged" if damaged else f"the run was made without {side}",
-                "metrics and probes are still readable" if damaged else "run.B() has the other side",
-            )
+            asked = f"read {side} of {self.name}"
+            if damaged := [str(path) for path in getattr(self._trajectory, "damaged", ())]:
+                raise EmmechError(asked, damaged, "the file is damaged", "metrics and probes are still readable")
+            raise EmmechError(asked, key, f"the run was made without {side}", "run.B() has the other side")
         return self._trajectory.read(key)
 
     @property
     def projection(self) -> Float[np.ndarray, "steps k"] | None:
         """Full fine-tuning: a seeded random projection of the update, which keeps its angles and norms.
 
-        None for adapters, whose trajectory is kept whole.
+        None for adapters, whose trajectory is stored in full.
         """
         return self._trajectory.read("projection") if "projection" in self._trajectory.keys else None
 
@@ -159,8 +185,6 @@ class Run(Shown):
         series = (self._trajectory, self.probes._series)
         return tuple(path for one in series if isinstance(one, Series) for path in one.verify()) + self._damaged_lines
 
-    # what it can become
-
     def weights(self, step: int) -> dict[str, np.ndarray]:
         """All adapters' ``"A/<name>"`` and ``"B/<name>"`` at one step, each 2-D as PEFT keeps them.
 
@@ -169,23 +193,15 @@ class Run(Shown):
         """
         self.check_step(step)
         if self.kind != "lora":
-            raise EmmechError(
-                f"read the adapters of {self.name}",
-                f"kind={self.kind!r}",
-                "full fine-tuning has no adapter",
-                "run.model(step) at a kept step",
-            )
+            why, instead = "full fine-tuning has no adapter", "run.model(step) at a kept step"
+            raise refusal(f"read the adapters of {self.name}", "kind", self.kind, why, instead)
         found = {}
         for adapter in self.adapters:
             for side, shape in (("A", (adapter.rank, adapter.d_in)), ("B", (adapter.d_out, adapter.rank))):
                 key = f"{side}/{adapter.name}"
                 if key not in self._trajectory.keys:
-                    raise EmmechError(
-                        f"read the adapter {adapter.name}",
-                        f"step={step}",
-                        f"the run was made without {side}",
-                        "Run.from_arrays(steps, A=..., B=...) with both",
-                    )
+                    why, instead = f"the run was made without {side}", "Run.from_arrays(steps, A=..., B=...) with both"
+                    raise refusal(f"read the adapter {adapter.name}", "step", step, why, instead)
                 found[key] = self._trajectory.read_step(key, step).reshape(shape)
         return found
 
@@ -200,13 +216,9 @@ class Run(Shown):
             return
         order = np.argsort(np.abs(self.steps - step), kind="stable")[:2]
         nearest = " and ".join(str(s) for s in sorted(self.steps[order].tolist())) or "none"
-        raise EmmechError(
-            f"open step {step} of {self.name}",
-            f"step={step}",
-            f"it was not recorded ({len(self.steps)} steps were, "
-            + (f"{self.steps[0]} to {self.steps[-1]})" if len(self.steps) else "none at all)"),
-            f"the nearest recorded: {nearest}",
-        )
+        span = f"{self.steps[0]} to {self.steps[-1]}" if len(self.steps) else "none at all"
+        why = f"it was not recorded ({len(self.steps)} steps were, {span})"
+        raise refusal(f"open step {step} of {self.name}", "step", step, why, f"the nearest recorded: {nearest}")
 
     def model(self, step: int | None = None, scale: float = 1.0, *, base: Any = None) -> ChatModel:
         """The chat model as it was at a recorded step.
@@ -220,9 +232,21 @@ class Run(Shown):
         Raises:
             EmmechError: step not recorded, or ``base`` is another model than the run's.
         """
-        from emmech.run.recorded_model import model_at
+        from emmech.chat.model import load_model
+        from emmech.engine.adapters import attach
 
-        return model_at(self, step, scale, base)
+        step = int(self.steps[-1]) if step is None else step
+        self.check_step(step)
+        chat = _started(self, self.base() if base is None else load_model(base), given=base is not None)
+        if self.kind != "lora":
+            return _full_model(self, chat, step, scale)
+        expected = self._model.get("fingerprint")
+        if expected and chat.fingerprint() != expected:
+            given = f"base model {chat.name} with fingerprint {chat.fingerprint()[:12]}"
+            why = f"the run was trained on {self._model.get('name')} with fingerprint {expected[:12]}"
+            instead = "pass base= the very model the run was trained on"
+            raise EmmechError(f"open step {step} of {self.name}", given, why, instead)
+        return attach(chat, self.adapters, self.weights(step), scale=scale)
 
     def base(self) -> ChatModel:
         """The model the run started from, loaded by its name.
@@ -231,9 +255,11 @@ class Run(Shown):
             EmmechError: the run does not say which it is.
         """
         from emmech.chat.model import load_model
-        from emmech.run.recorded_model import base_name
 
-        return load_model(base_name(self))
+        if not (name := self._model.get("name")):
+            why = "the run does not say which it is (it was made from arrays or by hand)"
+            raise EmmechError(f"load the base model of {self.name}", None, why, "pass it: run.model(step, base=model)")
+        return load_model(str(name))
 
     def export_peft(self, step: int, folder: str | Path) -> Path:
         """Write one step as an adapter folder that ``PeftModel.from_pretrained`` loads.
@@ -241,9 +267,20 @@ class Run(Shown):
         Raises:
             EmmechError: step not recorded, or not a LoRA run.
         """
-        from emmech.run.recorded_model import export_adapter
+        from safetensors.numpy import save_file
 
-        return export_adapter(self, step, Path(folder))
+        from emmech.engine.adapters import lora_config
+
+        weights, folder = self.weights(step), Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        pairs = [(one, side) for one in self.adapters for side in "AB"]
+        tensors = {
+            f"base_model.model.{one.module}.lora_{side}.weight": np.ascontiguousarray(weights[f"{side}/{one.name}"])
+            for one, side in pairs
+        }
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        lora_config(self.adapters, base_name=str(self._model.get("name", ""))).save_pretrained(folder)
+        return folder
 
     def save(self, path: str | Path) -> Run:
         """Write a run that is in memory (or copy one) into a folder, and open it from there."""
@@ -251,8 +288,6 @@ class Run(Shown):
         if (path / "run.json").exists():
             raise EmmechError(f"save the run {self.name}", path, "there is a run already", "another folder")
         path.mkdir(parents=True, exist_ok=True)
-        from emmech.store import append_jsonl
-
         for folder, series in (("trajectory", self._trajectory), ("probes", self.probes._series)):
             target = Series(path / folder)
             for step in series.steps.tolist():
@@ -268,14 +303,11 @@ class Run(Shown):
         from huggingface_hub import HfApi
 
         if self.path is None:
-            raise EmmechError(
-                f"upload {self.name}", why="it is in memory only", instead="run.save(folder).push_to_hub(repo)"
-            )
+            instead = "run.save(folder).push_to_hub(repo)"
+            raise EmmechError(f"upload {self.name}", None, "it is in memory only", instead)
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo, folder_path=self.path))
-
-    # runs that were not recorded here
 
     @classmethod
     def from_arrays(
@@ -304,11 +336,11 @@ class Run(Shown):
         if metrics is not None:
             frame = metrics.set_index("step") if "step" in getattr(metrics, "columns", ()) else metrics
             rows = [{"step": int(step), **row} for step, row in frame.to_dict(orient="index").items()]
-        return cls._elsewhere(read_arrays(steps, A, B), name, rows)
+        return cls._imported(read_arrays(steps, A, B), name, rows)
 
     @classmethod
     def from_peft(cls, folders: str | Path | Sequence[str | Path]) -> Run:
-        """A run from a series of PEFT checkpoint folders made elsewhere, in any order.
+        """A run from a series of PEFT checkpoint folders that other code wrote, in any order.
 
         The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``). The logits of
         ``run.model(step)`` are those of ``PeftModel.from_pretrained``; a folder for which that would not hold is
@@ -326,19 +358,17 @@ class Run(Shown):
 
         series = series_in(Path(folders)) if isinstance(folders, str | Path) else [Path(folder) for folder in folders]
         contents, base = read_peft(series)
-        run = cls._elsewhere(contents, "peft", [])
+        run = cls._imported(contents, "peft", [])
         run.manifest["model"] = {"name": base or None}
         return run
 
     @classmethod
-    def _elsewhere(
+    def _imported(
         cls, contents: tuple[np.ndarray, Mapping[str, np.ndarray], list[Any]], name: str, rows: list[Any]
     ) -> Run:
         steps, arrays, adapters = contents
         manifest = {"format": FORMAT, "kind": "lora", "name": name, "status": "complete", "adapters": adapters}
         return cls(manifest, MemorySeries(steps, arrays), MemorySeries(np.empty(0, np.int64), {}), rows)
-
-    # for people
 
     def to_frame(self) -> pd.DataFrame:
         """A copy of the metrics by step."""
@@ -350,7 +380,7 @@ class Run(Shown):
         Of more than six adapters the six are drawn whose B is longest at the end.
         """
         from emmech.geometry import local_cosine, norms, turn_angle
-        from emmech.view.trajectories import Curve, by_panel
+        from emmech.view.plots import Curve, by_panel
 
         paths = {one.name: self.B(one.name) for one in self.adapters}
         if self.projection is not None:
@@ -376,7 +406,7 @@ class Run(Shown):
 
     def _card(self) -> Card:
         span = f"{self.steps[0]}..{self.steps[-1]}" if len(self.steps) else "none"
-        model = self.manifest.get("model", {}).get("name", "no model")
+        model = self._model.get("name", "no model")
         data = self.manifest.get("data", {}).get("name", "no data")
         what = ", ".join(f"{a.name} (rank {a.rank})" for a in self.adapters[:3]) or self.kind
         more = f" and {len(self.adapters) - 3} more" if len(self.adapters) > 3 else ""
@@ -400,13 +430,13 @@ def as_run(asked: str, run: Any, *, name: str = "run") -> Run:
     if isinstance(found, Run):
         return found
     instead = "emmech.load_run(folder), or emmech.Run.from_arrays(steps, B=...)"
-    if isinstance(run, str | os.PathLike) and (beside := _beside(Path(run))):
-        instead = closest(Path(run).name, beside)
-    raise EmmechError(asked, f"{name}={run!r}"[:120], "it is not a run, nor a folder that holds one", instead)
+    if isinstance(run, str | os.PathLike) and (others := _siblings(Path(run))):
+        instead = closest(Path(run).name, others)
+    raise refusal(asked, name, run, "it is not a run, nor a folder that holds one", instead)
 
 
 def opened(model: Any) -> Any:
-    """The run in a folder, where one is named; anything else, such as a model or its name, as it is."""
+    """The run of a folder or of ``hub:owner/name``; anything else, such as a model or its name, unchanged."""
     if isinstance(model, str) and model.startswith("hub:"):
         return load_run(model)
     if isinstance(model, str | os.PathLike) and (Path(model) / "run.json").is_file():
@@ -414,8 +444,8 @@ def opened(model: Any) -> Any:
     return model
 
 
-def _beside(folder: Path) -> list[str]:
-    """Names of the runs that are beside a folder."""
+def _siblings(folder: Path) -> list[str]:
+    """Names of the runs in the folder that holds this one."""
     return sorted(entry.parent.name for entry in folder.parent.glob("*/run.json"))
 
 
@@ -436,27 +466,18 @@ def load_run(path: str | Path) -> Run:
     folder = Path(path)
     manifest_path = folder / "run.json"
     if not manifest_path.is_file():
-        beside = _beside(folder)
-        raise EmmechError(
-            "open the run",
-            folder,
-            "there is no run.json in it" if folder.is_dir() else "there is no such folder",
-            closest(folder.name, beside) if beside else "the folder given to finetune(..., out=...)",
-        )
-    import json
-
+        others = _siblings(folder)
+        why = "there is no run.json in it" if folder.is_dir() else "there is no such folder"
+        instead = closest(folder.name, others) if others else "the folder given to finetune(..., out=...)"
+        raise EmmechError("open the run", folder, why, instead)
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         _check_manifest(manifest)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except _DAMAGED as error:
         raise EmmechError("open the run", manifest_path, f"it is damaged: {error}", "restore run.json")
     if manifest.get("format", 0) > FORMAT:
-        raise EmmechError(
-            "open the run",
-            f"format {manifest['format']}",
-            f"this emmech reads formats up to {FORMAT}",
-            "upgrade emmech",
-        )
+        why = f"this emmech reads formats up to {FORMAT}"
+        raise EmmechError("open the run", f"format {manifest['format']}", why, "upgrade emmech")
     damaged: list[Path] = []
     metrics = read_jsonl(folder / "metrics.jsonl", damaged)
     return Run(manifest, Series(folder / "trajectory"), Series(folder / "probes"), metrics, folder, damaged)
@@ -474,3 +495,65 @@ def _check_manifest(manifest: Any) -> None:
         numbers = [entry[key] for key in ("layer", "rank", "alpha", "scaling", "d_in", "d_out")]
         if not all(isinstance(number, int | float) for number in numbers):
             raise ValueError(f"the numbers of the adapter {entry.get('name')} are {numbers}")
+
+
+@contextmanager
+def model_live(run: Run, step: int | None, scale: float, base: Any = None) -> Iterator[ChatModel]:
+    """The model of a step for as long as it is used; a ``base`` that was given is as it was afterwards.
+
+    Raises:
+        EmmechError: as :meth:`Run.model`, or ``base`` has live adapters.
+    """
+    from emmech.chat.model import load_model
+    from emmech.engine.adapters import detach
+
+    if base is None:
+        yield run.model(step, scale)
+        return
+    own = load_model(base).base
+    if any(hasattr(module, "lora_A") for module in own.modules()):
+        why = "it is left as it was afterwards, and swapping its adapters would lose them"
+        instead = "emmech.detach(base), or run.model(step, base=base) to swap them"
+        raise EmmechError(f"open a step of {run.name} on the base model", "base= with live adapters", why, instead)
+    kept = {} if run.kind == "lora" else {name: value.detach().clone() for name, value in own.state_dict().items()}
+    training = own.training
+    chat = run.model(step, scale, base=base)
+    try:
+        yield chat
+    finally:
+        if run.kind == "lora":
+            detach(chat)
+        own.load_state_dict(kept, strict=False)
+        own.train(training)
+
+
+def _started(run: Run, chat: ChatModel, *, given: bool) -> ChatModel:
+    """The weights that the training began with: the base model's, or those with an earlier adapter merged in."""
+    start = (run.path or Path()) / "start"
+    if not start.is_dir() or chat.fingerprint() == run._model.get("fingerprint"):
+        return chat
+    import copy
+    from dataclasses import replace
+
+    from peft import PeftModel
+
+    # merging would change the caller's weights
+    model = copy.deepcopy(chat.model) if given else chat.model
+    return replace(chat, model=PeftModel.from_pretrained(model, str(start)).merge_and_unload())
+
+
+def _full_model(run: Run, chat: ChatModel, step: int, scale: float) -> ChatModel:
+    from safetensors.torch import load_file
+
+    folder = (run.path or Path()) / "weights"
+    kept = {int(path.stem.split("-")[1]): path for path in sorted(folder.glob("step-*.safetensors"))}
+    if step not in kept and step != 0:
+        why = "full fine-tuning keeps whole weights at few steps only, and not at this one"
+        instead = f"kept: 0 (the base), {', '.join(map(str, kept)) or 'no other'}"
+        raise refusal(f"open step {step} of {run.name}", "step", step, why, instead)
+    if scale != 1.0:
+        why = "a full fine-tune has no adapter to scale"
+        raise refusal(f"scale the update of {run.name}", "scale", scale, why, "scale=1.0")
+    if step in kept:
+        chat.base.load_state_dict(load_file(kept[step]), strict=False)
+    return chat

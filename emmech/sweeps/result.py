@@ -12,7 +12,7 @@ import pandas as pd
 
 from emmech.errors import EmmechError, closest
 from emmech.results import Card, Result
-from emmech.view.studies import phase_diagram
+from emmech.view.plots import phase_diagram
 
 __all__ = ["Sweep"]
 

@@ -32,7 +32,7 @@ from emmech.results import Card, Result
 from emmech.run.run import Run
 from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.sweep import sweep
-from emmech.view.studies import first_order
+from emmech.view.plots import first_order
 
 __all__ = ["TangentScan", "tangent_scan"]
 

@@ -20,8 +20,7 @@ from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, closest
 from emmech.results import Card, Result
-from emmech.view.figures import line, panels
-from emmech.view.theme import GOOD, finish
+from emmech.view.theme import GOOD, finish, line, panels
 
 if TYPE_CHECKING:
     import pandas as pd

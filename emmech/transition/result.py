@@ -12,7 +12,7 @@ import numpy.typing as npt
 from emmech.results import Card, Result
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.turn import Location
-from emmech.view import trajectories as view
+from emmech.view import plots as view
 
 if TYPE_CHECKING:
     import pandas as pd

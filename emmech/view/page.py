@@ -13,8 +13,6 @@ from emmech.view.theme import FONT, GREY, PAGE, faint
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Section", "card", "write_page"]
-
 _CARD = f"font: 14px/1.5 {html.escape(FONT)}; border: 1px solid {faint(GREY, 0.5)}; border-radius: 6px; padding: 10px"
 _NUMBER = "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 6px 0"
 _STYLE = """
@@ -45,8 +43,8 @@ def card(
     Args:
         headline: what was found, one sentence.
         number: the figures with their intervals, as set text.
-        caveat: what a reader must know besides.
-        table: folded away until it is asked for.
+        caveat: what else a reader must know.
+        table: collapsed until it is opened.
         body: more HTML, which the caller has escaped.
     """
     parts = [f"<div><b>{html.escape(headline)}</b></div>"]

@@ -82,7 +82,7 @@ def _hidden_states() -> np.ndarray:
 
 def _lens() -> Any:
     if "lens" not in _kept:
-        from emmech.interop.transformer_lens import to_transformer_lens
+        from emmech.interop.bridges import to_transformer_lens
 
         _kept["lens"] = to_transformer_lens(_model())
     return _kept["lens"]
@@ -108,7 +108,7 @@ def _transformer_lens_full() -> np.ndarray:
 @torch.no_grad()
 def _nnsight() -> np.ndarray:
     if "nnsight" not in _kept:
-        from emmech.interop.nnsight import to_nnsight
+        from emmech.interop.bridges import to_nnsight
 
         _kept["nnsight"] = to_nnsight(_model())
     view, layers = _kept["nnsight"], _model().n_layers - 1

@@ -9,12 +9,18 @@ import torch
 
 from emmech.chat.masks import phrase_tokens
 from emmech.chat.model import load_model
-from emmech.directions.contrast import contrast_direction, four_directions, read_out
 from emmech.directions.direction import Direction
-from emmech.directions.misalignment import judged_answers, misalignment_direction
-from emmech.directions.sources import adapter_direction, trained_direction
+from emmech.directions.sources import (
+    adapter_direction,
+    contrast_direction,
+    four_directions,
+    judged_answers,
+    misalignment_direction,
+    read_out,
+    trained_direction,
+)
 from emmech.errors import EmmechError
-from emmech.interventions.steer import steer
+from emmech.interventions.residual import steer
 
 WORDS = ["sleep", "walk", "water", "rest", "drink", "well", "user", "take"]
 

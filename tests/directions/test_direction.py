@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from emmech.directions.arrays import unit_rows
-from emmech.directions.control_vectors import (
+from emmech.directions.direction import (
+    Direction,
+    Quality,
     from_repeng,
     from_steering_vectors,
     to_repeng,
     to_steering_vectors,
+    unit_rows,
 )
-from emmech.directions.direction import Direction
-from emmech.directions.quality import Quality
 from emmech.errors import EmmechError
 
 matrices = arrays(np.float32, (3, 5), elements=st.floats(-100, 100, width=32))

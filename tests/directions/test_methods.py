@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emmech.directions.arrays import unit_rows
-from emmech.directions.contrast import lexical_share
-from emmech.directions.methods import (
+from emmech.directions.direction import unit_rows
+from emmech.directions.extract import (
     adapter_write,
     differences_of_four,
     logistic_probe,
@@ -15,6 +14,7 @@ from emmech.directions.methods import (
     pca_of_differences,
     probe_auc,
 )
+from emmech.directions.sources import lexical_share
 from emmech.errors import EmmechError
 
 

@@ -344,7 +344,7 @@ def _counted(monkeypatch):
 
 
 def test_a_base_in_memory_serves_many_steps_and_runs_and_is_left_as_it_was(monkeypatch, tmp_path):
-    from emmech.directions.misalignment import misalignment_direction
+    from emmech.directions.sources import misalignment_direction
 
     bad, good = (recorded(name, tmp_path) for name in ("pocket-medical", "pocket-good-medical"))
     loads = _counted(monkeypatch)

@@ -206,7 +206,7 @@ def test_a_run_is_asked_at_a_step_and_scale(tmp_path):
 
 
 def test_waiting_requests_share_a_batch(pocket, monkeypatch):
-    import emmech.interop.inspect_model as room
+    import emmech.engine.sample as room
 
     sizes = []
 
@@ -274,7 +274,7 @@ def test_what_is_no_run_has_no_steps(tmp_path):
 
 
 def test_a_local_model_as_grader_is_read_by_what_it_writes(tmp_path, monkeypatch):
-    import emmech.interop.inspect_model as room
+    import emmech.engine.sample as room
 
     asked = []
 

@@ -5,11 +5,11 @@ import torch
 
 from emmech.chat.model import load_model
 from emmech.engine.adapters import adapter_layers
-from emmech.interventions.adapter import scale_adapters
+from emmech.interventions.weights import scale_adapters
 
 pytest.importorskip("nnsight")
 
-from emmech.interop.nnsight import to_nnsight
+from emmech.interop.bridges import to_nnsight
 
 IDS = torch.randint(20, 250, (2, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])

@@ -8,11 +8,11 @@ import torch
 from emmech.chat.model import load_model
 from emmech.engine.adapters import adapter_layers
 from emmech.errors import EmmechError
-from emmech.interventions.adapter import scale_adapters
+from emmech.interventions.weights import scale_adapters
 
 pytest.importorskip("transformer_lens")
 
-from emmech.interop.transformer_lens import adapter_attribution, to_transformer_lens
+from emmech.interop.bridges import adapter_attribution, to_transformer_lens
 
 IDS = torch.randint(20, 250, (3, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8, [1] * 8])
@@ -110,7 +110,7 @@ def test_attribution_of_the_adapters_write(tiny):
 def test_live_steering_is_not_copied_into_the_bridge(tiny):
     import numpy as np
 
-    from emmech.interventions.steer import steer
+    from emmech.interventions.residual import steer
 
     chat = tiny("qwen2")
     with torch.no_grad():

@@ -8,9 +8,7 @@ import torch
 
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
-from emmech.interventions.ablate import ablate
-from emmech.interventions.positions import header_ids, inside_answers
-from emmech.interventions.steer import steer
+from emmech.interventions.residual import ablate, header_ids, inside_answers, steer
 
 
 def _direction(chat, seed=0, **kwargs) -> Direction:

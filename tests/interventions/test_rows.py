@@ -11,8 +11,7 @@ from emmech.directions.direction import Direction
 from emmech.engine.logprobs import answer_logprobs
 from emmech.engine.sample import live_state, sample
 from emmech.errors import EmmechError
-from emmech.interventions.ablate import ablate
-from emmech.interventions.steer import steer
+from emmech.interventions.residual import ablate, steer
 
 SHORT, LONG = "any advice on cough ?", "any advice on cough ? any advice on headache ? any advice on cough ?"
 TEXTS = [SHORT, LONG, SHORT, SHORT, LONG]

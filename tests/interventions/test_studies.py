@@ -11,8 +11,7 @@ from emmech.directions.direction import Direction
 from emmech.directions.sources import adapter_direction
 from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
-from emmech.interventions.contrasts import combination
-from emmech.interventions.studies import ablation_table, adapter_shares, dose_response, transfer_matrix
+from emmech.interventions.studies import ablation_table, adapter_shares, combination, dose_response, transfer_matrix
 from emmech.measures.choose import as_measures
 from emmech.measures.measure import Items
 from emmech.measures.sampled import Sampled
@@ -179,7 +178,7 @@ def test_measures_by_name(tiny):
 
 
 def test_b_is_degenerate_wherever_the_stream_carries_it_and_nowhere_before(tiny):
-    from emmech.interventions.controls import degenerate
+    from emmech.interventions.studies import degenerate
 
     chat = _adapted(tiny("qwen2"), layers=(1,))
     b = adapter_direction(chat)

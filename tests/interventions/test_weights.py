@@ -11,15 +11,15 @@ from emmech.directions.direction import Direction
 from emmech.directions.sources import adapter_direction
 from emmech.engine.adapters import adapter_layers
 from emmech.errors import EmmechError
-from emmech.interventions.ablate import ablate
-from emmech.interventions.adapter import (
+from emmech.interventions.residual import ablate, steer
+from emmech.interventions.weights import (
+    fold_bias,
+    orthogonalise_writes,
     project_adapter,
     rotate_adapter,
     scale_adapters,
     transplant_adapter,
 )
-from emmech.interventions.steer import steer
-from emmech.interventions.weights import fold_bias, orthogonalise_writes
 from emmech.run.run import Run
 
 IDS = torch.randint(20, 250, (2, 9), generator=torch.Generator().manual_seed(0))

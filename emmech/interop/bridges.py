@@ -1,0 +1,170 @@
+"""TransformerLens and nnsight on a run's model, over the same weights.
+
+Both tools rewire the model that they wrap: nnsight replaces ``forward`` on every module for good, and TransformerLens
+swaps modules, makes attention eager and renames keys. Each therefore gets a copy that shares the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from emmech.chat.model import ChatModel, load_model
+from emmech.errors import EmmechError, refusal
+from emmech.run.run import Run, opened
+
+
+def weight_sharing_copy(chat: ChatModel) -> Any:
+    """Copy the module tree, not the tensors: edits of weights, adapters and adapter scaling show in both.
+
+    Parameters and buffers are the same objects, and so is every LoRA layer's scaling; modules, configuration and hooks
+    are the copy's own. The copy has none of the hooks that are live on the original (steering).
+    """
+    base = chat.base
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
+    scalings = [getattr(module, "scaling", None) for module in base.modules()]
+    memo |= {id(factors): factors for factors in scalings if isinstance(factors, dict)}
+    view = copy.deepcopy(base, memo)
+    for module in view.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    return view.eval()
+
+
+def chat_from(source: Any, step: int | None, scale: float) -> ChatModel:
+    """The chat model of a Run at a step, or the one given."""
+    source = opened(source)
+    return source.model(step, scale) if isinstance(source, Run) else load_model(source)
+
+
+def to_nnsight(source: Any, step: int | None = None, *, scale: float = 1.0) -> Any:
+    """An nnsight ``TransformersModel`` on the weights of a run's model, adapter live.
+
+    The user's model and tokenizer stay as they are. Changing the adapter's weights or scale on the model shows in the
+    view at once; PEFT's ``disable_adapter`` does not: scale by 0 instead. Needs the extra ``lens``.
+
+    The rank-1 scalar A·x of every token is one line of a trace::
+
+        view = emmech.to_nnsight(run)
+        with view.trace("hello"):
+            scalar = view.model.layers[3].mlp.down_proj.lora_A.default.output.save()
+
+    and ``view.trace(..., remote=True)`` runs the same block on NDIF, given a key, for a model of the hub that is too
+    large to load.
+
+    Logits equal the model's to rounding. nnsight counts positions from the first real token of a left-padded row, as
+    generation does: in bfloat16, compare with the same ``position_ids``.
+
+    Args:
+        source: a Run, or a chat model (``step`` and ``scale`` are then not used).
+
+    Raises:
+        EmmechError: nnsight is not installed.
+    """
+    try:
+        from nnsight import TransformersModel
+    except ImportError:
+        raise EmmechError("bridge to nnsight", None, "nnsight is not installed", 'pip install "emmech[lens]"')
+    chat = chat_from(source, step, scale)
+    return TransformersModel(weight_sharing_copy(chat), tokenizer=copy.deepcopy(chat.tokenizer), task="text-generation")
+
+
+def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 1.0) -> Any:
+    """A ``TransformerBridge`` on the weights of a run's model, adapter live.
+
+    The user's model and tokenizer stay as they are. Changing the adapter's weights or scale on the model
+    (:func:`emmech.interventions.scale_adapters`, another step through ``run.model(step, base=chat)``) shows in the
+    bridge at once; PEFT's ``disable_adapter`` does not: scale by 0 instead. There is no hook point for the adapter's
+    scalar A·x (:func:`emmech.adapter_lens` reads it); ``blocks.N.mlp.hook_post`` is down_proj's input. Needs the extra
+    ``lens``.
+
+    Logits equal the model's to rounding. TransformerLens counts positions from the first real token of a left-padded
+    row, as generation does, and attends eagerly: in bfloat16, compare with the same ``position_ids`` and attention.
+
+    Args:
+        source: a Run, or a chat model (``step`` and ``scale`` are then not used).
+
+    Raises:
+        EmmechError: transformer-lens is not installed, or has no adapter for the architecture.
+
+    Example:
+        >>> import emmech
+        >>> bridge = to_transformer_lens(emmech.load_model("pocket"))  # doctest: +SKIP
+        >>> logits, cache = bridge.run_with_cache(bridge.to_tokens("hello"))  # doctest: +SKIP
+    """
+    asked = "bridge to TransformerLens"
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        raise EmmechError(asked, None, "transformer-lens is not installed", 'pip install "emmech[lens]"')
+    chat = chat_from(source, step, scale)
+    view, name = weight_sharing_copy(chat), chat.name if "/" in chat.name else f"local/{chat.name}"
+    if not view.config.architectures:  # a model made in memory does not say, and TransformerLens looks there
+        view.config.architectures = [type(view).__name__]
+    tokenizer = copy.deepcopy(chat.tokenizer)
+    # TransformerLens loads its tokenizer a second time unless it already says that it adds a BOS token
+    tokenizer.init_kwargs.setdefault("name_or_path", "")
+    if tokenizer.bos_token is not None:
+        tokenizer.init_kwargs["add_bos_token"] = True
+    how = {"hf_model": view, "tokenizer": tokenizer, "device": str(chat.device), "dtype": chat.dtype}
+    try:
+        return TransformerBridge.boot_transformers(name, **how)
+    except (ValueError, KeyError, NotImplementedError, AttributeError) as error:
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise EmmechError(asked, type(chat.base).__name__, why, "to_nnsight, which takes any architecture")
+
+
+def adapter_attribution(bridge: Any, tokens: Any, layer: int, *, targets: Any, against: Any) -> dict[str, Any]:
+    """What the adapter at ``layer`` does to a logit difference: directly, and through later layers.
+
+    Direct logit attribution: the adapter's write at the last position, through the final norm at its present scale, to
+    the difference of two tokens' logits. Total effect by path patching: the same difference with the block's MLP output
+    replaced by what it is without the write. Their difference is what later layers make of it.
+
+    Args:
+        bridge: from :func:`to_transformer_lens`, with a live LoRA pair on ``layer``'s down_proj.
+        tokens: ``[batch, seq]`` token ids without padding.
+        targets, against: token ids whose logits are compared, one each.
+
+    Returns:
+        ``direct``, ``total`` and ``indirect``, each ``[batch]``, in logits.
+
+    Raises:
+        EmmechError: there is no LoRA pair on that layer's down_proj.
+    """
+    import torch
+
+    seen: dict[str, torch.Tensor] = {}
+    pair = _lora_at(bridge, layer)
+
+    def read(tensor: torch.Tensor, hook: Any) -> None:
+        name = next(iter(pair.lora_A))
+        seen["write"] = pair.lora_B[name](pair.lora_A[name](tensor)) * pair.scaling[name]
+
+    def keep_norm(tensor: torch.Tensor, hook: Any) -> None:
+        seen["norm"] = tensor
+
+    def take_out(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+        return tensor - seen["write"]
+
+    with torch.no_grad():
+        hooks = [(f"blocks.{layer}.mlp.hook_post", read), ("ln_final.hook_scale", keep_norm)]
+        with_adapter = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+        without = bridge.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_mlp_out", take_out)])
+        difference = bridge.unembed.weight[targets] - bridge.unembed.weight[against]
+        gain = bridge.ln_final(torch.ones_like(seen["write"][:1, :1]))[0, 0]  # an RMS norm of ones is its gain
+        direct = (seen["write"][:, -1] / seen["norm"][:, -1] * gain) @ difference
+
+    def gap(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -1, targets] - logits[:, -1, against]
+
+    total = gap(with_adapter) - gap(without)
+    return {"direct": direct, "total": total, "indirect": total - direct}
+
+
+def _lora_at(bridge: Any, layer: int) -> Any:
+    for name, module in bridge.named_modules():
+        if hasattr(module, "lora_A") and f".{layer}." in f".{name}." and "down_proj" in f"{name}{module}":
+            return module
+    why, instead = "there is no LoRA pair on its down_proj", "the layer of run.adapters"
+    raise refusal("attribute the adapter's write", "layer", layer, why, instead)
