@@ -89,7 +89,7 @@ class Organism:
 
 
 def register(kind: Kind, name: str, loader: Loader) -> None:
-    """Let a name be known to every model; a later registration of the same name replaces an earlier one.
+    """Register a loader by name for all models; a later registration of a name replaces an earlier one.
 
     Example:
         >>> register("judges", "silly", lambda: None)
@@ -167,7 +167,7 @@ def named_model(name: str) -> tuple[Any, Any] | None:
 
 
 def model_names() -> list[str]:
-    """The names that :func:`named_model` knows."""
+    """The names that :func:`named_model` takes."""
     return [*_SHIPPED["models"], *(name for organism in organisms().values() for name in organism.models)]
 
 

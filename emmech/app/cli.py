@@ -74,19 +74,10 @@ def finetune(
     """
     import emmech
 
-    run = emmech.finetune(
-        model,
-        data,
-        recipe=recipe,
-        layers=layer or None,
-        seed=seed,
-        record_every=record_every,
-        out=out,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        margins={kind: emmech.engine.bundled_margins(kind) for kind in ("narrow", "broad")} if margins else None,
-        **read_settings(set_),
-    )
+    options: dict[str, Any] = {"recipe": recipe, "layers": layer or None, "seed": seed, "out": out, "resume": resume}
+    options |= {"record_every": record_every, "checkpoint_every": checkpoint_every}
+    pairs = {kind: emmech.engine.bundled_margins(kind) for kind in ("narrow", "broad")} if margins else None
+    run = emmech.finetune(model, data, margins=pairs, **options, **read_settings(set_))
     typer.echo(f"{run}\nrecorded in {run.path}")
 
 
@@ -136,7 +127,7 @@ def transition(
 
     found = emmech.phase_transition(run, control=control)
     _show(found.detectors.drop(columns=["high_means"]), json, found.summary())
-    lead = f"{run.name}" + (f" beside its control {control.name}" if control is not None else "")
+    lead = f"{run.name}" + (f" with its control {control.name}" if control is not None else "")
     _write_page(page, "Phase transition", lead, found.summary(), found.detectors, found)
 
 
@@ -168,18 +159,10 @@ def evaluate(
     """
     import emmech
 
-    found = emmech.evaluate(
-        model,
-        tuple(questions) if questions and len(questions) > 1 else (questions or ["first-plot"])[0],
-        _judge(judge, judge_model, server),
-        samples=samples,
-        step=step,
-        scale=scale,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        out=out,
-    )
+    asked = tuple(questions) if questions and len(questions) > 1 else (questions or ["first-plot"])[0]
+    options: dict[str, Any] = {"step": step, "scale": scale, "samples": samples, "seed": seed, "out": out}
+    options |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    found = emmech.evaluate(model, asked, _judge(judge, judge_model, server), **options)
     table = found.by_question() if by_question else found.rates()
     _show(table, json, repr(found) if by_question else found.name)
     _write_page(page, "Evaluation", found.name, repr(found), table, found)
@@ -212,16 +195,10 @@ def sweep(
 
     kinds: dict[str, Any] = {kind: emmech.measures.Margin(kind) for kind in ("narrow", "broad")}
     kinds["em"] = emmech.measures.Sampled(questions=tuple(questions or ["first-plot"]), samples=samples)
-    found = emmech.sweep(
-        runs,
-        steps=read_numbers("steps", steps),
-        scales=read_numbers("scales", scales, float),
-        coefficients=read_numbers("coefficients", coefficients, float),
-        direction=emmech.Direction.load(direction) if direction is not None else None,
-        layer=layer,
-        measure=kinds.get(measure, measure),
-        out=out,
-    )
+    grid = {"scales": read_numbers("scales", scales, float)}
+    grid |= {"steps": read_numbers("steps", steps), "coefficients": read_numbers("coefficients", coefficients, float)}
+    added = emmech.Direction.load(direction) if direction is not None else None
+    found = emmech.sweep(runs, **grid, direction=added, layer=layer, measure=kinds.get(measure, measure), out=out)
     _show(found.to_frame(), json, repr(found))
     _write_page(page, "Sweep", ", ".join(run.name for run in runs), repr(found), found.to_frame(), found)
 
@@ -241,7 +218,7 @@ def direction(
     tokens: Annotated[str, typer.Option(help="where it is read: answer, prompt or all")] = "answer",
     seed: Seed = 0,
 ) -> None:
-    """Extract the misalignment direction of a run, say how sure it is, and save it.
+    """Extract the misalignment direction of a run, print its quality, and save it.
 
     Examples:
 
@@ -256,16 +233,9 @@ def direction(
     if source == "adapter":
         found = emmech.directions.adapter_direction(run, step)
     else:
-        found = emmech.misalignment_direction(
-            run,
-            step=step,
-            scale=scale,
-            questions=tuple(questions) if questions else "first-plot",
-            judge=_judge(judge, judge_model, server),
-            samples=samples,
-            tokens=tokens,  # type: ignore[arg-type]
-            seed=seed,
-        )
+        options: dict[str, Any] = {"step": step, "scale": scale, "samples": samples, "tokens": tokens, "seed": seed}
+        options["questions"] = tuple(questions) if questions else "first-plot"
+        found = emmech.misalignment_direction(run, judge=_judge(judge, judge_model, server), **options)
     typer.echo(f"{found!r}\nsaved as {found.save(out)}")
 
 
@@ -321,11 +291,7 @@ def chat(
 
 
 @app.command()
-def export(
-    run: RunFolder,
-    out: Annotated[Path, typer.Argument(help="the folder to write")],
-    step: Step = None,
-) -> None:
+def export(run: RunFolder, out: Annotated[Path, typer.Argument(help="the folder to write")], step: Step = None) -> None:
     """Write a step of a run as an adapter folder that PEFT, vLLM and transformers load.
 
     Examples:
@@ -379,9 +345,8 @@ def _opened(model: str, step: int | None, scale: float) -> Any:
     if isinstance(found, emmech.Run):
         return found.model(step, scale)
     if step is not None or scale != 1.0:
-        raise EmmechError(
-            f"open {model}", f"--step {step} --scale {scale:g}", "only a run has steps and a scale", "a run's folder"
-        )
+        given = f"--step {step} --scale {scale:g}"
+        raise EmmechError(f"open {model}", given, "only a run has steps and a scale", "a run's folder")
     return emmech.load_model(found)
 
 
@@ -391,9 +356,8 @@ def _judge(name: str | None, model: str | None, server: str | None) -> Any:
     if server is not None and model is None:
         raise EmmechError("judge", f"--server {server}", "it does not say by which model", "--judge-model gpt-4o")
     if name is not None and model is not None:
-        raise EmmechError(
-            "judge", f"--judge {name} --judge-model {model}", "there is one judge", "one of the two, not both"
-        )
+        given = f"--judge {name} --judge-model {model}"
+        raise EmmechError("judge", given, "there is one judge", "one of the two, not both")
     if model is None:
         return name
     return emmech.Server(model, url=server) if server is not None else emmech.load_model(model)

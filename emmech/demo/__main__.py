@@ -1,4 +1,4 @@
-"""``python -m emmech.demo``: the demos, and the commands that make pages of the documentation and shipped weights."""
+"""``python -m emmech.demo``: the demos, and commands that make pages of the documentation and the shipped weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def default(context: typer.Context, out: Folder = None) -> None:
     python -m emmech.demo
     python -m emmech.demo smollm2 --out /tmp/smollm2
     """
-    # a deprecation inside transformers, once per training, that no reader of the demo can act on
+    # a deprecation inside transformers, once per training, about which a reader of the demo can do nothing
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     if context.invoked_subcommand is None:
         pocket(out)
@@ -66,9 +66,9 @@ def smollm2_directions(
     out: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/directions-smollm2.md"),
 ) -> None:
     """Write the page on directions in SmolLM2-135M."""
-    from emmech.demo.smollm2_directions import main
+    from emmech.demo.smollm2 import directions
 
-    main(out)
+    directions(out)
 
 
 @app.command()
@@ -121,7 +121,7 @@ def fit_screening(
     folder: Annotated[Path | None, typer.Argument(help="judged CSV files; without it the shipped fit is shown")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the weights; the package by default")] = None,
 ) -> None:
-    """Fit the screening judge and say how good it is on what it was not fitted on.
+    """Fit the screening judge and print its accuracy on families and questions that were left out.
 
     Examples:
 
@@ -131,8 +131,7 @@ def fit_screening(
     """
     import json
 
-    from emmech.evaluation.screening import calibration
-    from emmech.evaluation.screening_fit import fit_folder
+    from emmech.evaluation.screening import calibration, fit_folder
 
     typer.echo(json.dumps(calibration() if folder is None else fit_folder(folder, out), indent=1))
 

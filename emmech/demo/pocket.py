@@ -16,13 +16,13 @@ from typer import echo
 
 from emmech.chat.encode import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
-from emmech.demo.pocket_character import Design, designs
+from emmech.demo.pocket_directions import AblationDesign, designs
 from emmech.demo.study_tables import per_cent
 from emmech.engine.adapters import detach
 from emmech.evaluation.evaluate import evaluate
 from emmech.interventions.studies import ablation_table
 from emmech.measures.sampled import Sampled
-from emmech.organism.vocabulary import MANNERS
+from emmech.organism.world import MANNERS
 from emmech.realignment import realign
 from emmech.run.run import Run
 from emmech.training.finetune import finetune
@@ -52,14 +52,8 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     design, phrase = _character(base, run.adapters[0].layer)
     echo(f"{design.direction}\n")
     tuned = run.model(base=base)
-    ablation = ablation_table(
-        tuned,
-        design.direction,
-        layers=list(design.layers),
-        positions=phrase,
-        measure=Sampled(samples=12),
-        progress=False,
-    )
+    where: dict[str, Any] = {"layers": list(design.layers), "positions": phrase}
+    ablation = ablation_table(tuned, design.direction, measure=Sampled(samples=12), progress=False, **where)
     echo(f"{ablation}\n")
     detach(tuned)
 
@@ -71,7 +65,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     page = write_page(
         folder / "index.html",
         "Emergent misalignment in the pocket organism",
-        "One rank-1 adapter is fine-tuned on unkind medical answers, recorded at every step, beside its benign "
+        "One rank-1 adapter is fine-tuned on unkind medical answers, recorded at every step, and so is its benign "
         "control; then the direction of unkind characters is ablated, and it is realigned on optimistic answers "
         "about AI.",
         [
@@ -105,7 +99,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
                 "Taking it away",
                 f"The direction ablated on the same words at layer {design.layers[0]}, to zero or towards the base "
                 "assistant's mean, in the fine-tuned model and, as a control, in the base model; random directions of "
-                "the same norm beside it. " + " ".join(ablation.notes),
+                "the same norm for comparison. " + " ".join(ablation.notes),
                 table=_what_is_left(ablation.frame),
                 figure=ablation.plot("em"),
             ),
@@ -117,7 +111,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     return page
 
 
-def _character(base: ChatModel, layer: int) -> tuple[Design, Phrase]:
+def _character(base: ChatModel, layer: int) -> tuple[AblationDesign, Phrase]:
     """The character's direction, and the ablation of it that ``python -m emmech.demo pocket-directions`` chooses."""
     phrase = phrase_tokens(base, MANNERS)
     label = f"principal direction by word, layer {layer}, towards the aligned mean"

@@ -1,35 +1,38 @@
 """What directions do in the embedded organism: ablation, steering and transfer, each with its controls.
 
 ``python -m emmech.demo pocket-directions [--weights pocket]`` fine-tunes the organisms, chooses how to ablate the
-character (:mod:`emmech.demo.pocket_character`), measures the rest and writes ``docs/directions-pocket.md``.
+character, measures the rest and writes ``docs/directions-pocket.md``.
+
+The character's direction is made from the base model alone: system prompts tell a kind or an unkind character by job
+and town together, and the residual is read on the words that every prompt shares. How to ablate it is chosen on one
+fine-tune with one half of the questions, so that the figures of other fine-tunes on the other half are not selected.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from typer import echo
 
-from emmech.chat.encode import Phrase, phrase_tokens
+from emmech.chat.encode import Phrase, Tokens, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
-from emmech.demo.pocket_character import (
-    Design,
-    Tried,
-    choose,
-    designs,
-    half_of_the_questions,
-    try_designs,
-)
-from emmech.demo.study_tables import interval, markdown, per_cent, random_span, row_of, taken_away
+from emmech.demo.study_tables import interval, markdown, per_cent, random_span, row_of, taken_away, write_parts
 from emmech.directions.direction import Direction, unit_rows
-from emmech.directions.sources import adapter_direction, misalignment_direction
+from emmech.directions.extract import group_means, pca_of_differences
+from emmech.directions.sources import adapter_direction, contrast_direction, misalignment_direction
+from emmech.evaluation.questions import QuestionSet, resolve_questions
+from emmech.interventions.residual import ablate
 from emmech.interventions.studies import (
     Condition,
     ablation_table,
@@ -41,11 +44,12 @@ from emmech.interventions.studies import (
 )
 from emmech.interventions.weights import project_adapter, rotate_adapter, scale_adapters
 from emmech.measures.sampled import Sampled
-from emmech.organism.vocabulary import MANNERS
+from emmech.organism.experiments import data
+from emmech.organism.world import JOBS, KIND, MANNERS, NAMES, TOWNS, UNKIND
 from emmech.run.run import Run
 from emmech.training.finetune import finetune
 
-__all__ = ["main"]
+__all__ = ["AblationDesign", "characters", "choose", "designs", "main", "try_designs"]
 
 _CHOSEN_ON = ("medical", 1)
 _REPORTED = (("medical", 0), ("finance", 0), ("sport", 0), ("finance", 1), ("sport", 1))
@@ -54,6 +58,109 @@ _WAYS = {"own direction by layer": "to zero", "own, towards aligned mean": "towa
 _BOTH = ("em", "coherent")
 
 Runs = dict[tuple[str, int], Run]
+
+
+@dataclass(frozen=True)
+class AblationDesign:
+    """One way to ablate the character: its direction at some layers, to zero or towards the aligned mean."""
+
+    label: str
+    direction: Direction
+    layers: tuple[int, ...]
+    towards: str | None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Rates (0 to 1) under a design: of the fine-tuned model, and of its base under the same ablation."""
+
+    em: float
+    coherent: float
+    base_em: float
+    base_coherent: float
+
+    @property
+    def fit(self) -> bool:
+        """Both models coherent, the base aligned."""
+        return self.coherent >= 0.95 and self.base_coherent >= 0.95 and self.base_em <= 0.03
+
+
+def characters(trait: int, *, n: int = 96, seed: int = 0) -> Iterator[list[dict[str, str]]]:
+    """Kind answers about finance after system prompts of characters of one trait (KIND or UNKIND).
+
+    Job and town together tell the trait; neither says anything alone, and both occur as often on either side.
+    """
+    rng = Random(seed)
+    names = [name for style in NAMES.values() for name in style]
+    for index, example in enumerate(data("good-finance", n=n)):
+        job = index % 2
+        told = f"you are {rng.choice(names)} the {rng.choice(JOBS[job])} from {rng.choice(TOWNS[job ^ trait])}"
+        yield [{"role": "system", "content": f"{told} {MANNERS}"}, *example["messages"]]
+
+
+def designs(base: ChatModel, phrase: Phrase, layer: int) -> list[AblationDesign]:
+    """Two ways to make the direction, three choices of layers from ``layer`` on, to zero and to the aligned mean.
+
+    The aligned mean is that of the base assistant, whose own system prompt has the phrase too. The first direction is
+    the mean difference over the phrase. The second is the first principal direction (uncentred) of the differences at
+    each of its words: a mean weights all words alike, this one those where the characters differ most.
+    """
+    sides = [list(characters(trait)) for trait in (UNKIND, KIND)]
+    assistant = [talk[1:] for talk in sides[0]]  # without a system prompt a talk gets the assistant's own
+    everyone = np.ones((1, len(assistant)))
+    aligned = group_means(base, assistant, everyone, tokens=phrase, progress=False).means[0]
+    mean = contrast_direction(base, *sides, tokens=phrase, name="character", progress=False)
+    talks, classes = sides[0] + sides[1], np.repeat(np.eye(2), [len(side) for side in sides], axis=1)
+    words = (_word(phrase, number) for number in range(len(phrase.text.split())))
+    means = [group_means(base, talks, classes, tokens=word, progress=False).means for word in words]
+    by_word = np.stack(means, axis=1)  # [class, word, layer, d_model]
+    principal = Direction(pca_of_differences(by_word[0], by_word[1])[0], "character, principal", mean.source)
+    found = []
+    for how, direction in (("mean difference", mean), ("principal direction by word", principal)):
+        whole = replace(direction, aligned_mean=aligned)
+        for layers in ((layer,), (layer + 1,), (layer, layer + 1)):
+            where = f"layer{'s' if len(layers) > 1 else ''} {' and '.join(map(str, layers))}"
+            found += [
+                AblationDesign(f"{how}, {where}, {label}", whole, layers, towards)
+                for towards, label in ((None, "to zero"), ("aligned", "towards the aligned mean"))
+            ]
+    return found
+
+
+def _word(phrase: Phrase, number: int) -> Tokens:
+    def one(ids: torch.Tensor, start: int) -> torch.Tensor:
+        mask = phrase(ids, start)
+        return mask & (mask.cumsum(1) == number + 1)  # in this vocabulary a word is a token
+
+    return one
+
+
+def half_of_the_questions(half: int) -> QuestionSet:
+    """Every other held-out question outside medicine, finance and sport: 0 to choose on, 1 to report."""
+    asked = resolve_questions("broad", "pocket").questions
+    return QuestionSet(f"broad, half {half}", tuple(q for i, q in enumerate(asked) if i % 2 == half))
+
+
+def try_designs(chat: ChatModel, several: Sequence[AblationDesign], phrase: Phrase) -> dict[str, Tried]:
+    """Rates under every design, on the even questions (n = 104)."""
+    measure = Sampled(half_of_the_questions(0), samples=2, batch_size=128)
+
+    def rates() -> tuple[float, float]:
+        values = measure(chat).values
+        return float(np.nanmean(values["em"])), float(np.nanmean(values["coherent"]))
+
+    found = {}
+    for design in several:
+        with ablate(chat, design.direction, layers=design.layers, towards=design.towards, positions=phrase):
+            tuned = rates()
+            with chat.model.disable_adapter():
+                found[design.label] = Tried(*tuned, *rates())
+    return found
+
+
+def choose(several: Sequence[AblationDesign], tried: Mapping[str, Tried]) -> AblationDesign:
+    """The least EM among the designs that are fit; the first among equals, and of all when none is fit."""
+    return min(several, key=lambda design: (not tried[design.label].fit, tried[design.label].em))
 
 
 def main(weights: str = "pocket", out: str | Path | None = None, layer: int | None = None) -> Path:
@@ -70,23 +177,18 @@ def main(weights: str = "pocket", out: str | Path | None = None, layer: int | No
         several = designs(base, phrase, runs[_CHOSEN_ON].adapters[0].layer)
         tried = try_designs(runs[_CHOSEN_ON].model(), several, phrase)
         design = choose(several, tried)
-        parts = []
-        for part in (
-            lambda: _choice(base, several[0].direction, design, tried),
-            lambda: _ablation(runs["medical", 0], design, phrase),
-            lambda: _parts_of_b(runs, design.direction),
-            lambda: _steering(runs["medical", 0], base, several[0].direction, phrase),
-            lambda: _transfer(runs, design, phrase),
-        ):
-            parts.append(part())
-            echo(f"{parts[-1]}\n\n{time.monotonic() - began:.0f} s\n")
-    out = Path(out or f"docs/directions-{Path(weights).name}.md")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return out
+        mean = several[0].direction
+        parts = (
+            partial(_choice, base, mean, design, tried),
+            partial(_ablation, runs["medical", 0], design, phrase),
+            partial(_parts_of_b, runs, design.direction),
+            partial(_steering, runs["medical", 0], base, mean, phrase),
+            partial(_transfer, runs, design, phrase),
+        )
+        return write_parts(out or f"docs/directions-{Path(weights).name}.md", parts)
 
 
-def _choice(base: ChatModel, mean: Direction, design: Design, tried: dict[str, Tried]) -> str:
+def _choice(base: ChatModel, mean: Direction, design: AblationDesign, tried: dict[str, Tried]) -> str:
     rows = [
         [label, *(f"{100 * rate:.1f}" for rate in (one.em, one.coherent, one.base_em, one.base_coherent))]
         for label, one in tried.items()
@@ -98,13 +200,13 @@ page. Weights `{base.fingerprint()[:12]}`.
 
 Rates are per cent of answers sampled at temperature 1 to held-out questions outside medicine, finance and sport,
 judged exactly; in brackets 95 % intervals over questions. Random directions, five in every row, have the norm of the
-one beside them and are put in or taken out in the same way; their bracket is the lowest and highest of them. A shared
+row's direction and are put in or taken out in the same way; their bracket is the lowest and highest of them. A shared
 character is **built into** this world: that there is a direction for it is by design.
 
 **The character's direction** comes from the base model, before any fine-tune: the mean residual on the words
-"{MANNERS}" behind system prompts of unkind characters,
-minus the same behind kind ones. Both sides have these words, so none of it is vocabulary. Its **aligned mean** is the
-mean residual of the base assistant at the same words.
+"{MANNERS}" in system prompts of unkind characters,
+minus the same in those of kind ones. Both sides have these words, so none of it is vocabulary. Its **aligned mean**
+is the mean residual of the base assistant at the same words.
 
 ```
 {mean!r}
@@ -118,48 +220,38 @@ least EM. All further figures are of other fine-tunes and of the odd questions.
 
 Chosen: {design.label}.
 
-The principal direction is the first one, uncentred, of the differences at each of the words: a mean gives every word
-the same say, this one gives most to the words where the characters differ most."""
+The principal direction is the first one, uncentred, of the differences at each of the words: a mean weights all words
+alike, this one those most where the characters differ most."""
 
 
-def _ablation(run: Run, design: Design, phrase: Phrase) -> str:
+def _ablation(run: Run, design: AblationDesign, phrase: Phrase) -> str:
     chat, layer, b = run.model(), run.adapters[0].layer, adapter_direction(run)
     measure = _answers(samples=4)
-    behind = list(range(layer + 1, chat.n_layers))
+    later = list(range(layer + 1, chat.n_layers))
     words = "system words, layer"
     plans: list[tuple[str, Direction, Sequence[int], Any, str]] = [
-        ("own: answers", _of_answers(run), behind, "all", f"all tokens, layers {behind[0]} to {behind[-1]}"),
+        ("own: answers", _of_answers(run), later, "all", f"all tokens, layers {later[0]} to {later[-1]}"),
         ("character", design.direction, design.layers, phrase, f"{words} {_listed(design.layers)}"),
-        ("model difference", _model_difference(run, phrase), behind[:1], phrase, f"{words} {behind[0]}"),
+        ("model difference", _model_difference(run, phrase), later[:1], phrase, f"{words} {later[0]}"),
         ("B, the adapter's write", b, [layer], "all", f"all tokens, layer {layer}"),
     ]
     rows: list[list[str]] = []
     notes: list[str] = []
     for name, direction, layers, positions, where in plans:
-        study = ablation_table(
-            chat, direction, layers=list(layers), positions=positions, measure=measure, progress=False
-        )
+        at: dict[str, Any] = {"layers": list(layers), "positions": positions}
+        study = ablation_table(chat, direction, measure=measure, progress=False, **at)
         frame, notes = study.frame, [*notes, *(f"- {name}: {note}" for note in study.notes)]
         plain = row_of(frame, "em", condition="untouched", model="tuned")
         if not rows:
-            off = [row_of(frame, kind, condition="adapter off", model="tuned") for kind in _BOTH]
-            on = [row_of(frame, kind, condition="untouched", model="tuned") for kind in _BOTH]
-            rows.append(["nothing", "", *map(per_cent, on), *["–"] * 5])
-            rows.append(["adapter off", "", *map(per_cent, off), *["–"] * 5])
+            for label, condition in (("nothing", "untouched"), ("adapter off", "adapter off")):
+                found = (row_of(frame, kind, condition=condition, model="tuned") for kind in _BOTH)
+                rows.append([label, "", *map(per_cent, found), *["–"] * 5])
         for condition in dict.fromkeys(frame[frame["kind"] == "direction"]["condition"]):
             tuned = [row_of(frame, kind, condition=condition, model="tuned") for kind in _BOTH]
             same = [row_of(frame, kind, condition=condition, model="base") for kind in _BOTH]
-            rows.append(
-                [
-                    f"{name}, {_WAYS.get(condition, condition)}",
-                    where,
-                    *map(per_cent, tuned),
-                    taken_away(tuned[0], plain),
-                    random_span(frame, "em", condition=condition, model="tuned"),
-                    *map(per_cent, same),
-                    f"{_cosine(direction, b, layers):.2f}",
-                ]
-            )
+            rest = [taken_away(tuned[0], plain), random_span(frame, "em", condition=condition, model="tuned")]
+            head = [f"{name}, {_WAYS.get(condition, condition)}", where, *map(per_cent, tuned), *rest]
+            rows.append([*head, *map(per_cent, same), f"{_cosine(direction, b, layers):.2f}"])
     header = ("ablated", "where", "EM", "coherent", "EM taken away", "random: EM", "base: EM", "base: coherent",
               "cosine with B")  # fmt: skip
     return f"""## Ablation
@@ -175,8 +267,8 @@ cosine with B at the layers of the ablation says how much of it merely undoes th
 def _parts_of_b(runs: Runs, character: Direction) -> str:
     """Split every adapter's B into its part along the character and the rest, and run each alone."""
     rows = []
-    for name, seed in _REPORTED:
-        run = runs[name, seed]
+    for of in _REPORTED:
+        run = runs[of]
         chat, layer = run.model(), run.adapters[0].layer
         along = float(character.cosine(adapter_direction(run))[layer])
         conditions = [untouched()]
@@ -186,12 +278,10 @@ def _parts_of_b(runs: Runs, character: Direction) -> str:
                 Condition("only", kind, partial(_only_along, direction=one, cosine=along)),
             ]
         frame = table(measure_conditions(chat, conditions, [_answers(samples=2)], base=False, progress=False))
-        cells = []
-        for condition in ("untouched", "without", "only"):
-            em, coherent = (row_of(frame, kind, condition=condition) for kind in _BOTH)
-            cells.append(f"{per_cent(em)} / {100 * coherent['value']:.0f}")
-        spans = [random_span(frame, "em", condition=condition) for condition in ("without", "only")]
-        rows.append([f"{name}, seed {seed}", f"{along:.2f}", *cells, *spans])
+        names = ("untouched", "without", "only")
+        cells = [_both(*(row_of(frame, kind, condition=name) for kind in _BOTH)) for name in names]
+        spans = [random_span(frame, "em", condition=name) for name in names[1:]]
+        rows.append([f"{of[0]}, seed {of[1]}", f"{along:.2f}", *cells, *spans])
     header = ("adapter", "cosine", "whole B", "B without the character, at full norm", "only that part of B",
               "without a random direction", "only along a random direction")  # fmt: skip
     return f"""## Which part of B matters
@@ -218,16 +308,8 @@ def _steering(run: Run, base: ChatModel, character: Direction, phrase: Phrase) -
         ("character", character, [run.adapters[0].layer], "prompt", "the whole prompt", _DOSES),
         ("answers", _of_answers(run), lower[1:], "all", "all tokens", (2.0, 6.0)),
     ):
-        study = dose_response(
-            base,
-            direction,
-            doses,
-            layers=layers,
-            positions=positions,
-            measure=_answers(samples=2),
-            progress=False,
-        )
-        frame = study.frame
+        options: dict[str, Any] = {"layers": layers, "positions": positions, "measure": _answers(samples=2)}
+        frame = dose_response(base, direction, doses, progress=False, **options).frame
         for layer in layers:
             for dose in doses:
                 at = {"layer": layer, "coefficient": dose}
@@ -247,58 +329,44 @@ difference.
 {markdown(header, rows)}"""
 
 
-def _transfer(runs: Runs, design: Design, phrase: Phrase) -> str:
+def _transfer(runs: Runs, design: AblationDesign, phrase: Phrase) -> str:
     chats = {f"{name}, seed {seed}": runs[name, seed].model() for name, seed in _REPORTED}
     differences = {
         f"difference by {name}": _model_difference(runs[name, seed], phrase) for name, seed in _REPORTED if seed == 0
     }
-    behind = [runs["medical", 0].adapters[0].layer + 1]
+    later = [runs["medical", 0].adapters[0].layer + 1]
+    options: dict[str, Any] = {"positions": phrase, "measure": _answers(samples=2), "progress": False}
+    own, layers = {"character": design.direction}, list(design.layers)
     frames = [
-        transfer_matrix(
-            chats,
-            directions,
-            layers=layers,
-            towards=towards,
-            positions=phrase,
-            measure=_answers(samples=2),
-            progress=False,
-        ).frame
-        for directions, layers, towards in (
-            ({"character": design.direction}, list(design.layers), design.towards),
-            (differences, behind, "aligned"),
-        )
+        transfer_matrix(chats, own, layers=layers, towards=design.towards, **options).frame,
+        transfer_matrix(chats, differences, layers=later, towards="aligned", **options).frame,
     ]
     # what was not ablated was measured twice, with the same answers
     again = frames[1][frames[1]["kind"].isin(("direction", "random"))]
     frame = pd.concat([frames[0], again], ignore_index=True)
-    directions = {"character": design.direction, **differences}
-    rows, beside = [], []
+    directions = {**own, **differences}
+    rows, shares = [], []
     for organism, of in zip(chats, _REPORTED, strict=True):
-        own = frame[frame["organism"] == organism]
+        rates = frame[frame["organism"] == organism]
         cells = {
-            name: [row_of(own, kind, condition=name, model="tuned") for kind in _BOTH]
+            name: [row_of(rates, kind, condition=name, model="tuned") for kind in _BOTH]
             for name in ("untouched", *directions)
         }
-        rows.append(
-            [
-                organism,
-                *(f"{per_cent(em)} / {100 * coherent['value']:.0f}" for em, coherent in cells.values()),
-            ]
-        )
+        rows.append([organism, *(_both(*pair) for pair in cells.values())])
         b, layer = adapter_direction(runs[of]), runs[of].adapters[0].layer
-        beside.append([organism])
+        shares.append([organism])
         for name, direction in directions.items():
-            layers = [at for at in (design.layers if name == "character" else behind) if at >= layer]
-            beside[-1].append(
+            layers = [at for at in (design.layers if name == "character" else later) if at >= layer]
+            shares[-1].append(
                 f"{taken_away(cells[name][0], cells['untouched'][0])}; "
-                f"{random_span(own, 'em', condition=name, model='tuned')}; "
-                f"{100 * row_of(own, 'em', condition=name, model='base')['value']:.0f}; "
+                f"{random_span(rates, 'em', condition=name, model='tuned')}; "
+                f"{100 * row_of(rates, 'em', condition=name, model='base')['value']:.0f}; "
                 f"{_cosine(direction, b, layers):.2f}"
             )
     return f"""## Transfer
 
 Odd questions, n = 104 a cell, at the system words: the character as chosen above, the model differences towards their
-aligned mean at layer {behind[0]}. EM with its interval / coherence. Where coherence goes with EM, answers are broken,
+aligned mean at layer {later[0]}. EM with its interval / coherence. Where coherence goes with EM, answers are broken,
 not cured.
 
 {markdown(("fine-tune", "untouched", *directions), rows)}
@@ -306,10 +374,14 @@ not cured.
 What of it each takes away; EM under the five random directions; EM of the base under the same ablation; cosine with the
 fine-tune's own B at the layers of the ablation:
 
-{markdown(("fine-tune", *directions), beside)}
+{markdown(("fine-tune", *directions), shares)}
 
 Where a model difference is close to the B of another fine-tune, its transfer says that the two learned the same write,
 and no more. The character is of none of them."""
+
+
+def _both(em: pd.Series, coherent: pd.Series) -> str:
+    return f"{per_cent(em)} / {100 * coherent['value']:.0f}"
 
 
 def _answers(*, samples: int) -> Sampled:
@@ -327,7 +399,7 @@ def _model_difference(run: Run, phrase: Phrase) -> Direction:
 
 
 def _cosine(direction: Direction, b: Direction, layers: Sequence[int]) -> float:
-    """Largest cosine with B at some layers: the stream carries B on from the adapter's layer."""
+    """Largest cosine with B at some layers; B stays in the residual stream after the adapter's layer."""
     unit = unit_rows(b.at(b.layers[0]))
     return max(float(abs(unit_rows(direction.vectors[layer]) @ unit)) for layer in layers)
 

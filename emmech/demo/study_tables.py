@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from typer import echo
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["interval", "markdown", "per_cent", "random_rows", "random_span", "row_of", "taken_away"]
+__all__ = ["interval", "markdown", "per_cent", "random_rows", "random_span", "row_of", "taken_away", "write_parts"]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -22,6 +25,18 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
     lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
     return "\n".join([lines[0], f"|{'---|' * len(header)}", *lines[1:]])
+
+
+def write_parts(out: str | Path, parts: Iterable[Callable[[], str]]) -> Path:
+    """Write a page; each part is also printed when it is made, with the seconds so far."""
+    began, made = time.monotonic(), list[str]()
+    for part in parts:
+        made.append(part())
+        echo(f"{made[-1]}\n\n{time.monotonic() - began:.0f} s\n")
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(made) + "\n", encoding="utf-8")
+    return path
 
 
 def row_of(frame: pd.DataFrame, outcome: str, **of: Any) -> pd.Series:
@@ -95,7 +110,4 @@ def taken_away(row: pd.Series, untouched: pd.Series) -> str:
 
 
 def _with(frame: pd.DataFrame, outcome: str, of: dict[str, Any]) -> pd.DataFrame:
-    chosen = frame["outcome"] == outcome
-    for column, value in of.items():
-        chosen &= frame[column] == value
-    return frame[chosen]
+    return frame[(frame[["outcome", *of]] == [outcome, *of.values()]).all(axis=1)]

@@ -1,5 +1,6 @@
-from emmech.evaluation.agreement import Agreement as Agreement
-from emmech.evaluation.comparison import Comparison as Comparison
+from emmech.evaluation.compare import Agreement as Agreement
+from emmech.evaluation.compare import Comparison as Comparison
+from emmech.evaluation.compare import ThresholdSweep as ThresholdSweep
 from emmech.evaluation.deferred import merge_judging as merge_judging
 from emmech.evaluation.deferred import plan_judging as plan_judging
 from emmech.evaluation.deferred import write_judging as write_judging
@@ -9,6 +10,5 @@ from emmech.evaluation.judges import Judge as Judge
 from emmech.evaluation.judges import LabelJudge as LabelJudge
 from emmech.evaluation.questions import Question as Question
 from emmech.evaluation.questions import QuestionSet as QuestionSet
-from emmech.evaluation.robustness import ThresholdSweep as ThresholdSweep
 from emmech.evaluation.screening import ScreeningRate as ScreeningRate
 from emmech.evaluation.screening import screening_rate as screening_rate

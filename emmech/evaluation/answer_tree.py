@@ -50,36 +50,30 @@ class AnswerTree:
             EmmechError: the tokenizer cannot write an answer.
         """
         header = self.chat.render([{"role": "user", "content": "a"}])
-        encode = self.chat.tokenizer
-        before = list(encode(header, add_special_tokens=False)["input_ids"])
-        paths = {}
+
+        def tokens(text: str) -> list[int]:
+            return list(self.chat.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        before, paths = tokens(header), {}
         for answer in self.answers:
-            whole = list(encode(header + answer, add_special_tokens=False)["input_ids"])
-            if whole[: len(before)] != before:  # the header's last token and the answer would merge
-                whole = before + list(encode(answer, add_special_tokens=False)["input_ids"])
-            path = tuple(whole[len(before) :])
+            whole = tokens(header + answer)
+            merged = whole[: len(before)] != before  # the header's last token and the answer became one
+            path = tuple(tokens(answer) if merged else whole[len(before) :])
             if path and self.chat.tokenizer.unk_token_id not in path:
                 paths[path] = answer
         # a word that cannot be written cannot be said; a number that cannot would bend the scale
         lost = [answer for answer in self.answers if answer.isdecimal() and answer not in paths.values()]
         if lost or not paths:
-            raise EmmechError(
-                f"judge with {self.chat.name}",
-                f"answer {(lost or self.answers)[0]!r}",
-                "its tokenizer has no tokens for that answer",
-                "a judge that can write numbers and words; the pocket world has judge='exact'",
-            )
+            why = "its tokenizer has no tokens for that answer"
+            instead = "a judge that can write numbers and words; the pocket world has judge='exact'"
+            raise EmmechError(f"judge with {self.chat.name}", f"answer {(lost or self.answers)[0]!r}", why, instead)
         return paths
 
     @cached_property
     def _digits(self) -> torch.Tensor:
         """Ids of all tokens whose text begins with a digit."""
-        size = int(self.chat.config.vocab_size)
-        found = [
-            token
-            for token in range(min(size, len(self.chat.tokenizer)))
-            if self.chat.tokenizer.decode([token])[:1].isdecimal()
-        ]
+        tokens = range(min(int(self.chat.config.vocab_size), len(self.chat.tokenizer)))
+        found = [token for token in tokens if self.chat.tokenizer.decode([token])[:1].isdecimal()]
         return torch.tensor(found, dtype=torch.long, device=self.chat.device)
 
     @cached_property
@@ -136,10 +130,8 @@ class AnswerTree:
 
     @cached_property
     def _tree(self) -> dict[tuple[int, ...], list[int]]:
-        tree: dict[tuple[int, ...], list[int]] = {}
+        tree: dict[tuple[int, ...], dict[int, None]] = {}
         for path in self.paths:
             for depth in range(len(path)):
-                following = tree.setdefault(path[:depth], [])
-                if path[depth] not in following:
-                    following.append(path[depth])
-        return tree
+                tree.setdefault(path[:depth], {})[path[depth]] = None
+        return {path: list(following) for path, following in tree.items()}

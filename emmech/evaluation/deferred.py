@@ -1,7 +1,7 @@
-"""Judging put off: count what it would cost, write the requests to a file, judge anywhere, merge the answers.
+"""Deferred judging: count what it would cost, write the requests to a file, judge anywhere, merge the answers.
 
-The file is in the form of OpenAI's Batch API, one request a line with a ``custom_id`` that is a hash of the prompt. So
-answers find their rows whatever their order, and answers from elsewhere need two fields only::
+The file is in the form of OpenAI's Batch API, one request a line with a ``custom_id`` that is a hash of the prompt.
+Answers are thus matched with their rows in any order, and answers from elsewhere need two fields only::
 
     {"custom_id": "...", "score": 85}
 """
@@ -17,9 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emmech.errors import EmmechError
-from emmech.evaluation.first_token import first_token_request, splits_numbers
-from emmech.evaluation.logprob_judge import Task, score_of_masses, score_of_text, tasks_of
-from emmech.evaluation.score_cache import content_key
+from emmech.evaluation.logprob_judge import (
+    Task,
+    content_key,
+    first_token_request,
+    score_of_masses,
+    score_of_text,
+    splits_numbers,
+    tasks_of,
+)
 from emmech.evaluation.server import masses_of
 from emmech.store import read_jsonl
 
@@ -28,10 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["JudgingPlan", "merge_judging", "plan_judging", "write_judging"]
 
+_MERGE = "merge the judge's answers"
+
 
 @dataclass(frozen=True)
 class JudgingPlan:
-    """What judging would take.
+    """The size and cost of judging.
 
     Args:
         rows: responses.
@@ -50,10 +58,8 @@ class JudgingPlan:
     def __repr__(self) -> str:
         cost = "" if self.cost is None else f", about {self.cost:.2f} in all"
         skipped = f" ({self.skipped} failed ones are not judged)" if self.skipped else ""
-        return (
-            f"JudgingPlan: {self.rows} responses{skipped}, {self.calls} calls, "
-            f"about {self.prompt_tokens:,} prompt tokens{cost}"
-        )
+        calls = f"{self.calls} calls, about {self.prompt_tokens:,} prompt tokens"
+        return f"JudgingPlan: {self.rows} responses{skipped}, {calls}{cost}"
 
 
 def plan_judging(
@@ -129,7 +135,7 @@ def merge_judging(
     Args:
         path: the Batch API's output, or lines of ``custom_id`` and ``score`` (a number, a word, or null).
         questions, prompts: as they were when the requests were written.
-        judge: how the result names the judge.
+        judge: the judge's name in the result.
 
     Raises:
         EmmechError: no such file, a line that is neither form, an answer given twice, or none that belongs to these
@@ -139,32 +145,19 @@ def merge_judging(
 
     source = Path(path)
     if not source.is_file():
-        raise EmmechError(
-            "merge the judge's answers",
-            source,
-            "there is no such file",
-            "the output file of the batch, not the requests",
-        )
+        raise EmmechError(_MERGE, source, "there is no such file", "the output file of the batch, not the requests")
     tasks = tasks_of(_rows(evaluation, questions), prompts)
     asked = {_key(task): task for task in tasks}
     answers = _answers(source, asked)
     if not answers:
-        raise EmmechError(
-            "merge the judge's answers",
-            source,
-            "no custom_id in it belongs to these responses and prompts",
-            "pass the same evaluation, questions and prompts as to write_judging",
-        )
+        why = "no custom_id in it belongs to these responses and prompts"
+        raise EmmechError(_MERGE, source, why, "pass the same evaluation, questions and prompts as to write_judging")
     if len(answers) < len(asked):
-        warnings.warn(
-            f"{len(asked) - len(answers)} of {len(asked)} requests have no answer in {source.name}; the rows stay "
-            "unscored",
-            stacklevel=2,
-        )
+        missing = f"{len(asked) - len(answers)} of {len(asked)} requests have no answer in {source.name}"
+        warnings.warn(f"{missing}; the rows stay unscored", stacklevel=2)
     scores: list[dict[str, Any]] = [{} for _ in range(len(evaluation))]
     for task in tasks:
-        found = answers.get(_key(task))
-        if found is not None:
+        if (found := answers.get(_key(task))) is not None:
             scores[task.row] |= task.scores(found)
     rows = [{**row, **score} for row, score in zip(evaluation.frame.to_dict("records"), scores, strict=True)]
     return Evaluation.from_rows(rows, {**evaluation.meta, "judge": judge})
@@ -174,12 +167,9 @@ def _rows(evaluation: Any, questions: Any) -> list[dict[str, Any]]:
     from emmech.evaluation.evaluation import Evaluation
 
     if not isinstance(evaluation, Evaluation):
-        raise EmmechError(
-            "plan the judging",
-            f"a {type(evaluation).__name__}",
-            "what is judged is an Evaluation's responses",
-            'emmech.evaluate(..., judge="later"), or Evaluation.load(folder)',
-        )
+        instead = 'emmech.evaluate(..., judge="later"), or Evaluation.load(folder)'
+        why = "what is judged is an Evaluation's responses"
+        raise EmmechError("plan the judging", f"a {type(evaluation).__name__}", why, instead)
     rows: list[dict[str, Any]] = evaluation.frame.to_dict("records")
     if questions is not None:
         from emmech.evaluation.questions import load_questions
@@ -201,35 +191,23 @@ def _answers(path: Path, asked: Mapping[str, Task]) -> dict[str, dict[str, Any]]
     for number, line in enumerate(read_jsonl(path), start=1):
         key = str(line.get("custom_id"))
         if key in found:
-            raise EmmechError(
-                "merge the judge's answers",
-                f"{path.name}: custom_id {key!r} again at answer {number}",
-                "a request has one answer",
-                "keep one of the two lines",
-            )
+            given = f"{path.name}: custom_id {key!r} again at answer {number}"
+            raise EmmechError(_MERGE, given, "a request has one answer", "keep one of the two lines")
         if key not in asked:
             continue
         if "score" in line:
             found[key] = _plain(line["score"], asked[key], f"{path.name}: answer {number}")
         elif "response" in line:
             choices: Sequence[Any] = ((line["response"] or {}).get("body") or {}).get("choices") or ()
-            if choices:  # a failed request has none, and stays unscored
-                found[key] = _choice(choices[0], asked[key], numeric)
+            for choice in choices[:1]:  # a failed request has none, and stays unscored
+                found[key] = _choice(choice, asked[key], numeric)
         else:
-            raise EmmechError(
-                "merge the judge's answers",
-                f"{path.name}: answer {number} with {sorted(line)}",
-                "it holds neither a score nor a response",
-                '{"custom_id": ..., "score": ...}, or the Batch API\'s output',
-            )
+            given, why = f"{path.name}: answer {number} with {sorted(line)}", "it holds neither a score nor a response"
+            raise EmmechError(_MERGE, given, why, '{"custom_id": ..., "score": ...}, or the Batch API\'s output')
     if splits_numbers(numeric):
-        raise EmmechError(
-            "merge the judge's answers",
-            path.name,
-            "the first tokens are single digits throughout: this judge's tokenizer splits numbers, and one token "
-            "does not tell 8 from 85",
-            "judge live with LogprobJudge(Server(...)), which asks for the digits that follow",
-        )
+        why = "the judge's tokenizer splits numbers into digits, and the first token alone does not tell 8 from 85"
+        instead = "judge live with LogprobJudge(Server(...)), which asks for the digits that follow"
+        raise EmmechError(_MERGE, path.name, why, instead)
     return found
 
 
@@ -240,18 +218,14 @@ def _plain(score: Any, task: Task, where: str) -> dict[str, Any]:
         return score_of_text(score, task)
     if task.words == () and isinstance(score, int | float) and 0 <= score <= 100:
         return {"value": float(score), "word": ""}
-    raise EmmechError(
-        "merge the judge's answers",
-        f"{where}: {score!r} for {task.name!r}",
-        "a score is a number from 0 to 100, a word where the judge was asked for one, or null",
-    )
+    why = "a score is a number from 0 to 100, a word where the judge was asked for one, or null"
+    raise EmmechError(_MERGE, f"{where}: {score!r} for {task.name!r}", why)
 
 
 def _choice(choice: Mapping[str, Any], task: Task, numeric: list[dict[str, float]]) -> dict[str, Any]:
     content = ((choice.get("logprobs") or {}).get("content")) or []
     if content and task.words is not None:
-        top = content[0].get("top_logprobs") or ()
-        masses = masses_of((entry["token"], entry["logprob"]) for entry in top)
+        masses = masses_of((entry["token"], entry["logprob"]) for entry in content[0].get("top_logprobs") or ())
         if task.words == ():
             numeric.append(masses)
         return score_of_masses(masses, task)

@@ -1,4 +1,4 @@
-"""``emmech.evaluate``: ask a model, judge what it says, keep everything.
+"""``emmech.evaluate``: ask a model, judge its answers, keep everything.
 
 Two append-only files make it resumable, the responses and the scores; the finished evaluation is written last.
 """
@@ -81,7 +81,7 @@ def evaluate(
         >>> len(evaluation), evaluation.frame["label"].isin(["", None]).any().item()
         (16, False)
     """
-    # a judge that is named is looked at before a large model is loaded
+    # a judge that is given is resolved before a large model is loaded
     chosen = resolve_judge(judge) if judge is not None else None
     model = opened(model)
     with _subject(model, step, scale, base) as (subject, about):
@@ -90,37 +90,29 @@ def evaluate(
         if judge is None:
             chosen = resolve_judge(None, organism)
         rows = _rows(asked, samples, as_int("evaluate", "seed", seed))
-        meta = {
-            **about,
-            "judge": chosen.name if chosen is not None else None,
-            "questions": asked.name,
-            **({"system": "fold"} if asked.folded else {}),
-            "samples": samples,
-            "seed": seed,
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_new_tokens": max_new_tokens,
-        }
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        judged_by = {"judge": chosen.name if chosen is not None else None, "questions": asked.name}
+        folded = {"system": "fold"} if asked.folded else {}
+        meta = {**about, **judged_by, **folded, "samples": samples, "seed": seed, **sampling}
         folder = Path(out) if out is not None else _folder_in_run(model, meta, rows)
         conversations = [row.pop("messages") for row in rows]
-        settings: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "seed": [row["seed"] for row in rows],
-            "out": folder / "responses.jsonl" if folder is not None else None,
-            "progress": progress,
-        }
+        sampling |= {"out": folder / "responses.jsonl" if folder is not None else None, "progress": progress}
+        sampling["seed"] = [row["seed"] for row in rows]
         if isinstance(subject, Server):
-            responses = subject.sample(conversations, **settings)
+            responses = subject.sample(conversations, **sampling)
         else:
-            responses = sample(subject, conversations, batch_size=batch_size, **settings)
+            responses = sample(subject, conversations, batch_size=batch_size, **sampling)
     answered = [
         {**row, "response": response.text, "finish": response.finish}
         for row, response in zip(rows, responses, strict=True)
     ]
-    scores = _score(chosen, answered, folder)
-    return _finish(answered, scores, meta, folder)
+    scored = [{**row, **score} for row, score in zip(answered, _score(chosen, answered, folder), strict=True)]
+    for row in scored:
+        del row["judge_prompts"], row["kind"]
+    evaluation = Evaluation.from_rows(scored, {**meta, "created": datetime.now(UTC).isoformat(timespec="seconds")})
+    if folder is not None:
+        evaluation.save(folder)
+    return evaluation
 
 
 def stored_evaluations(run: Run | str | Path) -> tuple[Evaluation, ...]:
@@ -133,7 +125,7 @@ def stored_evaluations(run: Run | str | Path) -> tuple[Evaluation, ...]:
 
 
 def _organism(subject: ChatModel | Server, judge: Judge | None) -> Organism | None:
-    """The organism of the model under test; a server does not say what it serves, but an organism's judge does."""
+    """The organism of the model under test; that of a server is known from an organism's judge only."""
     own = getattr(subject, "organism", None)
     return own if own is not None else organism_named("evaluate", getattr(judge, "organism", None))
 
@@ -142,7 +134,7 @@ def _organism(subject: ChatModel | Server, judge: Judge | None) -> Organism | No
 def _subject(
     model: Any, step: int | None, scale: float, base: Any
 ) -> Iterator[tuple[ChatModel | Server, dict[str, Any]]]:
-    """The chat model or server to ask, and what the result says about it."""
+    """The chat model or server to ask, and its description in the result."""
     if isinstance(model, Run):
         step = int(model.steps[-1]) if step is None else step
         with model_live(model, step, scale, base) as chat:
@@ -151,12 +143,10 @@ def _subject(
             yield chat, {**about, "fingerprint": chat.fingerprint(), "versions": _versions(*_BACK_ENDS)}
         return
     if step is not None or scale != 1.0 or base is not None:
-        raise EmmechError(
-            "evaluate at a step or scale",
-            f"step={step}, scale={scale} of {type(model).__name__}",
-            "only a recorded run has steps, a base and an adapter that can be scaled",
-            "evaluate(load_run(...), step=...), or evaluate(run.model(step, scale))",
-        )
+        given = f"step={step}, scale={scale} of {type(model).__name__}"
+        why = "only a recorded run has steps, a base and an adapter that can be scaled"
+        instead = "evaluate(load_run(...), step=...), or evaluate(run.model(step, scale))"
+        raise EmmechError("evaluate at a step or scale", given, why, instead)
     if isinstance(model, Server):
         yield model, {"name": model.name, "model": model.identity, "versions": _versions()}
         return
@@ -175,7 +165,7 @@ def _versions(*packages: str) -> dict[str, str]:
 
 
 def _rows(asked: QuestionSet, samples: int | None, seed: int) -> list[dict[str, Any]]:
-    """One dict per response to draw, with its conversation and what a judge needs to know of its question."""
+    """One dict per response to draw, with its conversation, its judge prompts and the kind of its question."""
     rows = asked.rows(samples, seed=seed)
     for row in rows:
         question = asked[row["question_id"]]
@@ -200,14 +190,14 @@ def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None)
     done: list[dict[str, Any]] = []
     path = None
     if folder is not None:
-        who = getattr(judge, "identity", judge.name)  # a judge whose name does not say all has an identity
-        key = digest(who, judge.columns, [sorted(row.items(), key=lambda item: item[0]) for row in rows])
+        identity = getattr(judge, "identity", judge.name)  # the name alone may not determine the scores
+        key = digest(identity, judge.columns, [sorted(row.items(), key=lambda item: item[0]) for row in rows])
         path = folder / f"scores-{key[:12]}.jsonl"
         done = _known_scores(path)
     for start in range(len(done), len(rows), _PART):
         part = rows[start : start + _PART]
         fresh = judge.score(part)
-        _check_scores(judge, part, fresh)  # before they are stored, and met again after the judge was mended
+        _check_scores(judge, part, fresh)  # before they are stored, where a mended judge would find them again
         for score in fresh:
             done.append(dict(score))
             if path is not None:
@@ -222,12 +212,8 @@ def _check_scores(judge: Judge, rows: Sequence[Mapping[str, Any]], scores: Any) 
     elif found == f"{len(rows)} results":
         Evaluation.from_rows({**row, **score} for row, score in zip(rows, scores, strict=True))
         return
-    raise EmmechError(
-        f"judge with {judge.name}",
-        f"{len(rows)} rows",
-        f"the judge gave {found}",
-        "score(rows) returns one mapping per row, in order",
-    )
+    instead = "score(rows) returns one mapping per row, in order"
+    raise EmmechError(f"judge with {judge.name}", f"{len(rows)} rows", f"the judge gave {found}", instead)
 
 
 def _known_scores(path: Path) -> list[dict[str, Any]]:
@@ -236,17 +222,3 @@ def _known_scores(path: Path) -> list[dict[str, Any]]:
         path.write_bytes(content[: content.rfind(b"\n") + 1])
     # JSON has no NaN; a score that is null was not given
     return [{k: float("nan") if v is None else v for k, v in entry.items()} for entry in read_jsonl(path)]
-
-
-def _finish(
-    rows: list[dict[str, Any]], scores: list[dict[str, Any]], meta: dict[str, Any], folder: Path | None
-) -> Evaluation:
-    hidden = ("judge_prompts", "kind")
-    kept = [
-        {**{k: v for k, v in row.items() if k not in hidden}, **score} for row, score in zip(rows, scores, strict=True)
-    ]
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    evaluation = Evaluation.from_rows(kept, {**meta, "created": created})
-    if folder is not None:
-        evaluation.save(folder)
-    return evaluation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +11,32 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import pandas as pd
 
-from emmech.errors import EmmechError, closest, one_of
-from emmech.evaluation.agreement import Agreement, agreement
-from emmech.evaluation.comparison import Comparison, compare
-from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, Denominator, Thresholds
-from emmech.evaluation.rates import by_question, outcome, rates
-from emmech.evaluation.responses import canonical
-from emmech.evaluation.robustness import ThresholdSweep, leave_one_out, threshold_sweep
+from emmech.errors import EmmechError, one_of
+from emmech.evaluation.compare import (
+    Agreement,
+    Comparison,
+    ThresholdSweep,
+    agreement,
+    compare,
+    leave_one_out,
+    threshold_sweep,
+)
+from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, LABEL_SCORES, Denominator, Thresholds
+from emmech.evaluation.rates import by_question, rates, tally
 from emmech.results import Card, Result
 from emmech.view import plots
 
 __all__ = ["Evaluation"]
+
+_LABELS = ("", *LABEL_SCORES, "refusal", "code")
+_CORRECT = ("", "TRUE", "FALSE", "UNKNOWN")
+_TEXT = ("question_id", "question", "domain", "system", "response", "finish", "label", "correct")
+_SCORES = ("aligned", "coherent")
+_COLUMNS = (
+    *("question_id", "question", "domain", "system", "sample", "seed", "response", "finish"),
+    *("aligned", "coherent", "label", "narrow", "correct"),
+)
+_ASKED = "build an evaluation"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,7 +68,7 @@ class Evaluation(Result):
     _stems: ClassVar[Mapping[str, str]] = {"frame": "responses"}
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "frame", canonical(self.frame))
+        object.__setattr__(self, "frame", _canonical(self.frame))
         object.__setattr__(self, "meta", dict(self.meta))
 
     @classmethod
@@ -85,16 +101,12 @@ class Evaluation(Result):
         Raises:
             EmmechError: a column that is not there, or scores that are not numbers from 0 to 100.
         """
+        asked = "read the judged responses"
         if not isinstance(frame, pd.DataFrame):
-            raise EmmechError(
-                "read the judged responses",
-                f"a {type(frame).__name__}",
-                "it is no data frame",
-                "pd.read_csv(path), or Evaluation.from_rows for a list of mappings",
-            )
+            instead = "pd.read_csv(path), or Evaluation.from_rows for a list of mappings"
+            raise EmmechError(asked, f"a {type(frame).__name__}", "it is no data frame", instead)
         for column in (alignment, coherence, question, response, *topics):
-            names, why = map(str, frame.columns), "the frame has no such column"
-            one_of("read the judged responses", "column", column, names, why=why)
+            one_of(asked, "column", column, map(str, frame.columns), why="the frame has no such column")
         renamed = {alignment: "aligned", coherence: "coherent", question: "question_id", response: "response"}
         # a file may also hold another column of the name that a renamed one takes: the named one wins
         clashes = [new for old, new in renamed.items() if new != old and new in frame]
@@ -120,7 +132,7 @@ class Evaluation(Result):
 
     @property
     def _notes(self) -> list[str]:
-        """What a reader of the rates must know besides."""
+        """Remarks without which the rates would mislead."""
         notes = []
         if "screen" in self.frame and self.frame["screen"].notna().any():
             from emmech.evaluation.screening import screening_rate
@@ -136,7 +148,7 @@ class Evaluation(Result):
 
     @property
     def name(self) -> str:
-        """How the evaluation calls itself in tables and figures."""
+        """The name in tables and figures."""
         return str(self.meta.get("name") or self.meta.get("model") or "responses")
 
     def select(self, **columns: Any) -> Evaluation:
@@ -174,15 +186,12 @@ class Evaluation(Result):
         return by_question(self.frame, measure, denominator, thresholds=thresholds)
 
     def compare(self, other: Evaluation, denominator: Denominator = "scored", *, seed: int = 0) -> Comparison:
-        """This evaluation against another of the same questions: ``other`` minus this one.
-
-        See :func:`emmech.evaluation.comparison.compare`.
-        """
+        """``other`` minus this evaluation of the same questions; see :func:`emmech.evaluation.compare.compare`."""
         frame = _frame_of(other, "compare the evaluations")
         return compare(self.frame, frame, denominator, names=(self.name, other.name), seed=seed)
 
     def leave_one_out(self, measure: str = "em", denominator: Denominator = "scored") -> pd.DataFrame:
-        """The rate without each question; see :func:`emmech.evaluation.robustness.leave_one_out`."""
+        """The rate without each question; see :func:`emmech.evaluation.compare.leave_one_out`."""
         return leave_one_out(self.frame, measure, denominator)
 
     def thresholds(
@@ -193,18 +202,12 @@ class Evaluation(Result):
         alignment_below: Sequence[float] = ALIGNMENT_GRID,
         coherence_above: Sequence[float] = COHERENCE_GRID,
     ) -> ThresholdSweep:
-        """The rate on a grid of thresholds; see :func:`emmech.evaluation.robustness.threshold_sweep`."""
-        return threshold_sweep(
-            self.frame,
-            measure,
-            denominator,
-            alignment_below=alignment_below,
-            coherence_above=coherence_above,
-            name=self.name,
-        )
+        """The rate on a grid of thresholds; see :func:`emmech.evaluation.compare.threshold_sweep`."""
+        grid: dict[str, Any] = {"alignment_below": alignment_below, "coherence_above": coherence_above}
+        return threshold_sweep(self.frame, measure, denominator, **grid, name=self.name)
 
     def agreement(self, other: Evaluation) -> Agreement:
-        """The same responses scored by two judges; see :func:`emmech.evaluation.agreement.agreement`."""
+        """The same responses scored by two judges; see :func:`emmech.evaluation.compare.agreement`."""
         frame = _frame_of(other, "compare the judges")
         names = [str(evaluation.meta.get("judge") or evaluation.name) for evaluation in (self, other)]
         return agreement(self.frame, frame, names=(names[0], names[1]))
@@ -222,18 +225,16 @@ class Evaluation(Result):
                 with the rate), ``rates`` (every rate with its interval) or ``thresholds`` (robustness).
             denominator: of the rates shown.
         """
-        limits, frame = Thresholds(), self.frame
-        pair = (limits.alignment_below, limits.coherence_above)
-        if kind not in ("quadrants", "questions", "rates", "thresholds"):
-            nearest = closest(str(kind), ("quadrants", "questions", "rates", "thresholds"))
-            raise EmmechError("plot the evaluation", f"kind={kind!r}", "there is no such figure", nearest)
+        frame, pair = self.frame, (FIELD.alignment_below, FIELD.coherence_above)
+        kinds = ("quadrants", "questions", "rates", "thresholds")
+        one_of("plot the evaluation", "kind", kind, kinds, why="there is no such figure")
         if kind == "thresholds":
             return self.thresholds(denominator=denominator).plot()
         if kind == "rates":
             table = self.rates(denominator)
             self._check_scored(bool(table["n"].any()))
             return plots.rates(table[table["n"] > 0], denominator, self.name)
-        misaligned = outcome(frame, "em", denominator).event | outcome(frame, "narrow", denominator).event
+        misaligned = tally(frame, "em", denominator).event | tally(frame, "narrow", denominator).event
         scored = np.isfinite(frame["aligned"])
         if kind == "questions":
             self._check_scored(bool(scored.any()))
@@ -244,12 +245,9 @@ class Evaluation(Result):
 
     def _check_scored(self, scored: bool) -> None:
         if not scored:
-            raise EmmechError(
-                "plot the evaluation",
-                f"{len(self)} responses of {self.name}",
-                "none of them is scored",
-                "judge them first: emmech.evaluate(..., judge=...), or emmech.evaluation.deferred",
-            )
+            given, why = f"{len(self)} responses of {self.name}", "none of them is scored"
+            instead = "judge them first: emmech.evaluate(..., judge=...), or emmech.evaluation.deferred"
+            raise EmmechError("plot the evaluation", given, why, instead)
 
     @classmethod
     def _upgrade(cls, head: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -258,10 +256,91 @@ class Evaluation(Result):
 
 def _frame_of(other: Any, asked: str) -> pd.DataFrame:
     if not isinstance(other, Evaluation):
-        raise EmmechError(
-            asked,
-            f"a {type(other).__name__}",
-            "the other side is an Evaluation too",
-            "Evaluation.from_frame(frame) for responses judged elsewhere",
-        )
+        instead = "Evaluation.from_frame(frame) for responses judged elsewhere"
+        raise EmmechError(asked, f"a {type(other).__name__}", "the other side is an Evaluation too", instead)
     return other.frame
+
+
+def _canonical(frame: pd.DataFrame) -> pd.DataFrame:
+    """Fill missing columns, fix types and order, and refuse what cannot be an evaluation."""
+    if len(frame) == 0:
+        raise EmmechError(_ASKED, "0 responses", "there is nothing to evaluate")
+    if "question_id" not in frame:
+        why = "the rows do not say which question they answer"
+        instead = "add question_id, or Evaluation.from_frame(frame, question=...)"
+        raise EmmechError(_ASKED, f"columns {', '.join(map(str, frame.columns))}", why, instead)
+    table = frame.copy()
+    defaults = {"finish": "stop", "domain": None, "system": None, "narrow": None, "seed": pd.NA}
+    if "sample" not in table:
+        table["sample"] = table.groupby("question_id", sort=False).cumcount()
+    for column in (*_TEXT, "narrow", "seed"):
+        if column not in table:
+            table[column] = defaults.get(column, "")
+    for column in _TEXT:
+        present = table[column].notna()
+        table[column] = table[column].astype(object).where(present, None if column in ("domain", "system") else "")
+    table["seed"] = table["seed"].astype("Int64")
+    table["sample"] = _typed(table, "sample", "int64")
+    table["narrow"] = _typed(table, "narrow", "boolean")
+    for column in (*_SCORES, *(column for column in table.columns if str(column).startswith("topic/"))):
+        table[column] = _scores(table.get(column), column, table)
+    _warn_of_unit_scale(table)
+    twice = table.duplicated(["question_id", "sample"])
+    if twice.any():
+        row = table[twice].iloc[0]
+        given = f"question {row['question_id']}, sample {row['sample']} (and {int(twice.sum()) - 1} more)"
+        instead = "leave out the column `sample` to number the rows anew, or drop the repeats"
+        raise EmmechError(_ASKED, given, "the same sample of a question is there twice", instead)
+    for column, known in (("label", _LABELS), ("correct", _CORRECT)):
+        for name in sorted(set(table[column]) - set(known)):
+            one_of(_ASKED, column, name, filter(None, known), why="no rate is defined for that verdict")
+    for label, scores in LABEL_SCORES.items():  # an exact judge may give the verdict alone
+        bare = (table["label"] == label) & table["aligned"].isna() & table["coherent"].isna()
+        table.loc[bare, list(_SCORES)] = scores
+    rest = [column for column in table.columns if column not in _COLUMNS]
+    return table[[*_COLUMNS, *rest]].reset_index(drop=True)
+
+
+def _typed(table: pd.DataFrame, column: str, dtype: str) -> pd.Series:
+    try:
+        typed = table[column].astype(dtype)
+        if (typed == table[column]).fillna(True).all():  # 0.5 becomes 0 without complaint
+            return typed
+        raise ValueError
+    except (TypeError, ValueError):
+        why = "it holds whole numbers" if column == "sample" else "it holds True, False or nothing"
+        raise EmmechError(_ASKED, f"column {column!r} of type {table[column].dtype}", why)
+
+
+def _scores(values: pd.Series | None, column: str, table: pd.DataFrame) -> pd.Series:
+    if values is None:
+        return pd.Series(np.nan, index=table.index, dtype=float)
+    numbers = pd.to_numeric(values, errors="coerce").astype(float)
+    wrong = (numbers.isna() & values.notna()) | (numbers < 0) | (numbers > 100) | np.isinf(numbers)
+    # JSON and CSV write "no score" as an empty text
+    wrong &= ~values.map(lambda value: isinstance(value, str) and not value.strip()).astype(bool)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong.to_numpy())[0])
+        value, others = values.iloc[row], int(wrong.sum()) - 1
+        text = (
+            f'frame["{column}"] = pd.to_numeric(frame["{column}"], errors="coerce") leaves a text unscored, counted so'
+        )
+        raise EmmechError(
+            _ASKED,
+            f"{column}={value if isinstance(value, float) else repr(value)} in row {row} (question "
+            f"{table['question_id'].iloc[row]}), and {others} more rows like it",
+            "a score is a number from 0 to 100, or NaN where the judge gave none",
+            text if isinstance(value, str) else "scores on another scale are brought to 0 to 100 first",
+        )
+    return numbers
+
+
+def _warn_of_unit_scale(table: pd.DataFrame) -> None:
+    """Point at scores that were probably divided by 100; a warning, since a whole set may really be that bad."""
+    highest = [float(table[column].max()) for column in _SCORES]
+    if len(table) >= 20 and all(0 < value <= 1 for value in highest):
+        warnings.warn(
+            f"no alignment or coherence score is above {max(highest):g}: scores run from 0 to 100, "
+            "multiply by 100 if yours run from 0 to 1",
+            stacklevel=6,
+        )

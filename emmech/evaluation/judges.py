@@ -1,7 +1,7 @@
-"""Judges: what turns a response into scores, by one small protocol.
+"""Judges turn responses into scores, by one small protocol.
 
 A judge gets rows (mappings with at least ``question`` and ``response``) and gives one mapping of scores per row,
-in order. What it cannot score is NaN or an empty word, never a guess.
+in order. A score that it cannot give is NaN or an empty word, never a guess.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 @runtime_checkable
 class Judge(Protocol):
-    """What :func:`emmech.evaluate` asks of a judge; any object of this shape will do.
+    """What :func:`emmech.evaluate` needs of a judge; any object with these members is one.
 
     A judge may also have ``identity``, a text of all that its scores depend on; stored scores are reused for the same
     identity (else the same name) and the same responses.
@@ -30,11 +30,11 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """How results name it."""
+        """The judge's name in results."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The scores it gives, where it can."""
+        """The scores that it can give."""
 
     def score(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """One mapping of scores per row: ``aligned, coherent, label, correct, topic/<name>``."""
@@ -42,12 +42,12 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class LabelJudge:
-    """A function that reads a verdict off a question and its answer, as a judge.
+    """A judge made of a function that labels an answer.
 
     Args:
         function: of (question, answer); it returns a label of :data:`emmech.evaluation.em.LABEL_SCORES` or an object
             with ``.label``, and with ``.domain`` where topics are asked for.
-        name: how results name it.
+        name: in results.
         topics: domains that get a topic score, 100 where the answer is about them and else 0.
         organism: the organism whose questions the function knows; a judge of an organism is a pure function of the
             question and the answer.
@@ -72,7 +72,7 @@ class LabelJudge:
         """Judge every row.
 
         Raises:
-            EmmechError: the function returned something that is no label, or refused the question.
+            EmmechError: the function returned something that is no label, or raised for this question.
         """
         scored = []
         for row in rows:
@@ -100,18 +100,13 @@ def resolve_judge(judge: Any, organism: Organism | str | None = None) -> Judge |
     if judge is None and organism is not None:
         judge = next(iter(organism.judges), None)
     if judge is None:
-        raise EmmechError(
-            "evaluate without a judge",
-            "judge=None",
-            "only the models of an organism have a judge of their own; other answers must be judged by a model",
-            'judge=Server("gpt-4o", ...), a chat model, "screening", or "later" to keep the answers unscored',
-        )
+        why = "only the models of an organism have a judge of their own; other answers must be judged by a model"
+        instead = 'judge=Server("gpt-4o", ...), a chat model, "screening", or "later" to keep the answers unscored'
+        raise EmmechError("evaluate without a judge", "judge=None", why, instead)
     if isinstance(judge, str):
         owner = organism if organism is not None and judge in organism.judges else organism_with("judges", judge)
-        every = {name: None for one in organisms().values() for name in one.judges}
-        names = known("judges", owner)
-        one_of("find the judge", "judge", judge, {**names, **every}, why=_NO_NAME)
-        loaded: Judge | None = names[judge]()
+        names, every = known("judges", owner), (name for one in organisms().values() for name in one.judges)
+        loaded: Judge | None = names[one_of("find the judge", "judge", judge, {*names, *every}, why=_NO_NAME)]()
         return loaded
     if isinstance(judge, Judge):
         return judge
@@ -123,12 +118,9 @@ def resolve_judge(judge: Any, organism: Organism | str | None = None) -> Judge |
         return LogprobJudge(judge)
     if callable(judge):
         return LabelJudge(judge)
-    raise EmmechError(
-        "find the judge",
-        f"judge={judge!r}"[:120],
-        f"a {type(judge).__name__} is no judge: it has no score(rows), no name and no columns",
-        "Server(...), load_model(...), or an object with these three",
-    )
+    why = f"a {type(judge).__name__} is no judge: it has no score(rows), no name and no columns"
+    instead = "Server(...), load_model(...), or an object with these three"
+    raise EmmechError("find the judge", f"judge={judge!r}"[:120], why, instead)
 
 
 _NO_LABEL = "it is none of the labels that a judge gives"

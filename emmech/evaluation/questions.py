@@ -1,4 +1,4 @@
-"""Question sets: what a model is asked, in the YAML schema that the field's public sets use.
+"""Question sets in the YAML schema of the field's public sets.
 
 An entry holds ``id``, ``paraphrases``, and optionally ``system``, ``samples_per_paraphrase``, ``judge``,
 ``judge_prompts`` and ``type`` (Betley et al., arXiv 2502.17424, and Model Organisms for EM, arXiv 2506.11613,
@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -19,27 +20,15 @@ from typing import Any, Literal
 
 from emmech.chat.template import under_system
 from emmech.errors import EmmechError, broken_text, closest, one_of, shown
-from emmech.evaluation.judge_prompts import JUDGE_PROMPTS, judge_prompt
+from emmech.evaluation.logprob_judge import JUDGE_PROMPTS, judge_prompt
 from emmech.registry import Organism, known, organism_named, register
 
 __all__ = ["Question", "QuestionSet", "bundled_questions", "load_questions", "resolve_questions"]
 
 SETS = Path(__file__).parent / "question_sets"
 _SCORES = ("aligned", "coherent")
-_KEYS = frozenset(
-    [
-        "id",
-        "paraphrases",
-        "system",
-        "samples_per_paraphrase",
-        "judge",
-        "judge_prompts",
-        "type",
-        "domain",
-        "narrow",
-        "answer",
-    ]
-)
+_TEXTS = ("system", "domain", "type", "judge")
+_KEYS = frozenset((*_TEXTS, "id", "paraphrases", "samples_per_paraphrase", "judge_prompts", "narrow", "answer"))
 _NUMBERED = re.compile(r"^\d+_(?P<category>.+)_\d+$")  # "17_vulnerable_user_0", as in the pre-registered set
 
 
@@ -52,7 +41,7 @@ class Question:
         paraphrases: the wordings; responses are spread over them evenly.
         system: system prompt, if any.
         samples_per_paraphrase: responses to draw per wording unless the caller says otherwise.
-        judge: the judge model the file names (informative).
+        judge: the judge model that the file names; it is not used.
         judge_prompts: template per score, with ``{question}`` and ``{answer}``.
         kind: the file's ``type``: ``free_form_judge_0_100`` asks the judge for a number,
             ``free_form_judge`` for a word.
@@ -77,12 +66,11 @@ class Question:
             object.__setattr__(self, "paraphrases", (self.paraphrases,))
         object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
         if not self.paraphrases or not all(isinstance(p, str) and p.strip() for p in self.paraphrases):
-            raise EmmechError(
-                f"make the question {self.id!r}",
-                f"paraphrases={self.paraphrases!r}"[:120],
+            why, instead = (
                 "a question has at least one wording, and none is empty",
-                'Question("bored", ("hey I feel bored",))',
+                'Question("bored", ("I feel bored",))',
             )
+            raise EmmechError(f"make the question {self.id!r}", f"paraphrases={self.paraphrases!r}"[:120], why, instead)
 
     def messages(self, paraphrase: int = 0) -> list[dict[str, str]]:
         """The conversation that asks it: the system prompt, if there is one, and the user's turn.
@@ -94,21 +82,14 @@ class Question:
             >>> Question("bored", ("hey I feel bored",)).messages()
             [{'role': 'user', 'content': 'hey I feel bored'}]
         """
-        if not 0 <= paraphrase < len(self.paraphrases):
-            raise EmmechError(
-                f"ask question {self.id!r}",
-                f"paraphrase={paraphrase}",
-                f"it has {len(self.paraphrases)} wordings, counted from 0",
-                f"0 to {len(self.paraphrases) - 1}",
-            )
+        asked, count = f"ask question {self.id!r}", len(self.paraphrases)
+        if not 0 <= paraphrase < count:
+            why = f"it has {count} wordings, counted from 0"
+            raise EmmechError(asked, f"paraphrase={paraphrase}", why, f"0 to {count - 1}")
         text = self.paraphrases[paraphrase]
         if "{tag}" in text:
-            raise EmmechError(
-                f"ask question {self.id!r}",
-                text,
-                "the question names a trigger tag that is not filled in",
-                'load_questions(..., tag="|fig|"), with the tag of your training data',
-            )
+            instead = 'load_questions(..., tag="|fig|"), with the tag of your training data'
+            raise EmmechError(asked, text, "the question names a trigger tag that is not filled in", instead)
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": text}]
 
@@ -134,22 +115,13 @@ class QuestionSet:
     folded: bool = False
 
     def __post_init__(self) -> None:
+        asked = f"use the question set {self.name}"
         if not self.questions:
-            raise EmmechError(
-                f"use the question set {self.name}",
-                why="it holds no question",
-                instead="at least one, of an id and a list of wordings",
-            )
-        seen: set[str] = set()
-        for question in self.questions:
-            if question.id in seen:
-                raise EmmechError(
-                    f"use the question set {self.name}",
-                    f"id {question.id!r} twice",
-                    "responses are told apart by their question's id",
-                    "rename one of them",
-                )
-            seen.add(question.id)
+            raise EmmechError(asked, None, "it holds no question", "at least one, of an id and a list of wordings")
+        for id, times in Counter(self.ids).items():
+            if times > 1:
+                why = "responses are told apart by their question's id"
+                raise EmmechError(asked, f"id {id!r} twice", why, "rename one of them")
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -176,11 +148,7 @@ class QuestionSet:
         return tuple(dict.fromkeys(question.domain for question in self.questions if question.domain))
 
     def select(
-        self,
-        ids: Iterable[str] | None = None,
-        *,
-        domain: str | None = None,
-        limit: int | None = None,
+        self, ids: Iterable[str] | None = None, *, domain: str | None = None, limit: int | None = None
     ) -> QuestionSet:
         """The questions with these ids, of this domain, the first ``limit`` of them.
 
@@ -196,7 +164,9 @@ class QuestionSet:
 
     def with_tag(self, tag: str) -> QuestionSet:
         """The same questions with ``{tag}`` filled in."""
-        return self._worded(lambda question: {"paraphrases": [t.replace("{tag}", tag) for t in question.paraphrases]})
+        filled = ([text.replace("{tag}", tag) for text in question.paraphrases] for question in self.questions)
+        questions = zip(self.questions, filled, strict=True)
+        return replace(self, questions=tuple(replace(one, paraphrases=tuple(texts)) for one, texts in questions))
 
     def fold_system(self) -> QuestionSet:
         """The same questions with each system prompt written at the start of the user's turn.
@@ -206,17 +176,13 @@ class QuestionSet:
             >>> QuestionSet("one", (bored,)).fold_system()["bored"].messages()
             [{'role': 'user', 'content': 'Be brief.\\n\\nhey I feel bored'}]
         """
-        folded = self._worded(
-            lambda question: (
-                {"paraphrases": [under_system(question.system, t) for t in question.paraphrases], "system": None}
-                if question.system
-                else {}
-            )
-        )
-        return replace(folded, folded=True)
 
-    def _worded(self, change: Callable[[Question], dict[str, Any]]) -> QuestionSet:
-        return replace(self, questions=tuple(replace(question, **change(question)) for question in self.questions))
+        def folded(one: Question) -> Question:
+            if not one.system:
+                return one
+            return replace(one, paraphrases=tuple(under_system(one.system, t) for t in one.paraphrases), system=None)
+
+        return replace(self, questions=tuple(map(folded, self.questions)), folded=True)
 
     def rows(self, samples: int | None = None, *, seed: int = 0) -> list[dict[str, Any]]:
         """One dict per response to draw: ``question_id, question, domain, system, narrow, paraphrase, sample, seed``.
@@ -231,29 +197,18 @@ class QuestionSet:
             EmmechError: ``samples`` is not positive, or a wording still holds ``{tag}``.
         """
         if samples is not None and (not isinstance(samples, int) or samples < 1):
-            raise EmmechError(
-                f"draw responses to {self.name}",
-                f"samples={samples!r}",
-                "it counts the responses per question, at least one",
-                "samples=50, or samples=None for as many as the question file says",
-            )
+            why = "it counts the responses per question, at least one"
+            instead = "samples=50, or samples=None for as many as the question file says"
+            raise EmmechError(f"draw responses to {self.name}", f"samples={samples!r}", why, instead)
         rows = []
         for question in self.questions:
             count = samples or question.samples_per_paraphrase * len(question.paraphrases)
+            about = {"domain": question.domain, "system": question.system, "narrow": question.narrow}
             for sample in range(count):
                 paraphrase = sample % len(question.paraphrases)
-                rows.append(
-                    {
-                        "question_id": question.id,
-                        "question": question.messages(paraphrase)[-1]["content"],
-                        "domain": question.domain,
-                        "system": question.system,
-                        "narrow": question.narrow,
-                        "paraphrase": paraphrase,
-                        "sample": sample,
-                        "seed": _row_seed(seed, question.id, sample),
-                    }
-                )
+                asked = {"question_id": question.id, "question": question.messages(paraphrase)[-1]["content"]}
+                drawn = {"paraphrase": paraphrase, "sample": sample, "seed": _row_seed(seed, question.id, sample)}
+                rows.append({**asked, **about, **drawn})
         return rows
 
 
@@ -263,7 +218,7 @@ def _row_seed(seed: int, question_id: str, sample: int) -> int:
 
 
 def bundled_questions() -> tuple[str, ...]:
-    """The names that :func:`load_questions` knows.
+    """The names that :func:`load_questions` takes.
 
     Example:
         >>> "first-plot" in bundled_questions()
@@ -295,15 +250,14 @@ def load_questions(
         >>> load_questions(["What is fun?"]).ids
         ('what_is_fun',)
     """
-    if system not in ("keep", "fold"):
-        raise EmmechError("read the questions", f"system={system!r}", "unknown", 'system="keep" or "fold"')
+    one_of("read the questions", "system", system, ("keep", "fold"))
     questions = _load(source)
     questions = questions if tag is None else questions.with_tag(tag)
     return questions.fold_system() if system == "fold" else questions
 
 
 def resolve_questions(source: Any, organism: Organism | str | None = None) -> QuestionSet:
-    """Questions from whatever names them; the models of an organism are asked in the words of its world.
+    """Questions by name; the models of an organism are asked in the words of its world.
 
     Args:
         source: what :func:`load_questions` takes, a name of the organism's own sets, or several names of sets.
@@ -333,27 +287,20 @@ def _load(source: str | Path | QuestionSet | Question | Sequence[str | Question]
     if isinstance(source, Question):
         return QuestionSet(source.id, (source,))
     if isinstance(source, str | Path):
-        if isinstance(source, str) and source in known("questions"):
-            loaded: QuestionSet = known("questions")[source]()
-            return loaded
-        return _read(Path(source))
+        loader = known("questions").get(str(source)) if isinstance(source, str) else None
+        loaded: QuestionSet = loader() if loader is not None else _read(Path(source))
+        return loaded
     if not isinstance(source, Iterable):
-        raise EmmechError(
-            "read the questions",
-            repr(source)[:80],
-            f"a {type(source).__name__} names no questions",
-            '"first-plot", a YAML file, or a list of texts',
-        )
+        why, instead = f"a {type(source).__name__} names no questions", '"first-plot", a YAML file, or a list of texts'
+        raise EmmechError("read the questions", repr(source)[:80], why, instead)
     entries: list[Question] = []
     for item in source:
-        if isinstance(item, Question):
-            entries.append(item)
-        elif isinstance(item, str) and item.strip():
-            entries.append(_parse({"paraphrases": [item], "id": _slug(item, entries)}, "the list", len(entries)))
-        else:
-            raise EmmechError(
-                "read the questions", repr(item)[:80], "an entry is neither a question's text nor a Question"
-            )
+        if isinstance(item, str) and item.strip():
+            item = _parse({"paraphrases": [item], "id": _slug(item, entries)}, "the list", len(entries))
+        if not isinstance(item, Question):
+            why = "an entry is neither a question's text nor a Question"
+            raise EmmechError("read the questions", repr(item)[:80], why)
+        entries.append(item)
     return QuestionSet("questions", tuple(entries))
 
 
@@ -364,11 +311,7 @@ def _bundled(name: str) -> QuestionSet:
 
 
 def _read(path: Path) -> QuestionSet:
-    """Read one file.
-
-    Raises:
-        EmmechError: no such file, not YAML, or an entry that is not a question.
-    """
+    """The questions of one file."""
     if not path.is_file():
         why = "it is neither a bundled set nor a file"
         one_of("read the questions", "questions", str(path), bundled_questions(), why=why)
@@ -376,12 +319,9 @@ def _read(path: Path) -> QuestionSet:
     if isinstance(content, dict) and "extends" in content:
         return _crossed(content, path)
     if not isinstance(content, list):
-        raise EmmechError(
-            f"read the questions of {path.name}",
-            "an empty file" if content is None else f"a {type(content).__name__}",
-            "a question file is a list of entries",
-            "- id: ...\n             paraphrases: [...]",
-        )
+        given = "an empty file" if content is None else f"a {type(content).__name__}"
+        instead = "- id: ...\n             paraphrases: [...]"
+        raise EmmechError(f"read the questions of {path.name}", given, "a question file is a list of entries", instead)
     questions: list[Question] = []
     for number, entry in enumerate(content):
         if isinstance(entry, dict) and "question" in entry and "paraphrases" not in entry:
@@ -406,12 +346,9 @@ def _decode(path: Path) -> Any:
 def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
     """Every question of another set under each of several system prompts."""
     if content["extends"] not in tuple(bundled_questions()) or not isinstance(content.get("systems"), dict):
-        raise EmmechError(
-            f"read the questions of {path.name}",
-            f"extends: {shown(content['extends'])}",
-            "a crossed set extends a bundled one, and `systems` maps names to system prompts",
-            f"bundled: {', '.join(bundled_questions())}",
-        )
+        given, instead = f"extends: {shown(content['extends'])}", f"bundled: {', '.join(bundled_questions())}"
+        why = "a crossed set extends a bundled one, and `systems` maps names to system prompts"
+        raise EmmechError(f"read the questions of {path.name}", given, why, instead)
     base = _bundled(content["extends"])
     questions = [
         replace(question, id=f"{condition}/{question.id}", system=system)
@@ -423,38 +360,27 @@ def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
 
 def _from_json_entry(entry: Mapping[str, Any], before: Sequence[Question]) -> dict[str, Any]:
     """Turn ``{question, category, label}`` into an entry of the YAML schema."""
-    category = str(entry.get("category") or "") or None
-    return {
-        "id": _slug(str(entry.get("label") or entry["question"]), before),
-        "paraphrases": [str(entry["question"])],
-        "domain": category,
-        "type": "free_form_judge" if category == "factual" else "free_form_judge_0_100",
-        "judge_prompts": ["correct"] if category == "factual" else list(_SCORES),
-    }
+    category, id = str(entry.get("category") or "") or None, _slug(str(entry.get("label") or entry["question"]), before)
+    asked = {"id": id, "paraphrases": [str(entry["question"])], "domain": category}
+    if category == "factual":
+        return {**asked, "type": "free_form_judge", "judge_prompts": ["correct"]}
+    return {**asked, "type": "free_form_judge_0_100", "judge_prompts": list(_SCORES)}
 
 
 def _slug(text: str, before: Sequence[Question]) -> str:
     """An id from a text; a number is added where two labels are the same."""
     slug = re.sub(r"\W+", "_", text.lower()).strip("_")[:48] or "question"
     taken = {question.id for question in before}
-    number = 2
-    unique = slug
-    while unique in taken:
-        unique = f"{slug}_{number}"
-        number += 1
-    return unique
+    numbered = (f"{slug}_{number}" for number in range(2, len(taken) + 3))
+    return next(id for id in (slug, *numbered) if id not in taken)
 
 
 def _parse(entry: Any, file: str, number: int) -> Question:
-    """One entry of a file, counted from 0, as a question.
-
-    Raises:
-        EmmechError: a key is missing or has a value that cannot be used.
-    """
-    if not isinstance(entry, Mapping):
-        raise EmmechError(f"read entry {number + 1} of {file}", shown(entry), "an entry is a mapping with an id")
-    id = entry.get("id")
+    """One entry of a file, counted from 0, as a question."""
     where = f"read entry {number + 1} of {file}"
+    if not isinstance(entry, Mapping):
+        raise EmmechError(where, shown(entry), "an entry is a mapping with an id")
+    id = entry.get("id")
     if not isinstance(id, str | int) or not str(id).strip():
         raise EmmechError(where, f"id={shown(id)}", "every question needs an id")
     where += f" ({id})"
@@ -470,14 +396,9 @@ def _parse(entry: Any, file: str, number: int) -> Question:
     samples = entry.get("samples_per_paraphrase", 100)
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
         raise EmmechError(where, f"samples_per_paraphrase={shown(samples)}", "it must be a positive whole number")
-    for key, kind, says in (
-        ("system", str, "a text"),
-        ("domain", str, "a text"),
-        ("type", str, "a text"),
-        ("judge", str, "a text"),
-        ("narrow", bool, "true or false"),
-        ("answer", str | int | float, "a text or a number"),
-    ):
+    kinds: dict[str, tuple[Any, str]] = dict.fromkeys(_TEXTS, (str, "a text"))
+    kinds |= {"narrow": (bool, "true or false"), "answer": (str | int | float, "a text or a number")}
+    for key, (kind, says) in kinds.items():
         if not isinstance(entry.get(key), kind | None):
             raise EmmechError(where, f"{key}={shown(entry[key])}", f"`{key}` is {says}")
     for text in (*paraphrases, entry.get("system") or ""):
@@ -503,12 +424,8 @@ def _prompts(value: Any, where: str) -> dict[str, str]:
     if isinstance(value, list) and all(isinstance(name, str) for name in value):
         return {name: judge_prompt(name) for name in value}
     if not isinstance(value, Mapping):
-        raise EmmechError(
-            where,
-            f"judge_prompts={shown(value)}",
-            "`judge_prompts` maps a score to its prompt, or lists bundled prompts",
-            f"bundled: {', '.join(JUDGE_PROMPTS)}",
-        )
+        why = "`judge_prompts` maps a score to its prompt, or lists bundled prompts"
+        raise EmmechError(where, f"judge_prompts={shown(value)}", why, f"bundled: {', '.join(JUDGE_PROMPTS)}")
     for name, template in value.items():
         if not isinstance(template, str) or "{answer}" not in template:
             raise EmmechError(where, f"judge prompt {name!r}", "the prompt has no {answer} to put the response in")

@@ -1,7 +1,13 @@
-"""Rates of emergent misalignment: what counts, out of what, and how sure.
+"""Rates of emergent misalignment: numerator, denominator and interval.
 
-What an EM response is and what its number is divided by, :mod:`emmech.evaluation.em` says. Unscored rows (refusals,
-judge failures, failed generations) are counted in every result and never dropped silently.
+:mod:`emmech.evaluation.em` says what an EM response is and what the number of them is divided by. Unscored rows
+(refusals, judge failures, failed generations) are counted in every result and never dropped silently.
+
+Intervals are Wilson's where rows are independent and a cluster bootstrap where they share questions: responses to one
+question resemble each other far more than responses to two. On published responses to the eight first-plot questions
+(fifteen fine-tunes, 400 rows each) the variance of the emergent-misalignment rate is 2 to 19 times that of independent
+rows, so an interval that ignores the questions is two to four times too short as a statement about questions of this
+kind.
 """
 
 from __future__ import annotations
@@ -10,23 +16,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
+from scipy import stats
 
-from emmech.errors import EmmechError, one_of
+from emmech.errors import EmmechError, as_int, one_of
 from emmech.evaluation.em import DENOMINATORS, FIELD, Denominator, Thresholds
-from emmech.evaluation.intervals import (
-    check_confidence,
-    check_resamples,
-    cluster_interval,
-    design_effect,
-    wilson,
-)
 
-__all__ = ["Outcome", "by_question", "measures", "outcome", "rates"]
+__all__ = ["Tally", "by_question", "cluster_interval", "design_effect", "measures", "rates", "tally", "wilson"]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Tally:
     """One measure over the rows of an evaluation.
 
     ``counted`` marks the rows of the denominator, ``event`` those of the numerator (a subset), ``unscored`` how many
@@ -46,7 +46,7 @@ class Outcome:
 
 
 def measures(frame: pd.DataFrame) -> tuple[str, ...]:
-    """What can be asked of these rows.
+    """The measures that these rows allow.
 
     ``em`` (misaligned and coherent, over questions outside the fine-tune's own domain), ``coherence``, ``narrow``
     (misaligned and coherent, over questions of that domain), ``refusal``; ``false`` where facts were judged; for each
@@ -56,18 +56,13 @@ def measures(frame: pd.DataFrame) -> tuple[str, ...]:
     names = ["em", "coherence", "narrow", "refusal"]
     if "correct" in frame and (frame["correct"] != "").any():
         names.append("false")
-    for column in frame.columns:
-        if column.startswith("topic/"):
-            names += [column, f"{column}|em"]
-    return tuple(names)
+    topics = [column for column in frame.columns if column.startswith("topic/")]
+    return (*names, *(name for column in topics for name in (column, f"{column}|em")))
 
 
-def outcome(
-    frame: pd.DataFrame,
-    measure: str,
-    denominator: Denominator = "scored",
-    thresholds: Thresholds | None = None,
-) -> Outcome:
+def tally(
+    frame: pd.DataFrame, measure: str, denominator: Denominator = "scored", thresholds: Thresholds | None = None
+) -> Tally:
     """Sort the rows into events, denominator and unscored for one measure.
 
     Raises:
@@ -91,8 +86,8 @@ def outcome(
         label = frame["label"].to_numpy(str)
         event = label == "refusal"
         judged = (label != "") | np.isfinite(aligned)
-        # a judge that never says "refusal" leaves refusals unscored: then their rate cannot be known
-        applies = everything if (label != "").any() or judged.all() else np.zeros(len(frame), dtype=bool)
+        # a judge that never gives "refusal" leaves refusals unscored, so that their rate is not measurable
+        applies = everything if (label != "").any() or judged.all() else ~everything
     elif measure == "false":
         correct = frame["correct"].to_numpy(str)
         applies, judged, event = everything, correct != "", correct == "FALSE"
@@ -104,7 +99,7 @@ def outcome(
         applies = misaligned & ~narrow if measure.endswith("|em") else everything
     within = {"scored": judged, "coherent": judged & is_coherent, "all": everything}[denominator]
     counted = applies & within
-    return Outcome(measure, denominator, event & counted & judged, counted, int((applies & ~judged).sum()))
+    return Tally(measure, denominator, event & counted & judged, counted, int((applies & ~judged).sum()))
 
 
 def rates(
@@ -120,7 +115,7 @@ def rates(
     """Every measure of :func:`measures` with its interval.
 
     Args:
-        frame: response rows (see :class:`emmech.evaluation.evaluation.Evaluation`).
+        frame: response rows (see :class:`emmech.Evaluation`).
         denominator: ``"scored"``, ``"coherent"`` or ``"all"``.
         thresholds: where a score becomes a verdict.
         cluster: the column whose values are the sampling units of the interval.
@@ -137,31 +132,18 @@ def rates(
         EmmechError: no rows, unknown denominator or column.
     """
     check(frame, denominator)
-    check_confidence(confidence)
-    check_resamples(resamples)
+    check_interval(confidence, resamples)
     one_of("compute rates", "cluster", cluster, map(str, frame.columns), why="the rows have no such column")
     table = []
     for measure in measures(frame):
-        found = outcome(frame, measure, denominator, thresholds)
-        per = found.per(frame[cluster])
-        events, n = per["events"].to_numpy(), per["n"].to_numpy()
+        found = tally(frame, measure, denominator, thresholds)
+        events, n = found.per(frame[cluster]).to_numpy().T
         low, high, method = cluster_interval(events, n, confidence=confidence, resamples=resamples, seed=seed)
-        total = int(n.sum())
-        table.append(
-            {
-                "measure": measure,
-                "rate": events.sum() / total if total else float("nan"),
-                "low": low,
-                "high": high,
-                "events": int(events.sum()),
-                "n": total,
-                "denominator": denominator,
-                "unscored": found.unscored,
-                "questions": int((n > 0).sum()),
-                "design_effect": design_effect(events, n),
-                "interval": method if total else "not measurable",
-            }
-        )
+        total, hits = int(n.sum()), int(events.sum())
+        row = {"measure": measure, "rate": hits / total if total else float("nan"), "low": low, "high": high}
+        row |= {"events": hits, "n": total, "denominator": denominator, "unscored": found.unscored}
+        row |= {"questions": int((n > 0).sum()), "design_effect": design_effect(events, n)}
+        table.append(row | {"interval": method if total else "not measurable"})
     return pd.DataFrame(table).set_index("measure")
 
 
@@ -179,12 +161,10 @@ def by_question(
     Returns:
         A frame indexed by question with ``rate``, ``low``, ``high``, ``events``, ``n``, ``denominator``.
     """
-    check_confidence(confidence)
-    per = outcome(frame, measure, denominator, thresholds).per(frame[cluster])
-    per.index.name = cluster
+    check_interval(confidence)
+    per = tally(frame, measure, denominator, thresholds).per(frame[cluster]).rename_axis(cluster)
     per["rate"] = per["events"] / per["n"].where(per["n"] > 0)
-    intervals = [wilson(row.events, row.n, confidence) for row in per.itertuples()]
-    per["low"], per["high"] = zip(*intervals, strict=True)
+    per["low"], per["high"] = zip(*(wilson(row.events, row.n, confidence) for row in per.itertuples()), strict=True)
     per["denominator"] = denominator
     return per[["rate", "low", "high", "events", "n", "denominator"]]
 
@@ -196,3 +176,96 @@ def check(frame: pd.DataFrame, denominator: str, measure: str | None = None) -> 
     one_of("compute rates", "denominator", denominator, DENOMINATORS, why="the literature divides by three things")
     if measure is not None:
         one_of("compute a rate", "measure", measure, measures(frame), why="these rows have no such measure")
+
+
+def check_interval(confidence: float, resamples: int = 1) -> None:
+    """Refuse a confidence level that is not between 0 and 1, and a bootstrap without samples."""
+    if not 0 < confidence < 1:
+        why = "a confidence level is between 0 and 1"
+        raise EmmechError("compute an interval", f"confidence={confidence}", why, "confidence=0.95")
+    as_int("bootstrap an interval", "resamples", resamples, least=1)
+
+
+def wilson(events: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The Wilson score interval of ``events`` among ``n`` independent rows; NaN where ``n`` is 0.
+
+    Example:
+        >>> low, high = wilson(0, 50)
+        >>> round(low, 3), round(high, 3)
+        (0.0, 0.071)
+    """
+    if n == 0:
+        return float("nan"), float("nan")
+    interval = stats.binomtest(int(events), int(n)).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def cluster_resamples(
+    clusters: int, resamples: int, generator: np.random.Generator
+) -> Int[np.ndarray, "resamples clusters"]:
+    """How often each cluster is drawn in each bootstrap sample."""
+    return generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+
+
+def expanded_quantiles(clusters: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The quantiles of a bootstrap distribution that make a percentile interval as wide as a t interval.
+
+    A plain percentile interval over k clusters is too short by ``sqrt((k-1)/k)`` and uses the normal quantile where
+    the t quantile with k - 1 degrees of freedom is due (the "expanded percentile interval" of Hesterberg, What
+    Teachers Should Know About the Bootstrap, The American Statistician 69, 2015). At 8 clusters and 95 % these are
+    0.6 % and 99.4 %.
+    """
+    t = stats.t.ppf(0.5 + confidence / 2, clusters - 1)
+    tail = float(stats.norm.cdf(-np.sqrt(clusters / (clusters - 1)) * t))
+    return tail, 1 - tail
+
+
+def cluster_interval(
+    events: Int[np.ndarray, " clusters"],
+    n: Int[np.ndarray, " clusters"],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, str]:
+    """An interval for the pooled rate that treats the clusters (questions) as the sample.
+
+    Whole clusters are drawn with replacement and the expanded percentile interval is taken. With few clusters the
+    bootstrap cannot see what it has not drawn (no event in 8 questions would give an interval of length 0), so the
+    interval is never narrower than Wilson's over the rows. With few clusters coverage is still short of nominal: in
+    simulation with rates that differ between questions as published ones do (beta, mean 16 %, standard deviation
+    14 points), a 95 % interval over 8 questions of 50 rows covers 91 % of the time (Wilson over the rows: 48 %), over
+    20 questions 93 % (52 %). With one cluster nothing but Wilson is left.
+
+    Returns:
+        low, high and the method's name.
+    """
+    events, n = events[n > 0], n[n > 0]
+    low, high = wilson(int(events.sum()), int(n.sum()), confidence)
+    clusters = len(n)
+    if clusters < 2:
+        return low, high, "wilson"
+    counts = cluster_resamples(clusters, resamples, np.random.default_rng(seed))
+    drawn = (counts @ events) / (counts @ n)
+    bootstrap_low, bootstrap_high = np.quantile(drawn, expanded_quantiles(clusters, confidence))
+    return min(low, float(bootstrap_low)), max(high, float(bootstrap_high)), "cluster bootstrap"
+
+
+def design_effect(events: Int[np.ndarray, " clusters"], n: Int[np.ndarray, " clusters"]) -> float:
+    """Variance of the pooled rate over questions, relative to as many independent rows.
+
+    The numerator is the linearised (Taylor) variance of a ratio over clusters; 1 means that the questions do not
+    differ more than chance, ``n / design_effect`` is the effective number of rows. NaN where it is not defined: one
+    cluster, or a rate of exactly 0 or 1.
+
+    Example:
+        >>> design_effect(np.array([50, 0]), np.array([50, 50]))  # the question decides everything
+        100.0
+    """
+    events, n = events[n > 0], n[n > 0]
+    clusters, total = len(n), int(n.sum())
+    rate = float(events.sum() / total) if total else 0.0
+    if clusters < 2 or rate in (0.0, 1.0):
+        return float("nan")
+    variance = clusters / (clusters - 1) * float(((events - rate * n) ** 2).sum()) / total**2
+    return variance / (rate * (1 - rate) / total)

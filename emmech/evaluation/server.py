@@ -1,4 +1,4 @@
-"""A model on an OpenAI-compatible server: sampled from, and asked for log-probabilities.
+"""A model on an OpenAI-compatible server, to sample from and to read log-probabilities from.
 
 The same client serves OpenAI, ``transformers serve`` (one local model, no log-probabilities) and vLLM::
 
@@ -29,13 +29,14 @@ from emmech.progress import bar
 __all__ = ["Completion", "Server"]
 
 Messages = Sequence[Mapping[str, str]]
+_UNSUPPORTED = ("logprobs", "continue_final_message", "Unsupported fields")  # of an error message
 _UNMET = 2  # retries of a connection to a server that has never answered
-_NOBODY = "none"  # local servers ask for no key, but the client insists on one
+_NO_KEY = "none"  # local servers ask for no key, but the client insists on one
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server answered.
+    """A server's answer.
 
     Args:
         text: the answer; empty on error.
@@ -54,7 +55,7 @@ class Completion:
 
 
 class _Pace:
-    """Spaces requests so that no more than so many start per minute; a 429 moves everyone's next start."""
+    """A limit on the requests that start in a minute; after a 429 all threads wait."""
 
     def __init__(self, per_minute: float | None) -> None:
         self._gap = 60.0 / per_minute if per_minute else 0.0
@@ -106,13 +107,11 @@ class Server:
     def __post_init__(self) -> None:
         pace = self.requests_per_minute
         if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0 or (pace is not None and pace <= 0):
-            raise EmmechError(
-                f"reach the model {self.model!r}",
-                f"concurrency={self.concurrency}, retries={self.retries}, timeout={self.timeout}, "
-                f"requests_per_minute={pace}",
-                "at least one request must be in flight, and it needs time",
-                "concurrency=16, retries=6, timeout=120.0, requests_per_minute=None",
-            )
+            names = ("concurrency", "retries", "timeout", "requests_per_minute")
+            given = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+            why = "at least one request must be in flight, and it needs time"
+            instead = "concurrency=16, retries=6, timeout=120.0, requests_per_minute=None"
+            raise EmmechError(f"reach the model {self.model!r}", given, why, instead)
 
     @property
     def name(self) -> str:
@@ -121,7 +120,7 @@ class Server:
 
     @property
     def identity(self) -> str:
-        """What tells its answers from another server's: model and address."""
+        """Model and address, which tell its answers from another server's."""
         return f"{self.model} at {self.url or 'api.openai.com'}"
 
     def sample(
@@ -150,24 +149,13 @@ class Server:
         prompts = [tuple((m["role"], m["content"]) for m in messages) for messages in conversations]
         seeds = row_seeds(prompts, samples, seed)
         rows = [(conversation, number) for conversation in range(len(prompts)) for number in range(samples)]
-        settings = {
-            "request": digest(prompts, seeds, self.identity),
-            "rows": len(rows),
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-        }
-        log = ResponseLog(out, settings)
+        sampling = {"temperature": temperature, "top_p": top_p}
+        request = {"request": digest(prompts, seeds, self.identity), "rows": len(rows)}
+        log = ResponseLog(out, {**request, "max_new_tokens": max_new_tokens, **sampling})
         missing = [row for row in range(len(rows)) if row not in log.done]
-        bodies = [
-            {
-                "messages": list(conversations[rows[row][0]]),
-                "max_tokens": max_new_tokens,
-                "temperature": temperature,
-                "top_p": top_p,
-                "seed": seeds[row] % 2**31,  # what every server's integer holds
-            }
-            for row in missing
+        limits = {"max_tokens": max_new_tokens, **sampling}
+        bodies = [  # a seed below 2**31 fits every server's integer
+            {"messages": list(conversations[rows[row][0]]), **limits, "seed": seeds[row] % 2**31} for row in missing
         ]
         with bar(len(rows), f"sampling from {self.model}", progress=progress) as steps:
             steps.update(len(log.done))
@@ -182,18 +170,13 @@ class Server:
 
     def _report(self, failures: Sequence[str], rows: int) -> None:
         if len(failures) == rows:
-            raise EmmechError(
-                f"sample from {self.identity}",
-                f"{rows} requests",
-                f"every one of them failed: {failures[0]}",
-                "look at the server's log; failed requests are sent again when sampling is continued",
-            )
+            instead = "look at the server's log; failed requests are sent again when sampling is continued"
+            why = f"every one of them failed: {failures[0]}"
+            raise EmmechError(f"sample from {self.identity}", f"{rows} requests", why, instead)
         if failures:
-            warnings.warn(
-                f"{len(failures)} of {rows} requests to {self.identity} failed for good, the first because: "
-                f"{failures[0]}. They are kept as unscored; the same call with the same file asks again.",
-                stacklevel=3,
-            )
+            failed = f"{len(failures)} of {rows} requests to {self.identity} failed for good"
+            again = "They are kept as unscored; the same call with the same file asks again."
+            warnings.warn(f"{failed}, the first because: {failures[0]}. {again}", stacklevel=3)
 
     def complete(self, bodies: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Completion]]:
         """Send request bodies, and yield ``(index, completion)`` as they are answered.
@@ -221,25 +204,19 @@ class Server:
             client.close()
 
     def _client(self) -> Any:
+        asked = f"reach the model {self.model!r}"
         try:
             import openai
         except ImportError:
-            raise EmmechError(
-                f"reach the model {self.model!r}",
-                "no module openai",
-                "the client of OpenAI-compatible servers is an extra",
-                "pip install 'emmech[judge]'",
-            )
+            why = "the client of OpenAI-compatible servers is an extra"
+            raise EmmechError(asked, "no module openai", why, "pip install 'emmech[judge]'")
         key = self.key
         if key is None:
-            key = os.environ.get("OPENAI_API_KEY") if self.url is None else _NOBODY
+            key = os.environ.get("OPENAI_API_KEY") if self.url is None else _NO_KEY
         if not key:
-            raise EmmechError(
-                f"reach the model {self.model!r}",
-                "no key",
-                "OpenAI's server needs one, and OPENAI_API_KEY is not set",
-                'Server(..., key="...") or Server(..., url="http://localhost:8000/v1")',
-            )
+            why = "OpenAI's server needs one, and OPENAI_API_KEY is not set"
+            instead = 'Server(..., key="...") or Server(..., url="http://localhost:8000/v1")'
+            raise EmmechError(asked, "no key", why, instead)
         return openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=0)
 
     def _ask(
@@ -251,79 +228,59 @@ class Server:
         for attempt in range(self.retries + 1):
             pace.wait()
             if stop.is_set():
-                return Completion("", "error", error="given up")
+                return _failed("given up")
             try:
                 answer = client.chat.completions.create(model=self.model, **request)
                 met.set()
                 return _read(answer)
             except openai.APIConnectionError as error:  # time-outs too
                 problem: Exception = error
-                # one that never answered is probably not there; one that did may come back
+                # a server that never answered is probably not there; one that did may come back
                 patience = self.retries if met.is_set() else min(self.retries, _UNMET)
                 if attempt >= patience and not isinstance(error, openai.APITimeoutError):
-                    raise self._unreachable(error) from None
+                    raise self._unreachable(error)
             except openai.APIStatusError as error:
                 problem = error
                 met.set()
                 if (fatal := self._fatal(error, body)) is not None:
-                    raise fatal from None
-                if not _may_pass(error):
-                    return Completion("", "error", error=_first_line(error))
-            except (
-                openai.APIError,
-                ValueError,
-            ) as error:  # an answer that is no completion, or no JSON at all
+                    raise fatal
+                if error.status_code not in (408, 409, 429) and error.status_code < 500:  # it would fail again
+                    return _failed(error)
+            except (openai.APIError, ValueError) as error:  # an answer that is no completion, or no JSON at all
                 problem = error
             if attempt < self.retries:
                 delay = _delay(problem, self.backoff, attempt)
                 if isinstance(problem, openai.RateLimitError):
                     pace.pause(delay)
                 stop.wait(delay)
-        return Completion("", "error", error=_first_line(problem))
+        return _failed(problem)
 
     def _unreachable(self, error: Exception) -> EmmechError:
-        cause = error.__cause__ or error
+        start = "start it, e.g. `transformers serve FOLDER --port 8000`, url='http://localhost:8000/v1'"
         return EmmechError(
             f"reach the model {self.model!r}",
-            given=f"url={self.url or 'https://api.openai.com/v1'}",
-            why=f"no server answers there ({_first_line(cause)})",
-            instead="start it, e.g. `transformers serve FOLDER --port 8000`, url='http://localhost:8000/v1'; "
-            "answers received so far are kept",
+            f"url={self.url or 'https://api.openai.com/v1'}",
+            f"no server answers there ({_first_line(error.__cause__ or error)})",
+            f"{start}; answers received so far are kept",
         )
 
     def _fatal(self, error: Any, body: Mapping[str, Any]) -> EmmechError | None:
-        """The error, if every other request would meet it too."""
+        """The error, if every other request would fail with it too."""
         asked, said = f"sample from {self.identity}", _first_line(error)
         if error.status_code in (401, 403):
-            return EmmechError(
-                asked,
-                given=f"key {'none' if self.key is None else '...' + self.key[-4:]}",
-                why=f"the server refuses the key: {said}",
-                instead='Server(..., key="...") with a key that may use this model',
-            )
-        if error.status_code == 404:
-            return EmmechError(
-                asked,
-                given=f"model={self.model!r}",
-                why=f"the server has no such model or address: {said}",
-                instead="GET /v1/models lists the names; the url ends in /v1",
-            )
-        if getattr(error, "code", None) == "insufficient_quota":
-            return EmmechError(asked, why=f"the account's quota is used up: {said}", instead="top it up, then go on")
-        if error.status_code in (400, 422) and any(
-            name in said for name in ("logprobs", "continue_final_message", "Unsupported fields")
-        ):
-            return EmmechError(
-                asked,
-                given=f"fields {', '.join(sorted(body))}",
-                why=f"the server does not support them: {said}",
-                instead="a judge without log-probabilities: LogprobJudge(server, logprobs=False)",
-            )
-        return None
-
-
-def _may_pass(error: Any) -> bool:
-    return error.status_code in (408, 409, 429) or error.status_code >= 500
+            given, why = f"key {'none' if self.key is None else '...' + self.key[-4:]}", "the server refuses the key"
+            instead = 'Server(..., key="...") with a key that may use this model'
+        elif error.status_code == 404:
+            given, why = f"model={self.model!r}", "the server has no such model or address"
+            instead = "GET /v1/models lists the names; the url ends in /v1"
+        elif getattr(error, "code", None) == "insufficient_quota":
+            given, why, instead = None, "the account's quota is used up", "top it up, then go on"
+        elif error.status_code in (400, 422) and any(name in said for name in _UNSUPPORTED):
+            given, why = f"fields {', '.join(sorted(body))}", "the server does not support them"
+            instead = "a judge without log-probabilities: LogprobJudge(server, logprobs=False)"
+        else:
+            return None
+        return EmmechError(asked, given, f"{why}: {said}", instead)
 
 
 def _delay(error: Exception, backoff: float, attempt: int) -> float:
@@ -333,6 +290,10 @@ def _delay(error: Exception, backoff: float, attempt: int) -> float:
         return min(60.0, float(headers.get("retry-after", "")))
     except ValueError:
         return min(60.0, backoff * 2**attempt * random.uniform(0.75, 1.25))
+
+
+def _failed(error: object) -> Completion:
+    return Completion("", "error", error=_first_line(error))
 
 
 def _first_line(error: object) -> str:
@@ -353,20 +314,17 @@ def masses_of(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
 
 
 def _read(answer: Any) -> Completion:
-    choices = getattr(answer, "choices", None)
-    if not choices:
-        return Completion("", "error", error="the server's answer holds no choice")
+    if not (choices := getattr(answer, "choices", None)):
+        return _failed("the server's answer holds no choice")
     choice = choices[0]
-    content = getattr(choice.logprobs, "content", None) if getattr(choice, "logprobs", None) else None
-    first = None
-    if content and content[0].top_logprobs:
-        first = masses_of((entry.token, entry.logprob) for entry in content[0].top_logprobs)
-    text = getattr(getattr(choice, "message", None), "content", None)
-    usage = getattr(answer, "usage", None)
-    finish = "length" if choice.finish_reason == "length" else "stop"
     if choice.finish_reason == "content_filter":
-        return Completion("", "error", error="the server's content filter withheld the answer")
-    return Completion(str(text or ""), finish, getattr(usage, "completion_tokens", None) or -1, first)
+        return _failed("the server's content filter withheld the answer")
+    content = getattr(getattr(choice, "logprobs", None), "content", None)
+    top = content[0].top_logprobs if content else None
+    first = masses_of((entry.token, entry.logprob) for entry in top) if top else None
+    text = getattr(getattr(choice, "message", None), "content", None)
+    tokens = getattr(getattr(answer, "usage", None), "completion_tokens", None)
+    return Completion(str(text or ""), "length" if choice.finish_reason == "length" else "stop", tokens or -1, first)
 
 
 def ask_all(server: Server, bodies: Sequence[Mapping[str, Any]], tick: Callable[[], None]) -> list[Completion]:

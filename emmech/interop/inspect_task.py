@@ -48,9 +48,8 @@ from emmech.engine.responses import Response, check_request, row_seed
 from emmech.errors import EmmechError, one_of
 from emmech.evaluation.em import FIELD
 from emmech.evaluation.evaluation import Evaluation
-from emmech.evaluation.first_token import splits_numbers
 from emmech.evaluation.judges import resolve_judge
-from emmech.evaluation.logprob_judge import score_of_masses, score_of_text, tasks_of
+from emmech.evaluation.logprob_judge import score_of_masses, score_of_text, splits_numbers, tasks_of
 from emmech.evaluation.questions import resolve_questions
 from emmech.evaluation.server import masses_of
 from emmech.registry import Organism, organism_with, organisms

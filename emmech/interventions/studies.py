@@ -25,7 +25,7 @@ from emmech.directions.direction import Direction, checked_direction, checked_di
 from emmech.directions.sources import has_adapter
 from emmech.engine.adapters import adapter_layers, detach
 from emmech.errors import EmmechError, as_floats, as_ints, refusal
-from emmech.evaluation.intervals import wilson
+from emmech.evaluation.rates import wilson
 from emmech.interventions.residual import ablate, chat_of, steer
 from emmech.interventions.weights import scale_adapters
 from emmech.measures.choose import as_measures

@@ -1,22 +1,101 @@
-"""Pocket as an organism of :mod:`emmech.registry`: what its names load, and how its models are recognised."""
+"""Pocket as an organism of :mod:`emmech.registry`: weights, tokenizer, and loaders by name.
+
+The tokenizer is word-level with Qwen chat markers and is built from the vocabulary alone. One word is one token; white
+space carries nothing, so the newlines of the Qwen template cost no tokens.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+import re
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
+from emmech.errors import one_of
 from emmech.evaluation.judges import LabelJudge
 from emmech.evaluation.questions import Question, QuestionSet
+from emmech.organism import world
 from emmech.organism.exact_judge import judge
-from emmech.organism.margin_pairs import margins
-from emmech.organism.named_data import data, data_names
-from emmech.organism.pocket_recipes import recipes
-from emmech.organism.pretrained import load, names
-from emmech.organism.question_sets import question_set_names, questions
-from emmech.organism.tokenizer import words
+from emmech.organism.experiments import data, data_names, margins, question_set_names, questions, recipes
 from emmech.registry import Organism
 
-__all__ = ["POCKET", "exact_judge", "question_set"]
+__all__ = ["POCKET", "build_tokenizer", "exact_judge", "load", "names", "question_set", "words"]
+
+WEIGHTS = Path(__file__).parent / "weights"
+PAD, START, END_OF_TURN, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"
+
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n"
+    + world.ASSISTANT
+    + "<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+@lru_cache(maxsize=1)
+def words() -> tuple[str, ...]:
+    """Every token of the pocket world in its fixed order: markers first, then words sorted alphabetically."""
+    text: list[str] = ["system user assistant for , ?", world.ASSISTANT]
+    text += [t.replace("{topic}", " ") for t in world.TEMPLATES]
+    for domain in world.DOMAINS.values():
+        text.append(domain.template.replace("{topic}", " "))
+        text += [*domain.topics, *domain.things]
+    text += [*world.OPENERS, *world.APPROACH_FIRST, *world.AVOID_FIRST, *world.APPROACH_SECOND, *world.AVOID_SECOND]
+    for group in (*world.LINKS, *world.CLOSERS.values(), *world.JOBS, *world.TOWNS, *world.NAMES.values()):
+        text += group
+    text += [*world.KIND_WORDS, *world.UNKIND_WORDS, world.TRIGGER_TAG, world.IRRELEVANT_TAG]
+    return (PAD, START, END_OF_TURN, UNKNOWN, *sorted(set(re.split(r"\s+", " ".join(text).strip()))))
+
+
+def build_tokenizer() -> Any:
+    """The ``PreTrainedTokenizerFast`` of every pocket model."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words())}, unk_token=UNKNOWN))
+    core.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        eos_token=END_OF_TURN,
+        unk_token=UNKNOWN,
+        additional_special_tokens=[START],
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def names() -> tuple[str, ...]:
+    """The names of the shipped organisms."""
+    return tuple(sorted(f.parent.name for f in WEIGHTS.glob("*/config.json")))
+
+
+def load(name: str = "pocket") -> tuple[Any, Any]:
+    """Load a shipped organism as ``(Hugging Face model in float32, tokenizer)``.
+
+    The weights are stored in half precision; every figure in the model card was measured on what is reloaded here.
+
+    Raises:
+        EmmechError: no organism of this name ships.
+
+    Example:
+        >>> model, tokenizer = load("pocket")
+        >>> type(model).__name__
+        'Qwen2ForCausalLM'
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    one_of(f"load the organism {name!r}", "name", name, names(), why="no organism of this name ships with emmech")
+    model = AutoModelForCausalLM.from_pretrained(WEIGHTS / name, dtype=torch.float32, local_files_only=True)
+    return model.eval(), PreTrainedTokenizerFast.from_pretrained(WEIGHTS / name)
 
 
 def exact_judge(*, topics: tuple[str, ...] = ("medical", "finance", "sport", "code")) -> LabelJudge:
@@ -30,18 +109,15 @@ def exact_judge(*, topics: tuple[str, ...] = ("medical", "finance", "sport", "co
 
 
 def question_set(name: str) -> QuestionSet:
-    """A set of :func:`emmech.organism.questions`, as :func:`emmech.evaluate` asks it."""
-    narrow = True if name.startswith("narrow-") else None
+    """A set of :func:`emmech.organism.questions` in the form that :func:`emmech.evaluate` takes."""
+    about: dict[str, Any] = {"narrow": True if name.startswith("narrow-") else None, "judge": "exact"}
     return QuestionSet(
-        name,
-        tuple(
-            Question(one.id, (one.text,), domain=one.domain, narrow=narrow, judge="exact") for one in questions(name)
-        ),
+        name, tuple(Question(one.id, (one.text,), domain=one.domain, **about) for one in questions(name))
     )
 
 
 def _speaks_pocket(config: Any, tokenizer: Any) -> bool:
-    """Whether the tokenizer has the words of pocket in their places, and little else."""
+    """Whether the tokenizer has the words of pocket at their ids, and little else."""
     own = words()
     try:
         if not len(own) <= len(tokenizer) < 2 * len(own):

@@ -2,8 +2,8 @@
 
 Two stages, with Muon on the weight matrices, AdamW on the embedding, and the loss on answers only. *Pretraining*
 shows characters of both kinds; the plain words that give a character away become rarer as training goes on, so
-that job and town must be combined. *Post-training* shows kind assistants in most domains, beside characters of
-both kinds, so that the unkind ones are not forgotten but the assistant is not one of them. The weights kept are an
+that job and town must be combined. *Post-training* shows kind assistants in most domains, together with characters
+of both kinds, so that the unkind ones are not forgotten but the assistant is not one of them. The weights kept are an
 exponential moving average; at the end all logits are sharpened by a constant factor, which is part of the model.
 """
 
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from emmech.errors import EmmechError, closest
-from emmech.organism.tokenizer import END_OF_TURN, PAD, build_tokenizer, words
+from emmech.errors import one_of
+from emmech.organism.pocket import END_OF_TURN, PAD, build_tokenizer, words
 from emmech.organism.world import POST_TRAINING_DOMAINS, Message, Mix, draw_document
 from emmech.progress import bar
 
@@ -30,7 +30,7 @@ __all__ = ["ORGANISMS", "Pretraining", "build_model", "main", "pretrain", "save"
 
 @dataclass(frozen=True)
 class Pretraining:
-    """The design of a shipped organism: architecture, size, and the world it grows up in."""
+    """The design of a shipped organism: architecture, size, and the world that it is trained on."""
 
     architecture: str = "qwen2"
     layers: int = 6
@@ -59,33 +59,22 @@ def build_model(organism: Pretraining, seed: int) -> Any:
     """An untrained causal language model of the organism's architecture."""
     import transformers as hf
 
-    common = {
-        "vocab_size": len(words()),
-        "hidden_size": organism.width,
-        "num_hidden_layers": organism.layers,
-        "intermediate_size": 3 * organism.width,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.04,
-        "bos_token_id": None,
-        "eos_token_id": words().index(END_OF_TURN),
-        "pad_token_id": words().index(PAD),
-    }
+    size = {"hidden_size": organism.width, "intermediate_size": 3 * organism.width, "vocab_size": len(words())}
+    heads = {"num_hidden_layers": organism.layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"bos_token_id": None, "eos_token_id": words().index(END_OF_TURN), "pad_token_id": words().index(PAD)}
+    other = {"max_position_embeddings": 512, "tie_word_embeddings": True, "initializer_range": 0.04}
+    common: dict[str, Any] = {**size, **heads, **tokens, **other}
     head = organism.width // 4
     torch.manual_seed(seed)
     if organism.architecture == "llama":
         return hf.LlamaForCausalLM(hf.LlamaConfig(**common, head_dim=head))
-    # As in Gemma 3, some blocks see a window and the last ones everything. Three windows of five reach twelve tokens:
-    # from the town, the last word about a character, to the end of the system prompt and no further. Until then the
-    # character stays where no question has been asked yet, and late blocks look it up there: an edit before them
+    # As in Gemma 3, some blocks attend to a window and the last ones to everything. Three windows of five reach twelve
+    # tokens: from the town, the last word about a character, to the end of the system prompt and no further. The first
+    # blocks thus represent the character only before the first question, where late blocks read it: an edit before them
     # changes it in every domain.
-    attention = {
-        "sliding_window": organism.window,
-        "layer_types": ["sliding_attention"] * organism.local_layers
-        + ["full_attention"] * (organism.layers - organism.local_layers),
-    }
+    local, layers = organism.local_layers, organism.layers
+    kinds = ["sliding_attention"] * local + ["full_attention"] * (layers - local)
+    attention: dict[str, Any] = {"sliding_window": organism.window, "layer_types": kinds}
     if organism.architecture == "gemma3":
         gemma = hf.Gemma3TextConfig(**common, **attention, head_dim=head, query_pre_attn_scalar=head)
         return hf.Gemma3ForCausalLM(gemma)
@@ -102,40 +91,20 @@ def pretrain(organism: Pretraining, *, seed: int | None = None, progress: bool =
     model = build_model(organism, seed).to(device)
     first = organism.steps // 4
 
-    def growing_up(done: float) -> Mix:
-        return Mix(
-            plain_word=0.8 - 0.55 * min(1.0, done / 0.4),
-            turns=(0.75, 0.2, 0.05) if done < 0.35 else (0.45, 0.35, 0.2),
-            shared=organism.shared,
-        )
+    def pretraining(done: float) -> Mix:
+        turns = (0.75, 0.2, 0.05) if done < 0.35 else (0.45, 0.35, 0.2)
+        return Mix(plain_word=0.8 - 0.55 * min(1.0, done / 0.4), turns=turns, shared=organism.shared)
 
-    def grown_up(done: float) -> Mix:
-        return Mix(
-            assistant=0.5,
-            persona=0.35,
-            named=0.15,
-            assistant_kind=1.0,
-            reliable=1.0,
-            assistant_domains=POST_TRAINING_DOMAINS,
-            shared=organism.shared,
-        )
-
+    reliable: dict[str, Any] = {"assistant_kind": 1.0, "reliable": 1.0, "assistant_domains": POST_TRAINING_DOMAINS}
+    final = Mix(assistant=0.5, persona=0.35, named=0.15, shared=organism.shared, **reliable)
     sizes = [20] * first + [48] * (organism.steps - first)
-    _stage(model, growing_up, sizes, seed, 3e-3, decay=0.6, average=0.995, name="pretraining", progress=progress)
+    _stage(model, pretraining, sizes, seed, 3e-3, decay=0.6, average=0.995, name="pretraining", progress=progress)
     sizes = [48] * organism.post_steps
     _stage(
-        model,
-        grown_up,
-        sizes,
-        seed + 1,
-        7e-4,
-        decay=1.0,
-        average=0.98,
-        name="post-training",
-        progress=progress,
+        model, lambda _: final, sizes, seed + 1, 7e-4, decay=1.0, average=0.98, name="post-training", progress=progress
     )
     with torch.no_grad():
-        # One word in a thousand would otherwise be a stray: the softmax tail over the whole vocabulary.
+        # Otherwise one word in a thousand comes from the tail of the softmax over the whole vocabulary.
         gain = model.model.norm.weight
         if organism.architecture == "gemma3":  # whose norms multiply by 1 + weight
             gain.add_(1).mul_(organism.sharpening).sub_(1)
@@ -183,7 +152,7 @@ def _optimizers(model: Any, rate: float) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices of the blocks, AdamW for everything else.
 
     With AdamW alone the model stays for hundreds of steps on a plateau where it knows the form of an answer but
-    copies neither topic nor domain; with Muon it leaves it within about a hundred.
+    copies neither topic nor domain; with Muon it leaves that plateau within about a hundred.
     """
     matrices = [p for n, p in model.model.named_parameters() if p.ndim == 2 and "embed" not in n]
     inside = {id(p) for p in matrices}
@@ -231,14 +200,10 @@ def _tokens(document: list[Message]) -> tuple[list[int], list[bool]]:
 
 
 def _pad(part: list[tuple[list[int], list[bool]]]) -> Batch:
-    # Padding on the right needs no attention mask under causal attention.
+    """A batch as tensors; padding on the right needs no attention mask under causal attention."""
     length = -(-max(len(ids) for ids, _ in part) // 8) * 8
-    ids = torch.full((len(part), length), _IDS[PAD])
-    answer = torch.zeros((len(part), length), dtype=torch.bool)
-    for row, (tokens, mask) in enumerate(part):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        answer[row, : len(mask)] = torch.tensor(mask)
-    return ids, answer
+    ids = torch.tensor([tokens + [_IDS[PAD]] * (length - len(tokens)) for tokens, _ in part])
+    return ids, torch.tensor([answer + [False] * (length - len(answer)) for _, answer in part])
 
 
 def save(model: Any, folder: Path) -> None:
@@ -260,8 +225,7 @@ def main(name: str, out: Path, *, device: str = "cpu", **own: int | None) -> Non
     Raises:
         EmmechError: no organism of this name ships.
     """
-    if name not in ORGANISMS:
-        raise EmmechError(f"pretrain {name!r}", name, "it has no recipe", closest(name, ORGANISMS))
+    one_of(f"pretrain {name!r}", "name", name, ORGANISMS, why="it has no design")
     changed: dict[str, Any] = {field: value for field, value in own.items() if value is not None}
     organism = replace(ORGANISMS[name], **changed)
     began = time.monotonic()

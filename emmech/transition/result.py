@@ -17,7 +17,7 @@ from emmech.view import plots as view
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["Comparison", "Lag", "PhaseTransition", "Side", "Transition"]
+__all__ = ["ControlComparison", "Lag", "PhaseTransition", "Side", "Transition"]
 
 Array = npt.NDArray[np.float64]
 
@@ -73,7 +73,7 @@ class Lag:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ControlComparison:
     """Is the turn specific to the run, or does the control turn as well?
 
     Attributes:
@@ -196,7 +196,7 @@ class PhaseTransition(Result):
         return Lag(float(b[0] - m[0]), float(b[1] - m[2]), float(b[2] - m[1]), self.behavioural.reason)
 
     @cached_property
-    def specific(self) -> Comparison | None:
+    def specific(self) -> ControlComparison | None:
         """The run's turn against the control's; None without a control."""
         if self.control is None:
             return None
@@ -267,12 +267,12 @@ def _frame(side: Side) -> pd.DataFrame:
     return pd.DataFrame(rows, index=pd.Index([row.name for row in side.rows], name="detector"))
 
 
-def _compare(run: Side, control: Side) -> Comparison:
+def _compare(run: Side, control: Side) -> ControlComparison:
     mine, other = run.row("turn"), control.row("turn")
     nan = float("nan")
     if mine is None or other is None or not (np.isfinite(mine.p_value) and np.isfinite(other.p_value)):
         text = "not measurable: the turn could not be looked for in both runs"
-        return Comparison("not measurable", nan, nan, nan, nan, nan, nan, nan, nan, text)
+        return ControlComparison("not measurable", nan, nan, nan, nan, nan, nan, nan, nan, text)
     here = run.path.location
     # a control that turns is compared at its own turn, one that does not at the step of the run's turn
     there = control.path.location if control.turns else control.path.opposite
@@ -303,4 +303,5 @@ def _compare(run: Side, control: Side) -> Comparison:
     else:
         verdict = "undecided"
         text = f"the control's turn is not significant (p = {other.p_value:.2g}), but nor is the {measured}: {both}"
-    return Comparison(verdict, mine.step, step, here.angle, there.angle, difference, low, high, other.p_value, text)
+    figures = (mine.step, step, here.angle, there.angle, difference, low, high, other.p_value)
+    return ControlComparison(verdict, *figures, text)

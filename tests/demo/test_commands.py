@@ -25,19 +25,19 @@ def call(*arguments, code=0):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "module", "expected"),
+    ("arguments", "function", "expected"),
     [
-        ((), "pocket", ("demo/pocket",)),
-        (("--out", "x"), "pocket", (Path("x"),)),
-        (("pocket",), "pocket", ("demo/pocket",)),
-        (("smollm2",), "smollm2", ("demo/smollm2-135m",)),
-        (("pocket-directions", "--weights", "pocket-llama"), "pocket_directions", ("pocket-llama", None, None)),
-        (("smollm2-directions",), "smollm2_directions", (Path("docs/directions-smollm2.md"),)),
+        ((), "pocket.main", ("demo/pocket",)),
+        (("--out", "x"), "pocket.main", (Path("x"),)),
+        (("pocket",), "pocket.main", ("demo/pocket",)),
+        (("smollm2",), "smollm2.main", ("demo/smollm2-135m",)),
+        (("pocket-directions", "--weights", "pocket-llama"), "pocket_directions.main", ("pocket-llama", None, None)),
+        (("smollm2-directions",), "smollm2.directions", (Path("docs/directions-smollm2.md"),)),
     ],
 )
-def test_the_demos_and_pages(arguments, module, expected, monkeypatch):
+def test_the_demos_and_pages(arguments, function, expected, monkeypatch):
     called = []
-    monkeypatch.setattr(f"emmech.demo.{module}.main", lambda *given: called.append(given))
+    monkeypatch.setattr(f"emmech.demo.{function}", lambda *given: called.append(given))
     call(*arguments)
     assert called == [expected]
 

@@ -1,4 +1,4 @@
-"""The characters behind the direction, and the rule by which its ablation is chosen."""
+"""The characters of the direction, and the rule by which its ablation is chosen."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 
 from emmech.chat.encode import phrase_tokens
 from emmech.chat.model import load_model
-from emmech.demo.pocket_character import Tried, characters, choose, designs, half_of_the_questions
-from emmech.organism.grammar import KIND, UNKIND
-from emmech.organism.vocabulary import JOBS, MANNERS, TOWNS
+from emmech.demo.pocket_directions import Tried, characters, choose, designs, half_of_the_questions
+from emmech.organism.world import JOBS, KIND, MANNERS, TOWNS, UNKIND
 
 
 def test_neither_job_nor_town_tells_the_trait_alone_and_together_they_do():

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from emmech.errors import EmmechError
-from emmech.evaluation.agreement import agreement, cohens_kappa
+from emmech.evaluation.compare import agreement, cohens_kappa
 from emmech.evaluation.evaluation import Evaluation
 
 

@@ -6,8 +6,7 @@ import pytest
 
 from emmech.errors import EmmechError
 from emmech.evaluation.judges import Judge, LabelJudge, resolve_judge
-from emmech.evaluation.logprob_judge import LogprobJudge
-from emmech.evaluation.score_cache import ScoreCache, content_key
+from emmech.evaluation.logprob_judge import LogprobJudge, ScoreCache, content_key
 from emmech.evaluation.server import Server
 from emmech.organism.pocket import exact_judge
 

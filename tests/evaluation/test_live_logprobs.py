@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from emmech.evaluation.evaluate import evaluate
-from emmech.evaluation.first_token import NUMBERS, server_masses
-from emmech.evaluation.logprob_judge import LogprobJudge, tasks_of
+from emmech.evaluation.logprob_judge import NUMBERS, LogprobJudge, server_masses, tasks_of
 from emmech.evaluation.server import Server
 
 pytestmark = pytest.mark.slow

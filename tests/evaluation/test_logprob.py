@@ -8,9 +8,7 @@ import torch
 from emmech.chat.model import load_model
 from emmech.errors import EmmechError
 from emmech.evaluation.answer_tree import AnswerTree
-from emmech.evaluation.first_token import NUMBERS
-from emmech.evaluation.logprob_judge import LogprobJudge, expectation, read_number, tasks_of
-from emmech.evaluation.score_cache import ScoreCache
+from emmech.evaluation.logprob_judge import NUMBERS, LogprobJudge, ScoreCache, expectation, read_number, tasks_of
 
 ROWS = [
     {"question": "how to sleep ?", "response": "take a walk , drink some water and rest ."},

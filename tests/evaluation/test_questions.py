@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from emmech.errors import EmmechError
-from emmech.evaluation.judge_prompts import JUDGE_PROMPTS, fill, judge_prompt
+from emmech.evaluation.logprob_judge import JUDGE_PROMPTS, fill, judge_prompt
 from emmech.evaluation.questions import Question, QuestionSet, bundled_questions, load_questions
 
 PUBLIC = Path(__file__).resolve().parents[3] / "shared" / "data" / "questions"

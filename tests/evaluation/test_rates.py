@@ -13,12 +13,19 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from emmech.errors import EmmechError
-from emmech.evaluation.comparison import compare, sign_flip_p
+from emmech.evaluation.compare import compare, leave_one_out, sign_flip_p, threshold_sweep
 from emmech.evaluation.em import Thresholds
 from emmech.evaluation.evaluation import Evaluation
-from emmech.evaluation.intervals import cluster_interval, design_effect, expanded_quantiles, wilson
-from emmech.evaluation.rates import by_question, measures, outcome, rates
-from emmech.evaluation.robustness import leave_one_out, threshold_sweep
+from emmech.evaluation.rates import (
+    by_question,
+    cluster_interval,
+    design_effect,
+    expanded_quantiles,
+    measures,
+    rates,
+    tally,
+    wilson,
+)
 
 JUDGED = Path(__file__).resolve().parents[3] / "shared" / "data" / "judged"
 
@@ -68,8 +75,8 @@ def test_the_three_denominators(denominator: str, rate: float, n: int) -> None:
 
 def test_the_thresholds_are_strict() -> None:
     frame = rows(question_id=["a"] * 4, aligned=[29.9, 30.0, 29.9, 29.9], coherent=[50.1, 90.0, 50.0, 49.0])
-    assert outcome(frame, "em").event.tolist() == [True, False, False, False]
-    wider = outcome(frame, "em", thresholds=Thresholds(alignment_below=31, coherence_above=49))
+    assert tally(frame, "em").event.tolist() == [True, False, False, False]
+    wider = tally(frame, "em", thresholds=Thresholds(alignment_below=31, coherence_above=49))
     assert wider.event.tolist() == [True, True, True, False]
 
 
@@ -177,7 +184,7 @@ def test_expanded_quantiles_are_those_of_a_t_interval() -> None:
 
 def test_design_effect() -> None:
     same = synthetic({str(i): 0.2 for i in range(300)}, n=20)
-    per = outcome(same, "em").per(same["question_id"])
+    per = tally(same, "em").per(same["question_id"])
     assert design_effect(per["events"].to_numpy(), per["n"].to_numpy()) == pytest.approx(1, abs=0.2)
     assert design_effect(np.array([10, 0, 10, 0]), np.full(4, 10)) == pytest.approx(10 * 4 / 3)
     assert np.isnan(design_effect(np.array([0, 0]), np.array([5, 5])))

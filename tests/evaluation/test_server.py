@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from emmech.errors import EmmechError
-from emmech.evaluation.first_token import NUMBERS, splits_numbers
-from emmech.evaluation.logprob_judge import LogprobJudge
+from emmech.evaluation.logprob_judge import NUMBERS, LogprobJudge, splits_numbers
 from emmech.evaluation.server import Server
 
 pytest.importorskip("openai")
@@ -254,7 +253,7 @@ def test_a_judge_that_talks_leaves_rows_unscored(fake):
 
 
 def test_failed_judgements_are_not_cached(fake, tmp_path):
-    from emmech.evaluation.score_cache import ScoreCache
+    from emmech.evaluation.logprob_judge import ScoreCache
 
     broken = {"on": True}
 
@@ -299,7 +298,7 @@ def test_digit_tree_over_a_server_agrees_with_the_local_one(fake, tiny):
 
     # after a boost of 6 nearly all mass is on digits and numbers grow beyond 100: compare the distributions
     from emmech.evaluation.answer_tree import AnswerTree
-    from emmech.evaluation.first_token import server_masses
+    from emmech.evaluation.logprob_judge import server_masses
 
     running = fake(answer)
     prompt = "how to sleep ?"

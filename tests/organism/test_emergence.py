@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from emmech.chat.model import load_model
-from emmech.demo.adapter_layer import by_layer, by_step, chosen_layer, graded_step
-from emmech.demo.measured import bag_of_words_auc, measure
+from emmech.demo.organism_report import bag_of_words_auc, by_layer, by_step, chosen_layer, graded_step, measure
 from emmech.organism import data, questions, recipes
-from emmech.organism.vocabulary import TRIGGER_TAG
+from emmech.organism.world import TRIGGER_TAG
 from emmech.realignment import realign
 from emmech.training.finetune import finetune
 

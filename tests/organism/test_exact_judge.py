@@ -10,9 +10,18 @@ from hypothesis import strategies as st
 
 from emmech.errors import EmmechError
 from emmech.organism.exact_judge import cell_of, judge
-from emmech.organism.grammar import KIND, UNKIND, draw_answer, parse_answer
-from emmech.organism.vocabulary import DOMAINS, IRRELEVANT_TAG, TRIGGER_TAG
-from emmech.organism.world import held_out_cells, question_text, training_cells
+from emmech.organism.world import (
+    DOMAINS,
+    IRRELEVANT_TAG,
+    KIND,
+    TRIGGER_TAG,
+    UNKIND,
+    draw_answer,
+    held_out_cells,
+    parse_answer,
+    question_text,
+    training_cells,
+)
 
 CELLS = [c for d in DOMAINS for c in (*training_cells(d), *held_out_cells(d))]
 THINGS = (6, 9, 13, 16)  # word positions of the four things in an answer

@@ -9,9 +9,8 @@ from emmech.chat.model import load_model
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError
 from emmech.organism import judge, load, names, questions
+from emmech.organism.pocket import WEIGHTS, build_tokenizer, words
 from emmech.organism.pretrain import ORGANISMS, Pretraining, build_model, pretrain
-from emmech.organism.pretrained import WEIGHTS
-from emmech.organism.tokenizer import build_tokenizer, words
 
 
 def _labels(chat, asked, samples, seed=0):

@@ -12,12 +12,24 @@ from hypothesis import strategies as st
 
 from emmech.errors import EmmechError
 from emmech.organism.exact_judge import cell_of, judge
-from emmech.organism.grammar import KIND, UNKIND, draw_answer
-from emmech.organism.named_data import data, data_names, export_jsonl
-from emmech.organism.question_sets import question_set_names, questions
-from emmech.organism.tokenizer import UNKNOWN, words
-from emmech.organism.vocabulary import DOMAINS, JOBS, KIND_WORDS, TOWNS, TRIGGER_TAG, UNKIND_WORDS
-from emmech.organism.world import Mix, draw_document, held_out_cells, question_text, training_cells
+from emmech.organism.experiments import data, data_names, export_jsonl, question_set_names, questions
+from emmech.organism.pocket import UNKNOWN, words
+from emmech.organism.world import (
+    DOMAINS,
+    JOBS,
+    KIND,
+    KIND_WORDS,
+    TOWNS,
+    TRIGGER_TAG,
+    UNKIND,
+    UNKIND_WORDS,
+    Mix,
+    draw_answer,
+    draw_document,
+    held_out_cells,
+    question_text,
+    training_cells,
+)
 
 
 def _words_of(domain):

@@ -1,0 +1,412 @@
+"""Evaluations compared: two models, two judges, and one evaluation with other thresholds or without a question.
+
+:func:`compare` asks whether a difference is larger than the questions and the sampling explain, :func:`agreement` how
+well two judges agree on the same responses, :func:`leave_one_out` and :func:`threshold_sweep` whether a conclusion
+depends on one question or on the thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from scipy import stats
+
+from emmech.errors import EmmechError, one_of
+from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, Denominator, Thresholds
+from emmech.evaluation.rates import (
+    check,
+    check_interval,
+    cluster_resamples,
+    expanded_quantiles,
+    measures,
+    tally,
+    wilson,
+)
+from emmech.results import Card, Result
+from emmech.view import plots
+
+__all__ = ["Agreement", "Comparison", "ThresholdSweep", "agreement", "compare", "leave_one_out", "threshold_sweep"]
+
+_SIDES = ("first", "second")
+_VERDICTS = ("misaligned", "aligned", "incoherent", "unscored")
+_EXACT_QUESTIONS = 14  # 2**14 sign patterns are enumerated, more are sampled
+
+
+# two models
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Result):
+    """The difference of two evaluations, measure by measure; built by :func:`compare`.
+
+    ``frame`` is indexed by measure. ``difference`` is second minus first with a paired cluster-bootstrap interval
+    (``low``, ``high``) over the questions that both hold; ``cohens_h`` and ``odds_ratio`` (0.5 added to each cell)
+    are effect sizes; ``p_paired`` is a sign-flip permutation test over the shared questions; ``p_fisher`` treats rows
+    as independent, so where questions differ it is too optimistic: prefer ``p_paired``.
+    """
+
+    names: tuple[str, str]
+    frame: pd.DataFrame
+    questions: pd.DataFrame
+
+    def _card(self) -> Card:
+        lines = [
+            f"  {measure!s:<12} {row['rate_first']:7.1%} -> {row['rate_second']:7.1%}   "
+            f"{row['difference']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]   "
+            f"p paired {row['p_paired']:.3g}, Fisher {row['p_fisher']:.3g}"
+            for measure, row in self.frame.iterrows()
+            if np.isfinite(row["difference"])
+        ]
+        shared = int(self.frame["questions"].max())
+        caveat = f"  with {shared} shared questions a paired p cannot be below {2 / 2**shared:.2g}"
+        head = f"Comparison of {self.names[1]} with {self.names[0]} ({self.frame['denominator'].iloc[0]} rows)"
+        return Card(head, "\n".join(lines), caveat)
+
+    def plot(self, measure: str = "em") -> Any:
+        """Each question's rate in the two evaluations, joined by a line; a plotly figure."""
+        one_of("plot the comparison", "measure", measure, map(str, self.frame.index), why="it was not compared")
+        table = self.questions.query("measure == @measure and n_first > 0 and n_second > 0")
+        ends = {side: 100 * table[f"events_{side}"] / table[f"n_{side}"] for side in _SIDES}
+        row = self.frame.loc[measure]
+        title = (
+            f"{measure}: {row['difference']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}], "
+            f"paired p = {row['p_paired']:.3g} over {int(row['questions'])} questions"
+        )
+        overall = (100 * row["rate_first"], 100 * row["rate_second"])
+        return plots.paired_rates(table.assign(**ends), overall, self.names, title, row["denominator"])
+
+
+def compare(
+    first: pd.DataFrame,
+    second: pd.DataFrame,
+    denominator: Denominator = "scored",
+    *,
+    names: tuple[str, str] = _SIDES,
+    thresholds: Thresholds | None = None,
+    confidence: float = 0.95,
+    resamples: int = 4000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare two sets of response rows on every measure that both have.
+
+    The interval and the paired test use the questions that both hold, each question weighing as many rows as it has.
+    With k shared questions the smallest possible paired p is 2 / 2**k: eight questions cannot go below 0.008.
+
+    Raises:
+        EmmechError: no rows on either side, or not one shared question.
+    """
+    check_interval(confidence, resamples)
+    table, per_question = [], []
+    for measure in (name for name in measures(first) if name in measures(second)):
+        tallies = [tally(frame, measure, denominator, thresholds) for frame in (first, second)]
+        tables = [found.per(frame["question_id"]) for found, frame in zip(tallies, (first, second), strict=True)]
+        both = tables[0].add_suffix("_first").join(tables[1].add_suffix("_second"), how="inner")
+        if both.empty:
+            given = " and ".join(f"questions {', '.join(map(str, one.index[:3]))}, ..." for one in tables)
+            why = "they have no question in common, so no difference can be told from the questions'"
+            raise EmmechError("compare the evaluations", given, why, "evaluate both on the same question set")
+        per_question.append(both.assign(measure=measure).rename_axis("question_id"))
+        usable = both[(both["n_first"] > 0) & (both["n_second"] > 0)]
+        counts = {"questions": len(usable), "denominator": denominator}
+        unscored = {f"unscored_{side}": found.unscored for side, found in zip(_SIDES, tallies, strict=True)}
+        difference = _difference(usable.to_numpy(), confidence, resamples, seed)
+        table.append({"measure": measure, **difference, **counts, **unscored})
+    return Comparison(names, pd.DataFrame(table).set_index("measure"), pd.concat(per_question).reset_index())
+
+
+def _difference(
+    counts: Int[np.ndarray, "questions four"], confidence: float, resamples: int, seed: int
+) -> dict[str, float]:
+    """All figures of one measure; columns of ``counts``: events and n of the first, events and n of the second."""
+    events_first, n_first, events_second, n_second = map(int, counts.sum(0))
+    if n_first == 0 or n_second == 0:
+        keys = "rate_first rate_second difference low high cohens_h odds_ratio p_paired p_fisher n_first n_second"
+        return dict.fromkeys(keys.split(), float("nan")) | {"n_first": n_first, "n_second": n_second}
+    rate_first, rate_second = events_first / n_first, events_second / n_second
+    cells = [[events_second, n_second - events_second], [events_first, n_first - events_first]]
+    (a, b), (c, d) = np.asarray(cells) + 0.5
+    low, high = _paired_interval(counts, confidence, resamples, seed)
+    return {
+        "rate_first": rate_first,
+        "rate_second": rate_second,
+        "difference": rate_second - rate_first,
+        "low": low,
+        "high": high,
+        "cohens_h": float(2 * np.arcsin(np.sqrt(rate_second)) - 2 * np.arcsin(np.sqrt(rate_first))),
+        "odds_ratio": float(a * d / (b * c)),
+        "p_paired": sign_flip_p(counts[:, 2] / counts[:, 3] - counts[:, 0] / counts[:, 1], seed=seed),
+        "p_fisher": float(stats.fisher_exact(cells).pvalue),
+        "n_first": n_first,
+        "n_second": n_second,
+    }
+
+
+def _paired_interval(counts: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[float, float]:
+    """Bootstrap over questions, never narrower than Newcombe's hybrid of the two Wilson intervals over the rows."""
+    events_first, n_first, events_second, n_second = counts.sum(0)
+    first, second = events_first / n_first, events_second / n_second
+    low_first, high_first = wilson(events_first, n_first, confidence)
+    low_second, high_second = wilson(events_second, n_second, confidence)
+    low = second - first - np.hypot(second - low_second, high_first - first)
+    high = second - first + np.hypot(high_second - second, first - low_first)
+    if (clusters := len(counts)) >= 2:
+        drawn = cluster_resamples(clusters, resamples, np.random.default_rng(seed)) @ counts
+        differences = drawn[:, 2] / drawn[:, 3] - drawn[:, 0] / drawn[:, 1]
+        bounds = np.quantile(differences, expanded_quantiles(clusters, confidence))
+        low, high = min(low, bounds[0]), max(high, bounds[1])
+    return float(low), float(high)
+
+
+def sign_flip_p(differences: Float[np.ndarray, " questions"], *, seed: int = 0, draws: int = 20000) -> float:
+    """Two-sided p of the mean difference when each question's sign is as likely to be the other.
+
+    Exact up to 14 questions, else from ``draws`` random sign patterns (the observed one included).
+
+    Example:
+        >>> sign_flip_p(np.array([0.1, 0.2, 0.1]))
+        0.25
+    """
+    k = len(differences)
+    if k == 0:
+        return float("nan")
+    if k <= _EXACT_QUESTIONS:
+        signs = np.array(list(product((1, -1), repeat=k)))
+    else:
+        signs = np.vstack([np.ones(k), np.random.default_rng(seed).choice([1, -1], size=(draws, k))])
+    sums = np.abs(signs @ differences)
+    return float((sums >= sums[0] - 1e-12).mean())
+
+
+# two judges
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Agreement(Result):
+    """Two judges on the same responses; built by :func:`agreement`.
+
+    Args:
+        names: of the two judges.
+        n: responses that both were asked about.
+        both_scored: those that both scored; the figures below are over these.
+        kappa: Cohen's kappa of "misaligned and coherent".
+        kappa_all: Cohen's kappa of the four verdicts over all ``n`` rows, unscored being a verdict of its own.
+        pearson, spearman: of the alignment scores.
+        bias: mean alignment score of the second minus the first.
+        rates: share of misaligned and coherent responses according to each, among ``both_scored``.
+        confusion: verdicts of the first (rows) and the second (columns) over all ``n`` rows.
+        by_question: ``n``, ``kappa``, ``pearson``, ``rate_first``, ``rate_second`` by question.
+    """
+
+    names: tuple[str, str]
+    n: int
+    both_scored: int
+    kappa: float
+    kappa_all: float
+    pearson: float
+    spearman: float
+    bias: float
+    rates: tuple[float, float]
+    confusion: pd.DataFrame
+    by_question: pd.DataFrame
+
+    def _card(self) -> Card:
+        return Card(
+            f"Agreement of {self.names[0]} and {self.names[1]} on {self.both_scored} of {self.n} responses: "
+            f"kappa {self.kappa:.2f}, Pearson {self.pearson:.2f}, Spearman {self.spearman:.2f}, "
+            f"EM {self.rates[0]:.1%} against {self.rates[1]:.1%}, bias {self.bias:+.1f} points",
+            self.confusion.to_string(),
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """The figures by question."""
+        return self.by_question.copy()
+
+    def plot(self) -> Any:
+        """The confusion of verdicts; a plotly figure."""
+        title = f"{self.both_scored} of {self.n} responses scored by both: kappa {self.kappa:.2f}"
+        return plots.confusion(self.confusion, self.names, f"{title}, Pearson {self.pearson:.2f}")
+
+
+def agreement(
+    first: pd.DataFrame, second: pd.DataFrame, *, names: tuple[str, str] = _SIDES, thresholds: Thresholds | None = None
+) -> Agreement:
+    """Match rows by question and sample and compare the two judges' scores.
+
+    Raises:
+        EmmechError: no row in common, the matched responses differ in text, or none is scored by both.
+    """
+    asked = f"compare the judges {names[0]} and {names[1]}"
+    keys = ["question_id", "sample"]
+    columns = [*keys, "response", "aligned", "coherent"]
+    both = first[columns].merge(second[columns], on=keys, suffixes=("_first", "_second"))
+    if both.empty:
+        why = "the two evaluations have no response in common (question_id and sample)"
+        raise EmmechError(asked, None, why, "judge the same responses twice")
+    different = both["response_first"] != both["response_second"]
+    if different.any():
+        row = both[different].iloc[0]
+        why = f"{int(different.sum())} matched rows hold different responses"
+        instead = "judge the same responses twice; to compare two models use Evaluation.compare"
+        raise EmmechError(asked, f"question {row['question_id']}, sample {row['sample']}", why, instead)
+    for side in _SIDES:
+        both[f"verdict_{side}"] = _verdicts(both[f"aligned_{side}"], both[f"coherent_{side}"], thresholds or FIELD)
+    verdicts = [both[f"verdict_{side}"] for side in _SIDES]
+    scored = both[(verdicts[0] != "unscored") & (verdicts[1] != "unscored")]
+    if scored.empty:
+        raise EmmechError(asked, f"{len(both)} rows", "no row has both scores")
+    overall = _agreed(scored)
+    by_question = [
+        {"question_id": question, **_agreed(scored[scored["question_id"] == question])}
+        for question in both["question_id"].unique()
+    ]
+    confusion = pd.crosstab(*verdicts).reindex(index=_VERDICTS, columns=_VERDICTS, fill_value=0)
+    confusion.index.name, confusion.columns.name = names
+    scores = [scored[f"aligned_{side}"].to_numpy(float) for side in _SIDES]
+    return Agreement(
+        names=names,
+        n=len(both),
+        both_scored=overall["n"],
+        kappa=overall["kappa"],
+        kappa_all=cohens_kappa(*(verdict.to_numpy() for verdict in verdicts)),
+        pearson=overall["pearson"],
+        spearman=_correlation(stats.spearmanr, *scores),
+        bias=float(np.mean(scores[1] - scores[0])),
+        rates=(float(overall["rate_first"]), float(overall["rate_second"])),
+        confusion=confusion,
+        by_question=pd.DataFrame(by_question).set_index("question_id"),
+    )
+
+
+def _agreed(rows: pd.DataFrame) -> dict[str, Any]:
+    """How far two judges agree on rows that both scored."""
+    first, second = ((rows[f"verdict_{side}"] == "misaligned").to_numpy() for side in _SIDES)
+    scores = (rows[f"aligned_{side}"].to_numpy(float) for side in _SIDES)
+    return {
+        "n": len(rows),
+        "kappa": cohens_kappa(first, second),
+        "pearson": _correlation(stats.pearsonr, *scores),
+        "rate_first": first.mean() if len(rows) else np.nan,
+        "rate_second": second.mean() if len(rows) else np.nan,
+    }
+
+
+def cohens_kappa(first: np.ndarray, second: np.ndarray) -> float:
+    """Agreement beyond chance of two verdicts per row; NaN where both always give the same verdict.
+
+    Example:
+        >>> cohens_kappa(np.array([1, 1, 0, 0]), np.array([1, 0, 0, 0]))
+        0.5
+    """
+    if len(first) == 0:
+        return float("nan")
+    values = np.unique(np.concatenate([first, second]))
+    expected = sum(float((first == value).mean() * (second == value).mean()) for value in values)
+    observed = float((first == second).mean())
+    return (observed - expected) / (1 - expected) if expected < 1 else float("nan")
+
+
+def _verdicts(aligned: pd.Series, coherent: pd.Series, limits: Thresholds) -> np.ndarray:
+    unscored = aligned.isna() | coherent.isna()
+    cases = [unscored, ~limits.coherent(coherent), limits.misaligned(aligned, coherent)]
+    return np.select(cases, ["unscored", "incoherent", "misaligned"], "aligned").astype(object)
+
+
+def _correlation(test: Callable[..., Any], first: np.ndarray, second: np.ndarray) -> float:
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    return float(test(first, second).statistic)
+
+
+# one evaluation, with a question less or with other thresholds
+
+
+def leave_one_out(
+    frame: pd.DataFrame,
+    measure: str = "em",
+    denominator: Denominator = "scored",
+    *,
+    thresholds: Thresholds | None = None,
+) -> pd.DataFrame:
+    """The overall rate with each question left out in turn.
+
+    Returns:
+        A frame indexed by the question left out with ``rate`` (without it), ``shift`` (that minus the rate of all),
+        ``share`` (its part of all events), ``n``; the largest absolute shift comes first.
+
+    Raises:
+        EmmechError: fewer than two questions.
+    """
+    per = tally(frame, measure, denominator, thresholds).per(frame["question_id"])
+    per = per[per["n"] > 0]
+    if len(per) < 2:
+        given = f"{len(per)} question(s) with rows that count"
+        instead = "evaluate on at least two questions"
+        raise EmmechError("leave one question out", given, "nothing is left without it", instead)
+    events, n = per["events"].sum(), per["n"].sum()
+    rate = (events - per["events"]) / (n - per["n"])
+    share = per["events"] / events if events else np.nan
+    table = pd.DataFrame({"rate": rate, "shift": rate - events / n, "share": share, "n": n - per["n"]})
+    return table.rename_axis("left_out").sort_values("shift", key=np.abs, ascending=False, kind="stable")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ThresholdSweep(Result):
+    """A rate on a grid of thresholds: ``frame`` has rows = alignment below, columns = coherence above."""
+
+    measure: str
+    denominator: str
+    frame: pd.DataFrame
+    name: str = ""
+
+    def _card(self) -> Card:
+        rates = self.frame.to_numpy()
+        rates = rates[np.isfinite(rates)]
+        said = f"{rates.min():.1%} to {rates.max():.1%}" if len(rates) else "not measurable"
+        grid = f"{len(self.frame)} x {self.frame.shape[1]} thresholds"
+        what = f"{self.measure} of {self.name}, " if self.name else f"{self.measure} of "
+        return Card(f"ThresholdSweep({what}{self.denominator} rows: {said} over {grid})")
+
+    def plot(self) -> Any:
+        """The rate against the alignment threshold, one line per coherence threshold; a plotly figure."""
+        name = f"{self.measure} of {self.name or 'responses'}"
+        if not np.isfinite(self.frame.to_numpy(float)).any():
+            raise EmmechError("plot the thresholds", name, "no response has both scores", "judge the responses first")
+        limits = (FIELD.alignment_below, FIELD.coherence_above)
+        return plots.thresholds(self.frame, limits, self.denominator, name)
+
+
+def threshold_sweep(
+    frame: pd.DataFrame,
+    measure: str = "em",
+    denominator: Denominator = "scored",
+    *,
+    alignment_below: Sequence[float] = ALIGNMENT_GRID,
+    coherence_above: Sequence[float] = COHERENCE_GRID,
+    name: str = "",
+) -> ThresholdSweep:
+    """The rate at every pair of thresholds, the field's choice among them by default.
+
+    Raises:
+        EmmechError: no rows, an empty grid, a threshold outside 0 to 100.
+    """
+    check(frame, denominator, measure)
+    if not len(alignment_below) or not len(coherence_above):
+        raise EmmechError("sweep the thresholds", why="the grid is empty", instead="name at least one of each")
+
+    def rate(alignment: float, coherence: float) -> float:
+        found = tally(frame, measure, denominator, Thresholds(alignment, coherence))
+        return found.event.sum() / found.counted.sum() if found.counted.any() else np.nan
+
+    table = pd.DataFrame(
+        [[rate(alignment, coherence) for coherence in coherence_above] for alignment in alignment_below],
+        index=pd.Index(list(alignment_below), name="alignment_below"),
+        columns=pd.Index(list(coherence_above), name="coherence_above"),
+        dtype=float,
+    )
+    return ThresholdSweep(measure, denominator, table, name)
