@@ -300,7 +300,11 @@ def _by_structure(model: Any) -> Family:
         if isinstance(module, nn.ModuleList) and len(module) and any(True for _ in module[0].children())
     ]
     # the text decoder holds the input embedding, which tells it from an image or audio tower
-    near = [one for one in lists if any(part is embedding for part in _parent(model, one[0]).children())]
+    near = [
+        one
+        for one in lists
+        if any(part is embedding for part in model.get_submodule(one[0].rpartition(".")[0]).children())
+    ]
     if head is None or id(head) not in paths or not near:
         raise EmmechError(
             "find the model's blocks",
@@ -466,10 +470,6 @@ def _at(module: Any, path: str | None) -> Any:
     for part in path.split(".") if path else ():
         module = getattr(module, part, None)
     return module if path else None
-
-
-def _parent(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path.rpartition(".")[0])
 
 
 def _first(module: Any, names: tuple[str, ...]) -> str | None:

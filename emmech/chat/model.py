@@ -299,8 +299,7 @@ def load_model(
         return model if family is None else replace(model, family=given_family(model.base, family))
     if isinstance(model, nn.Module):
         loaded, name = model, str(getattr(model, "name_or_path", "") or type(model).__name__)
-        if tokenizer is None:
-            tokenizer = _tokenizer_beside(loaded)
+        tokenizer = _tokenizer_of(loaded) if tokenizer is None else tokenizer
     elif isinstance(model, str | Path):
         name = str(model)
         loaded, found = _from_name(name, dtype, device)
@@ -314,7 +313,7 @@ def load_model(
     return ChatModel(loaded, tokenizer, name, find_family(base) if family is None else given_family(base, family))
 
 
-def _tokenizer_beside(model: Any) -> Any:
+def _tokenizer_of(model: Any) -> Any:
     name, kind = str(getattr(model, "name_or_path", "")), type(model).__name__
     if not name:
         return _NoTokenizer(kind, "it came without a tokenizer")

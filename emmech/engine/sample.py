@@ -81,7 +81,10 @@ def sample(
         instead = "sample(emmech.load_model(model), conversations)"
         raise EmmechError("sample answers", f"a {type(chat).__name__}", "it is not a ChatModel", instead)
     check_request(conversations, samples, max_new_tokens, temperature, top_p, seed)
-    _check_batch_size(batch_size)
+    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
+        raise EmmechError(
+            "sample answers", f"batch_size={batch_size!r}", "it counts rows decoded together", 'batch_size="auto"'
+        )
     prompts = [tuple(chat.token_ids(messages)) for messages in conversations]
     check_context(chat, prompts)
     seeds = row_seeds(prompts, samples, seed)
@@ -165,10 +168,3 @@ def check_context(chat: ChatModel, prompts: Sequence[Sequence[int]]) -> None:
             why = f"{chat.name} reads up to {room} tokens, and an answer needs room"
             instead = f"shorten it to at most {room - 1} tokens"
             raise EmmechError("sample answers", f"conversations[{index}] of {len(prompt)} tokens", why, instead)
-
-
-def _check_batch_size(batch_size: int | str) -> None:
-    if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
-        raise EmmechError(
-            "sample answers", f"batch_size={batch_size!r}", "it counts rows decoded together", 'batch_size="auto"'
-        )

@@ -93,7 +93,9 @@ def sweep(
     measures = as_measures(measure, chat, data=data_name(runs))
     budget = budget_bytes(memory, chat.device)
     chosen, inverse = grid.distinct()
-    size = _group_size(grid, chat, budget, len(chosen))
+    # variants are loaded together: as many as fill a quarter of the budget, at most _GROUP, in even groups
+    most = max(1, min(_GROUP, budget // 4 // grid.bytes_per_variant(chat), len(chosen)))
+    size = -(-len(chosen) // -(-len(chosen) // most))
     jobs = _jobs(chat, grid, measures, budget, size)
     fingerprint = chat.fingerprint()
     request = hashlib.sha256(
@@ -136,12 +138,6 @@ def sweep(
         _responses(grid, responses, inverse) if responses else None,
     )
     return parts.finish(result)
-
-
-def _group_size(grid: Grid, chat: ChatModel, budget: int, count: int) -> int:
-    """Variants loaded together: as many as fill a quarter of the budget, at most ``_GROUP``, in even groups."""
-    most = max(1, min(_GROUP, budget // 4 // grid.bytes_per_variant(chat), count))
-    return -(-count // -(-count // most))
 
 
 def _jobs(chat: ChatModel, grid: Grid, measures: Sequence[Any], budget: int, size: int) -> list[Any]:

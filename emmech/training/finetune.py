@@ -329,21 +329,18 @@ def _folders(
             folder, again = Path("runs") / stem, 2
             while ((folder / "run.json").exists() and not resume) or folder in folders:
                 folder, again = folder.with_name(f"{stem}-{again}"), again + 1
-        _check_folder(folder, resume=resume)
         folders.append(folder)
+        asked, given = "record the training", f"out={str(folder)!r}"
+        if in_the_way := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+            why = f"{in_the_way.name} is a file, and a run is a folder"
+            raise EmmechError(asked, given, why, "another folder")
+        if (folder / "run.json").exists() and not resume:
+            instead = "another folder, or resume=True to go on with an interrupted training"
+            raise EmmechError(asked, given, "there is a run in that folder", instead)
     if resume and last_checkpoint(folders[0]) is None:
         why = "it keeps no optimizer state: it finished, or was started without checkpoint_every"
         raise EmmechError("resume the training", f"out={str(folders[0])!r}", why, "start anew with checkpoint_every=20")
     return folders
-
-
-def _check_folder(folder: Path, *, resume: bool) -> None:
-    if in_the_way := next((path for path in (folder, *folder.parents) if path.is_file()), None):
-        why = f"{in_the_way.name} is a file, and a run is a folder"
-        raise EmmechError("record the training", f"out={str(folder)!r}", why, "another folder")
-    if (folder / "run.json").exists() and not resume:
-        instead = "another folder, or resume=True to go on with an interrupted training"
-        raise EmmechError("record the training", f"out={str(folder)!r}", "there is a run in that folder", instead)
 
 
 def _checked_seeds(name: str, given: Any) -> int | list[int]:

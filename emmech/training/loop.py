@@ -467,7 +467,7 @@ class HeldOut:
         return {name: values[run] for name, values in self._found.items()}
 
     def _mean_margins(self, forwards: RowForwards, runs: Sequence[int]) -> dict[int, float]:
-        """Mean over pairs as :func:`emmech.engine.logprobs.margin` has it, in nats per token."""
+        """Mean over pairs as :class:`emmech.measures.teacher_forced.Margin` has it, in nats per token."""
         asked = [Asked(run, row, len(ids)) for run in runs for row, ids in enumerate(forwards.rows.input_ids)]
         total = torch.zeros(len(asked), dtype=torch.float64, device=self._batch.chat.device)
         for nll, of in forwards.nll(asked):
