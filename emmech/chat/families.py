@@ -300,11 +300,8 @@ def _by_structure(model: Any) -> Family:
         if isinstance(module, nn.ModuleList) and len(module) and any(True for _ in module[0].children())
     ]
     # the text decoder holds the input embedding, which tells it from an image or audio tower
-    near = [
-        one
-        for one in lists
-        if any(part is embedding for part in model.get_submodule(one[0].rpartition(".")[0]).children())
-    ]
+    parents = {path: model.get_submodule(path.rpartition(".")[0]) for path, _ in lists}
+    near = [one for one in lists if any(part is embedding for part in parents[one[0]].children())]
     if head is None or id(head) not in paths or not near:
         raise EmmechError(
             "find the model's blocks",
