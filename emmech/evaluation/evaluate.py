@@ -6,7 +6,7 @@ Two append-only files make it resumable, the responses and the scores; the finis
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.evaluation.server import Server
 from emmech.registry import Organism, organism_named
 from emmech.run.run import Run, as_run, model_live, opened
-from emmech.store import append_jsonl, read_jsonl
+from emmech.store import append_jsonl, read_jsonl, writing
 
 __all__ = ["evaluate", "stored_evaluations"]
 
@@ -84,35 +84,38 @@ def evaluate(
     # a judge that is given is resolved before a large model is loaded
     chosen = resolve_judge(judge) if judge is not None else None
     model = opened(model)
-    with _subject(model, step, scale, base) as (subject, about):
-        organism = _organism(subject, chosen)
-        asked = resolve_questions(questions, organism)
-        if judge is None:
-            chosen = resolve_judge(None, organism)
-        rows = _rows(asked, samples, as_int("evaluate", "seed", seed))
-        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-        judged_by = {"judge": chosen.name if chosen is not None else None, "questions": asked.name}
-        folded = {"system": "fold"} if asked.folded else {}
-        meta = {**about, **judged_by, **folded, "samples": samples, "seed": seed, **sampling}
-        folder = Path(out) if out is not None else _folder_in_run(model, meta, rows)
-        conversations = [row.pop("messages") for row in rows]
-        sampling |= {"out": folder / "responses.jsonl" if folder is not None else None, "progress": progress}
-        sampling["seed"] = [row["seed"] for row in rows]
-        if isinstance(subject, Server):
-            responses = subject.sample(conversations, **sampling)
-        else:
-            responses = sample(subject, conversations, batch_size=batch_size, **sampling)
-    answered = [
-        {**row, "response": response.text, "finish": response.finish}
-        for row, response in zip(rows, responses, strict=True)
-    ]
-    scored = [{**row, **score} for row, score in zip(answered, _score(chosen, answered, folder), strict=True)]
-    for row in scored:
-        del row["judge_prompts"], row["kind"]
-    evaluation = Evaluation.from_rows(scored, {**meta, "created": datetime.now(UTC).isoformat(timespec="seconds")})
-    if folder is not None:
-        evaluation.save(folder)
-    return evaluation
+    with ExitStack() as held:
+        with _subject(model, step, scale, base) as (subject, about):
+            organism = _organism(subject, chosen)
+            asked = resolve_questions(questions, organism)
+            if judge is None:
+                chosen = resolve_judge(None, organism)
+            rows = _rows(asked, samples, as_int("evaluate", "seed", seed))
+            sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+            judged_by = {"judge": chosen.name if chosen is not None else None, "questions": asked.name}
+            folded = {"system": "fold"} if asked.folded else {}
+            meta = {**about, **judged_by, **folded, "samples": samples, "seed": seed, **sampling}
+            folder = Path(out) if out is not None else _folder_in_run(model, meta, rows)
+            if folder is not None:
+                held.enter_context(writing(folder, "evaluate"))
+            conversations = [row.pop("messages") for row in rows]
+            sampling |= {"out": folder / "responses.jsonl" if folder is not None else None, "progress": progress}
+            sampling["seed"] = [row["seed"] for row in rows]
+            if isinstance(subject, Server):
+                responses = subject.sample(conversations, **sampling)
+            else:
+                responses = sample(subject, conversations, batch_size=batch_size, **sampling)
+        answered = [
+            {**row, "response": response.text, "finish": response.finish}
+            for row, response in zip(rows, responses, strict=True)
+        ]
+        scored = [{**row, **score} for row, score in zip(answered, _score(chosen, answered, folder), strict=True)]
+        for row in scored:
+            del row["judge_prompts"], row["kind"]
+        evaluation = Evaluation.from_rows(scored, {**meta, "created": datetime.now(UTC).isoformat(timespec="seconds")})
+        if folder is not None:
+            evaluation.save(folder)
+        return evaluation
 
 
 def stored_evaluations(run: Run | str | Path) -> tuple[Evaluation, ...]:

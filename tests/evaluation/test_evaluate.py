@@ -381,3 +381,19 @@ def test_a_base_of_a_full_fine_tune_is_left_as_it_was(tmp_path):
 def test_a_run_s_folder_is_opened(tmp_path):
     evaluation = evaluate(recorded("pocket-good-medical", tmp_path).path, samples=1, max_new_tokens=8, progress=False)
     assert evaluation.meta["run"] == "pocket-good-medical" and evaluation.meta["judge"] == "exact"
+
+
+def test_a_second_evaluation_into_one_folder_is_refused_while_the_first_runs(tmp_path):
+    class Nosy:
+        """Starts the second evaluation while the first is judged."""
+
+        name, columns = "nosy", ("aligned", "coherent")
+
+        def score(self, rows):
+            with pytest.raises(EmmechError, match=r"process \d+ on .* is writing there"):
+                emmech.evaluate("pocket", judge="exact", **settings)
+            return [{"aligned": 90.0, "coherent": 90.0} for _ in rows]
+
+    settings = {"questions": ["hello"], "samples": 2, "max_new_tokens": 3, "out": tmp_path / "e", "progress": False}
+    assert len(emmech.evaluate("pocket", judge=Nosy(), **settings)) == 2
+    assert len(emmech.Evaluation.load(tmp_path / "e")) == 2
