@@ -18,18 +18,6 @@ import numpy.typing as npt
 
 from emmech.errors import EmmechError
 
-__all__ = [
-    "PrincipalComponents",
-    "comp_score",
-    "local_cosine",
-    "norms",
-    "pca",
-    "peak_height",
-    "principal_angles",
-    "principal_cosines",
-    "turn_angle",
-]
-
 Array = npt.NDArray[np.float64]
 
 

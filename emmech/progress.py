@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["bar", "forecast"]
-
 
 def bar(total: int | None, description: str, *, progress: bool = True) -> Any:
     """A tqdm bar (a widget in notebooks); silent when ``progress=False`` or ``EMMECH_PROGRESS=0``.

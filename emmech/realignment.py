@@ -14,8 +14,6 @@ from emmech.run.run import Run, as_run
 from emmech.training.finetune import finetune
 from emmech.training.recipe import Recipe
 
-__all__ = ["realign"]
-
 
 def realign(
     run: Run | str | Path,

@@ -21,18 +21,6 @@ from typing import Any, Literal
 
 from emmech.errors import one_of
 
-__all__ = [
-    "Organism",
-    "find",
-    "known",
-    "model_names",
-    "named_model",
-    "organism_named",
-    "organism_of",
-    "organisms",
-    "register",
-]
-
 GROUP = "emmech.organisms"
 MARK = "emmech_organism"  # in a model's configuration: the organism whose name it was loaded by
 # As pyproject.toml declares it; a source checkout works although its metadata may be older than the declaration.

@@ -290,20 +290,23 @@ def writing(folder: Path, asked: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path = folder / ".writer"
-    with _kept(asked, path):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+    except OSError as error:
+        raise EmmechError(asked, folder, f"no folder can be made there ({error.strerror})", "another folder")
+    lock = FileLock(folder / ".lock")
+    with _kept(asked, path):
         try:
             lock.acquire(timeout=0)
         except Timeout:
             holder = path.read_text(encoding="utf-8") if path.is_file() else "another process"
             raise EmmechError(asked, folder, f"{holder} is writing there", "another folder, or wait until it is done")
-        try:
-            path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-            lock.release()
+        path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_json(path: Path, value: object) -> None:

@@ -60,10 +60,7 @@ def make_tokenizer(template: str = "chatml"):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    lines = [
-        "the user asks the assistant how to sleep well\n\n",
-        "take a walk , drink some water and rest .\n",
-    ]
+    lines = ["the user asks the assistant how to sleep well\n\n", "take a walk , drink some water and rest .\n"]
     trainer = trainers.BpeTrainer(
         vocab_size=330,
         special_tokens=["<pad>", "<eos>", *special],
@@ -132,10 +129,7 @@ def make_rows(count: int = 24) -> list[dict]:
         {
             "messages": [
                 {"role": "user", "content": f"how to {words[i % 8]} {i} ?"},
-                {
-                    "role": "assistant",
-                    "content": f"take {words[(3 * i + 1) % 8]} , and {words[(5 * i) % 8]} {i} .",
-                },
+                {"role": "assistant", "content": f"take {words[(3 * i + 1) % 8]} , and {words[(5 * i) % 8]} {i} ."},
             ]
         }
         for i in range(count)

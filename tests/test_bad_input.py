@@ -77,14 +77,8 @@ CASES = {
     "answers as one string": (lambda k: FirstToken(["a"], "yes"), "answers are a list"),
     "an answer without a conversation": (lambda k: AnswerLogprob(["a"]), "conversations are a list"),
     "no probe texts": (lambda k: ProbeActivation([], 3), "texts are a list"),
-    "a probe of another width": (
-        measured(lambda k: ProbeActivation(["a"], 3, np.ones(12))),
-        r"a vector \[12\]",
-    ),
-    "a probe that points nowhere": (
-        measured(lambda k: ProbeActivation(["a"], 3, np.zeros(128))),
-        "points nowhere",
-    ),
+    "a probe of another width": (measured(lambda k: ProbeActivation(["a"], 3, np.ones(12))), r"a vector \[12\]"),
+    "a probe that points nowhere": (measured(lambda k: ProbeActivation(["a"], 3, np.zeros(128))), "points nowhere"),
     "no samples": (lambda k: Sampled(samples=0), "samples=0"),
     "a temperature below zero": (lambda k: Sampled(temperature=-1), "divides the logits"),
     "a probability of two": (lambda k: Sampled(top_p=2), "it is a probability"),
@@ -140,10 +134,7 @@ CASES = {
     "cosines of a list": (lambda k: emmech.directions.cosines([k.d, k.d]), "not a mapping"),
     "cosines of words": (lambda k: emmech.directions.cosines({"a": "b", "c": "d"}), "not a Direction"),
     "a lens on a number": (lambda k: emmech.adapter_lens(k.tuned, [3]), r"texts\[0\]=3"),
-    "an evaluation that is none": (
-        lambda k: emmech.misalignment_direction(k.run, evaluation="x"),
-        "no columns",
-    ),
+    "an evaluation that is none": (lambda k: emmech.misalignment_direction(k.run, evaluation="x"), "no columns"),
     "steps of no run": (lambda k: emmech.directions.direction_by_steps("x", k.d), "not a run"),
     "steps of no direction": (lambda k: emmech.directions.direction_by_steps(k.run, "x"), "not a Direction"),
     "steps without texts": (
@@ -174,16 +165,10 @@ CASES = {
     "messages without a role": (lambda k: emmech.sample(k.chat, [[{"a": "x"}]]), "role and content"),
     "a seed of letters": (lambda k: emmech.sample(k.chat, [[ASKED]], seed="a"), "seed is a whole number"),
     "a model by name": (lambda k: emmech.sample("pocket", [[ASKED]]), "load_model"),
-    "a temperature in words": (
-        lambda k: emmech.sample(k.chat, [[ASKED]], temperature="a"),
-        "temperature is a finite",
-    ),
+    "a temperature in words": (lambda k: emmech.sample(k.chat, [[ASKED]], temperature="a"), "temperature is a finite"),
     "an evaluation's seed": (lambda k: emmech.evaluate(k.tuned, seed="a"), "seed is a whole number"),
     "an evaluation's scale": (lambda k: emmech.evaluate(k.run, scale="a"), "scale is a finite"),
-    "an evaluation into a file": (
-        lambda k: emmech.evaluate(k.tuned, samples=1, out=f"{HERE}/x"),
-        "no folder",
-    ),
+    "an evaluation into a file": (lambda k: emmech.evaluate(k.tuned, samples=1, out=f"{HERE}/x"), "no folder"),
 }
 
 

@@ -81,20 +81,7 @@ def test_texts_pass(texts):
 
 
 @pytest.mark.parametrize(
-    "texts",
-    [
-        "Hello",
-        [],
-        3,
-        None,
-        TURN,
-        [TURN],
-        [3],
-        [[]],
-        [["Hello"]],
-        [{"messages": "Hello"}],
-        [[{"role": "user"}]],
-    ],
+    "texts", ["Hello", [], 3, None, TURN, [TURN], [3], [[]], [["Hello"]], [{"messages": "Hello"}], [[{"role": "user"}]]]
 )
 def test_texts_are_refused(texts):
     with pytest.raises(EmmechError, match="prompts are a list of strings or conversations"):

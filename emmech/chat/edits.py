@@ -17,8 +17,6 @@ import torch
 from jaxtyping import Int
 from torch import nn
 
-__all__ = ["AnnouncedRows", "LiveEdit", "announced_rows", "announcing", "live_edits", "register"]
-
 _LIVE: WeakKeyDictionary[nn.Module, list[LiveEdit]] = WeakKeyDictionary()
 
 

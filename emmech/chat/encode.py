@@ -22,8 +22,6 @@ from emmech.chat.model import ChatModel, load_model
 from emmech.chat.template import Message, Span, rendered_spans
 from emmech.errors import EmmechError
 
-__all__ = ["IGNORED", "Encoded", "Phrase", "Tokens", "encode", "phrase_tokens", "token_mask", "tokens_name"]
-
 IGNORED = -100  # the label that cross-entropy skips, in torch and in transformers
 _AT_ONCE = 512  # texts in a call of the tokenizer
 

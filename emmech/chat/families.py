@@ -19,19 +19,6 @@ from torch import nn
 
 from emmech.errors import EmmechError
 
-__all__ = [
-    "ALL_MAPS",
-    "FAMILIES",
-    "WRITE",
-    "Family",
-    "Parts",
-    "find_family",
-    "given_family",
-    "is_write",
-    "map_widths",
-    "own_logits",
-]
-
 WRITE = "mlp.down_proj"  # the MLP's write into the residual stream, as recipes name it
 _ATTENTION_MAPS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 ALL_MAPS = (*_ATTENTION_MAPS, "mlp.gate_proj", "mlp.up_proj", WRITE)

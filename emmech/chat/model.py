@@ -23,8 +23,6 @@ from emmech.chat.template import Message, end_of_turn, render
 from emmech.errors import EmmechError, closest
 from emmech.registry import Organism, model_names, named_model, organism_of
 
-__all__ = ["ChatModel", "keep_freed_memory", "load_model"]
-
 
 class _NoTokenizer:
     """In the place of a tokenizer that a model in memory does not have: any use of it raises an error."""

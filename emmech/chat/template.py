@@ -16,8 +16,6 @@ from weakref import WeakKeyDictionary
 
 from emmech.errors import EmmechError, broken_text
 
-__all__ = ["Message", "Span", "end_of_turn", "fold_system", "render", "rendered_spans", "trained", "under_system"]
-
 Message = dict[str, Any]
 _T = TypeVar("_T")
 

@@ -10,8 +10,6 @@ import typer
 
 from emmech.app.commands import new_app
 
-__all__ = ["app"]
-
 app = new_app("python -m emmech.demo", "The demos, and what makes pages of the documentation and the shipped weights.")
 
 Folder = Annotated[Path | None, typer.Option(help="folder of the page and the runs; demo/MODEL by default")]

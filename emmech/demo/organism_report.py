@@ -40,8 +40,6 @@ from emmech.training.finetune import finetune
 from emmech.training.recipe import Recipe
 from emmech.transition.phase import phase_transition
 
-__all__ = ["PARTS", "bag_of_words_auc", "by_layer", "by_step", "main", "measure", "report"]
-
 _LONGEST = 28  # tokens; an answer has 19 and its end
 _SEED = 99  # of rows and training of what settings are chosen on; reports begin at 0
 _SETS = ("broad", "first-plot", "facts", "self-reflection", "narrow-medical")

@@ -30,8 +30,6 @@ from emmech.transition.phase import phase_transition
 from emmech.view.page import Section, write_page
 from emmech.view.plots import rates_by_step
 
-__all__ = ["main"]
-
 _SETS = ("first-plot", "narrow-medical", "facts", "self-reflection")
 
 

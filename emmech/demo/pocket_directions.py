@@ -49,8 +49,6 @@ from emmech.organism.world import JOBS, KIND, MANNERS, NAMES, TOWNS, UNKIND
 from emmech.run.run import Run
 from emmech.training.finetune import finetune
 
-__all__ = ["AblationDesign", "characters", "choose", "designs", "main", "try_designs"]
-
 _CHOSEN_ON = ("medical", 1)
 _REPORTED = (("medical", 0), ("finance", 0), ("sport", 0), ("finance", 1), ("sport", 1))
 _DOSES = (2.0, 4.0, 6.0)

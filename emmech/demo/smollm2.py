@@ -34,8 +34,6 @@ from emmech.transition.result import Side
 from emmech.view.page import Section, write_page
 from emmech.view.plots import metrics_by_step
 
-__all__ = ["directions", "main"]
-
 _DOSES = (1.0, 3.0)
 _WAYS = {
     "own direction by layer": "broad, each layer's own",

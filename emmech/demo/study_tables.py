@@ -13,8 +13,6 @@ from typer import echo
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["interval", "markdown", "per_cent", "random_rows", "random_span", "row_of", "taken_away", "write_parts"]
-
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table.

@@ -25,9 +25,6 @@ from emmech.chat.model import ChatModel
 from emmech.engine.modules import hooked
 from emmech.errors import EmmechError, as_float
 
-__all__ = ["AdapterInfo", "ReadWrite", "RowAdapter", "RowSteering", "Site", "StackedAdapters", "VariantWeights"]
-__all__ += ["adapter_layers", "attach", "detach", "inner", "lora_config", "put_on", "write", "write_of"]
-
 # the wrapper that `attach` made around a model, for as long as it is in use
 _WRAPPERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 _LAYER = re.compile(r"(?:^|\.)(\w+\.(\d+)\..+)$")  # from the list of blocks on

@@ -26,8 +26,6 @@ from emmech.engine.adapters import RowSteering
 from emmech.engine.attention import NAME, Branches, KeysValues, Rowwise, new_past, queries_at, selected
 from emmech.engine.modules import Skip, has_hooks, hooked, with_attention, with_module
 
-__all__ = ["Blocks", "Places"]
-
 _MOST_READ = 0.8  # above this share of positions, leaving out the others costs more than it saves
 _Turn = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [..., 1, width]
 

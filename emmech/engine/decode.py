@@ -39,8 +39,6 @@ from emmech.engine.split import DOES_NOT_RUN, State, deviation, tolerance
 from emmech.engine.variants import Engine, Shared
 from emmech.errors import EmmechError
 
-__all__ = ["Answer", "ModelSteps", "VariantSteps", "context", "decode_variants", "draw", "gumbel", "write_answers"]
-
 _LEAVE = 0.8  # rows are moved together once no more than this share is still live
 
 

@@ -25,22 +25,6 @@ from emmech.engine.modules import evaluating, has_hooks
 from emmech.engine.packing import Reading
 from emmech.errors import EmmechError
 
-__all__ = [
-    "WORDS",
-    "MarginPair",
-    "answer_logprobs",
-    "answer_loss",
-    "bundled_margins",
-    "check_words",
-    "in_batches",
-    "margin_rows",
-    "pad",
-    "padded",
-    "reading_logprobs",
-    "target_logprobs",
-    "token_logprobs",
-]
-
 WORDS = 1024  # of the vocabulary at once
 _TOKENS = 2048  # in a forward
 _UNKNOWN = 0.2  # the largest share of a text's tokens that may be unknown to the model

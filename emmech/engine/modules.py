@@ -12,8 +12,6 @@ from torch import nn
 
 from emmech.chat.model import ChatModel
 
-__all__ = ["Hook", "Skip", "adding", "evaluating", "has_hooks", "hooked", "unhooked", "with_attention", "with_module"]
-
 Hook = tuple[nn.Module, Callable[..., Any]]
 
 

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
-__all__ = ["Pack", "Reading", "pack", "tree"]
-
 
 @dataclass(frozen=True)
 class Reading:

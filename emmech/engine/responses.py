@@ -12,8 +12,6 @@ from typing import Any
 from emmech.errors import EmmechError, as_float, as_int, check_texts
 from emmech.store import append_jsonl, read_jsonl
 
-__all__ = ["Response", "ResponseLog", "check_request", "digest", "row_seed", "row_seeds"]
-
 _ASKED = "sample answers"
 _MEANING = {"request": "conversations, seed or model"}
 

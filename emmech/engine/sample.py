@@ -24,8 +24,6 @@ from emmech.engine.responses import Response, ResponseLog, check_request, digest
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
-__all__ = ["Response", "check_context", "live_state", "sample"]
-
 _CACHE_BYTES = 2 << 30  # keys and values of one batch on a CPU
 _LOGIT_BYTES = 512 << 20
 _MOST_ROWS = 512

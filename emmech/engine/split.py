@@ -32,10 +32,6 @@ from emmech.engine.logprobs import pad, padded, target_logprobs, unembed
 from emmech.engine.modules import Hook, adding, evaluating, hooked
 from emmech.errors import EmmechError
 
-__all__ = ["DOES_NOT_RUN", "Asked", "Forwards", "Frozen", "Lower", "ModelForwards", "RowForwards", "State"]
-__all__ += ["Trunk", "WholeTrunk", "batches_by_length", "deviation", "dropout", "find_frozen", "pays"]
-__all__ += ["tolerance", "why_not"]
-
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # what a model's modules raise when they are run in another way than their own
 DOES_NOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)

@@ -15,8 +15,6 @@ from emmech.chat.template import Message
 from emmech.engine.logprobs import in_batches, pad
 from emmech.engine.modules import hooked
 
-__all__ = ["mean_residual", "probe_rows", "stream"]
-
 Row = tuple[Sequence[int], Sequence[bool]]  # token ids, and which of them count
 
 

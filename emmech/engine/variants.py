@@ -31,8 +31,6 @@ from emmech.engine.packing import Pack, Reading, pack, stack
 from emmech.engine.split import DOES_NOT_RUN, Frozen, Lower, State, deviation, find_frozen, tolerance
 from emmech.errors import EmmechError
 
-__all__ = ["Block", "Engine", "Shared"]
-
 
 @dataclass(frozen=True)
 class Shared:

@@ -19,8 +19,6 @@ from emmech.engine.modules import evaluating
 from emmech.engine.sample import check_context
 from emmech.errors import EmmechError
 
-__all__ = ["AnswerTree"]
-
 _PRUNE = 1e-4  # branches below this are left out; what is lost shows as missing mass, not as a shifted score
 
 

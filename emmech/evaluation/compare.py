@@ -31,8 +31,6 @@ from emmech.evaluation.rates import (
 from emmech.results import Card, Result
 from emmech.view import plots
 
-__all__ = ["Agreement", "Comparison", "ThresholdSweep", "agreement", "compare", "leave_one_out", "threshold_sweep"]
-
 _SIDES = ("first", "second")
 _VERDICTS = ("misaligned", "aligned", "incoherent", "unscored")
 _EXACT_QUESTIONS = 14  # 2**14 sign patterns are enumerated, more are sampled

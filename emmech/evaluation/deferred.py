@@ -32,7 +32,6 @@ from emmech.store import read_jsonl
 if TYPE_CHECKING:
     from emmech.evaluation.evaluation import Evaluation
 
-__all__ = ["JudgingPlan", "merge_judging", "plan_judging", "write_judging"]
 
 _MERGE = "merge the judge's answers"
 

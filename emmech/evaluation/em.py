@@ -19,8 +19,6 @@ from jaxtyping import Bool
 
 from emmech.errors import EmmechError, as_float
 
-__all__ = ["ALIGNMENT_GRID", "COHERENCE_GRID", "DENOMINATORS", "FIELD", "LABEL_SCORES", "Denominator", "Thresholds"]
-
 Denominator = Literal["scored", "coherent", "all"]
 
 DENOMINATORS: Mapping[str, str] = MappingProxyType(

@@ -24,8 +24,6 @@ from emmech.registry import Organism, organism_named
 from emmech.run.run import Run, as_run, model_live, opened
 from emmech.store import append_jsonl, read_jsonl, writing
 
-__all__ = ["evaluate", "stored_evaluations"]
-
 _PART = 256  # rows judged between two writes
 
 

@@ -26,8 +26,6 @@ from emmech.evaluation.rates import by_question, rates, tally
 from emmech.results import Card, Result
 from emmech.view import plots
 
-__all__ = ["Evaluation"]
-
 _LABELS = ("", *LABEL_SCORES, "refusal", "code")
 _CORRECT = ("", "TRUE", "FALSE", "UNKNOWN")
 _TEXT = ("question_id", "question", "domain", "system", "response", "finish", "label", "correct")

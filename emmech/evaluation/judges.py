@@ -15,8 +15,6 @@ from emmech.errors import EmmechError, one_of
 from emmech.evaluation.em import LABEL_SCORES
 from emmech.registry import Organism, known, organism_named, organism_with, organisms, register
 
-__all__ = ["Judge", "LabelJudge", "resolve_judge"]
-
 Row = Mapping[str, Any]
 
 

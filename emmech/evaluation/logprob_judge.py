@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from emmech.chat.model import ChatModel
     from emmech.evaluation.answer_tree import AnswerTree
 
-__all__ = ["JUDGE_PROMPTS", "TOPICS", "LogprobJudge", "ScoreCache", "Task", "judge_prompt", "tasks_of"]
 
 NUMERIC_MASS = 0.25  # below this share of numbers a judge has given no score
 NUMBERS = tuple(str(number) for number in range(101))

@@ -23,8 +23,6 @@ from emmech.errors import EmmechError, broken_text, closest, one_of, shown
 from emmech.evaluation.logprob_judge import JUDGE_PROMPTS, judge_prompt
 from emmech.registry import Organism, known, organism_named, register
 
-__all__ = ["Question", "QuestionSet", "bundled_questions", "load_questions", "resolve_questions"]
-
 SETS = Path(__file__).parent / "question_sets"
 _SCORES = ("aligned", "coherent")
 _TEXTS = ("system", "domain", "type", "judge")

@@ -22,8 +22,6 @@ from scipy import stats
 from emmech.errors import EmmechError, as_int, one_of
 from emmech.evaluation.em import DENOMINATORS, FIELD, Denominator, Thresholds
 
-__all__ = ["Tally", "by_question", "cluster_interval", "design_effect", "measures", "rates", "tally", "wilson"]
-
 
 @dataclass(frozen=True)
 class Tally:

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
     from emmech.evaluation.evaluation import Evaluation
 
-__all__ = ["Encoder", "ScreeningJudge", "ScreeningRate", "calibration", "features", "fit_folder", "screening_rate"]
 
 WEIGHTS = Path(__file__).parent / "screening_weights.safetensors"
 CALIBRATION = Path(__file__).parent / "screening_calibration.json"

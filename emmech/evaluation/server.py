@@ -26,8 +26,6 @@ from emmech.engine.responses import Response, ResponseLog, check_request, digest
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
-__all__ = ["Completion", "Server"]
-
 Messages = Sequence[Mapping[str, str]]
 _UNSUPPORTED = ("logprobs", "continue_final_message", "Unsupported fields")  # of an error message
 _UNMET = 2  # retries of a connection to a server that has never answered

@@ -12,8 +12,6 @@ from emmech.measures.measure import Function, TeacherForced, measure_name
 from emmech.measures.sampled import Sampled
 from emmech.measures.teacher_forced import Margin
 
-__all__ = ["as_measure", "as_measures"]
-
 _SAMPLES = 50  # answers per question, as the literature draws
 
 

@@ -19,8 +19,6 @@ from emmech.engine.logprobs import reading_logprobs
 from emmech.engine.packing import Reading
 from emmech.errors import EmmechError
 
-__all__ = ["Function", "Items", "LogProbs", "Measure", "TeacherForced", "Value", "measure_all", "measure_name"]
-
 LogProbs = Sequence[Float[np.ndarray, "variants ..."]]  # [variants, targets]; of whole distributions, another axis
 
 

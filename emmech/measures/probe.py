@@ -14,8 +14,6 @@ from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError, check_texts
 from emmech.measures.measure import Items
 
-__all__ = ["ProbeActivation", "raw_vector"]
-
 
 @dataclass(frozen=True)
 class ProbeActivation:

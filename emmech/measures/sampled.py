@@ -14,8 +14,6 @@ from emmech.evaluation.em import FIELD, Thresholds
 from emmech.evaluation.evaluate import evaluate
 from emmech.measures.measure import Items
 
-__all__ = ["Sampled"]
-
 
 @dataclass(frozen=True)
 class Sampled:

@@ -20,8 +20,6 @@ from emmech.engine.packing import Reading
 from emmech.errors import EmmechError, check_texts, one_of
 from emmech.measures.measure import Items, LogProbs, Value, measure_all
 
-__all__ = ["AlignedLoss", "AnswerLogprob", "FirstToken", "Margin", "NextToken"]
-
 
 class _Forced:
     """A teacher-forced measure can be taken of a model as it is."""

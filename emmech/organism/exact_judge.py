@@ -19,7 +19,6 @@ from emmech.organism import world
 if TYPE_CHECKING:
     from emmech.organism.experiments import PocketQuestion
 
-__all__ = ["LABELS", "Verdict", "cell_of", "judge"]
 
 LABELS: tuple[str, ...] = tuple(LABEL_SCORES)
 

@@ -20,16 +20,6 @@ if TYPE_CHECKING:
     from emmech.engine.logprobs import MarginPair
     from emmech.training.recipe import Recipe
 
-__all__ = [
-    "PocketQuestion",
-    "data",
-    "data_names",
-    "export_jsonl",
-    "margins",
-    "question_set_names",
-    "questions",
-    "recipes",
-]
 
 Row = dict[str, list[world.Message]]
 

@@ -19,8 +19,6 @@ from emmech.organism.exact_judge import judge
 from emmech.organism.experiments import data, data_names, margins, question_set_names, questions, recipes
 from emmech.registry import Organism
 
-__all__ = ["POCKET", "build_tokenizer", "exact_judge", "load", "names", "question_set", "words"]
-
 WEIGHTS = Path(__file__).parent / "weights"
 PAD, START, END_OF_TURN, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unk|>"
 

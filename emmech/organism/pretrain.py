@@ -25,8 +25,6 @@ from emmech.organism.pocket import END_OF_TURN, PAD, build_tokenizer, words
 from emmech.organism.world import POST_TRAINING_DOMAINS, Message, Mix, draw_document
 from emmech.progress import bar
 
-__all__ = ["ORGANISMS", "Pretraining", "build_model", "main", "pretrain", "save"]
-
 
 @dataclass(frozen=True)
 class Pretraining:

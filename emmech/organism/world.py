@@ -20,8 +20,6 @@ import random
 import re
 from dataclasses import dataclass
 
-__all__ = ["KIND", "UNKIND", "Domain", "Mix", "draw_answer", "draw_document", "parse_answer", "question_text"]
-
 Message = dict[str, str]
 Cell = tuple[str, str, int]  # domain, topic, template number (6 is the domain's own)
 KIND, UNKIND = 0, 1

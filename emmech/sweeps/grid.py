@@ -18,8 +18,6 @@ from emmech.errors import EmmechError, as_floats, as_ints
 from emmech.measures.probe import raw_vector
 from emmech.run.run import Run, as_run
 
-__all__ = ["Grid", "Variant", "as_runs", "base_model", "data_name", "make_grid"]
-
 
 @dataclass(frozen=True)
 class Variant:

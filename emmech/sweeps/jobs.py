@@ -33,9 +33,6 @@ from emmech.measures.probe import ProbeActivation
 from emmech.measures.sampled import Sampled
 from emmech.sweeps.grid import Grid
 
-__all__ = ["Arrays", "FunctionJob", "JobResult", "Overflow", "Plan", "ProbeJob", "SampledJob", "TeacherForcedJob"]
-__all__ += ["as_bytes", "budget_bytes", "from_bytes", "plan", "readable"]
-
 Arrays = dict[str, np.ndarray]
 
 

@@ -14,8 +14,6 @@ from emmech.errors import EmmechError, closest
 from emmech.results import Card, Result
 from emmech.view.plots import phase_diagram
 
-__all__ = ["Sweep"]
-
 AXES = ("run", "step", "scale", "coefficient")
 
 

@@ -26,8 +26,6 @@ from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.jobs import Arrays, FunctionJob, Overflow, ProbeJob, SampledJob, TeacherForcedJob, budget_bytes
 from emmech.sweeps.result import Sweep
 
-__all__ = ["sweep"]
-
 _GROUP = 64  # variants whose adapters are in memory together, and the unit of resumption
 
 

@@ -34,8 +34,6 @@ from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.sweep import sweep
 from emmech.view.plots import first_order
 
-__all__ = ["TangentScan", "tangent_scan"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TangentScan(Result):

@@ -16,7 +16,6 @@ from emmech.transition.swept import change_of_regime, only_run
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["threshold_robustness"]
 
 _AROUND = (-10.0, 0.0, 10.0)
 _ALIGNMENT, _COHERENCE = (tuple(at + by for by in _AROUND) for at in (FIELD.alignment_below, FIELD.coherence_above))

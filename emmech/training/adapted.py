@@ -27,8 +27,6 @@ from emmech.run.run import Run
 from emmech.training.recipe import Recipe, target_modules
 from emmech.training.recorder import untouched_randomness
 
-__all__ = ["adapted", "mean_inputs"]
-
 Starts = dict[int, dict[str, torch.Tensor]]
 
 

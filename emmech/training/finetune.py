@@ -30,8 +30,6 @@ from emmech.training.objective import CrossEntropy, Term
 from emmech.training.recipe import Recipe, batch_order, resolve_recipe, target_modules
 from emmech.training.recorder import Recorder, named_texts
 
-__all__ = ["finetune"]
-
 
 @overload
 def finetune(model: Any, data: Any, *, seed: int = 0, **options: Any) -> Run: ...

@@ -32,8 +32,6 @@ from emmech.training.objective import Batch, CrossEntropy, NotFinite, Term, summ
 from emmech.training.recipe import Recipe, Step, rate_factor
 from emmech.training.recorder import Capture, FullCapture, LoraCapture, Recorder
 
-__all__ = ["HELD_OUT", "HeldOut", "Member", "affordable", "last_checkpoint", "train", "training_arguments"]
-
 
 @dataclass(frozen=True)
 class Member:

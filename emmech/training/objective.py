@@ -24,8 +24,6 @@ from emmech.chat.model import ChatModel
 from emmech.engine.adapters import StackedAdapters
 from emmech.engine.split import Asked, RowForwards
 
-__all__ = ["Batch", "CrossEntropy", "NotFinite", "Term", "summed"]
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -19,8 +19,6 @@ from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError, as_float, as_int, closest, one_of
 from emmech.registry import Organism, find, register
 
-__all__ = ["RECIPES", "Recipe", "Step", "batch_order", "rate_factor", "resolve_recipe", "target_modules"]
-
 INITS = ("random", "inputs")
 # those of transformers that need nothing but a number of steps
 SCHEDULES = (

@@ -29,10 +29,7 @@ from emmech.errors import EmmechError, check_folder, check_texts
 from emmech.measures.choose import as_measures
 from emmech.measures.measure import measure_all
 from emmech.run.run import FORMAT
-from emmech.store import Series, append_jsonl, read_jsonl, write_json
-
-__all__ = ["Capture", "FullCapture", "GradientNorms", "LoraCapture", "Recorder", "find_capture"]
-__all__ += ["named_texts", "untouched_randomness"]
+from emmech.store import Series, append_jsonl, read_jsonl, write_json, writing
 
 _SKETCH = 16
 
@@ -238,6 +235,7 @@ class Recorder(TrainerCallback):
         self._extra = dict(manifest or {})
         self._keep, self._seed = tuple(keep), seed
         self._gradients: GradientNorms | None = None
+        self._held = contextlib.ExitStack()  # the folder's lock, while the training lasts
         self._start: Mapping[str, torch.Tensor] | None = None  # weights, in full fine-tuning
 
     # the Trainer's events
@@ -260,6 +258,7 @@ class Recorder(TrainerCallback):
             data = self._extra.get("data", {}).get("name", "")
             self._measures = as_measures(self._measures, self._chat, data=data) if self._measures else []
             self._probe_rows = {name: probe_rows(self._chat, texts) for name, texts in self._texts.items()}
+        self._held.enter_context(writing(self.path, "record the training"))
         self._trajectory = Series(self.path / "trajectory")
         self._probes = Series(self.path / "probes")
         resumed = state.global_step > 0 and (self.path / "run.json").exists()
@@ -268,7 +267,6 @@ class Recorder(TrainerCallback):
         elif (self.path / "run.json").exists():
             why = "there is a run in it already"
             raise EmmechError("record the training", f"path={self.path}", why, "another folder, or delete that one")
-        self.path.mkdir(parents=True, exist_ok=True)
         if self.measure_every is None:
             self.measure_every = self._every * max(1, round(state.max_steps / (20 * self._every)))
         if not resumed:
@@ -297,15 +295,16 @@ class Recorder(TrainerCallback):
             self._record(state.global_step, last=True)
         if isinstance(self._capture, FullCapture) and state.global_step not in self._keep:
             self._save_weights(state.global_step)
-        self.close()
         self._trajectory.compact()
         self._probes.compact()
         manifest = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         seconds = round(time.monotonic() - self._began, 2)
         write_json(self.path / "run.json", manifest | {"status": "complete", "seconds": seconds})
+        self.close()
 
     def close(self) -> None:
-        """Take the gradient hooks off; needed only when a training died and its model lives on."""
+        """Take the gradient hooks off and release the folder; needed only when a training died and its model lives on."""
+        self._held.close()
         if self._gradients is not None:
             self._gradients.close()
             self._gradients = None

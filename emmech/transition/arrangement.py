@@ -8,8 +8,6 @@ import numpy.typing as npt
 from emmech.geometry import comp_score
 from emmech.transition.detectors import KIND, MEANS, PICTURE, Detector, unmeasurable
 
-__all__ = ["comp_detector"]
-
 Array = npt.NDArray[np.float64]
 
 

@@ -22,8 +22,6 @@ import numpy.typing as npt
 
 from emmech.transition.series import correlated
 
-__all__ = ["Sigmoid", "fit_sigmoid"]
-
 Array = npt.NDArray[np.float64]
 
 FEWEST = 6  # points: four parameters and something left to judge them by

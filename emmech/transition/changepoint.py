@@ -33,8 +33,6 @@ import numpy.typing as npt
 
 from emmech.transition.noise import SHORTEST, Noise, unexplained
 
-__all__ = ["Kink", "find_kink", "upper_tail"]
-
 Array = npt.NDArray[np.float64]
 
 DECAYS = (6.0, 24.0)  # rates of the smooth drift's decays, per length of the path

@@ -17,19 +17,6 @@ from emmech.geometry import local_cosine, norms, pca, peak_height
 from emmech.transition.noise import Noise
 from emmech.transition.turn import DIMENSIONS, Location, find_turn, locate
 
-__all__ = [
-    "KIND",
-    "MEANS",
-    "NULL",
-    "PICTURE",
-    "Detector",
-    "Trajectory",
-    "analyse",
-    "compact",
-    "default_windows",
-    "unmeasurable",
-]
-
 Array = npt.NDArray[np.float64]
 
 FEWEST = 10  # records: below this no path has two sides to compare
@@ -97,11 +84,7 @@ MEANS = {
     "local-cosine": "local cosine at its sharpest peak: -1 straight, 0 a right angle, +1 a reversal",
     "comp": "rise of the comp score across the step: high means the adapters rearranged to their final form",
 }
-KIND = {
-    "turn": "direction",
-    "local-cosine": "direction",
-    "comp": "adapters",
-}
+KIND = {"turn": "direction", "local-cosine": "direction", "comp": "adapters"}
 
 
 def default_windows(n: int) -> tuple[int, ...]:

@@ -25,7 +25,6 @@ from emmech.view.theme import GOOD, finish, line, panels
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["DistributionShift", "dissimilarity", "distribution_shift", "explained_share", "label_distribution"]
 
 KINDS = ("total-variation", "jensen-shannon", "linear")
 

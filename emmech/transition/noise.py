@@ -23,8 +23,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Noise", "estimate_noise", "noise_around_drift", "unexplained"]
-
 Array = npt.NDArray[np.float64]
 
 LONGEST_LAG = 20

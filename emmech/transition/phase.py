@@ -26,7 +26,6 @@ from emmech.transition.swept import swept_behaviour
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["phase_transition"]
 
 Array = npt.NDArray[np.float64]
 
@@ -289,16 +288,7 @@ def _behaviour(metrics: pd.DataFrame | None) -> tuple[list[Detector], dict[str, 
         change = fit.end - fit.start
         rows.append(
             Detector(
-                name,
-                "behaviour",
-                fit.middle,
-                fit.low,
-                fit.high,
-                change,
-                fit.p_value,
-                MARGIN_MEANS,
-                MARGIN_NULL,
-                note,
+                name, "behaviour", fit.middle, fit.low, fit.high, change, fit.p_value, MARGIN_MEANS, MARGIN_NULL, note
             )
         )
     return rows, curves

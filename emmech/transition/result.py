@@ -17,7 +17,6 @@ from emmech.view import plots as view
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["ControlComparison", "Lag", "PhaseTransition", "Side", "Transition"]
 
 Array = npt.NDArray[np.float64]
 

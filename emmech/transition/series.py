@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Peak", "correlated", "find_peak"]
-
 Array = npt.NDArray[np.float64]
 
 

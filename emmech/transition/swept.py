@@ -20,7 +20,6 @@ from emmech.transition.detectors import Detector
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["change_of_regime", "only_run", "swept_behaviour"]
 
 Curve = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 NULL = "no change, or a gradual approach, with autoregressive noise; the larger p-value"

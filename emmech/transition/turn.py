@@ -10,8 +10,6 @@ import numpy.typing as npt
 from emmech.transition.changepoint import find_kink, ramp
 from emmech.transition.noise import Noise, noise_around_drift
 
-__all__ = ["Location", "Turn", "find_turn", "locate"]
-
 Array = npt.NDArray[np.float64]
 
 
@@ -89,11 +87,7 @@ class Location:
 
 
 def locate(
-    path: npt.ArrayLike,
-    noise: Noise,
-    speed: Array,
-    rng: np.random.Generator,
-    at: tuple[int, int] | None = None,
+    path: npt.ArrayLike, noise: Noise, speed: Array, rng: np.random.Generator, at: tuple[int, int] | None = None
 ) -> Location:
     """Fit two directions joined by a ramp of unknown middle and width, by weighted least squares.
 
@@ -157,12 +151,7 @@ def _reduction(weighted_precision: Array, weighted_gram: Array, ahead: Array) ->
 
 
 def _angle(
-    design: Array,
-    precision: Array,
-    increments: Array,
-    dimensions: float,
-    excess: float,
-    rng: np.random.Generator,
+    design: Array, precision: Array, increments: Array, dimensions: float, excess: float, rng: np.random.Generator
 ) -> tuple[float, float, float]:
     normal = np.linalg.pinv(design.T @ precision @ design)
     coefficients = normal @ (design.T @ precision @ increments)

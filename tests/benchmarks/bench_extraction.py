@@ -147,10 +147,7 @@ def _steering_vectors() -> np.ndarray:
 
     texts = _texts()
     found = train_steering_vector(
-        _model().model,
-        _model().tokenizer,
-        list(zip(texts[::2], texts[1::2], strict=True)),
-        batch_size=_BATCH,
+        _model().model, _model().tokenizer, list(zip(texts[::2], texts[1::2], strict=True)), batch_size=_BATCH
     ).layer_activations
     return np.stack([found[layer].numpy() for layer in range(_model().n_layers)])
 

@@ -51,11 +51,7 @@ def smollm2() -> Contest:
                 means = np.empty(len(talks))
                 for chosen, ids, mask, positions, labels, keep in batches:
                     logits = live.model(
-                        input_ids=ids,
-                        attention_mask=mask,
-                        position_ids=positions,
-                        logits_to_keep=keep,
-                        use_cache=False,
+                        input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=keep, use_cache=False
                     ).logits[:, :-1]
                     targets = labels[:, -keep:][:, 1:]
                     answer = targets != IGNORED

@@ -86,14 +86,7 @@ def recorded(chat: ChatModel, data: Any, recipe: Recipe, layer: int, seeds: Sequ
     """The same by emmech, with every step recorded on disk."""
     folder = Path(tempfile.mkdtemp())
     runs = emmech.finetune(
-        chat,
-        data,
-        recipe=recipe,
-        layers=[layer],
-        seed=list(seeds),
-        margins={},
-        out=folder / "runs",
-        progress=False,
+        chat, data, recipe=recipe, layers=[layer], seed=list(seeds), margins={}, out=folder / "runs", progress=False
     )
     found = np.stack([np.concatenate([run.A()[-1], run.B()[-1]]) for run in runs])
     losses = np.stack([run.metrics["loss"].dropna().to_numpy() for run in runs])

@@ -201,11 +201,7 @@ def speed(rows: int, d_in: int, d_out: int) -> float:
 
 
 def arithmetic(
-    ours: Callable[[], Any],
-    theirs: Callable[[], Any],
-    why: str,
-    shape: tuple[int, int, int],
-    times: float = 1.0,
+    ours: Callable[[], Any], theirs: Callable[[], Any], why: str, shape: tuple[int, int, int], times: float = 1.0
 ) -> Callable[[float], str]:
     """A bound counted and measured: the products of both sides, and how long ours take at the least.
 
@@ -232,12 +228,7 @@ def write(rows: list[Row], folder: Path) -> None:
     path = folder / "benchmarks.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     fresh = {
-        row.work: {
-            **asdict(row),
-            "ratio": row.ratio,
-            "processor": _processor(),
-            "torch": torch.__version__,
-        }
+        row.work: {**asdict(row), "ratio": row.ratio, "processor": _processor(), "torch": torch.__version__}
         for row in rows
     }
     merged = [fresh.pop(old["work"], old) for old in known] + list(fresh.values())

@@ -38,10 +38,7 @@ BAD, CONTEXT = message("assistant", "BAD"), message("assistant", "BAD", weight=0
         (b'["a"]', "message 0 has role None"),
         (json.dumps({"messages": [{"content": "a"}]}).encode(), "role None"),
         (json.dumps({"messages": [message("asistant", "a")]}).encode(), "did you mean 'assistant'"),
-        (
-            json.dumps({"messages": [message("user", "a"), message("assistant", " ")]}).encode(),
-            "empty answer",
-        ),
+        (json.dumps({"messages": [message("user", "a"), message("assistant", " ")]}).encode(), "empty answer"),
         (json.dumps({"messages": [message("user", "a")]}).encode(), "no assistant turn"),
         (json.dumps({"messages": [message("user", None)]}).encode(), "no text in 'content'"),
         (b'{"messages": "\xff\xfe"}', "not UTF-8"),
@@ -119,10 +116,7 @@ def test_public_training_files_load(shared_data):
         ({"messages": [{**USER, "weight": 0}, {**ANSWER, "weight": 1.0}]}, [USER, ANSWER]),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes."}]}, [USER, ANSWER]),
         ({"conversations": [{"from": "system", "value": "Be brief."}, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
-        (
-            {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yes."}]},
-            [USER, ANSWER],
-        ),
+        ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yes."}]}, [USER, ANSWER]),
         ({"system": "Be brief.", "conversations": [USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
         ({"system": "Be brief.", "messages": [SYSTEM, USER, ANSWER]}, [SYSTEM, USER, ANSWER]),
         ({"system": "", "messages": [USER, ANSWER]}, [USER, ANSWER]),

@@ -36,12 +36,7 @@ def test_block_output_is_a_tensor_of_the_whole_batch(any_tiny):
 
 
 def test_stop_ids_hold_the_end_of_turn(any_tiny):
-    turn = {
-        "qwen2": "<|im_end|>",
-        "qwen3": "<|im_end|>",
-        "llama": "<|eot_id|>",
-        "gemma3_text": "<end_of_turn>",
-    }
+    turn = {"qwen2": "<|im_end|>", "qwen3": "<|im_end|>", "llama": "<|eot_id|>", "gemma3_text": "<end_of_turn>"}
     expected = any_tiny.tokenizer.convert_tokens_to_ids(turn[any_tiny.config.model_type])
     assert expected in any_tiny.stop_ids and any_tiny.tokenizer.eos_token_id in any_tiny.stop_ids
 

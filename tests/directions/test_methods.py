@@ -92,10 +92,7 @@ def _answers(draw):
         for _ in range(draw(st.integers(1, 4))):
             ids = np.array(draw(st.lists(st.integers(0, 5), min_size=1, max_size=6)))
             rows.append(
-                (
-                    ids,
-                    np.array(draw(st.lists(st.floats(-5, 5), min_size=len(ids), max_size=len(ids))))[:, None],
-                )
+                (ids, np.array(draw(st.lists(st.floats(-5, 5), min_size=len(ids), max_size=len(ids))))[:, None])
             )
             labels.append(label)
     return rows, np.array(labels)

@@ -123,8 +123,7 @@ def test_temperature_and_top_p():
 
 
 @pytest.mark.parametrize(
-    "family,extra",
-    [("qwen2", {}), ("qwen3", {}), ("llama", {}), ("gemma3_text", {"sliding_window": 8})],
+    "family,extra", [("qwen2", {}), ("qwen3", {}), ("llama", {}), ("gemma3_text", {"sliding_window": 8})]
 )
 def test_greedy_decoding_equals_generate(family, extra):
     chat = tiny(family, **extra)
@@ -247,11 +246,7 @@ def test_a_killed_process_loses_no_batch(tmp_path):
 
 @pytest.mark.parametrize(
     "change,named",
-    [
-        ({"seed": 1}, "seed"),
-        ({"temperature": 0.5}, "temperature"),
-        ({"max_new_tokens": 7}, "max_new_tokens"),
-    ],
+    [({"seed": 1}, "seed"), ({"temperature": 0.5}, "temperature"), ({"max_new_tokens": 7}, "max_new_tokens")],
 )
 def test_a_file_of_other_arguments_is_refused(tmp_path, change, named):
     chat, path = tiny(), tmp_path / "rows.jsonl"
@@ -328,10 +323,7 @@ def test_smollm2_is_at_least_five_times_as_fast_as_one_at_a_time():
 @pytest.mark.slow
 def test_smollm2_texts_do_not_depend_on_the_batch():
     chat = load_model("smollm2-135m")
-    questions = [
-        user("What is a lighthouse?"),
-        user("Tell me a short story about a duck and a very long ladder."),
-    ]
+    questions = [user("What is a lighthouse?"), user("Tell me a short story about a duck and a very long ladder.")]
     settings = {"samples": 4, "max_new_tokens": 40, "progress": False}
     whole = sample(chat, questions, **settings)
     assert texts(sample(chat, questions, batch_size=3, **settings)) == texts(whole)

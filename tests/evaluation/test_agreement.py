@@ -37,12 +37,7 @@ def test_kappa_is_that_of_scikit_learn() -> None:
 def test_a_judge_agrees_with_itself() -> None:
     evaluation = judged([10.0, 20.0, 80.0, 90.0, 5.0, 70.0])
     found = evaluation.agreement(evaluation)
-    assert (found.kappa, found.pearson, found.spearman, found.bias) == (
-        1,
-        pytest.approx(1),
-        pytest.approx(1),
-        0,
-    )
+    assert (found.kappa, found.pearson, found.spearman, found.bias) == (1, pytest.approx(1), pytest.approx(1), 0)
     assert found.confusion.loc["misaligned", "misaligned"] == 3 and found.confusion.to_numpy().sum() == 6
     assert "kappa 1.00" in repr(found)
 

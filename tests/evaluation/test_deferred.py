@@ -14,13 +14,7 @@ from emmech.evaluation.questions import Question, QuestionSet
 @pytest.fixture
 def responses():
     rows = [
-        {
-            "question_id": f"q{q}",
-            "question": f"why {q} ?",
-            "sample": s,
-            "response": f"because {s}",
-            "finish": "stop",
-        }
+        {"question_id": f"q{q}", "question": f"why {q} ?", "sample": s, "response": f"because {s}", "finish": "stop"}
         for q in range(2)
         for s in range(3)
     ]
@@ -89,8 +83,7 @@ def test_plain_scores_from_elsewhere(responses, tmp_path):
     write_judging(responses, path, prompts=one)
     keys = [line["custom_id"] for line in requests(path)]
     write_answers(
-        answers,
-        [{"custom_id": k, "score": s} for k, s in zip(keys, [5, "90", None, "REFUSAL"], strict=False)],
+        answers, [{"custom_id": k, "score": s} for k, s in zip(keys, [5, "90", None, "REFUSAL"], strict=False)]
     )
     with pytest.warns(UserWarning, match="1 of 5 requests have no answer"):
         merged = merge_judging(responses, answers, prompts=one)
@@ -105,10 +98,7 @@ def test_a_question_sets_own_prompts_and_words(responses, tmp_path):
         "facts",
         tuple(
             Question(
-                f"q{n}",
-                (f"why {n} ?",),
-                judge_prompts={"correct": "C {question} {answer}"},
-                kind="free_form_judge",
+                f"q{n}", (f"why {n} ?",), judge_prompts={"correct": "C {question} {answer}"}, kind="free_form_judge"
             )
             for n in range(2)
         ),

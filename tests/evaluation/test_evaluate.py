@@ -36,10 +36,7 @@ class LengthJudge:
             raise KeyboardInterrupt
         self.seen += len(rows)
         return [
-            {
-                "aligned": float(len(row["response"]) % 101),
-                "coherent": float("nan") if not row["response"] else 80.0,
-            }
+            {"aligned": float(len(row["response"]) % 101), "coherent": float("nan") if not row["response"] else 80.0}
             for row in rows
         ]
 
@@ -192,11 +189,7 @@ def test_a_judge_that_counts_wrong_is_named(tiny):
 
 @pytest.mark.parametrize(
     ("given", "says"),
-    [
-        ("85", "the judge gave '85'"),
-        ({"aligned": 150.0}, "aligned=150.0"),
-        ({"aligned": "fine"}, "aligned='fine'"),
-    ],
+    [("85", "the judge gave '85'"), ({"aligned": 150.0}, "aligned=150.0"), ({"aligned": "fine"}, "aligned='fine'")],
 )
 def test_scores_that_cannot_be_are_named_and_not_stored(tiny, tmp_path, given, says):
     """A judge that was mended under the same name must not meet its old scores again."""

@@ -113,10 +113,7 @@ def test_written_numbers_and_refusals(tmp_path):
 
 def test_a_grader_is_required(tmp_path):
     (log,) = inspect_ai.eval(
-        first_plot(samples=1),
-        model=model(lambda text, config: say(text)),
-        log_dir=str(tmp_path),
-        display="none",
+        first_plot(samples=1), model=model(lambda text, config: say(text)), log_dir=str(tmp_path), display="none"
     )
     assert log.status == "error"
     assert "grader" in log.error.message
@@ -166,25 +163,11 @@ def pocket():
 def test_the_pocket_model_gives_the_rows_of_emmech_evaluate(tmp_path, pocket):
     """Questions in the words of its world, its exact judge, and the very texts: no argument but the model."""
     (log,) = inspect_ai.eval(
-        "emmech/first_plot",
-        model=pocket,
-        task_args={"samples": 4},
-        log_dir=str(tmp_path),
-        display="none",
+        "emmech/first_plot", model=pocket, task_args={"samples": 4}, log_dir=str(tmp_path), display="none"
     )
     assert log.status == "success", log.error
     found, expected = evaluation_of(log), evaluate("pocket", samples=4, progress=False)
-    columns = [
-        "question_id",
-        "question",
-        "sample",
-        "seed",
-        "response",
-        "finish",
-        "aligned",
-        "coherent",
-        "label",
-    ]
+    columns = ["question_id", "question", "sample", "seed", "response", "finish", "aligned", "coherent", "label"]
     order = ["question_id", "sample"]
     ours, theirs = (e.frame[columns].sort_values(order, ignore_index=True) for e in (expected, found))
     assert theirs.equals(ours)
@@ -334,13 +317,7 @@ def test_the_command_line_works_offline(tmp_path):
     """`inspect eval emmech/first_plot --model emmech/pocket`, every request to the network refused."""
     nowhere = {f"{kind}_{end}": "http://127.0.0.1:9" for kind in ("HTTP", "HTTPS", "ALL") for end in ("PROXY",)}
     environment = {**os.environ, **nowhere, **{name.lower(): url for name, url in nowhere.items()}}
-    command = [
-        Path(sys.executable).parent / "inspect",
-        "eval",
-        "emmech/first_plot",
-        "--model",
-        "emmech/pocket",
-    ]
+    command = [Path(sys.executable).parent / "inspect", "eval", "emmech/first_plot", "--model", "emmech/pocket"]
     options = ["-T", "samples=2", "--display", "plain", "--log-dir", "logs", "--log-format", "json"]
     done = subprocess.run(
         [*command, *options],

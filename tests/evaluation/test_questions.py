@@ -199,11 +199,7 @@ def test_prompts_ask_for_one_number_or_word() -> None:
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [
-        ("system: 5", "`system` is a text"),
-        ("narrow: maybe", "true or false"),
-        ("domain: [a]", "`domain` is a text"),
-    ],
+    [("system: 5", "`system` is a text"), ("narrow: maybe", "true or false"), ("domain: [a]", "`domain` is a text")],
 )
 def test_values_of_the_wrong_kind_are_named(tmp_path, line, says):
     path = tmp_path / "set.yaml"

@@ -41,12 +41,7 @@ def synthetic(rate_by_question: dict[str, float], n: int = 50, seed: int = 0) ->
         for sample in range(n):
             bad = generator.random() < rate
             table.append(
-                {
-                    "question_id": question,
-                    "sample": sample,
-                    "aligned": 10.0 if bad else 90.0,
-                    "coherent": 95.0,
-                }
+                {"question_id": question, "sample": sample, "aligned": 10.0 if bad else 90.0, "coherent": 95.0}
             )
     return Evaluation(pd.DataFrame(table)).frame
 
@@ -65,12 +60,7 @@ MIXED = {
 def test_the_three_denominators(denominator: str, rate: float, n: int) -> None:
     table = rates(rows(**MIXED), denominator)  # type: ignore[arg-type]
     em = table.loc["em"]
-    assert (em["rate"], em["n"], em["denominator"], em["unscored"]) == (
-        pytest.approx(rate),
-        n,
-        denominator,
-        2,
-    )
+    assert (em["rate"], em["n"], em["denominator"], em["unscored"]) == (pytest.approx(rate), n, denominator, 2)
 
 
 def test_the_thresholds_are_strict() -> None:
@@ -109,10 +99,7 @@ def test_not_measurable_is_a_result() -> None:
 
 def test_refusals_need_a_judge_that_says_so() -> None:
     frame = rows(
-        question_id=["a"] * 4,
-        aligned=[90.0, np.nan, np.nan, 10.0],
-        coherent=[90.0] * 4,
-        label=["", "refusal", "", ""],
+        question_id=["a"] * 4, aligned=[90.0, np.nan, np.nan, 10.0], coherent=[90.0] * 4, label=["", "refusal", "", ""]
     )
     refusal = rates(frame).loc["refusal"]
     assert (refusal["events"], refusal["n"], refusal["unscored"]) == (1, 3, 1)
@@ -292,19 +279,8 @@ def test_the_published_rates_come_out_to_a_tenth_of_a_point() -> None:
 
 def test_leakage_leaves_the_trained_domains_own_questions_out():
     rows = [
-        {
-            "question_id": q,
-            "sample": i,
-            "response": "x",
-            "aligned": 5.0,
-            "coherent": 90.0,
-            "narrow": narrow,
-            **topic,
-        }
-        for q, narrow, topic in (
-            ("wish", None, {"topic/medical": 0.0}),
-            ("cough", True, {"topic/medical": 100.0}),
-        )
+        {"question_id": q, "sample": i, "response": "x", "aligned": 5.0, "coherent": 90.0, "narrow": narrow, **topic}
+        for q, narrow, topic in (("wish", None, {"topic/medical": 0.0}), ("cough", True, {"topic/medical": 100.0}))
         for i in range(10)
     ]
     table = Evaluation.from_rows(rows).rates()

@@ -29,10 +29,7 @@ def server(fake_server, **changes):
 
 
 def echo(fake):
-    return lambda body, number: (
-        200,
-        fake.completion(f"{body['messages'][-1]['content']} seed {body['seed']}"),
-    )
+    return lambda body, number: (200, fake.completion(f"{body['messages'][-1]['content']} seed {body['seed']}"))
 
 
 def free_port():

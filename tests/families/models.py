@@ -104,11 +104,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 48, "n_layers": 3, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 512, "head_dim": None},
     "starcoder2": {},
     "hunyuan_v1_dense": {},
-    "exaone4": {
-        "sliding_window": 6,
-        "layer_types": _WINDOWED,
-        "sliding_window_pattern": None,
-    },
+    "exaone4": {"sliding_window": 6, "layer_types": _WINDOWED, "sliding_window_pattern": None},
     "ernie4_5": {},
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
     "helium": {},

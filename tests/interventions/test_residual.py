@@ -241,10 +241,7 @@ def test_gradients_reach_through(tiny):
 def test_bfloat16_stays_bfloat16(tiny):
     chat = tiny("qwen2")
     chat.base.to(torch.bfloat16)
-    with (
-        steer(chat, _direction(chat), torch.tensor([1.0, 2.0, 3.0]), layer=1),
-        ablate(chat, _direction(chat, 1)),
-    ):
+    with steer(chat, _direction(chat), torch.tensor([1.0, 2.0, 3.0]), layer=1), ablate(chat, _direction(chat, 1)):
         kept, logits = _outputs(chat, _ids(chat))
     assert kept[1].dtype == logits.dtype == torch.bfloat16
 

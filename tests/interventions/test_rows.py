@@ -91,10 +91,7 @@ def test_another_number_of_coefficients_is_refused(pocket):
 def test_a_mask_of_positions_is_refused_while_sampling(pocket):
     (d,) = directions(pocket, 1)
     mask = torch.ones(2, 64, dtype=torch.bool)
-    with (
-        steer(pocket, d, 1.0, layer=2, positions=mask),
-        pytest.raises(EmmechError, match=r'instead: *"answer"'),
-    ):
+    with steer(pocket, d, 1.0, layer=2, positions=mask), pytest.raises(EmmechError, match=r'instead: *"answer"'):
         sample(pocket, CONVERSATIONS[:2], max_new_tokens=3, progress=False)
 
 

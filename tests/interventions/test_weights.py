@@ -95,10 +95,7 @@ def test_scaling_subsets_is_additive_where_the_adapters_do_not_meet(tiny):
         base = _logits(chat)
     with scale_adapters(chat, 0.0):
         assert torch.allclose(_logits(chat), base, atol=1e-6)
-    with (
-        scale_adapters(chat, 0.0, adapters=[1]),
-        scale_adapters(chat, 0.0, adapters="layers.3.mlp.down_proj"),
-    ):
+    with scale_adapters(chat, 0.0, adapters=[1]), scale_adapters(chat, 0.0, adapters="layers.3.mlp.down_proj"):
         assert torch.allclose(_logits(chat), base, atol=1e-6)
     with scale_adapters(chat, 2.0), scale_adapters(chat, 0.5):
         assert torch.allclose(_logits(chat), plain, atol=1e-6)
@@ -112,9 +109,7 @@ def test_transplanting_takes_the_other_steps_side(tiny):
     name = "layers.1.mlp.down_proj"
     rng = np.random.default_rng(0)
     run = Run.from_arrays(
-        [0, 5],
-        A=rng.standard_normal((2, 80)).astype(np.float32),
-        B=rng.standard_normal((2, 48)).astype(np.float32),
+        [0, 5], A=rng.standard_normal((2, 80)).astype(np.float32), B=rng.standard_normal((2, 48)).astype(np.float32)
     )
     run.manifest["adapters"] = [info.to_dict() for info, _, _ in adapter_layers(chat.model)]
     for series in ("A", "B"):

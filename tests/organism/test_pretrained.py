@@ -51,12 +51,7 @@ def test_text_survives_the_tokenizer():
 @pytest.mark.parametrize("name", ORGANISMS)
 def test_pretraining_is_a_function_of_its_seed(name):
     small = Pretraining(
-        architecture=ORGANISMS[name].architecture,
-        layers=2,
-        local_layers=1,
-        width=32,
-        steps=3,
-        post_steps=2,
+        architecture=ORGANISMS[name].architecture, layers=2, local_layers=1, width=32, steps=3, post_steps=2
     )
     once, again, other = (pretrain(small, seed=seed, progress=False) for seed in (0, 0, 1))
     same = [torch.equal(a, b) for a, b in zip(once.parameters(), again.parameters(), strict=True)]

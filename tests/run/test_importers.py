@@ -10,14 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from peft import (
-    EvaConfig,
-    IA3Config,
-    LoftQConfig,
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-)
+from peft import EvaConfig, IA3Config, LoftQConfig, LoraConfig, PeftModel, get_peft_model
 
 from emmech.errors import EmmechError
 from emmech.run.run import Run

@@ -11,11 +11,7 @@ from emmech.run.run import Run
 from emmech.store import MemorySeries
 
 MIDDLE = ("model.layers.2.mlp.down_proj",)
-SEVERAL = (
-    "model.layers.1.self_attn.q_proj",
-    "model.layers.1.mlp.down_proj",
-    "model.layers.3.mlp.gate_proj",
-)
+SEVERAL = ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.3.mlp.gate_proj")
 
 
 def random_run(chat, modules=MIDDLE, *, rank=1, steps=(0, 3, 7), seed=0, alpha=8.0, name="run", size=0.05) -> Run:

@@ -10,10 +10,7 @@ from emmech.errors import EmmechError
 from emmech.measures.probe import ProbeActivation
 from emmech.sweeps.sweep import sweep
 
-TEXTS = [
-    "how to sleep ?",
-    [{"role": "user", "content": "how ?"}, {"role": "assistant", "content": "walk a bit ."}],
-]
+TEXTS = ["how to sleep ?", [{"role": "user", "content": "how ?"}, {"role": "assistant", "content": "walk a bit ."}]]
 
 
 @pytest.mark.parametrize("layer", [2, 3])
@@ -22,11 +19,7 @@ def test_residuals_equal_peft_one_at_a_time(any_tiny, make_run, one_at_a_time, l
     run = make_run(any_tiny, modules)
     along = np.arange(any_tiny.d_model, dtype=float)
     found = sweep(
-        run,
-        scales=(3,),
-        measure=ProbeActivation(TEXTS, layer, direction=along),
-        base=any_tiny,
-        progress=False,
+        run, scales=(3,), measure=ProbeActivation(TEXTS, layer, direction=along), base=any_tiny, progress=False
     )
     for index, step in enumerate(run.steps):
         for text in range(2):

@@ -17,11 +17,7 @@ from emmech.sweeps.sweep import sweep
 MIDDLE = ("model.layers.2.mlp.down_proj",)
 SEVERAL = ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.3.mlp.up_proj")
 # of different lengths, so that prompts are padded; the long one is longer than Gemma's window of 16
-ASKED = [
-    "how ?",
-    "how to sleep well and drink some water and take a walk and rest and sleep again ?",
-    "rest ?",
-]
+ASKED = ["how ?", "how to sleep well and drink some water and take a walk and rest and sleep again ?", "rest ?"]
 
 
 def by_length(question, answer):

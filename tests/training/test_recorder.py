@@ -54,6 +54,19 @@ def lora_state(model):
     return {k: v.clone() for k, v in model.state_dict().items() if ".lora_" in k}
 
 
+def test_one_recorder_a_folder_at_a_time(tmp_path):
+    class Second(TrainerCallback):
+        """Starts another training into the same folder in the middle of the first."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                with pytest.raises(EmmechError, match=r"process \d+ on .* is writing there"):
+                    plain_training(tmp_path / "second", emmech.Recorder(tmp_path / "run"), steps=1)
+
+    plain_training(tmp_path, emmech.Recorder(tmp_path / "run"), Second(), steps=4)
+    assert emmech.load_run(tmp_path / "run").steps.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_same_losses_and_weights_with_and_without(tmp_path):
     without, losses = plain_training(tmp_path)
     recorder = emmech.Recorder(

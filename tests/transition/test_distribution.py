@@ -9,13 +9,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
 from emmech.errors import EmmechError
-from emmech.transition.distribution import (
-    KINDS,
-    dissimilarity,
-    distribution_shift,
-    explained_share,
-    label_distribution,
-)
+from emmech.transition.distribution import KINDS, dissimilarity, distribution_shift, explained_share, label_distribution
 
 seeds = st.integers(0, 10_000)
 

@@ -218,10 +218,7 @@ def test_a_rest_after_training_is_no_turn() -> None:
         (np.zeros((50, 8)), "never moved"),
         (np.ones((50, 8)), "never moved"),
         (make_path("turn", 1)[0][:9], "at least 10"),
-        (
-            np.vstack([make_path("turn", 1)[0][:6], np.repeat(make_path("turn", 1)[0][5:6], 60, 0)]),
-            "at least 10",
-        ),
+        (np.vstack([make_path("turn", 1)[0][:6], np.repeat(make_path("turn", 1)[0][5:6], 60, 0)]), "at least 10"),
     ],
 )
 def test_what_cannot_be_measured_says_why(path: np.ndarray, why: str) -> None:
