@@ -31,8 +31,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
 
-__all__ += ["growing_cache", "new_past", "plain_past", "queries_at", "runs", "selected"]
-
 _BLOCK = 64  # tokens that a growing cache allocates at once
 _Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weighted values, highest score, sum of weights
 
