@@ -303,7 +303,7 @@ class Recorder(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the gradient hooks off and release the folder; only needed where a training died and its model lives on."""
+        """Take the gradient hooks off and release the folder: only needed after a training that died."""
         self._held.close()
         if self._gradients is not None:
             self._gradients.close()
