@@ -129,7 +129,7 @@ def mark(
     where: dict[str, Any] = {"row": at[0], "col": at[1]}
     if low is not None and high is not None and low != high:
         figure.add_vrect(low, high, fillcolor=faint(colour, 0.15), line_width=0, layer="below", **where)
-    figure.add_vline(x, line={"color": colour, "dash": "dot", "width": 1.5}, **where, **_written(label, "top right"))
+    figure.add_vline(x, line={"color": colour, "dash": "dot", "width": 1.5}, **where, **_written(label, "top"))
 
 
 def level(figure: Any, y: float, label: str = "", *, at: Place = FIRST) -> None:
