@@ -18,6 +18,7 @@ from emmech.chat.encode import encode
 from emmech.training.recipe import resolve_recipe
 from emmech.training.recorder import GradientNorms
 from tests.benchmarks.harness import Contest
+from tests.training.plain import plain_training
 
 STEPS = 12
 
