@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,34 +121,11 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
     return (np.array(order, dtype=np.int64), arrays, adapters), base
 
 
-# The values of each field of a LoraConfig with which an adapter is what its A and B, r and alpha say and no more. A
-# field that is not listed must be empty: what a later version of PEFT adds is refused, not passed over.
-_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "True", "False", "None")  # others change the base weights
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(
-        (
-            # what says where the adapter came from, and how it was trained
-            *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-            *("lora_dropout", "runtime_config", "megatron_core", "eva_config", "qalora_group_size"),
-            # what chose the modules, of which the tensors tell
-            *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-            # what is read below
-            *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-            # ties what modules_to_save holds, which is refused
-            "ensure_weight_tying",
-        ),
-        lambda value: True,
-    ),
-    "peft_type": lambda value: str(value).upper() == "LORA",
-    "bias": lambda value: value in (None, "none"),
-    "init_lora_weights": lambda value: str(value) in _PLAIN_STARTS,
-    "loftq_config": lambda value: True,  # acts with init_lora_weights="loftq" alone, which is refused
-}
-
-
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The configuration, and the tensors as ``"A <module>"`` and ``"B <module>"``."""
     from safetensors import SafetensorError, safe_open
+
+    from emmech.engine.adapters import beyond_pairs
 
     if not folder.is_dir():
         raise _refuse("there is no such folder", folder, "a folder with adapter_model.safetensors")
@@ -169,11 +146,10 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise _refuse(f"its files cannot be read: {error}", folder, "download it again")
     if not isinstance(config, dict):
         raise _refuse("adapter_config.json is no JSON object", folder, "download it again")
-    for field, value in config.items():
-        if not _FIELDS.get(field, lambda value: not value)(value):
-            why = f"{field}={value!r} in adapter_config.json makes it more than B A with a factor"
-            how = "PeftModel.from_pretrained(base, folder).merge_and_unload()"
-            raise _refuse(why, folder, f"merge it in PEFT: {how}, and load_model that")
+    if (field := beyond_pairs(config)) is not None:
+        why = f"{field} in adapter_config.json makes it more than B A with a factor"
+        how = "PeftModel.from_pretrained(base, folder).merge_and_unload()"
+        raise _refuse(why, folder, f"merge it in PEFT: {how}, and load_model that")
     matches = {key: _KEY.match(key) for key in tensors}
     strange = [key for key, match in matches.items() if match is None]
     found = {f"{match[2]} {match[1]}": tensors[key] for key, match in matches.items() if match is not None}

@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,18 @@ class Run(Shown):
             instead = closest(name or "", names) if names else "run.projection is its trajectory"
             raise refusal(f"read an adapter of {self.name}", "adapter", name, why, instead)
         return self.adapters[names.index(name)]
+
+    def located(self, chat: ChatModel) -> Run:
+        """The same run with its adapters at the modules that the model has for them.
+
+        Raises:
+            EmmechError: as :func:`emmech.engine.adapters.located`.
+        """
+        from emmech.engine.adapters import located
+
+        found = copy(self)
+        found.adapters = located(chat, self.adapters)
+        return found
 
     def A(self, adapter: str | None = None) -> Float[np.ndarray, "steps *rank d_in"]:
         """A at every recorded step, raw: ``[steps, d_in]`` at rank 1, else ``[steps, rank, d_in]``."""
@@ -532,13 +545,12 @@ def _started(run: Run, chat: ChatModel, *, given: bool) -> ChatModel:
     start = (run.path or Path()) / "start"
     if not start.is_dir() or chat.fingerprint() == run._model.get("fingerprint"):
         return chat
-    import copy
     from dataclasses import replace
 
     from peft import PeftModel
 
     # merging would change the caller's weights
-    model = copy.deepcopy(chat.model) if given else chat.model
+    model = deepcopy(chat.model) if given else chat.model
     return replace(chat, model=PeftModel.from_pretrained(model, str(start)).merge_and_unload())
 
 
@@ -555,5 +567,8 @@ def _full_model(run: Run, chat: ChatModel, step: int, scale: float) -> ChatModel
         why = "a full fine-tune has no adapter to scale"
         raise refusal(f"scale the update of {run.name}", "scale", scale, why, "scale=1.0")
     if step in kept:
-        chat.base.load_state_dict(load_file(kept[step]), strict=False)
+        strange = chat.base.load_state_dict(load_file(kept[step]), strict=False).unexpected_keys
+        if strange:
+            why = f"the model has no {', '.join(strange[:3])}, which the run trained"
+            raise EmmechError(f"open step {step} of {run.name}", chat.name, why, "base= the model that it was trained on")
     return chat

@@ -133,7 +133,7 @@ def finetune(
     chosen, variants = recipes[0], _variants(seed, data_seed, recipes)
     modules = target_modules(chat, chosen, layers) if chosen.rank else []
     if start is not None and adapter == "same":
-        modules = [info.module for info in start[0].adapters]
+        modules = [info.module for info in start[0].located(chat).adapters]
     frozen = _frozen(chat, chosen, modules, len(dataset), prefix, runs=len(variants))
     folders = _folders(out, chat, dataset, variants, isinstance(seed, int), resume=resume)
     rows = encode(dataset.rows, chat.tokenizer)
