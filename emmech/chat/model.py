@@ -315,8 +315,41 @@ def load_model(
 
 # PEFT's adapters that are part of the decoder's modules, and of each token by itself
 _IN_MODULES = frozenset(
-    "LORA ADALORA ADAMSS BOFT IA3 BEFT LOHA LOKR OFT LN_TUNING VERA FROD PVERA FOURIERFT GLORA HRA VBLORA UNILORA MISS "
-    "RANDLORA ROAD HIRA SHIRA C3A WAVEFT OSF DELORA GRALORA TINYLORA PSOFT PEANUT SUPERTUNING DEFT".split()
+    [
+        "LORA",
+        "ADALORA",
+        "ADAMSS",
+        "BOFT",
+        "IA3",
+        "BEFT",
+        "LOHA",
+        "LOKR",
+        "OFT",
+        "LN_TUNING",
+        "VERA",
+        "FROD",
+        "PVERA",
+        "FOURIERFT",
+        "GLORA",
+        "HRA",
+        "VBLORA",
+        "UNILORA",
+        "MISS",
+        "RANDLORA",
+        "ROAD",
+        "HIRA",
+        "SHIRA",
+        "C3A",
+        "WAVEFT",
+        "OSF",
+        "DELORA",
+        "GRALORA",
+        "TINYLORA",
+        "PSOFT",
+        "PEANUT",
+        "SUPERTUNING",
+        "DEFT",
+    ]
 )
 
 
@@ -328,14 +361,14 @@ def _in_wrappers(model: Any) -> Any:
     """
     while inner := next((name for name in ("_orig_mod", "module") if name in model._modules), None):
         model = model._modules[inner]
-    for name, config in (getattr(model, "peft_config", None) or {}).items():
+    for name, config in (model.peft_config if hasattr(model, "get_base_model") else {}).items():
         kind, invoked = str(getattr(config.peft_type, "value", config.peft_type)), "alora_invocation_tokens"
         given = f"the adapter {name!r} of kind {kind}"
         if getattr(config, invoked, None):
             given, kind = f"{given} with {invoked}={getattr(config, invoked)}", ""
         if kind not in _IN_MODULES:
             why = "it acts outside the modules of the decoder, or not on each token by itself"
-            raise EmmechError("load the chat model", given, why, "model.get_base_model(), which is without it")
+            raise EmmechError("load the chat model", given, why, "the model without it")
     return model
 
 

@@ -570,5 +570,6 @@ def _full_model(run: Run, chat: ChatModel, step: int, scale: float) -> ChatModel
         strange = chat.base.load_state_dict(load_file(kept[step]), strict=False).unexpected_keys
         if strange:
             why = f"the model has no {', '.join(strange[:3])}, which the run trained"
-            raise EmmechError(f"open step {step} of {run.name}", chat.name, why, "base= the model that it was trained on")
+            instead = "base= the model that it was trained on"
+            raise EmmechError(f"open step {step} of {run.name}", chat.name, why, instead)
     return chat
