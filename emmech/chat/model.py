@@ -314,43 +314,11 @@ def load_model(
 
 
 # PEFT's adapters that are part of the decoder's modules, and of each token by itself
-_IN_MODULES = frozenset(
-    [
-        "LORA",
-        "ADALORA",
-        "ADAMSS",
-        "BOFT",
-        "IA3",
-        "BEFT",
-        "LOHA",
-        "LOKR",
-        "OFT",
-        "LN_TUNING",
-        "VERA",
-        "FROD",
-        "PVERA",
-        "FOURIERFT",
-        "GLORA",
-        "HRA",
-        "VBLORA",
-        "UNILORA",
-        "MISS",
-        "RANDLORA",
-        "ROAD",
-        "HIRA",
-        "SHIRA",
-        "C3A",
-        "WAVEFT",
-        "OSF",
-        "DELORA",
-        "GRALORA",
-        "TINYLORA",
-        "PSOFT",
-        "PEANUT",
-        "SUPERTUNING",
-        "DEFT",
-    ]
-)
+_IN_MODULES = frozenset([
+    "LORA", "ADALORA", "ADAMSS", "BOFT", "IA3", "BEFT", "LOHA", "LOKR", "OFT", "LN_TUNING", "VERA", "FROD", "PVERA",
+    "FOURIERFT", "GLORA", "HRA", "VBLORA", "UNILORA", "MISS", "RANDLORA", "ROAD", "HIRA", "SHIRA", "C3A", "WAVEFT",
+    "OSF", "DELORA", "GRALORA", "TINYLORA", "PSOFT", "PEANUT", "SUPERTUNING", "DEFT",
+])  # fmt: skip
 
 
 def _in_wrappers(model: Any) -> Any:

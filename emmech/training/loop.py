@@ -27,6 +27,7 @@ from emmech.chat.encode import Encoded
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import StackedAdapters
 from emmech.engine.split import Asked, Forwards, Frozen, ModelForwards, RowForwards, dropout
+from emmech.errors import EmmechError
 from emmech.progress import bar, forecast
 from emmech.training.objective import Batch, CrossEntropy, NotFinite, Term, summed
 from emmech.training.recipe import Recipe, Step, rate_factor
@@ -56,8 +57,12 @@ class Member:
 
 
 def training_arguments(chat: ChatModel, recipe: Recipe, seed: int, data_seed: int, folder: Path) -> TrainingArguments:
-    """The Trainer's settings for a recipe."""
-    return TrainingArguments(
+    """The Trainer's settings for a recipe.
+
+    Raises:
+        EmmechError: several processes would each train.
+    """
+    arguments = TrainingArguments(
         output_dir=str(folder / "resume"),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
@@ -81,6 +86,11 @@ def training_arguments(chat: ChatModel, recipe: Recipe, seed: int, data_seed: in
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
+    if arguments.world_size > 1:
+        given, why = f"{arguments.world_size} processes", "all runs of a call share the forwards of one process"
+        instead = "one process, or transformers' Trainer with callbacks=[emmech.Recorder(folder)]"
+        raise EmmechError("fine-tune", given, why, instead)
+    return arguments
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -137,9 +137,15 @@ def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor]
     """LoRA pairs if the model has any, else the weights that require a gradient.
 
     Raises:
-        EmmechError: nothing trains, something trains beside the LoRA pairs, or adapters are no plain pairs.
+        EmmechError: nothing trains, something trains beside the LoRA pairs, adapters are no plain pairs, or weights
+            are in shards (FSDP, DeepSpeed's ZeRO-3, tensor parallelism).
     """
     asked = "record the training"
+    for name, parameter in model.named_parameters():
+        # a DTensor; FSDP's first version; ZeRO-3
+        if mark := next((one for one in ("device_mesh", "_is_flat_param", "ds_id") if hasattr(parameter, one)), None):
+            why = f"each process has a part of the weights only ({mark}: FSDP, ZeRO-3 or tensor parallelism)"
+            raise EmmechError(asked, name, why, "DDP: torchrun or accelerate launch without FSDP")
     pairs = [
         (info, layer.lora_A[name].weight, layer.lora_B[name].weight) for info, layer, name in adapter_layers(model)
     ]
