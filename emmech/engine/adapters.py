@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -114,11 +115,11 @@ def adapter_layers(model: Any) -> Iterator[tuple[AdapterInfo, Any, str]]:
             if (field := beyond_pairs(config.to_dict())) is not None:
                 why, instead = f"{field} makes it more than B A with a factor", "model.merge_and_unload()"
                 raise EmmechError("read the adapter", f"the adapter {name!r}", why, instead)
+    names = short_names(path for path, _ in layers)
     for path, layer in layers:
         name = _only_pair(path, layer)
         (rank, d_in), d_out = layer.lora_A[name].weight.shape, layer.lora_B[name].weight.shape[0]
-        found = _LAYER.search(_bare(path))
-        short, at = (found[1], int(found[2])) if found else (path, -1)
+        short, at = names[path]
         alpha, scaling = float(layer.lora_alpha[name]), float(layer.scaling[name])
         rslora = bool(np.isclose(scaling, alpha / rank**0.5))
         yield AdapterInfo(short, at, path, rank, alpha, scaling, d_in, d_out, rslora), layer, name
@@ -157,8 +158,30 @@ def _only_pair(path: str, layer: Any) -> str:
     raise EmmechError("read the adapter", f"the adapter {name!r} on {path}", why, instead)
 
 
-def _bare(path: str) -> str:
-    """A module's path without what wrappers put into it."""
+def short_names(paths: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """What each module is called in a run, by its path: from the list of blocks on where that names one, and its layer.
+
+    Example:
+        >>> short_names(["model.layers.3.mlp.down_proj", "lm_head"])
+        {'model.layers.3.mlp.down_proj': ('layers.3.mlp.down_proj', 3), 'lm_head': ('lm_head', -1)}
+        >>> list(short_names(["tower.layers.0.q_proj", "model.layers.0.q_proj"]).values())
+        [('tower.layers.0.q_proj', 0), ('model.layers.0.q_proj', 0)]
+    """
+    found = {path: _LAYER.search(bare(path)) for path in paths}
+    uses = Counter(match[1] for match in found.values() if match)
+    return {
+        path: (match[1] if uses[match[1]] == 1 else bare(path), int(match[2])) if match else (path, -1)
+        for path, match in found.items()
+    }
+
+
+def bare(path: str) -> str:
+    """A module's path without what wrappers put into it.
+
+    Example:
+        >>> bare("_orig_mod.model.layers.0._checkpoint_wrapped_module.mlp")
+        'model.layers.0.mlp'
+    """
     return ".".join(part for part in path.split(".") if part not in _WRAPPING)
 
 
@@ -204,7 +227,7 @@ def located(chat: ChatModel, adapters: Sequence[AdapterInfo]) -> tuple[AdapterIn
 
 def _inside(path: str) -> str:
     """A module's path as it would be if the decoder were all of the model."""
-    return ".".join(part for part in _bare(path).split(".") if part not in _DECODER)
+    return ".".join(part for part in bare(path).split(".") if part not in _DECODER)
 
 
 def lora_config(adapters: Sequence[AdapterInfo], *, base_name: str = "") -> Any:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +38,20 @@ def launch(launcher, folder, kind, batch):
     return done.returncode, done.stdout + done.stderr
 
 
+@cache
+def in_one(kind):
+    """The folder of the same training in one process."""
+    folder = Path(tempfile.mkdtemp())
+    status, output = launch(ONE, folder, kind, 4)
+    assert status == 0, output
+    return folder / "run"
+
+
 @pytest.mark.parametrize(("launcher", "kind"), [(TORCHRUN, "lora"), (TORCHRUN, "full"), (ACCELERATE, "lora")])
 def test_two_processes_record_what_one_does(launcher, kind, tmp_path):
-    for folder, started, batch in (("one", ONE, 4), ("two", launcher, 2)):
-        status, output = launch(started, tmp_path / folder, kind, batch)
-        assert status == 0, output
-    one, two = (emmech.load_run(tmp_path / folder / "run") for folder in ("one", "two"))
+    status, output = launch(launcher, tmp_path, kind, 2)
+    assert status == 0, output
+    one, two = emmech.load_run(in_one(kind)), emmech.load_run(tmp_path / "run")
     assert two.manifest["status"] == "complete" and two.manifest["kind"] == kind and not two.damaged
     assert one.steps.tolist() == two.steps.tolist() == [0, 2, 4, 5]
     assert one.manifest["model"] == two.manifest["model"] and one.adapters == two.adapters
@@ -60,12 +71,12 @@ def test_two_processes_record_what_one_does(launcher, kind, tmp_path):
     if kind == "lora":  # those of all parts make up the Trainer's own, which it takes after the reduction
         assert norms.shape == (3, 16)
         assert np.allclose(np.sqrt((norms**2).sum(1)), two.metrics["grad_norm"][norms.index], rtol=1e-4)
-    lines = (tmp_path / "two" / "run" / "metrics.jsonl").read_text().count("\n")
-    assert lines == (tmp_path / "one" / "run" / "metrics.jsonl").read_text().count("\n")
+    lines = [(run.path / "metrics.jsonl").read_text().count("\n") for run in (one, two)]
+    assert lines[0] == lines[1]
 
 
 def test_what_the_writer_refuses_stops_all_processes(tmp_path):
-    assert launch(ONE, tmp_path, "lora", 4)[0] == 0
+    shutil.copytree(in_one("lora"), tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     status, output = launch(TORCHRUN, tmp_path, "lora", 2)
     assert status != 0 and output.count("there is a run in it already") >= 2
