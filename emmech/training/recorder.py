@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import subprocess
 import time
@@ -138,14 +139,12 @@ def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor]
 
     Raises:
         EmmechError: nothing trains, something trains beside the LoRA pairs, adapters are no plain pairs, or weights
-            are in shards (FSDP, DeepSpeed's ZeRO-3, tensor parallelism).
+            are in shards (FSDP, DeepSpeed, tensor parallelism).
     """
     asked = "record the training"
-    for name, parameter in model.named_parameters():
-        # a DTensor; FSDP's first version; ZeRO-3
-        if mark := next((one for one in ("device_mesh", "_is_flat_param", "ds_id") if hasattr(parameter, one)), None):
-            why = f"each process has a part of the weights only ({mark}: FSDP, ZeRO-3 or tensor parallelism)"
-            raise EmmechError(asked, name, why, "DDP: torchrun or accelerate launch without FSDP")
+    if sharded := _sharded(model):
+        why = "each process has a part of the weights or of their gradients only"
+        raise EmmechError(asked, sharded, why, "DDP: torchrun or accelerate launch without FSDP and DeepSpeed")
     pairs = [
         (info, layer.lora_A[name].weight, layer.lora_B[name].weight) for info, layer, name in adapter_layers(model)
     ]
@@ -158,6 +157,15 @@ def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor]
     if pairs and (others := [name for name, one in trained.items() if one not in kept]):
         raise _trains_too(others)
     return LoraCapture(pairs) if pairs else FullCapture(model, seed=seed, start=start)
+
+
+def _sharded(model: nn.Module) -> str:
+    """What keeps the weights or gradients in parts, with the first weight that shows it, or ""."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # which accelerate sets when it is in use
+        return "DeepSpeed"
+    marks = {"device_mesh": "FSDP or tensor parallelism", "_is_flat_param": "FSDP", "ds_id": "DeepSpeed"}
+    names = ((name, kind) for name, p in model.named_parameters() for mark, kind in marks.items() if hasattr(p, mark))
+    return next((f"{name} ({kind})" for name, kind in names), "")
 
 
 def _trains_too(names: Sequence[str]) -> EmmechError:

@@ -14,6 +14,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 import emmech
 from emmech.chat.encode import encode
 from emmech.errors import EmmechError
+from emmech.training.recorder import find_capture
 from tests.conftest import make_rows, make_tiny
 from tests.training.plain import Rows, collate
 
@@ -272,6 +273,13 @@ def test_what_trains_but_cannot_be_recorded_is_refused_at_the_start(config, adap
         trainer.train()
     assert len(str(raised.value)) < 1000
     assert not (tmp_path / "run" / "run.json").exists() and trainer.state.global_step == 0
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    trainer = peft_trainer(tmp_path, emmech.Recorder(tmp_path / "run"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what accelerate sets when it wraps with DeepSpeed
+    with pytest.raises(EmmechError, match="DeepSpeed"):
+        find_capture(trainer.model)
 
 
 def test_what_starts_to_train_later_is_refused_then(tmp_path):
