@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,9 +45,9 @@ class Cosines(Result):
         """One row per pair, one column per layer."""
         import pandas as pd
 
-        pairs = [(i, j) for i in range(len(self.names)) for j in range(i + 1, len(self.names))]
-        index = pd.MultiIndex.from_tuples([(self.names[i], self.names[j]) for i, j in pairs], names=["first", "second"])
-        return pd.DataFrame([self.values[i, j] for i, j in pairs], index=index).rename_axis(columns="layer")
+        index = pd.MultiIndex.from_tuples(combinations(self.names, 2), names=["first", "second"])
+        pairs = np.triu_indices(len(self.names), k=1)
+        return pd.DataFrame(self.values[pairs], index=index).rename_axis(columns="layer")
 
     def plot(self, layer: int | None = None) -> Any:
         """The matrix at a layer; without one, every pair's cosine over the layers."""

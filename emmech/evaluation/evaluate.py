@@ -188,8 +188,7 @@ def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None)
     """Scores of all rows; what an earlier call wrote for the same judge and responses is not asked again."""
     if judge is None:
         return [{} for _ in rows]
-    done: list[dict[str, Any]] = []
-    path = None
+    done, path = [], None
     if folder is not None:
         identity = getattr(judge, "identity", judge.name)  # the name alone may not determine the scores
         key = digest(identity, judge.columns, [sorted(row.items(), key=lambda item: item[0]) for row in rows])
