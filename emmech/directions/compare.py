@@ -142,11 +142,11 @@ def direction_by_steps(
         if texts is None:
             why = "they are those at which the direction is extracted again, and there is nothing to extract it from"
             raise refusal(asked, "steps", steps, why, "texts=(misaligned, aligned)")
-    if layer is not None and not 0 <= as_int(asked, "layer", layer) < direction.n_layers:
+    if layer is None:
+        layer = int(direction.source.get("layer", np.argmax(direction.norms)))
+    elif not 0 <= as_int(asked, "layer", layer) < direction.n_layers:
         why = f"the direction has {direction.n_layers} layers"
         raise refusal(asked, "layer", layer, why, f"layer={direction.n_layers - 1} or lower")
-    if layer is None:
-        layer = int(direction.source.get("layer", int(np.argmax(direction.norms))))
     unit = unit_rows(direction.vectors)
     columns: dict[str, pd.Series] = {}
     for adapter in run.adapters:

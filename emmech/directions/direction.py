@@ -18,7 +18,7 @@ import numpy as np
 from einops import einsum
 from jaxtyping import Float
 
-from emmech.errors import EmmechError, as_int, refusal
+from emmech.errors import EmmechError, as_floats, as_int, refusal
 from emmech.results import Card, Result
 from emmech.view.plots import by_layer
 
@@ -277,16 +277,12 @@ class Direction(Result):
 
     def __mul__(self, factor: float | Float[np.ndarray, " layers"]) -> Direction:
         """Scale by a number, or by one number per layer."""
-        try:
-            factors = np.asarray(factor, dtype=np.float64)
-        except (TypeError, ValueError):
-            factors = np.empty((0, 0))
-        if factors.shape not in ((), (self.n_layers,)):
-            given = f"factor of shape {list(factors.shape)}" if factors.size else f"{factor!r}"[:120]
+        factors = np.array(as_floats(f"scale {self.name}", "factor", factor))
+        if len(factors) not in (1, self.n_layers):
             why = "a direction is scaled by a number or by one number per layer"
-            raise EmmechError(f"scale {self.name}", given, why, f"a float, or an array [{self.n_layers}]")
-        label = f"{float(factor):g} {self.name}" if factors.ndim == 0 else f"scaled {self.name}"
-        return self._with(self.vectors * (factors[:, None] if factors.ndim else factors), label)
+            raise refusal(f"scale {self.name}", "factor", factor, why, f"a float, or an array [{self.n_layers}]")
+        label = f"{factors[0]:g} {self.name}" if len(factors) == 1 else f"scaled {self.name}"
+        return self._with(self.vectors * factors[:, None], label)
 
     __rmul__ = __mul__
 

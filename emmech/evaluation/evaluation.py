@@ -266,12 +266,16 @@ def _canonical(frame: pd.DataFrame) -> pd.DataFrame:
         instead = "add question_id, or Evaluation.from_frame(frame, question=...)"
         raise EmmechError(_ASKED, f"columns {', '.join(map(str, frame.columns))}", why, instead)
     table = frame.copy()
-    defaults = {"finish": "stop", "domain": None, "system": None, "narrow": None, "seed": pd.NA}
     if "sample" not in table:
         table["sample"] = table.groupby("question_id", sort=False).cumcount()
-    for column in (*_TEXT, "narrow", "seed"):
-        if column not in table:
-            table[column] = defaults.get(column, "")
+    defaults = dict.fromkeys(_TEXT, "") | {
+        "finish": "stop",
+        "domain": None,
+        "system": None,
+        "narrow": None,
+        "seed": pd.NA,
+    }
+    table = table.assign(**{column: value for column, value in defaults.items() if column not in table})
     for column in _TEXT:
         present = table[column].notna()
         table[column] = table[column].astype(object).where(present, None if column in ("domain", "system") else "")

@@ -352,10 +352,8 @@ def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
 def _from_json_entry(entry: Mapping[str, Any], before: Sequence[Question]) -> dict[str, Any]:
     """Turn ``{question, category, label}`` into an entry of the YAML schema."""
     category, id = str(entry.get("category") or "") or None, _slug(str(entry.get("label") or entry["question"]), before)
-    asked = {"id": id, "paraphrases": [str(entry["question"])], "domain": category}
-    if category == "factual":
-        return {**asked, "type": "free_form_judge", "judge_prompts": ["correct"]}
-    return {**asked, "type": "free_form_judge_0_100", "judge_prompts": list(_SCORES)}
+    factual = {"type": "free_form_judge", "judge_prompts": ["correct"]} if category == "factual" else {}
+    return {"id": id, "paraphrases": [str(entry["question"])], "domain": category, **factual}
 
 
 def _slug(text: str, before: Sequence[Question]) -> str:

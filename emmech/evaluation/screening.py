@@ -49,6 +49,7 @@ EMBEDDING = 384
 HASHED = 2**12
 WIDTH = EMBEDDING + 2 * HASHED
 _WINDOW = 256  # tokens that the encoder was trained on, two of them special
+_BATCH = 32
 _C = 3.0
 _PER_QUESTION = 1.5  # scale of the per-question copy of the features: larger lets questions differ more
 _WIDTH = 8.0  # points of alignment over which the soft target falls from 0.73 to 0.27
@@ -64,9 +65,7 @@ class Encoder:
     model: Any
     tokenizer: Any
 
-    def __call__(
-        self, texts: Sequence[str], *, batch_size: int = 32, progress: bool = False
-    ) -> Float[np.ndarray, "texts 384"]:
+    def __call__(self, texts: Sequence[str], *, progress: bool = False) -> Float[np.ndarray, "texts 384"]:
         """Unit-norm mean-pooled embeddings; a text longer than the window is the weighted mean of its windows."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
@@ -76,8 +75,8 @@ class Encoder:
         windows = list(zip(split["overflow_to_sample_mapping"], map(torch.tensor, split["input_ids"]), strict=True))
         windows.sort(key=lambda window: len(window[1]))  # little padding
         total, weight = np.zeros((len(texts), EMBEDDING)), np.zeros(len(texts))
-        for first in tqdm(range(0, len(windows), batch_size), desc="embed", disable=not progress):
-            batch = windows[first : first + batch_size]
+        for first in tqdm(range(0, len(windows), _BATCH), desc="embed", disable=not progress):
+            batch = windows[first : first + _BATCH]
             tokens = pad_sequence([ids for _, ids in batch], batch_first=True)
             mask = pad_sequence([torch.ones_like(ids) for _, ids in batch], batch_first=True)
             with torch.inference_mode():
@@ -286,13 +285,10 @@ class ScreeningRate:
         raise EmmechError("give the screening estimate as a number", str(self), why, instead)
 
     def __str__(self) -> str:
-        text = (
-            f"EM by screening {self.estimate:.1%} ± {100 * self.margin:.1f} points [{self.low:.1%}, {self.high:.1%}], "
-            f"n = {self.n}, {self.unscored} unscored"
-        )
-        if self.new_questions:
-            text += f"; {len(self.new_questions)} question(s) it was not fitted on: the ranking is unreliable too"
-        return text
+        interval = f"± {100 * self.margin:.1f} points [{self.low:.1%}, {self.high:.1%}]"
+        text = f"EM by screening {self.estimate:.1%} {interval}, n = {self.n}, {self.unscored} unscored"
+        new = f"; {len(self.new_questions)} question(s) it was not fitted on: the ranking is unreliable too"
+        return text + new if self.new_questions else text
 
     __repr__ = __str__
 
@@ -325,12 +321,12 @@ def screening_rate(evaluation: Evaluation) -> ScreeningRate:
     if scored.empty:
         raise EmmechError("estimate a screening rate", f"{len(frame)} responses", "none has a screening score")
     figures = calibration()
-    known = scored.apply(lambda row: known_question(row.to_dict()), axis=1)
+    known = pd.Series([known_question(row) for row in scored.to_dict("records")], index=scored.index)
     new = ~known.isin(figures["questions"])
     table = scored.groupby("question_id", sort=False)["screen"].agg(estimate="mean", n="size")
-    of_question = known.groupby(scored["question_id"], sort=False).first()
     margins = {row["question"]: row["margin"] for row in figures["by_question"]}
-    table["margin"] = [margins.get(of_question[question], figures["margin_new"]) for question in table.index]
+    of_question = known.groupby(scored["question_id"], sort=False).first()
+    table["margin"] = of_question.map(margins).fillna(figures["margin_new"])
     return ScreeningRate(
         estimate=float(scored["screen"].mean()),
         margin=float(figures["margin_new"] if new.any() else figures["margin_known"]),

@@ -72,10 +72,7 @@ def raw_vector(chat: ChatModel, direction: Any, layer: int) -> Float[np.ndarray,
     except (TypeError, ValueError):
         vector = np.empty(0, dtype=np.float32)
     if vector.shape != (chat.d_model,) or not np.isfinite(vector).all():
-        raise EmmechError(
-            "take the direction",
-            f"a vector {list(vector.shape)}" if vector.size else f"direction={given!r}"[:120],
-            f"the residual stream of {chat.name} has d_model={chat.d_model} finite numbers",
-            "a Direction, or a vector [d_model] with layer=",
-        )
+        found = f"a vector {list(vector.shape)}" if vector.size else f"direction={given!r}"[:120]
+        why = f"the residual stream of {chat.name} has d_model={chat.d_model} finite numbers"
+        raise EmmechError("take the direction", found, why, "a Direction, or a vector [d_model] with layer=")
     return vector

@@ -55,18 +55,9 @@ class Sampled:
 
     def __call__(self, chat: ChatModel) -> Items:
         """Draw and judge answers; one item each, grouped by question."""
-        frame = evaluate(
-            chat,
-            self.questions,
-            self.judge,
-            samples=self.samples,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            progress=False,
-        ).frame
+        names = ("samples", "max_new_tokens", "temperature", "top_p", "seed", "batch_size")
+        settings = {name: getattr(self, name) for name in names}
+        frame = evaluate(chat, self.questions, self.judge, **settings, progress=False).frame
         kinds = {self.name: "em", "coherent": "coherence"}
         kinds |= {"narrow": "narrow"} if frame["narrow"].eq(True).any() else {}
         found = {name: tally(frame, kind, "scored", self.thresholds) for name, kind in kinds.items()}
