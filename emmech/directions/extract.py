@@ -90,8 +90,7 @@ def group_means(
         given = f"weights {list(weights.shape)} for {len(conversations)} conversations"
         why = "there is one row per group and one column per conversation"
         raise EmmechError(asked, given, why, f"weights [groups, {len(conversations)}]")
-    rows = _rows(chat, conversations, tokens, max_length)
-    counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
+    rows, counts = _rows(chat, conversations, tokens, max_length)
     per_row = weights if average == "token" else weights / counts
     totals = (per_row * counts).sum(1)
     if (totals == 0).any():
@@ -125,8 +124,7 @@ def answer_means(
 
     This keeps ``conversations * layers * d_model`` numbers: choose ``layers`` on a large model.
     """
-    rows = _rows(chat, conversations, tokens, max_length)
-    counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
+    rows, counts = _rows(chat, conversations, tokens, max_length)
     kept = tuple(range(chat.n_layers)) if layers is None else tuple(layers)
     for layer in kept:
         chat.check_layer(layer)
@@ -156,7 +154,7 @@ def token_projections(
     Returns:
         for each conversation its chosen tokens' ids ``[tokens]`` and the projections ``[tokens, layers]``.
     """
-    rows = _rows(chat, conversations, tokens, max_length)
+    rows, _ = _rows(chat, conversations, tokens, max_length)
     ids = [np.array([t for t, m in zip(*row, strict=True) if m], dtype=np.int64) for row in rows]
     values = [np.empty((len(own), chat.n_layers), dtype=np.float32) for own in ids]
     axes = torch.from_numpy(np.asarray(vectors, dtype=np.float32).copy())
@@ -223,7 +221,8 @@ def mixed_adapter(chat: ChatModel, scales: torch.Tensor) -> Iterator[None]:
 
 def _rows(
     chat: ChatModel, conversations: Sequence[Conversation], tokens: Tokens, max_length: int | None
-) -> list[tuple[list[int], list[bool]]]:
+) -> tuple[list[tuple[list[int], list[bool]]], Int[np.ndarray, " conversations"]]:
+    """The token ids of each conversation with the mask of those to read, and how many these are."""
     encoded = encode(conversations, chat.tokenizer, max_length=max_length)
     if len(encoded) != len(conversations):
         given, asked = f"{len(conversations)} conversations, max_length={max_length}", "extract from the answers"
@@ -233,11 +232,12 @@ def _rows(
         (ids, token_mask(tokens, ids, [label != IGNORED for label in labels]))
         for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True)
     ]
-    if without := [index for index, (_, mask) in enumerate(rows) if not any(mask)]:
-        given = f"tokens={tokens_name(tokens)}: none in conversation {without[0]} of {len(rows)}"
+    counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
+    if not counts.all():
+        given = f"tokens={tokens_name(tokens)}: none in conversation {int(np.argmin(counts))} of {len(rows)}"
         why, instead = "a mean over nothing is not a number", "tokens that every conversation has"
         raise EmmechError("choose the tokens to average over", given, why, instead)
-    return rows
+    return rows, counts
 
 
 def _stream(

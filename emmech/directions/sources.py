@@ -105,13 +105,13 @@ def contrast_direction(
     found = group_means(chat, talks, _groups(labels, splits, seed), average=average, **reading)
     mean_misaligned, mean_aligned = found.means[:2]
     vectors = mean_difference(mean_misaligned, mean_aligned)
-    halves = found.means[2:].reshape(2, splits, 2, 2, *vectors.shape)  # [null, split, half, class, layers, d_model]
-    pairs = halves[:, :, :, 0] - halves[:, :, :, 1]
-    units = unit_rows(pairs)
-    inner = einsum(units[:, :, 0], units[:, :, 1], "null split layer d, null split layer d -> null split layer")
+    shape = "(null split half label) layer d -> label half null split layer d"
+    first, second = rearrange(found.means[2:], shape, null=2, half=2, label=2)
+    halves = first - second
+    inner = einsum(*unit_rows(halves), "null split layer d, null split layer d -> null split layer")
     cosines = inner.mean(1)
     # two halves average to the direction of shuffled labels on all answers
-    null_norm = np.linalg.norm(pairs[1].mean(1), axis=-1).mean(0)
+    null_norm = np.linalg.norm(halves.mean(0)[1], axis=-1).mean(0)
     ratio = np.linalg.norm(vectors, axis=1) / np.where(null_norm > 0, null_norm, np.inf)
     layer = int(np.argmax(ratio))
     unit = unit_rows(vectors)

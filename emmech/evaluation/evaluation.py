@@ -323,7 +323,8 @@ def _scores(values: pd.Series | None, column: str, table: pd.DataFrame) -> pd.Se
         row = int(np.flatnonzero(wrong.to_numpy())[0])
         value, others = values.iloc[row], int(wrong.sum()) - 1
         shown = value if isinstance(value, float) else repr(value)
-        given = f"{column}={shown} in row {row} (question {table['question_id'].iloc[row]}), and {others} more like it"
+        question = table["question_id"].iloc[row]
+        given = f"{column}={shown} in row {row} (question {question}), and {others} more rows like it"
         instead = "bring scores on another scale to 0 to 100 first"
         if isinstance(value, str):
             instead = f'pd.to_numeric(frame["{column}"], errors="coerce"), which counts every text as unscored'
