@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from emmech.chat.model import ChatModel, load_model
-from emmech.engine.adapters import AdapterInfo, adapter_layers
+from emmech.engine.adapters import AdapterInfo, adapter_layers, bare
 from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError, check_folder, check_texts
 from emmech.measures.choose import as_measures
@@ -97,7 +97,7 @@ class FullCapture(Capture):
     kind = "full"
 
     def __init__(self, model: nn.Module, *, seed: int, start: Mapping[str, torch.Tensor] | None = None) -> None:
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {bare(name): p for name, p in model.named_parameters() if p.requires_grad}
         known = start or {}
         self.start = {n: known[n] if n in known else p.detach().cpu().clone() for n, p in self.weights.items()}
         self._seed = seed

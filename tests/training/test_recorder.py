@@ -275,6 +275,18 @@ def test_what_trains_but_cannot_be_recorded_is_refused_at_the_start(config, adap
     assert not (tmp_path / "run" / "run.json").exists() and trainer.state.global_step == 0
 
 
+def test_weights_of_a_compiled_model_have_their_own_names(tmp_path):
+    def adapt(model):
+        for layer, block in enumerate(model.model.layers):
+            model.model.layers[layer] = torch.compile(block, backend="eager")
+
+    trainer = peft_trainer(tmp_path, emmech.Recorder(tmp_path / "run"), config=False, adapt=adapt, max_steps=1)
+    trainer.train()
+    chat = emmech.load_run(tmp_path / "run").model(1, base=make_tiny("qwen2").model)
+    state = {name.replace("._orig_mod", ""): p for name, p in trainer.model.named_parameters()}
+    assert all(torch.equal(value, state[name]) for name, value in chat.model.named_parameters())
+
+
 def test_deepspeed_is_refused(tmp_path, monkeypatch):
     trainer = peft_trainer(tmp_path, emmech.Recorder(tmp_path / "run"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what accelerate sets when it wraps with DeepSpeed
