@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 from inspect_ai import Task, task
@@ -52,11 +52,7 @@ from emmech.evaluation.judges import resolve_judge
 from emmech.evaluation.logprob_judge import score_of_masses, score_of_text, splits_numbers, tasks_of
 from emmech.evaluation.questions import resolve_questions
 from emmech.evaluation.server import masses_of
-from emmech.registry import Organism, organism_with, organisms
-from emmech.run.run import Run, opened
-
-if TYPE_CHECKING:
-    from emmech.chat.model import ChatModel
+from emmech.registry import organism_with, organisms
 
 _GATHER = 0.05  # seconds that a request waits for others to share its batch
 _TOKENS = 600  # of an answer, unless the task says otherwise
@@ -98,7 +94,10 @@ def first_plot(
         EmmechError: unknown questions, or some without those two judge prompts, or an unknown judge.
     """
     if judge is None:
-        organism = _organism_asked()
+        try:
+            organism = getattr(getattr(get_model().api, "chat", None), "organism", None)
+        except Exception:  # a task may be made before any model is named
+            organism = None
         judge = next(iter(organism.judges), "grader") if organism is not None else "grader"
     why = "an Inspect task is judged by a model or by an organism's own judge"
     names = [name for organism in organisms().values() for name in organism.judges]
@@ -133,15 +132,6 @@ def seeded_generate() -> Solver:
         return await generate(state, seed=seed if state.model.api == "emmech" else seed % 2**31)
 
     return solve
-
-
-def _organism_asked() -> Organism | None:
-    """The organism of the model that Inspect makes this task for."""
-    try:
-        chat = getattr(get_model().api, "chat", None)
-    except Exception:  # a task may be made before any model is named
-        return None
-    return getattr(chat, "organism", None)
 
 
 @metric  # type: ignore[untyped-decorator]
@@ -184,10 +174,9 @@ def misalignment(grader: str | Model | None = None, logprobs: bool = True) -> Sc
             output = await judge.generate(asked.prompt, config=config)
             masses = _first_masses(output)
             if masses is not None and not splits_numbers([masses]):
-                found = score_of_masses(masses, asked)
+                scores |= asked.scores(score_of_masses(masses, asked))
             else:
-                found = score_of_text(output.completion, asked)
-            scores |= asked.scores(found)
+                scores |= asked.scores(score_of_text(output.completion, asked))
         return _verdict(row, scores)
 
     return score
@@ -289,7 +278,9 @@ class LocalModel(ModelAPI):
         **model_args: Any,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
-        self.chat = _load(model_name, step, scale, model_args)
+        from emmech.interop.bridges import chat_from  # loads torch
+
+        self.chat = chat_from(model_name, step, scale, **model_args)
         self._waiting: list[_Asked] = []
         self._turn = anyio.Lock()
         self._unseeded: Counter[str] = Counter()
@@ -362,19 +353,3 @@ class LocalModel(ModelAPI):
         else:
             for asked, answer in zip(batch, answers, strict=True):
                 asked.answer = answer
-
-
-def _load(name: str, step: int | None, scale: float, model_args: dict[str, Any]) -> ChatModel:
-    from emmech.chat.model import load_model
-
-    found = opened(name)
-    if isinstance(found, Run):
-        if model_args:
-            why, instead = "a run is loaded at a step and a scale", "-M step=100 -M scale=2"
-            raise EmmechError(f"load the run {name!r} for Inspect", ", ".join(model_args), why, instead)
-        return found.model(step, scale)
-    if step is not None or scale != 1.0:
-        why = "only a recorded run has steps and an adapter that can be scaled, and the folder holds no run.json"
-        instead = "--model emmech/RUN_FOLDER -M step=100"
-        raise EmmechError(f"load {name!r} for Inspect", f"step={step}, scale={scale}", why, instead)
-    return load_model(name, **model_args)

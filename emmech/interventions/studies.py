@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -196,30 +196,25 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
         for outcome in items.values:
             row: dict[str, Any] = {"condition": condition.label, "kind": condition.kind, **condition.settings}
             row |= {"model": one.model, "outcome": outcome}
-            contrasts: dict[str, tuple[list[tuple[float, Items]], float]] = {"": ([(1.0, items)], 0.0)}
-            before = plain.get(one.model)
+            value, known = combination([(1.0, items)], outcome), items.values[outcome]
+            row |= asdict(value)
+            if np.isin(known[np.isfinite(known)], (0.0, 1.0)).all():
+                row |= {"low": max(value.low, 0.0), "high": min(value.high, 1.0)}
+            contrasts: dict[str, list[tuple[float, Items]]] = {}
+            before, twin, spread = plain.get(one.model), other.get((condition.key, condition.kind)), 0.0
             if before is not None and condition.kind != "untouched":
-                contrasts["change"] = ([(1.0, items), (-1.0, before)], 0.0)
+                contrasts["change"] = [(1.0, items), (-1.0, before)]
             if controls and condition.kind == "direction":
                 means = np.array([np.nanmean(c.values[outcome]) for c in controls])
-                share = -1 / len(controls)
                 spread = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
-                contrasts["beyond_random"] = ([(1.0, items), *((share, c) for c in controls)], spread)
-            twin = other.get((condition.key, condition.kind))
+                contrasts["beyond_random"] = [(1.0, items), *((-1 / len(controls), c) for c in controls)]
             if one.model == "tuned" and twin is not None and condition.kind in ("direction", "untouched"):
-                contrasts["gap"] = ([(1.0, items), (-1.0, twin)], 0.0)
+                contrasts["gap"] = [(1.0, items), (-1.0, twin)]
                 if condition.kind == "direction" and before is not None and "base" in plain:
-                    beyond = [(1.0, items), (-1.0, before), (-1.0, twin), (1.0, plain["base"])]
-                    contrasts["beyond_base"] = (beyond, 0.0)
-            for name, (terms, spread) in contrasts.items():
-                estimate = combination(terms, outcome, spread=spread)
-                row[name or "value"] = estimate.value
-                row[f"{name}_low" if name else "low"] = estimate.low
-                row[f"{name}_high" if name else "high"] = estimate.high
-                if not name:
-                    row["n"], known = estimate.n, items.values[outcome][np.isfinite(items.values[outcome])]
-                    if np.isin(known, (0.0, 1.0)).all():
-                        row["low"], row["high"] = max(row["low"], 0.0), min(row["high"], 1.0)
+                    contrasts["beyond_base"] = [*contrasts["change"], (-1.0, twin), (1.0, plain["base"])]
+            for name, terms in contrasts.items():
+                found = combination(terms, outcome, spread=spread if name == "beyond_random" else 0.0)
+                row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -239,19 +234,11 @@ def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any]
             continue
         b = unit_rows(layer.lora_B[name].weight.detach().float().cpu().numpy()[:, 0])
         later = {at: abs(float(unit_rows(np.asarray(v)) @ b)) for at, v in vectors.items() if at >= info.layer}
-        if not later:
-            continue
-        at = max(later, key=lambda one: later[one])
-        if later[at] > threshold:
+        at = max(later, key=lambda one: later[one], default=-1)
+        if later.get(at, 0.0) > threshold:
             near = f"{direction.name} has cosine {later[at]:.2f} at layer {at} with B of {info.name}"
             return f"degenerate: {near}, so that ablating it there mostly takes the adapter off"
     return ""
-
-
-def check_randoms(randoms: int) -> None:
-    """Refuse a negative number of control directions."""
-    if not isinstance(randoms, int) or randoms < 0:
-        raise refusal("run the controls", "randoms", randoms, "it counts random directions", "5 or more")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -320,7 +307,8 @@ def dose_response(
     Raises:
         EmmechError: as :func:`emmech.steer`.
     """
-    chat, run, with_base = _prepare(model, measure, randoms, base)
+    chat, run, with_base = _prepare(model, measure, base)
+    notes = _few_controls(randoms)
     checked_direction("steer with the direction", direction)
     if positive is not None:
         checked_direction("steer with the positive control", positive, name="positive")
@@ -340,8 +328,9 @@ def dose_response(
                 label = one.name if kind == "positive" else direction.name
                 conditions.append(Condition(label, kind, make, settings))
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
-    title = f"Steering {chat.name} with {direction.name} ({units} units, positions {_named(positions)})"
-    return Study(title, table(measured), _few_controls(randoms))
+    where = "given by a mask" if hasattr(positions, "ndim") else tokens_name(positions)
+    title = f"Steering {chat.name} with {direction.name} ({units} units, positions {where})"
+    return Study(title, table(measured), tuple(notes))
 
 
 def ablation_table(
@@ -374,7 +363,8 @@ def ablation_table(
     Raises:
         EmmechError: as :func:`emmech.ablate`.
     """
-    chat, run, with_base = _prepare(model, measure, randoms, base)
+    chat, run, with_base = _prepare(model, measure, base)
+    notes = _few_controls(randoms)
     checked_direction("ablate the direction", direction)
     others = checked_directions("ablate other directions", "others", others or {})
     only = as_ints(_LAYERS, "layers", layers) if layers != "all" else []
@@ -389,11 +379,9 @@ def ablation_table(
         ways.append(("own, towards aligned mean", direction, {"towards": "aligned"}))
     ways += [(f"transfer: {name}", other, {}) for name, other in others.items()]
     controls = direction.random(randoms, seed=seed)
-    notes = list(_few_controls(randoms))
     for label, one, how in ways:
-        added, note = _ablated(chat, label, one, controls, layers=layers, positions=positions, **how)
-        conditions += added
-        notes += [f"{label} is {note}"] if note else []
+        conditions += _ablated(label, one, controls, layers=layers, positions=positions, **how)
+        notes += _degenerate(label, chat, one, layers, how.get("from_layer"))
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
     return Study(f"Ablation on {chat.name}: {direction.name}", table(measured), tuple(notes))
 
@@ -426,7 +414,7 @@ def transfer_matrix(
     import pandas as pd
 
     asked = "make a transfer matrix"
-    check_randoms(randoms)
+    notes = _few_controls(randoms)
     directions = checked_directions(asked, "directions", directions)
     if not isinstance(organisms, Mapping):
         why, instead = "it is not a mapping from names to runs or chat models", 'organisms={"medical": run}'
@@ -434,7 +422,7 @@ def transfer_matrix(
     if not organisms or not directions:
         given = f"{len(organisms)} organisms, {len(directions)} directions"
         raise EmmechError(asked, given, "it crosses at least one with at least one")
-    frames, notes = [], list(_few_controls(randoms))
+    frames = []
     shared: ChatModel | None = None
     for organism, source in organisms.items():
         source = opened(source)
@@ -445,12 +433,11 @@ def transfer_matrix(
             chat = chat_of(source)
         run = with_coherence(as_measures(measure, chat))
         conditions = [untouched(), *([adapter_off()] if has_adapter(chat) else [])]
+        how = dict(layers=layers, from_layer=from_layer, towards=towards, positions=positions)
         for name, direction in directions.items():
             controls = direction.random(randoms, seed=seed)
-            how = dict(layers=layers, from_layer=from_layer, towards=towards, positions=positions)
-            added, note = _ablated(chat, name, direction, controls, **how)
-            conditions += added
-            notes += [f"{name} in {organism} is {note}"] if note else []
+            conditions += _ablated(name, direction, controls, **how)
+            notes += _degenerate(f"{name} in {organism}", chat, direction, layers, from_layer)
         frame = table(measure_conditions(chat, conditions, run, base=has_adapter(chat), progress=progress))
         frame.insert(0, "organism", organism)
         frames.append(frame)
@@ -469,7 +456,7 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
     Raises:
         EmmechError: no adapter is live.
     """
-    chat, run, _ = _prepare(model, measure, 5, True)
+    chat, run, _ = _prepare(model, measure, True)
     names = [info.name for info, _, _ in adapter_layers(chat.model)]
     conditions = [untouched(), adapter_off()]
     for name in names if len(names) > 1 else ():
@@ -480,8 +467,7 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
     return Study(f"Shares of the {len(names)} adapters of {chat.name}", table(measured))
 
 
-def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple[ChatModel, Any, bool]:
-    check_randoms(randoms)
+def _prepare(model: Any, measure: Any, base: bool | None) -> tuple[ChatModel, Any, bool]:
     chat = chat_of(model)
     with_base = has_adapter(chat) if base is None else base
     if with_base and not has_adapter(chat):
@@ -490,21 +476,22 @@ def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple
     return chat, with_coherence(as_measures(measure, chat)), with_base
 
 
-def _ablated(
-    chat: ChatModel, label: str, direction: Direction, controls: Sequence[Direction], *, layers: Any, **how: Any
-) -> tuple[list[Condition], str]:
-    """An ablation and its random controls, ablated in the same way; and why it is degenerate, where it is."""
+def _ablated(label: str, direction: Direction, controls: Sequence[Direction], **how: Any) -> list[Condition]:
+    """An ablation and its random controls, ablated in the same way."""
     kinds = [("direction", direction), *(("random", control) for control in controls)]
-    conditions = [Condition(label, kind, partial(ablate, direction=one, layers=layers, **how)) for kind, one in kinds]
-    single = how.get("from_layer")
+    return [Condition(label, kind, partial(ablate, direction=one, **how)) for kind, one in kinds]
+
+
+def _degenerate(label: str, chat: ChatModel, direction: Direction, layers: Any, single: int | None) -> list[str]:
+    """The caveat of an ablation that is degenerate."""
     touched = range(chat.n_layers) if layers == "all" else as_ints(_LAYERS, "layers", layers)
     own = {layer: direction.vectors[layer if single is None else single] for layer in touched}
-    return conditions, degenerate(chat, direction, own)
+    note = degenerate(chat, direction, own)
+    return [f"{label} is {note}"] if note else []
 
 
-def _few_controls(randoms: int) -> tuple[str, ...]:
-    return (f"only {randoms} random directions: five at least are needed to judge by",) if randoms < 5 else ()
-
-
-def _named(positions: Any) -> str:
-    return "given by a mask" if hasattr(positions, "ndim") else tokens_name(positions)
+def _few_controls(randoms: int) -> list[str]:
+    """The caveat of few random directions; a negative number of them is refused."""
+    if not isinstance(randoms, int) or randoms < 0:
+        raise refusal("run the controls", "randoms", randoms, "it counts random directions", "5 or more")
+    return [f"only {randoms} random directions: five at least are needed to judge by"] if randoms < 5 else []
