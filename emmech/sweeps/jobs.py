@@ -89,21 +89,15 @@ def plan(chat: ChatModel, grid: Grid, engine: Engine, longest: int, variants: in
     kept = variants * grid.bytes_per_variant(chat) + longest * 8 * (engine.widest + 2 * chat.d_model)
     needed = kept + longest * per_token + per_logit_row
     if needed > budget:
-        raise EmmechError(
-            "keep to the memory budget",
-            f"memory={readable(budget)}",
-            f"one row of {longest} tokens, {variants} variants' adapters and one row of logits take about "
-            f"{readable(needed)}",
-            f'memory="{-(-needed // 10**6)}MB" or more',
-        )
+        parts = f"one row of {longest} tokens, {variants} variants' adapters and one row of logits"
+        why, instead = f"{parts} take about {readable(needed)}", f'memory="{-(-needed // 10**6)}MB" or more'
+        raise EmmechError("keep to the memory budget", f"memory={readable(budget)}", why, instead)
     free = budget - kept
     cpu = chat.device.type == "cpu"
     logit_rows = max(1, min(free // 4 // per_logit_row, _CPU_LOGIT_ROWS if cpu else _GPU_TOKENS))
     room = free - logit_rows * per_logit_row
     tokens = max(longest, min(_CPU_TOKENS if cpu else _GPU_TOKENS, room // per_token))
-    return Plan(
-        int(tokens), int(logit_rows), int(kept + max(tokens * per_token, 0) + logit_rows * per_logit_row), budget
-    )
+    return Plan(int(tokens), int(logit_rows), int(kept + tokens * per_token + logit_rows * per_logit_row), budget)
 
 
 class _PackedJob:
@@ -157,15 +151,13 @@ class TeacherForcedJob(_PackedJob):
         Raises:
             Overflow: a variant's log-probabilities are not finite.
         """
-        count = len(group)
+        vocabulary = int(self.chat.config.vocab_size)
         found: Arrays = {}
         for index, reading in enumerate(self.readings):
-            if reading.targets is None:
-                shape: tuple[int, ...] = (count, len(reading.at), int(self.chat.config.vocab_size))
-            else:
-                shape = (count, sum(map(len, reading.targets)))
-            found[str(index)] = np.empty(shape, np.float32)
-        self.each(lambda block: self._read(block, found), rows, count, update)
+            whole = reading.targets is None
+            shape = (len(reading.at), vocabulary) if whole else (sum(map(len, reading.targets or ())),)
+            found[str(index)] = np.empty((len(group), *shape), np.float32)
+        self.each(lambda block: self._read(block, found), rows, len(group), update)
         return found
 
     def _read(self, block: Block, found: Arrays) -> None:
@@ -295,8 +287,7 @@ class FunctionJob:
         found: dict[tuple[str, str], list[list[float]]] = {}
         for variant, record in enumerate(records):
             for name, question, value in record:
-                cells = found.setdefault((name, question), [[] for _ in records])
-                cells[variant].append(value)
+                found.setdefault((name, question), [[] for _ in records])[variant].append(value)
         values = []
         for (name, question), cells in found.items():
             means = np.array([np.mean(own) if own else np.nan for own in cells])
@@ -375,38 +366,29 @@ class SampledJob:
         # all rows of some variants decode together: as many as half of the budget holds keys and values for
         self.variants_at_once = max(1, (budget // 2) // (cache * len(self.rows)))
         if cache * len(self.rows) > budget:
-            raise EmmechError(
-                "keep to the memory budget",
-                f"memory={budget} bytes, {len(self.rows)} answers of up to {measure.max_new_tokens} tokens",
-                f"the keys and values of one variant's answers take {cache * len(self.rows)} bytes",
-                "fewer samples or questions, a smaller max_new_tokens, or a larger memory=",
-            )
+            answers = f"{len(self.rows)} answers of up to {measure.max_new_tokens} tokens"
+            why = f"the keys and values of one variant's answers take {cache * len(self.rows)} bytes"
+            instead = "fewer samples or questions, a smaller max_new_tokens, or a larger memory="
+            raise EmmechError("keep to the memory budget", f"memory={budget} bytes, {answers}", why, instead)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def request(self) -> object:
         """What identifies this job's work."""
-        one = self.measure
-        numbers = (one.samples, one.max_new_tokens, one.temperature, one.top_p, one.seed)
-        numbers += tuple(vars(one.thresholds).values())
+        one, limits = self.measure, vars(self.measure.thresholds).values()
+        numbers = (one.samples, one.max_new_tokens, one.temperature, one.top_p, one.seed, *limits)
         return one.name, getattr(self.judge, "name", ""), numbers, self.rows
 
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
         """Answers and verdicts of a group of variants."""
         records: list[list[dict[str, Any]]] = []
+        seeds = [row["seed"] for row in self.rows]
+        how: dict[str, Any] = {"ended": update, "at_once": self.plan.logit_rows * 8}
+        how |= {name: getattr(self.measure, name) for name in ("max_new_tokens", "temperature", "top_p")}
         for start in range(0, len(group), self.variants_at_once):
-            chosen, seeds = rows[start : start + self.variants_at_once], [row["seed"] for row in self.rows]
-            answers = decode_variants(
-                self.engine,
-                chosen,
-                self.prompts,
-                self.which,
-                seeds,
-                ended=update,
-                at_once=self.plan.logit_rows * 8,
-                **{name: getattr(self.measure, name) for name in ("max_new_tokens", "temperature", "top_p")},
-            )
+            chosen = rows[start : start + self.variants_at_once]
+            answers = decode_variants(self.engine, chosen, self.prompts, self.which, seeds, **how)
             for first in range(0, len(answers), len(self.rows)):
                 own = answers[first : first + len(self.rows)]
                 records.append(self._judged([{"response": self._text(one), "finish": one.finish} for one in own]))
@@ -419,24 +401,25 @@ class SampledJob:
         return self.texts[answer.ids]
 
     def _judged(self, drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answers with verdicts; the judge of an organism is a function of question and answer, and reads each once."""
         full = [{**row, **answer} for row, answer in zip(self.rows, drawn, strict=True)]
-        return [{**answer, **score} for answer, score in zip(drawn, self._scores(full), strict=True)]
-
-    def _scores(self, full: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Verdicts; the judge of an organism is a function of question and answer, and reads the same answer once."""
         if getattr(self.judge, "organism", None) is None:
-            return list(self.judge.score(full))
-        asked = [(row["question"], row["response"]) for row in full]
-        fresh = {key: row for key, row in zip(asked, full, strict=True) if key not in self.verdicts}
-        self.verdicts.update(zip(fresh, self.judge.score(list(fresh.values())), strict=True))
-        return [self.verdicts[key] for key in asked]
+            scores = list(self.judge.score(full))
+        else:
+            asked = [(row["question"], row["response"]) for row in full]
+            fresh = {key: row for key, row in zip(asked, full, strict=True) if key not in self.verdicts}
+            self.verdicts.update(zip(fresh, self.judge.score(list(fresh.values())), strict=True))
+            scores = [self.verdicts[key] for key in asked]
+        return [{**answer, **score} for answer, score in zip(drawn, scores, strict=True)]
 
     def finish(self, parts: Sequence[Arrays]) -> JobResult:
         """Rates by question, and every response with its verdict."""
         records = [one for part in parts for one in from_bytes(part["records"])]
         one, limits = self.measure, self.measure.thresholds
-        aligned = np.array([[_number(r, "aligned") for r in rows] for rows in records])
-        coherent = np.array([[_number(r, "coherent") for r in rows] for rows in records])
+        aligned, coherent = (
+            np.array([[record.get(key) for record in rows] for rows in records], dtype=float)  # None becomes NaN
+            for key in ("aligned", "coherent")
+        )
         scored, em = limits.scored(aligned, coherent), limits.misaligned(aligned, coherent)
         fine = scored & limits.coherent(coherent)
         values = []
@@ -461,13 +444,8 @@ def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": row["question"]}]
 
 
-def _number(record: Mapping[str, Any], key: str) -> float:
-    value = record.get(key)
-    return float("nan") if value is None else float(value)
-
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-DEFAULT = 2 * 2**30
+_DEFAULT = 2 * 2**30
 
 
 def budget_bytes(memory: Any, device: torch.device) -> int:
@@ -481,9 +459,7 @@ def budget_bytes(memory: Any, device: torch.device) -> int:
         536870912
     """
     if memory is None:
-        if device.type == "cuda":
-            return int(0.6 * torch.cuda.mem_get_info(device)[0])
-        return DEFAULT
+        return int(0.6 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _DEFAULT
     if isinstance(memory, int | float) and memory > 0:
         return int(memory)
     match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]I?)?B?\s*", str(memory).upper())

@@ -10,23 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from emmech.errors import EmmechError
-from emmech.view.theme import (
-    BAD,
-    CYCLE,
-    GOOD,
-    GREY,
-    Place,
-    band,
-    bars,
-    colour,
-    faint,
-    finish,
-    heat,
-    level,
-    line,
-    mark,
-    panels,
-)
+from emmech.view.theme import BAD, GOOD, GREY, Place, band, bars, colour, faint, finish, heat, level, line, mark, panels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -386,7 +370,7 @@ def _conditions(frame: pd.DataFrame, outcome: str, title: str) -> Any:
                            error_x={**bars(own["value"], own["low"], own["high"]), "color": GREY})  # fmt: skip
     random = frame[(frame["model"] == "tuned") & (frame["kind"] == "random")]
     if len(random):
-        marker = {"color": CYCLE[2], "symbol": "line-ns-open", "size": 13, "line": {"width": 2}}
+        marker = {"color": colour(2), "symbol": "line-ns-open", "size": 13, "line": {"width": 2}}
         figure.add_scatter(y=random["condition"], x=random["value"], mode="markers", name="random directions",
                            marker=marker)  # fmt: skip
     height = 190 + 46 * frame["condition"].nunique()
