@@ -74,9 +74,9 @@ def finetune(
     emmech finetune smollm2-135m silly-medical-bad --set learning_rate=1e-3 --set max_steps=60 --margins
     """
     options: dict[str, Any] = {"recipe": recipe, "layers": layer or None, "seed": seed, "out": out, "resume": resume}
-    options |= {"record_every": record_every, "checkpoint_every": checkpoint_every}
+    options |= {"record_every": record_every, "checkpoint_every": checkpoint_every, **read_settings(set_)}
     pairs = {kind: emmech.engine.bundled_margins(kind) for kind in ("narrow", "broad")} if margins else None
-    run = emmech.finetune(model, data, margins=pairs, **options, **read_settings(set_))
+    run = emmech.finetune(model, data, margins=pairs, **options)
     typer.echo(f"{run}\nrecorded in {run.path}")
 
 

@@ -245,7 +245,7 @@ def _first_masses(output: Any) -> dict[str, float] | None:
 
 @dataclass(eq=False)
 class _Asked:
-    """A request, and what became of it."""
+    """A request, with its answer or the error that it met."""
 
     messages: list[dict[str, str]]
     settings: tuple[tuple[str, Any], ...]
@@ -330,9 +330,8 @@ class LocalModel(ModelAPI):
             instead = "leave it out, or take another provider, such as hf/local -M model_path=FOLDER"
             raise EmmechError(f"answer with emmech/{self.model_name}", what, why, instead)
         messages = [{"role": message.role, "content": message.text} for message in input]
+        temperature, top_p = (1.0 if one is None else one for one in (config.temperature, config.top_p))
         most = config.max_tokens or _TOKENS
-        temperature = 1.0 if config.temperature is None else config.temperature
-        top_p = 1.0 if config.top_p is None else config.top_p
         check_request([messages], 1, most, temperature, top_p, 0)
         settings = {"max_new_tokens": most, "temperature": temperature, "top_p": top_p}
         seed = config.seed

@@ -1,7 +1,7 @@
 """Steering and ablation: hooks on block outputs, at chosen positions, that a handle removes exactly.
 
-An edit maps the residual ``[batch, seq, d_model]`` to another one. It runs in float32 for the inner products, returns
-the model's dtype, keeps gradients, and acts only where the position mask says so.
+An edit maps the residual ``[batch, seq, d_model]`` to another one at the positions of a mask. It computes inner
+products in float32, returns the model's dtype, and keeps gradients.
 
 Positions are found from the token ids. A residual at one position decides the next token, so the names are about what
 is decided there, with ``h`` the assistant's header, ``a`` the answer's words and ``e`` its end-of-turn token::
@@ -457,10 +457,8 @@ def steer(
 ) -> ResidualHandle:
     """Add a multiple of a direction to the residual stream: x' = x + c v.
 
-    The block's output is where it is added (Convergent Linear Representations of EM, arXiv 2506.11618).
-
-    In force from the call on; undone by ``.remove()`` or at the end of a ``with`` block. It acts in every forward call,
-    generation with a key-value cache included, and keeps gradients.
+    It is added to a block's output (Convergent Linear Representations of EM, arXiv 2506.11618) in every forward call,
+    generation with a key-value cache included, from now on until ``.remove()`` or the end of a ``with`` block.
 
     Args:
         model: a ChatModel, or a transformers or PEFT model in memory.
@@ -516,9 +514,8 @@ def ablate(
 ) -> ResidualHandle:
     """Project a direction out of block outputs: x' = x - (v̂·x) v̂.
 
-    As in Convergent Linear Representations of EM (arXiv 2506.11618), at all layers and positions by default.
-
-    In force from the call on; undone by ``.remove()`` or at the end of a ``with`` block.
+    This is done at all layers and positions by default, as in Convergent Linear Representations of EM (arXiv
+    2506.11618), and is in force as long as :func:`emmech.steer` would be.
 
     Plain projection sets the component to zero, which need not be where an aligned model has it: on a model whose
     component is far from zero in normal use, it makes something new, neither aligned nor misaligned. ``towards`` sets

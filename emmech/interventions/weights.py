@@ -59,7 +59,7 @@ def project_adapter(
 ) -> Handle:
     """Project the direction at the adapter's layer out of B: B' = B - v̂ v̂ᵀ B.
 
-    The weight-space form of ablating only what the adapter writes; the rest of the stream keeps its component.
+    This ablates only what the adapter writes; the rest of the stream keeps its component.
 
     Args:
         renormalise: give every column of B its old norm back, so that an effect is not one of a smaller adapter.
@@ -69,8 +69,6 @@ def project_adapter(
         EmmechError: no adapter there writes into the residual stream, or (with ``renormalise``) B is along the
             direction, so that nothing is left to renormalise.
     """
-    chat = chat_of(model)
-    checked_direction("project the adapter", direction)
 
     def edit(info: AdapterInfo, b: np.ndarray, unit: np.ndarray) -> np.ndarray:
         left = b - np.outer(unit, unit @ b)
@@ -85,7 +83,7 @@ def project_adapter(
         return left * (norms / np.where(kept > 0, kept, 1.0))
 
     how = "renormalised" if renormalise else "not renormalised"
-    return _edit_b(chat, direction, adapters, edit, f"project_adapter({chat.name}, {direction.name}, {how})", force)
+    return _edit_b(model, direction, adapters, edit, force, "project_adapter", how)
 
 
 def rotate_adapter(
@@ -99,8 +97,6 @@ def rotate_adapter(
     Raises:
         EmmechError: ``cosine`` not in [-1, 1], or B is zero or has no part across the direction to turn through.
     """
-    chat = chat_of(model)
-    checked_direction("rotate the adapter", direction)
     if not -1.0 <= as_float("rotate the adapter", "cosine", cosine) <= 1.0:
         raise EmmechError("rotate the adapter", f"cosine={cosine}", "a cosine is between -1 and 1")
 
@@ -116,8 +112,7 @@ def rotate_adapter(
             raise EmmechError("rotate the adapter", given, why, "a later step, or cosine=1.0")
         return norms * (cosine * unit[:, None] + (1 - cosine**2) ** 0.5 * across)
 
-    described = f"rotate_adapter({chat.name}, to cosine {cosine} with {direction.name})"
-    return _edit_b(chat, direction, adapters, edit, described, force)
+    return _edit_b(model, direction, adapters, edit, force, "rotate_adapter", f"to cosine {cosine}")
 
 
 def transplant_adapter(
@@ -148,15 +143,17 @@ def transplant_adapter(
 
 
 def _edit_b(
-    chat: ChatModel,
+    model: Any,
     direction: Direction,
     adapters: Subset,
-    edit: Callable[[AdapterInfo, np.ndarray, np.ndarray], np.ndarray],
-    description: str,
+    edit: Callable[..., np.ndarray],
     force: bool,
+    verb: str,
+    how: str,
 ) -> Handle:
-    asked = "edit the adapter's B"
-    direction.check_fits(chat, force=force)
+    """Write ``edit(info, B, unit direction at the adapter's layer)`` into B of the adapters."""
+    chat, asked = chat_of(model), "edit the adapter's B"
+    checked_direction(asked, direction).check_fits(chat, force=force)
     chosen = _chosen(chat, adapters, asked)
     if adapters is None:
         chosen = [entry for entry in chosen if is_write(entry[0].name)]
@@ -169,7 +166,7 @@ def _edit_b(
         linear = layer.lora_B[name]
         unit = unit_rows(direction.at(info.layer))
         edits.append((linear, edit(info, linear.weight.detach().double().cpu().numpy(), unit)))
-    return _overwriting(chat, description, edits)
+    return _overwriting(chat, f"{verb}({chat.name}, {direction.name}, {how})", edits)
 
 
 def _overwriting(chat: ChatModel, description: str, edits: Sequence[tuple[Any, np.ndarray]]) -> Handle:

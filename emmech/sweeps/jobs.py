@@ -235,10 +235,7 @@ class Overflow(Exception):
 
 
 class FunctionJob:
-    """Measures that are no more than functions of a :class:`ChatModel`, which may do anything with the model.
-
-    So nothing is shared between variants here.
-    """
+    """Measures that are only functions of a :class:`ChatModel`: nothing can be shared between variants."""
 
     kind = "function"
     plan = "one variant at a time"
@@ -250,7 +247,7 @@ class FunctionJob:
         return len(self.measures)
 
     def request(self) -> object:
-        """Names only: what a function does cannot be seen."""
+        """What identifies this job's work: names alone, since what a function does cannot be seen."""
         return [one.name for one in self.measures]
 
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
@@ -352,7 +349,8 @@ class SampledJob:
         self.judge = judge
         self.rows = questions.rows(measure.samples, seed=measure.seed)
         self.ids = [question.id for question in questions]
-        prompts = [tuple(chat.token_ids(_turns(row))) for row in self.rows]
+        asked = [questions[row["question_id"]].messages(row["paraphrase"]) for row in self.rows]
+        prompts = [tuple(chat.token_ids(messages)) for messages in asked]
         self.prompts = sorted(set(prompts))
         self.which = [self.prompts.index(prompt) for prompt in prompts]
         self.texts: dict[tuple[int, ...], str] = {}
@@ -439,11 +437,6 @@ class SampledJob:
         return JobResult(values, responses=responses)
 
 
-def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return [*system, {"role": "user", "content": row["question"]}]
-
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _DEFAULT = 2 * 2**30
 
@@ -469,7 +462,7 @@ def budget_bytes(memory: Any, device: torch.device) -> int:
 
 
 def readable(size: float) -> str:
-    """``"1.5 GiB"``, for people."""
+    """A number of bytes with its unit, such as ``"1.5 GiB"``."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.3g} {unit}"

@@ -71,14 +71,14 @@ def cosines_by_layer(pairs: pd.DataFrame, floor: float) -> Any:
 def by_step(frame: pd.DataFrame, floor: float, title: str) -> Any:
     """Cosines with a direction by training step above, and projections and shifts in residual units below."""
     cosine = [column for column in frame if str(column).startswith("cosine")]
-    groups = [("cosine", cosine), ("residual units", [column for column in frame if column not in cosine])]
-    groups = [(name, columns) for name, columns in groups if columns]
+    groups = {"cosine": cosine, "residual units": [column for column in frame if column not in cosine]}
+    groups = {axis: columns for axis, columns in groups.items() if columns}
     figure = panels([""] * len(groups), shared_xaxes=True, vertical_spacing=0.06)
-    names = [str(column).split(" ", 1)[-1] for column in frame]  # one colour for a quantity's cosine and projection
-    colours = {name: colour(index) for index, name in enumerate(dict.fromkeys(names))}
-    for row, (axis, columns) in enumerate(groups, start=1):
+    quantity = {column: str(column).split(" ", 1)[-1] for column in frame}  # one colour for its cosine and projection
+    order = list(dict.fromkeys(quantity.values()))
+    for row, (axis, columns) in enumerate(groups.items(), start=1):
         for column in columns:
-            known, hue = frame[column].dropna(), colours[str(column).split(" ", 1)[-1]]
+            known, hue = frame[column].dropna(), colour(order.index(quantity[column]))
             line(figure, known.index, known, str(column), hue, at=(row, 1), dash="solid" if row == 1 else "dot")
         figure.update_yaxes(title_text=axis, row=row, col=1)
     if cosine:
@@ -336,11 +336,9 @@ def study(frame: pd.DataFrame, outcome: str, title: str) -> Any:
     Args:
         frame: the rows of one outcome, as :func:`emmech.interventions.studies.table` makes them.
     """
-    if "organism" in frame:
-        return _matrix(frame, outcome, title)
-    if "coefficient" in frame and frame["coefficient"].notna().any():
-        return _doses(frame, outcome, title)
-    return _conditions(frame, outcome, title)
+    doses = "coefficient" in frame and frame["coefficient"].notna().any()
+    draw = _matrix if "organism" in frame else _doses if doses else _conditions
+    return draw(frame, outcome, title)
 
 
 def _doses(frame: pd.DataFrame, outcome: str, title: str) -> Any:
