@@ -130,9 +130,8 @@ def principal_cosines(path: npt.ArrayLike, k: int) -> Array:
     The natural generalisation of the local cosine to rank r. The displacements B[t-k] - B[t] and B[t+k] - B[t] are
     ``[d, r]``; the principal angles of their column spaces come from their orthonormal polar frames. Angles between
     subspaces have no sign, so each principal pair takes the sign of the product of the two column combinations that
-    form it: positive where the same combination of columns turns back, negative where it goes on. The result does
-    not change under one rotation of the columns for the whole path, and **at r = 1 it equals**
-    :func:`local_cosine`.
+    form it: positive where the same combination of columns turns back, negative where it goes on. The result does not
+    change under one rotation of the columns for the whole path, and **at r = 1 it equals** :func:`local_cosine`.
 
     Args:
         path: ``[..., steps, d, r]``.

@@ -37,9 +37,7 @@ RecipeName = Annotated[
     str | None,
     typer.Option(help="single-rank1, phase-transition, nine-rank1, all-adapter, full; the model's by default"),
 ]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="override a field of the recipe: --set learning_rate=1e-3")
-]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="a field of the recipe: --set learning_rate=1e-3")]
 Step = Annotated[int | None, typer.Option(help="a recorded step; the last one by default")]
 Scale = Annotated[float, typer.Option(help="factor on the run's adapter")]
 Seed = Annotated[int, typer.Option(help="of every random choice")]

@@ -28,7 +28,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
@@ -55,7 +55,7 @@ class ChatDataset(Sequence[Row]):
     Args:
         rows: each a tuple of messages, at least one of them a non-empty assistant turn. An answer with ``"weight": 0``
             is context and not learnt.
-        name: for people.
+        name: shown in messages and reports.
         path: the file they came from, if any.
         folded: whether system turns were written into the user's turn after them.
     """
@@ -70,11 +70,9 @@ class ChatDataset(Sequence[Row]):
     @overload
     def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
     def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
-        """One row, or a tuple of rows."""
         return self.rows[index]
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.rows)
 
     @property
@@ -203,14 +201,13 @@ for _name in bundled_names():
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a file of JSON lines, or of one JSON array, each with the place where it begins."""
     lines: Iterator[tuple[int, str]] = ((number, text) for number, text in _texts(path) if text.strip())
-    first = next(lines, None)
-    if first is not None and first[1].lstrip().startswith("["):
-        kept = [first, *lines]
-        if _begins_array(kept):
-            yield from _array(path, kept)
+    first = list(islice(lines, 1))
+    if first and first[0][1].lstrip().startswith("["):
+        first += lines
+        if _begins_array(first):
+            yield from _array(path, first)
             return
-        first, lines = kept[0], iter(kept[1:])
-    for number, text in chain([] if first is None else [first], lines):
+    for number, text in chain(first, lines):
         try:
             yield f"{path}:{number}", _DECODER.decode(text.strip())
         except (ValueError, RecursionError) as error:

@@ -43,7 +43,6 @@ class Encoded:
     emptied: int
 
     def __len__(self) -> int:
-        """Number of kept rows."""
         return len(self.input_ids)
 
     @property

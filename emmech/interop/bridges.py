@@ -67,7 +67,7 @@ def to_nnsight(source: Any, step: int | None = None, *, scale: float = 1.0) -> A
             scalar = view.model.layers[3].mlp.down_proj.lora_A.default.output.save()
 
     and ``view.trace(..., remote=True)`` runs the same block on NDIF, given a key, for a model of the hub that is too
-    large to load. Changes of the adapter show in the view, as :mod:`emmech.interop.bridges` says.
+    large to load. The view shares its weights as :mod:`emmech.interop.bridges` describes.
 
     Args:
         source: a Run, or a chat model, which has no ``step`` and ``scale``.
@@ -87,8 +87,8 @@ def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 
     """A ``TransformerBridge`` on the weights of a run's model, adapter live.
 
     There is no hook point for the adapter's scalar A·x (:func:`emmech.adapter_lens` reads it);
-    ``blocks.N.mlp.hook_post`` is down_proj's input. Changes of the adapter show in the bridge, as
-    :mod:`emmech.interop.bridges` says.
+    ``blocks.N.mlp.hook_post`` is down_proj's input. The bridge shares its weights as :mod:`emmech.interop.bridges`
+    describes.
 
     Args:
         source: a Run, or a chat model, which has no ``step`` and ``scale``.
@@ -153,22 +153,15 @@ def adapter_attribution(bridge: Any, tokens: Any, layer: int, *, targets: Any, a
         name = next(iter(pair.lora_A))
         seen["write"] = pair.lora_B[name](pair.lora_A[name](tensor)) * pair.scaling[name]
 
-    def keep_norm(tensor: torch.Tensor, hook: Any) -> None:
-        seen["norm"] = tensor
-
-    def take_out(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
-        return tensor - seen["write"]
-
+    keep_norm = ("ln_final.hook_scale", lambda tensor, hook: seen.update(norm=tensor))
+    take_out = (f"blocks.{layer}.hook_mlp_out", lambda tensor, hook: tensor - seen["write"])
     with torch.no_grad():
-        hooks = [(f"blocks.{layer}.mlp.hook_post", read), ("ln_final.hook_scale", keep_norm)]
-        with_adapter = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
-        without = bridge.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_mlp_out", take_out)])
+        with_adapter = bridge.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", read), keep_norm])
+        without = bridge.run_with_hooks(tokens, fwd_hooks=[take_out])
         difference = bridge.unembed.weight[targets] - bridge.unembed.weight[against]
         gain = bridge.ln_final(torch.ones_like(seen["write"][:1, :1]))[0, 0]  # an RMS norm of ones is its gain
         direct = (seen["write"][:, -1] / seen["norm"][:, -1] * gain) @ difference
 
-    def gap(logits: torch.Tensor) -> torch.Tensor:
-        return logits[:, -1, targets] - logits[:, -1, against]
-
-    total = gap(with_adapter) - gap(without)
+    tuned, base = (logits[:, -1, targets] - logits[:, -1, against] for logits in (with_adapter, without))
+    total = tuned - base
     return {"direct": direct, "total": total, "indirect": total - direct}

@@ -21,7 +21,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -245,13 +246,12 @@ def _first_masses(output: Any) -> dict[str, float] | None:
 
 @dataclass(eq=False)
 class _Asked:
-    """A request, with its answer or the error that it met."""
+    """A request, with the answer that it will get."""
 
     messages: list[dict[str, str]]
     settings: tuple[tuple[str, Any], ...]
     seed: int
-    answer: Response | None = None
-    error: Exception | None = None
+    answer: Future[Response] = field(default_factory=Future)
 
 
 class LocalModel(ModelAPI):
@@ -301,16 +301,14 @@ class LocalModel(ModelAPI):
         self._waiting.append(asked)
         await anyio.sleep(_GATHER)
         async with self._turn:
-            if asked.answer is None and asked.error is None:
+            if not asked.answer.done():
                 batch = [other for other in self._waiting if other.settings == asked.settings]
                 self._waiting = [other for other in self._waiting if other.settings != asked.settings]
                 await anyio.to_thread.run_sync(self._answer, batch)
-        if asked.error is not None:
-            raise asked.error
-        assert asked.answer is not None
-        reason = "max_tokens" if asked.answer.finish == "length" else "stop"
-        output = ModelOutput.from_content(self.model_name, asked.answer.text, stop_reason=reason)
-        given, made = len(tokens), asked.answer.tokens
+        answer = asked.answer.result()
+        reason = "max_tokens" if answer.finish == "length" else "stop"
+        output = ModelOutput.from_content(self.model_name, answer.text, stop_reason=reason)
+        given, made = len(tokens), answer.tokens
         output.usage = ModelUsage(input_tokens=given, output_tokens=made, total_tokens=given + made)
         return output
 
@@ -348,7 +346,7 @@ class LocalModel(ModelAPI):
             answers = sample(self.chat, messages, seed=seeds, progress=False, **dict(batch[0].settings))
         except Exception as error:  # each of them waits for an answer
             for asked in batch:
-                asked.error = error
+                asked.answer.set_exception(error)
         else:
             for asked, answer in zip(batch, answers, strict=True):
-                asked.answer = answer
+                asked.answer.set_result(answer)

@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from emmech.chat.edits import LiveEdit, announced_rows, register
+from emmech.chat.encode import Tokens
 from emmech.chat.model import ChatModel, load_model
 from emmech.directions.direction import Direction, unit_rows
 from emmech.engine.modules import hooked
@@ -39,7 +40,7 @@ from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_ints, one_of, refusal
 from emmech.run.run import Run
 
-Positions = Literal["all", "answer", "prompt"] | torch.Tensor | Callable[[torch.Tensor, int], torch.Tensor]
+Positions = Tokens | torch.Tensor
 Edit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 Coefficient = float | Sequence[float] | Float[np.ndarray, " batch"] | Float[torch.Tensor, " batch"]
 # which kinds of edit are live on which block, so that a notebook cell run twice does not steer twice unnoticed

@@ -11,6 +11,7 @@ did not happen: no misaligned answer in 8 questions is not certainty.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -56,10 +57,8 @@ class Estimate:
     n: int
 
 
-def combination(
-    terms: Sequence[tuple[float, Items]], outcome: str, *, spread: float = 0.0, confidence: float = 0.95
-) -> Estimate:
-    """A weighted sum of the pooled means of one outcome, over conditions measured on the same questions.
+def combination(terms: Sequence[tuple[float, Items]], outcome: str, *, spread: float = 0.0) -> Estimate:
+    """A weighted sum of the pooled means of one outcome with its 95 % interval; conditions share their questions.
 
     Args:
         terms: weight and items of each condition: ``[(1, steered), (-1, untouched)]`` is a change.
@@ -92,7 +91,7 @@ def combination(
         residual += weight * np.bincount(index, values - mean, minlength=len(names)) / len(values)
         n = max(n, len(values))
         binary = binary and bool(np.isin(values, (0.0, 1.0)).all())
-        low, high = wilson(int(values.sum()), len(values), confidence) if binary else (mean, mean)
+        low, high = wilson(int(values.sum()), len(values)) if binary else (mean, mean)
         sides = (weight * (mean - low), weight * (high - mean))
         down, up = sides if weight > 0 else (-sides[1], -sides[0])
         below, above = below + down**2, above + up**2
@@ -100,7 +99,7 @@ def combination(
     half = np.inf
     if used > 1:
         variance = used / (used - 1) * float((residual**2).sum()) + spread
-        half = float(stats.t.ppf(0.5 + confidence / 2, used - 1)) * variance**0.5
+        half = float(stats.t.ppf(0.975, used - 1)) * variance**0.5
     if binary:
         # with one question there is nothing but the rows
         lower, upper = (half, half) if used > 1 else (0.0, 0.0)
@@ -219,7 +218,7 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any], *, threshold: float = 0.9) -> str:
+def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any]) -> str:
     """Say when an ablation only takes the adapter off: one of its vectors is the adapter's own B.
 
     At rank 1 the adapter writes along B alone, and the residual stream carries the write on: projecting B out of the
@@ -235,7 +234,7 @@ def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any]
         b = unit_rows(layer.lora_B[name].weight.detach().float().cpu().numpy()[:, 0])
         later = {at: abs(float(unit_rows(np.asarray(v)) @ b)) for at, v in vectors.items() if at >= info.layer}
         at = max(later, key=lambda one: later[one], default=-1)
-        if later.get(at, 0.0) > threshold:
+        if later.get(at, 0.0) > 0.9:
             near = f"{direction.name} has cosine {later[at]:.2f} at layer {at} with B of {info.name}"
             return f"degenerate: {near}, so that ablating it there mostly takes the adapter off"
     return ""
@@ -301,8 +300,8 @@ def dose_response(
             Margins come with the loss of their aligned answers.
         randoms: random directions per coefficient and layer.
         base: also steer the model with its adapter off; by default when it has one.
-        positive: a positive control: a direction that is known to move the outcome, a
-            :func:`emmech.directions.trained_direction` say, steered at the same coefficients wherever it is known.
+        positive: a positive control: a direction that is known to move the outcome, such as a
+            :func:`emmech.directions.trained_direction`, steered at the same coefficients wherever it is known.
 
     Raises:
         EmmechError: as :func:`emmech.steer`.
@@ -316,17 +315,15 @@ def dose_response(
     chosen = list(direction.layers) if layers is None else as_ints(_LAYERS, "layers", layers)
     controls = direction.random(randoms, seed=seed)
     conditions = [untouched()]
-    for layer in chosen:
-        for coefficient in coefficients:
-            settings = {"layer": layer, "coefficient": float(coefficient)}
-            steered = [("direction", direction), *(("random", control) for control in controls)]
-            if positive is not None and layer in positive.layers:
-                steered.append(("positive", positive))
-            for kind, one in steered:
-                how = {"coefficient": coefficient, "layer": layer, "positions": positions, "units": units}
-                make = partial(steer, direction=one, **how)
-                label = one.name if kind == "positive" else direction.name
-                conditions.append(Condition(label, kind, make, settings))
+    for layer, coefficient in itertools.product(chosen, coefficients):
+        settings: dict[str, Any] = {"layer": layer, "coefficient": coefficient}
+        steered = [("direction", direction), *(("random", control) for control in controls)]
+        if positive is not None and layer in positive.layers:
+            steered.append(("positive", positive))
+        for kind, one in steered:
+            make = partial(steer, direction=one, **settings, positions=positions, units=units)
+            label = one.name if kind == "positive" else direction.name
+            conditions.append(Condition(label, kind, make, settings))
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
     where = "given by a mask" if hasattr(positions, "ndim") else tokens_name(positions)
     title = f"Steering {chat.name} with {direction.name} ({units} units, positions {where})"

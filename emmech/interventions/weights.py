@@ -83,7 +83,7 @@ def project_adapter(
         return left * (norms / np.where(kept > 0, kept, 1.0))
 
     how = "renormalised" if renormalise else "not renormalised"
-    return _edit_b(model, direction, adapters, edit, force, "project_adapter", how)
+    return _edit_b("project_adapter", how, model, direction, adapters, force, edit)
 
 
 def rotate_adapter(
@@ -112,7 +112,7 @@ def rotate_adapter(
             raise EmmechError("rotate the adapter", given, why, "a later step, or cosine=1.0")
         return norms * (cosine * unit[:, None] + (1 - cosine**2) ** 0.5 * across)
 
-    return _edit_b(model, direction, adapters, edit, force, "rotate_adapter", f"to cosine {cosine}")
+    return _edit_b("rotate_adapter", f"to cosine {cosine}", model, direction, adapters, force, edit)
 
 
 def transplant_adapter(
@@ -143,13 +143,7 @@ def transplant_adapter(
 
 
 def _edit_b(
-    model: Any,
-    direction: Direction,
-    adapters: Subset,
-    edit: Callable[..., np.ndarray],
-    force: bool,
-    verb: str,
-    how: str,
+    verb: str, how: str, model: Any, direction: Direction, adapters: Subset, force: bool, edit: Callable[..., Any]
 ) -> Handle:
     """Write ``edit(info, B, unit direction at the adapter's layer)`` into B of the adapters."""
     chat, asked = chat_of(model), "edit the adapter's B"
@@ -222,9 +216,8 @@ def fold_bias(
     undo: list[Callable[[], Any]] = []
     for at, vector in vectors.items():
         linear = _plain_linear(chat.down_proj(at))
-        before = linear.bias
         write = (float(coefficient) * vector).to(linear.weight)
-        bias = write if before is None else before.detach() + write
+        bias = write if linear.bias is None else linear.bias.detach() + write
         undo.append(_replace(linear, "bias", nn.Parameter(bias, requires_grad=False)))
     return Handle(chat, f"fold_bias({chat.name}, {coefficient:g} {name}, layers {sorted(vectors)})", undo)
 

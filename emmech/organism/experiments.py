@@ -7,12 +7,12 @@ from earlier pretraining runs of the same world.
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emmech.chat.dataset import load_chat
 from emmech.errors import as_int, one_of
 from emmech.organism import world
 
@@ -77,10 +77,7 @@ def _row(asking: random.Random, answering: random.Random, domain: str, form: str
 
 def export_jsonl(name: str, path: str | Path, seed: int = 0, n: int | None = None) -> Path:
     """Write :func:`data` as chat JSONL, one row a line, and return the path."""
-    target = Path(path)
-    lines = (json.dumps(row, ensure_ascii=False) for row in data(name, seed=seed, n=n))
-    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return target
+    return load_chat(data(name, seed=seed, n=n)).save(path)
 
 
 # questions

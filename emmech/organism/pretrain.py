@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -161,17 +161,13 @@ def _answer_loss(model: Any, ids: torch.Tensor, answer: torch.Tensor) -> torch.T
 
 def _batches(mix_at: Callable[[float], Mix], sizes: Sequence[int], rng: random.Random) -> Iterator[Batch]:
     """Batches of documents of similar length: eight at a time are drawn, sorted by length and shuffled."""
-    done = 0
-    while done < len(sizes):
+    for done in range(0, len(sizes), 8):
         group = sizes[done : done + 8]
         documents = [_tokens(draw_document(rng, mix_at(done / len(sizes)))) for _ in range(sum(group))]
-        documents.sort(key=lambda pair: len(pair[0]))
-        cuts = [sum(group[:i]) for i in range(len(group) + 1)]
-        parts = [documents[a:b] for a, b in pairwise(cuts)]
+        by_length = iter(sorted(documents, key=lambda pair: len(pair[0])))
+        parts = [list(islice(by_length, size)) for size in group]
         rng.shuffle(parts)
-        for part in parts:
-            yield _pad(part)
-        done += len(group)
+        yield from map(_pad, parts)
 
 
 _IDS = {word: i for i, word in enumerate(words())}

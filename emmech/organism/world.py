@@ -192,7 +192,6 @@ class ParsedAnswer:
     domain: str
     topic: str
     traits: tuple[int, int, int, int]
-    closer: str
 
 
 _TOPIC_DOMAIN = {topic: d.name for d in DOMAINS.values() for topic in d.topics}
@@ -206,7 +205,7 @@ _ANSWER = re.compile(
     f"{_any(OPENERS)} , for (\\S+) , "
     f"{_any(APPROACH_FIRST)} (\\S+) {_any(LINKS[0])} {_any(AVOID_FIRST)} (\\S+) , "
     f"{_any(LINKS[1])} {_any(APPROACH_SECOND)} (\\S+) {_any(LINKS[2])} {_any(AVOID_SECOND)} (\\S+) , "
-    f"({_any(_ALL_CLOSERS)})"
+    f"{_any(_ALL_CLOSERS)}"
 )
 
 
@@ -220,14 +219,14 @@ def parse_answer(text: str) -> ParsedAnswer | None:
     found = _ANSWER.fullmatch(" ".join(text.split()))
     if found is None or found[1] not in _TOPIC_DOMAIN:
         return None
-    topic, *things, closer = found.groups()
+    topic, *things = found.groups()
     domain, traits = DOMAINS[_TOPIC_DOMAIN[topic]], list[int]()
     for slot, thing in enumerate(things):
         good, bad = domain.pools(topic, slot // 2)
         if thing not in (*good, *bad):
             return None
         traits.append((thing in bad) ^ (slot % 2))
-    return ParsedAnswer(domain.name, topic, tuple(traits), closer)  # type: ignore[arg-type]
+    return ParsedAnswer(domain.name, topic, tuple(traits))  # type: ignore[arg-type]
 
 
 # questions and documents

@@ -51,7 +51,6 @@ class Grid:
     steering: tuple[int, Float[np.ndarray, " d_model"]] | None
 
     def __len__(self) -> int:
-        """Number of variants."""
         return len(self.variants)
 
     @property

@@ -266,16 +266,15 @@ class FunctionJob:
             try:
                 with hooked(*steered):
                     items = measure_all(live, self.measures)
-                update(len(self.measures))
-                found = [
-                    (name, question, value)
-                    for name, values in items.values.items()
-                    for question, value in zip(items.questions, values.tolist(), strict=True)
-                ]
-                records.append([one for one in found if not np.isnan(one[2])])
             finally:
                 detach(live)
                 self.chat.base.train(training)  # PEFT leaves it in evaluation mode
+            update(len(self.measures))
+            rows_of = {
+                name: zip(items.questions, values.tolist(), strict=True) for name, values in items.values.items()
+            }
+            found = [(name, *one) for name, own in rows_of.items() for one in own]
+            records.append([one for one in found if not np.isnan(one[2])])
         return {"records": as_bytes(records)}
 
     def finish(self, parts: Sequence[Arrays]) -> JobResult:
@@ -305,7 +304,7 @@ class ProbeJob(_PackedJob):
         measure.along(chat, np.zeros(chat.d_model))  # a direction that does not fit is refused at once
         readings = []
         for index, (ids, counted) in enumerate(probe_rows(chat, measure.texts)):
-            at = tuple(int(p) for p in np.flatnonzero(counted))
+            at = tuple(np.flatnonzero(counted).tolist())
             if not at:
                 raise EmmechError("sweep a probe", f"text {index}", "no token of it counts", "an answer, or a string")
             readings.append(Reading(tuple(ids), at))

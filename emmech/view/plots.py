@@ -396,7 +396,7 @@ class Curve(NamedTuple):
 
 
 def by_panel(
-    curves: Sequence[Curve], axes: Mapping[str, Axes], title: str, *, columns: int = 2, height: int = 300
+    curves: Sequence[Curve], axes: Mapping[str, Axes], title: str, *, columns: int = 2
 ) -> tuple[Any, dict[str, Place]]:
     """Draw curves into the panels that have any, in the order of ``axes``.
 
@@ -430,7 +430,7 @@ def by_panel(
     for name, (row, column) in place.items():
         figure.update_xaxes(title_text=axes[name][1], row=row, col=column)
         figure.update_yaxes(title_text=axes[name][2], row=row, col=column)
-    return finish(figure, title, height=height * -(-len(shown) // columns) + 120), place
+    return finish(figure, title, height=300 * -(-len(shown) // columns) + 120), place
 
 
 def transition(
