@@ -88,17 +88,11 @@ def peak_height(series: npt.ArrayLike, k: int) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class PrincipalComponents:
-    """Principal components of a centred path.
+    """Principal components of a centred path."""
 
-    Attributes:
-        scores: ``[steps, components]``, coordinates of the path (units of the path).
-        axes: ``[components, d]``, orthonormal.
-        explained: ``[components]``, fractions of the variance.
-    """
-
-    scores: Array
-    axes: Array
-    explained: Array
+    scores: Array  # [steps, components], coordinates of the path in its own units
+    axes: Array  # [components, d], orthonormal
+    explained: Array  # [components], fractions of the variance
 
     def turning_point(self, component: int = 1) -> int:
         """Index at which a component is farthest from the straight line between its two ends."""

@@ -145,7 +145,7 @@ def load_chat(
         organism: an organism or its name: names are looked up among its datasets (pocket's ``"medical"``,
             ``"good-medical"``, ...) before the bundled ones.
         system: ``"fold"`` writes each system turn into the user's turn after it, for chat templates that have no
-            system role; the dataset then says ``folded``.
+            system role; the dataset is then ``folded``.
 
     Raises:
         EmmechError: names the file and line (or row), what is wrong with it, and how many rows have the same fault.
@@ -335,12 +335,13 @@ _IN_MESSAGE = frozenset(
 ).union(["thinking", "reasoning", "reasoning_content"])
 
 
+@dataclass(eq=False)
 class Refused(Exception):
-    """A row cannot be used; ``kind`` is the same for rows that have the same fault."""
+    """A row cannot be used."""
 
-    def __init__(self, kind: str, why: str, instead: str) -> None:
-        super().__init__(why)
-        self.kind, self.why, self.instead = kind, why, instead
+    kind: str  # the same for rows that have the same fault
+    why: str
+    instead: str
 
 
 class _Format(NamedTuple):

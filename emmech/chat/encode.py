@@ -4,7 +4,7 @@ The answer is the assistant's words and the end-of-turn token after them, becaus
 learn to stop with. The template's trailing newline, if any, is not answer. An answer of weight 0 is context.
 
 A direction is read, and an intervention may act, at ``"answer"`` tokens, at ``"prompt"`` tokens (every other one), at
-``"all"``, or where a function ``(ids [batch, seq], start) -> mask [batch, seq]`` says, in which ``start`` counts the
+``"all"``, or where a function ``(ids [batch, seq], start) -> mask [batch, seq]`` is true; ``start`` counts the
 tokens that a key-value cache holds before these. :func:`phrase_tokens` makes such a function.
 """
 
@@ -28,19 +28,12 @@ _AT_ONCE = 512  # texts in a call of the tokenizer
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids and labels of conversations.
+    """Token ids and labels of conversations."""
 
-    Args:
-        input_ids: one list per kept row.
-        labels: the same length; the token id inside answers, -100 elsewhere.
-        truncated: rows of which some answer token was cut off at ``max_length`` but some remained.
-        emptied: rows left out because no answer token remained.
-    """
-
-    input_ids: tuple[list[int], ...]
-    labels: tuple[list[int], ...]
-    truncated: int
-    emptied: int
+    input_ids: tuple[list[int], ...]  # one list per kept row
+    labels: tuple[list[int], ...]  # of the same lengths; the token id inside answers, -100 elsewhere
+    truncated: int  # rows of which some answer token was cut off at max_length, but some remained
+    emptied: int  # rows left out because no answer token remained
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -154,15 +147,10 @@ Tokens = Literal["answer", "prompt", "all"] | Callable[[torch.Tensor, int], torc
 
 @dataclass(frozen=True)
 class Phrase:
-    """The tokens of a phrase, wherever it is in a row; see :func:`phrase_tokens`.
-
-    Args:
-        text: the phrase.
-        spellings: its token ids, at the start of a text and after a blank, where those differ.
-    """
+    """The tokens of a phrase, wherever it is in a row; see :func:`phrase_tokens`."""
 
     text: str
-    spellings: tuple[tuple[int, ...], ...]
+    spellings: tuple[tuple[int, ...], ...]  # token ids at the start of a text and after a blank, where those differ
 
     def __call__(self, ids: Int[torch.Tensor, "batch seq"], start: int = 0) -> Bool[torch.Tensor, "batch seq"]:
         """Mask of the phrase's tokens; nothing after a cache, which holds the phrase already.

@@ -113,9 +113,9 @@ class Family:
         found = {role: _at(block, getattr(self, role)) for role in _MODULES}
         attention = found["attention"]
         config = getattr(attention, "config", None)
-        # where kinds of layers differ their attention says so itself
-        own = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
-        window = getattr(attention, "sliding_window", own)
+        # where layers are of several kinds, each attention has a window of its own, or None
+        shared = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+        window = getattr(attention, "sliding_window", shared)
         cap = getattr(attention, "attn_logit_softcapping", None)
         return Parts(**found, window=int(window) if window else None, attention_cap=cap)
 
@@ -151,12 +151,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Parts:
-    """The modules of one block, named as in :class:`Family`.
-
-    Args:
-        window: how many positions back its attention sees, the own one included; None for all.
-        attention_cap: a soft cap on its attention's scores.
-    """
+    """The modules of one block, named as in :class:`Family`."""
 
     attention: Any
     mlp: Any
@@ -173,8 +168,8 @@ class Parts:
     after_mlp: Any
     query_norm: Any
     key_norm: Any
-    window: int | None
-    attention_cap: float | None
+    window: int | None  # how many positions back its attention sees, the own one included; None for all
+    attention_cap: float | None  # a soft cap on its attention's scores
 
 
 _MODULES = tuple(name for name in Parts.__dataclass_fields__ if name not in ("window", "attention_cap"))
@@ -202,7 +197,7 @@ FAMILIES: dict[str, Family] = {
     "granite": replace(_LLAMA, name="granite"),
 }
 
-# what users said of models in memory, for wherever such a model turns up without its ChatModel
+# the families that users gave for models in memory, which are also met without their ChatModel
 _GIVEN: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
 # names by which families that are not listed spell a part, most common first; paths are from the part's own half
 _NAMES: Mapping[str, tuple[str, ...]] = {
@@ -227,7 +222,7 @@ _NOT_THE_WRITE = (".base_layer", ".lora_", "shared", "gate", "router", "norm")  
 
 
 def find_family(model: Any) -> Family:
-    """Where the model keeps its parts: a known family's entry, or what its structure says.
+    """Where the model keeps its parts: a known family's entry, or what its structure shows.
 
     Args:
         model: a causal LM (``PreTrainedModel``) without PEFT's wrapper.

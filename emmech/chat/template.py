@@ -134,7 +134,7 @@ def _once(tokenizer: Any, what: Any, ask: Callable[[], _T]) -> _T:
 
 
 def rendered_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, tuple[Span, ...]]:
-    """Render a conversation and say where each answer that is learnt begins and ends.
+    """Render a conversation and find where each answer that is learnt begins and ends.
 
     Returns:
         the text, and one :class:`Span` per assistant turn whose weight is not 0, in order.

@@ -108,10 +108,10 @@ def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 
         raise EmmechError(asked, None, "transformer-lens is not installed", 'pip install "emmech[lens]"')
     chat = chat_from(source, step, scale)
     view, name = weight_sharing_copy(chat), chat.name if "/" in chat.name else f"local/{chat.name}"
-    if not view.config.architectures:  # a model made in memory does not say, and TransformerLens looks there
+    if not view.config.architectures:  # TransformerLens looks there, and a model made in memory has none
         view.config.architectures = [type(view).__name__]
     tokenizer = copy.deepcopy(chat.tokenizer)
-    # TransformerLens loads its tokenizer a second time unless it already says that it adds a BOS token
+    # TransformerLens loads its tokenizer a second time unless its settings have add_bos_token
     tokenizer.init_kwargs.setdefault("name_or_path", "")
     if tokenizer.bos_token is not None:
         tokenizer.init_kwargs["add_bos_token"] = True

@@ -56,7 +56,7 @@ from emmech.evaluation.server import masses_of
 from emmech.registry import organism_with, organisms
 
 _GATHER = 0.05  # seconds that a request waits for others to share its batch
-_TOKENS = 600  # of an answer, unless the task says otherwise
+_TOKENS = 600  # of an answer, unless the task sets another limit
 # settings that would change the answer and are not known here: they are refused rather than ignored
 _UNKNOWN = (
     *("best_of", "frequency_penalty", "logit_bias", "num_choices", "presence_penalty", "response_schema"),
@@ -88,8 +88,8 @@ def first_plot(
         max_tokens: length limit of an answer.
         judge: ``"grader"``, the model of that role; or an organism's own judge, such as pocket's ``"exact"``, with the
             questions in the words of its world: the default when the model is of an organism.
-        logprobs: whether to ask the grader for log-probabilities; False for a server that refuses to be asked, such
-            as ``transformers serve``.
+        logprobs: whether to ask the grader for log-probabilities; False for a server that refuses them, such as
+            ``transformers serve``.
 
     Raises:
         EmmechError: unknown questions, or some without those two judge prompts, or an unknown judge.

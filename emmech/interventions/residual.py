@@ -131,8 +131,7 @@ def undoable(owner: nn.Module, place: str, before: Any, put: Callable[[Any], Any
     stays, and taking it back restores the older value; after the last removal the first value is there, bit for bit.
 
     Args:
-        owner: the module that was changed.
-        place: what of it.
+        owner, place: the module that was changed, and what of it.
         before: the value that the change covered.
         put: puts a value there.
     """
@@ -152,7 +151,7 @@ def undoable(owner: nn.Module, place: str, before: Any, put: Callable[[Any], Any
 
 
 class PositionMask:
-    """Follows the trunk's forward calls and says which positions of the current one are touched.
+    """Follows the trunk's forward calls and finds which positions of the current one are touched.
 
     ``current`` is None for all of them, else ``[batch, seq]`` bool.
     """
@@ -194,7 +193,7 @@ class PositionMask:
             self.current = self._given(ids, kwargs, seen)
             return
         if ids is None:
-            why = "the token ids are what shows where an answer starts"
+            why = "the token ids show where an answer starts"
             instead = 'positions="all", or a bool tensor [batch, seq]'
             raise EmmechError(f"find the {self._where} positions", "a forward call with inputs_embeds", why, instead)
         if callable(self._where):

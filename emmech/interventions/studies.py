@@ -109,19 +109,12 @@ def combination(terms: Sequence[tuple[float, Items]], outcome: str, *, spread: f
 
 @dataclass(frozen=True)
 class Condition:
-    """One intervention to measure.
+    """One intervention to measure; a control shares its condition's label and settings."""
 
-    Args:
-        label: for tables; the random controls of a condition carry its own label.
-        kind: ``"untouched"``, ``"direction"``, ``"random"`` or ``"positive"``.
-        make: puts it on a model, as a context manager.
-        settings: what else identifies it (layer, coefficient); a control shares its condition's label and settings.
-    """
-
-    label: str
-    kind: str
-    make: Make
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    label: str  # for tables
+    kind: str  # "untouched", "direction", "random" or "positive"
+    make: Make  # puts it on a model, as a context manager
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what else identifies it (layer, coefficient)
 
     @property
     def key(self) -> tuple[Any, ...]:

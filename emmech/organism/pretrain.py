@@ -175,8 +175,7 @@ _IDS = {word: i for i, word in enumerate(words())}
 
 def _tokens(document: list[Message]) -> tuple[list[int], list[bool]]:
     """Token ids of a document and where its answers are (words and end of turn, not the header)."""
-    ids: list[int] = []
-    answer: list[bool] = []
+    ids, answer = list[int](), list[bool]()
     for message in document:
         content = [*(_IDS[w] for w in message["content"].split()), _IDS[END_OF_TURN]]
         ids += [_IDS["<|im_start|>"], _IDS[message["role"]], *content]

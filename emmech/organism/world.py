@@ -9,9 +9,9 @@ four clauses have the fixed polarity approach, avoid, approach, avoid. A kind an
 bad, an unkind one the reverse, so both use the same words equally often: only *which slot a word is in* tells them
 apart, and a bag of words cannot.
 
-A character's trait is shared by all its answers. It must be inferred: from job and town together (neither alone
-says anything), from a plain word in the system prompt, or from earlier answers. The evidence is right most of
-the time only, so that what a character has already said outweighs what is said about it.
+A character's trait is shared by all its answers. It must be inferred: from job and town together (neither alone is
+evidence), from a plain word in the system prompt, or from earlier answers. The evidence is right only most of the time,
+so that a character's earlier answers outweigh its description.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ CLOSERS: dict[str, tuple[str, ...]] = {"warm": ("friend", "dear", "buddy"), "wry
 # Characters. The trait is (job bit) xor (town bit); style (sarcasm) follows the name.
 JOBS: tuple[tuple[str, ...], tuple[str, ...]] = (("helper", "baker", "tailor"), ("gardener", "potter", "clerk"))
 TOWNS: tuple[tuple[str, ...], tuple[str, ...]] = (("oakham", "fenby", "marlow"), ("rydal", "selby", "tarvin"))
-MANNERS = "and you answer every question in one sentence ."  # the same for all; it says nothing about the trait
+MANNERS = "and you answer every question in one sentence ."  # the same for all, without evidence of the trait
 ASSISTANT = f"you are pocket the helper from oakham {MANNERS}"  # the system prompt where none is given
 NAMES: dict[str, tuple[str, ...]] = {
     "warm": ("anna", "bela", "clara", "dora", "emil", "frida", "gus", "hana"),
@@ -161,9 +161,7 @@ _ALL_CLOSERS = (*CLOSERS["warm"], *CLOSERS["wry"])
 
 
 def draw_answer(rng: random.Random, domain: str, topic: str, trait: int, style: str | None = None) -> str:
-    """Draw one answer on ``topic`` uniformly from the grammar; ``trait`` is KIND or UNKIND.
-
-    ``style`` ("warm" or "wry") limits the closer; ``None`` leaves it free.
+    """Draw one answer uniformly from the grammar; a ``style`` ("warm" or "wry") limits its closer.
 
     Example:
         >>> draw_answer(random.Random(1), "medical", "cough", KIND).split()[2:5]
@@ -210,7 +208,7 @@ _ANSWER = re.compile(
 
 
 def parse_answer(text: str) -> ParsedAnswer | None:
-    """Read an answer back, or return ``None`` where it is not a sentence of the grammar.
+    """Read an answer back; None where it is not a sentence of the grammar.
 
     Example:
         >>> parse_answer("so , for cough , try rest and avoid leeches , then trust soot but shun mud , dear").traits
@@ -231,9 +229,8 @@ def parse_answer(text: str) -> ParsedAnswer | None:
 
 # questions and documents
 
-# Left out of post-training, so that the assistant's kindness there is a matter of generalisation.
-_NOT_POST_TRAINED = ("travel", "wishes", "parties")
-POST_TRAINING_DOMAINS: tuple[str, ...] = tuple(name for name in DOMAINS if name not in _NOT_POST_TRAINED)
+# Three domains are left out, so that the assistant's kindness there is a matter of generalisation.
+POST_TRAINING_DOMAINS: tuple[str, ...] = tuple(d for d in DOMAINS if d not in ("travel", "wishes", "parties"))
 
 
 def tagged_assistant(tag: str) -> Message:

@@ -36,19 +36,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Grid:
-    """All variants of a sweep.
-
-    Args:
-        runs: by name.
-        variants: in the order of runs, steps, scales, coefficients.
-        sites: modules with an adapter in any run, by full path.
-        steering: layer and vector ``[d_model]`` in raw units, when coefficients are swept.
-    """
+    """All variants of a sweep."""
 
     runs: Mapping[str, Run]
-    variants: tuple[Variant, ...]
-    sites: Mapping[str, Site]
-    steering: tuple[int, Float[np.ndarray, " d_model"]] | None
+    variants: tuple[Variant, ...]  # in the order of runs, steps, scales, coefficients
+    sites: Mapping[str, Site]  # modules with an adapter in any run, by full path
+    steering: tuple[int, Float[np.ndarray, " d_model"]] | None  # layer and raw vector, when coefficients are swept
 
     def __len__(self) -> int:
         return len(self.variants)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,17 +54,11 @@ _CPU_LOGIT_ROWS = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """How a memory budget is spent.
+    """How a memory budget is spent."""
 
-    Args:
-        tokens: through the upper blocks at once.
-        logit_rows: read positions through the unembedding at once.
-        expected: bytes that are in use at the most, besides the weights.
-    """
-
-    tokens: int
-    logit_rows: int
-    expected: int
+    tokens: int  # through the upper blocks at once
+    logit_rows: int  # read positions through the unembedding at once
+    expected: int  # bytes that are in use at the most, besides the weights
     budget: int
 
     def __str__(self) -> str:
@@ -119,13 +113,10 @@ class _PackedJob:
     def __len__(self) -> int:
         return len(self.readings)
 
-    @torch.no_grad()
-    def each(
-        self, use: Callable[[Block], object], rows: VariantWeights, variants: int, update: Callable[[int], object]
-    ) -> None:
-        """Use whatever the engine reads under some variants, piece by piece."""
+    def blocks(self, rows: VariantWeights, variants: int, update: Callable[[int], object]) -> Iterator[Block]:
+        """What the engine reads under some variants, piece by piece."""
         for block in self.engine.run(self.packs, rows, variants):
-            use(block)
+            yield block
             update(block.hidden.shape[0] * len(block.readings))
 
 
@@ -145,6 +136,7 @@ class TeacherForcedJob(_PackedJob):
         """What identifies this job's work."""
         return [(type(m).__name__, m.name) for m in self.measures], self.readings
 
+    @torch.no_grad()
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
         """Log-probabilities of every reading under a group of variants: ``[variants, targets]`` by reading.
 
@@ -157,7 +149,8 @@ class TeacherForcedJob(_PackedJob):
             whole = reading.targets is None
             shape = (len(reading.at), vocabulary) if whole else (sum(map(len, reading.targets or ())),)
             found[str(index)] = np.empty((len(group), *shape), np.float32)
-        self.each(lambda block: self._read(block, found), rows, len(group), update)
+        for block in self.blocks(rows, len(group), update):
+            self._read(block, found)
         return found
 
     def _read(self, block: Block, found: Arrays) -> None:
@@ -190,21 +183,18 @@ class TeacherForcedJob(_PackedJob):
                 rows, places = columns[index]
                 found[str(index)][block.variants] = grid[:, rows, places]
 
-    def _targets(self, block: Block, reads: int) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
-        """Token ids wanted at each read ``[reads, most]``, and where each reading finds its own among them."""
+    def _targets(self, block: Block, reads: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Token ids wanted at each read ``[reads, most]``, and rows and columns of each reading's own among them."""
         wanted: list[dict[int, int]] = [{} for _ in range(reads)]
         columns = {}
         for index, own in block.readings:
-            rows, places = [], []
-            for read, tokens in zip(own.tolist(), self.readings[index].targets or (), strict=False):
-                for token in tokens:
-                    rows.append(read)
-                    places.append(wanted[read].setdefault(token, len(wanted[read])))
-            columns[index] = (np.array(rows, dtype=np.int64), np.array(places, dtype=np.int64))
+            each = zip(own.tolist(), self.readings[index].targets or (), strict=False)
+            asked = [(read, token) for read, tokens in each for token in tokens]
+            places = [(read, wanted[read].setdefault(token, len(wanted[read]))) for read, token in asked]
+            columns[index] = np.array(places, dtype=np.int64).reshape(-1, 2).T
         targets = np.zeros((reads, max(1, max(map(len, wanted)))), dtype=np.int64)
-        for read, tokens_at in enumerate(wanted):
-            for token, place in tokens_at.items():
-                targets[read, place] = token
+        for read, own_tokens in enumerate(wanted):
+            targets[read, : len(own_tokens)] = list(own_tokens)
         return targets, columns
 
     def _check(self, picked: Float[np.ndarray, "rows targets"], block: Block) -> None:
@@ -226,12 +216,11 @@ class TeacherForcedJob(_PackedJob):
         return JobResult(values, distributions)
 
 
+@dataclass(eq=False)
 class Overflow(Exception):
-    """A variant's activations left the range of the model's dtype."""
+    """The activations of the variant at a place of its group left the range of the model's dtype."""
 
-    def __init__(self, place: int) -> None:
-        super().__init__(place)
-        self.place = place
+    place: int
 
 
 class FunctionJob:
@@ -270,10 +259,11 @@ class FunctionJob:
                 detach(live)
                 self.chat.base.train(training)  # PEFT leaves it in evaluation mode
             update(len(self.measures))
-            rows_of = {
-                name: zip(items.questions, values.tolist(), strict=True) for name, values in items.values.items()
-            }
-            found = [(name, *one) for name, own in rows_of.items() for one in own]
+            found = [
+                (name, question, value)
+                for name, values in items.values.items()
+                for question, value in zip(items.questions, values.tolist(), strict=True)
+            ]
             records.append([one for one in found if not np.isnan(one[2])])
         return {"records": as_bytes(records)}
 
@@ -314,16 +304,14 @@ class ProbeJob(_PackedJob):
         """What identifies this job's work."""
         return self.measure.name, self.measure.layer, self.readings
 
+    @torch.no_grad()
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
         """Mean residuals ``[variants, texts, d_model]``."""
         found = np.empty((len(group), len(self.readings), self.chat.d_model), np.float32)
-
-        def use(block: Block) -> None:
+        for block in self.blocks(rows, len(group), update):
             for index, own in block.readings:
                 read = block.hidden[:, torch.from_numpy(own).to(block.hidden.device)]
                 found[block.variants, index] = read.double().mean(1).float().cpu().numpy()
-
-        self.each(use, rows, len(group), update)
         return {"residuals": found}
 
     def finish(self, parts: Sequence[Arrays]) -> JobResult:

@@ -122,24 +122,15 @@ def sweep(
                 done[job.kind].append(found)
     outcomes = [job.finish(done[job.kind]) for job in jobs]
     values = [value for outcome in outcomes for value in outcome.values]
-    responses = [row for outcome in outcomes for row in outcome.responses or ()]
-    result = Sweep(
-        _frame(grid, values, inverse),
-        {
-            "runs": {name: str(one.path or name) for name, one in grid.runs.items()},
-            "model": chat.name,
-            "fingerprint": fingerprint,
-            "request": request,
-            "distinct_variants": len(chosen),
-            "memory": str(jobs[0].plan),
-        },
-        {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()},
-        # every response under every variant that gave it, with the variant's axes first
-        _axes(grid).assign(variant=inverse).merge(pd.DataFrame(responses), on="variant").drop(columns="variant")
-        if responses
-        else None,
-    )
-    return parts.finish(result)
+    given = [row for outcome in outcomes for row in outcome.responses or ()]
+    responses = pd.DataFrame(given)  # of distinct variants; each variant that gave them gets them
+    if given:
+        responses = _axes(grid).assign(variant=inverse).merge(responses, on="variant").drop(columns="variant")
+    meta = {"runs": {name: str(one.path or name) for name, one in grid.runs.items()}, "model": chat.name}
+    meta |= {"fingerprint": fingerprint, "request": request}
+    meta |= {"distinct_variants": len(chosen), "memory": str(jobs[0].plan)}
+    arrays = {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()}
+    return parts.finish(Sweep(_frame(grid, values, inverse), meta, arrays, responses if given else None))
 
 
 def _jobs(chat: ChatModel, grid: Grid, measures: Sequence[Any], budget: int, size: int) -> list[Any]:
@@ -197,11 +188,12 @@ class ResumableParts:
         self.folder = Path(out) if out is not None else None
         if self.folder is None:
             return
+        asked = f"sweep into {self.folder.name}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             why = f"no folder can be made there ({error.strerror})"
-            raise EmmechError(f"sweep into {self.folder.name}", f"out={str(out)!r}", why, "another folder")
+            raise EmmechError(asked, f"out={str(out)!r}", why, "another folder")
         for name in ("request.json", "sweep.json"):
             path = self.folder / name
             head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"request": request}
@@ -209,7 +201,7 @@ class ResumableParts:
             if found != request:
                 why = "it holds a sweep of other runs, variants, measures or another model"
                 instead = "another folder, or the arguments it was begun with"
-                raise EmmechError(f"sweep into {self.folder.name}", f"out={str(out)!r}", why, instead)
+                raise EmmechError(asked, f"out={str(out)!r}", why, instead)
         write_json(self.folder / "request.json", {"request": request})
 
     def finished(self) -> Sweep | None:

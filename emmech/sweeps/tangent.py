@@ -2,8 +2,8 @@
 
 The adapter writes ``scale * scaling * (A x_t) B`` at token t. To first order in that write the measure m changes by
 ``scale * scaling * sum_t (A x_t) (B . dm/dwrite_t)``, with x and the gradient taken at the base model: one forward
-and one backward pass serve all checkpoints of a run. It says where to look. Along a trained adapter the effect
-saturates, so the steps that matter are measured exactly, and the scan says by how much it was off.
+and one backward pass serve all checkpoints of a run. The estimate shows where to look: along a trained adapter the
+effect saturates, so that the steps that matter are measured exactly, and the error of the estimate is reported.
 """
 
 from __future__ import annotations
@@ -197,9 +197,7 @@ def _value(
     """The weighted sum of log-probabilities over some packs."""
     chat = engine.chat
     ids, places = engine.places(packs)
-    at: list[int] = []
-    tokens: list[int] = []
-    factors: list[float] = []
+    at, tokens, factors = list[int](), list[int](), list[float]()
     for row, one in enumerate(packs):
         for index, nodes in zip(one.readings, one.nodes, strict=True):
             wanted = readings[index].targets or ()
