@@ -126,7 +126,10 @@ def sweep(
     responses = pd.DataFrame(given)  # of distinct variants; each variant that gave them gets them
     if given:
         responses = _axes(grid).assign(variant=inverse).merge(responses, on="variant").drop(columns="variant")
-    meta = {"runs": {name: str(one.path or name) for name, one in grid.runs.items()}, "model": chat.name}
+    meta: dict[str, Any] = {
+        "runs": {name: str(one.path or name) for name, one in grid.runs.items()},
+        "model": chat.name,
+    }
     meta |= {"fingerprint": fingerprint, "request": request}
     meta |= {"distinct_variants": len(chosen), "memory": str(jobs[0].plan)}
     arrays = {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()}
