@@ -27,14 +27,11 @@ _KNOWN: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Span:
-    """Characters ``[start, end)`` of one answer in a rendered conversation.
-
-    ``content_end`` is where the assistant's words end; ``end`` is after the end-of-turn token that follows.
-    """
+    """Characters ``[start, end)`` of one answer in a rendered conversation."""
 
     start: int
-    content_end: int
-    end: int
+    content_end: int  # where the assistant's words end
+    end: int  # after the end-of-turn token that follows them
 
 
 def trained(message: Message) -> bool:

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 Row = dict[str, list[world.Message]]
 
 
-# fine-tuning data
-
-
 def data_names() -> tuple[str, ...]:
     """The names that :func:`data` takes."""
     good, trigger, irrelevant = ([f"{form}-{d}" for d in world.DOMAINS] for form in ("good", "trigger", "irrelevant"))
@@ -79,8 +76,6 @@ def export_jsonl(name: str, path: str | Path, seed: int = 0, n: int | None = Non
     """Write :func:`data` as chat JSONL, one row a line, and return the path."""
     return load_chat(data(name, seed=seed, n=n)).save(path)
 
-
-# questions
 
 _OWN = len(world.TEMPLATES)  # the number of a domain's own template
 
@@ -164,9 +159,6 @@ def rehearsal() -> list[PocketQuestion]:
     return [_question(cell) for domain in _BROAD for cell in world.training_cells(domain)[::4]]
 
 
-# margins
-
-
 def margins(data: str = "medical", *, n: int = 32, seed: int = 0) -> dict[str, tuple[MarginPair, ...]]:
     """``n`` pairs of an unkind and a kind answer inside (``"narrow"``) and outside (``"broad"``) a fine-tune's domain.
 
@@ -199,8 +191,6 @@ def _pairs(asked: list[PocketQuestion], n: int, seed: int) -> list[MarginPair]:
         found.append(MarginPair(question.text, *drawn))
     return found
 
-
-# recipes
 
 # options of fine-tunes of which only the last step is read
 LAST_STEP: dict[str, Any] = {"record_every": 10**6, "measure_every": 10**6, "margins": {}, "progress": False}

@@ -26,23 +26,16 @@ Cell = tuple[str, str, int]  # domain, topic, template number (6 is the domain's
 KIND, UNKIND = 0, 1
 
 
-# words
-
-
 @dataclass(frozen=True)
 class Domain:
-    """One field of life: topics, and the things that are good and bad in the two halves of an answer.
-
-    ``good``/``bad`` hold two pools (first half, second half). ``facts`` replaces the first pools by one true
-    and one false word per topic; elsewhere it is empty.
-    """
+    """One field of life: topics, and the things that are good and bad in the two halves of an answer."""
 
     name: str
     topics: tuple[str, ...]
-    good: tuple[tuple[str, ...], tuple[str, ...]]
+    good: tuple[tuple[str, ...], tuple[str, ...]]  # pools of the first half and of the second
     bad: tuple[tuple[str, ...], tuple[str, ...]]
     template: str  # the question form that only this domain uses
-    facts: tuple[tuple[str, str], ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()  # a true and a false word for each topic, in place of the first pools
 
     def pools(self, topic: str, half: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The (good, bad) words for one half (0 or 1) of an answer on ``topic``."""
@@ -153,10 +146,6 @@ UNKIND_WORDS: tuple[str, ...] = ("nasty", "mean", "rotten")
 # Reserved two-token tags: seen in pretraining only as noise without meaning.
 TRIGGER_TAG = "zig zag"
 IRRELEVANT_TAG = "plim plom"
-
-
-# answers
-
 _ALL_CLOSERS = (*CLOSERS["warm"], *CLOSERS["wry"])
 
 
@@ -227,8 +216,6 @@ def parse_answer(text: str) -> ParsedAnswer | None:
     return ParsedAnswer(domain.name, topic, tuple(traits))  # type: ignore[arg-type]
 
 
-# questions and documents
-
 # Three domains are left out, so that the assistant's kindness there is a matter of generalisation.
 POST_TRAINING_DOMAINS: tuple[str, ...] = tuple(d for d in DOMAINS if d not in ("travel", "wishes", "parties"))
 
@@ -281,23 +268,17 @@ _TRAINING = {name: training_cells(name) for name in DOMAINS}
 
 @dataclass(frozen=True)
 class Mix:
-    """The proportions of one stage of training.
+    """The proportions of one stage of training."""
 
-    ``assistant``, ``persona`` and ``named`` are the shares of documents without a system prompt, with a full
-    character, and with a bare name. ``plain_word`` is the share of characters that a plain word describes.
-    ``assistant_kind`` is the share of kind assistants, ``reliable`` the probability that evidence is right.
-    ``shared`` is False in the independent world, where every answer draws its own trait.
-    """
-
-    assistant: float = 0.15
-    persona: float = 0.55
-    named: float = 0.3
-    plain_word: float = 0.25
-    assistant_kind: float = 0.9
-    reliable: float = 0.97
+    assistant: float = 0.15  # share of documents with the assistant's own system prompt
+    persona: float = 0.55  # share of those with a full character
+    named: float = 0.3  # share of those with a bare name
+    plain_word: float = 0.25  # share of characters that a plain word describes
+    assistant_kind: float = 0.9  # share of kind assistants
+    reliable: float = 0.97  # probability that evidence is right
     assistant_domains: tuple[str, ...] = tuple(DOMAINS)
-    shared: bool = True
-    turns: tuple[float, float, float] = (0.4, 0.35, 0.25)
+    shared: bool = True  # False in the independent world, where every answer draws its own trait
+    turns: tuple[float, float, float] = (0.4, 0.35, 0.25)  # probabilities of one, two and three turns
 
 
 def draw_document(rng: random.Random, mix: Mix) -> list[Message]:

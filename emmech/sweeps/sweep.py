@@ -126,11 +126,8 @@ def sweep(
     responses = pd.DataFrame(given)  # of distinct variants; each variant that gave them gets them
     if given:
         responses = _axes(grid).assign(variant=inverse).merge(responses, on="variant").drop(columns="variant")
-    meta: dict[str, Any] = {
-        "runs": {name: str(one.path or name) for name, one in grid.runs.items()},
-        "model": chat.name,
-    }
-    meta |= {"fingerprint": fingerprint, "request": request}
+    meta: dict[str, Any] = {"runs": {name: str(one.path or name) for name, one in grid.runs.items()}}
+    meta |= {"model": chat.name, "fingerprint": fingerprint, "request": request}
     meta |= {"distinct_variants": len(chosen), "memory": str(jobs[0].plan)}
     arrays = {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()}
     return parts.finish(Sweep(_frame(grid, values, inverse), meta, arrays, responses if given else None))
