@@ -40,7 +40,7 @@ RecipeName = Annotated[
 Settings = Annotated[list[str] | None, typer.Option("--set", help="a field of the recipe: --set learning_rate=1e-3")]
 Step = Annotated[int | None, typer.Option(help="a recorded step; the last one by default")]
 Scale = Annotated[float, typer.Option(help="factor on the run's adapter")]
-Seed = Annotated[int, typer.Option(help="of every random choice")]
+Seed = Annotated[int, typer.Option(help="seed of every random choice")]
 Questions = Annotated[list[str] | None, typer.Option(help="first-plot by default; a set or a file, or several")]
 Judge = Annotated[str | None, typer.Option(help="exact, screening or later; the pocket models need none")]
 JudgeModel = Annotated[str | None, typer.Option(help="a model as judge; with --server its name there")]
@@ -56,9 +56,9 @@ def finetune(
     out: Out = None,
     recipe: RecipeName = None,
     layer: Annotated[list[int] | None, typer.Option(help="where the adapter is; repeat for several")] = None,
-    seed: Annotated[int, typer.Option(help="of A's start, the batch order and the held-out split")] = 0,
-    record_every: Annotated[int, typer.Option(help="record each so many steps")] = 1,
-    checkpoint_every: Annotated[int | None, typer.Option(help="keep the optimizer's state, to resume")] = None,
+    seed: Annotated[int, typer.Option(help="seed of A's start, the batch order and the held-out split")] = 0,
+    record_every: Annotated[int, typer.Option(help="record every so many steps")] = 1,
+    checkpoint_every: Annotated[int | None, typer.Option(help="keep the optimizer's state every so many steps")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an interrupted training in --out")] = False,
     margins: Annotated[bool, typer.Option(help="measure the bundled narrow and broad margins as it trains")] = False,
     set_: Settings = None,
@@ -215,7 +215,7 @@ def direction(
     emmech direction runs/bad --source adapter --out b.safetensors
     """
     if source not in ("answers", "adapter"):
-        raise EmmechError("extract a direction", f"--source {source}", "there are two", "answers or adapter")
+        raise EmmechError("extract a direction", f"--source {source}", "there are two sources", "answers or adapter")
     if source == "adapter":
         found = emmech.directions.adapter_direction(run, step)
     else:
@@ -293,7 +293,7 @@ def export(run: RunFolder, out: Annotated[Path, typer.Argument(help="the folder 
 
 @app.command()
 def info(run: RunFolder, json: Json = False) -> None:
-    """Say what a run holds: model, data, recipe, adapters, steps, metrics.
+    """Print what a run holds: model, data, recipe, adapters, steps, metrics.
 
     Examples:
 
