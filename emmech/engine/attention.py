@@ -224,7 +224,7 @@ def _joined(first: _Part, second: _Part) -> torch.Tensor:
 
 def growing_cache(chat: ChatModel) -> Any:
     """The model's own dynamic cache, its full-attention layers replaced by ones that grow in blocks."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicLayer
 
     class GrowingLayer(DynamicLayer):
         """Keys and values are views into a buffer with room to spare."""
@@ -245,7 +245,7 @@ def growing_cache(chat: ChatModel) -> Any:
             self.keys, self.values = store[0][:, :, :end], store[1][:, :, :end]
             return self.keys, self.values
 
-    cache = DynamicCache(config=chat.config)
+    cache = new_past(chat)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
