@@ -90,10 +90,10 @@ class _Known:
 class Server:
     """A chat model on an OpenAI-compatible server.
 
-    A server that does not take ``max_tokens`` is sent ``max_completion_tokens``; a seed is left out where it is refused,
-    and so is a temperature or ``top_p`` that a judge's scores or the default of 1 can do without. The first request of a
-    kind goes alone, so that what concerns every request is found at once. Keys, passwords in the address, and what ``extra``
-    holds are in no representation, message or file.
+    A server that does not take ``max_tokens`` is sent ``max_completion_tokens``; a seed is left out where it is
+    refused, and so is a temperature or ``top_p`` that a judge's scores or the default of 1 can do without. The first
+    request of a kind goes alone, so that what concerns every request is found at once. Keys, passwords in the address,
+    and what ``extra`` holds are in no representation, message or file.
 
     Args:
         model: the name the server knows it by (a LoRA module's name, on vLLM).
@@ -395,7 +395,9 @@ class Server:
     def _fatal(self, error: Any, request: Mapping[str, Any], name: str | None) -> EmmechError | None:
         """The error, if every other request would fail with it too; ``name`` is the field that it refuses."""
         asked, said = f"sample from {self.identity}", self._said(error)
-        given: str | None = f"{name}={request[name]!r}" if name in request else f"a request with {name}"
+        given: str | None = f"a request with {name}"
+        if name is not None and name in request:
+            given = f"{name}={request[name]!r}"
         if error.status_code in (401, 403):
             given = "no key" if self.key is None else "the key given"
             why = "the server refuses the key"

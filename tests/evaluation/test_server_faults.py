@@ -254,7 +254,7 @@ def _no_secret(text, where):
 
 @pytest.mark.parametrize("fault", [None, 400, 401, 403, 404, 422, 429, 500, "text", "gone", "timeout"])
 def test_a_secret_is_in_no_output_and_no_file(fake, fault, tmp_path, capsys, caplog, recwarn):
-    """One is planted everywhere, the server echoes all of them in its words, and everything that is left is searched."""
+    """One is planted everywhere, the server echoes all of them, and everything that is left is searched."""
     caplog.set_level(logging.INFO)
     echo = " | ".join(ECHOED)
     broken = {"on": fault}
