@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emmech.errors import EmmechError, as_float, as_int, check_texts
-from emmech.store import append_jsonl, read_jsonl
+from emmech.store import append_jsonl, drop_unfinished, read_jsonl
 
 _ASKED = "sample answers"
 _MEANING = {"request": "conversations, seed or model"}
@@ -94,9 +94,7 @@ class ResponseLog:
         except OSError as error:
             why = f"no folder can be made there ({error.strerror})"
             raise EmmechError("keep the answers", f"out={str(path)!r}", why, "another folder")
-        content = self.path.read_bytes() if self.path.exists() else b""
-        if content and not content.endswith(b"\n"):  # the process died while writing a line; it is drawn again
-            self.path.write_bytes(content[: content.rfind(b"\n") + 1])
+        drop_unfinished(self.path)  # it is drawn again
         stored = read_jsonl(self.path)
         if not stored:
             append_jsonl(self.path, settings)

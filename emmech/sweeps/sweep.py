@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from emmech.measures.probe import ProbeActivation
 from emmech.measures.sampled import Sampled
 from emmech.progress import bar
 from emmech.run.run import Run
-from emmech.store import write_json
+from emmech.store import drop_files, kept, save_tensors, write_json, writing
 from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.jobs import Arrays, FunctionJob, Overflow, ProbeJob, SampledJob, TeacherForcedJob, budget_bytes
 from emmech.sweeps.result import Sweep
@@ -102,6 +102,38 @@ def sweep(
     parts = ResumableParts(out, request)
     if (finished := parts.finished()) is not None:
         return finished
+    with writing(Path(out), "sweep") if out is not None else nullcontext():
+        parts.begin()
+        outcomes = _outcomes(chat, grid, jobs, parts, chosen, size, progress=progress)
+        values = [value for outcome in outcomes for value in outcome.values]
+        responses = [row for outcome in outcomes for row in outcome.responses or ()]
+        result = Sweep(
+            _frame(grid, values, inverse),
+            {
+                "runs": {name: str(one.path or name) for name, one in grid.runs.items()},
+                "model": chat.name,
+                "fingerprint": fingerprint,
+                "request": request,
+                "distinct_variants": len(chosen),
+                "memory": str(jobs[0].plan),
+            },
+            {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()},
+            _responses(grid, responses, inverse) if responses else None,
+        )
+        return parts.finish(result)
+
+
+def _outcomes(
+    chat: ChatModel,
+    grid: Grid,
+    jobs: Sequence[Any],
+    parts: ResumableParts,
+    chosen: Sequence[int],
+    size: int,
+    *,
+    progress: bool,
+) -> list[Any]:
+    """What each job found for all variants, from the parts that are kept and those that are still to be measured."""
     groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     shown = f"sweep of {len(grid)} variants ({jobs[0].plan})"
     with bar(len(chosen) * sum(len(job) for job in jobs), shown, progress=progress) as steps_bar:
@@ -119,23 +151,7 @@ def sweep(
                     why = f"its activations overflow {str(chat.dtype).removeprefix('torch.')}"
                     instead = "smaller scales and coefficients (1 to 20, as in the literature)"
                     raise EmmechError("sweep", str(variant), why, instead)
-    outcomes = [job.finish(parts.all(job.kind, len(groups))) for job in jobs]
-    values = [value for outcome in outcomes for value in outcome.values]
-    responses = [row for outcome in outcomes for row in outcome.responses or ()]
-    result = Sweep(
-        _frame(grid, values, inverse),
-        {
-            "runs": {name: str(one.path or name) for name, one in grid.runs.items()},
-            "model": chat.name,
-            "fingerprint": fingerprint,
-            "request": request,
-            "distinct_variants": len(chosen),
-            "memory": str(jobs[0].plan),
-        },
-        {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()},
-        _responses(grid, responses, inverse) if responses else None,
-    )
-    return parts.finish(result)
+    return [job.finish(parts.all(job.kind, len(groups))) for job in jobs]
 
 
 def _jobs(chat: ChatModel, grid: Grid, measures: Sequence[Any], budget: int, size: int) -> list[Any]:
@@ -197,14 +213,10 @@ class ResumableParts:
 
     def __init__(self, out: str | Path | None, request: str) -> None:
         self.folder = Path(out) if out is not None else None
+        self._request = request
         self._kept: dict[tuple[str, int], Arrays] = {}
         if self.folder is None:
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            why = f"no folder can be made there ({error.strerror})"
-            raise EmmechError(f"sweep into {self.folder.name}", f"out={str(out)!r}", why, "another folder")
         for name in ("request.json", "sweep.json"):
             path = self.folder / name
             head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"request": request}
@@ -213,7 +225,12 @@ class ResumableParts:
                 why = "it holds a sweep of other runs, variants, measures or another model"
                 instead = "another folder, or the arguments it was begun with"
                 raise EmmechError(f"sweep into {self.folder.name}", f"out={str(out)!r}", why, instead)
-        write_json(self.folder / "request.json", {"request": request})
+
+    def begin(self) -> None:
+        """Say whose parts the folder holds."""
+        if self.folder is not None:
+            drop_files(self.folder)
+            write_json(self.folder / "request.json", {"request": self._request})
 
     def finished(self) -> Sweep | None:
         """The whole sweep, when it is there already."""
@@ -236,12 +253,8 @@ class ResumableParts:
         if self.folder is None:
             self._kept[kind, number] = arrays
             return
-        from safetensors.numpy import save_file
-
-        path = self._path(kind, number)
-        scratch = path.with_suffix(".tmp")
-        save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, scratch)
-        os.replace(scratch, path)  # noqa: PTH105 (the atomic rename is the point)
+        whole = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        save_tensors(whole, self._path(kind, number), "keep a part of the sweep")
 
     def all(self, kind: str, count: int) -> list[Arrays]:
         """All parts of a job, in order."""
@@ -255,6 +268,7 @@ class ResumableParts:
         """Write the result and drop the parts."""
         if self.folder is not None:
             result.save(self.folder)
-            for path in [*self.folder.glob("part-*.safetensors"), self.folder / "request.json"]:
-                path.unlink(missing_ok=True)
+            with kept("delete the parts of the sweep", self.folder):
+                for path in [*self.folder.glob("part-*.safetensors"), self.folder / "request.json"]:
+                    path.unlink(missing_ok=True)
         return result

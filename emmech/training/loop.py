@@ -9,6 +9,7 @@ changes nothing else.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import shutil
 import time
@@ -86,9 +87,12 @@ def training_arguments(chat: ChatModel, recipe: Recipe, seed: int, data_seed: in
 def last_checkpoint(folder: Path) -> str | None:
     """The last optimizer state that was written whole, if there is any."""
     found = sorted((folder / "resume").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    # the Trainer writes its own state last: a checkpoint without it was being written when the process died
-    whole = [path for path in found if (path / "trainer_state.json").exists()]
-    return str(whole[-1]) if whole else None
+    for path in reversed(found):
+        # the Trainer writes its own state last: a checkpoint without all of it was being written when the process died
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+    return None
 
 
 def train(
