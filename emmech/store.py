@@ -19,7 +19,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -286,7 +286,11 @@ def save_tensors(
 
 @contextlib.contextmanager
 def kept(asked: str, path: Path) -> Iterator[None]:
-    """A failure of the disk as an error that says what is kept."""
+    """Within, a failure of the disk becomes an error that says what is kept.
+
+    Raises:
+        EmmechError: the disk is full, read-only or gone.
+    """
     try:
         yield
     except OSError as error:
@@ -316,10 +320,7 @@ def writing(folder: Path, asked: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path = folder / ".writer"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EmmechError(asked, folder, f"no folder can be made there ({error.strerror})", "another folder")
+    made_folder(asked, folder)
     lock = FileLock(folder / ".lock")
     with kept(asked, path):
         try:
@@ -331,8 +332,22 @@ def writing(folder: Path, asked: str) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         lock.release()
+
+
+def made_folder(asked: str, folder: Path) -> Path:
+    """The folder, made where it is missing.
+
+    Raises:
+        EmmechError: a file is in the way, or the disk is full, read-only or gone.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EmmechError(asked, folder, f"no folder can be made there ({error.strerror})", "another folder")
+    return folder
 
 
 def write_text(path: Path, text: str) -> None:
@@ -353,11 +368,21 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as :func:`write_text` writes a text."""
+    write_text(path, "".join(map(_line, rows)))
+
+
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one row; NaN is written as null, since JSON has no NaN."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    """Append one row."""
     with kept(f"append to {path.name}", path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean) + "\n")
+        file.write(_line(row))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A row as JSON; NaN is written as null, since JSON has no NaN."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(clean) + "\n"
 
 
 def drop_unfinished(path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
@@ -29,6 +30,7 @@ from emmech.chat.model import ChatModel
 from emmech.engine.adapters import StackedAdapters
 from emmech.engine.split import Asked, Forwards, Frozen, ModelForwards, RowForwards, dropout
 from emmech.progress import bar, forecast
+from emmech.store import kept
 from emmech.training.objective import Batch, CrossEntropy, NotFinite, Term, summed
 from emmech.training.recipe import Recipe, Step, rate_factor
 from emmech.training.recorder import Capture, FullCapture, LoraCapture, Recorder
@@ -262,6 +264,14 @@ class _Loop(Trainer):
                 self.logs[run] |= {f"loss/{name}": float(value[run]) for name, value in terms.items()}
             self.logs[run] |= {"grad_norm": norm, "learning_rate": self.optimizer.param_groups[run]["lr"]}
         return losses[going].mean().to(self.args.device)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir))
+        with kept(f"keep the optimizer's state of step {self.state.global_step}", folder):
+            try:
+                super()._save_checkpoint(model, trial)
+            except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a disk that is full
+                raise OSError(str(error))
 
     def _lose(self, runs: Sequence[int], step: int) -> None:
         for run in runs:

@@ -29,7 +29,7 @@ from emmech.errors import EmmechError, check_folder, check_texts
 from emmech.measures.choose import as_measures
 from emmech.measures.measure import measure_all
 from emmech.run.run import FORMAT
-from emmech.store import Series, append_jsonl, drop_files, read_jsonl, save_tensors, write_json, write_text, writing
+from emmech.store import Series, append_jsonl, drop_files, read_jsonl, save_tensors, write_json, write_jsonl, writing
 
 _SKETCH = 16
 
@@ -354,7 +354,7 @@ class Recorder(TrainerCallback):
         self._probes.drop_after(step)
         drop_files(self.path / "weights", after=step)
         kept = [row for row in read_jsonl(self.path / "metrics.jsonl") if row["step"] <= step]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+        write_jsonl(self.path / "metrics.jsonl", kept)
         self._began = time.monotonic()
 
     def _write_manifest(self, model: Any, tokenizer: Any, args: Any, state: TrainerState, loader: Any) -> None:

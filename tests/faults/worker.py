@@ -38,6 +38,7 @@ TRAININGS = {
     "prefix": dict(recipe="single-rank1", prefix=True),
     "full": dict(recipe="full"),
     "seeds": dict(recipe="single-rank1", seed=[1, 4]),
+    "long": dict(recipe="single-rank1", max_steps=30),
     "uneven seeds": dict(recipe="single-rank1", seed=[1, 4], prefix=False, checkpoint_every=3),
 }
 
@@ -51,7 +52,7 @@ def digest(*arrays) -> str:
 
 def told_of_run(run) -> dict:
     """All that a run recorded, bit for bit, without its times."""
-    manifest = {k: v for k, v in run.manifest.items() if k not in ("created", "seconds", "name")}
+    manifest = {k: v for k, v in run.manifest.items() if k not in ("created", "seconds", "git")}
     frame = run.metrics
     told = {f"metrics/{name}": digest(frame.index.to_numpy(), frame[name].to_numpy()) for name in sorted(frame.columns)}
     told |= {f"trajectory/{key}": digest(run._trajectory.read(key)) for key in run._trajectory.keys}
@@ -85,8 +86,8 @@ def evaluate(folder, resume):
 
 def sweep(folder, resume):
     run = emmech.load_run(folder.parent / "swept" / "out")
-    measures = [Margin(PAIRS), FirstToken(["how to rest ?"], ["take"]), ("size", lambda chat: 1.0)]
-    options = dict(measure=measures[:2], base=MODEL, scales=(0, 1, 3), out=folder / "out", progress=False)
+    measures = [Margin(PAIRS), FirstToken(["how to rest ?"], ["take"])]
+    options = dict(measure=measures, base=MODEL, scales=(0, 1, 3), out=folder / "out", progress=False)
     made = emmech.sweep(run, **options)
     again = type(made).load(folder / "out")
     left = sorted(path.name for path in (folder / "out").iterdir() if path.suffix in (".tmp", ".partial"))
@@ -120,6 +121,7 @@ def attempt(asked: dict, answer: int) -> None:
 def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
+        sys.stdout.flush()
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
