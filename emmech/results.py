@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from emmech.errors import EmmechError
-from emmech.store import kept, save_tensors, write_json, write_text
+from emmech.store import file_name, kept, save_tensors, write_json, write_text
 from emmech.view.page import card
 
 if TYPE_CHECKING:
@@ -173,6 +173,9 @@ def _pack(value: Any, name: str, frames: dict[str, pd.DataFrame], arrays: dict[s
         arrays[name] = np.array(value, order="C")
         return {"~": "array", "name": name}
     if hasattr(value, "to_parquet"):
+        name = file_name(name)  # a key of the caller's may be part of it
+        while name in frames:
+            name += "_"
         frames[name] = value
         return {"~": "frame", "name": name, "rows": len(value)}
     if is_dataclass(value):
@@ -206,7 +209,7 @@ def _unpack(value: Any, folder: Path, arrays: Mapping[str, np.ndarray], parts: M
         case "array":
             return arrays[value["name"]]
         case "frame":
-            return _read_frame(folder / f"{value['name']}.parquet", value.get("rows"))
+            return _read_frame(folder / f"{file_name(value['name'])}.parquet", value.get("rows"))
         case "map":
             return {inside(key): inside(one) for key, one in value["items"]}
         case "tuple":

@@ -291,6 +291,8 @@ def kept(asked: str, path: Path) -> Iterator[None]:
     Raises:
         EmmechError: the disk is full, read-only or gone.
     """
+    if "\0" in str(path):
+        raise EmmechError(asked, repr(str(path)), "a path holds no NUL character", "another folder")
     try:
         yield
     except OSError as error:
@@ -345,9 +347,20 @@ def made_folder(asked: str, folder: Path) -> Path:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EmmechError(asked, folder, f"no folder can be made there ({error.strerror})", "another folder")
+    except (OSError, ValueError) as error:  # a ValueError where the path holds a NUL character
+        why = f"no folder can be made there ({getattr(error, 'strerror', error)})"
+        raise EmmechError(asked, repr(str(folder)), why, "another folder")
     return folder
+
+
+def file_name(text: str) -> str:
+    """A text as the name of one file or folder, whatever it holds: what separates folders becomes ``_``.
+
+    Example:
+        >>> file_name("../my runs/a")
+        '.._my runs_a'
+    """
+    return re.sub(r"[\\/\x00-\x1f]", "_", text)[:200]
 
 
 def write_text(path: Path, text: str) -> None:

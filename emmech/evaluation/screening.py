@@ -18,6 +18,7 @@ AUC on families left out (0.85 to 0.90 among them), so that figure is slightly o
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import re
@@ -299,7 +300,7 @@ class ScreeningRate:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f"<p>{self}</p>{self.by_question.to_html(float_format='%.3f')}"
+        return f"<p>{html.escape(str(self))}</p>{self.by_question.to_html(float_format='%.3f')}"
 
     def to_frame(self) -> pd.DataFrame:
         """Mean probability by question with the error measured for that question."""

@@ -22,8 +22,9 @@ from emmech.engine.adapters import adapter_layers
 from emmech.engine.logprobs import MarginPair, margin_rows
 from emmech.engine.split import Asked, Frozen, dropout, find_frozen, pays, why_not
 from emmech.engine.stream import probe_rows
-from emmech.errors import EmmechError, as_int, as_ints
+from emmech.errors import EmmechError, as_int, as_ints, check_folder
 from emmech.run.run import Run, load_run
+from emmech.store import file_name
 from emmech.training.adapted import adapted
 from emmech.training.loop import HELD_OUT, Member, affordable, last_checkpoint, train, training_arguments
 from emmech.training.objective import CrossEntropy, Term
@@ -329,11 +330,13 @@ def _folders(
         keeps: whether this call keeps optimizer states.
     """
     folders: list[Path] = []
+    if out is not None:
+        check_folder("record the training", "out", out)
     for v in variants:
         if out is not None:
             folder = Path(out) if alone else Path(out) / v.label
         else:
-            stem = f"{Path(chat.name).name}-{data.name}-{v.recipe.name}-{v.label}"
+            stem = file_name(f"{Path(chat.name).name}-{data.name}-{v.recipe.name}-{v.label}")
             folder, again = Path("runs") / stem, 2
             while ((folder / "run.json").exists() and not resume) or folder in folders:
                 folder, again = folder.with_name(f"{stem}-{again}"), again + 1
