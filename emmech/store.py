@@ -330,8 +330,9 @@ def writing(folder: Path, asked: str) -> Iterator[None]:
         except Timeout:
             holder = path.read_text(encoding="utf-8") if path.is_file() else "another process"
             raise EmmechError(asked, folder, f"{holder} is writing there", "another folder, or wait until it is done")
-        path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     try:
+        with kept(asked, path):
+            path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
         with contextlib.suppress(OSError):
