@@ -173,7 +173,8 @@ def finetune(
         going_on["checkpoint"] = last_checkpoint(folders[0]) if resume else None
         finished = resume and all(map(_finished, folders))
         lost = {} if finished else train(trained, rows, pairs, members, objective, frozen, folders[0], **going_on)
-    shutil.rmtree(folders[0] / "resume", ignore_errors=True)
+    for scratch in ("resume", "prefix"):  # the training deletes its prefix, unless it was killed before that
+        shutil.rmtree(folders[0] / scratch, ignore_errors=True)
     if lost:
         where = ", ".join(f"{name} at step {step}" for name, step in lost.items())
         why = "the loss is no longer finite; the steps until then are recorded, and other runs are finished"
