@@ -140,7 +140,8 @@ def train(
         ]
         batch = Batch((), len(members), 0, forwards[0], stack, chat)
         held_out = HeldOut(batch, [m.held_out for m in members], dict(zip(margins, forwards[1:], strict=True)))
-        loop = _Loop(members, batch, objective, held_out, folder, checkpoint_every, progress)
+        with kept("record the training", folder):  # the Trainer makes a folder of its own
+            loop = _Loop(members, batch, objective, held_out, folder, checkpoint_every, progress)
         loop.train(resume_from_checkpoint=checkpoint)
         return {member.name: step for member, step in zip(members, loop.lost_at.tolist(), strict=True) if step >= 0}
 

@@ -137,7 +137,7 @@ def test_killed_at_random_times_again_and_again(worker, task):
 # a disk that fails
 
 
-@pytest.mark.parametrize("task,share", [("lora", 0.5), ("evaluate", 0.6)])
+@pytest.mark.parametrize("task,share", [("lora", 0.01), ("lora", 0.5), ("evaluate", 0.6)])
 def test_on_a_full_disk_the_error_says_what_is_kept(worker, task, share):
     worker.fail_at(task, 1 + int(share * (worker.whole(task)["calls"] - 1)), errno.ENOSPC, lasting=True)
 
