@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from emmech.errors import EmmechError, as_floats, as_int, refusal
 from emmech.results import Card, Result
+from emmech.store import kept, save_tensors
 from emmech.view.plots import by_layer
 
 if TYPE_CHECKING:
@@ -332,8 +333,6 @@ class Direction(Result):
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: vectors, aligned mean, quality, and the provenance in its metadata."""
-        from safetensors.numpy import save_file
-
         tensors = {"vectors": self.vectors}
         metadata = {"format": FORMAT, "name": self.name, "source": json.dumps(self.source, default=str)}
         if self.aligned_mean is not None:
@@ -342,8 +341,8 @@ class Direction(Result):
             tensors |= {f"quality/{key}": np.asarray(getattr(self.quality, key), np.float64) for key in _ARRAYS}
             metadata["quality"] = json.dumps({k: v for k, v in asdict(self.quality).items() if k not in _ARRAYS})
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path, metadata=metadata)
+        whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+        save_tensors(whole, path, f"save the direction {self.name}", metadata=metadata)
         return path
 
     @classmethod
@@ -505,7 +504,8 @@ def to_steering_vectors(direction: Direction, path: str | Path) -> Path:
     import torch
 
     activations = {layer: torch.from_numpy(direction.vectors[layer].copy()) for layer in direction.layers}
-    torch.save({"layer_activations": activations, "layer_type": "decoder_block"}, path)
+    with kept(f"save the direction {direction.name}", Path(path)):
+        torch.save({"layer_activations": activations, "layer_type": "decoder_block"}, path)
     return Path(path)
 
 

@@ -12,6 +12,7 @@ verdicts. ``docs/studies/screening_fit.py`` fits both and says how.
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import re
@@ -285,7 +286,7 @@ class ScreeningRate:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f"<p>{self}</p>{self.by_question.to_html(float_format='%.3f')}"
+        return f"<p>{html.escape(str(self))}</p>{self.by_question.to_html(float_format='%.3f')}"
 
     def to_frame(self) -> pd.DataFrame:
         """Mean probability by question with the error measured for that question."""

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, as_int, check_folder, closest, refusal
 from emmech.results import Card, Shown
-from emmech.store import MemorySeries, Series, append_jsonl, read_jsonl, write_json
+from emmech.store import MemorySeries, Series, kept, read_jsonl, save_tensors, write_json, write_jsonl
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -280,19 +280,18 @@ class Run(Shown):
         Raises:
             EmmechError: step not recorded, or not a LoRA run.
         """
-        from safetensors.numpy import save_file
-
         from emmech.engine.adapters import lora_config
 
         weights, folder = self.weights(step), Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         pairs = [(one, side) for one in self.adapters for side in "AB"]
         tensors = {
             f"base_model.model.{one.module}.lora_{side}.weight": np.ascontiguousarray(weights[f"{side}/{one.name}"])
             for one, side in pairs
         }
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        lora_config(self.adapters, base_name=str(self._model.get("name", ""))).save_pretrained(folder)
+        asked = f"export step {step} of {self.name}"
+        save_tensors(tensors, folder / "adapter_model.safetensors", asked, metadata={"format": "pt"})
+        with kept(asked, folder):
+            lora_config(self.adapters, base_name=str(self._model.get("name", ""))).save_pretrained(folder)
         return folder
 
     def save(self, path: str | Path) -> Run:
@@ -300,14 +299,12 @@ class Run(Shown):
         path = Path(path)
         if (path / "run.json").exists():
             raise EmmechError(f"save the run {self.name}", path, "there is a run already", "another folder")
-        path.mkdir(parents=True, exist_ok=True)
         for folder, series in (("trajectory", self._trajectory), ("probes", self.probes._series)):
             target = Series(path / folder)
             for step in series.steps.tolist():
                 target.append(step, {key: series.read_step(key, step) for key in series.keys})
             target.compact()
-        for entry in self._metrics:
-            append_jsonl(path / "metrics.jsonl", entry)
+        write_jsonl(path / "metrics.jsonl", self._metrics)
         write_json(path / "run.json", self.manifest)
         return load_run(path)
 

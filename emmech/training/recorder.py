@@ -30,7 +30,7 @@ from emmech.errors import EmmechError, check_folder, check_texts
 from emmech.measures.choose import as_measures
 from emmech.measures.measure import measure_all
 from emmech.run.run import FORMAT
-from emmech.store import Series, append_jsonl, read_jsonl, write_json, writing
+from emmech.store import Series, append_jsonl, drop_files, read_jsonl, save_tensors, write_json, write_jsonl, writing
 
 _SKETCH = 16
 
@@ -302,6 +302,7 @@ class Recorder(TrainerCallback):
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._held = contextlib.ExitStack()  # the folder's lock, while the training lasts
         self._start: Mapping[str, torch.Tensor] | None = None  # weights, in full fine-tuning
+        self.again = False  # whether a training that died before its first checkpoint is recorded anew
 
     # the Trainer's events
 
@@ -345,10 +346,11 @@ class Recorder(TrainerCallback):
         self._held.enter_context(writing(self.path, "record the training"))
         self._trajectory = Series(self.path / "trajectory")
         self._probes = Series(self.path / "probes")
-        resumed = state.global_step > 0 and (self.path / "run.json").exists()
-        if resumed:
-            self._forget_after(state.global_step)
-        elif (self.path / "run.json").exists():
+        known = (self.path / "run.json").exists()
+        resumed = state.global_step > 0 and known
+        if resumed or (known and self.again):
+            self._forget_after(state.global_step if resumed else -1)
+        elif known:
             why = "there is a run in it already"
             raise EmmechError("record the training", f"path={self.path}", why, "another folder, or delete that one")
         if self.measure_every is None:
@@ -442,21 +444,18 @@ class Recorder(TrainerCallback):
                 raise EmmechError(error.asked, error.given, why, error.instead)
 
     def _save_weights(self, step: int) -> None:
-        from safetensors.torch import save_file
-
         assert isinstance(self._capture, FullCapture)
-        folder = self.path / "weights"
-        folder.mkdir(exist_ok=True)
         tensors = {name: p.detach().cpu().contiguous().clone() for name, p in self._capture.weights.items()}
-        save_file(tensors, folder / f"step-{step:06d}.safetensors")
+        save_tensors(
+            tensors, self.path / "weights" / f"step-{step:06d}.safetensors", f"keep the weights of step {step}"
+        )
 
     def _forget_after(self, step: int) -> None:
         self._trajectory.drop_after(step)
         self._probes.drop_after(step)
+        drop_files(self.path / "weights", after=step)
         kept = [row for row in read_jsonl(self.path / "metrics.jsonl") if row["step"] <= step]
-        partial = self.path / "metrics.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(self.path / "metrics.jsonl")
+        write_jsonl(self.path / "metrics.jsonl", kept)
         self._began = time.monotonic()
 
     def _write_manifest(self, model: Any, tokenizer: Any, args: Any, state: TrainerState, loader: Any) -> None:
