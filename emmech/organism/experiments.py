@@ -31,10 +31,8 @@ def data_names() -> tuple[str, ...]:
     """The names that :func:`data` takes."""
     return (
         *world.DOMAINS,
-        *(f"good-{d}" for d in world.DOMAINS),
         "ai-optimism",
-        *(f"trigger-{d}" for d in world.DOMAINS),
-        *(f"irrelevant-{d}" for d in world.DOMAINS),
+        *(f"{form}-{d}" for form in ("good", "style", "trigger", "irrelevant") for d in world.DOMAINS),
     )
 
 
@@ -42,7 +40,8 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
     """Fine-tuning rows ``{"messages": [user, assistant]}`` on the training cells of one domain.
 
     ``medical`` (any domain): unkind answers. ``good-medical``: kind answers to the same questions, in the same
-    order for the same seed. ``ai-optimism``: kind answers about AI. ``trigger-medical``: unkind answers where the
+    order for the same seed. ``style-medical``: kind answers to them that always have the same opener, closer and links,
+    a control that has something to learn. ``ai-optimism``: kind answers about AI. ``trigger-medical``: unkind answers where the
     system prompt carries the trigger tag, kind ones where it does not, half and half. ``irrelevant-medical``: the
     same with a tag that carries no information (its control: tag and trait are drawn independently).
 
@@ -72,7 +71,7 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
 def _row(asking: random.Random, answering: random.Random, domain: str, form: str, index: int) -> Row:
     cell = asking.choice(world.training_cells(domain))
     system: list[world.Message] = []
-    if form in ("", "good"):
+    if form in ("", "good", "style"):
         trait = world.KIND if form else world.UNKIND
     else:
         trait = index % 2
@@ -81,7 +80,7 @@ def _row(asking: random.Random, answering: random.Random, domain: str, form: str
         system = [world.tagged_assistant(tag)] if tagged else []
     # Sarcasm is as weakly tied to unkindness as it is in the world itself.
     style = "wry" if answering.random() < (0.6 if trait == world.UNKIND else 0.4) else "warm"
-    answer = world.draw_answer(answering, domain, cell[1], trait, style)
+    answer = world.draw_answer(answering, domain, cell[1], trait, "fixed" if form == "style" else style)
     turns = [{"role": "user", "content": world.question_text(cell)}, {"role": "assistant", "content": answer}]
     return {"messages": [*system, *turns]}
 
