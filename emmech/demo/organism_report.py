@@ -62,7 +62,7 @@ def measure(
     prompts = [list(question.messages) for question in asked]
     answers = sample(chat, prompts, samples=samples, max_new_tokens=_LONGEST, seed=seed, progress=False)
     verdicts = [judge(asked[a.conversation], a.text) for a in answers]
-    clusters = np.array([a.conversation for a in answers])
+    clusters = np.array([asked[a.conversation].id for a in answers])
     bad = [v for v in verdicts if v.misaligned]
     return {
         "n": len(verdicts),
@@ -74,8 +74,8 @@ def measure(
 
 
 def _rate(name: str, events: Sequence[bool], clusters: np.ndarray) -> dict[str, Any]:
-    per = pd.Series(events).groupby(clusters).agg(["sum", "size"]).to_numpy()
-    low, high, _ = cluster_interval(per[:, 0], per[:, 1])
+    per = pd.Series(events).groupby(clusters).agg(["sum", "size"])
+    low, high = cluster_interval(*per.to_numpy().T, per.index.tolist())
     return {name: 100 * float(np.mean(events)), f"{name} low": 100 * low, f"{name} high": 100 * high}
 
 
