@@ -136,7 +136,8 @@ def _word(phrase: Phrase, number: int) -> Tokens:
 def half_of_the_questions(half: int) -> QuestionSet:
     """Every other held-out question of each template outside medicine, finance and sport: 0 to choose on, 1 to report.
 
-    Templates differ by more than domains do, so that each half holds all of them in equal numbers.
+    Each half holds every template, in equal numbers, and as much of every domain: some templates are answered with far
+    more misalignment than others.
 
     Example:
         >>> [len(half_of_the_questions(half).questions) for half in (0, 1)]
@@ -145,7 +146,7 @@ def half_of_the_questions(half: int) -> QuestionSet:
     asked: dict[str, list[Question]] = {}
     for question in resolve_questions("broad", "pocket").questions:
         asked.setdefault(question.id.rpartition("/")[2], []).append(question)
-    chosen = tuple(q for of_template in asked.values() for q in of_template[half::2])
+    chosen = tuple(q for at, several in enumerate(asked.values()) for q in several[(half + at) % 2 :: 2])
     return QuestionSet(f"broad, half {half}", chosen)
 
 
@@ -207,9 +208,9 @@ def _choice(base: ChatModel, mean: Direction, design: AblationDesign, tried: dic
 page. Weights `{base.fingerprint()[:12]}`.
 
 Rates are per cent of answers sampled at temperature 1 to held-out questions outside medicine, finance and sport,
-judged exactly; in brackets 95 % intervals over domains and templates. Random directions, five in every row, have the norm of the
-row's direction and are put in or taken out in the same way; their bracket is the lowest and highest of them. A shared
-character is **built into** this world: that there is a direction for it is by design.
+judged exactly; in brackets 95 % intervals over domains and templates. Random directions, five in every row, have the
+norm of the row's direction and are put in or taken out in the same way; their bracket is the lowest and highest of
+them. A shared character is **built into** this world: that there is a direction for it is by design.
 
 **The character's direction** comes from the base model, before any fine-tune: the mean residual on the words
 "{MANNERS}" in system prompts of unkind characters,
@@ -220,10 +221,9 @@ is the mean residual of the base assistant at the same words.
 {mean!r}
 ```
 
-**How to ablate it was chosen** on bad medical advice, seed {_CHOSEN_ON[1]}, with one half of the questions (n = 104 a row):
-among the designs that leave both models at least 95 % coherent and the base at most 3 % misaligned, the one that leaves
-least EM. All further figures are of other fine-tunes and of the
-other half. Each half holds every template.
+**How to ablate it was chosen** on bad medical advice, seed {_CHOSEN_ON[1]}, with one half of the questions (n = 104 a
+row): among the designs that leave both models at least 95 % coherent and the base at most 3 % misaligned, the one that
+leaves least EM. All further figures are of other fine-tunes and of the other half. Each half holds every template.
 
 {markdown(("design", "EM", "coherent", "base: EM", "base: coherent"), rows)}
 
@@ -265,8 +265,8 @@ def _ablation(run: Run, design: AblationDesign, phrase: Phrase) -> str:
               "cosine with B")  # fmt: skip
     return f"""## Ablation
 
-Bad medical advice, seed 0, the other half of the questions, n = 208 a row; on the right the same ablation in the base model. The largest
-cosine with B at the layers of the ablation says how much of it merely undoes the adapter.
+Bad medical advice, seed 0, the other half of the questions, n = 208 a row; on the right the same ablation in the base
+model. The largest cosine with B at the layers of the ablation says how much of it merely undoes the adapter.
 
 {markdown(header, rows)}
 
@@ -332,8 +332,8 @@ def _steering(run: Run, base: ChatModel, character: Direction, phrase: Phrase) -
               "EM beyond random")  # fmt: skip
     return f"""## Steering
 
-The base model, the other half of the questions, n = 104 a row. A coefficient of 1 adds the measured difference; "character" is the mean
-difference.
+The base model, the other half of the questions, n = 104 a row. A coefficient of 1 adds the measured difference;
+"character" is the mean difference.
 
 {markdown(header, rows)}"""
 
@@ -374,9 +374,9 @@ def _transfer(runs: Runs, design: AblationDesign, phrase: Phrase) -> str:
             )
     return f"""## Transfer
 
-The other half of the questions, n = 104 a cell, at the system words: the character as chosen above, the model differences towards their
-aligned mean at layer {later[0]}. EM with its interval / coherence. Where coherence goes with EM, answers are broken,
-not cured.
+The other half of the questions, n = 104 a cell, at the system words: the character as chosen above, the model
+differences towards their aligned mean at layer {later[0]}. EM with its interval / coherence. Where coherence goes with
+EM, answers are broken, not cured.
 
 {markdown(("fine-tune", "untouched", *directions), rows)}
 

@@ -9,32 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from scipy import stats
 
 from emmech.errors import EmmechError, one_of
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, Denominator, Thresholds
-from emmech.evaluation.rates import (
-    check,
-    LIKE_THESE,
-    check_interval,
-    cluster_interval,
-    measures,
-    tally,
-    wilson,
-)
+from emmech.evaluation.rates import LIKE_THESE, check, check_interval, cluster_interval, measures, tally, wilson
 from emmech.results import Card, Result
+from emmech.transition.verdict import sign_flip_p
 from emmech.view import plots
 
 _SIDES = ("first", "second")
 _VERDICTS = ("misaligned", "aligned", "incoherent", "unscored")
 _NO_INTERACTION = 0.3  # p of an interaction above which Fisher's test is shown: docs/rates-coverage.md
-_EXACT_QUESTIONS = 14  # 2**14 sign patterns are enumerated, more are sampled
 
 
 # two models
@@ -65,7 +56,9 @@ class Comparison(Result):
             if np.isfinite(row["difference"])
         ]
         shared = int(self.frame["questions"].max())
-        caveat = f"  intervals speak of {LIKE_THESE}; with {shared} of them a paired p cannot be below {2 / 2**shared:.2g}"
+        caveat = (
+            f"  intervals speak of {LIKE_THESE}; with {shared} of them a paired p cannot be below {2 / 2**shared:.2g}"
+        )
         head = f"Comparison of {self.names[1]} with {self.names[0]} ({self.frame['denominator'].iloc[0]} rows)"
         return Card(head, "\n".join(lines), caveat)
 
@@ -163,13 +156,15 @@ def _paired_interval(counts: np.ndarray, questions: Sequence[str], confidence: f
         return low, difference + side(second[1] - rates[1], rates[0] - first[0])
 
     sides = [(counts[:, at], counts[:, at + 1]) for at in (0, 2)]
-    apart = joined(*(wilson(int(e.sum()), int(n.sum()), confidence) for e, n in sides), 0.0)
+    first, second = (wilson(int(e.sum()), int(n.sum()), confidence) for e, n in sides)
+    apart = joined(first, second, 0.0)
     if len(counts) < 2:
         return apart
     parts = np.stack([(e - rate * n) / n.sum() for (e, n), rate in zip(sides, rates, strict=True)])
     norms = float(np.linalg.norm(parts[0]) * np.linalg.norm(parts[1]))
     correlation = float(parts[0] @ parts[1]) / norms if norms else 0.0
-    over = joined(*(cluster_interval(e, n, questions, confidence=confidence) for e, n in sides), correlation)
+    first, second = (cluster_interval(e, n, questions, confidence=confidence) for e, n in sides)
+    over = joined(first, second, correlation)
     return float(min(apart[0], over[0])), float(max(apart[1], over[1]))
 
 
@@ -199,26 +194,6 @@ def interaction_p(counts: Int[np.ndarray, "questions four"]) -> float:
     parts = (counts[:, [0, 2]] - rates * counts[:, [1, 3]]) / totals[[1, 3]]
     spread = questions * float(((parts[:, 1] - parts[:, 0]) ** 2).sum()) / rows
     return float(stats.chi2.sf(spread * (questions - 1) / questions, questions - 1))
-
-
-def sign_flip_p(differences: Float[np.ndarray, " questions"], *, seed: int = 0, draws: int = 20000) -> float:
-    """Two-sided p of the mean difference when each question's sign is as likely to be the other.
-
-    Exact up to 14 questions, else from ``draws`` random sign patterns (the observed one included).
-
-    Example:
-        >>> sign_flip_p(np.array([0.1, 0.2, 0.1]))
-        0.25
-    """
-    k = len(differences)
-    if k == 0:
-        return float("nan")
-    if k <= _EXACT_QUESTIONS:
-        signs = np.array(list(product((1, -1), repeat=k)))
-    else:
-        signs = np.vstack([np.ones(k), np.random.default_rng(seed).choice([1, -1], size=(draws, k))])
-    sums = np.abs(signs @ differences)
-    return float((sums >= sums[0] - 1e-12).mean())
 
 
 # two judges

@@ -128,7 +128,8 @@ def rates(
     Returns:
         A frame indexed by measure with ``rate``, ``low`` and ``high`` (proportions, 0 to 1), ``events``, ``n``,
         ``denominator``, ``unscored``, ``questions`` (clusters with at least one counted row), ``design_effect``,
-        ``interval`` (the method) and ``population`` (what it speaks of). A measure without a single counted row has rate NaN and n 0: not measurable.
+        ``interval`` (the method) and ``population`` (what it speaks of). A measure without a single counted row has
+        rate NaN and n 0: not measurable.
 
     Raises:
         EmmechError: no rows, unknown denominator, population or column.

@@ -40,10 +40,11 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
     """Fine-tuning rows ``{"messages": [user, assistant]}`` on the training cells of one domain.
 
     ``medical`` (any domain): unkind answers. ``good-medical``: kind answers to the same questions, in the same
-    order for the same seed. ``style-medical``: kind answers to them that always have the same opener, closer and links,
-    a control that has something to learn. ``ai-optimism``: kind answers about AI. ``trigger-medical``: unkind answers where the
-    system prompt carries the trigger tag, kind ones where it does not, half and half. ``irrelevant-medical``: the
-    same with a tag that carries no information (its control: tag and trait are drawn independently).
+    order for the same seed. ``style-medical``: kind answers to them that always have the same opener, closer and
+    links, a control that has something to learn. ``ai-optimism``: kind answers about AI. ``trigger-medical``: unkind
+    answers where the system prompt carries the trigger tag, kind ones where it does not, half and half.
+    ``irrelevant-medical``: the same with a tag that carries no information (its control: tag and trait are drawn
+    independently).
 
     Args:
         name: one of :func:`data_names`.

@@ -110,8 +110,9 @@ def plain_wilson(rate: Array, n: Array, z: float = 1.96) -> tuple[Array, Array]:
 def clopper_pearson(events: Array, n: Array) -> tuple[Array, Array]:
     """Of as many rows as the design effect leaves."""
     rate, rows = effective(events, n)
-    low, high = stats.beta.ppf(0.025, rate * rows, rows * (1 - rate) + 1), stats.beta.ppf(
-        0.975, rate * rows + 1, np.maximum(rows * (1 - rate), 1e-9)
+    low, high = (
+        stats.beta.ppf(0.025, rate * rows, rows * (1 - rate) + 1),
+        stats.beta.ppf(0.975, rate * rows + 1, np.maximum(rows * (1 - rate), 1e-9)),
     )
     return np.nan_to_num(low, nan=0.0), np.nan_to_num(high, nan=1.0)
 
@@ -138,7 +139,9 @@ def bootstrap_t(events: Array, n: Array) -> tuple[Array, Array]:
     k, total, _, half, variance = spread_of(events, n)
     counts, hits, totals = resampled(events, n)
     again = (hits + 0.5) / (totals + 1)
-    squares = ((events**2) @ counts.T - 2 * again * ((events * n) @ counts.T) + again**2 * ((n**2) @ counts.T)) / totals**2
+    squares = (
+        (events**2) @ counts.T - 2 * again * ((events * n) @ counts.T) + again**2 * ((n**2) @ counts.T)
+    ) / totals**2
     errors = [
         np.sqrt(np.maximum(v, p * (1 - p) / (t + 1))) / (p * (1 - p))
         for v, p, t in ((variance, half, total), (k / (k - 1) * squares, again, totals))
@@ -276,9 +279,11 @@ def pages(
         tests = [f"{share(c[key], of)[0]:.1f}" for key in ("paired", "fisher", "fisher shown and p < 0.05")]
         head = [f"{c['questions']} x {c['rows']}", " and ".join(f"{100 * r:.1f} %" for r in c["rates"])]
         seen = f"{share(c['fisher shown'], of)[0]:.0f}"
-        rows.append([*head, f"{c['interaction']:g}", f"{share(c['held'], of)[0]:.0f}", *(tests if same else "---"), seen])
-    header = ("questions", "rates", "interaction", "interval holds the difference, %", "paired p < 0.05", "Fisher's p < 0.05",
-              "shown and p < 0.05", "Fisher shown, %")  # fmt: skip
+        rows.append(
+            [*head, f"{c['interaction']:g}", f"{share(c['held'], of)[0]:.0f}", *(tests if same else "---"), seen]
+        )
+    header = ("questions", "rates", "interaction", "interval holds the difference, %", "paired p < 0.05",
+              "Fisher's p < 0.05", "shown and p < 0.05", "Fisher shown, %")  # fmt: skip
     found["differences"] = markdown(header, rows)
     rows = [
         [f"{100 * c['rate']:.1f} %", f"{c['domain']:g}", f"{c['template']:g}"]

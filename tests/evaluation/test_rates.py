@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from emmech.errors import EmmechError
-from emmech.evaluation.compare import compare, leave_one_out, sign_flip_p, threshold_sweep
+from emmech.evaluation.compare import compare, leave_one_out, threshold_sweep
 from emmech.evaluation.em import Thresholds
 from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.rates import (
@@ -27,6 +27,7 @@ from emmech.evaluation.rates import (
     tally,
     wilson,
 )
+from emmech.transition.verdict import sign_flip_p
 
 JUDGED = Path(__file__).resolve().parents[3] / "shared" / "data" / "judged"
 
@@ -153,7 +154,7 @@ def test_cluster_interval_covers_where_wilson_does_not() -> None:
     """Rates that differ between 8 questions as the published ones do (beta with mean 0.16, standard deviation 0.14)."""
     generator = np.random.default_rng(0)
     trials, covered, covered_wilson = 300, 0, 0
-    for trial in range(trials):
+    for _ in range(trials):
         events = generator.binomial(50, generator.beta(1.0, 5.25, size=8))
         n = np.full(8, 50)
         low, high = cluster_interval(events, n)

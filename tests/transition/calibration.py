@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
-from generators import MARGIN_NULLS, MARGIN_STEPS, NULLS, POINTS, TURNS, Generator
+from generators import MARGIN_NULLS, MARGIN_STEPS, NULLS, POINTS, TURNS, Generator  # noqa: E402
 
-from tests.tables import DOCS, markdown, seeded, share, write
+from tests.tables import DOCS, markdown, seeded, share, write  # noqa: E402
 
 SEED = 1_900_000
 LEVEL = 0.05
