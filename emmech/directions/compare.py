@@ -69,6 +69,8 @@ def cosines(directions: Mapping[str, Direction]) -> Cosines:
         0.58
     """
     directions = checked_directions("compare directions", "directions", directions)
+    for one in directions.values():
+        one.warn_where_noise()
     if len(directions) < 2:
         raise EmmechError("compare directions", f"{len(directions)} of them", "it takes at least two")
     several = list(directions.values())
@@ -146,6 +148,7 @@ def direction_by_steps(
         raise refusal(asked, "layer", layer, why, f"layer={direction.n_layers - 1} or lower")
     if layer is None:
         layer = int(direction.source.get("layer", int(np.argmax(direction.norms))))
+    direction.warn_where_noise([layer])
     unit = unit_rows(direction.vectors)
     columns: dict[str, pd.Series] = {}
     for adapter in run.adapters:

@@ -174,6 +174,7 @@ def _edit_b(
     for info, layer, name in chosen:
         linear = layer.lora_B[name]
         unit = unit_rows(direction.at(info.layer))
+        direction.warn_where_noise([info.layer])
         edits.append((linear, edit(info, linear.weight.detach().double().cpu().numpy(), unit)))
     return Handle(chat, description, [_overwrite(linear, value) for linear, value in edits])
 
@@ -272,6 +273,7 @@ def orthogonalise_writes(
             why = f"the direction has a vector at each of {len(direction.layers)} layers, and one is taken out"
             raise EmmechError(asked, "from_layer=None", why, f"from_layer={chat.n_layers // 2} is the middle")
         direction.check_fits(chat, force=force)
+        direction.warn_where_noise([at])
         vector = direction.at(at)
     found, name = vectors_at(chat, vector, 0, from_layer=None, force=force, asked=asked)
     name = getattr(direction, "name", name)
