@@ -123,8 +123,13 @@ def pooled(runs: Sequence[Side], controls: Sequence[Side] | None) -> Verdict:
     counts = f"{sharp[:, 0].sum():.0f} runs, {sharp[:, 1].sum():.0f} controls; "
     further = "B moves {} across the turn than in the control"
     often = "short bends at the peak of the gradient are {} than in the control"
-    learns = _paired(LEARNS, moved, further, ("further", "less far"), "")
-    goes = _paired(GOES, sharp[:, 0] - sharp[:, 1], often, ("more frequent", "rarer"), counts)
+    learns = _paired(LEARNS, moved, further, ("further", "less far"))
+    # Newcombe's interval of a difference of shares
+    mine, its = (stats.binomtest(int(k), n).proportion_ci(method="wilson") for k in sharp.sum(0))
+    one, other = sharp.mean(0)
+    below, above = np.hypot(one - mine.low, its.high - other), np.hypot(mine.high - one, other - its.low)
+    apart = (float(one - other - below), float(one - other + above))
+    goes = _paired(GOES, sharp[:, 0] - sharp[:, 1], often, ("more frequent", "rarer"), counts, apart)
     known = [found for pair in pairs if (found := is_inert(*pair)) is not None]
     inert = all(known) if known else None
     return Verdict(controls[0].name, n, bends, learns, goes, inert, _note(controls[0], inert))
@@ -135,22 +140,50 @@ def _decided(p: float, claim: str) -> str:
 
 
 def _paired(
-    name: str, values: Float[np.ndarray, " pairs"], claim: str, words: tuple[str, str], counts: str
+    name: str,
+    values: Float[np.ndarray, " pairs"],
+    claim: str,
+    words: tuple[str, str],
+    counts: str = "",
+    shares: tuple[float, float] | None = None,
 ) -> Statement:
     """A statement about paired differences: above zero, below, or not decided."""
-    from scipy import stats
-
     values = values[np.isfinite(values)]
     if (n := len(values)) < 2:
         return _unmeasured(name, f"{n} pairs in which it could be measured")
-    mean = float(values.mean())
-    half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1)) / n**0.5
-    p = sign_flip_p(values)
+    mean, p = float(values.mean()), sign_flip_p(values)
+    low, high = flip_interval(values)
+    # shares that are the same in every pair are not for that reason certain
+    if shares is not None and (min(low, shares[0]) > 0 or max(high, shares[1]) < 0 or p >= LEVEL):
+        low, high = max(min(low, shares[0]), -1.0), min(max(high, shares[1]), 1.0)
     # undecided, the claim is that of the statement's name, whatever the sign
     said = _decided(p, claim.format(words[p < LEVEL and mean < 0]))
-    text = f"{said}: {counts}difference {mean:.3g}, 95 % interval {mean - half:.3g} to {mean + half:.3g}, "
-    text += f"sign-flip p = {p:.2g} over {n} pairs" + (f"; {pairs_needed(values)}" if p >= LEVEL else "")
-    return Statement(name, p < LEVEL and mean > 0, mean, mean - half, mean + half, p, text)
+    between = f"95 % interval {low:.3g} to {high:.3g}" if np.isfinite(low) else f"no 95 % interval from {n} pairs"
+    text = f"{said}: {counts}difference {mean:.3g}, {between}, sign-flip p = {p:.2g} over {n} pairs"
+    text += f"; {pairs_needed(values)}" if p >= LEVEL else ""
+    return Statement(name, p < LEVEL and mean > 0, mean, low, high, p, text)
+
+
+def flip_interval(values: Float[np.ndarray, " pairs"]) -> tuple[float, float]:
+    """The mean differences that the sign-flip test does not reject (95 %); infinite with fewer than six pairs.
+
+    Example:
+        >>> low, high = flip_interval(np.array([1.0, 2.0, 3.0, 2.0, 1.0, 3.0]))
+        >>> round(low, 2), round(high, 2)
+        (1.0, 3.0)
+    """
+    if 2 / 2 ** len(values) >= LEVEL:
+        return -np.inf, np.inf
+    mean, reach = float(values.mean()), float(np.ptp(values)) + 1e-12
+    ends = []
+    for side in (-1.0, 1.0):
+        inside, outside = 0.0, 1.0
+        for _ in range(24):  # halved to the seventh digit
+            middle = (inside + outside) / 2
+            kept = sign_flip_p(values - mean - side * middle * reach) >= LEVEL
+            inside, outside = (middle, outside) if kept else (inside, middle)
+        ends.append(mean + side * outside * reach)
+    return ends[0], ends[1]
 
 
 def pairs_needed(values: Float[np.ndarray, " pairs"]) -> str:
