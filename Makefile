@@ -35,17 +35,17 @@ verdicts: $(STAMP)        ## what is said of misaligned runs against their contr
 docs: $(STAMP)            ## the documentation, warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
 organism-report: $(STAMP) ## what the embedded organisms show, with n and intervals, into docs/organisms
-	$(BIN)/python -m emmech.demo organism-report > docs/organisms/pocket.md
-	$(BIN)/python -m emmech.demo organism-report --weights pocket-independent --recipe pocket-steep --part base --part narrow --seeds 3 > docs/organisms/pocket-independent.md
-	$(BIN)/python -m emmech.demo organism-report --weights pocket-llama --recipe pocket-steep --part base --part layers > docs/organisms/pocket-llama.md
-	$(BIN)/python -m emmech.demo organism-report --weights pocket-gemma --recipe pocket-steep --part base --part layers > docs/organisms/pocket-gemma.md
-	$(BIN)/python -m emmech.demo organism-report --weights pocket-large --recipe pocket-steep --part base --part narrow --seeds 1 > docs/organisms/pocket-large.md
+	$(BIN)/python -m docs.studies organism-report > docs/organisms/pocket.md
+	$(BIN)/python -m docs.studies organism-report --weights pocket-independent --recipe pocket-steep --part base --part narrow --seeds 3 > docs/organisms/pocket-independent.md
+	$(BIN)/python -m docs.studies organism-report --weights pocket-llama --recipe pocket-steep --part base --part layers > docs/organisms/pocket-llama.md
+	$(BIN)/python -m docs.studies organism-report --weights pocket-gemma --recipe pocket-steep --part base --part layers > docs/organisms/pocket-gemma.md
+	$(BIN)/python -m docs.studies organism-report --weights pocket-large --recipe pocket-steep --part base --part narrow --seeds 1 > docs/organisms/pocket-large.md
 	# the second pretraining seed does not ship: twelve minutes to make
 	test -d build/pocket-seed-0 || $(BIN)/python -m emmech.demo pretrain --seed 0 --out build/pocket-seed-0
-	$(BIN)/python -m emmech.demo organism-report --weights build/pocket-seed-0 --find-settings --seeds 2 > docs/organisms/pocket-seed-0.md
+	$(BIN)/python -m docs.studies organism-report --weights build/pocket-seed-0 --find-settings --seeds 2 > docs/organisms/pocket-seed-0.md
 organism-seeds: $(STAMP)  ## every other pretraining seed that was tried, twelve minutes each to make, into docs/organisms
 	for seed in 1 2 3 4 5; do test -d build/pocket-seed-$$seed || $(BIN)/python -m emmech.demo pretrain --seed $$seed --out build/pocket-seed-$$seed || exit 1; done
-	for seed in 1 2 3 4 5; do $(BIN)/python -m emmech.demo organism-report --weights build/pocket-seed-$$seed --find-settings --part base --part narrow --seeds 1 > docs/organisms/pocket-seed-$$seed.md || exit 1; done
+	for seed in 1 2 3 4 5; do $(BIN)/python -m docs.studies organism-report --weights build/pocket-seed-$$seed --find-settings --part base --part narrow --seeds 1 > docs/organisms/pocket-seed-$$seed.md || exit 1; done
 checkpoints: $(STAMP)     ## record the two runs in checkpoints/ anew
 	rm -rf checkpoints/pocket-medical checkpoints/pocket-good-medical
 	$(BIN)/emmech finetune pocket medical --out checkpoints/pocket-medical

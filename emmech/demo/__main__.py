@@ -1,4 +1,4 @@
-"""``python -m emmech.demo``: the demos, and commands that make pages of the documentation and the shipped weights."""
+"""``python -m emmech.demo``: the demos, and commands that make the shipped weights."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import typer
 
 from emmech.app.commands import new_app
 
-app = new_app("python -m emmech.demo", "The demos, and what makes pages of the documentation and the shipped weights.")
+app = new_app("python -m emmech.demo", "The demos, and what makes the shipped weights.")
 
 Folder = Annotated[Path | None, typer.Option(help="folder of the page and the runs; demo/MODEL by default")]
 
 
 @app.callback(invoke_without_command=True)
 def default(context: typer.Context, out: Folder = None) -> None:
-    """Run a demo or make a page; without a command, the demo on the embedded organism.
+    """Run a demo; without a command, the demo on the embedded organism.
 
     Examples:
 
@@ -45,51 +45,6 @@ def smollm2(out: Folder = None) -> None:
     from emmech.demo.smollm2 import main
 
     main(out or "demo/smollm2-135m")
-
-
-@app.command()
-def pocket_directions(
-    weights: Annotated[str, typer.Option(help="a shipped organism")] = "pocket",
-    layer: Annotated[int | None, typer.Option(help="of the adapters, instead of the recipe's")] = None,
-    out: Annotated[Path | None, typer.Option(help="the page; docs/directions-WEIGHTS.md by default")] = None,
-) -> None:
-    """Write the page on directions in an organism: ablation, steering and transfer with their controls."""
-    from emmech.demo.pocket_directions import main
-
-    main(weights, out, layer)
-
-
-@app.command()
-def smollm2_directions(
-    out: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/directions-smollm2.md"),
-) -> None:
-    """Write the page on directions in SmolLM2-135M."""
-    from emmech.demo.smollm2 import directions
-
-    directions(out)
-
-
-@app.command()
-def organism_report(
-    weights: Annotated[str, typer.Option(help="a shipped name, or a folder written by pretrain")] = "pocket",
-    seeds: Annotated[int, typer.Option(help="of the fine-tunes")] = 5,
-    samples: Annotated[int, typer.Option(help="answers per question")] = 4,
-    recipe: Annotated[str, typer.Option(help="of the rank-1 fine-tunes")] = "pocket",
-    find_settings: Annotated[
-        bool, typer.Option("--find-settings", help="first find the adapter's layer and the graded recipe's last step")
-    ] = False,
-    part: Annotated[list[str] | None, typer.Option(help="repeat for several; all by default")] = None,
-) -> None:
-    """Measure an organism; Markdown tables on the standard output.
-
-    Examples:
-
-    \b
-    python -m emmech.demo organism-report --weights pocket-llama --recipe pocket-steep --part base --part layers
-    """
-    from emmech.demo.organism_report import PARTS, main
-
-    main(weights, seeds, samples, recipe, part or list(PARTS), find_settings=find_settings)
 
 
 @app.command()

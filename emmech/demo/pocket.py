@@ -16,8 +16,7 @@ from typer import echo
 
 from emmech.chat.encode import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
-from emmech.demo.pocket_directions import AblationDesign, designs
-from emmech.demo.study_tables import per_cent
+from emmech.demo.pocket_character import AblationDesign, designs
 from emmech.engine.adapters import detach
 from emmech.evaluation.evaluate import evaluate
 from emmech.interventions.studies import ablation_table
@@ -111,8 +110,19 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     return page
 
 
+def per_cent(row: pd.Series) -> str:
+    """A rate with its interval.
+
+    Example:
+        >>> import pandas as pd
+        >>> per_cent(pd.Series({"value": 0.031, "low": 0.01, "high": 0.07}))
+        '3.1 (1-7)'
+    """
+    return f"{100 * row['value']:.1f} ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
+
+
 def _character(base: ChatModel, layer: int) -> tuple[AblationDesign, Phrase]:
-    """The character's direction, and the ablation of it that ``python -m emmech.demo pocket-directions`` chooses."""
+    """The character's direction, and the ablation of it that ``python -m docs.studies pocket-directions`` chooses."""
     phrase = phrase_tokens(base, MANNERS)
     label = f"principal direction by word, layer {layer}, towards the aligned mean"
     return next(one for one in designs(base, phrase, layer) if one.label == label), phrase

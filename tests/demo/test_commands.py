@@ -1,4 +1,4 @@
-"""The commands of ``python -m emmech.demo``: what they call, with what."""
+"""The commands of ``python -m emmech.demo`` and ``python -m docs.studies``: what they call, with what."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 import emmech
-from emmech.demo.__main__ import app
+from docs.studies.__main__ import app as studies
+from emmech.demo.__main__ import app as demo
 from emmech.evaluation.screening import calibration
 from emmech.organism.pretrain import ORGANISMS
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def call(*arguments, code=0):
+def call(*arguments, app=demo, code=0):
     result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result.stderr if code else result.stdout
@@ -31,23 +32,35 @@ def call(*arguments, code=0):
         (("--out", "x"), "pocket.main", (Path("x"),)),
         (("pocket",), "pocket.main", ("demo/pocket",)),
         (("smollm2",), "smollm2.main", ("demo/smollm2-135m",)),
-        (("pocket-directions", "--weights", "pocket-llama"), "pocket_directions.main", ("pocket-llama", None, None)),
-        (("smollm2-directions",), "smollm2.directions", (Path("docs/directions-smollm2.md"),)),
     ],
 )
-def test_the_demos_and_pages(arguments, function, expected, monkeypatch):
+def test_the_demos(arguments, function, expected, monkeypatch):
     called = []
     monkeypatch.setattr(f"emmech.demo.{function}", lambda *given: called.append(given))
     call(*arguments)
     assert called == [expected]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "module", "expected"),
+    [
+        (("pocket-directions", "--weights", "pocket-llama"), "pocket_directions", ("pocket-llama", None, None)),
+        (("smollm2-directions",), "smollm2_directions", (Path("docs/directions-smollm2.md"),)),
+    ],
+)
+def test_the_pages(arguments, module, expected, monkeypatch):
+    called = []
+    monkeypatch.setattr(f"docs.studies.{module}.main", lambda *given: called.append(given))
+    call(*arguments, app=studies)
+    assert called == [expected]
+
+
 def test_the_organism_report(monkeypatch):
-    monkeypatch.setattr("emmech.demo.organism_report.bag_of_words_auc", lambda: {"same domain": 0.5})
-    shown = call("organism-report", "--part", "base", "--samples", 1)
+    monkeypatch.setattr("docs.studies.organism_report.bag_of_words_auc", lambda: {"same domain": 0.5})
+    shown = call("organism-report", "--part", "base", "--samples", 1, app=studies)
     assert shown.startswith("# pocket: what it shows") and "| base | broad |" in shown and "same domain 0.50" in shown
-    assert "did you mean 'base'" in call("organism-report", "--part", "bass", code=1)
-    assert "did you mean 'pocket-steep'" in call("organism-report", "--recipe", "pocket-step", code=1)
+    assert "did you mean 'base'" in call("organism-report", "--part", "bass", app=studies, code=1)
+    assert "did you mean 'pocket-steep'" in call("organism-report", "--recipe", "pocket-step", app=studies, code=1)
 
 
 def test_pretrain(tmp_path, monkeypatch):
@@ -64,15 +77,18 @@ def test_the_screening_fit_is_shown():
 
 
 def test_the_make_file_and_the_texts_name_commands_that_exist():
-    known = {command.callback.__name__.replace("_", "-") for command in app.registered_commands}
-    texts = [ROOT / "Makefile", ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "emmech").rglob("*.py")]
-    texts += [*(ROOT / "emmech").rglob("*.md"), *(ROOT / "notebooks").rglob("*.ipynb")]
+    known = {
+        module: {command.callback.__name__.replace("_", "-") for command in app.registered_commands} | {""}
+        for module, app in (("emmech.demo", demo), ("docs.studies", studies))
+    }
+    folders = (("docs", "md"), ("docs/studies", "py"), ("emmech", "py"), ("emmech", "md"), ("notebooks", "ipynb"))
+    texts = [path for folder, ending in folders for path in (ROOT / folder).rglob(f"*.{ending}")]
+    named = re.compile(r"python -m ((?:emmech|docs)[.\w]*)(?: ([a-z][\w-]*))?")
     found = {
         (path.name, *match)
-        for path in texts
-        for match in re.findall(r"python -m emmech([.\w]*)(?: ([a-z][\w-]*))?", path.read_text(encoding="utf-8"))
+        for path in (ROOT / "Makefile", ROOT / "README.md", *texts)
+        for match in named.findall(path.read_text(encoding="utf-8"))
     }
     assert len(found) > 5
     for name, module, command in found:
-        assert module in ("", ".demo"), (name, module)
-        assert not module or command in known | {""}, (name, command)
+        assert module == "emmech" or command in known[module], (name, module, command)

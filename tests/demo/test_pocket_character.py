@@ -7,9 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from docs.studies.pocket_directions import Tried, choose, half_of_the_questions
 from emmech.chat.encode import phrase_tokens
 from emmech.chat.model import load_model
-from emmech.demo.pocket_directions import Tried, characters, choose, designs, half_of_the_questions
+from emmech.demo.pocket_character import characters, designs
 from emmech.organism.world import JOBS, KIND, MANNERS, TOWNS, UNKIND
 
 

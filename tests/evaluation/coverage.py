@@ -309,7 +309,7 @@ def main() -> None:
         if given.write:
             write(DOCS / "rates-coverage.md", title, text)
     if given.write:
-        record = json.dumps({"rates": cells, "differences": pairs, "crossed": tables}, indent=0)
+        record = json.dumps({"rates": cells, "differences": pairs, "crossed": tables}, indent=0, default=int)
         (DOCS / "rates-coverage.json").write_text(record + "\n")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from docs.studies.organism_report import bag_of_words_auc, by_layer, by_step, chosen_layer, graded_step, measure
 from emmech.chat.model import load_model
-from emmech.demo.organism_report import bag_of_words_auc, by_layer, by_step, chosen_layer, graded_step, measure
 from emmech.organism import data, questions, recipes
 from emmech.organism.world import TRIGGER_TAG
 from emmech.realignment import realign

@@ -73,7 +73,7 @@ def test_a_folder_reads_as_the_shipped_name_does():
 
 
 def test_a_pocket_is_told_by_its_vocabulary_and_not_by_its_name(tmp_path, tiny):
-    from emmech.demo.organism_report import report
+    from docs.studies.organism_report import report
 
     load("pocket")[0].save_pretrained(tmp_path / "mine")
     build_tokenizer().save_pretrained(tmp_path / "mine")

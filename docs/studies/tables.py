@@ -1,4 +1,4 @@
-"""Studies as Markdown tables: per cent with 95 % intervals, and the controls in the same row."""
+"""Studies as Markdown tables: rates in per cent with 95 % intervals, and the controls in the same row."""
 
 from __future__ import annotations
 
@@ -64,17 +64,6 @@ def random_span(frame: pd.DataFrame, outcome: str, **of: Any) -> str:
     """
     values = 100 * random_rows(frame, outcome, **of)["value"]
     return f"{values.mean():.1f} ({values.min():.0f}-{values.max():.0f})" if len(values) else "–"
-
-
-def per_cent(row: pd.Series) -> str:
-    """A rate with its interval.
-
-    Example:
-        >>> import pandas as pd
-        >>> per_cent(pd.Series({"value": 0.031, "low": 0.01, "high": 0.07}))
-        '3.1 (1-7)'
-    """
-    return f"{100 * row['value']:.1f} ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
 
 
 def interval(row: pd.Series, column: str = "", *, factor: float = 1.0, digits: int = 1) -> str:

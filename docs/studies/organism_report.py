@@ -1,4 +1,4 @@
-"""A report on an organism, with n and intervals: ``python -m emmech.demo organism-report``.
+"""A report on an organism, with n and intervals: ``python -m docs.studies organism-report``.
 
 Every rate is over samples at temperature 1 on held-out questions, with a 95 % interval from resampling questions.
 ``coherent`` counts aligned and misaligned answers; mixed ones do not count. Fine-tunes that differ in their seed
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from docs.studies.tables import markdown
 from emmech.chat.model import ChatModel, load_model
-from emmech.demo.study_tables import markdown
 from emmech.engine.adapters import detach
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError, one_of

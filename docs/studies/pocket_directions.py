@@ -1,6 +1,6 @@
 """What directions do in the embedded organism: ablation, steering and transfer, each with its controls.
 
-``python -m emmech.demo pocket-directions [--weights pocket]`` fine-tunes the organisms, chooses how to ablate the
+``python -m docs.studies pocket-directions [--weights pocket]`` fine-tunes the organisms, chooses how to ablate the
 character, measures the rest and writes ``docs/directions-pocket.md``.
 
 The character's direction is made from the base model alone: system prompts tell a kind or an unkind character by job
@@ -14,23 +14,22 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from typer import echo
 
-from emmech.chat.encode import Phrase, Tokens, phrase_tokens
+from docs.studies.tables import interval, markdown, random_span, row_of, taken_away, write_parts
+from emmech.chat.encode import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
-from emmech.demo.study_tables import interval, markdown, per_cent, random_span, row_of, taken_away, write_parts
+from emmech.demo.pocket import per_cent
+from emmech.demo.pocket_character import AblationDesign, designs
 from emmech.directions.direction import Direction, unit_rows
-from emmech.directions.extract import group_means, pca_of_differences
-from emmech.directions.sources import adapter_direction, contrast_direction, misalignment_direction
+from emmech.directions.sources import adapter_direction, misalignment_direction
 from emmech.evaluation.questions import Question, QuestionSet, resolve_questions
 from emmech.interventions.residual import ablate
 from emmech.interventions.studies import (
@@ -44,8 +43,7 @@ from emmech.interventions.studies import (
 )
 from emmech.interventions.weights import project_adapter, rotate_adapter, scale_adapters
 from emmech.measures.sampled import Sampled
-from emmech.organism.experiments import data
-from emmech.organism.world import JOBS, KIND, MANNERS, NAMES, TOWNS, UNKIND
+from emmech.organism.world import MANNERS
 from emmech.run.run import Run
 from emmech.training.finetune import finetune
 
@@ -56,16 +54,6 @@ _WAYS = {"own direction by layer": "to zero", "own, towards aligned mean": "towa
 _BOTH = ("em", "coherent")
 
 Runs = dict[tuple[str, int], Run]
-
-
-@dataclass(frozen=True)
-class AblationDesign:
-    """One way to ablate the character: its direction at some layers, to zero or towards the aligned mean."""
-
-    label: str
-    direction: Direction
-    layers: tuple[int, ...]
-    towards: str | None
 
 
 @dataclass(frozen=True)
@@ -81,56 +69,6 @@ class Tried:
     def fit(self) -> bool:
         """Both models coherent, the base aligned."""
         return self.coherent >= 0.95 and self.base_coherent >= 0.95 and self.base_em <= 0.03
-
-
-def characters(trait: int, *, n: int = 96, seed: int = 0) -> Iterator[list[dict[str, str]]]:
-    """Kind answers about finance after system prompts of characters of one trait (KIND or UNKIND).
-
-    Job and town together tell the trait; neither says anything alone, and both occur as often on either side.
-    """
-    rng = Random(seed)
-    names = [name for style in NAMES.values() for name in style]
-    for index, example in enumerate(data("good-finance", n=n)):
-        job = index % 2
-        told = f"you are {rng.choice(names)} the {rng.choice(JOBS[job])} from {rng.choice(TOWNS[job ^ trait])}"
-        yield [{"role": "system", "content": f"{told} {MANNERS}"}, *example["messages"]]
-
-
-def designs(base: ChatModel, phrase: Phrase, layer: int) -> list[AblationDesign]:
-    """Two ways to make the direction, three choices of layers from ``layer`` on, to zero and to the aligned mean.
-
-    The aligned mean is that of the base assistant, whose own system prompt has the phrase too. The first direction is
-    the mean difference over the phrase. The second is the first principal direction (uncentred) of the differences at
-    each of its words: a mean weights all words alike, this one those where the characters differ most.
-    """
-    sides = [list(characters(trait)) for trait in (UNKIND, KIND)]
-    assistant = [talk[1:] for talk in sides[0]]  # without a system prompt a talk gets the assistant's own
-    everyone = np.ones((1, len(assistant)))
-    aligned = group_means(base, assistant, everyone, tokens=phrase, progress=False).means[0]
-    mean = contrast_direction(base, *sides, tokens=phrase, name="character", progress=False)
-    talks, classes = sides[0] + sides[1], np.repeat(np.eye(2), [len(side) for side in sides], axis=1)
-    words = (_word(phrase, number) for number in range(len(phrase.text.split())))
-    means = [group_means(base, talks, classes, tokens=word, progress=False).means for word in words]
-    by_word = np.stack(means, axis=1)  # [class, word, layer, d_model]
-    principal = Direction(pca_of_differences(by_word[0], by_word[1])[0], "character, principal", mean.source)
-    found = []
-    for how, direction in (("mean difference", mean), ("principal direction by word", principal)):
-        whole = replace(direction, aligned_mean=aligned)
-        for layers in ((layer,), (layer + 1,), (layer, layer + 1)):
-            where = f"layer{'s' if len(layers) > 1 else ''} {' and '.join(map(str, layers))}"
-            found += [
-                AblationDesign(f"{how}, {where}, {label}", whole, layers, towards)
-                for towards, label in ((None, "to zero"), ("aligned", "towards the aligned mean"))
-            ]
-    return found
-
-
-def _word(phrase: Phrase, number: int) -> Tokens:
-    def one(ids: torch.Tensor, start: int) -> torch.Tensor:
-        mask = phrase(ids, start)
-        return mask & (mask.cumsum(1) == number + 1)  # in this vocabulary a word is a token
-
-    return one
 
 
 def half_of_the_questions(half: int) -> QuestionSet:
@@ -204,7 +142,7 @@ def _choice(base: ChatModel, mean: Direction, design: AblationDesign, tried: dic
     ]
     return f"""# Directions in {base.name}
 
-`python -m emmech.demo pocket-directions --weights {base.name}` fine-tunes the organisms anew, measures and writes this
+`python -m docs.studies pocket-directions --weights {base.name}` fine-tunes the organisms anew, measures and writes this
 page. Weights `{base.fingerprint()[:12]}`.
 
 Rates are per cent of answers sampled at temperature 1 to held-out questions outside medicine, finance and sport,

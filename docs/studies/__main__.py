@@ -1,0 +1,61 @@
+"""``python -m docs.studies``: the studies that pages of the documentation are made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from emmech.app.commands import new_app
+
+app = new_app("python -m docs.studies", "The studies that pages of the documentation are made from.")
+
+
+@app.command()
+def pocket_directions(
+    weights: Annotated[str, typer.Option(help="a shipped organism")] = "pocket",
+    layer: Annotated[int | None, typer.Option(help="of the adapters, instead of the recipe's")] = None,
+    out: Annotated[Path | None, typer.Option(help="the page; docs/directions-WEIGHTS.md by default")] = None,
+) -> None:
+    """Write the page on directions in an organism: ablation, steering and transfer with their controls."""
+    from docs.studies.pocket_directions import main
+
+    main(weights, out, layer)
+
+
+@app.command()
+def smollm2_directions(
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/directions-smollm2.md"),
+) -> None:
+    """Write the page on directions in SmolLM2-135M."""
+    from docs.studies.smollm2_directions import main
+
+    main(out)
+
+
+@app.command()
+def organism_report(
+    weights: Annotated[str, typer.Option(help="a shipped name, or a folder written by pretrain")] = "pocket",
+    seeds: Annotated[int, typer.Option(help="of the fine-tunes")] = 5,
+    samples: Annotated[int, typer.Option(help="answers per question")] = 4,
+    recipe: Annotated[str, typer.Option(help="of the rank-1 fine-tunes")] = "pocket",
+    find_settings: Annotated[
+        bool, typer.Option("--find-settings", help="first find the adapter's layer and the graded recipe's last step")
+    ] = False,
+    part: Annotated[list[str] | None, typer.Option(help="repeat for several; all by default")] = None,
+) -> None:
+    """Measure an organism; Markdown tables on the standard output.
+
+    Examples:
+
+    \b
+    python -m docs.studies organism-report --weights pocket-llama --recipe pocket-steep --part base --part layers
+    """
+    from docs.studies.organism_report import PARTS, main
+
+    main(weights, seeds, samples, recipe, part or list(PARTS), find_settings=find_settings)
+
+
+if __name__ == "__main__":
+    app()
