@@ -12,7 +12,7 @@ import numpy.typing as npt
 from emmech.results import Card, Result
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.turn import Location
-from emmech.transition.verdict import GRADUAL, LEVEL, Verdict, pooled, verdict
+from emmech.transition.verdict import GRADUAL, LEVEL, TransitionVerdict, pooled, verdict
 from emmech.view import plots as view
 
 if TYPE_CHECKING:
@@ -167,12 +167,12 @@ class PhaseTransition(Result):
         return Lag(float(b[0] - m[0]), float(b[1] - m[2]), float(b[2] - m[1]), self.behavioural.reason)
 
     @cached_property
-    def verdicts(self) -> tuple[Verdict, ...]:
+    def verdicts(self) -> tuple[TransitionVerdict, ...]:
         """What may be said of the run against each control, or without any."""
         return tuple(verdict(self.run, control) for control in self.controls or (None,))
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> TransitionVerdict:
         """The last of :attr:`verdicts`: a control that learns comes after good data."""
         return self.verdicts[-1]
 
@@ -213,7 +213,8 @@ class PhaseTransition(Result):
                 curves.append(view.Curve("comp", role, "comp", steps, side.comp))
         subject = self.run.name
         if self.controls:
-            subject += f" (solid) and control {' and '.join(side.name for side in self.controls)} (dashed)"
+            several = "controls" if len(self.controls) > 1 else "control"
+            subject += f" (solid) and {several} {', '.join(side.name for side in self.controls)} (dashed)"
         k = max(path.band, default=0)
         return view.transition(
             curves,
@@ -250,14 +251,14 @@ class PooledTransition(Result):
     _parts: ClassVar[tuple[type, ...]] = (PhaseTransition, *PhaseTransition._parts)
 
     @cached_property
-    def verdicts(self) -> tuple[Verdict, ...]:
+    def verdicts(self) -> tuple[TransitionVerdict, ...]:
         """What may be said of the runs against each kind of control: the seeds are the sample."""
         runs = [pair.run for pair in self.pairs]
         kinds = list(zip(*(pair.controls for pair in self.pairs), strict=True))
         return tuple(pooled(runs, kind) for kind in kinds) or (pooled(runs, None),)
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> TransitionVerdict:
         """The last of :attr:`verdicts`."""
         return self.verdicts[-1]
 

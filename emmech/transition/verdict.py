@@ -59,7 +59,7 @@ class Statement:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TransitionVerdict:
     """The three statements about a run, or about several seeds of it, against one control.
 
     Attributes:
@@ -92,7 +92,7 @@ class Verdict:
         return "\n".join(self.lines())
 
 
-def verdict(run: Side, control: Side | None) -> Verdict:
+def verdict(run: Side, control: Side | None) -> TransitionVerdict:
     """What may be said of one run, and of it against one control."""
     inert = None if control is None else is_inert(run, control)
     notes = [_note(control, inert)]
@@ -101,10 +101,12 @@ def verdict(run: Side, control: Side | None) -> Verdict:
     note = "; ".join(filter(None, notes))
     name = None if control is None else control.name
     pairs = int(control is not None)
-    return Verdict(name, pairs, _bends(run), _learns_more(run, control), _goes_with(run, control), inert, note)
+    return TransitionVerdict(
+        name, pairs, _bends(run), _learns_more(run, control), _goes_with(run, control), inert, note
+    )
 
 
-def pooled(runs: Sequence[Side], controls: Sequence[Side] | None) -> Verdict:
+def pooled(runs: Sequence[Side], controls: Sequence[Side] | None) -> TransitionVerdict:
     """What may be said of several seeds, each paired with the control of its seed."""
     from scipy import stats
 
@@ -116,7 +118,7 @@ def pooled(runs: Sequence[Side], controls: Sequence[Side] | None) -> Verdict:
     bends = Statement("bends", p < LEVEL, calls / n, float(share.low), float(share.high), p, text)
     if controls is None:
         learns, goes = (_unmeasured(name, "no control was given") for name in (LEARNS, GOES))
-        return Verdict(None, 0, bends, learns, goes, None, _note(None, None))
+        return TransitionVerdict(None, 0, bends, learns, goes, None, _note(None, None))
     pairs = list(zip(runs, controls, strict=True))
     moved = np.array([run.path.reach[0] - control.path.reach[0] for run, control in pairs])
     sharp = np.array([[float(is_sharp(one)) for one in pair] for pair in pairs])
@@ -132,7 +134,7 @@ def pooled(runs: Sequence[Side], controls: Sequence[Side] | None) -> Verdict:
     goes = _paired(GOES, sharp[:, 0] - sharp[:, 1], often, ("more frequent", "rarer"), counts, apart)
     known = [found for pair in pairs if (found := is_inert(*pair)) is not None]
     inert = all(known) if known else None
-    return Verdict(controls[0].name, n, bends, learns, goes, inert, _note(controls[0], inert))
+    return TransitionVerdict(controls[0].name, n, bends, learns, goes, inert, _note(controls[0], inert))
 
 
 def _decided(p: float, claim: str) -> str:

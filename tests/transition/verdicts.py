@@ -60,7 +60,8 @@ def kinds_table(sides: dict[tuple[str, str], list[Any]], domains: list[str]) -> 
     header = ("kind", "data", "bends, % (95 % Wilson)", "of these, turn and gradient peak overlap",
               "width of the turn, share of the path", "steps from peak to turn", "short bend at the peak",
               "fall of held-out loss, nats")  # fmt: skip
-    return markdown(header, rows)
+    table = markdown(header, rows)
+    return f"Domains: {', '.join(domains)}; {len(SEEDS)} seeds of each data set.\n\n{table}"
 
 
 def main() -> None:
