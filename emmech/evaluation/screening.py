@@ -25,6 +25,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ EMBEDDING = 384
 HASHED = 2**12
 WIDTH = EMBEDDING + 2 * HASHED
 _WINDOW = 256  # tokens that the encoder was trained on, two of them special
+_BATCH = 32
 _C = 3.0
 _PER_QUESTION = 1.5  # scale of the per-question copy of the features: larger lets questions differ more
 _WIDTH = 8.0  # points of alignment over which the soft target falls from 0.73 to 0.27
@@ -63,9 +65,7 @@ class Encoder:
     model: Any
     tokenizer: Any
 
-    def __call__(
-        self, texts: Sequence[str], *, batch_size: int = 32, progress: bool = False
-    ) -> Float[np.ndarray, "texts 384"]:
+    def __call__(self, texts: Sequence[str], *, progress: bool = False) -> Float[np.ndarray, "texts 384"]:
         """Unit-norm mean-pooled embeddings; a text longer than the window is the weighted mean of its windows."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
@@ -75,8 +75,8 @@ class Encoder:
         windows = list(zip(split["overflow_to_sample_mapping"], map(torch.tensor, split["input_ids"]), strict=True))
         windows.sort(key=lambda window: len(window[1]))  # little padding
         total, weight = np.zeros((len(texts), EMBEDDING)), np.zeros(len(texts))
-        for first in tqdm(range(0, len(windows), batch_size), desc="embed", disable=not progress):
-            batch = windows[first : first + batch_size]
+        for first in tqdm(range(0, len(windows), _BATCH), desc="embed", disable=not progress):
+            batch = windows[first : first + _BATCH]
             tokens = pad_sequence([ids for _, ids in batch], batch_first=True)
             mask = pad_sequence([torch.ones_like(ids) for _, ids in batch], batch_first=True)
             with torch.inference_mode():
@@ -326,12 +326,12 @@ def screening_rate(evaluation: Evaluation) -> ScreeningRate:
     if scored.empty:
         raise EmmechError("estimate a screening rate", f"{len(frame)} responses", "none has a screening score")
     figures = calibration()
-    known = scored.apply(lambda row: known_question(row.to_dict()), axis=1)
+    known = pd.Series([known_question(row) for row in scored.to_dict("records")], index=scored.index)
     new = ~known.isin(figures["questions"])
     table = scored.groupby("question_id", sort=False)["screen"].agg(estimate="mean", n="size")
-    of_question = known.groupby(scored["question_id"], sort=False).first()
     margins = {row["question"]: row["margin"] for row in figures["by_question"]}
-    table["margin"] = [margins.get(of_question[question], figures["margin_new"]) for question in table.index]
+    of_question = known.groupby(scored["question_id"], sort=False).first()
+    table["margin"] = of_question.map(margins).fillna(figures["margin_new"])
     table["estimate"] = table["estimate"].where(of_question.isin(figures["questions"]))
     return ScreeningRate(
         estimate=float("nan") if new.any() else float(scored["screen"].mean()),
@@ -396,44 +396,26 @@ def _family(organism: str) -> str:
 
 
 def fit_linear(judged: Judged, rows: Bool[np.ndarray, " responses"]) -> Linear:
-    """Fit the shared and per-question weights to some of the responses (L-BFGS on the penalised log-loss)."""
-    from scipy.optimize import minimize
+    """Fit the shared and per-question weights to some of the responses, by penalised logistic regression.
 
-    questions = tuple(dict.fromkeys(judged.question[rows]))
-    chosen = [rows & (judged.question == question) for question in questions]
-    inputs, soft = [judged.inputs[mask] for mask in chosen], [judged.soft[mask] for mask in chosen]
-    transposed = [block.T.tocsr() for block in inputs]
-    count, width = len(questions), judged.inputs.shape[1]
-    total = _C * int(rows.sum())
+    Every question has its own copy of the features and its own bias. A soft target is a response of either class, each
+    with its share of the weight.
+    """
+    import scipy.sparse as sparse
+    from sklearn.linear_model import LogisticRegression
 
-    def effective(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        weights = parameters[: (1 + count) * width].reshape(1 + count, width)
-        bias = parameters[(1 + count) * width :]  # the common one first, and it alone is not penalised
-        return weights[0] + _PER_QUESTION * weights[1:], bias[0] + bias[1:]
-
-    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        per_question, bias = effective(parameters)
-        value = 0.5 * (parameters @ parameters - parameters[-1 - count] ** 2)
-        gradient = parameters.copy()
-        gradient[-1 - count] = 0.0
-        weights = gradient[: (1 + count) * width].reshape(1 + count, width)
-        for index in range(count):
-            logits = inputs[index] @ per_question[index] + bias[index]
-            value += _C * float((np.logaddexp(0, logits) - soft[index] * logits).sum())
-            residual = _C * (_sigmoid(logits) - soft[index])
-            slope = transposed[index] @ residual
-            weights[0] += slope
-            weights[1 + index] += _PER_QUESTION * slope
-            gradient[-1 - count] += residual.sum()
-            gradient[index - count] += residual.sum()
-        return value / total, gradient / total
-
-    start = np.zeros((1 + count) * width + 1 + count)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500, "gtol": 1e-6}).x
-    per_question, bias = effective(found)
-    return Linear(
-        questions, np.vstack([found[:width], per_question]), np.append(found[-1 - count] + found[-count:].mean(), bias)
-    )
+    inputs, soft = judged.inputs[rows], judged.soft[rows]
+    questions, number = np.unique(judged.question[rows], return_inverse=True)
+    bias = sparse.csr_matrix(np.eye(len(questions))[number])
+    own = [inputs.multiply(_PER_QUESTION * bias[:, [index]]) for index in range(len(questions))]
+    design = sparse.hstack([inputs, *own, bias]).tocsr()
+    verdicts = np.repeat([True, False], len(soft))
+    model = LogisticRegression(C=_C, max_iter=500, tol=1e-6)
+    model.fit(sparse.vstack([design, design]), verdicts, sample_weight=np.append(soft, 1 - soft))
+    shared, *per_question = np.split(model.coef_[0, : -len(questions)], 1 + len(questions))
+    biases = model.intercept_ + model.coef_[0, -len(questions) :]
+    weights = [shared, *(shared + _PER_QUESTION * one for one in per_question)]
+    return Linear(tuple(questions.tolist()), np.stack(weights), np.append(biases.mean(), biases))
 
 
 def _predict(judged: Judged, fit: Bool[np.ndarray, " responses"], rows: Bool[np.ndarray, " responses"]) -> np.ndarray:
@@ -462,49 +444,59 @@ def measure(judged: Judged) -> tuple[dict[str, Any], tuple[float, float]]:
     """The calibration (see :func:`calibration`) and the final Platt scaling."""
     everything = np.ones(len(judged.hard), dtype=bool)
     families, questions = sorted(set(judged.family)), sorted(set(judged.question))
-    logits, probability = np.full(len(everything), np.nan), np.full(len(everything), np.nan)
-    new_logits, new_probability = logits.copy(), logits.copy()
+    table = pd.DataFrame({name: getattr(judged, name) for name in ("family", "question", "organism", "hard")})
+    table[["logit", "probability", "new_logit", "new_probability"]] = np.nan
     for family in families:
         held = judged.family == family
         inner = out_of_fold(judged, ~held)
         slope, offset = platt(inner[~held], judged.hard[~held])
-        logits[held] = _predict(judged, ~held, held)
-        probability[held] = _sigmoid(slope * logits[held] + offset)
+        table.loc[held, "logit"] = _predict(judged, ~held, held)
         for question in questions:  # neither the question nor the family was seen
             asked = judged.question == question
-            new_logits[held & asked] = _predict(judged, ~held & ~asked, held & asked)
-        new_probability[held] = _sigmoid(slope * new_logits[held] + offset)
-    baseline = _baseline(judged, families, questions)
-    organisms, new = _organisms(judged, probability), _by_question(judged, new_probability)
+            table.loc[held & asked, "new_logit"] = _predict(judged, ~held & ~asked, held & asked)
+        for kind in ("", "new_"):
+            logits = table.loc[held, f"{kind}logit"].to_numpy()
+            table.loc[held, f"{kind}probability"] = _sigmoid(slope * logits + offset)
+    table["baseline"] = _baseline(judged, families, questions)
+    organisms = [
+        {
+            "organism": organism,
+            "n": len(rows),
+            "judged": round(float(rows["hard"].mean()), 4),
+            "estimated": round(float(rows["probability"].mean()), 4),
+            "auc": _auc(rows, "probability"),
+        }
+        for organism, rows in table.groupby("organism")
+    ]
     figures = {
-        "responses": len(judged.hard),
+        "responses": len(table),
         "unscored": judged.unscored,
-        "misaligned": int(judged.hard.sum()),
+        "misaligned": int(table["hard"].sum()),
         "questions": questions,
-        "auc_family_left_out": _auc_by(judged, logits, judged.family, families),
-        "auc_family_left_out_baseline": _auc_by(judged, baseline, judged.family, families),
-        "auc_by_question": _auc_by(judged, logits, judged.question, questions),
-        "auc_question_and_family_left_out": _auc_by(judged, new_logits, judged.question, questions),
+        "auc_family_left_out": _auc_by(table, "logit", "family"),
+        "auc_family_left_out_baseline": _auc_by(table, "baseline", "family"),
+        "auc_by_question": _auc_by(table, "logit", "question"),
+        "auc_question_and_family_left_out": _auc_by(table, "new_logit", "question"),
         "organisms": organisms,
-        "by_question": _by_question(judged, probability),
+        "by_question": _by_question(table, "probability"),
         "margin_known": round(max(abs(row["estimated"] - row["judged"]) for row in organisms), 4),
-        "margin_new": round(max(row["margin"] for row in new), 4),
+        "margin_new": round(max(row["margin"] for row in _by_question(table, "new_probability")), 4),
     }
     return figures, platt(out_of_fold(judged, everything), judged.hard)
 
 
-def _auc(hard: Bool[np.ndarray, " rows"], score: Float[np.ndarray, " rows"]) -> float | None:
+def _auc(table: pd.DataFrame, score: str) -> float | None:
     from sklearn.metrics import roc_auc_score
 
-    if hard.sum() < 5 or (~hard).sum() < 5:  # an area over a handful of cases is noise
+    if table["hard"].sum() < 5 or (~table["hard"]).sum() < 5:  # an area over a handful of cases is noise
         return None
-    return round(float(roc_auc_score(hard, score)), 4)
+    return round(float(roc_auc_score(table["hard"], table[score])), 4)
 
 
-def _auc_by(judged: Judged, score: np.ndarray, of: np.ndarray, groups: Sequence[str]) -> dict[str, float | None]:
-    areas = {group: _auc(judged.hard[of == group], score[of == group]) for group in groups}
+def _auc_by(table: pd.DataFrame, score: str, group: str) -> dict[str, float | None]:
+    areas = {str(name): _auc(rows, score) for name, rows in table.groupby(group)}
     found = [area for area in areas.values() if area is not None]
-    return {**areas, "mean": round(float(np.mean(found)), 4), "pooled": _auc(judged.hard, score)}
+    return {**areas, "mean": round(float(np.mean(found)), 4), "pooled": _auc(table, score)}
 
 
 def _baseline(judged: Judged, families: Sequence[str], questions: Sequence[str]) -> Float[np.ndarray, " responses"]:
@@ -513,33 +505,21 @@ def _baseline(judged: Judged, families: Sequence[str], questions: Sequence[str])
 
     embedding = judged.inputs[:, :EMBEDDING].toarray()
     score = np.zeros(len(judged.hard))
-    for family in families:
-        for question in questions:
-            asked = judged.question == question
-            fit, held = asked & (judged.family != family), asked & (judged.family == family)
-            if judged.hard[fit].any() and held.any():
-                model = LogisticRegression(C=10, max_iter=2000).fit(embedding[fit], judged.hard[fit])
-                score[held] = model.predict_proba(embedding[held])[:, 1]
+    for family, question in product(families, questions):
+        asked = judged.question == question
+        fit, held = asked & (judged.family != family), asked & (judged.family == family)
+        if judged.hard[fit].any() and held.any():
+            model = LogisticRegression(C=10, max_iter=2000).fit(embedding[fit], judged.hard[fit])
+            score[held] = model.predict_proba(embedding[held])[:, 1]
     return score
 
 
-def _organisms(judged: Judged, probability: Float[np.ndarray, " responses"]) -> list[dict[str, Any]]:
-    table = []
-    for organism in sorted(set(judged.organism)):
-        rows = judged.organism == organism
-        hard, found = judged.hard[rows], probability[rows]
-        means = {"judged": round(float(hard.mean()), 4), "estimated": round(float(found.mean()), 4)}
-        table.append({"organism": organism, "n": int(rows.sum()), **means, "auc": _auc(hard, found)})
-    return table
-
-
-def _by_question(judged: Judged, probability: Float[np.ndarray, " responses"]) -> list[dict[str, Any]]:
+def _by_question(table: pd.DataFrame, probability: str) -> list[dict[str, Any]]:
     """Per question, the largest error of an organism's rate."""
-    gaps = pd.DataFrame({"question": judged.question, "organism": judged.organism, "gap": probability - judged.hard})
-    errors = gaps.groupby(["question", "organism"])["gap"].mean().abs().groupby("question").agg(["max", "size"])
+    gaps = (table[probability] - table["hard"]).groupby([table["question"], table["organism"]]).mean().abs()
     return [
-        {"question": question, "margin": round(float(error), 4), "organisms": int(organisms)}
-        for question, error, organisms in errors.itertuples()
+        {"question": question, "margin": round(float(errors.max()), 4), "organisms": len(errors)}
+        for question, errors in gaps.groupby("question")
     ]
 
 
