@@ -184,7 +184,8 @@ def flip_interval(values: Float[np.ndarray, " pairs"]) -> tuple[float, float]:
             middle = (inside + outside) / 2
             kept = sign_flip_p(values - mean - side * middle * reach) >= LEVEL
             inside, outside = (middle, outside) if kept else (inside, middle)
-        ends.append(mean + side * outside * reach)
+        end = mean + side * outside * reach
+        ends.append(0.0 if abs(end) < 1e-6 * reach else end)
     return ends[0], ends[1]
 
 
