@@ -18,7 +18,17 @@ from scipy import stats
 
 from emmech.errors import EmmechError, one_of
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, Denominator, Thresholds
-from emmech.evaluation.rates import LIKE_THESE, check, check_interval, cluster_interval, measures, tally, wilson
+from emmech.evaluation.rates import (
+    LIKE_THESE,
+    check,
+    check_interval,
+    cluster_interval,
+    cluster_variance,
+    factors,
+    measures,
+    tally,
+    wilson,
+)
 from emmech.results import Card, Result
 from emmech.transition.verdict import sign_flip_p
 from emmech.view import plots
@@ -143,7 +153,8 @@ def _difference(usable: pd.DataFrame, confidence: float, seed: int) -> dict[str,
 
 def _paired_interval(counts: np.ndarray, questions: Sequence[str], confidence: float) -> tuple[float, float]:
     """The two rates' intervals joined, with their correlation over questions (MOVER; Zou and Donner, Statistics in
-    Medicine 27, 2008), and never narrower than for independent rows (Newcombe's hybrid of Wilson's intervals)."""
+    Medicine 27, 2008); never narrower than for independent rows (Newcombe's hybrid of Wilson's intervals), nor than t
+    over the questions' differences, since one question that differs must not convince."""
     totals = counts.sum(0)
     rates = totals[[0, 2]] / totals[[1, 3]]
 
@@ -165,7 +176,11 @@ def _paired_interval(counts: np.ndarray, questions: Sequence[str], confidence: f
     correlation = float(parts[0] @ parts[1]) / norms if norms else 0.0
     first, second = (cluster_interval(e, n, questions, confidence=confidence) for e, n in sides)
     over = joined(first, second, correlation)
-    return float(min(apart[0], over[0])), float(max(apart[1], over[1]))
+    weights = counts[:, [1, 3]].sum(1).astype(float)
+    variance, degrees = cluster_variance(parts[1] - parts[0], weights, factors(questions))
+    half = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * variance**0.5
+    difference = float(rates[1] - rates[0])
+    return float(min(apart[0], over[0], difference - half)), float(max(apart[1], over[1], difference + half))
 
 
 def interaction_p(counts: Int[np.ndarray, "questions four"]) -> float:

@@ -218,7 +218,8 @@ def sign_flip_p(differences: Float[np.ndarray, " pairs"], *, seed: int = 0, draw
     if k <= _EXACT:
         signs = np.array(list(product((1, -1), repeat=k)))
     else:
-        signs = np.vstack([np.ones(k), np.random.default_rng(seed).choice([1, -1], size=(draws, k))])
+        drawn = 1.0 - 2 * np.random.default_rng(seed).integers(0, 2, (draws, k), dtype=np.int8)
+        signs = np.vstack([np.ones(k), drawn])
     sums = np.abs(signs @ differences)
     return float((sums >= sums[0] - 1e-12).mean())
 

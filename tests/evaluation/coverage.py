@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     cells = simulate(*((TUNING, 1) if given.tuning else (TESTING, 77_000)), trials=given.trials)
-    pairs = differences(2 if given.tuning else 78_000, max(given.trials * 2 // 5, 10))
+    pairs = differences(2 if given.tuning else 78_000, max(given.trials // 10, 10))
     tables = crossed(3 if given.tuning else 79_000, max(given.trials * 2 // 5, 10))
     for title, text in pages(cells, pairs, tables).items():
         print(text, flush=True)
