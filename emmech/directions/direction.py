@@ -283,7 +283,7 @@ class Direction(Result):
 
     def __mul__(self, factor: float | Float[np.ndarray, " layers"]) -> Direction:
         """Scale by a number, or by one number per layer."""
-        factors = np.array(as_floats(f"scale {self.name}", "factor", factor))
+        factors = np.array(as_floats(f"scale {self.name}", "factors", factor))
         if len(factors) not in (1, self.n_layers):
             why = "a direction is scaled by a number or by one number per layer"
             raise refusal(f"scale {self.name}", "factor", factor, why, f"a float, or an array [{self.n_layers}]")
