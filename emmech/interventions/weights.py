@@ -159,6 +159,7 @@ def _edit_b(
     for info, layer, name in chosen:
         linear = layer.lora_B[name]
         unit = unit_rows(direction.at(info.layer))
+        direction.warn_where_noise([info.layer])
         edits.append((linear, edit(info, linear.weight.detach().double().cpu().numpy(), unit)))
     return _overwriting(chat, f"{verb}({chat.name}, {direction.name}, {how})", edits)
 
