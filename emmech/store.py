@@ -20,7 +20,6 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import import_module
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -90,7 +89,7 @@ class Series:
         # listed before the stacked file is opened: a step that is stacked in between is then in both, not in neither
         try:
             names = [entry.name for entry in os.scandir(self.folder)]
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a NUL, which writing refuses by name
             names = []
         if names and (stacked := self._opened(self.folder / _STACKED)):
             self._stacked, self._stacked_steps = stacked, stacked.steps
@@ -325,13 +324,15 @@ def save_tensors(
     """
     from safetensors import SafetensorError
 
-    arrays = all(isinstance(tensor, np.ndarray) for tensor in tensors.values())
-    save = import_module(f"safetensors.{'numpy' if arrays else 'torch'}").save_file
+    if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
+        from safetensors.numpy import save_file
+    else:
+        from safetensors.torch import save_file
     partial = path.with_name(f"{path.name}.partial")
     with kept(asked, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save(dict(tensors), partial, metadata=metadata)
+            save_file(dict(tensors), partial, metadata=metadata)
         except SafetensorError as error:  # which is how it reports a disk that is full
             raise OSError(str(error))
         if synced:
