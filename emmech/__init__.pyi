@@ -30,6 +30,7 @@ from emmech.evaluation.server import Server as Server
 from emmech.interop.bridges import to_nnsight as to_nnsight
 from emmech.interop.bridges import to_transformer_lens as to_transformer_lens
 from emmech.interventions.residual import ablate as ablate
+from emmech.interventions.residual import cap as cap
 from emmech.interventions.residual import steer as steer
 from emmech.realignment import realign as realign
 from emmech.results import Result as Result

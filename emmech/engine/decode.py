@@ -44,7 +44,7 @@ _LEAVE = 0.8  # rows are moved together once no more than this share is still li
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids of one answer, the stop token left out, and why it ended: ``"stop"`` or ``"length"``."""
+    """Token ids of one answer, the stop token left out, and its end: ``"stop"``, ``"length"`` or ``"cancelled"``."""
 
     ids: tuple[int, ...]
     finish: str
@@ -133,6 +133,7 @@ def write_answers(
     top_p: float = 1.0,
     at_once: int = 1 << 30,
     ended: Callable[[int], object] = lambda count: None,
+    drawn: Callable[[np.ndarray, int, torch.Tensor, torch.Tensor], object] | None = None,
 ) -> list[Answer]:
     """Draw answers token by token.
 
@@ -140,6 +141,8 @@ def write_answers(
         seeds: of each answer.
         at_once: answers whose logits are in memory together.
         ended: told how many answers ended at each step.
+        drawn: told of every token as it is drawn: which answers, its position in them, the tokens ``[answers]`` and
+            their logits ``[answers, vocab]``. Once it returns False, all that is unfinished is cancelled.
     """
     stop = torch.tensor(chat.stop_ids, device=chat.device)
     last = min(max_new_tokens, steps.room)
@@ -148,13 +151,16 @@ def write_answers(
     written = np.zeros((len(seeds), last), dtype=np.int64)
     lengths = np.zeros(len(seeds), dtype=np.int64)
     stopped = np.zeros(len(seeds), dtype=bool)
+    cancelled = False
     for number in range(last):
-        drawn = []
+        parts = []
         for start in range(0, len(row), at_once):
             chosen = slice(start, start + at_once)
             logits = steps.logits(row[chosen])
-            drawn.append(draw(logits, seed[chosen], number, temperature=temperature, top_p=top_p))
-        token = torch.cat(drawn)
+            parts.append(draw(logits, seed[chosen], number, temperature=temperature, top_p=top_p))
+            if drawn is not None and drawn(answer[chosen], number, parts[-1], logits) is False:
+                cancelled = True
+        token = torch.cat(parts)
         going = ~torch.isin(token, stop)
         goes = going.cpu().numpy()
         stopped[answer[~goes]] = True
@@ -164,11 +170,12 @@ def write_answers(
             token, row = token[going], row[going]
         written[answer, number] = token.cpu().numpy()
         lengths[answer] = number + 1
-        if not len(answer) or number + 1 == last:
+        if cancelled or not len(answer) or number + 1 == last:
             break
         row = steps.step(token, row)
+    unfinished = "cancelled" if cancelled else "length"
     return [
-        Answer(tuple(ids[:length].tolist()), "stop" if end else "length")
+        Answer(tuple(ids[:length].tolist()), "stop" if end else unfinished)
         for ids, length, end in zip(written, lengths, stopped, strict=True)
     ]
 

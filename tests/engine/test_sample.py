@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from emmech.chat.model import load_model
 from emmech.engine.decode import ModelSteps, draw, gumbel, write_answers
 from emmech.engine.responses import row_seed
-from emmech.engine.sample import sample
+from emmech.engine.sample import Drawn, sample
 from emmech.errors import EmmechError
 
 TEMPLATE = (
@@ -328,3 +328,39 @@ def test_smollm2_texts_do_not_depend_on_the_batch():
     whole = sample(chat, questions, **settings)
     assert texts(sample(chat, questions, batch_size=3, **settings)) == texts(whole)
     assert texts(sample(chat, questions, batch_size=1, **settings)) == texts(whole)
+
+
+def test_a_stream_tells_every_token_before_its_answer_is_returned(tiny):
+    chat, told = tiny("qwen2"), {}
+    asked = [[{"role": "user", "content": text}] for text in ("how to sleep", "walk")]
+    options = {"samples": 2, "max_new_tokens": 9, "seed": 3, "progress": False}
+
+    def tell(drawn: Drawn) -> None:
+        assert drawn.logits.shape == (len(drawn.answers), chat.config.vocab_size)
+        for answer, token in zip(drawn.answers, drawn.tokens.tolist(), strict=True):
+            assert len(told.setdefault(answer, [])) == drawn.position
+            told[answer].append(token)
+
+    answers = sample(chat, asked, stream=tell, **options)
+    assert answers == sample(chat, asked, **options)
+    for one in answers:
+        ids = told[one.conversation, one.sample]
+        if one.finish == "stop":
+            assert ids.pop() in chat.stop_ids
+        assert chat.tokenizer.decode(ids, skip_special_tokens=True) == one.text
+        assert len(ids) == one.tokens
+
+
+def test_a_cancelled_stream_keeps_what_was_written_and_no_file_takes_it_for_an_answer(tiny, tmp_path):
+    chat, out = tiny("qwen2"), tmp_path / "answers.jsonl"
+    asked = [[{"role": "user", "content": text}] for text in ("how to sleep", "walk", "rest")]
+    options = {"max_new_tokens": 12, "seed": 5, "batch_size": 2, "progress": False, "out": out}
+    whole = sample(chat, asked, **{**options, "out": None})
+    steps = []
+    cut = sample(chat, asked, stream=lambda drawn: steps.append(drawn.position) or drawn.position < 2, **options)
+    assert steps == [0, 1, 2]
+    assert [one.finish for one in cut].count("cancelled") >= 1
+    for one, full in zip(cut, whole, strict=True):
+        assert full.text.startswith(one.text) or one.finish != "cancelled"
+    assert cut[2].finish == "cancelled" or whole[2].tokens <= 3
+    assert sample(chat, asked, **options) == whole
