@@ -43,5 +43,6 @@ from emmech.training.recipe import Recipe as Recipe
 from emmech.training.recorder import Recorder as Recorder
 from emmech.transition.phase import phase_transition as phase_transition
 from emmech.transition.result import PhaseTransition as PhaseTransition
+from emmech.widget.panel import panel as panel
 
 __version__: str

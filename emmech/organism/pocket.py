@@ -134,4 +134,5 @@ POCKET = Organism(
     recipes={name: partial(recipes().__getitem__, name) for name in recipes()},
     margins=margins,
     recognises=_speaks_pocket,
+    phrase=world.MANNERS,
 )

@@ -214,5 +214,5 @@ def test_a_cap_to_the_base_models_range_leaves_its_own_answers_alone(positions):
         assert [one.text for one in sample(chat, asked, samples=2, max_new_tokens=200, progress=False)] == [
             one.text for one in plain
         ]
-    with emmech.cap(chat, d, bounds[0].mean(-1, keepdims=True) * [1, 1], positions=positions):
+    with emmech.cap(chat, d, bounds[0] + 30.0, positions=positions):  # outside, so that it is clamped
         assert sample(chat, asked, samples=2, max_new_tokens=200, progress=False) != plain
