@@ -16,7 +16,7 @@ from emmech.errors import EmmechError
 from emmech.transition.phase import phase_transition
 from emmech.view.theme import BAD, CYCLE, DARK, GOOD, GREY, LIGHT, faint
 from emmech.widget.picture import dose_picture, sentence, twin
-from emmech.widget.session import COLUMNS, Session, Stale, Token
+from emmech.widget.session import COLUMNS, RANDOMS, Session, Stale, Token
 from emmech.widget.settings import DOSES, Settings
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Panel(anywidget.AnyWidget):
             "asked": f"{len(session.asked)} questions of {session.asked.name}",
             "adapted": session.adapted,
             "limit": self._samples * len(session.asked),
+            "randoms": RANDOMS,
             "transition": transition,
         }
 
@@ -151,7 +152,9 @@ class Panel(anywidget.AnyWidget):
         self._seen = {"settings": settings.to_dict(), "columns": [[] for _ in COLUMNS], "verdict": [], "dose": "",
                       "broken": [], "prompt": [], "quality": {}, "history": list(self._entries.values())}  # fmt: skip
         key = tuple(value for name, value in settings.to_dict().items() if name not in ("coefficient", "question"))
-        self._tell(start=True, status="writing ...", error=None, sentence=sentence(settings.to_dict()), code=self.code())
+        self._tell(
+            start=True, status="writing ...", error=None, sentence=sentence(settings.to_dict()), code=self.code()
+        )
         columns, prompt, said = session.answers(settings, self._told_tokens)
         took = time.perf_counter() - began
         self._flush()
@@ -186,7 +189,7 @@ class Panel(anywidget.AnyWidget):
             self._tell(verdict=rates, status=f"judged {rates[0]['n']} of {limit}")
 
     def _tell_dose(self, dose: Any, settings: Settings) -> None:
-        self._tell(dose=dose_picture(dose, settings), broken=dose.broken)
+        self._tell(items=dose.items, dose=dose_picture(dose, settings), broken=dose.broken)
 
     def _record(self, settings: Settings, rates: Any) -> None:
         """Keep a state in the history; the same one again replaces itself."""
@@ -290,5 +293,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-

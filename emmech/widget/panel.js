@@ -69,6 +69,7 @@ function render({ model, el }) {
     onchange: () => move({ direction: direction.value }) });
   const layer = h("select", { "aria-label": "Layer", "data-name": "layer", onchange: () => move({ layer: +layer.value }) });
   const facts = h("div", { class: "facts" });
+  const notes = h("div", { class: "notes" });
 
   const coefficient = slider("coefficient", "Coefficient", {});
   coefficient.input.addEventListener("input", () => move({ coefficient: +coefficient.input.value }));
@@ -131,7 +132,7 @@ function render({ model, el }) {
     h("div", { class: "ask" }, h("div", {}, h("label", { for: `${id}-question`, text: "4 Question" }), question,
       h("datalist", { id: `${id}-presets` }, ...about().questions.map((value) => h("option", { value })))),
       h("div", { style: "display: flex; gap: 8px" }, presets, seed)),
-    problem, sentence, answers,
+    problem, sentence, notes, answers,
     h("div", { class: "more" },
       h("div", {}, h("h5", { text: "Every coefficient at once" }), dose, doseNote),
       h("div", {}, h("h5", { text: "Token" }), token)),
@@ -246,7 +247,8 @@ function render({ model, el }) {
           node = h("span", { class: "word", role: "button", "aria-pressed": "false", onclick: () => pick(column, number) });
           words.append(node);
         }
-        if (node.textContent !== (text || "⏹")) node.textContent = text || "⏹";
+        node.classList.toggle("end", !text);
+        if (node.textContent !== (text || "end")) node.textContent = text || "end";
         node.style.background = shade(share(projection));
       });
       const first = tokens[0];
@@ -294,12 +296,12 @@ function render({ model, el }) {
       prompt.replaceChildren(...news.prompt.map(([text, acts, projection]) => h("span", { class: acts ? "acts" : null, title: `projection ${projection.toFixed(2)}${acts ? "; the change acts here" : ""}`, style: `background:${shade(share(projection))}`, text: text.replace(/\n/g, "⏎") })).flatMap((node) => [node, " "]));
     }
     if ("quality" in news && news.quality.facts) {
-      facts.replaceChildren(...news.quality.facts.map(([name, text, alarm]) => h("div", { class: alarm ? "alarm" : null }, h("b", { text: `${name}: ` }), text)),
-        ...news.quality.notes.map((text, at) => h("div", { class: news.quality.noise && at === 0 ? "alarm" : null, text: `Note: ${text}` })));
+      facts.replaceChildren(...news.quality.facts.map(([name, text, alarm]) => h("div", { class: alarm ? "alarm" : null }, h("b", { text: `${name}: ` }), text)));
+      notes.replaceChildren(...news.quality.notes.map((text, at) => h("div", { class: news.quality.noise && at === 0 ? "alarm" : null, text: `Note: ${text}.`.replace("..", ".") })));
     }
     if ("dose" in news) {
       dose.innerHTML = news.dose;
-      doseNote.textContent = about().judge ? `EM and coherence of the model as set, over ${about().asked}; grey: ${"random directions of the same norm"}.` : "Without a judge: how likely the base model’s answers still are, in nats a token; a fall by one nat counts as broken.";
+      doseNote.textContent = about().judge ? `EM and coherence of the model as set, over ${about().asked}, ${seen.items} answers a point; grey: ${about().randoms} random directions of the same norm.` : "Without a judge: how likely the base model’s answers still are, in nats a token; a fall by one nat counts as broken.";
     }
     if ("broken" in news || "dose" in news) zone();
     if ("verdict" in news) verdicts(news.verdict);
@@ -415,6 +417,7 @@ function render({ model, el }) {
   model.on("msg:custom", heard);
   model.on("change:state", onState);
   model.on("change:about", controls);
+  model.on("change:shown", restore);
 
   // ---- light or dark, as the page is
 
@@ -444,6 +447,7 @@ function render({ model, el }) {
     model.off("msg:custom", heard);
     model.off("change:state", onState);
     model.off("change:about", controls);
+    model.off("change:shown", restore);
   };
 }
 

@@ -13,11 +13,7 @@ from emmech.view.theme import BAD, GOOD, GREY, faint
 from emmech.widget.session import Dose
 from emmech.widget.settings import Settings
 
-TITLES = {
-    "base": "Base model",
-    "changed": "As you set it",
-    "random": "Same, with a random direction",
-}
+TITLES = {"base": "Base model", "changed": "As you set it", "random": "Same, with a random direction"}
 _WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BELOW = 560, 190, 46, 128, 12, 40
 _UNITS = {"add": "coefficient (share of the residual's norm)", "ablate": "strength of the ablation",
           "cap": "strength of the cap"}  # fmt: skip

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 
 from emmech.chat.edits import announced_rows, live_edits
 from emmech.chat.encode import phrase_tokens
@@ -202,12 +201,10 @@ class Session:
         draw = partial(misalignment_direction, self.chat, questions=self.asked, judge=self.judged_by, samples=6,
                        progress=False)  # fmt: skip
         if self.judged_by is not None and self.phrase:
-            found["what the fine-tune changed at the prompt"] = lambda: draw(
-                tokens=phrase_tokens(self.chat, self.phrase)
-            )
+            found["prompt difference"] = lambda: draw(tokens=phrase_tokens(self.chat, self.phrase))
         if self.judged_by is not None:
-            found["misaligned minus aligned answers"] = draw
-        return {**found, "B, what the adapter writes": lambda: adapter_direction(self.chat)}
+            found["answer difference"] = draw
+        return {**found, "adapter's B": lambda: adapter_direction(self.chat)}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -441,9 +438,7 @@ class Session:
             for number, row in enumerate(rows, 1):
                 self._judged(settings, [row], [(True, which) for which in whichs], each, counts)
                 n = np.maximum(counts.scored.sum(1), 1)
-                em, coherent = (
-                    (one.sum(1) / n).reshape(shape) for one in (counts.misaligned, counts.coherent)
-                )
+                em, coherent = ((one.sum(1) / n).reshape(shape) for one in (counts.misaligned, counts.coherent))
                 yield Dose(doses, em[0], coherent[0], em[1:], True, number)
             return
         total = np.zeros(shape)
@@ -498,5 +493,3 @@ def _twin(chat: ChatModel) -> ChatModel:
         raise EmmechError(_ASKED, chat.name, why, "remove() the change first")
     held = [*chat.model.parameters(), *chat.model.buffers()]
     return replace(chat, model=copy.deepcopy(chat.model, {id(one): one for one in held}))
-
-
