@@ -57,8 +57,9 @@ def notebook(cells: list[str], *, theme: str = "JupyterLab Light", width: int = 
         port, token = free.getsockname()[1], secrets.token_hex(8)
         free.close()
         environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-            "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"), "EMMECH_PROGRESS": "0",
+            **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "EMMECH_PROGRESS": "0",
+            "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "JUPYTER_CONFIG_DIR": str(home / "config"),
+            "JUPYTER_DATA_DIR": str(home / "data"),
         }  # fmt: skip
         options = [f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", f"--IdentityProvider.token={token}",
                    f"--ServerApp.root_dir={home}", "--no-browser", "--ServerApp.allow_root=True",

@@ -30,7 +30,7 @@ _COLOURS = {"good": GOOD, "bad": BAD, "mark": CYCLE[2], "grey": GREY, "faint-goo
             "faint-bad": faint(BAD, 0.35), "faint-grey": faint(GREY, 0.22)}  # fmt: skip
 _STYLE = "".join(
     [".emmech-panel { ", LIGHT, *(f"--{name}: {value};" for name, value in _COLOURS.items()), " }\n",
-     ".emmech-panel.dark { ", DARK, " }\n"]
+     ".emmech-panel.dark { ", DARK, f" --good: {CYCLE[5]}; }}\n"]
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ class Panel(anywidget.AnyWidget):
     state = traitlets.Dict(help="the settings, as keyword arguments of emmech.panel").tag(sync=True)
     about = traitlets.Dict(help="what does not change while it is open").tag(sync=True)
     shown = traitlets.Dict(help="what was last seen").tag(sync=True)
-    pinned = traitlets.List(help="numbers of the states that are compared").tag(sync=True)
+    pinned: Any = traitlets.List(help="numbers of the states that are compared").tag(sync=True)
 
     def __init__(self, session: Session, settings: Settings, samples: int, transition: Any, given: list[str]) -> None:
         self._session, self._samples, self._given = session, samples, given
@@ -257,8 +257,8 @@ class Panel(anywidget.AnyWidget):
     def result(self) -> pd.DataFrame:
         """All states that were tried, one row for each column of each.
 
-        Columns: ``number``, ``column`` (``"base"``, ``"changed"``, ``"random"``), ``answer``, ``em`` with ``em_low`` and
-        ``em_high``, ``coherent``, ``n`` (NaN and 0 without a judge), ``pinned``, and the settings.
+        Columns: ``number``, ``column`` (``"base"``, ``"changed"``, ``"random"``), ``answer``, ``em`` with ``em_low``
+        and ``em_high``, ``coherent``, ``n`` (NaN and 0 without a judge), ``pinned``, and the settings.
         """
         import pandas as pd
 

@@ -32,16 +32,16 @@ def panel(
 
     Args:
         model: a :class:`emmech.Run` of adapters or its folder, or what :func:`emmech.load_model` takes.
-        directions: a :class:`emmech.Direction` or several by name. A run needs none: its adapter's B is there, and where
-            there is a judge the directions of :func:`emmech.misalignment_direction`, made when they are chosen.
+        directions: a :class:`emmech.Direction` or several by name. A run needs none: its adapter's B is there, and
+            where there is a judge the directions of :func:`emmech.misalignment_direction`, made when they are chosen.
         questions: the presets, which are also what the verdict is about, as :func:`emmech.evaluate` takes them.
         judge: as :func:`emmech.evaluate` takes it. The models of an organism have one; other models get no verdict
             without one, and the dose-response then shows how likely the base model's answers still are.
         samples: judged answers per question and column, at most.
         base: the run's base model in memory, to save loading it again.
         transition: a :class:`emmech.PhaseTransition` to mark on the slider of steps; by default that of the run.
-        state: what the panel is set to: ``question``, ``direction``, ``layer``, ``step``, ``scale``, ``change`` (``"add"``,
-            ``"ablate"`` or ``"cap"``), ``coefficient``, ``towards`` (``"zero"`` or ``"aligned"``), ``positions``
+        state: what the panel is set to: ``question``, ``direction``, ``layer``, ``step``, ``scale``, ``change``
+            (``"add"``, ``"ablate"`` or ``"cap"``), ``coefficient``, ``towards`` (``"zero"`` or ``"aligned"``), ``positions``
             (``"prompt"``, ``"answer"``, ``"phrase"`` or ``"all"``), ``phrase``, ``seed``, ``temperature``,
             ``max_new_tokens``.
 

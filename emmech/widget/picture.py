@@ -58,17 +58,19 @@ def dose_picture(dose: Dose, settings: Settings) -> str:
     middle = x((first + last) / 2)
     parts.append(f'<text x="{middle:.1f}" y="{_HIGH - 5}" text-anchor="middle">{_UNITS[settings.change]}</text>')
     parts.append(f'<polygon points="{band}" fill="{faint(GREY, 0.35)}"/>')
-    lines = [("misaligned" if dose.judged else "your direction", dose.value, BAD, "")]
-    lines += [("coherent", dose.coherence, GOOD, ' stroke-dasharray="5 3"')] if dose.judged else []
+    lines = [("misaligned" if dose.judged else "your direction", dose.value, f"var(--bad, {BAD})", "")]
+    lines += [("coherent", dose.coherence, f"var(--good, {GOOD})", ' stroke-dasharray="5 3"')] if dose.judged else []
     labels = [(y(float(line[-1])), name, colour) for name, line, colour, _ in lines]
     labels.append((y(float(dose.random[:, -1].mean())), "random directions", GREY))
     for name, line, colour, dash in lines:
-        parts.append(f'<polyline points="{points(line)}" fill="none" stroke="{colour}" stroke-width="2.2"{dash}>'
+        parts.append(f'<polyline points="{points(line)}" style="fill: none; stroke: {colour}; stroke-width: 2.2"{dash}>'
                      f"<title>{name}</title></polyline>")  # fmt: skip
     at = -99.0
     for place, name, colour in sorted(labels):  # labels at the end of their lines, none over another
         at = max(place, at + 14)
-        parts.append(f'<text x="{x(last) + 6:.1f}" y="{at + 4:.1f}" fill="{colour}" font-weight="600">{name}</text>')
+        parts.append(
+            f'<text x="{x(last) + 6:.1f}" y="{at + 4:.1f}" style="fill: {colour}; font-weight: 600">{name}</text>'
+        )
     marker = x(min(max(settings.coefficient, first), last))
     parts.append(f'<line class="emmech-now" x1="{marker:.1f}" x2="{marker:.1f}" y1="{_TOP}" y2="{floor}" '
                  'stroke="currentColor" stroke-dasharray="2 3"/>')  # fmt: skip
@@ -99,7 +101,7 @@ def sentence(settings: dict[str, Any]) -> str:
 
     Example:
         >>> sentence(dict(change="add", coefficient=0.5, layer=2, direction="B", positions="answer", step=None))
-        'At layer 2, 0.5 of the residual norm is added along B, at the answer.'
+        'At layer 2, 0.5 of the residual norm is added along the direction “B”, at the answer.'
     """
     s = settings
     where = {"all": "at every token", "prompt": "at the prompt", "answer": "at the answer"}.get(s["positions"])
@@ -107,9 +109,9 @@ def sentence(settings: dict[str, Any]) -> str:
     share = "" if s["coefficient"] == 1 else f" {100 * s['coefficient']:.0f} % of"
     goal = "set to the aligned mean" if s.get("towards") == "aligned" else "taken out"
     done = {
-        "add": f"{s['coefficient']:g} of the residual norm is added along {s['direction']}",
-        "ablate": f"{share} the component along {s['direction']} is {goal}".strip(),
-        "cap": f"{share} what of {s['direction']} is outside the base model's range is cut off".strip(),
+        "add": f"{s['coefficient']:g} of the residual norm is added along the direction “{s['direction']}”",
+        "ablate": f"{share} the component along the direction “{s['direction']}” is {goal}".strip(),
+        "cap": f"{share} what of the direction “{s['direction']}” is outside the base model's range is cut off".strip(),
     }[s["change"]]
     of = "" if s.get("step") is None else f" Model: step {s['step']}, adapter x {s['scale']:g}."
     return f"At layer {s['layer']}, {done}, {where}.{of}"
@@ -138,7 +140,8 @@ def twin(about: dict[str, Any], seen: dict[str, Any], model_id: str) -> str:
         verdict = rate_text(seen["verdict"][number]) if seen["verdict"] else "" if about["judge"] else "no judge"
         title = title if about["adapted"] or name != "base" else "Unchanged model"
         columns.append(
-            f'<div style="flex: 1 1 200px; min-width: 0"><b>{title}</b><div style="margin: 4px 0">{"".join(words)}</div>'
+            f'<div style="flex: 1 1 200px; min-width: 0"><b>{title}</b>'
+            f'<div style="margin: 4px 0">{"".join(words)}</div>'
             f'<div style="color: {GREY}">{verdict}</div></div>'
         )
     code = f"<details><summary>Code of this state</summary><pre>{escape(seen['code'])}</pre></details>"

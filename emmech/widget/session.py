@@ -360,11 +360,11 @@ class Session:
             told(new)
             return not self.stale()
 
-        s = settings
-        with self.changed(s, (False, True, True), (0, 0, 1), (0.0, s.coefficient, s.coefficient)):
-            with hooked((self.chat.block(s.layer), watch)):
-                said = sample(self.chat, [self._conversation(s.question)] * 3, seed=[s.seed] * 3, stream=write,
-                              temperature=s.temperature, max_new_tokens=s.max_new_tokens, progress=False)  # fmt: skip
+        s, doses = settings, (0.0, settings.coefficient, settings.coefficient)
+        # the change is entered first, so that what is watched is what comes of it
+        with self.changed(s, (False, True, True), (0, 0, 1), doses), hooked((self.chat.block(s.layer), watch)):
+            said = sample(self.chat, [self._conversation(s.question)] * 3, seed=[s.seed] * 3, stream=write,
+                          temperature=s.temperature, max_new_tokens=s.max_new_tokens, progress=False)  # fmt: skip
         self._check()
         return columns, prompt, said
 
@@ -392,13 +392,12 @@ class Session:
         return whole[len(before) :] if whole.startswith(before) else self._text(token)
 
     def verdicts(self, settings: Settings, samples: int) -> Iterator[Counts]:
-        """Counts that grow, one batch of answers of all columns to several questions at a time; none without a judge."""
+        """Counts that grow by a batch of answers of all columns to several questions; none without a judge."""
         if self.judged_by is None:
             return
         every = self.asked.questions
         counts = Counts.none(len(COLUMNS), self.asked.ids)
-        rows = [row for row in self.asked.rows(samples, seed=settings.seed)]
-        rows.sort(key=lambda row: row["sample"])
+        rows = sorted(self.asked.rows(samples, seed=settings.seed), key=lambda row: row["sample"])
         per_round = min(_AT_ONCE, len(every))
         for start in range(0, len(rows), per_round):
             part = rows[start : start + per_round]
@@ -409,7 +408,7 @@ class Session:
     def _judged(
         self, settings: Settings, rows: Sequence[dict[str, Any]], models: Any, doses: Sequence[float], counts: Counts
     ) -> None:
-        """Ask every question of the rows under every condition (whether tuned, which direction; its dose), and judge."""
+        """Ask every row's question under every condition (whether tuned, which direction, its dose), and judge."""
         assert self.judged_by is not None
         asked = [self.asked[row["question_id"]] for row in rows]
         talks = [one.messages(row["paraphrase"]) for one, row in zip(asked, rows, strict=True)]
