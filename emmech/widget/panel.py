@@ -41,9 +41,9 @@ def panel(
         base: the run's base model in memory, to save loading it again.
         transition: a :class:`emmech.PhaseTransition` to mark on the slider of steps; by default that of the run.
         state: what the panel is set to: ``question``, ``direction``, ``layer``, ``step``, ``scale``, ``change``
-            (``"add"``, ``"ablate"`` or ``"cap"``), ``coefficient``, ``towards`` (``"zero"`` or ``"aligned"``), ``positions``
-            (``"prompt"``, ``"answer"``, ``"phrase"`` or ``"all"``), ``phrase``, ``seed``, ``temperature``,
-            ``max_new_tokens``.
+            (``"add"``, ``"ablate"`` or ``"cap"``), ``coefficient``, ``towards`` (``"zero"`` or ``"aligned"``),
+            ``positions`` (``"prompt"``, ``"answer"``, ``"phrase"`` or ``"all"``), ``phrase``, ``seed``,
+            ``temperature``, ``max_new_tokens``.
 
     Returns:
         the panel. ``.state`` is what it is set to and can be assigned; ``.code()`` is that state as a code cell;

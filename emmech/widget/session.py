@@ -181,6 +181,7 @@ class Session:
         self._made: dict[str, Direction] = {}
         self._ranges: dict[Any, np.ndarray] = {}
         self._texts: dict[int, str] = {}
+        self._stops = set(self.chat.stop_ids)
         self._check()
 
     def _sources(self, given: Any) -> dict[str, Callable[[], Direction]]:
@@ -354,7 +355,7 @@ class Session:
                 token = int(drawn.tokens[at])
                 pairs = zip(best.indices[at].tolist(), best.values[at].tolist(), strict=True)
                 alternatives = [(self._text(one), value) for one, value in pairs]
-                text = "" if token in self.chat.stop_ids else self._piece(ids[column], token)
+                text = "" if token in self._stops else self._piece(ids[column], token)
                 new[column] = [Token(text, float(logprobs[at, token]), last[column], alternatives)]
                 columns[column] += new[column]
             told(new)
