@@ -63,7 +63,7 @@ def notebook(cells: list[str], *, theme: str = "JupyterLab Light", width: int = 
         }  # fmt: skip
         options = [f"--ServerApp.port={port}", "--ServerApp.ip=127.0.0.1", f"--IdentityProvider.token={token}",
                    f"--ServerApp.root_dir={home}", "--no-browser", "--ServerApp.allow_root=True",
-                   "--LabApp.news_url="]  # fmt: skip
+                   "--LabApp.news_url=", "--LabApp.expose_app_in_browser=True"]  # fmt: skip
         with (home / "lab.log").open("wb") as log:
             server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], stdout=log, stderr=log,
                                       cwd=home, env=environment)  # fmt: skip

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import anywidget
 import numpy as np
@@ -55,6 +56,7 @@ class Panel(anywidget.AnyWidget):
         self._entries: dict[Settings, dict[str, Any]] = {}
         self._ended = False
         self._twin: Any = None
+        self._twin_id = uuid4().hex[:12]
         self._seen: dict[str, Any] = {}
         session.stale = lambda: self._run != self._asked or self._ended
         super().__init__(state=settings.to_dict(), about=self._describe(None))
@@ -74,6 +76,7 @@ class Panel(anywidget.AnyWidget):
         aligned = [name for name, one in session._made.items() if one.aligned_mean is not None]
         questions = [text for one in session.asked for text in one.paraphrases]
         return {
+            "twin": self._twin_id,
             "name": run.name if run is not None else session.chat.name,
             "steps": run.steps.tolist() if run is not None else [],
             "directions": {name: made.get(name, []) for name in session.names},
@@ -232,7 +235,7 @@ class Panel(anywidget.AnyWidget):
             self._twin.update(HTML(self._repr_html_()))
 
     def _repr_html_(self) -> str:
-        return twin(self.about, self._seen, self.model_id if self.comm else "")
+        return twin(self.about, self._seen)
 
     def _ipython_display_(self, **_: Any) -> None:
         """The live widget, and below it its static twin, which the widget hides and a converted notebook shows."""

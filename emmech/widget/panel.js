@@ -41,7 +41,7 @@ function render({ model, el }) {
   const slider = (name, label, options) => {
     const output = h("output", { for: `${id}-${name}` });
     const input = h("input", { type: "range", id: `${id}-${name}`, "data-name": name, ...options });
-    const row = h("label", { class: "row" }, h("span", { text: label }), output, input);
+    const row = h("label", { class: "row", for: `${id}-${name}` }, h("span", { text: label }), output, input);
     return { input, output, row, label: row.firstChild };
   };
   const choice = (name, options, help = {}) => {
@@ -141,7 +141,7 @@ function render({ model, el }) {
     h("details", { open: true }, h("summary", { text: "What you tried (pin two to compare)" }), tries, compared),
     h("details", {}, h("summary", { text: "Code of this state" }), code, copy));
   el.append(root);
-  const hide = h("style", { text: `.emmech-twin-${model.model_id || "none"} { display: none }` });
+  const hide = h("style", { text: `.emmech-twin-${about().twin} { display: none }` });
   document.head.append(hide);
 
   // ---- moves

@@ -117,12 +117,8 @@ def sentence(settings: dict[str, Any]) -> str:
     return f"At layer {s['layer']}, {done}, {where}.{of}"
 
 
-def twin(about: dict[str, Any], seen: dict[str, Any], model_id: str) -> str:
-    """What the panel shows now, as HTML that needs nothing else.
-
-    Args:
-        model_id: of the live widget, which hides the twin where it runs.
-    """
+def twin(about: dict[str, Any], seen: dict[str, Any]) -> str:
+    """What the panel shows now, as HTML that needs nothing else; the live widget hides it where that runs."""
     if not seen:
         return card(f"Panel: {about['name']}", caveat="Nothing has been answered yet.")
     settings = seen["settings"]
@@ -148,4 +144,4 @@ def twin(about: dict[str, Any], seen: dict[str, Any], model_id: str) -> str:
     asked = f'<div style="margin: 6px 0">\u201c{escape(settings["question"])}\u201d</div>'
     body = f'{asked}<div style="display: flex; flex-wrap: wrap; gap: 16px">{"".join(columns)}</div>{seen["dose"]}{code}'
     shown = card(f"Panel: {about['name']}", "", sentence(settings), body=body)
-    return f'<div class="emmech-twin emmech-twin-{model_id}">{shown}</div>'
+    return f'<div class="emmech-twin emmech-twin-{about["twin"]}">{shown}</div>'

@@ -130,10 +130,7 @@ def test_two_states_are_pinned_and_compared(opened):
 def test_it_is_dark_where_the_page_is(opened):
     page, _ = opened
     assert not page.locator(f"{PANEL}.dark").count()
-    page.emulate_media(color_scheme="dark")
-    page.get_by_role("menuitem", name="Settings", exact=True).click()
-    page.get_by_role("menuitem", name="Theme", exact=True).hover()
-    page.get_by_role("menuitem", name="JupyterLab Dark", exact=True).click()
+    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
     page.wait_for_selector(f"{PANEL}.dark")
 
 
