@@ -71,7 +71,7 @@ def notebook(cells: list[str], *, theme: str = "JupyterLab Light", width: int = 
             _wait_for(f"http://127.0.0.1:{port}/api?token={token}")
             with sync_playwright() as play:
                 browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-                page = browser.new_page(viewport={"width": width, "height": 1400})
+                page = browser.new_page(viewport={"width": width, "height": 1700})
                 page.set_default_timeout(180_000)
                 page.goto(f"http://127.0.0.1:{port}/lab/tree/panel.ipynb?token={token}&reset")
                 page.wait_for_selector(".jp-Notebook .jp-Cell")
@@ -106,12 +106,11 @@ def settled(page: Any) -> None:
     page.wait_for_function("document.querySelector('.emmech-panel .status')?.textContent.startsWith('done')")
 
 
-def main(out: str = "docs/figures/panel.png") -> Path:
+def main(out: Path) -> None:
     """Open the panel on the shipped run and take its picture."""
-    with notebook([OPEN], width=1440) as (page, _):
+    with notebook([OPEN], width=1280) as (page, _):
         run_all(page)
         page.wait_for_selector(".emmech-panel .word")
         settled(page)
         page.locator(".emmech-panel").screenshot(path=out)
-    echo(out)
-    return Path(out)
+    echo(f"{out}: {out.stat().st_size / 1000:.0f} kB")
