@@ -80,7 +80,7 @@ def fit_screening(
 
 @app.command()
 def panel_picture(
-    out: Annotated[Path, typer.Option(help="the picture to write")] = Path("docs/figures/panel.png"),
+    out: Annotated[Path, typer.Option(help="the picture to write")] = Path("docs/figures/panel.jpg"),
 ) -> None:
     """Take the picture of the panel in JupyterLab, in a headless browser."""
     from docs.studies.panel_picture import main

@@ -1,6 +1,6 @@
 """The panel in a real browser: JupyterLab on this machine, driven by Playwright; and its picture for the docs.
 
-``python -m docs.studies panel-picture`` opens the panel on the shipped run and writes ``docs/figures/panel.png``.
+``python -m docs.studies panel-picture`` opens the panel on the shipped run and writes ``docs/figures/panel.jpg``.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def settled(page: Any) -> None:
 
 def main(out: Path) -> None:
     """Open the panel on the shipped run and take its picture."""
-    with notebook([OPEN], width=1280) as (page, _):
+    with notebook([OPEN], width=1440) as (page, _):
         run_all(page)
         page.wait_for_selector(".emmech-panel .word")
         settled(page)
-        page.locator(".emmech-panel").screenshot(path=out)
+        page.locator(".emmech-panel").screenshot(path=out, type="jpeg", quality=82)
     echo(f"{out}: {out.stat().st_size / 1000:.0f} kB")

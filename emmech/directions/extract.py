@@ -219,10 +219,12 @@ def mixed_adapter(chat: ChatModel, scales: torch.Tensor) -> Iterator[None]:
         own = own if rows is None else own[rows.conversation.to(own.device)]
         return output * own.reshape(-1, *[1] * (output.ndim - 1))
 
-    live = LiveEdit(by_row=lambda: True, state=lambda: f"adapter scales {scales.tolist()}")
+    adapters = list(adapter_layers(chat.model))
+    first = max(0, min((info.layer for info, _, _ in adapters), default=0))
+    live = LiveEdit(by_row=lambda: True, state=lambda: f"adapter scales {scales.tolist()}", first=first)
     take_back = register(chat.base, live)
     try:
-        with hooked(*((layer.lora_B[name], hook) for _, layer, name in adapter_layers(chat.model))):
+        with hooked(*((layer.lora_B[name], hook) for _, layer, name in adapters)):
             yield
     finally:
         take_back()

@@ -16,7 +16,7 @@ the cumulative distribution, changes its result only when the best two scores ar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -197,6 +197,7 @@ class ModelSteps:
         which: for each answer, the index of its prompt.
         owners: for each prompt, whose it is, where an intervention has a value for each of ``total`` conversations; by
             default each prompt is one.
+        apart: the first block that may treat two equal prompts differently; those below read each of them once.
     """
 
     def __init__(
@@ -207,6 +208,7 @@ class ModelSteps:
         *,
         owners: Sequence[int] | None = None,
         total: int | None = None,
+        apart: int = 0,
     ) -> None:
         self._chat, self._model, device = chat, chat.base, chat.device
         self.room = context(chat) - max(map(len, prompts))
@@ -225,8 +227,17 @@ class ModelSteps:
         ids = pad(prompts, 0, left=True).to(device)
         columns = torch.arange(ids.shape[1], device=device)[None]
         self._cache = growing_cache(chat)
-        # padding counts as position 0
-        self._logits = self._run(ids, (columns - (ids.shape[1] - lengths[:, None])).clamp(min=0))
+        places = (columns - (ids.shape[1] - lengths[:, None])).clamp(min=0)  # padding counts as position 0
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        if not apart or len(distinct) == len(prompts):
+            self._logits = self._run(ids, places)
+            return
+        copies = torch.tensor([distinct.index(tuple(prompt)) for prompt in prompts], device=device)
+        first = torch.tensor([list(map(tuple, prompts)).index(one) for one in distinct], device=device)
+        with _read_once(chat, apart, first, copies):
+            self._logits = self._run(ids, places)
+        for layer in self._cache.layers[:apart]:
+            getattr(layer, "batch_select_indices", layer.reorder_cache)(copies)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Of each answer's next token."""
@@ -276,6 +287,31 @@ class ModelSteps:
         assert self._texts is not None
         with announcing(self._owner, self._total):
             return _anew(self._chat, self._texts)
+
+
+@contextlib.contextmanager
+def _read_once(
+    chat: ChatModel, apart: int, first: Int[torch.Tensor, " distinct"], copies: Int[torch.Tensor, " rows"]
+) -> Iterator[None]:
+    """Blocks below ``apart`` run rows ``first`` only; what enters ``apart`` is those rows' copies, one for each row."""
+    rows = len(copies)
+
+    def narrow(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(narrow, value))
+        batched = isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == rows
+        return value.index_select(0, first) if batched else value
+
+    def below(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return narrow(args), {name: narrow(value) for name, value in kwargs.items()}
+
+    def widen(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return (args[0].index_select(0, copies), *args[1:]), kwargs
+
+    lower, entered = chat.blocks[:apart], chat.blocks[apart]
+    hooks = [*((block, below) for block in lower), (entered, widen)]
+    with hooked(*hooks, before=True, keywords=True):
+        yield
 
 
 def _anew(chat: ChatModel, texts: Sequence[Sequence[int]]) -> torch.Tensor:

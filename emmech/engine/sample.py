@@ -22,7 +22,7 @@ from emmech.chat.edits import live_edits
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.engine.decode import ModelSteps, context, write_answers
-from emmech.engine.modules import evaluating
+from emmech.engine.modules import evaluating, has_hooks
 from emmech.engine.responses import Response, ResponseLog, check_request, digest, row_seeds
 from emmech.errors import EmmechError
 from emmech.progress import bar
@@ -120,7 +120,12 @@ def sample(
     log = ResponseLog(out, {"request": request, "rows": len(rows), **drawing})
     cancelled: list[int] = []
     # what is live may treat equal prompts differently; then each conversation is read for itself
-    apart = any(edit.by_row() for edit in live_edits(chat.base))
+    edits = live_edits(chat.base)
+    apart = any(edit.by_row() for edit in edits)
+    # below all of them equal prompts are equal still, unless a hook that is not ours can tell them apart
+    first = min((edit.first for edit in edits), default=0) if apart and chat.family.written_out else 0
+    if any(has_hooks(module) for block in chat.blocks[:first] for module in block.modules()):
+        first = 0
     with torch.no_grad(), evaluating(chat), bar(len(rows), "sampling", progress=progress) as shown:
         shown.update(len(log.done))
         for batch in batches:
@@ -137,6 +142,7 @@ def sample(
                 [distinct.index(reading) for reading in readings],
                 owners=[asked[readings.index(reading)] for reading in distinct],
                 total=len(prompts),
+                apart=first,
             )
             told = None if stream is None else _telling(stream, [rows[row] for row in batch])
             answers = write_answers(chat, steps, [seeds[row] for row in batch], drawn=told, **drawing)

@@ -326,7 +326,7 @@ def edit_residual(
     fixed = digest(description, where.identity, *map(_bytes, (*vectors.values(), *targets.values())))
     each = each or any(target.ndim == 2 for target in targets.values())
     by_row, state = lambda: each or handle.coefficient.ndim == 1, lambda: f"{fixed} {handle.coefficient.tolist()}"
-    edits.callback(register(chat.base, LiveEdit(by_row, state)))
+    edits.callback(register(chat.base, LiveEdit(by_row, state, min(vectors))))
     if not where.everywhere:
         edits.enter_context(hooked((chat.trunk, where.see), before=True, keywords=True))
     for layer, vector in vectors.items():

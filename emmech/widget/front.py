@@ -56,10 +56,13 @@ class Panel(anywidget.AnyWidget):
         self._entries: dict[Settings, dict[str, Any]] = {}
         self._ended = False
         self._twin: Any = None
+        self._own: dict[str, Any] | None = None
+        self._transition: dict[str, Any] | None = None
+        self._describing = threading.Lock()
         self._twin_id = uuid4().hex[:12]
         self._seen: dict[str, Any] = {}
         session.stale = lambda: self._run != self._asked or self._ended
-        super().__init__(state=settings.to_dict(), about=self._describe(None))
+        super().__init__(state=settings.to_dict(), about=self._describe())
         self.observe(self._moved, "state")
         self._thread = threading.Thread(target=self._work, name="emmech panel", daemon=True)
         self._asked = 1
@@ -70,7 +73,7 @@ class Panel(anywidget.AnyWidget):
 
     # what is offered
 
-    def _describe(self, transition: Any) -> dict[str, Any]:
+    def _describe(self) -> dict[str, Any]:
         session, run = self._session, self._session.run
         made = {name: list(one.layers) for name, one in session._made.items()}
         aligned = [name for name, one in session._made.items() if one.aligned_mean is not None]
@@ -88,7 +91,7 @@ class Panel(anywidget.AnyWidget):
             "adapted": session.adapted,
             "limit": self._samples * len(session.asked),
             "randoms": RANDOMS,
-            "transition": transition,
+            "transition": self._transition,
         }
 
     def _mark(self, transition: Any) -> None:
@@ -96,15 +99,22 @@ class Panel(anywidget.AnyWidget):
         try:
             found = phase_transition(self._session.run) if transition is None else transition
             turn = found.mechanistic
-            marked = {"step": turn.step, "low": turn.low, "high": turn.high, "text": str(turn)}
+            self._transition = {"step": turn.step, "low": turn.low, "high": turn.high, "text": str(turn)}
         except EmmechError as error:
-            marked = {"step": None, "text": error.why}
-        self.about = {**self.about, "transition": marked}
+            self._transition = {"step": None, "text": error.why}
+        self._redescribe()
+
+    def _redescribe(self) -> None:
+        with self._describing:
+            self.about = self._describe()
 
     # moves
 
     def _moved(self, change: Any) -> None:
         """A state from the front end, or assigned in a cell; what is being computed is stale from here on."""
+        if change["new"] == self._own:  # made here, of a move that is being computed
+            self._own = None
+            return
         self._asked += 1
         self._idle.clear()
         self._answered.clear()
@@ -137,14 +147,12 @@ class Panel(anywidget.AnyWidget):
             self._tell(status="reading the direction from answers ...")
         layers = session.direction(settings.direction).layers
         if self.about["directions"].get(settings.direction) != list(layers):
-            self.about = {**self._describe(self.about["transition"])}
+            self._redescribe()
         if settings.layer not in layers and settings.direction != self._settings.direction:
             nearest = min(layers, key=lambda layer: abs(layer - settings.layer))
             settings = replace(settings, layer=nearest)
-            with self.hold_trait_notifications():
-                self.unobserve(self._moved, "state")
-                self.state = settings.to_dict()
-            self.observe(self._moved, "state")
+            self._own = settings.to_dict()
+            self.state = self._own
         session.check(settings)
         self._settings = settings
         return settings

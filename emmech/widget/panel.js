@@ -125,7 +125,8 @@ function render({ model, el }) {
   const code = h("pre", { tabindex: "0" });
   const copy = h("button", { type: "button", text: "Copy", onclick: () => copied() });
 
-  const root = h("div", { class: "emmech-panel", role: "region", "aria-label": `Panel of ${about().name}` },
+  // without that mark JupyterLab takes the arrow keys for its cells
+  const root = h("div", { class: "emmech-panel", "data-lm-suppress-shortcuts": "true", role: "region", "aria-label": `Panel of ${about().name}` },
     h("header", {}, h("h3", { text: about().name }),
       h("span", { class: "soft", text: "change the model, compare three answers with one seed" }), status),
     h("div", { class: "groups" }, modelGroup, directionGroup, changeGroup),

@@ -24,7 +24,7 @@ from emmech.chat.model import ChatModel, load_model
 from emmech.directions.direction import Direction, unit_rows
 from emmech.directions.extract import mixed_adapter
 from emmech.directions.sources import adapter_direction, has_adapter, misalignment_direction
-from emmech.engine.adapters import attach, detach
+from emmech.engine.adapters import adapter_layers, attach, detach
 from emmech.engine.logprobs import answer_logprobs
 from emmech.engine.modules import hooked
 from emmech.engine.responses import Response
@@ -283,9 +283,10 @@ class Session:
             raise Stale
 
     @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Whatever runs the model inside ends within one block once the settings are stale."""
-        with hooked(*((block, lambda module, inputs: self._check()) for block in self.chat.blocks), before=True):
+    def _interruptible(self, first: int = 0) -> Iterator[None]:
+        """Whatever runs the model inside ends within a block, from the ``first`` on, once the settings are stale."""
+        later = self.chat.blocks[first:]
+        with hooked(*((block, lambda module, inputs: self._check()) for block in later), before=True):
             yield
 
     @contextmanager
@@ -317,7 +318,8 @@ class Session:
                 self._ranges[key] = found
             edit = partial(cap, layers=s.layer, strength=doses, within=self._ranges[key][np.asarray(which)])
         mixed = mixed_adapter(chat, torch.tensor(tuned, dtype=torch.float32)) if self.adapted else nullcontext()
-        with self._interruptible(), mixed, edit(chat, vectors, positions=positions):
+        first = min([s.layer, *(info.layer for info, _, _ in adapter_layers(chat.model))])
+        with self._interruptible(first), mixed, edit(chat, vectors, positions=positions):
             yield
 
     def answers(
