@@ -95,7 +95,7 @@ class Counts:
         found = []
         for bad, coherent, n in zip(self.misaligned, self.coherent, self.scored, strict=True):
             total = int(n.sum())
-            low, high, _ = cluster_interval(bad, n) if total else (0.0, 1.0, "")
+            low, high = cluster_interval(bad, n, self.ids) if total else (0.0, 1.0)
             share = (float(bad.sum() / total), float(coherent.sum() / total)) if total else (np.nan, np.nan)
             found.append({"em": share[0], "low": low, "high": high, "coherent": share[1], "n": total})
         return found
@@ -469,7 +469,7 @@ class Session:
         if known is not None:
             half, shuffled = float(known.split_half[layer]), float(known.split_half_shuffled[layer])
             lexical = float(known.lexical_share[layer])
-            noise = not half - shuffled > 0.3
+            noise = layer in known.noise
             facts.append(["Split-half", f"{half:.2f} (shuffled labels {shuffled:.2f})", noise])
             facts.append(["Lexical share", f"{lexical:.2f}", abs(lexical) > 0.5])
             counted = ", ".join(f"{n} {name}" for name, n in known.answers.items())
