@@ -112,5 +112,5 @@ def main(out: Path) -> None:
         run_all(page)
         page.wait_for_selector(".emmech-panel .word")
         settled(page)
-        page.locator(".emmech-panel").screenshot(path=out, type="jpeg", quality=82)
+        page.locator(".emmech-panel").screenshot(path=out, type="jpeg", quality=72)
     echo(f"{out}: {out.stat().st_size / 1000:.0f} kB")
