@@ -125,8 +125,7 @@ function render({ model, el }) {
   const code = h("pre", { tabindex: "0" });
   const copy = h("button", { type: "button", text: "Copy", onclick: () => copied() });
 
-  // without that mark JupyterLab takes the arrow keys for its cells
-  const root = h("div", { class: "emmech-panel", "data-lm-suppress-shortcuts": "true", role: "region", "aria-label": `Panel of ${about().name}` },
+  const root = h("div", { class: "emmech-panel", role: "region", "aria-label": `Panel of ${about().name}` },
     h("header", {}, h("h3", { text: about().name }),
       h("span", { class: "soft", text: "change the model, compare three answers with one seed" }), status),
     h("div", { class: "groups" }, modelGroup, directionGroup, changeGroup),
@@ -141,6 +140,8 @@ function render({ model, el }) {
       h("div", { class: "soft key" }, h("span", { text: "away from the direction" }), h("i"), h("span", { text: "along it, against the base model’s answer" }))),
     h("details", { open: true }, h("summary", { text: "What you tried (pin two to compare)" }), tries, compared),
     h("details", {}, h("summary", { text: "Code of this state" }), code, copy));
+  // JupyterLab would take the arrow keys for its cells
+  root.addEventListener("keydown", (event) => event.key.startsWith("Arrow") && event.stopPropagation());
   el.append(root);
   const hide = h("style", { text: `.emmech-twin-${about().twin} { display: none }` });
   document.head.append(hide);
