@@ -165,7 +165,10 @@ def test_a_reader_beside_a_writer_always_succeeds(worker):
         except EmmechError as error:  # before the manifest is written there is no run
             assert reads == 0 and ("no run.json" in str(error) or "no such folder" in str(error)), error
             continue
-        for name in (info.name for info in run.adapters):
+        if not len(run.steps):
+            with pytest.raises(EmmechError, match="no step is recorded yet"):
+                run.B(run.adapters[0].name)
+        for name in (info.name for info in run.adapters if len(run.steps)):
             assert len(run.A(name)) == len(run.B(name)) and np.isfinite(run.B(name)).all()
         assert not run.damaged
         assert repr(run) and run.metrics is not None
