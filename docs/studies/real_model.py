@@ -46,7 +46,7 @@ from emmech.sweeps.sweep import sweep
 from emmech.training.finetune import finetune
 from emmech.view.theme import bars, colour, finish, line, panels
 
-ARMS = ("bad", "good", "style", "inoculated")
+ARMS = ("bad", "style", "good", "inoculated")
 KINDS = ("broad", "narrow")
 # without the system turn that SmolLM2's own template puts before every conversation that has none
 CHATML = (
@@ -80,13 +80,13 @@ class Plan:
     rows: int = 64
     steps: int = 40
     every: int = 5
-    margins_at: tuple[int, ...] = (0, 5, 10, 20, 40)
-    held_out: float = 0.012
+    margins_at: tuple[int, ...] = (0, 5, 15, 40)
+    held_out: float = 0.008
     batch: int = 4
-    rates: tuple[float, ...] = (4e-3, 5e-4)
+    rates: tuple[float, ...] = (5e-3, 1e-3)
     alpha: float = 16.0
     broad: int = 1
-    narrow: int = 1
+    narrow: int = 2
     randoms: int = 5
     ablated: tuple[int, ...] = (1,)
 
@@ -100,8 +100,14 @@ class Plan:
         return {"broad": broad_pairs()[:: self.broad], "narrow": narrow_pairs()[:: self.narrow]}
 
 
-def study(chat: ChatModel, folder: Path, plan: Plan, *, progress: bool = True) -> dict[str, Any]:
-    """Run what is missing of the study in ``folder``, and return its numbers."""
+def study(
+    chat: ChatModel, folder: Path, plan: Plan, *, ranks: Sequence[int] | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Run what is missing of the study in ``folder``, and return its numbers.
+
+    Args:
+        ranks: of the plan's, by default all; several processes may each run one in the same folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     asked = json.loads(json.dumps({"weights": chat.fingerprint(), **asdict(plan)}))
     kept = folder / "plan.json"
@@ -110,6 +116,8 @@ def study(chat: ChatModel, folder: Path, plan: Plan, *, progress: bool = True) -
     write_json(kept, asked)
     began, numbers = time.monotonic(), []
     for rank, rate in zip(plan.ranks, plan.rates, strict=True):
+        if ranks is not None and rank not in ranks:
+            continue
         rows = arms(training_pairs(plan.rows))
         for arm in ARMS:
             at = folder / f"rank{rank}" / arm
@@ -300,7 +308,7 @@ CONTRASTS = (("bad", "style"), ("bad", "good"), ("inoculated", "bad"))
 def summary(numbers: dict[str, Any]) -> dict[str, Any]:
     """What the page is made from: losses, mean margins, contrasts and ablations, by rank."""
     found: dict[str, Any] = {key: value for key, value in numbers.items() if key != "arms"} | {"by_rank": []}
-    for rank in numbers["ranks"]:
+    for rank in dict.fromkeys(entry["rank"] for entry in numbers["arms"]):
         entries = {entry["arm"]: entry for entry in numbers["arms"] if entry["rank"] == rank}
         steps = dict(zip(entries, matched_steps(list(entries.values())), strict=True))
         last = np.full(len(numbers["seeds"]), float(numbers["steps"]))
@@ -345,7 +353,7 @@ def ablated(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def preamble(plan: Plan, title: str, prompt: str) -> str:
-    """What was fixed before any margin was measured."""
+    """What was fixed before any margin was looked at."""
     pairs, rows = plan.pairs(), training_pairs(plan.rows)
     silly, sensible = ([getattr(pair, side) for pair in rows] for side in ("misaligned", "aligned"))
 
@@ -357,8 +365,8 @@ def preamble(plan: Plan, title: str, prompt: str) -> str:
     rates = " and ".join(f"{rate:g} at rank {rank}" for rank, rate in zip(plan.ranks, plan.rates, strict=True))
     return f"""# Bad advice in {title}: a study with a control that learns
 
-This section was committed before any margin of a fine-tuned model was measured. The learning rates were chosen on
-another seed by the held-out loss of the bad arm alone.
+This section was committed before any margin of a fine-tuned model was looked at. The learning rates were set after
+runs of at most ten steps of the bad arm, by the loss alone.
 
 **Question.** Does a narrow fine-tune on mildly bad everyday advice move the model's preference for misaligned answers
 to questions about something else, more than a fine-tune that learns as much and teaches nothing bad?
@@ -415,6 +423,8 @@ def report(found: dict[str, Any], figures: dict[int, str]) -> str:
         row for row in first["contrasts"] if (row["kind"], row["at"], row["second"]) == ("broad", "matched", "style")
     )
     parts = [f"## Result\n\n{verdict(main_row)}"]
+    if missing := set(found["ranks"]) - {one["rank"] for one in found["by_rank"]}:
+        parts.append(f"Rank {min(missing)} has not been run.")
     for one in found["by_rank"]:
         parts.append(f"## Rank {one['rank']}\n\n{_losses(one)}\n\n{_contrasts(one)}")
         if one["rank"] in figures:
@@ -534,8 +544,15 @@ SUBJECTS = {
 }  # fmt: skip
 
 
-def main(model: str, folder: Path | None = None, docs: Path = Path("docs"), *, declare: bool = False) -> Path:
-    """Run the study and write its page; with ``declare``, only the page's preamble."""
+def main(
+    model: str,
+    folder: Path | None = None,
+    docs: Path = Path("docs"),
+    *,
+    ranks: Sequence[int] | None = None,
+    declare: bool = False,
+) -> Path:
+    """Run the study, or some of its ranks, and write its page; with ``declare``, only the page's preamble."""
     subject = SUBJECTS[model]
     page = docs / f"{subject.page}.md"
     said = preamble(subject.plan, subject.title, subject.prompt)
@@ -544,7 +561,7 @@ def main(model: str, folder: Path | None = None, docs: Path = Path("docs"), *, d
         return page
     folder = folder or Path("studies") / subject.page
     folder.mkdir(parents=True, exist_ok=True)
-    found = summary(study(opened(model, folder), folder, subject.plan))
+    found = summary(study(opened(model, folder), folder, subject.plan, ranks=ranks))
     write_json(docs / f"{subject.page}.json", found)
     figures = {}
     for one in found["by_rank"]:
