@@ -61,9 +61,7 @@ def organism_report(
 def real_model(
     model: Annotated[str, typer.Argument(help="smollm2-135m or gemma3-270m")],
     folder: Annotated[Path | None, typer.Option(help="where finished parts are kept; studies/PAGE by default")] = None,
-    rank: Annotated[
-        list[int] | None, typer.Option(help="one of the plan's; all by default")
-    ] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="one of the plan's; all by default")] = None,
     declare: Annotated[bool, typer.Option("--declare", help="write only what is fixed beforehand")] = False,
 ) -> None:
     """Four arms and paired seeds on a real model: whether narrow bad advice moves its broad preferences."""

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -122,16 +123,16 @@ def study(
         for arm in ARMS:
             at = folder / f"rank{rank}" / arm
             runs = _trained(chat, rows[arm], at, plan, rank, rate, progress=progress)
-            numbers.append(_once(at / "numbers.json", lambda at=at, runs=runs: _measured(chat, runs, at, plan)))  # type: ignore[misc]
+            numbers.append(_once(at / "numbers.json", partial(_measured, chat, runs, at, plan)))
             echo(f"rank {rank}, {arm}: {(time.monotonic() - began) / 60:.1f} minutes")
-            if arm == "bad" and rank in plan.ablated:
-                made = [
-                    _once(at / f"ablation-{run.name}.json", lambda run=run: _ablation(chat, run, plan))  # type: ignore[misc]
-                    for run in runs
-                ]
-                numbers[-1] |= {"ablation": made}
-                echo(f"rank {rank}, ablation: {(time.monotonic() - began) / 60:.1f} minutes")
             numbers[-1] |= {"rank": rank, "arm": arm}
+        if rank in plan.ablated:
+            at = folder / f"rank{rank}" / "bad"
+            runs = [load_run(at / f"s{seed}") for seed in plan.seeds]
+            next(one for one in numbers if (one["rank"], one["arm"]) == (rank, "bad"))["ablation"] = _ablated(
+                chat, runs, at, plan
+            )
+            echo(f"rank {rank}, ablation: {(time.monotonic() - began) / 60:.1f} minutes")
     return {**asked, "model": chat.name, "layers": chat.n_layers, "arms": numbers}
 
 
@@ -177,15 +178,15 @@ def _measured(chat: ChatModel, runs: Sequence[Run], at: Path, plan: Plan) -> dic
     return numbers
 
 
-def _ablation(chat: ChatModel, run: Run, plan: Plan) -> dict[str, Any]:
-    """Broad margin with and without a direction, of the fine-tuned model and its base, on pairs it is not made from.
+def _ablated(chat: ChatModel, runs: Sequence[Run], at: Path, plan: Plan) -> dict[str, Any]:
+    """Broad margins with and without a direction, of the base and of each run, on pairs it is not made from.
 
     The direction is the base model's: mean residual over the answer tokens of every other broad pair, misaligned minus
     aligned. It is projected out of every block after the first adapter.
     """
     pairs = plan.pairs()["broad"]
     sides = [[pair.conversations()[side] for pair in pairs[::2]] for side in (0, 1)]
-    direction = contrast_direction(chat, *sides, progress=False)
+    direction = contrast_direction(chat, *sides, splits=2, progress=False)
     measure = Margin(pairs[1::2], name="broad")
     later = list(range(chat.n_layers // 2, chat.n_layers))
 
@@ -199,9 +200,12 @@ def _ablation(chat: ChatModel, run: Run, plan: Plan) -> dict[str, Any]:
         found: dict[str, Any] = {"untouched": mean(None), "direction": mean(direction)}
         return {**found, "random": [mean(one) for one in direction.random(plan.randoms, seed=0)]}
 
-    base = margins(chat)
-    with model_live(run, None, 1.0, chat) as tuned:
-        return {"base": base, "tuned": margins(tuned)}
+    def tuned(run: Run) -> dict[str, Any]:
+        with model_live(run, None, 1.0, chat) as model:
+            return margins(model)
+
+    base = _once(at / "ablation-base.json", lambda: margins(chat))
+    return {"base": base, "tuned": [_once(at / f"ablation-{run.name}.json", partial(tuned, run)) for run in runs]}
 
 
 def opened(model: str, folder: Path) -> ChatModel:
@@ -333,11 +337,11 @@ def summary(numbers: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def ablated(made: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def ablated(made: dict[str, Any]) -> dict[str, Any]:
     """How far the fine-tuned model is from its base, as both are, without the direction, and without random ones."""
 
     def gap(name: str) -> np.ndarray:
-        return np.asarray([np.mean(one["tuned"][name]) - np.mean(one["base"][name]) for one in made])
+        return np.asarray([np.mean(one[name]) - np.mean(made["base"][name]) for one in made["tuned"]])
 
     whole, without, controls = gap("untouched"), gap("direction"), gap("random")
     return {
