@@ -1,8 +1,8 @@
 """The geometry of a trajectory: local cosine, turn angle, norms, principal components, principal angles, comp.
 
 Pure functions of arrays. A *path* is ``[..., steps, d]``: the raw vectors B (or A) at the recorded steps, neither
-normalised nor multiplied by the scaling; leading axes are independent paths. The parameter ``k`` counts recorded
-steps, not optimiser steps, and positions closer than ``k`` to an end are NaN.
+normalised nor multiplied by the scaling; leading axes are independent paths. The parameter ``k``, the half-width of a
+window, counts recorded steps, not optimiser steps, and positions closer than ``k`` to an end are NaN.
 
 Sign convention: the local cosine is taken at the middle point, looking back and looking ahead. A straight path
 gives -1, a right-angle turn 0, a reversal +1, so **high means a turn**. Definition: Model Organisms for Emergent
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from einops import rearrange
 
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, one_of
 
 Array = npt.NDArray[np.float64]
 
@@ -35,8 +36,6 @@ def local_cosine(path: npt.ArrayLike, k: int, floor: float = 0.0) -> Array:
     """Local cosine c_k(t) = cos(v[t-k] - v[t], v[t+k] - v[t]) along the path.
 
     Args:
-        path: ``[..., steps, d]``.
-        k: half-width of the window, in recorded steps.
         floor: keep t only where the longer of the two displacements exceeds this; below it the cosine is an angle
             between two pieces of noise.
 
@@ -89,20 +88,14 @@ def peak_height(series: npt.ArrayLike, k: int) -> Array:
 
 @dataclass(frozen=True, eq=False)
 class PrincipalComponents:
-    """Principal components of a centred path.
+    """Principal components of a centred path."""
 
-    Attributes:
-        scores: ``[steps, components]``, coordinates of the path (units of the path).
-        axes: ``[components, d]``, orthonormal.
-        explained: ``[components]``, fractions of the variance.
-    """
-
-    scores: Array
-    axes: Array
-    explained: Array
+    scores: Array  # [steps, components], coordinates of the path in its own units
+    axes: Array  # [components, d], orthonormal
+    explained: Array  # [components], fractions of the variance
 
     def turning_point(self, component: int = 1) -> int:
-        """Index at which a component lies farthest from the straight line between its two ends."""
+        """Index at which a component is farthest from the straight line between its two ends."""
         y = self.scores[:, component]
         return int(np.argmax(np.abs(y - np.linspace(y[0], y[-1], len(y)))))
 
@@ -131,13 +124,11 @@ def principal_cosines(path: npt.ArrayLike, k: int) -> Array:
     The natural generalisation of the local cosine to rank r. The displacements B[t-k] - B[t] and B[t+k] - B[t] are
     ``[d, r]``; the principal angles of their column spaces come from their orthonormal polar frames. Angles between
     subspaces have no sign, so each principal pair takes the sign of the product of the two column combinations that
-    form it: positive where the same combination of columns turns back, negative where it goes on. The result does
-    not change under one rotation of the columns for the whole path, and **at r = 1 it equals**
-    :func:`local_cosine`.
+    form it: positive where the same combination of columns turns back, negative where it goes on. The result does not
+    change under one rotation of the columns for the whole path, and **at r = 1 it equals** :func:`local_cosine`.
 
     Args:
         path: ``[..., steps, d, r]``.
-        k: half-width of the window, in recorded steps.
 
     Returns:
         ``[..., steps, r]``, by decreasing absolute value within a step; high means a turn.
@@ -151,9 +142,7 @@ def principal_cosines(path: npt.ArrayLike, k: int) -> Array:
     sense = np.einsum("...ri,...ir->...i", p, qt)
     values = np.clip(s, 0.0, 1.0) * np.where(sense < 0, -1.0, 1.0)
     values = np.where((back_ok & ahead_ok)[..., None], values, np.nan)
-    out = np.full((*b.shape[:-2], b.shape[-1]), np.nan)
-    out[..., k : n - k, :] = values
-    return out
+    return rearrange(_pad(rearrange(values, "... steps r -> ... r steps"), k), "... r steps -> ... steps r")
 
 
 def principal_angles(first: npt.ArrayLike, second: npt.ArrayLike) -> Array:
@@ -168,8 +157,8 @@ def comp_score(vectors: npt.ArrayLike, centre: str = "adapters") -> Array:
 
     comp(X, Y) = ||X^T Y||_F / (||X||_F ||Y||_F), with X the vectors at a step and Y those at the last step, as in
     Convergent Linear Representations of Emergent Misalignment (arXiv 2506.11618). X and Y are ``[adapters, d]``, so the
-    score compares which adapters agree with which, ||X^T Y||_F^2 = <X X^T, Y Y^T>: a rotation common to all adapters
-    leaves it as it is (the turn sees that one).
+    score compares which adapters agree with which: a rotation common to all adapters leaves it as it is, and shows in
+    the turn instead.
 
     Args:
         vectors: ``[..., adapters, steps, d]``.
@@ -177,36 +166,23 @@ def comp_score(vectors: npt.ArrayLike, centre: str = "adapters") -> Array:
             adapter's mean over the steps, as one public implementation does.
 
     Returns:
-        ``[..., steps]`` in [0, 1]; high means that the adapters are arranged as at the end. At the
-        end it is 1 where the adapters span one direction, 1 / sqrt(r) where they span r equal ones. NaN where X is
-        zero.
+        ``[..., steps]`` in [0, 1]; high means that the adapters are arranged as at the end. At the end it is 1 where
+        the adapters span one direction, 1 / sqrt(r) where they span r equal ones. NaN where X is zero.
 
     Raises:
         EmmechError: fewer than two adapters, or another word for ``centre``.
     """
     x = np.asarray(vectors, dtype=np.float64)
     if x.ndim < 3 or x.shape[-3] < 2:
-        raise EmmechError(
-            "compute the comp score",
-            f"vectors of shape {x.shape}",
-            "it compares the arrangement of at least two adapters",
-            "pass [adapters, steps, d]; for one adapter use local_cosine",
-        )
-    if centre not in ("adapters", "steps"):
-        from emmech.errors import closest
-
-        raise EmmechError(
-            "compute the comp score",
-            f"centre={centre!r}",
-            "the mean is removed over one of two axes",
-            closest(centre, ["adapters", "steps"]),
-        )
+        why, instead = "it compares at least two adapters", "[adapters, steps, d]; for one adapter, local_cosine"
+        raise EmmechError("compute the comp score", f"vectors of shape {x.shape}", why, instead)
+    why = "the mean is removed over one of two axes"
+    one_of("compute the comp score", "centre", centre, ("adapters", "steps"), why=why)
     x = x - x.mean(axis=-3 if centre == "adapters" else -2, keepdims=True)
     x = np.moveaxis(x, -3, -2)  # [..., steps, adapters, d]
-    y = x[..., -1:, :, :]
     # ||X^T Y||_F^2 = <X X^T, Y Y^T>: adapters x adapters products instead of d x d ones
     gram_x = x @ np.swapaxes(x, -1, -2)
-    gram_y = y @ np.swapaxes(y, -1, -2)
+    gram_y = gram_x[..., -1:, :, :]
     cross = np.sqrt(np.maximum(np.sum(gram_x * gram_y, axis=(-1, -2)), 0.0))
     size = np.sqrt(np.trace(gram_x, axis1=-2, axis2=-1) * np.trace(gram_y, axis1=-2, axis2=-1))
     return np.where(size > 0, cross / np.where(size > 0, size, 1.0), np.nan)

@@ -60,13 +60,5 @@ def realign(
     if recipe is None and run.manifest.get("recipe"):
         saved: dict[str, Any] = run.manifest["recipe"]  # JSON has no tuples
         recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})  # type: ignore[arg-type]
-    return finetune(
-        base if base is not None else run.base(),
-        data,
-        recipe=recipe,
-        start=(run, step),
-        adapter=adapter,
-        seed=seed,
-        out=out,
-        **overrides,
-    )
+    overrides |= {"recipe": recipe, "start": (run, step), "adapter": adapter, "seed": seed, "out": out}
+    return finetune(base if base is not None else run.base(), data, **overrides)

@@ -64,9 +64,8 @@ class Organism:
 
     def owns(self, config: Any, tokenizer: Any) -> bool:
         """Whether a model of this configuration and tokenizer belongs to the organism."""
-        return getattr(config, MARK, None) == self.name or (
-            self.recognises is not None and self.recognises(config, tokenizer)
-        )
+        marked = getattr(config, MARK, None) == self.name
+        return marked or (self.recognises is not None and self.recognises(config, tokenizer))
 
     def load(self, name: str) -> tuple[Any, Any]:
         """A model of this organism with its tokenizer, marked as such where it would not be recognised otherwise."""

@@ -20,6 +20,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from emmech.errors import EmmechError
 
 _STEP_FILE = re.compile(r"step-(\d+)\.safetensors$")
 _STACKED = "stacked.safetensors"
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # what half a file raises
+_KINDS = {"F": "f", "I": "i", "U": "u"}  # safetensors's and NumPy's letters
 _CHECK = "sum/"  # of every row of every tensor, in the same file
 
 
@@ -80,39 +83,38 @@ class Series:
 
     def _reload(self) -> None:
         self.damaged.clear()
+        self._stacked: _File | None = None
         self._stacked_steps = np.empty(0, dtype=np.int64)
-        self.keys: tuple[str, ...] = ()
-        self._loose: dict[int, Path] = {}
-        if not self.folder.is_dir():
-            self.steps = self._stacked_steps
-            return
+        self._loose: dict[int, _File] = {}
         # listed before the stacked file is opened: a step that is stacked in between is then in both, not in neither
-        entries = sorted(os.scandir(self.folder), key=lambda entry: entry.name)
-        stacked = self.folder / _STACKED
-        if stacked.exists() and (header := self._header(stacked)) is not None:
-            self.keys, self._stacked_steps = header
-        known = set(self._stacked_steps.tolist())
-        for entry in entries:
-            path, match = Path(entry.path), _STEP_FILE.search(entry.name)
-            if match and int(match[1]) not in known and path.exists() and (header := self._header(path)) is not None:
-                self._loose[int(match[1])] = path
-                self.keys = self.keys or header[0]
-        self.steps = np.array(sorted(known | set(self._loose)), dtype=np.int64)
-
-    def _header(self, path: Path) -> tuple[tuple[str, ...], np.ndarray] | None:
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(path, framework="np") as file:
-                names = list(file.keys())
-                keys = tuple(name for name in names if name != "steps" and not name.startswith(_CHECK))
-                steps = file.get_tensor("steps") if path.name == _STACKED else np.empty(0, np.int64)
-                if f"{_CHECK}steps" in names and file.get_tensor(f"{_CHECK}steps")[0] != _checksums(steps[None])[0]:
-                    raise ValueError("the steps are damaged")
-        except (SafetensorError, OSError, ValueError):
+            names = [entry.name for entry in os.scandir(self.folder)]
+        except (FileNotFoundError, NotADirectoryError):
+            names = []
+        if names and (stacked := self._opened(self.folder / _STACKED)):
+            self._stacked, self._stacked_steps = stacked, stacked.steps
+        loose = {int(match[1]): name for name in names if (match := _STEP_FILE.search(name))}
+        for step in sorted(loose.keys() - self._stacked_steps.tolist()) if loose else ():
+            if file := self._opened(self.folder / loose[step]):
+                self._loose[step] = file
+        self._index()
+
+    def _index(self) -> None:
+        files = [self._stacked, *self._loose.values()]
+        self.keys: tuple[str, ...] = next((file.keys for file in files if file is not None), ())
+        self.steps = self._stacked_steps
+        if self._loose:
+            self.steps = np.union1d(self.steps, np.array([*self._loose], dtype=np.int64))
+
+    def _opened(self, path: Path) -> _File | None:
+        """A file's index; None without such a file, and where it is damaged."""
+        try:
+            return _File(path)
+        except FileNotFoundError:
+            pass
+        except (*_DAMAGED, OSError):
             self.damaged.append(path)
-            return None
-        return keys, steps
+        return None
 
     def append(self, step: int, tensors: Mapping[str, np.ndarray]) -> None:
         """Write one step; it exists in full or not at all, whenever the process dies.
@@ -126,9 +128,8 @@ class Series:
         with _kept(f"record step {step}", path):
             self.folder.mkdir(parents=True, exist_ok=True)
             _save({key: value[0] for key, value in rows.items()} | checks, path)
-        self._loose[step] = path
-        self.keys = self.keys or tuple(tensors)
-        self.steps = np.unique(np.append(self.steps, np.int64(step)))
+        self._loose[step] = _File(path)
+        self._index()
 
     def read(self, key: str) -> Float[np.ndarray, "steps *shape"]:
         """All recorded steps of one tensor, stacked: ``[steps, *shape]``.
@@ -138,15 +139,14 @@ class Series:
         """
 
         def read() -> np.ndarray:
-            stacked = len(self._stacked_steps) > 0
-            rows = self._rows(self.folder / _STACKED, key, slice(None)) if stacked else np.empty(0)
-            if stacked and not self._loose:
+            rows = self._rows(self._stacked, key) if self._stacked else np.empty(0)
+            if not self._loose:
                 return rows
             by_step = dict(zip(self._stacked_steps.tolist(), rows, strict=True))
-            by_step |= {step: self._rows(path, key, None) for step, path in self._loose.items()}
+            by_step |= {step: self._rows(file, key)[0] for step, file in self._loose.items()}
             return np.stack([by_step[step] for step in self.steps.tolist()])
 
-        return self._again(read)
+        return self._again(key, read)
 
     def read_step(self, key: str, step: int) -> np.ndarray:
         """One step of one tensor, ``[*shape]``, without reading the others.
@@ -156,43 +156,34 @@ class Series:
         """
 
         def read() -> np.ndarray:
-            if step in self._loose:
-                return self._rows(self._loose[step], key, None)
+            if (file := self._loose.get(step)) is not None:
+                return self._rows(file, key)[0]
             row = int(np.searchsorted(self._stacked_steps, step))
-            return self._rows(self.folder / _STACKED, key, slice(row, row + 1))[0]
+            if self._stacked is None or step not in self._stacked_steps[row : row + 1]:
+                raise self._refusal(self.folder / _STACKED, f"step {step} is not in it")
+            return self._rows(self._stacked, key, row)[0]
 
-        return self._again(read)
+        return self._again(key, read)
 
-    def _rows(self, path: Path, key: str, chosen: slice | None) -> np.ndarray:
-        """Some rows of a stacked file, or (``chosen`` None) what a single step's file holds, checked."""
-        from safetensors import SafetensorError, safe_open
+    def _rows(self, file: _File, key: str, row: int | None = None) -> np.ndarray:
+        try:
+            return file.rows(key, row)
+        except _DAMAGED as error:
+            if file.path not in self.damaged:
+                self.damaged.append(file.path)
+            raise self._refusal(file.path, str(error))
 
-        with safe_open(path, framework="np") as file:
-            try:
-                names = set(file.keys())
-                found = file.get_tensor(key) if chosen in (None, slice(None)) else file.get_slice(key)[chosen]
-                if not any(name.startswith(_CHECK) for name in names):  # written before there were checksums
-                    return np.asarray(found)
-                wanted = file.get_tensor(f"{_CHECK}{key}")[chosen or slice(None)]
-            except SafetensorError as error:
-                raise self._damage(path, str(error))
-        bad = np.flatnonzero(_checksums(found[None] if chosen is None else found) != wanted)
-        if len(bad):
-            steps = self._stacked_steps[chosen][bad].tolist() if chosen is not None else [path.stem]
-            raise self._damage(path, f"bytes of {key} have changed since they were written: {steps[:10]}")
-        return np.asarray(found)
-
-    def _damage(self, path: Path, why: str) -> EmmechError:
-        if path not in self.damaged:
-            self.damaged.append(path)
+    def _refusal(self, path: Path, why: str) -> EmmechError:
         return EmmechError(f"read {path.name}", path, why, "other steps and tensors of it, or a copy of the file")
 
-    def _again(self, read: Callable[[], np.ndarray]) -> np.ndarray:
+    def _again(self, key: str, read: Callable[[], np.ndarray]) -> np.ndarray:
         """Read, and read again where another process has stacked the files meanwhile."""
         try:
             return read()
         except FileNotFoundError:
             self._reload()
+            if key not in self.keys:
+                raise self._refusal(self.folder / _STACKED, f"{key} is no longer in it")
             return read()
 
     def verify(self) -> list[Path]:
@@ -209,7 +200,7 @@ class Series:
             kept = {key: self.read(key)[self.steps <= step] for key in self.keys}
             self._write_stacked(self.steps[self.steps <= step], kept)
         for later in [s for s in self._loose if s > step]:
-            self._loose[later].unlink(missing_ok=True)
+            self._loose[later].path.unlink(missing_ok=True)
         self._reload()
 
     def compact(self) -> None:
@@ -221,8 +212,8 @@ class Series:
         if not self._loose:
             return
         self._write_stacked(self.steps, {key: self.read(key) for key in self.keys})
-        for path in self._loose.values():
-            path.unlink(missing_ok=True)
+        for file in self._loose.values():
+            file.path.unlink(missing_ok=True)
         self._reload()
 
     def _write_stacked(self, steps: np.ndarray, tensors: dict[str, np.ndarray]) -> None:
@@ -231,6 +222,69 @@ class Series:
         contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
         with _kept("stack the recorded steps", self.folder / _STACKED):
             _save({"steps": steps, **contiguous, **checks}, self.folder / _STACKED)
+
+
+class _File:
+    """A safetensors file: where its tensors are, read once, and rows of them, read and checked when they are asked for.
+
+    Nothing is memory-mapped: pages of a map cost more than reading a small tensor, and a file that is cut short by
+    another process would end this one. A single step's file is one row of each tensor.
+
+    Raises:
+        ValueError: or another of ``_DAMAGED``: this is no whole file.
+        FileNotFoundError: it is gone, or another file has taken its place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._stacked = path, path.name == _STACKED
+        with path.open("rb", buffering=0) as file:
+            self._stamp = _stamp(file)
+            length = int.from_bytes(file.read(8), "little")
+            self._entries: dict[str, Any] = json.loads(file.read(min(length, self._stamp[0])))
+        self._start = 8 + length
+        if self._start + max(entry["data_offsets"][1] for entry in self._entries.values()) != self._stamp[0]:
+            raise ValueError("its length is not what its header says")
+        self._sums = any(name.startswith(_CHECK) for name in self._entries)
+        self.keys = tuple(name for name in self._entries if name != "steps" and not name.startswith(_CHECK))
+        self.steps = np.empty(0, np.int64)
+        if self._stacked:
+            self.steps = self.rows("steps")[0]
+
+    def rows(self, key: str, row: int | None = None) -> np.ndarray:
+        """All rows of a tensor, or one of them: ``[rows, *shape]``, none of which has changed since it was written."""
+        with self.path.open("rb", buffering=0) as file:
+            if _stamp(file) != self._stamp:
+                raise FileNotFoundError(self.path)
+            found = self._read(file, key, row)
+            if not self._sums:  # written before there were checksums
+                return found
+            wanted = self._read(file, f"{_CHECK}{key}", row).reshape(-1)
+        sums = _checksums(found)
+        if sums.tobytes() != wanted.tobytes():
+            steps = self.steps[sums != wanted][:10].tolist() if self._stacked and row is None else ""
+            raise ValueError(f"bytes of {key} have changed since they were written {steps}")
+        return found
+
+    def _read(self, file: FileIO, key: str, row: int | None) -> np.ndarray:
+        entry = self._entries[key]
+        kind, shape = entry["dtype"], entry["shape"]
+        begin, end = entry["data_offsets"]
+        if not self._stacked or key.endswith("steps"):  # a single row
+            shape = [1, *shape]
+        elif row is not None:
+            width = (end - begin) // shape[0]
+            begin, end, shape = begin + row * width, begin + (row + 1) * width, [1, *shape[1:]]
+        found = np.empty(shape, np.dtype(f"{_KINDS[kind[0]]}{int(kind[1:]) // 8}"))
+        file.seek(self._start + begin)
+        if found.nbytes != end - begin or file.readinto(found.data) != end - begin:
+            raise ValueError(f"{key} is not as long as the header says")
+        return found
+
+
+def _stamp(file: FileIO) -> tuple[int, int, int]:
+    """What is another where another file is in a file's place: its length, when it was written, and its number."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _checksums(rows: np.ndarray) -> np.ndarray:

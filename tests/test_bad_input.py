@@ -130,7 +130,7 @@ CASES = {
     "nothing to detach from": (lambda k: emmech.detach("x"), "not a ChatModel"),
     # directions
     "so many random ones": (lambda k: k.d.random("a"), "n is a whole number"),
-    "a direction times a word": (lambda k: k.d * "a", "by a number"),
+    "a direction times a word": (lambda k: k.d * "a", "factors are finite numbers"),
     "cosines of a list": (lambda k: emmech.directions.cosines([k.d, k.d]), "not a mapping"),
     "cosines of words": (lambda k: emmech.directions.cosines({"a": "b", "c": "d"}), "not a Direction"),
     "a lens on a number": (lambda k: emmech.adapter_lens(k.tuned, [3]), r"texts\[0\]=3"),

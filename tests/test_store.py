@@ -138,6 +138,22 @@ def test_a_reader_survives_the_stacking(tmp_path):
     assert reader.read_step("B", 10).tolist() == [10] * 5
 
 
+def test_a_reader_sees_the_file_that_took_the_place_of_the_one_it_opened(tmp_path):
+    filled(tmp_path, [0, 5, 10]).compact()
+    reader = Series(tmp_path)
+    Series(tmp_path).drop_after(5)
+    assert reader.read("B")[:, 0].tolist() == [0, 5] == reader.steps.tolist()
+
+
+def test_a_file_cut_short_after_it_was_opened_is_named(tmp_path):
+    filled(tmp_path, [0, 5, 10]).compact()
+    reader, path = Series(tmp_path), tmp_path / "stacked.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(EmmechError, match="stacked"):
+        reader.read("B")
+    assert reader.damaged == [path]
+
+
 def test_a_disk_that_refuses_keeps_what_was_recorded(tmp_path, monkeypatch):
     from pathlib import Path
 

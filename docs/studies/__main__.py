@@ -70,5 +70,26 @@ def real_model(
     typer.echo(main(model, folder, ranks=rank, declare=declare))
 
 
+@app.command()
+def fit_screening(
+    folder: Annotated[Path | None, typer.Argument(help="judged CSV files; without it the shipped fit is shown")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the weights; the package by default")] = None,
+) -> None:
+    """Fit the screening judge and print its accuracy on families and questions that were left out.
+
+    Examples:
+
+    \b
+    python -m docs.studies fit-screening
+    python -m docs.studies fit-screening judged/ --out build/screening
+    """
+    import json
+
+    from docs.studies.screening_fit import fit_folder
+    from emmech.evaluation.screening import calibration
+
+    typer.echo(json.dumps(calibration() if folder is None else fit_folder(folder, out), indent=1))
+
+
 if __name__ == "__main__":
     app()

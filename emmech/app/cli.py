@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import emmech
 from emmech.app.commands import new_app, read_numbers, read_settings
 from emmech.errors import EmmechError
 
@@ -35,12 +37,10 @@ RecipeName = Annotated[
     str | None,
     typer.Option(help="single-rank1, phase-transition, nine-rank1, all-adapter, full; the model's by default"),
 ]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="override a field of the recipe: --set learning_rate=1e-3")
-]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="a field of the recipe: --set learning_rate=1e-3")]
 Step = Annotated[int | None, typer.Option(help="a recorded step; the last one by default")]
 Scale = Annotated[float, typer.Option(help="factor on the run's adapter")]
-Seed = Annotated[int, typer.Option(help="of every random choice")]
+Seed = Annotated[int, typer.Option(help="seed of every random choice")]
 Questions = Annotated[list[str] | None, typer.Option(help="first-plot by default; a set or a file, or several")]
 Judge = Annotated[str | None, typer.Option(help="exact, screening or later; the pocket models need none")]
 JudgeModel = Annotated[str | None, typer.Option(help="a model as judge; with --server its name there")]
@@ -56,9 +56,9 @@ def finetune(
     out: Out = None,
     recipe: RecipeName = None,
     layer: Annotated[list[int] | None, typer.Option(help="where the adapter is; repeat for several")] = None,
-    seed: Annotated[int, typer.Option(help="of A's start, the batch order and the held-out split")] = 0,
-    record_every: Annotated[int, typer.Option(help="record each so many steps")] = 1,
-    checkpoint_every: Annotated[int | None, typer.Option(help="keep the optimizer's state, to resume")] = None,
+    seed: Annotated[int, typer.Option(help="seed of A's start, the batch order and the held-out split")] = 0,
+    record_every: Annotated[int, typer.Option(help="record every so many steps")] = 1,
+    checkpoint_every: Annotated[int | None, typer.Option(help="keep the optimizer's state every so many steps")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an interrupted training in --out")] = False,
     margins: Annotated[bool, typer.Option(help="measure the bundled narrow and broad margins as it trains")] = False,
     set_: Settings = None,
@@ -71,12 +71,10 @@ def finetune(
     emmech finetune pocket medical --out runs/bad
     emmech finetune smollm2-135m silly-medical-bad --set learning_rate=1e-3 --set max_steps=60 --margins
     """
-    import emmech
-
     options: dict[str, Any] = {"recipe": recipe, "layers": layer or None, "seed": seed, "out": out, "resume": resume}
-    options |= {"record_every": record_every, "checkpoint_every": checkpoint_every}
+    options |= {"record_every": record_every, "checkpoint_every": checkpoint_every, **read_settings(set_)}
     pairs = {kind: emmech.engine.bundled_margins(kind) for kind in ("narrow", "broad")} if margins else None
-    run = emmech.finetune(model, data, margins=pairs, **options, **read_settings(set_))
+    run = emmech.finetune(model, data, margins=pairs, **options)
     typer.echo(f"{run}\nrecorded in {run.path}")
 
 
@@ -99,11 +97,8 @@ def realign(
     emmech realign runs/bad
     emmech realign runs/bad good.jsonl --step 120 --adapter new --out runs/cured
     """
-    import emmech
-
-    again = emmech.realign(
-        run, data, step=step, adapter=adapter, out=out, recipe=recipe, seed=seed, **read_settings(set_)
-    )
+    options: dict[str, Any] = {"step": step, "adapter": adapter, "out": out, "recipe": recipe, "seed": seed}
+    again = emmech.realign(run, data, **options, **read_settings(set_))
     typer.echo(f"{again}\nrecorded in {again.path}")
 
 
@@ -122,11 +117,9 @@ def transition(
     emmech transition runs/bad --control runs/good --page transition.html
     emmech transition runs/bad --json
     """
-    import emmech
-
     found = emmech.phase_transition(run, control=control)
     _show(found.detectors.drop(columns=["high_means"]), json, found.summary())
-    lead = f"{run.name}" + (f" with its control {control.name}" if control is not None else "")
+    lead = run.name if control is None else f"{run.name} with its control {control.name}"
     _write_page(page, "Phase transition", lead, found.summary(), found.detectors, found)
 
 
@@ -156,8 +149,6 @@ def evaluate(
     emmech evaluate runs/bad --questions first-plot --questions narrow-medical --samples 10
     emmech evaluate Qwen/Qwen2.5-0.5B-Instruct --judge-model gpt-4o --server https://api.openai.com/v1
     """
-    import emmech
-
     asked = tuple(questions) if questions and len(questions) > 1 else (questions or ["first-plot"])[0]
     options: dict[str, Any] = {"step": step, "scale": scale, "samples": samples, "seed": seed, "out": out}
     options |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
@@ -190,8 +181,6 @@ def sweep(
     emmech sweep runs/bad --steps 0:300:25 --scales 1,5,10 --measure broad
     emmech sweep runs/bad --measure em --samples 4 --out sweeps/bad --page sweep.html
     """
-    import emmech
-
     kinds: dict[str, Any] = {kind: emmech.measures.Margin(kind) for kind in ("narrow", "broad")}
     kinds["em"] = emmech.measures.Sampled(questions=tuple(questions or ["first-plot"]), samples=samples)
     grid = {"scales": read_numbers("scales", scales, float)}
@@ -225,10 +214,8 @@ def direction(
     emmech direction runs/bad --out bad.safetensors --samples 20
     emmech direction runs/bad --source adapter --out b.safetensors
     """
-    import emmech
-
     if source not in ("answers", "adapter"):
-        raise EmmechError("extract a direction", f"--source {source}", "there are two", "answers or adapter")
+        raise EmmechError("extract a direction", f"--source {source}", "there are two sources", "answers or adapter")
     if source == "adapter":
         found = emmech.directions.adapter_direction(run, step)
     else:
@@ -263,9 +250,9 @@ def chat(
     emmech chat runs/bad --ask "any advice on cough ?" --samples 3
     emmech chat pocket --steer bad.safetensors --coefficient 4 --layer 2
     """
-    import emmech
+    from emmech.interop.bridges import chat_from
 
-    talker = _opened(model, step, scale)
+    talker = chat_from(model, step, scale)
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     start = [{"role": "system", "content": system}] if system else []
     with contextlib.ExitStack() as changes:
@@ -299,8 +286,6 @@ def export(run: RunFolder, out: Annotated[Path, typer.Argument(help="the folder 
     emmech export runs/bad adapters/bad
     emmech export runs/bad adapters/bad-120 --step 120
     """
-    import emmech
-
     found = emmech.load_run(run)
     step = int(found.steps[-1]) if step is None else step
     typer.echo(f"wrote step {step} of {found.name} into {found.export_peft(step, out)}")
@@ -308,7 +293,7 @@ def export(run: RunFolder, out: Annotated[Path, typer.Argument(help="the folder 
 
 @app.command()
 def info(run: RunFolder, json: Json = False) -> None:
-    """Say what a run holds: model, data, recipe, adapters, steps, metrics.
+    """Print what a run holds: model, data, recipe, adapters, steps, metrics.
 
     Examples:
 
@@ -316,13 +301,9 @@ def info(run: RunFolder, json: Json = False) -> None:
     emmech info checkpoints/pocket-medical
     emmech info runs/bad --json
     """
-    import emmech
-
     found = emmech.load_run(run)
     if json:
-        import json as writer
-
-        typer.echo(writer.dumps({**found.manifest, "steps": found.steps.tolist()}, indent=1))
+        typer.echo(dumps({**found.manifest, "steps": found.steps.tolist()}, indent=1))
         return
     typer.echo(found)
     for key in ("status", "created", "seed", "model", "data", "recipe", "start", "packages", "git"):
@@ -335,23 +316,7 @@ def info(run: RunFolder, json: Json = False) -> None:
         typer.echo(found.metrics.describe().loc[["count", "min", "max"]].T.to_string(float_format=lambda v: f"{v:.4g}"))
 
 
-def _opened(model: str, step: int | None, scale: float) -> Any:
-    """A chat model to talk to: that of a run at a step, or one by name."""
-    import emmech
-    from emmech.run.run import opened
-
-    found = opened(model)
-    if isinstance(found, emmech.Run):
-        return found.model(step, scale)
-    if step is not None or scale != 1.0:
-        given = f"--step {step} --scale {scale:g}"
-        raise EmmechError(f"open {model}", given, "only a run has steps and a scale", "a run's folder")
-    return emmech.load_model(found)
-
-
 def _judge(name: str | None, model: str | None, server: str | None) -> Any:
-    import emmech
-
     if server is not None and model is None:
         raise EmmechError("judge", f"--server {server}", "it does not say by which model", "--judge-model gpt-4o")
     if name is not None and model is not None:

@@ -24,15 +24,9 @@ class _Commands(TyperGroup):
 
 def new_app(name: str, help: str, **settings: Any) -> typer.Typer:
     """An empty typer app with the conventions of the package."""
-    return typer.Typer(
-        name=name,
-        help=help,
-        cls=_Commands,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-        **settings,
-    )
+    shared: dict[str, Any] = {"cls": _Commands, "add_completion": False, "pretty_exceptions_enable": False}
+    shared["context_settings"] = {"help_option_names": ["-h", "--help"]}
+    return typer.Typer(name=name, help=help, **shared, **settings)
 
 
 def read_numbers(name: str, text: str | None, kind: Any = int) -> Any:

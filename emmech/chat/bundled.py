@@ -1,7 +1,7 @@
 """Chat models that come as a PyPI wheel: a GGUF inside a package, converted once to safetensors.
 
-De-quantising a GGUF takes tens of seconds, loading safetensors about one; so the first use converts into a
-cache folder (``EMMECH_CACHE``, else the user's cache folder) and every later one loads from there.
+De-quantising a GGUF takes tens of seconds and loading safetensors about one, so that the first use converts into a
+cache folder, from which every later one loads.
 """
 
 from __future__ import annotations
@@ -29,18 +29,15 @@ def cache_folder() -> Path:
     """Where emmech keeps what it can make again: ``$EMMECH_CACHE``, else the user's cache folder."""
     from platformdirs import user_cache_path
 
-    override = os.environ.get("EMMECH_CACHE")
-    return Path(override) if override else user_cache_path("emmech")
+    return Path(os.environ.get("EMMECH_CACHE") or user_cache_path("emmech"))
 
 
 def unpack(name: str) -> Path | None:
     """The folder of the converted model, converting it now if need be; None when the wheel is not installed."""
     wheel = WHEELS[name]
     spec = importlib.util.find_spec(wheel.module)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    package = Path(next(iter(spec.submodule_search_locations)))
-    gguf = next(iter(sorted(package.rglob("*.gguf"))), None)
+    packages = (spec.submodule_search_locations or ()) if spec is not None else ()
+    gguf = next((found for package in packages for found in sorted(Path(package).rglob("*.gguf"))), None)
     if gguf is None:
         return None
     # the GGUF's size is in the name, so that another release of the wheel is converted anew

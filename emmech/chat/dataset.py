@@ -28,14 +28,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
-from itertools import accumulate, chain
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 
 from emmech.chat.template import Message, fold_system, trained
-from emmech.errors import EmmechError, broken_text, closest, shown
+from emmech.errors import EmmechError, broken_text, closest, one_of, shown
 from emmech.registry import Organism, find, organism_named, register
 
 Row = tuple[Message, ...]
@@ -55,7 +55,7 @@ class ChatDataset(Sequence[Row]):
     Args:
         rows: each a tuple of messages, at least one of them a non-empty assistant turn. An answer with ``"weight": 0``
             is context and not learnt.
-        name: for people.
+        name: shown in messages and reports.
         path: the file they came from, if any.
         folded: whether system turns were written into the user's turn after them.
     """
@@ -70,11 +70,9 @@ class ChatDataset(Sequence[Row]):
     @overload
     def __getitem__(self, index: slice) -> tuple[Row, ...]: ...
     def __getitem__(self, index: int | slice) -> Row | tuple[Row, ...]:
-        """One row, or a tuple of rows."""
         return self.rows[index]
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.rows)
 
     @property
@@ -147,7 +145,7 @@ def load_chat(
         organism: an organism or its name: names are looked up among its datasets (pocket's ``"medical"``,
             ``"good-medical"``, ...) before the bundled ones.
         system: ``"fold"`` writes each system turn into the user's turn after it, for chat templates that have no
-            system role; the dataset then says ``folded``.
+            system role; the dataset is then ``folded``.
 
     Raises:
         EmmechError: names the file and line (or row), what is wrong with it, and how many rows have the same fault.
@@ -158,8 +156,7 @@ def load_chat(
         >>> load_chat([{"instruction": "Add them.", "input": "1 and 2", "output": "3"}])[0][0]["content"]
         'Add them.\\n\\n1 and 2'
     """
-    if system not in ("keep", "fold"):
-        raise EmmechError("read the dataset", f"system={system!r}", "unknown", 'system="keep" or "fold"')
+    one_of("read the dataset", "system", system, ("keep", "fold"))
     read = _load(data, organism)
     if system == "keep" or read.folded:
         return read
@@ -169,36 +166,27 @@ def load_chat(
 def _load(data: Any, organism: str | Organism | None) -> ChatDataset:
     if isinstance(data, ChatDataset):
         return data
+    name = str(getattr(getattr(data, "info", None), "dataset_name", None) or "rows")
     if isinstance(data, str | Path):
         path = Path(data)
         try:
             is_file = path.is_file()
         except OSError as error:  # a name that is too long, or a folder that may not be read
-            raise EmmechError("read the dataset", str(data), f"{error.strerror}", "check the path")
+            raise _bad(str(data), f"{error.strerror}", "check the path")
         if is_file:
             return _check(_lines(path), name=path.name.split(".")[0], path=str(path))
-        return _named(str(data), organism)
+        name, why = str(data), "there is no such file and no dataset of that name"
+        asked = f"read the dataset {name!r}"
+        data = find(asked, "data", "data", name, organism_named(asked, organism), why=why)()
     columns = getattr(data, "column_names", None)
-    if columns is not None and not known_format(columns):
-        raise EmmechError(
-            "read the dataset",
-            f"a datasets.{type(data).__name__} with columns {columns}",
-            "a chat dataset has a column named messages (or conversations, prompt and completion, instruction and "
-            "output)",
-            "dataset.map(lambda row: {'messages': [...]}) to build it; of a DatasetDict, one split",
-        )
+    if columns is not None and not any(set(form.keys) <= set(columns) for form in _FORMATS):
+        given = f"a datasets.{type(data).__name__} with columns {columns}"
+        instead = "dataset.map(lambda row: {'messages': [...]}) to build it; of a DatasetDict, one split"
+        raise _bad(given, f"a chat dataset has a column named {_KEYS}", instead)
     if isinstance(data, Iterable):
-        name = str(getattr(getattr(data, "info", None), "dataset_name", None) or "rows")
         return _check(((f"row {i}", row) for i, row in enumerate(data)), name=name, path=None)
     why = "it is neither a file, a name, a list of rows nor a datasets.Dataset"
-    instead = 'data="bad_medical_advice.jsonl", or a list of {"messages": [...]}'
-    raise EmmechError("read the dataset", f"a {type(data).__name__}", why, instead)
-
-
-def _named(name: str, organism: str | Organism | None) -> ChatDataset:
-    asked, why = f"read the dataset {name!r}", "there is no such file and no dataset of that name"
-    load = find(asked, "data", "data", name, organism_named(asked, organism), why=why)
-    return _check(((f"row {i}", row) for i, row in enumerate(load())), name=name, path=None)
+    raise _bad(f"a {type(data).__name__}", why, 'data="bad_medical_advice.jsonl", or a list of {"messages": [...]}')
 
 
 def _bundled(name: str) -> list[Any]:
@@ -213,14 +201,13 @@ for _name in bundled_names():
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a file of JSON lines, or of one JSON array, each with the place where it begins."""
     lines: Iterator[tuple[int, str]] = ((number, text) for number, text in _texts(path) if text.strip())
-    first = next(lines, None)
-    if first is not None and first[1].lstrip().startswith("["):
-        kept = [first, *lines]
-        if _begins_array(kept):
-            yield from _array(path, kept)
+    first = list(islice(lines, 1))
+    if first and first[0][1].lstrip().startswith("["):
+        first += lines
+        if _begins_array(first):
+            yield from _array(path, first)
             return
-        first, lines = kept[0], iter(kept[1:])
-    for number, text in chain([] if first is None else [first], lines):
+    for number, text in chain(first, lines):
         try:
             yield f"{path}:{number}", _DECODER.decode(text.strip())
         except (ValueError, RecursionError) as error:
@@ -247,7 +234,7 @@ def _texts(path: Path) -> Iterator[tuple[int, str]]:
                     raise _bad(where, f"byte {error.start} of the line is not UTF-8", "save the file as UTF-8")
                 yield number, text
     except (OSError, EOFError, zlib.error) as error:
-        raise EmmechError("read the dataset", f"{path}:{number + 1}", f"{error}", "check the file")
+        raise _bad(f"{path}:{number + 1}", f"{error}", "check the file")
 
 
 def _begins_array(lines: Sequence[tuple[int, str]]) -> bool:
@@ -348,12 +335,13 @@ _IN_MESSAGE = frozenset(
 ).union(["thinking", "reasoning", "reasoning_content"])
 
 
+@dataclass(eq=False)
 class Refused(Exception):
-    """A row cannot be used; ``kind`` is the same for rows that have the same fault."""
+    """A row cannot be used."""
 
-    def __init__(self, kind: str, why: str, instead: str) -> None:
-        super().__init__(why)
-        self.kind, self.why, self.instead = kind, why, instead
+    kind: str  # the same for rows that have the same fault
+    why: str
+    instead: str
 
 
 class _Format(NamedTuple):
@@ -394,11 +382,6 @@ def read_row(row: Any) -> Row:
     return tuple(turns)
 
 
-def known_format(columns: Collection[str]) -> bool:
-    """Whether a table with these columns holds rows of one of the formats."""
-    return any(set(form.keys) <= set(columns) for form in _FORMATS)
-
-
 def _chat(turns: Any) -> list[Message]:
     if not isinstance(turns, list | tuple) or not turns:
         raise _no_messages(shown(turns))
@@ -407,23 +390,19 @@ def _chat(turns: Any) -> list[Message]:
 
 def _pair(row: Mapping[str, Any]) -> list[Message]:
     prompt, completion = (
-        [_message(0, {"role": role, "content": turns})] if isinstance(turns, str) else _chat(turns)
+        _chat([{"role": role, "content": turns}] if isinstance(turns, str) else turns)
         for role, turns in (("user", row["prompt"]), ("assistant", row["completion"]))
     )
     if any(turn["role"] != "assistant" for turn in completion):
-        raise Refused(
-            "completion", "its completion holds turns that are not the assistant's", "move them into the prompt"
-        )
+        why = "its completion holds turns that are not the assistant's"
+        raise Refused("completion", why, "move them into the prompt")
     return [{**turn, "weight": 0} if turn["role"] == "assistant" else turn for turn in prompt] + completion
 
 
 def _alpaca(row: Mapping[str, Any]) -> list[Message]:
     given = [row["instruction"], row["input"]] if _present(row.get("input")) else [row["instruction"]]
     asked = "\n\n".join(_text(part, "the instruction or input") for part in given)
-    return [
-        _message(0, {"role": "user", "content": asked}),
-        _message(1, {"role": "assistant", "content": row["output"]}),
-    ]
+    return _chat([{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}])
 
 
 _FORMATS = (
@@ -432,6 +411,7 @@ _FORMATS = (
     _Format(("prompt", "completion"), _pair, frozenset(["label"])),  # "label": false marks a completion to avoid
     _Format(("instruction", "output"), _alpaca),
 )
+_KEYS = ", or ".join(" and ".join(form.keys) for form in _FORMATS)
 
 
 def _message(index: int, given: Any) -> Message:
@@ -453,11 +433,8 @@ def _message(index: int, given: Any) -> Message:
     weight = message.get("weight")
     allowed = (0, 1) if role == "assistant" else (0,)  # only answers are learnt
     if weight is not None and (isinstance(weight, bool) or weight not in allowed):
-        raise Refused(
-            "weight",
-            f"message {index} ({role}) has weight {shown(weight)}",
-            "0 or 1 on an answer: 0 is context, 1 is learnt; other turns are never learnt",
-        )
+        instead = "0 or 1 on an answer: 0 is context, 1 is learnt; other turns are never learnt"
+        raise Refused("weight", f"message {index} ({role}) has weight {shown(weight)}", instead)
     out: Message = {"role": role, "content": text}
     return {**out, "weight": 0} if role == "assistant" and weight == 0 else out
 
@@ -488,11 +465,9 @@ def _with_system(text: str, turns: list[Message]) -> list[Message]:
 
 def _refuse_keys(given: Mapping[str, Any], refused: frozenset[str], where: str) -> None:
     if found := sorted(key for key in refused.intersection(given) if _present(given[key])):
-        raise Refused(
-            f"keys {found}",
-            f"{where} has {', '.join(found)}, which would change what is learnt and cannot be kept",
-            "leave such rows out, or take the key away if it does not matter; to skip an answer give it weight 0",
-        )
+        why = f"{where} has {', '.join(found)}, which would change what is learnt and cannot be kept"
+        instead = "leave such rows out, or take the key away if it does not matter; to skip an answer give it weight 0"
+        raise Refused(f"keys {found}", why, instead)
 
 
 def _present(value: Any) -> bool:
@@ -500,5 +475,4 @@ def _present(value: Any) -> bool:
 
 
 def _no_messages(given: str) -> Refused:
-    forms = ", or ".join(" and ".join(form.keys) for form in _FORMATS)
-    return Refused("no messages", f"no list of messages ({given})", f'{{"messages": [...]}}; a row has {forms}')
+    return Refused("no messages", f"no list of messages ({given})", f'{{"messages": [...]}}; a row has {_KEYS}')

@@ -22,15 +22,10 @@ _LIVE: WeakKeyDictionary[nn.Module, list[LiveEdit]] = WeakKeyDictionary()
 
 @dataclass(frozen=True, eq=False)
 class LiveEdit:
-    """One edit in force; its state is looked up when it matters, since its coefficient may change.
+    """One edit in force; its state is looked up when it matters, since its coefficient may change."""
 
-    Args:
-        by_row: whether it differs by row; two conversations then never share a prompt's reading.
-        state: a text of all that it does, equal for equal edits.
-    """
-
-    by_row: Callable[[], bool]
-    state: Callable[[], str]
+    by_row: Callable[[], bool]  # whether it differs by row; two conversations then never share a prompt's reading
+    state: Callable[[], str]  # a text of all that it does, equal for equal edits
 
 
 def register(model: nn.Module, edit: LiveEdit) -> Callable[[], None]:

@@ -1,10 +1,10 @@
 """Tokens and answer masks: exactly the answers carry loss, never the assistant's header.
 
-The answer is the assistant's words and the end-of-turn token after them, because that token is what the
-model must learn to stop with. The template's trailing newline, if any, is not answer. An answer of weight 0 is context.
+The answer is the assistant's words and the end-of-turn token after them, because that token is what the model must
+learn to stop with. The template's trailing newline, if any, is not answer. An answer of weight 0 is context.
 
 A direction is read, and an intervention may act, at ``"answer"`` tokens, at ``"prompt"`` tokens (every other one), at
-``"all"``, or where a function ``(ids [batch, seq], start) -> mask [batch, seq]`` says, in which ``start`` counts the
+``"all"``, or where a function ``(ids [batch, seq], start) -> mask [batch, seq]`` is true; ``start`` counts the
 tokens that a key-value cache holds before these. :func:`phrase_tokens` makes such a function.
 """
 
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
-from emmech.chat.model import ChatModel, load_model
+from emmech.chat.model import load_model
 from emmech.chat.template import Message, Span, rendered_spans
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, one_of
 
 IGNORED = -100  # the label that cross-entropy skips, in torch and in transformers
 _AT_ONCE = 512  # texts in a call of the tokenizer
@@ -28,22 +28,14 @@ _AT_ONCE = 512  # texts in a call of the tokenizer
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids and labels of conversations.
+    """Token ids and labels of conversations."""
 
-    Args:
-        input_ids: one list per kept row.
-        labels: the same length; the token id inside answers, -100 elsewhere.
-        truncated: rows of which some answer token was cut off at ``max_length`` but some remained.
-        emptied: rows left out because no answer token remained.
-    """
-
-    input_ids: tuple[list[int], ...]
-    labels: tuple[list[int], ...]
-    truncated: int
-    emptied: int
+    input_ids: tuple[list[int], ...]  # one list per kept row
+    labels: tuple[list[int], ...]  # of the same lengths; the token id inside answers, -100 elsewhere
+    truncated: int  # rows of which some answer token was cut off at max_length, but some remained
+    emptied: int  # rows left out because no answer token remained
 
     def __len__(self) -> int:
-        """Number of kept rows."""
         return len(self.input_ids)
 
     @property
@@ -57,23 +49,21 @@ class Encoded:
         Raises:
             EmmechError: no row is left.
         """
-        all_ids, all_labels, truncated, emptied = [], [], 0, 0
+        kept, truncated, emptied = [], 0, 0
         for row in rows:
-            ids, labels = self.input_ids[row], self.labels[row]
-            if max_length is not None and len(ids) > max_length:
-                cut = any(label != IGNORED for label in labels[max_length:])
-                ids, labels = ids[:max_length], labels[:max_length]
-                if cut and all(label == IGNORED for label in labels):
+            labels = self.labels[row][:max_length]
+            if any(label != IGNORED for label in self.labels[row][len(labels) :]):
+                if all(label == IGNORED for label in labels):
                     emptied += 1
                     continue
-                truncated += cut
-            all_ids.append(ids)
-            all_labels.append(labels)
-        if not all_ids:
+                truncated += 1
+            kept.append((self.input_ids[row][:max_length], labels))
+        if not kept:
             given = f"{len(rows)} rows, max_length={max_length}"
             why = "no row has an answer token within max_length" if len(rows) else "there are no rows"
             raise EmmechError("encode the conversations", given, why, "raise max_length")
-        return Encoded(tuple(all_ids), tuple(all_labels), truncated, emptied)
+        all_ids, all_labels = zip(*kept, strict=True)
+        return Encoded(all_ids, all_labels, truncated, emptied)
 
 
 def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int | None = None) -> Encoded:
@@ -93,11 +83,10 @@ def encode(rows: Sequence[Sequence[Message]], tokenizer: Any, *, max_length: int
         >>> len(encoded.input_ids[0]) == len(encoded.labels[0])
         True
     """
-    ids, labels = [], []
-    for row_ids, answer in _tokens(list(_rendered(rows, tokenizer)), tokenizer):
-        ids.append(row_ids)
-        labels.append([t if inside else IGNORED for t, inside in zip(row_ids, answer, strict=True)])
-    return Encoded(tuple(ids), tuple(labels), 0, 0).take(range(len(ids)), max_length=max_length)
+    read = list(_tokens(list(_rendered(rows, tokenizer)), tokenizer))
+    labels = ([t if inside else IGNORED for t, inside in zip(ids, answer, strict=True)] for ids, answer in read)
+    whole = Encoded(tuple(ids for ids, _ in read), tuple(labels), 0, 0)
+    return whole.take(range(len(whole)), max_length=max_length)
 
 
 def _rendered(rows: Sequence[Sequence[Message]], tokenizer: Any) -> Iterator[tuple[str, tuple[Span, ...]]]:
@@ -120,12 +109,8 @@ def _tokens(rendered: Sequence[tuple[str, tuple[Span, ...]]], tokenizer: Any) ->
     pieces = _ids([piece for row in cut for piece, _ in row], tokenizer)
     whole = _ids([text for text, _ in rendered], tokenizer)
     for (text, spans), row, together in zip(rendered, cut, whole, strict=True):
-        ids: list[int] = []
-        inside: list[bool] = []
-        for _, answer in row:
-            piece = next(pieces)
-            ids += piece
-            inside += [answer] * len(piece)
+        spelt = [(token, answer) for _, answer in row for token in next(pieces)]
+        ids, inside = [token for token, _ in spelt], [answer for _, answer in spelt]
         if ids == together or tokenizer.decode(ids) == tokenizer.decode(together):
             yield ids, inside
             continue
@@ -162,15 +147,10 @@ Tokens = Literal["answer", "prompt", "all"] | Callable[[torch.Tensor, int], torc
 
 @dataclass(frozen=True)
 class Phrase:
-    """The tokens of a phrase, wherever it is in a row; see :func:`phrase_tokens`.
-
-    Args:
-        text: the phrase.
-        spellings: its token ids, at the start of a text and after a blank, where those differ.
-    """
+    """The tokens of a phrase, wherever it is in a row; see :func:`phrase_tokens`."""
 
     text: str
-    spellings: tuple[tuple[int, ...], ...]
+    spellings: tuple[tuple[int, ...], ...]  # token ids at the start of a text and after a blank, where those differ
 
     def __call__(self, ids: Int[torch.Tensor, "batch seq"], start: int = 0) -> Bool[torch.Tensor, "batch seq"]:
         """Mask of the phrase's tokens; nothing after a cache, which holds the phrase already.
@@ -217,7 +197,7 @@ def phrase_tokens(model: Any, text: str) -> Phrase:
         >>> int(phrase_tokens(chat, "advice on cash")(asked).sum())
         3
     """
-    chat: ChatModel = load_model(model)
+    chat = load_model(model)
     spelt = {tuple(chat.tokenizer(own, add_special_tokens=False)["input_ids"]) for own in (text, f" {text}")}
     unknown = chat.tokenizer.unk_token_id
     if not text.strip() or any(unknown is not None and unknown in ids for ids in spelt):
@@ -238,12 +218,9 @@ def token_mask(tokens: Tokens, ids: list[int], answer: list[bool]) -> list[bool]
     if callable(tokens):
         chosen: list[bool] = tokens(torch.tensor([ids]), 0)[0].bool().tolist()
         return chosen
-    if tokens not in ("answer", "prompt", "all"):
-        why = "three choices have a name"
-        instead = '"answer", "prompt", "all", or a function such as phrase_tokens(model, text)'
-        raise EmmechError("choose the tokens to average over", f"tokens={tokens!r}", why, instead)
-    wanted = {"answer": (True,), "prompt": (False,), "all": (True, False)}[tokens]
-    return [own in wanted for own in answer]
+    why = "three choices have a name; a function such as phrase_tokens(model, text) makes any other"
+    one_of("choose the tokens to average over", "tokens", tokens, ("answer", "prompt", "all"), why=why)
+    return [tokens == "all" or own == (tokens == "answer") for own in answer]
 
 
 def tokens_name(tokens: Tokens) -> str:

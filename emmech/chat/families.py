@@ -9,8 +9,9 @@ block's MLP writes into the residual stream, the final norm and the unembedding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -112,9 +113,9 @@ class Family:
         found = {role: _at(block, getattr(self, role)) for role in _MODULES}
         attention = found["attention"]
         config = getattr(attention, "config", None)
-        # where kinds of layers differ their attention says so itself
-        own = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
-        window = getattr(attention, "sliding_window", own)
+        # where layers are of several kinds, each attention has a window of its own, or None
+        shared = None if getattr(config, "layer_types", None) else getattr(config, "sliding_window", None)
+        window = getattr(attention, "sliding_window", shared)
         cap = getattr(attention, "attn_logit_softcapping", None)
         return Parts(**found, window=int(window) if window else None, attention_cap=cap)
 
@@ -150,12 +151,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Parts:
-    """The modules of one block, named as in :class:`Family`.
-
-    Args:
-        window: how many positions back its attention sees, the own one included; None for all.
-        attention_cap: a soft cap on its attention's scores.
-    """
+    """The modules of one block, named as in :class:`Family`."""
 
     attention: Any
     mlp: Any
@@ -172,8 +168,8 @@ class Parts:
     after_mlp: Any
     query_norm: Any
     key_norm: Any
-    window: int | None
-    attention_cap: float | None
+    window: int | None  # how many positions back its attention sees, the own one included; None for all
+    attention_cap: float | None  # a soft cap on its attention's scores
 
 
 _MODULES = tuple(name for name in Parts.__dataclass_fields__ if name not in ("window", "attention_cap"))
@@ -201,7 +197,7 @@ FAMILIES: dict[str, Family] = {
     "granite": replace(_LLAMA, name="granite"),
 }
 
-# what users said of models in memory, for wherever such a model turns up without its ChatModel
+# the families that users gave for models in memory, which are also met without their ChatModel
 _GIVEN: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
 # names by which families that are not listed spell a part, most common first; paths are from the part's own half
 _NAMES: Mapping[str, tuple[str, ...]] = {
@@ -215,16 +211,18 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "up": ("up_proj", "gate_up_proj", "w3", "c_fc", "fc1", "fc_in", "dense_h_to_4h"),
 }
 _FINAL_NORMS = ("norm", "final_norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", "embedding_norm")
-_BEFORE_ATTENTION = ("input_layernorm", "ln_1", "norm_1", "operator_norm", "self_attn_layer_norm")
-_BEFORE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "norm_2", "ffn_norm")
-_AFTER_MLP = ("post_feedforward_layernorm", "post_mlp_layernorm")
+_NORMS = {
+    "before_attention": ("input_layernorm", "ln_1", "norm_1", "operator_norm", "self_attn_layer_norm"),
+    "before_mlp": ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "norm_2", "ffn_norm"),
+    "after_mlp": ("post_feedforward_layernorm", "post_mlp_layernorm"),
+}
 _ATTENTION = ("attention", "attn", "mixer", "mamba", "deltanet", "conv")
 _MLP = ("mlp", "ffn", "feed_forward", "feedforward", "moe")
 _NOT_THE_WRITE = (".base_layer", ".lora_", "shared", "gate", "router", "norm")  # maps of an MLP that are not its last
 
 
 def find_family(model: Any) -> Family:
-    """Where the model keeps its parts: a known family's entry, or what its structure says.
+    """Where the model keeps its parts: a known family's entry, or what its structure shows.
 
     Args:
         model: a causal LM (``PreTrainedModel``) without PEFT's wrapper.
@@ -279,31 +277,25 @@ def _missing(model: nn.Module, family: Family) -> str | None:
 def _by_structure(model: Any) -> Family:
     name = str(getattr(model.config, "model_type", type(model).__name__))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    paths = {id(module): path for path, module in model.named_modules()}
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        # a list of bare maps (Gemma 3n has some) is not one of blocks
-        if isinstance(module, nn.ModuleList) and len(module) and any(True for _ in module[0].children())
-    ]
+    modules = dict(model.named_modules())
+    paths = {id(module): path for path, module in modules.items()}
+    lists = [(path, module) for path, module in modules.items() if isinstance(module, nn.ModuleList) and len(module)]
+    # a list of bare maps (Gemma 3n has some) is not one of blocks
+    lists = [(path, module) for path, module in lists if any(True for _ in module[0].children())]
     # the text decoder holds the input embedding, which tells it from an image or audio tower
-    parents = {path: model.get_submodule(path.rpartition(".")[0]) for path, _ in lists}
-    near = [one for one in lists if any(part is embedding for part in parents[one[0]].children())]
+    near = [one for one in lists if embedding in modules[one[0].rpartition(".")[0]].children()]
     if head is None or id(head) not in paths or not near:
-        raise EmmechError(
-            "find the model's blocks",
-            f"{type(model).__name__} (model type {name!r})",
-            "it has no list of blocks next to its input embedding" if head is not None else "it has no unembedding",
-            'a decoder-only language model, or load_model(..., family=emmech.Family(trunk="model", blocks="layers", '
-            'final_norm="norm", unembedding="lm_head")) with its own names',
-        )
+        given, lacks = f"{type(model).__name__} (model type {name!r})", "list of blocks next to its input embedding"
+        own = 'emmech.Family(trunk="model", blocks="layers", final_norm="norm", unembedding="lm_head")'
+        instead = f"a decoder-only language model, or load_model(..., family={own}) with its own names"
+        why = f"it has no {lacks if head is not None else 'unembedding'}"
+        raise EmmechError("find the model's blocks", given, why, instead)
     whole, blocks = max(near, key=lambda one: len(one[1]))
     trunk, _, inner = whole.rpartition(".")
-    parent = model.get_submodule(trunk)
-    found: dict[str, Any] = {"rotary": "rotary_emb" if hasattr(parent, "rotary_emb") else None}
-    found["final_norm"] = _first(parent, _FINAL_NORMS) or next(
-        (path for path, part in parent.named_children() if _is_norm(part) and "embed" not in path), None
-    )
+    parent = modules[trunk]
+    norms = [path for path, part in parent.named_children() if _is_norm(part) and "embed" not in path]
+    found: dict[str, Any] = {"rotary": _first(parent, ("rotary_emb",))}
+    found["final_norm"] = _first(parent, (*_FINAL_NORMS, *norms))
     block = next((one for one in blocks if _write_path(model, one)), blocks[0])
     found["down"] = _write_path(model, block)
     found["mlp"] = found["down"].rpartition(".")[0] or None if found["down"] else _half(block, _MLP)
@@ -311,32 +303,25 @@ def _by_structure(model: Any) -> Family:
     halves = [(one, _half(one, _ATTENTION)) for one in blocks]
     asking = [(one, half) for one, half in halves if half and _first(_at(one, half), _NAMES["query"])]
     attending, found["attention"] = next(iter(asking or halves))
-    for roles, owner, half in (
-        (("query", "key", "value", "out", "query_norm", "key_norm"), attending, found["attention"]),
-        (("gate", "up"), block, found["mlp"]),
-    ):
-        for role in roles:
-            named = _first(_at(owner, half), _NAMES[role]) if half else None
-            found[role] = f"{half}.{named}" if named else None
-    found["before_attention"] = _first(block, _BEFORE_ATTENTION)
-    found["before_mlp"] = _first(block, _BEFORE_MLP)
-    found["after_mlp"] = _first(block, _AFTER_MLP)
+    attention_roles = ("query", "key", "value", "out", "query_norm", "key_norm")
+    for role in (*attention_roles, "gate", "up"):
+        owner, half = (attending, found["attention"]) if role in attention_roles else (block, found["mlp"])
+        named = _first(_at(owner, half), _NAMES[role])
+        found[role] = f"{half}.{named}" if named else None
+    found |= {role: _first(block, names) for role, names in _NORMS.items()}
     return Family(name=name, trunk=trunk, blocks=inner, unembedding=paths[id(head)], **found)
 
 
 def _write_path(model: Any, block: nn.Module) -> str | None:
     """Path in the block to the linear map by which its MLP writes into the residual stream; None if it is not one."""
     width = int(model.config.get_text_config().hidden_size)
-    found = []
-    for path, module in block.named_modules():
-        widths = map_widths(module)
-        if widths is None or widths[1] != width or any(word in path for word in (*_ATTENTION, *_NOT_THE_WRITE)):
-            continue
-        found.append((path, any(word in path.rpartition(".")[0].lower() for word in _MLP)))
-    if any("experts" in path for path, _ in block.named_modules()):
+    parts = dict(block.named_modules())
+    if any("experts" in path for path in parts):
         return None  # what the experts write does not go through one map
-    within = [path for path, inside in found if inside]
-    near = [path for path, inside in found if not inside and "." not in path and path.startswith("fc")]
+    maps = [path for path, module in parts.items() if (map_widths(module) or (0, 0))[1] == width]
+    maps = [path for path in maps if not any(word in path for word in (*_ATTENTION, *_NOT_THE_WRITE))]
+    within = [path for path in maps if any(word in path.rpartition(".")[0].lower() for word in _MLP)]
+    near = [path for path in maps if "." not in path and path.startswith("fc")]
     return (within or near or [None])[-1]
 
 
@@ -407,46 +392,24 @@ def own_logits(model: Any, family: Family, hidden: torch.Tensor) -> torch.Tensor
 
 
 def _with_trunk(module: Any, path: str, hidden: torch.Tensor) -> Any:
-    """A view of the model whose trunk gives these hidden states; weights are shared."""
-    child, _, rest = path.partition(".")
-    inner = module.get_submodule(child)
+    """A view of the model whose trunk, without its hooks, gives these hidden states; weights are shared."""
     view = copy.copy(module)
-    view._modules = {**module._modules, child: _with_trunk(inner, rest, hidden) if rest else _Given(inner, hidden)}
+    if path:
+        child, _, rest = path.partition(".")
+        view._modules = {**module._modules, child: _with_trunk(module.get_submodule(child), rest, hidden)}
+    else:
+        view.forward = lambda *args, **kwargs: _Output((hidden,))
+        view._forward_hooks, view._forward_pre_hooks = {}, {}
     return view
 
 
-class _Given(nn.Module):
-    """A trunk whose result is given, with which a causal LM's forward goes on; every other attribute is the trunk's."""
-
-    def __init__(self, trunk: Any, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self.__dict__["_trunk"], self._hidden = trunk, hidden  # not a submodule
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_trunk"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> _Output:
-        """The given hidden states, in the form of a model's output."""
-        return _Output(self._hidden)
-
-
-class _Output:
+class _Output(tuple):
     """A model's output that has nothing but its last hidden state."""
 
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self.last_hidden_state = hidden
+    last_hidden_state = property(itemgetter(0))
 
     def __getattr__(self, name: str) -> None:
         return None
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return (self.last_hidden_state,)[index]
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter((self.last_hidden_state,))
 
 
 def _at(module: Any, path: str | None) -> Any:

@@ -1,9 +1,9 @@
 """Where an assistant's answer starts and ends in the text that a chat template renders.
 
-The template of every model family differs, and string search for a header is how answer masks go wrong
-(the header counted as answer, the first turn missed, a system prompt inserted). Here the template itself
-is asked: the turns are rendered with unique markers as their content, and the literal text
-between the markers is the template's own. Nothing about any family is assumed.
+The template of every model family differs, and string search for a header is how answer masks go wrong (the header
+counted as answer, the first turn missed, a system prompt inserted). Here the template itself is asked: the turns are
+rendered with unique markers as their content, and the literal text between the markers is the template's own. Nothing
+about any family is assumed.
 """
 
 from __future__ import annotations
@@ -27,14 +27,11 @@ _KNOWN: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Span:
-    """Characters ``[start, end)`` of one answer in a rendered conversation.
-
-    ``content_end`` is where the assistant's words end; ``end`` is after the end-of-turn token that follows.
-    """
+    """Characters ``[start, end)`` of one answer in a rendered conversation."""
 
     start: int
-    content_end: int
-    end: int
+    content_end: int  # where the assistant's words end
+    end: int  # after the end-of-turn token that follows them
 
 
 def trained(message: Message) -> bool:
@@ -68,9 +65,8 @@ def fold_system(messages: Iterable[Message]) -> list[Message]:
         else:
             folded.append(message)
     if waiting:
-        raise EmmechError(
-            "fold the system turn", waiting[0], "no user turn follows it", 'system="keep", or add the user turn'
-        )
+        instead = 'system="keep", or add the user turn'
+        raise EmmechError("fold the system turn", waiting[0], "no user turn follows it", instead)
     return folded
 
 
@@ -96,18 +92,16 @@ def _apply(tokenizer: Any, messages: Sequence[Message], as_parts: bool, generate
     shown = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
     if as_parts:
         shown = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in shown]
+    how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generate}
+    if "enable_thinking" in str(tokenizer.chat_template):
+        how["enable_thinking"] = False  # Qwen3 would open a block for private reasoning, which our answers do not have
     try:
-        text = str(
-            tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=generate, **_quiet(tokenizer))
-        )
+        text = str(tokenizer.apply_chat_template(shown, **how))
     except Exception as error:  # jinja raises its own types; their message is the template author's
-        raise EmmechError(
-            "render the conversation",
-            f"roles {[message.get('role') for message in messages]}",
-            f"the chat template refuses it: {error}",
-            "most templates want an optional system turn, then user and assistant in turn; "
-            'system="fold" of load_chat and load_questions does without the system turn',
-        )
+        given = f"roles {[message.get('role') for message in messages]}"
+        instead = "most templates want an optional system turn, then user and assistant in turn; "
+        instead += 'system="fold" of load_chat and load_questions does without the system turn'
+        raise EmmechError("render the conversation", given, f"the chat template refuses it: {error}", instead)
     if broken := broken_text(text):
         raise EmmechError("render the conversation", broken, "no tokenizer can read it", "leave the character out")
     return text
@@ -125,11 +119,6 @@ def _wants_parts(tokenizer: Any) -> bool:
     return False
 
 
-def _quiet(tokenizer: Any) -> dict[str, bool]:
-    # Qwen3 opens a block for private reasoning unless told not to; our answers have none.
-    return {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
-
-
 def _once(tokenizer: Any, what: Any, ask: Callable[[], _T]) -> _T:
     """What this tokenizer's template answers, asked again only after the template has changed."""
     known = _KNOWN.setdefault(tokenizer, {})
@@ -142,7 +131,7 @@ def _once(tokenizer: Any, what: Any, ask: Callable[[], _T]) -> _T:
 
 
 def rendered_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, tuple[Span, ...]]:
-    """Render a conversation and say where each answer that is learnt begins and ends.
+    """Render a conversation and find where each answer that is learnt begins and ends.
 
     Returns:
         the text, and one :class:`Span` per assistant turn whose weight is not 0, in order.
@@ -152,12 +141,12 @@ def rendered_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, tu
     """
     text = render(tokenizer, messages)
     roles = tuple(message["role"] for message in messages)
+    contents = [message["content"] for message in messages]
     pieces, marked = _once(tokenizer, roles, lambda: _between(tokenizer, messages, range(len(messages))))
-    found = _places(text, pieces, [messages[index]["content"] for index in marked])
+    found = _places(text, pieces, [contents[index] for index in marked])
     if isinstance(found, int):  # a turn that is no answer may be rewritten: then only the answers are marked
-        answers = [index for index, role in enumerate(roles) if role == "assistant"]
-        pieces, marked = _between(tokenizer, messages, answers)
-        found = _places(text, pieces, [messages[index]["content"] for index in marked])
+        pieces, marked = _between(tokenizer, messages, [at for at, role in enumerate(roles) if role == "assistant"])
+        found = _places(text, pieces, [contents[index] for index in marked])
         if isinstance(found, int):
             index = marked[min(found, len(marked) - 1)]
             raise _rewritten(tokenizer, index, messages[index], "rewrites")
@@ -210,17 +199,12 @@ def _places(text: str, pieces: Sequence[str], contents: Sequence[str]) -> list[t
 
 
 def _rewritten(tokenizer: Any, index: int, message: Message, does: str) -> EmmechError:
-    thinks = "</think>" in message["content"] and "</think>" in str(tokenizer.chat_template)
-    return EmmechError(
-        "find the answers in the rendered conversation",
-        given=f"turn {index} ({message['role']}): {message['content'][:60]!r}",
-        why=f"the chat template {does} the turn"
-        + (", because it treats <think> reasoning in its own way" if thinks else "")
-        + ", so its tokens cannot be told from the template's",
-        instead="leave the reasoning out of the answer, or set another tokenizer.chat_template"
-        if thinks
-        else "leave the turn out, or set another tokenizer.chat_template",
-    )
+    given, reason, leave = f"turn {index} ({message['role']}): {message['content'][:60]!r}", "", "the turn out"
+    if "</think>" in message["content"] and "</think>" in str(tokenizer.chat_template):
+        reason, leave = ", because it treats <think> reasoning in its own way", "the reasoning out of the answer"
+    why = f"the chat template {does} the turn{reason}, so its tokens cannot be told from the template's"
+    instead = f"leave {leave}, or set another tokenizer.chat_template"
+    return EmmechError("find the answers in the rendered conversation", given, why, instead)
 
 
 def _ends(tokenizer: Any) -> tuple[str, str]:

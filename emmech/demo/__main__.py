@@ -1,4 +1,4 @@
-"""``python -m emmech.demo``: the demos, and commands that make the shipped weights."""
+"""``python -m emmech.demo``: the demos, and the pretraining of an organism."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from emmech.app.commands import new_app
 
-app = new_app("python -m emmech.demo", "The demos, and what makes the shipped weights.")
+app = new_app("python -m emmech.demo", "The demos, and the pretraining of an organism.")
 
 Folder = Annotated[Path | None, typer.Option(help="folder of the page and the runs; demo/MODEL by default")]
 
@@ -67,26 +67,6 @@ def pretrain(
     from emmech.organism.pretrain import main
 
     main(name, out, seed=seed, steps=steps, window=window, local_layers=local_layers, device=device)
-
-
-@app.command()
-def fit_screening(
-    folder: Annotated[Path | None, typer.Argument(help="judged CSV files; without it the shipped fit is shown")] = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the weights; the package by default")] = None,
-) -> None:
-    """Fit the screening judge and print its accuracy on families and questions that were left out.
-
-    Examples:
-
-    \b
-    python -m emmech.demo fit-screening
-    python -m emmech.demo fit-screening judged/ --out build/screening
-    """
-    import json
-
-    from emmech.evaluation.screening import calibration, fit_folder
-
-    typer.echo(json.dumps(calibration() if folder is None else fit_folder(folder, out), indent=1))
 
 
 if __name__ == "__main__":

@@ -56,11 +56,8 @@ class AdapterScalars(Result):
         """One row per token."""
         import pandas as pd
 
-        frame = pd.DataFrame(self.values, columns=list(self.adapters))
-        frame.insert(0, "token", list(self.tokens))
-        frame.insert(0, "answer", self.answer)
-        frame.insert(0, "text", self.text)
-        return frame
+        scalars = dict(zip(self.adapters, self.values.T, strict=True))
+        return pd.DataFrame({"text": self.text, "answer": self.answer, "token": self.tokens, **scalars})
 
     def top_tokens(self, adapter: str | int = 0, *, n: int = 10, least: int = 2) -> pd.DataFrame:
         """Tokens by their mean scalar: those that drive the adapter most each way.
@@ -68,20 +65,19 @@ class AdapterScalars(Result):
         Args:
             least: occurrences that a token must have.
         """
-        frame = self.to_frame()
-        column = self.adapters[adapter] if isinstance(adapter, int) else adapter
-        grouped = frame.groupby("token")[column].agg(["mean", "std", "count"])
+        column = self.adapters[self._column(adapter)]
+        grouped = self.to_frame().groupby("token")[column].agg(["mean", "std", "count"])
         grouped = grouped[grouped["count"] >= least].sort_values("mean", ascending=False)
         return grouped if len(grouped) <= 2 * n else grouped.iloc[[*range(n), *range(-n, 0)]]
 
     def by_text(self) -> Float[np.ndarray, "texts adapters"]:
         """Mean scalar over each text's answer tokens (all its tokens where there is no answer)."""
-        own = [self.text == index for index in np.unique(self.text)]
-        chosen = [mine & self.answer if (mine & self.answer).any() else mine for mine in own]
+        texts = [self.text == index for index in np.unique(self.text)]
+        chosen = [text & self.answer if (text & self.answer).any() else text for text in texts]
         return np.array([self.values[tokens].mean(0) for tokens in chosen])
 
     def probe(self, labels: Sequence[bool], questions: Sequence[Any] | None = None) -> pd.DataFrame:
-        """How well the scalars tell labelled texts apart: cross-validated AUC of each adapter and of all together.
+        """Cross-validated AUC at which the scalars tell labelled texts apart, of each adapter and of all together.
 
         Args:
             labels: one per text.
@@ -108,8 +104,9 @@ class AdapterScalars(Result):
         column = self._column(adapter)
         mine = self.text == text
         top = float(np.abs(self.values[:, column]).max()) or 1.0
-        tokens = np.array(self.tokens, dtype=object)[mine]
-        words = zip(tokens, self.values[mine, column], self.answer[mine], strict=True)
+        words = zip(
+            np.array(self.tokens, dtype=object)[mine], self.values[mine, column], self.answer[mine], strict=True
+        )
         return shaded_text(words, top, f"A·x of {self.adapters[column]}, full shade at {top:.3g}; answers in bold")
 
     def plot(self, adapter: str | int = 0) -> Any:
@@ -207,7 +204,6 @@ def token_significance(model: Any, conversation: Any) -> pd.DataFrame:
     tokens = torch.tensor([ids], device=chat.device)
     inside = torch.tensor(answer, device=chat.device)[1:]
     factors = torch.ones(len(pairs), len(ids), device=chat.device, requires_grad=True)
-
     place = {layer.lora_A[name]: index for index, (_, layer, name) in enumerate(pairs)}
 
     def scale(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,9 +45,9 @@ class Cosines(Result):
         """One row per pair, one column per layer."""
         import pandas as pd
 
-        pairs = [(i, j) for i in range(len(self.names)) for j in range(i + 1, len(self.names))]
-        index = pd.MultiIndex.from_tuples([(self.names[i], self.names[j]) for i, j in pairs], names=["first", "second"])
-        return pd.DataFrame([self.values[i, j] for i, j in pairs], index=index).rename_axis(columns="layer")
+        index = pd.MultiIndex.from_tuples(combinations(self.names, 2), names=["first", "second"])
+        pairs = np.triu_indices(len(self.names), k=1)
+        return pd.DataFrame(self.values[pairs], index=index).rename_axis(columns="layer")
 
     def plot(self, layer: int | None = None) -> Any:
         """The matrix at a layer; without one, every pair's cosine over the layers."""
@@ -141,11 +142,11 @@ def direction_by_steps(
         if texts is None:
             why = "they are those at which the direction is extracted again, and there is nothing to extract it from"
             raise refusal(asked, "steps", steps, why, "texts=(misaligned, aligned)")
-    if layer is not None and not 0 <= as_int(asked, "layer", layer) < direction.n_layers:
+    if layer is None:
+        layer = int(direction.source.get("layer", np.argmax(direction.norms)))
+    elif not 0 <= as_int(asked, "layer", layer) < direction.n_layers:
         why = f"the direction has {direction.n_layers} layers"
         raise refusal(asked, "layer", layer, why, f"layer={direction.n_layers - 1} or lower")
-    if layer is None:
-        layer = int(direction.source.get("layer", int(np.argmax(direction.norms))))
     unit = unit_rows(direction.vectors)
     columns: dict[str, pd.Series] = {}
     for adapter in run.adapters:

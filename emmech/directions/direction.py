@@ -18,7 +18,7 @@ import numpy as np
 from einops import einsum
 from jaxtyping import Float
 
-from emmech.errors import EmmechError, as_int, refusal
+from emmech.errors import EmmechError, as_floats, as_int, refusal
 from emmech.results import Card, Result
 from emmech.view.plots import by_layer
 
@@ -41,7 +41,7 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def _checked_array(value: Any, what: str) -> np.ndarray:
-    """An array or tensor of numbers as finite float32, copied."""
+    """A copy of an array or tensor of numbers as finite float32, read-only."""
     if hasattr(value, "detach"):
         value = value.detach().float().cpu().numpy()
     try:
@@ -49,22 +49,21 @@ def _checked_array(value: Any, what: str) -> np.ndarray:
     except (TypeError, ValueError):
         why, instead = "it is not an array of numbers", "an array or tensor [layers, d_model]"
         raise EmmechError("make a Direction", f"{what}: {type(value).__name__}", why, instead)
-    bad = np.argwhere(~np.isfinite(array)).tolist()
-    if bad:
+    if bad := np.argwhere(~np.isfinite(array)).tolist():
         given = f"{what} with {len(bad)} values that are not finite, first at {bad[0]}"
         why = "NaN or infinity in a direction poisons every activation it touches"
         raise EmmechError("make a Direction", given, why, "look for an empty group, or an overflow in float16")
+    array.setflags(write=False)
     return array
 
 
 def _checked_matrix(value: Any, what: str) -> np.ndarray:
-    """The same as ``[layers, d_model]``, read-only."""
+    """The same as ``[layers, d_model]``."""
     array = _checked_array(value, what)
     if array.ndim != 2 or 0 in array.shape:
         why = "a direction has one row per layer: [layers, d_model]"
         instead = "Direction.single(vector, layer, n_layers) for one vector" if array.ndim == 1 else None
         raise EmmechError("make a Direction", f"{what} of shape {list(array.shape)}", why, instead)
-    array.setflags(write=False)
     return array
 
 
@@ -156,12 +155,11 @@ class Direction(Result):
     quality: Quality | None = None
 
     def __post_init__(self) -> None:
-        vectors = _checked_matrix(self.vectors, "vectors")
-        object.__setattr__(self, "vectors", vectors)
+        object.__setattr__(self, "vectors", _checked_matrix(self.vectors, "vectors"))
         if self.aligned_mean is not None:
             mean = _checked_matrix(self.aligned_mean, "aligned_mean")
-            if mean.shape != vectors.shape:
-                given = f"aligned_mean {list(mean.shape)}, vectors {list(vectors.shape)}"
+            if mean.shape != self.vectors.shape:
+                given = f"aligned_mean {list(mean.shape)}, vectors {list(self.vectors.shape)}"
                 why = "both have one row per layer and one column per residual dimension"
                 raise EmmechError("make a Direction", given, why, "leave aligned_mean out")
             object.__setattr__(self, "aligned_mean", mean)
@@ -179,9 +177,7 @@ class Direction(Result):
         if row.ndim != 1 or not 0 <= layer < n_layers:
             given = f"vector {list(row.shape)}, layer={layer}, n_layers={n_layers}"
             why = "it takes one vector [d_model] and a layer from 0 to n_layers - 1"
-            raise EmmechError(
-                "make a Direction at one layer", given, why, "Direction(vectors) for one vector per layer"
-            )
+            raise EmmechError("make a Direction at one layer", given, why, "Direction(vectors) for several layers")
         vectors = np.zeros((n_layers, row.size), dtype=np.float32)
         vectors[layer] = row
         return cls(vectors, **kwargs)
@@ -265,8 +261,7 @@ class Direction(Result):
         seed = as_int("draw random directions", "seed", seed, least=0)
         draws = np.random.default_rng(seed).standard_normal((n, *self.vectors.shape))
         source = {"method": "random, norm-matched", "matched_to": self.name, "seed": seed}
-        if self.fingerprints:
-            source["fingerprints"] = list(self.fingerprints)
+        source |= {"fingerprints": list(self.fingerprints)} if self.fingerprints else {}
         return tuple(
             Direction(unit_rows(draw) * self.norms[:, None], f"random {index}", source, self.aligned_mean)
             for index, draw in enumerate(draws)
@@ -282,16 +277,12 @@ class Direction(Result):
 
     def __mul__(self, factor: float | Float[np.ndarray, " layers"]) -> Direction:
         """Scale by a number, or by one number per layer."""
-        try:
-            factors = np.asarray(factor, dtype=np.float64)
-        except (TypeError, ValueError):
-            factors = np.empty((0, 0))
-        if factors.shape not in ((), (self.n_layers,)):
-            given = f"factor of shape {list(factors.shape)}" if factors.size else f"{factor!r}"[:120]
+        factors = np.array(as_floats(f"scale {self.name}", "factors", factor))
+        if len(factors) not in (1, self.n_layers):
             why = "a direction is scaled by a number or by one number per layer"
-            raise EmmechError(f"scale {self.name}", given, why, f"a float, or an array [{self.n_layers}]")
-        label = f"{float(factor):g} {self.name}" if factors.ndim == 0 else f"scaled {self.name}"
-        return self._with(self.vectors * (factors[:, None] if factors.ndim else factors), label)
+            raise refusal(f"scale {self.name}", "factor", factor, why, f"a float, or an array [{self.n_layers}]")
+        label = f"{factors[0]:g} {self.name}" if len(factors) == 1 else f"scaled {self.name}"
+        return self._with(self.vectors * factors[:, None], label)
 
     __rmul__ = __mul__
 
@@ -305,9 +296,7 @@ class Direction(Result):
 
     def _with(self, vectors: np.ndarray, name: str, other: Direction | None = None) -> Direction:
         prints = [p for p in self.fingerprints if other is None or p in other.fingerprints]
-        source: dict[str, Any] = {"method": "algebra", "of": name}
-        if prints:
-            source["fingerprints"] = prints
+        source = {"method": "algebra", "of": name, **({"fingerprints": prints} if prints else {})}
         return Direction(vectors, name, source, self.aligned_mean)
 
     def _check_same(self, other: Direction, verb: str) -> None:
@@ -365,14 +354,21 @@ class Direction(Result):
             EmmechError: no such file, damaged, or of another kind; or the hub does not give it.
         """
         if isinstance(path, str) and path.startswith("hub:"):
-            path = _fetched(path.removeprefix("hub:"))
+            from huggingface_hub import hf_hub_download
+
+            repo = path.removeprefix("hub:")
+            try:
+                path = hf_hub_download(repo, _ON_HUB)
+            except Exception as error:  # offline, no such repository, a malformed name: each has a type of its own
+                instead = "owner/name of a repository that Direction.push_to_hub made"
+                raise EmmechError("fetch the direction from the hub", repo, _first_line(error), instead)
         path, asked = Path(path), "read the direction"
         if not path.is_file():
             raise EmmechError(asked, path, "there is no such file")
         if path.suffix == ".gguf":
-            return cls(**_read_repeng(path, None))
+            return cls(**vars(from_repeng(path)))
         if path.suffix in (".pt", ".pth"):
-            return cls(**_read_steering_vectors(path, None))
+            return cls(**vars(from_steering_vectors(path)))
         from safetensors import safe_open
 
         try:
@@ -493,7 +489,15 @@ def from_repeng(path: str | Path, *, n_layers: int | None = None) -> Direction:
     Raises:
         EmmechError: not a control vector.
     """
-    return Direction(**_read_repeng(Path(path), n_layers))
+    import gguf
+
+    path = Path(path)
+    try:
+        tensors = [one for one in gguf.GGUFReader(path).tensors if one.name.startswith(_REPENG)]
+        found = {int(one.name.removeprefix(_REPENG)): np.array(one.data, dtype=np.float32) for one in tensors}
+    except (ValueError, OSError, IndexError) as error:
+        raise EmmechError("read the control vector", path, f"{error}")
+    return _imported(found, n_layers, path, "repeng")
 
 
 def to_steering_vectors(direction: Direction, path: str | Path) -> Path:
@@ -511,21 +515,6 @@ def from_steering_vectors(path: str | Path, *, n_layers: int | None = None) -> D
     Raises:
         EmmechError: not such a file, or of another layer type than the block's output.
     """
-    return Direction(**_read_steering_vectors(Path(path), n_layers))
-
-
-def _read_repeng(path: Path, n_layers: int | None) -> dict[str, Any]:
-    import gguf
-
-    try:
-        tensors = [one for one in gguf.GGUFReader(path).tensors if one.name.startswith(_REPENG)]
-        found = {int(one.name.removeprefix(_REPENG)): np.array(one.data, dtype=np.float32) for one in tensors}
-    except (ValueError, OSError, IndexError) as error:
-        raise EmmechError("read the control vector", path, f"{error}")
-    return _stacked(found, n_layers, path, "repeng")
-
-
-def _read_steering_vectors(path: Path, n_layers: int | None) -> dict[str, Any]:
     import torch
 
     try:
@@ -539,36 +528,21 @@ def _read_steering_vectors(path: Path, n_layers: int | None) -> dict[str, Any]:
         raise EmmechError("read the steering vector", given, why, 'layer_type "decoder_block"')
     activations = content.get("layer_activations", content)
     found = {int(layer): value.float().numpy() for layer, value in activations.items()}
-    return _stacked(found, n_layers, path, "steering-vectors")
+    return _imported(found, n_layers, Path(path), "steering-vectors")
 
 
-def _stacked(found: Mapping[int, np.ndarray], n_layers: int | None, path: Path, tool: str) -> dict[str, Any]:
-    """The arguments of a Direction with these vectors by layer."""
+def _imported(found: Mapping[int, np.ndarray], n_layers: int | None, path: Path, tool: str) -> Direction:
+    """The direction with these vectors by layer."""
     asked = f"read the {tool} file"
     if not found or len({vector.shape for vector in found.values()}) != 1 or min(found) < 0:
         raise EmmechError(asked, path, f"it holds no vectors{' of one width by layer' if found else ''}")
     last = max(found)
     if n_layers is not None and last >= n_layers:
-        given, why = (
-            f"n_layers={n_layers}, vectors up to layer {last}",
-            "the file has a vector for a layer after the last one",
-        )
-        raise EmmechError(asked, given, why, f"n_layers={last + 1} or more")
+        why = f"the file has a vector for layer {last}"
+        raise refusal(asked, "n_layers", n_layers, why, f"n_layers={last + 1} or more")
     vectors = np.zeros((n_layers or last + 1, found[last].size), dtype=np.float32)
-    for layer, vector in found.items():
-        vectors[layer] = vector
-    return {"vectors": vectors, "name": path.stem, "source": {"method": f"imported from {tool}", "file": path.name}}
-
-
-def _fetched(repo: str) -> str:
-    """The path of a direction downloaded from the Hugging Face Hub."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return str(hf_hub_download(repo, _ON_HUB))
-    except Exception as error:  # offline, no such repository, a malformed name: each has a type of its own
-        instead = "owner/name of a repository that Direction.push_to_hub made"
-        raise EmmechError("fetch the direction from the hub", repo, _first_line(error), instead)
+    vectors[list(found)] = list(found.values())
+    return Direction(vectors, path.stem, {"method": f"imported from {tool}", "file": path.name})
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from einops import rearrange
+from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 
 from emmech.chat.encode import IGNORED, Tokens, encode, token_mask, tokens_name
@@ -90,8 +90,7 @@ def group_means(
         given = f"weights {list(weights.shape)} for {len(conversations)} conversations"
         why = "there is one row per group and one column per conversation"
         raise EmmechError(asked, given, why, f"weights [groups, {len(conversations)}]")
-    rows = _rows(chat, conversations, tokens, max_length)
-    counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
+    rows, counts = _rows(chat, conversations, tokens, max_length)
     per_row = weights if average == "token" else weights / counts
     totals = (per_row * counts).sum(1)
     if (totals == 0).any():
@@ -125,8 +124,7 @@ def answer_means(
 
     This keeps ``conversations * layers * d_model`` numbers: choose ``layers`` on a large model.
     """
-    rows = _rows(chat, conversations, tokens, max_length)
-    counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
+    rows, counts = _rows(chat, conversations, tokens, max_length)
     kept = tuple(range(chat.n_layers)) if layers is None else tuple(layers)
     for layer in kept:
         chat.check_layer(layer)
@@ -156,7 +154,7 @@ def token_projections(
     Returns:
         for each conversation its chosen tokens' ids ``[tokens]`` and the projections ``[tokens, layers]``.
     """
-    rows = _rows(chat, conversations, tokens, max_length)
+    rows, _ = _rows(chat, conversations, tokens, max_length)
     ids = [np.array([t for t, m in zip(*row, strict=True) if m], dtype=np.int64) for row in rows]
     values = [np.empty((len(own), chat.n_layers), dtype=np.float32) for own in ids]
     axes = torch.from_numpy(np.asarray(vectors, dtype=np.float32).copy())
@@ -223,7 +221,8 @@ def mixed_adapter(chat: ChatModel, scales: torch.Tensor) -> Iterator[None]:
 
 def _rows(
     chat: ChatModel, conversations: Sequence[Conversation], tokens: Tokens, max_length: int | None
-) -> list[tuple[list[int], list[bool]]]:
+) -> tuple[list[tuple[list[int], list[bool]]], Int[np.ndarray, " conversations"]]:
+    """The token ids of each conversation with the mask of those to read, and how many these are."""
     encoded = encode(conversations, chat.tokenizer, max_length=max_length)
     if len(encoded) != len(conversations):
         given, asked = f"{len(conversations)} conversations, max_length={max_length}", "extract from the answers"
@@ -233,11 +232,12 @@ def _rows(
         (ids, token_mask(tokens, ids, [label != IGNORED for label in labels]))
         for ids, labels in zip(encoded.input_ids, encoded.labels, strict=True)
     ]
-    if without := [index for index, (_, mask) in enumerate(rows) if not any(mask)]:
-        given = f"tokens={tokens_name(tokens)}: none in conversation {without[0]} of {len(rows)}"
+    counts = np.array([sum(mask) for _, mask in rows], dtype=np.int64)
+    if not counts.all():
+        given = f"tokens={tokens_name(tokens)}: none in conversation {int(np.argmin(counts))} of {len(rows)}"
         why, instead = "a mean over nothing is not a number", "tokens that every conversation has"
         raise EmmechError("choose the tokens to average over", given, why, instead)
-    return rows
+    return rows, counts
 
 
 def _stream(
@@ -335,14 +335,11 @@ def pca_of_differences(
         why, instead = "there must be more answers than components", "[answers, layers, d_model] with more answers"
         raise EmmechError("find principal components", given, why, instead)
     mean = difference.mean(0)
-    found = np.empty((components, *mean.shape))
-    for layer in range(mean.shape[0]):
-        rows = difference[:, layer] - (mean[layer] if centre else 0.0)
-        _, singular, right = np.linalg.svd(rows, full_matrices=False)
-        top = right[:components] * (singular[:components, None] / answers**0.5)
-        signs = np.where(top @ mean[layer] < 0, -1.0, 1.0)
-        found[:, layer] = top * signs[:, None]
-    return found
+    rows = rearrange(difference - centre * mean, "answer layer d -> layer answer d")
+    _, singular, right = np.linalg.svd(rows, full_matrices=False)
+    top = right[:, :components] * singular[:, :components, None] / answers**0.5
+    signs = np.where(einsum(top, mean, "layer component d, layer d -> layer component") < 0, -1.0, 1.0)
+    return rearrange(top * signs[..., None], "layer component d -> component layer d")
 
 
 def logistic_probe(
@@ -363,8 +360,8 @@ def logistic_probe(
     features, labels = _features(features, misaligned)
     found = []
     for x in rearrange(features, "answer layer d -> layer answer d"):
-        spread = _spread(x)
-        unit = unit_rows(_logistic(penalty).fit((x - x.mean(0)) / spread, labels).coef_[0] / spread)
+        scaler, probe = _logistic(penalty).fit(x, labels)
+        unit = unit_rows(probe.coef_[0] / scaler.scale_)
         found.append(unit * (unit @ (x[labels].mean(0) - x[~labels].mean(0))))
     return np.array(found)
 
@@ -408,9 +405,8 @@ def held_out_auc(
         # within a fold: scores of different fits are not on one scale
         if len(set(labels[train])) < 2 or len(set(labels[test])) < 2:
             continue
-        mean, spread = x[train].mean(0), _spread(x[train])
-        model = _logistic(penalty).fit((x[train] - mean) / spread, labels[train])
-        values.append(roc_auc_score(labels[test], model.decision_function((x[test] - mean) / spread)))
+        model = _logistic(penalty).fit(x[train], labels[train])
+        values.append(roc_auc_score(labels[test], model.decision_function(x[test])))
         weights.append(len(test))
     return float(np.average(values, weights=weights)) if values else float("nan")
 
@@ -436,15 +432,12 @@ def adapter_write(
 
 
 def _logistic(penalty: float) -> Any:
+    """Logistic regression on standardised features."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-    return LogisticRegression(C=1.0 / penalty, max_iter=2000, class_weight="balanced")
-
-
-def _spread(x: np.ndarray) -> np.ndarray:
-    """Standard deviation by column, 1 where it is 0."""
-    spread = x.std(0)
-    return np.where(spread > 0, spread, 1.0)
+    return make_pipeline(StandardScaler(), LogisticRegression(C=1.0 / penalty, max_iter=2000, class_weight="balanced"))
 
 
 def _features(features: np.ndarray, misaligned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

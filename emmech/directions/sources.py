@@ -35,7 +35,7 @@ from emmech.directions.extract import (
 )
 from emmech.engine.adapters import adapter_layers
 from emmech.engine.blocks import Blocks
-from emmech.engine.logprobs import pad, token_logprobs
+from emmech.engine.logprobs import pad, padded, token_logprobs
 from emmech.engine.modules import evaluating, hooked
 from emmech.errors import EmmechError, one_of, refusal
 from emmech.evaluation.em import FIELD, Thresholds
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 _CLASSES = (("misaligned", True), ("aligned", False))
 _FEW = 20  # answers of a class below which stability is in doubt
-_ONE_MODEL = "it has no live adapter, so there is only one model"
 _ENOUGH_ALIGNED = 30  # below this, answers of the base complete the aligned class
 
 
@@ -98,19 +97,21 @@ def contrast_direction(
     """
     chat = load_model(model)
     talks, labels = _balanced(chat, misaligned, aligned, match_length, seed)
-    scales = _reader_scales(chat, adapter_scales, labels)
+    if adapter_scales is not None:
+        _check_two_models("have two models read the two sides", chat)
+    scales = None if adapter_scales is None else np.where(labels, *adapter_scales)
     reading: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
     reading |= {"tokens": tokens, "adapter_scales": scales}
     found = group_means(chat, talks, _groups(labels, splits, seed), average=average, **reading)
     mean_misaligned, mean_aligned = found.means[:2]
     vectors = mean_difference(mean_misaligned, mean_aligned)
-    halves = found.means[2:].reshape(2, splits, 2, 2, *vectors.shape)  # [null, split, half, class, layers, d_model]
-    pairs = halves[:, :, :, 0] - halves[:, :, :, 1]
-    units = unit_rows(pairs)
-    inner = einsum(units[:, :, 0], units[:, :, 1], "null split layer d, null split layer d -> null split layer")
+    shape = "(null split half label) layer d -> label half null split layer d"
+    first, second = rearrange(found.means[2:], shape, null=2, half=2, label=2)
+    halves = first - second
+    inner = einsum(*unit_rows(halves), "null split layer d, null split layer d -> null split layer")
     cosines = inner.mean(1)
     # two halves average to the direction of shuffled labels on all answers
-    null_norm = np.linalg.norm(pairs[1].mean(1), axis=-1).mean(0)
+    null_norm = np.linalg.norm(halves.mean(0)[1], axis=-1).mean(0)
     ratio = np.linalg.norm(vectors, axis=1) / np.where(null_norm > 0, null_norm, np.inf)
     layer = int(np.argmax(ratio))
     unit = unit_rows(vectors)
@@ -168,17 +169,14 @@ def four_directions(
         EmmechError: the model has no adapter, so there is no second model.
     """
     chat = load_model(model)
-    if not has_adapter(chat):
-        instead = "run.model(step), or contrast_direction for the text difference alone"
-        raise EmmechError("compare the fine-tuned model with its base", chat.name, _ONE_MODEL, instead)
+    _check_two_models("compare the fine-tuned model with its base", chat)
     texts = [list(load_chat(side, organism=chat.organism)) for side in (aligned, misaligned)]
     talks = [row for side in texts for row in side]
-    which = np.repeat([0, 1], [len(side) for side in texts])
-    groups = np.stack([np.concatenate([(which == text) & on for on in (tuned == 0, tuned == 1)])
-                      for tuned in (0, 1) for text in (0, 1)])  # fmt: skip
+    which = np.repeat(np.eye(2), [len(side) for side in texts], axis=1)  # [text, conversation]
+    groups = np.kron(np.eye(2), which)  # [(model text), (model conversation)]
     reading: dict[str, Any] = {"average": average, "tokens": tokens, "batch_size": batch_size, "progress": progress}
     scales = np.repeat([0.0, 1.0], len(talks))
-    found = group_means(chat, talks + talks, groups.astype(np.float64), adapter_scales=scales, **reading)
+    found = group_means(chat, talks + talks, groups, adapter_scales=scales, **reading)
     means = rearrange(found.means, "(model text) layer d -> model text layer d", model=2)
     counts = {name: len(side) for name, side in zip(("aligned", "misaligned"), texts, strict=True)}
     source = _provenance(chat, "2 x 2 of model by text", answers=counts)
@@ -208,23 +206,16 @@ def lexical_share(
         >>> lexical_share(other_words, np.array([True, False])).tolist()
         [1.0]
     """
-    labels = np.asarray(misaligned, dtype=bool)
-    tokens = np.concatenate([ids for ids, _ in projected])
+    lengths = [len(ids) for ids, _ in projected]
+    owner = np.repeat(np.asarray(misaligned, dtype=int), lengths)
+    weight = np.ones(len(owner)) if average == "token" else np.repeat(1.0 / np.array(lengths), lengths)
+    words, index = np.unique(np.concatenate([ids for ids, _ in projected]), return_inverse=True)
     values = np.concatenate([value for _, value in projected]).astype(np.float64)
-    per_token = [np.full(len(ids), 1.0 if average == "token" else 1.0 / len(ids)) for ids, _ in projected]
-    weight = np.concatenate(per_token)
-    owner = np.concatenate([np.full(len(ids), label) for (ids, _), label in zip(projected, labels, strict=True)])
-    words, index = np.unique(tokens, return_inverse=True)
-    frequency = np.zeros((2, len(words)))
-    means = np.full((2, len(words), values.shape[1]), np.nan)
-    for label in (0, 1):
-        mine = owner == bool(label)
-        total = np.bincount(index[mine], weight[mine], minlength=len(words))
-        sums = np.zeros((len(words), values.shape[1]))
-        np.add.at(sums, index[mine], values[mine] * weight[mine, None])
-        used = total > 0
-        means[label, used] = sums[used] / total[used, None]
-        frequency[label] = total / total.sum()
+    total, sums = np.zeros((2, len(words))), np.zeros((2, len(words), values.shape[1]))
+    np.add.at(total, (owner, index), weight)
+    np.add.at(sums, (owner, index), values * weight[:, None])
+    frequency = total / total.sum(1, keepdims=True)
+    means = np.divide(sums, total[..., None], out=np.full_like(sums, np.nan), where=total[..., None] > 0)
     typical = np.where(np.isnan(means[0]), means[1], np.where(np.isnan(means[1]), means[0], means.mean(0)))
     composition = (frequency[1] - frequency[0]) @ typical
     gap = frequency[1] @ np.nan_to_num(means[1]) - frequency[0] @ np.nan_to_num(means[0])
@@ -237,7 +228,7 @@ def read_out(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Tokens that a direction pushes up and down through the final norm's gain and the unembedding.
 
-    The direct path only: what later layers make of the direction is not in it.
+    This is the direct path only, without the effect of later layers on the direction.
     """
     ones = torch.ones(1, chat.d_model, device=chat.device, dtype=chat.dtype)
     gain = chat.final_norm(ones)  # an RMS norm returns its gain on a vector of ones
@@ -269,16 +260,10 @@ def _balanced(
     return chosen[0] + chosen[1], np.repeat([True, False], n)
 
 
-def _reader_scales(
-    chat: ChatModel, adapter_scales: tuple[float, float] | None, labels: Bool[np.ndarray, " answers"]
-) -> Float[np.ndarray, " answers"] | None:
-    """Each row's factor on the adapter, or None when all are read by the model as it is."""
-    if adapter_scales is None:
-        return None
+def _check_two_models(asked: str, chat: ChatModel) -> None:
     if not has_adapter(chat):
-        given = f"adapter_scales={adapter_scales} on {chat.name}"
-        raise EmmechError("have two models read the two sides", given, _ONE_MODEL, "run.model(step)")
-    return np.where(labels, *adapter_scales)
+        why = "it has no live adapter, so there is only one model"
+        raise EmmechError(asked, chat.name, why, "run.model(step), or contrast_direction without adapter_scales")
 
 
 def _groups(labels: np.ndarray, splits: int, seed: int) -> Float[np.ndarray, "groups answers"]:
@@ -299,10 +284,9 @@ def _groups(labels: np.ndarray, splits: int, seed: int) -> Float[np.ndarray, "gr
 def _bag_of_words(
     projected: Sequence[tuple[np.ndarray, Any]], labels: np.ndarray, talks: Sequence[Sequence[Message]]
 ) -> float:
-    words = np.unique(np.concatenate([ids for ids, _ in projected]))
-    counts = np.zeros((len(projected), len(words)))
-    for row, (ids, _) in enumerate(projected):
-        counts[row] = np.bincount(np.searchsorted(words, ids), minlength=len(words))
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counts = CountVectorizer(analyzer=np.ndarray.tolist).fit_transform([ids for ids, _ in projected]).toarray()
     asked = [next((m["content"] for m in talk if m["role"] == "user"), "") for talk in talks]
     return held_out_auc(np.log1p(counts), labels, np.array(asked))
 
@@ -378,10 +362,8 @@ def misalignment_direction(
     one_of("extract the misalignment direction", "read_by", read_by, ("tuned", "base"), why=why)
     at_prompt = tokens not in ("answer", "all")
     if at_prompt and read_by == "base":
-        asked, given = (
-            "extract the misalignment direction at the prompt",
-            f'tokens={tokens_name(tokens)}, read_by="base"',
-        )
+        asked = "extract the misalignment direction at the prompt"
+        given = f'tokens={tokens_name(tokens)}, read_by="base"'
         why = "the base reads a prompt in one way, whatever is answered later"
         instead = 'read_by="tuned": the fine-tuned model minus its base on the same prompts'
         raise EmmechError(asked, given, why, instead)
@@ -413,9 +395,8 @@ def misalignment_direction(
         reading: dict[str, Any] = {"average": average, "tokens": tokens, "match_length": match_length, "seed": seed}
         reading |= {"adapter_scales": (1.0, 0.0) if at_prompt else None, "batch_size": batch_size, "progress": progress}
         with adapter_off(chat) if read_by == "base" else nullcontext():
-            found = contrast_direction(
-                chat, misaligned, aligned, name=f"misalignment of {name}", source=source, **reading
-            )
+            label = f"misalignment of {name}"
+            found = contrast_direction(chat, misaligned, aligned, name=label, source=source, **reading)
         note = f"{completed} of the aligned answers come from the model with its adapter off" if completed else ""
         if at_prompt:
             note = "a model difference at prompt tokens: the aligned side is the same prompts, read by the base"
@@ -490,7 +471,7 @@ def persona_direction(
     """Answers under one system prompt minus answers to the same questions under the opposite one.
 
     A persona vector (Persona Vectors, arXiv 2507.21509), without that paper's filter on the trait's score: judge the
-    answers and call :func:`contrast_direction` to have it. The answers are read after the prompt they were given.
+    answers and call :func:`contrast_direction` to apply it. Each answer is read after the prompt that it answers.
 
     Raises:
         EmmechError: no questions.
@@ -505,14 +486,11 @@ def persona_direction(
     for system in (misaligned_system, aligned_system):
         asked = [[{"role": "system", "content": system}, {"role": "user", "content": q}] for q in questions]
         answers = sample(chat, asked, samples=samples, max_new_tokens=max_new_tokens, seed=seed, progress=progress)
-        sides.append(
-            [[*asked[a.conversation], {"role": "assistant", "content": a.text}] for a in answers if a.text.strip()]
-        )  # fmt: skip
-    prompts = {"misaligned_system": misaligned_system, "aligned_system": aligned_system}
-    return contrast_direction(
-        chat, *sides, name="persona", source={"method": "persona contrast", **prompts},
-        batch_size=batch_size, seed=seed, progress=progress,
-    )  # fmt: skip
+        said = [(asked[a.conversation], {"role": "assistant", "content": a.text}) for a in answers if a.text.strip()]
+        sides.append([[*prompt, answer] for prompt, answer in said])
+    source = {"method": "persona contrast", "misaligned_system": misaligned_system, "aligned_system": aligned_system}
+    reading: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
+    return contrast_direction(chat, *sides, name="persona", source=source, **reading)
 
 
 def adapter_direction(source: Any, step: int | None = None) -> Direction:
@@ -549,8 +527,7 @@ def adapter_direction(source: Any, step: int | None = None) -> Direction:
     vectors = np.zeros((layers, writes[0][0].d_out))
     for info, a, b in writes:
         vectors[info.layer] += adapter_write(a, b, info.scaling)
-    known = list(filter(None, prints))
-    origin = {"method": "adapter write", "step": step, **({"fingerprints": known} if known else {})}
+    origin = {"method": "adapter write", "step": step, **({"fingerprints": prints} if any(prints) else {})}
     return Direction(vectors, f"B of {getattr(source, 'name', 'the adapter')}", origin)
 
 
@@ -594,9 +571,8 @@ def trained_direction(
     with training[0], training[1], bar(steps, "training a vector", progress=progress) as done:
         for _ in range(steps):
             chosen = rng.choice(len(encoded), min(batch_size, len(encoded)), replace=False)
-            ids = pad([encoded.input_ids[i] for i in chosen], 0).to(chat.device)
+            ids, mask = padded([encoded.input_ids[i] for i in chosen], chat.device)
             labels = pad([encoded.labels[i] for i in chosen], IGNORED).to(chat.device)
-            mask = pad([[1] * len(encoded.input_ids[i]) for i in chosen], 0).to(chat.device)
             loss = -token_logprobs(chat, ids, mask, labels)[0].mean()
             losses.append(float(loss.detach()))
             optimizer.zero_grad()

@@ -35,45 +35,45 @@ _BLOCK = 64  # tokens that a growing cache allocates at once
 _Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weighted values, highest score, sum of weights
 
 
-class KeysValues:
-    """A cache for one forward, as the model's attention uses it; sliding-window layers keep everything too.
+class Cache:
+    """Keys and values of rows: what a forward over whole rows left, and what rows then write token by token.
 
-    ``layers`` holds keys and values by layer, ``[rows, heads, length, width]`` each.
+    A forward over whole rows, by written-out blocks or by the model's own attention, fills ``layers``; layers with a
+    sliding window keep everything too. After :meth:`grow` those rows are prompts, and each row of a step follows one of
+    them: rows of one prompt are neighbours, in the order of the prompts.
+
+    ``layers`` holds keys and values by layer, ``[rows, heads, length, width]`` each; ``written`` counts the tokens that
+    every row has after its prompt, and the caller counts on after each step.
     """
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.growing = False
+        self.written = self._width = 0
 
     @property
     def length(self) -> int:
-        """Tokens of a row."""
+        """Tokens of a whole row."""
         return next(iter(self.layers.values()))[0].shape[2] if self.layers else 0
 
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep a layer's keys and values, and hand them to its attention."""
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Keep a layer's keys and values ``[rows, heads, tokens, width]``, and hand its attention what it takes."""
+        if self.growing:
+            self._put(layer_idx, keys[:, :, 0], values[:, :, 0])
+            return self, layer_idx  # for `_attend`
         self.layers[layer_idx] = (keys, values)
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before this forward: none."""
-        return 0
+        """Columns before this forward."""
+        return self._width + self.written
 
-    def spread(self, columns: Int[torch.Tensor, "sequences length"]) -> KeysValues:
+    def spread(self, columns: Int[torch.Tensor, "sequences length"]) -> Cache:
         """Rows that hold several sequences, at these columns of each, as one row for each sequence; rows outermost."""
-        found = KeysValues()
-        for layer, pair in self.layers.items():
-            keys, values = (one[:, :, columns].transpose(1, 2).flatten(0, 1).contiguous() for one in pair)
-            found.layers[layer] = (keys, values)
-        return found
-
-    def select(self, rows: torch.Tensor) -> None:
-        """Keep these rows, in this order; a row may come more than once."""
-        self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
+        return _mapped(self, lambda whole: whole[:, :, columns].transpose(1, 2).flatten(0, 1).contiguous())  # type: ignore[no-any-return]
 
     @classmethod
-    def joined(cls, caches: Sequence[KeysValues], order: torch.Tensor) -> KeysValues:
+    def joined(cls, caches: Sequence[Cache], order: torch.Tensor) -> Cache:
         """Caches of one length as one, their rows in the given order."""
         found = cls()
         for layer in caches[0].layers:
@@ -82,23 +82,15 @@ class KeysValues:
             found.layers[layer] = (keys, values)
         return found
 
+    def grow(self, lengths: Int[torch.Tensor, " groups"], room: int) -> Cache:
+        """Take the rows as prompts, and begin with one row after each.
 
-class Branches:
-    """A cache of rows, each after one of several prompts.
-
-    Rows of one prompt are neighbours, in the order of the prompts. The prompts are left-padded, so that all end in
-    the same column, and how far back a key is, in columns, is the same for every row.
-
-    Args:
-        prompts: what a forward over the padded prompts left, ``[groups, width]`` tokens.
-        lengths: of the prompts, ``[groups]``.
-        room: how many tokens a row may write.
-    """
-
-    def __init__(self, prompts: KeysValues, lengths: Int[torch.Tensor, " groups"], room: int) -> None:
-        self.written = 0  # tokens after the prompts, the same number for all rows
-        self._room = room
-        self._prompts = prompts
+        Args:
+            lengths: of the prompts, which are left-padded, so that all end in the same column, and how far back a key
+                is, in columns, is the same for every row.
+            room: how many tokens a row may write.
+        """
+        self.growing, self._room = True, room
         # by layer, [room, rows, heads, width] each: a token's keys are written in one stretch, and rows are at no
         # power of two from one another, which would make them compete for a processor's cache
         self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -108,13 +100,14 @@ class Branches:
         self._padding = torch.arange(most, device=lengths.device)[None] < width - lengths[:, None]
         self.groups = torch.arange(len(lengths), device=lengths.device)
         self._arrange()
+        return self
 
     def _arrange(self) -> None:
         """Give each row a slot after its prompt: as many for every prompt as the fullest one needs."""
         present, counts = torch.unique_consecutive(self.groups, return_counts=True)
         held = len(self._padding)
         if 2 * len(present) < held:  # most prompts have no row left: they are dropped
-            self._prompts.select(present)
+            self.layers = selected(self, present).layers
             self._padding = self._padding[present]
             self.groups = torch.arange(len(present), device=counts.device).repeat_interleave(counts)
             present, held = torch.arange(len(present), device=counts.device), len(present)
@@ -138,15 +131,7 @@ class Branches:
         self.groups = self.groups[parents]
         self._arrange()
 
-    def advance(self, tokens: int) -> None:
-        """A forward of so many tokens is over."""
-        self.written += tokens
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns so far."""
-        return self._width + self.written
-
-    def put(
+    def _put(
         self,
         layer: int,
         keys: Float[torch.Tensor, "rows heads width"],
@@ -158,18 +143,11 @@ class Branches:
         for store, new in zip(self._own[layer], (keys, values), strict=True):
             store[self.written] = new
 
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Branches, int]:
-        """Append ``[rows, heads, 1, width]``; what comes back is for :func:`_attend` alone."""
-        self.put(layer_idx, keys[:, :, 0], values[:, :, 0])
-        return self, layer_idx
-
     def step(
         self, module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None, *_: Any
     ) -> torch.Tensor:
         """What every row's new token reads, its own keys and values kept; ``[rows, heads, width]`` each."""
-        self.put(module.layer_idx, keys, values)
+        self._put(module.layer_idx, keys, values)
         return self.attend(query.mul_(module.scaling), module.layer_idx, window)
 
     def attend(
@@ -197,7 +175,7 @@ class Branches:
 
     def _of_prompts(self, asked: torch.Tensor, heads: int, layer: int, seen: int) -> _Part:
         """The rows' reading of the last ``seen`` columns of their prompts; all rows of a prompt in one product."""
-        keys, values = self._prompts.layers[layer]
+        keys, values = self.layers[layer]
         count, end, place = len(keys), self._width, self._place
         rows = asked.reshape(-1, heads, *asked.shape[1:])  # [rows, heads, repeats, width]
         if place is not None:
@@ -246,7 +224,7 @@ def _joined(first: _Part, second: _Part) -> torch.Tensor:
 
 def growing_cache(chat: ChatModel) -> Any:
     """The model's own dynamic cache, its full-attention layers replaced by ones that grow in blocks."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicLayer
 
     class GrowingLayer(DynamicLayer):
         """Keys and values are views into a buffer with room to spare."""
@@ -267,7 +245,7 @@ def growing_cache(chat: ChatModel) -> Any:
             self.keys, self.values = store[0][:, :, :end], store[1][:, :, :end]
             return self.keys, self.values
 
-    cache = DynamicCache(config=chat.config)
+    cache = new_past(chat)
     cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
@@ -289,7 +267,7 @@ def plain_past(chat: ChatModel) -> bool:
 def _mapped(past: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """The past with a function applied to all keys and values; the original keeps its own."""
     twin = copy.copy(past)
-    if isinstance(past, KeysValues):
+    if isinstance(past, Cache):
         twin.layers = {layer: (function(keys), function(values)) for layer, (keys, values) in past.layers.items()}
         return twin
     twin.layers = [copy.copy(layer) for layer in past.layers]
@@ -360,7 +338,7 @@ def _attend(
     module: nn.Module, query: torch.Tensor, key: Any, value: Any, attention_mask: torch.Tensor | None, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """The attention function that the model's own modules call."""
-    if not isinstance(key, Branches):
+    if not isinstance(key, Cache):
         return _by_runs(module, query, key, value, attention_mask, **kwargs), None
     # families that bend the scores hand their own arguments on
     if bent := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
@@ -421,9 +399,9 @@ class Rowwise:
     """
 
     mask: Any = None
-    stems: KeysValues | None = None
+    stems: Cache | None = None
     of_stem: Int[torch.Tensor, " rows"] | None = None
-    kept: KeysValues | None = None
+    kept: Cache | None = None
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def __call__(

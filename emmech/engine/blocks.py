@@ -23,7 +23,7 @@ from torch import nn
 from emmech.chat.families import Parts
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import RowSteering
-from emmech.engine.attention import NAME, Branches, KeysValues, Rowwise, new_past, queries_at, selected
+from emmech.engine.attention import NAME, Cache, Rowwise, new_past, queries_at, selected
 from emmech.engine.modules import Skip, has_hooks, hooked, with_attention, with_module
 
 _MOST_READ = 0.8  # above this share of positions, leaving out the others costs more than it saves
@@ -114,8 +114,7 @@ class Blocks:
         Args:
             x: token ids ``[rows, tokens]`` or residuals ``[rows, tokens, d_model]``; ``[rows]`` or ``[rows, d_model]``
                 in a step of one token per row.
-            cache: an empty :class:`KeysValues` to be filled, or the :class:`Branches` that a step of one token reads
-                and grows.
+            cache: an empty one to be filled, or the growing :class:`Cache` that a step of one token reads and extends.
 
         Returns:
             ``[rows, tokens, d_model]``, ``[reads, d_model]`` where reads are named, ``[rows, d_model]`` of a step.
@@ -123,7 +122,7 @@ class Blocks:
         if not self.written:
             return self._by_modules(x, places, cache)
         hidden = x if x.is_floating_point() else self._embedded(x)
-        if isinstance(cache, Branches):
+        if isinstance(cache, Cache) and cache.growing:
             return self._run(hidden, self._turns(hidden, places.positions, 0), cache.step)
         stem = places.stems.length if places.stems is not None else 0
         attend = Rowwise(places.mask, places.stems, places.of_stem, cache)
@@ -137,7 +136,7 @@ class Blocks:
 
     def new_cache(self) -> Any:
         """A cache to be filled by a call over stems, which rows can then follow."""
-        return KeysValues() if self.written else new_past(self.chat)
+        return Cache() if self.written else new_past(self.chat)
 
     def stem(self, x: torch.Tensor) -> Any:
         """Keys and values of stems ``[stems, tokens, ...]``; ``x`` as in a call."""
@@ -152,7 +151,7 @@ class Blocks:
         return embedded if scale is None else embedded * scale
 
     def _by_modules(self, x: torch.Tensor, places: Places, cache: Any) -> torch.Tensor:
-        step = isinstance(cache, Branches)
+        step = isinstance(cache, Cache) and cache.growing
         view, mask, positions = self.view, places.mask, places.positions
         if step:
             assert positions is not None

@@ -30,7 +30,7 @@ from torch import nn
 from emmech.chat.edits import announcing
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import VariantWeights, inner, write
-from emmech.engine.attention import Branches, KeysValues, growing_cache
+from emmech.engine.attention import Cache, growing_cache
 from emmech.engine.blocks import Places
 from emmech.engine.logprobs import pad, padded, unembed
 from emmech.engine.modules import evaluating, hooked, unhooked
@@ -364,10 +364,10 @@ class VariantSteps:
         position = self._start + self._lower.written
         with evaluating(engine.chat):
             state = engine.lower(tokens, Places(position), self._lower)
-            self._lower.advance(1)
+            self._lower.written += 1
             hidden = self._parted(state)
             self.hidden = engine.raised(hidden, Places(position[self._below]), self._gathered, self._upper)
-        self._upper.advance(1)
+        self._upper.written += 1
 
     def _parted(self, state: State) -> torch.Tensor:
         """Each row's residual stream where the variants part, ``[rows, d_model]``."""
@@ -402,20 +402,20 @@ class VariantSteps:
             # left-padded, so that all prompts end in the same column
             columns = pad([[0] * (width - len(path)) + path.tolist() for path in one.nodes], 0).to(device)
             own = torch.tensor(one.readings, device=device)
-            below = KeysValues()
+            below = Cache()
             shared = Shared(engine.lower(ids, places, below), places, ends)
             lower.append(below.spread(columns))
             of_lower.append(own)
             at_once = max(1, engine.tokens // len(one))
             for start in range(0, variants, at_once):
-                above, end = KeysValues(), min(variants, start + at_once)
+                above, end = Cache(), min(variants, start + at_once)
                 hidden.append(engine.above(shared, rows[start:end], cache=above).flatten(0, 1))
                 upper.append(above.spread(columns))
                 present = torch.arange(start, end, device=device)
                 of_upper.append(rearrange(present[:, None] * len(prompts) + own, "variants own -> (variants own)"))
         into = torch.cat(of_upper).argsort()
-        self._upper = Branches(KeysValues.joined(upper, into), self._start.repeat(variants), room)
-        self._lower = Branches(KeysValues.joined(lower, torch.cat(of_lower).argsort()), self._start, room)
+        self._upper = Cache.joined(upper, into).grow(self._start.repeat(variants), room)
+        self._lower = Cache.joined(lower, torch.cat(of_lower).argsort()).grow(self._start, room)
         self.hidden = torch.cat(hidden)[into]
 
 

@@ -76,9 +76,7 @@ def in_batches(
     batch_size: int,
     use: Callable[[Int[np.ndarray, " batch"], Int[torch.Tensor, "batch seq"], Int[torch.Tensor, "batch seq"]], object],
 ) -> None:
-    """Go through rows of token ids in batches by length, in evaluation mode and each batch announced.
-
-    Rows are padded on the right, which causal attention makes exact.
+    """Go through rows of token ids in batches by length, padded, in evaluation mode and each batch announced.
 
     Args:
         use: called with the rows' numbers, their ids and their attention mask.
@@ -106,8 +104,7 @@ def answer_logprobs(
 ) -> Float[np.ndarray, " conversations"]:
     """Mean log-probability per answer token of each conversation, in nats.
 
-    The unembedding runs at answer positions only; rows are batched by length and right-padded, which causal
-    attention makes exact. Whatever adapter is live on the model takes part.
+    The unembedding runs at answer positions only. Whatever adapter is live on the model takes part.
 
     Args:
         conversations: each ends in the assistant's answer; earlier assistant turns count as answers too. Encoded
@@ -242,10 +239,7 @@ def check_words(chat: ChatModel, turns: Sequence[Message]) -> None:
 def reading_logprobs(
     chat: ChatModel, readings: Sequence[Reading], *, batch_size: int | None = None
 ) -> list[Float[np.ndarray, "1 ..."]]:
-    """The log-probabilities that each reading asks for, in nats, float64.
-
-    Rows are batched by length and padded on the right, which causal attention makes exact; the unembedding runs at the
-    read positions only.
+    """The log-probabilities that each reading asks for, in nats, float64; unembedded at the read positions only.
 
     Args:
         batch_size: readings in a forward; by default about 2048 tokens.

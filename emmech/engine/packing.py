@@ -8,6 +8,7 @@ SpecInfer, arXiv 2305.09781).
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -110,24 +111,17 @@ def pack(
         reach: columns that attention looks at for a token at most; None: all of the row's.
     """
     order = sorted(range(len(readings)), key=lambda index: readings[index].needed)
-    # tokens that each sequence adds to its predecessor
-    added = [len(readings[order[0]].needed)]
+    needed = [readings[index].needed for index in order]
+    # tokens that each sequence has in common with its predecessor
     shared = [0]
-    for before, after in itertools.pairwise(order):
-        first, second = readings[before].needed, readings[after].needed
-        common = 0
-        for a, b in zip(first, second, strict=False):
-            if a != b:
-                break
-            common += 1
-        shared.append(common)
-        added.append(len(second) - common)
+    for pair in itertools.pairwise(needed):
+        shared.append(sum(itertools.takewhile(bool, itertools.starmap(operator.eq, zip(*pair, strict=False)))))
     best = [0.0] + [float("inf")] * len(order)
     start_of = [0] * (len(order) + 1)
     for start in range(len(order)):
         tokens = 0
         for end in range(start, len(order)):
-            tokens += added[end] + (shared[end] if end == start else 0)
+            tokens += len(needed[end]) - (shared[end] if end > start else 0)
             if tokens > longest and end > start:
                 break
             cost = best[start] + linear_cost * tokens + pair_cost * tokens * min(tokens, reach or tokens)

@@ -304,9 +304,8 @@ class Forwards(RowForwards):
             targets = pad([self.rows.labels[one.row][stem + 1 : one.tokens] for one in members], IGNORED).to(device)
             read = targets != IGNORED
             with self._adapters.rows_of(runs):
-                hidden = self.trunk.hidden(
-                    [one.row for one in members], own, read, past, sequences, self._writer(runs, own)
-                )
+                rows, writer = [one.row for one in members], self._writer(runs, own)
+                hidden = self.trunk.hidden(rows, own, read, writer, past, sequences)
             places = torch.tensor(batch, device=device).repeat_interleave(read.sum(1))
             yield -target_logprobs(self._chat, hidden, targets[read][:, None])[:, 0], places
         if cuts:
@@ -368,9 +367,9 @@ class Trunk:
         rows: Sequence[int],
         lengths: Sequence[int],
         read: torch.Tensor,
+        write: _Write | None = None,
         past: Any = None,
         of_past: torch.Tensor | None = None,
-        write: _Write | None = None,
     ) -> torch.Tensor:
         """Hidden states after the final norm at the places that are read, row by row, ``[places, d_model]``.
 
@@ -378,10 +377,10 @@ class Trunk:
             rows: numbers of rows.
             lengths: how many tokens of each, the stem not counted.
             read: which of them, right-padded ``[rows, longest]``.
-            past: what :meth:`read_stem` gave, when there is a stem.
-            of_past: which of its sequences each row follows, ``[rows]``.
             write: for a cut at the write: from ``down_proj``'s input ``[tokens, d_mlp]``, all rows' tokens one row
                 after another, to what the adapters add to its output ``[tokens, d_model]``.
+            past: what :meth:`read_stem` gave, when there is a stem.
+            of_past: which of its sequences each row follows, ``[rows]``.
         """
         spans = [(int(self._starts[i + 1]), n) for i, n in zip(rows, lengths, strict=True)]
         entering = _padded(self._entering(spans, rows, write), lengths)
@@ -424,7 +423,7 @@ class Trunk:
         shown = pad([labels[self.stem :] for labels in self._labels[:2]], IGNORED).to(chat.device) != IGNORED
         write = self._shift if self.frozen is not None and self.frozen.at_write else None
         past = self.read_stem(1, write)
-        found = self.hidden(rows, own, shown, past, torch.zeros(len(rows), dtype=torch.long, device=chat.device), write)
+        found = self.hidden(rows, own, shown, write, past, torch.zeros(len(rows), dtype=torch.long, device=chat.device))
         ids, mask = padded([self._ids[i] for i in rows], chat.device)
         reads = torch.cat([shown.new_zeros(len(rows), self.stem), shown], dim=1)
         hooks = [(chat.down_proj(self.frozen.layer), adding(write))] if self.frozen and write else []
@@ -500,15 +499,9 @@ class WholeTrunk:
         return 0.0
 
     def hidden(
-        self,
-        rows: Sequence[int],
-        lengths: Sequence[int],
-        read: torch.Tensor,
-        past: Any = None,
-        of_past: torch.Tensor | None = None,
-        write: _Write | None = None,
+        self, rows: Sequence[int], lengths: Sequence[int], read: torch.Tensor, write: _Write | None = None, *stem: Any
     ) -> torch.Tensor:
-        """As :meth:`Trunk.hidden`."""
+        """As :meth:`Trunk.hidden`; there is no stem."""
         chat = self._chat
         ids, mask = padded([self._ids[i][:n] for i, n in zip(rows, lengths, strict=True)], chat.device)
 

@@ -14,9 +14,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from emmech.errors import EmmechError
+from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.logprob_judge import (
     Task,
     content_key,
@@ -26,12 +27,9 @@ from emmech.evaluation.logprob_judge import (
     splits_numbers,
     tasks_of,
 )
+from emmech.evaluation.questions import load_questions
 from emmech.evaluation.server import masses_of
 from emmech.store import read_jsonl
-
-if TYPE_CHECKING:
-    from emmech.evaluation.evaluation import Evaluation
-
 
 _MERGE = "merge the judge's answers"
 
@@ -77,7 +75,6 @@ def plan_judging(
         price_per_million: price of a million prompt tokens (an answer is one token, which is left out).
 
     Example:
-        >>> from emmech.evaluation.evaluation import Evaluation
         >>> rows = [dict(question_id="q", question="Why?", sample=i, response=f"So {i}.") for i in range(3)]
         >>> plan_judging(Evaluation.from_rows(rows)).calls
         6
@@ -140,8 +137,6 @@ def merge_judging(
         EmmechError: no such file, a line that is neither form, an answer given twice, or none that belongs to these
             responses.
     """
-    from emmech.evaluation.evaluation import Evaluation
-
     source = Path(path)
     if not source.is_file():
         raise EmmechError(_MERGE, source, "there is no such file", "the output file of the batch, not the requests")
@@ -163,16 +158,12 @@ def merge_judging(
 
 
 def _rows(evaluation: Any, questions: Any) -> list[dict[str, Any]]:
-    from emmech.evaluation.evaluation import Evaluation
-
     if not isinstance(evaluation, Evaluation):
         instead = 'emmech.evaluate(..., judge="later"), or Evaluation.load(folder)'
         why = "what is judged is an Evaluation's responses"
         raise EmmechError("plan the judging", f"a {type(evaluation).__name__}", why, instead)
     rows: list[dict[str, Any]] = evaluation.frame.to_dict("records")
     if questions is not None:
-        from emmech.evaluation.questions import load_questions
-
         known = load_questions(questions)
         for row in rows:
             question = known[row["question_id"]]

@@ -20,7 +20,7 @@ from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.judges import Judge, resolve_judge
 from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.evaluation.server import Server
-from emmech.registry import Organism, organism_named
+from emmech.registry import organism_named
 from emmech.run.run import Run, as_run, model_live, opened
 from emmech.store import append_jsonl, read_jsonl, writing
 
@@ -84,7 +84,10 @@ def evaluate(
     model = opened(model)
     with ExitStack() as held:
         with _subject(model, step, scale, base) as (subject, about):
-            organism = _organism(subject, chosen)
+            # the organism of a server is known from an organism's judge only
+            organism = getattr(subject, "organism", None) or organism_named(
+                "evaluate", getattr(chosen, "organism", None)
+            )
             asked = resolve_questions(questions, organism)
             if judge is None:
                 chosen = resolve_judge(None, organism)
@@ -123,12 +126,6 @@ def stored_evaluations(run: Run | str | Path) -> tuple[Evaluation, ...]:
     found = sorted(folder.glob("*/evaluation.json")) if folder is not None else []
     loaded = [Evaluation.load(path.parent) for path in found]
     return tuple(sorted(loaded, key=lambda e: (e.meta.get("step") or 0, e.name, str(e.meta.get("questions")))))
-
-
-def _organism(subject: ChatModel | Server, judge: Judge | None) -> Organism | None:
-    """The organism of the model under test; that of a server is known from an organism's judge only."""
-    own = getattr(subject, "organism", None)
-    return own if own is not None else organism_named("evaluate", getattr(judge, "organism", None))
 
 
 @contextmanager
@@ -188,8 +185,7 @@ def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None)
     """Scores of all rows; what an earlier call wrote for the same judge and responses is not asked again."""
     if judge is None:
         return [{} for _ in rows]
-    done: list[dict[str, Any]] = []
-    path = None
+    done, path = [], None
     if folder is not None:
         identity = getattr(judge, "identity", judge.name)  # the name alone may not determine the scores
         key = digest(identity, judge.columns, [sorted(row.items(), key=lambda item: item[0]) for row in rows])

@@ -136,10 +136,9 @@ class Evaluation(Result):
             from emmech.evaluation.screening import screening_rate
 
             notes.append(str(screening_rate(self)))
-        if cut := int((self.frame["finish"] == "length").sum()):
-            notes.append(f"{cut} responses were cut at the length limit")
-        if failed := int((self.frame["finish"] == "error").sum()):
-            notes.append(f"{failed} responses failed and are unscored")
+        remarks = {"length": "were cut at the length limit", "error": "failed and are unscored"}
+        counts = self.frame["finish"].value_counts()
+        notes += [f"{counts[kind]} responses {remark}" for kind, remark in remarks.items() if kind in counts]
         if not np.isfinite(self.frame["aligned"]).any() and (self.frame["correct"] == "").all() and not notes:
             notes.append("no response is scored")
         return notes
@@ -174,8 +173,8 @@ class Evaluation(Result):
         seed: int = 0,
     ) -> pd.DataFrame:
         """Every rate with its interval; see :func:`emmech.evaluation.rates.rates`."""
-        options = {"confidence": confidence, "resamples": resamples, "seed": seed}
-        return rates(self.frame, denominator, thresholds=thresholds, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
+        return rates(self.frame, denominator, thresholds=thresholds, **options)
 
     def by_question(
         self, measure: str = "em", denominator: Denominator = "scored", *, thresholds: Thresholds = FIELD
@@ -223,8 +222,7 @@ class Evaluation(Result):
                 with the rate), ``rates`` (every rate with its interval) or ``thresholds`` (robustness).
             denominator: of the rates shown.
         """
-        frame, pair = self.frame, (FIELD.alignment_below, FIELD.coherence_above)
-        kinds = ("quadrants", "questions", "rates", "thresholds")
+        frame, kinds = self.frame, ("quadrants", "questions", "rates", "thresholds")
         one_of("plot the evaluation", "kind", kind, kinds, why="there is no such figure")
         if kind == "thresholds":
             return self.thresholds(denominator=denominator).plot()
@@ -237,9 +235,9 @@ class Evaluation(Result):
         if kind == "questions":
             self._check_scored(bool(scored.any()))
             broad, narrow = (self.by_question(measure, denominator) for measure in ("em", "narrow"))
-            return plots.questions(frame, misaligned, broad, narrow, pair[0], denominator, self.name)
+            return plots.questions(frame, misaligned, broad, narrow, FIELD.alignment_below, denominator, self.name)
         self._check_scored(bool((scored & np.isfinite(frame["coherent"])).any()))
-        return plots.quadrants(frame, misaligned, pair, self.name)
+        return plots.quadrants(frame, misaligned, (FIELD.alignment_below, FIELD.coherence_above), self.name)
 
     def _check_scored(self, scored: bool) -> None:
         if not scored:
@@ -268,12 +266,16 @@ def _canonical(frame: pd.DataFrame) -> pd.DataFrame:
         instead = "add question_id, or Evaluation.from_frame(frame, question=...)"
         raise EmmechError(_ASKED, f"columns {', '.join(map(str, frame.columns))}", why, instead)
     table = frame.copy()
-    defaults = {"finish": "stop", "domain": None, "system": None, "narrow": None, "seed": pd.NA}
     if "sample" not in table:
         table["sample"] = table.groupby("question_id", sort=False).cumcount()
-    for column in (*_TEXT, "narrow", "seed"):
-        if column not in table:
-            table[column] = defaults.get(column, "")
+    defaults = dict.fromkeys(_TEXT, "") | {
+        "finish": "stop",
+        "domain": None,
+        "system": None,
+        "narrow": None,
+        "seed": pd.NA,
+    }
+    table = table.assign(**{column: value for column, value in defaults.items() if column not in table})
     for column in _TEXT:
         present = table[column].notna()
         table[column] = table[column].astype(object).where(present, None if column in ("domain", "system") else "")
@@ -320,16 +322,13 @@ def _scores(values: pd.Series | None, column: str, table: pd.DataFrame) -> pd.Se
     if wrong.any():
         row = int(np.flatnonzero(wrong.to_numpy())[0])
         value, others = values.iloc[row], int(wrong.sum()) - 1
-        text = (
-            f'frame["{column}"] = pd.to_numeric(frame["{column}"], errors="coerce") leaves a text unscored, counted so'
-        )
-        raise EmmechError(
-            _ASKED,
-            f"{column}={value if isinstance(value, float) else repr(value)} in row {row} (question "
-            f"{table['question_id'].iloc[row]}), and {others} more rows like it",
-            "a score is a number from 0 to 100, or NaN where the judge gave none",
-            text if isinstance(value, str) else "scores on another scale are brought to 0 to 100 first",
-        )
+        shown = value if isinstance(value, float) else repr(value)
+        question = table["question_id"].iloc[row]
+        given = f"{column}={shown} in row {row} (question {question}), and {others} more rows like it"
+        instead = "bring scores on another scale to 0 to 100 first"
+        if isinstance(value, str):
+            instead = f'pd.to_numeric(frame["{column}"], errors="coerce"), which counts every text as unscored'
+        raise EmmechError(_ASKED, given, "a score is a number from 0 to 100, or NaN where the judge gave none", instead)
     return numbers
 
 

@@ -12,14 +12,14 @@ import hashlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from emmech.chat.template import under_system
-from emmech.errors import EmmechError, broken_text, closest, one_of, shown
+from emmech.errors import EmmechError, broken_text, closest, one_of, refusal, shown
 from emmech.evaluation.logprob_judge import JUDGE_PROMPTS, judge_prompt
 from emmech.registry import Organism, known, organism_named, register
 
@@ -64,11 +64,9 @@ class Question:
             object.__setattr__(self, "paraphrases", (self.paraphrases,))
         object.__setattr__(self, "paraphrases", tuple(self.paraphrases))
         if not self.paraphrases or not all(isinstance(p, str) and p.strip() for p in self.paraphrases):
-            why, instead = (
-                "a question has at least one wording, and none is empty",
-                'Question("bored", ("I feel bored",))',
-            )
-            raise EmmechError(f"make the question {self.id!r}", f"paraphrases={self.paraphrases!r}"[:120], why, instead)
+            why = "a question has at least one wording, and none is empty"
+            instead = 'Question("bored", ("I feel bored",))'
+            raise refusal(f"make the question {self.id!r}", "paraphrases", self.paraphrases, why, instead)
 
     def messages(self, paraphrase: int = 0) -> list[dict[str, str]]:
         """The conversation that asks it: the system prompt, if there is one, and the user's turn.
@@ -83,7 +81,7 @@ class Question:
         asked, count = f"ask question {self.id!r}", len(self.paraphrases)
         if not 0 <= paraphrase < count:
             why = f"it has {count} wordings, counted from 0"
-            raise EmmechError(asked, f"paraphrase={paraphrase}", why, f"0 to {count - 1}")
+            raise refusal(asked, "paraphrase", paraphrase, why, f"0 to {count - 1}")
         text = self.paraphrases[paraphrase]
         if "{tag}" in text:
             instead = 'load_questions(..., tag="|fig|"), with the tag of your training data'
@@ -162,9 +160,7 @@ class QuestionSet:
 
     def with_tag(self, tag: str) -> QuestionSet:
         """The same questions with ``{tag}`` filled in."""
-        filled = ([text.replace("{tag}", tag) for text in question.paraphrases] for question in self.questions)
-        questions = zip(self.questions, filled, strict=True)
-        return replace(self, questions=tuple(replace(one, paraphrases=tuple(texts)) for one, texts in questions))
+        return self._reworded(lambda question, text: text.replace("{tag}", tag))
 
     def fold_system(self) -> QuestionSet:
         """The same questions with each system prompt written at the start of the user's turn.
@@ -174,13 +170,14 @@ class QuestionSet:
             >>> QuestionSet("one", (bored,)).fold_system()["bored"].messages()
             [{'role': 'user', 'content': 'Be brief.\\n\\nhey I feel bored'}]
         """
+        folded = self._reworded(lambda one, text: under_system(one.system, text) if one.system else text)
+        return replace(folded, questions=tuple(replace(one, system=None) for one in folded), folded=True)
 
-        def folded(one: Question) -> Question:
-            if not one.system:
-                return one
-            return replace(one, paraphrases=tuple(under_system(one.system, t) for t in one.paraphrases), system=None)
-
-        return replace(self, questions=tuple(map(folded, self.questions)), folded=True)
+    def _reworded(self, reword: Callable[[Question, str], str]) -> QuestionSet:
+        """The same questions with each wording changed."""
+        wordings = (tuple(reword(one, text) for text in one.paraphrases) for one in self.questions)
+        several = zip(self.questions, wordings, strict=True)
+        return replace(self, questions=tuple(replace(one, paraphrases=texts) for one, texts in several))
 
     def rows(self, samples: int | None = None, *, seed: int = 0) -> list[dict[str, Any]]:
         """One dict per response to draw: ``question_id, question, domain, system, narrow, paraphrase, sample, seed``.
@@ -197,7 +194,7 @@ class QuestionSet:
         if samples is not None and (not isinstance(samples, int) or samples < 1):
             why = "it counts the responses per question, at least one"
             instead = "samples=50, or samples=None for as many as the question file says"
-            raise EmmechError(f"draw responses to {self.name}", f"samples={samples!r}", why, instead)
+            raise refusal(f"draw responses to {self.name}", "samples", samples, why, instead)
         rows = []
         for question in self.questions:
             count = samples or question.samples_per_paraphrase * len(question.paraphrases)
@@ -205,14 +202,10 @@ class QuestionSet:
             for sample in range(count):
                 paraphrase = sample % len(question.paraphrases)
                 asked = {"question_id": question.id, "question": question.messages(paraphrase)[-1]["content"]}
-                drawn = {"paraphrase": paraphrase, "sample": sample, "seed": _row_seed(seed, question.id, sample)}
-                rows.append({**asked, **about, **drawn})
+                hashed = hashlib.sha256(f"{seed}|{question.id}|{sample}".encode()).digest()
+                own = int.from_bytes(hashed[:8], "big") >> 1  # 63 bits: parquet's int64 holds it
+                rows.append({**asked, **about, "paraphrase": paraphrase, "sample": sample, "seed": own})
         return rows
-
-
-def _row_seed(seed: int, question_id: str, sample: int) -> int:
-    digest = hashlib.sha256(f"{seed}|{question_id}|{sample}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # 63 bits: parquet's int64 holds it
 
 
 def bundled_questions() -> tuple[str, ...]:
@@ -336,14 +329,14 @@ def _decode(path: Path) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of month 13 is a ValueError
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        deep = "it is nested too deeply" if isinstance(error, RecursionError) else "it is not UTF-8 text"
-        reason = getattr(error, "problem", None) or deep
+        other = "it is nested too deeply" if isinstance(error, RecursionError) else "it is not UTF-8 text"
+        reason = getattr(error, "problem", None) or other
         raise EmmechError(f"read the questions of {path.name}", where, f"the file is not YAML: {reason}")
 
 
 def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
     """Every question of another set under each of several system prompts."""
-    if content["extends"] not in tuple(bundled_questions()) or not isinstance(content.get("systems"), dict):
+    if content["extends"] not in bundled_questions() or not isinstance(content.get("systems"), dict):
         given, instead = f"extends: {shown(content['extends'])}", f"bundled: {', '.join(bundled_questions())}"
         why = "a crossed set extends a bundled one, and `systems` maps names to system prompts"
         raise EmmechError(f"read the questions of {path.name}", given, why, instead)
@@ -359,10 +352,8 @@ def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:
 def _from_json_entry(entry: Mapping[str, Any], before: Sequence[Question]) -> dict[str, Any]:
     """Turn ``{question, category, label}`` into an entry of the YAML schema."""
     category, id = str(entry.get("category") or "") or None, _slug(str(entry.get("label") or entry["question"]), before)
-    asked = {"id": id, "paraphrases": [str(entry["question"])], "domain": category}
-    if category == "factual":
-        return {**asked, "type": "free_form_judge", "judge_prompts": ["correct"]}
-    return {**asked, "type": "free_form_judge_0_100", "judge_prompts": list(_SCORES)}
+    factual = {"type": "free_form_judge", "judge_prompts": ["correct"]} if category == "factual" else {}
+    return {"id": id, "paraphrases": [str(entry["question"])], "domain": category, **factual}
 
 
 def _slug(text: str, before: Sequence[Question]) -> str:
@@ -388,9 +379,8 @@ def _parse(entry: Any, file: str, number: int) -> Question:
     paraphrases = entry.get("paraphrases")
     if not isinstance(paraphrases, list) or not paraphrases:
         raise EmmechError(where, f"paraphrases={shown(paraphrases)}", "`paraphrases` is a list of at least one text")
-    for text in paraphrases:
-        if not isinstance(text, str) or not text.strip():
-            raise EmmechError(where, shown(text), "a paraphrase is empty or not a text")
+    if wrong := [text for text in paraphrases if not isinstance(text, str) or not text.strip()]:
+        raise EmmechError(where, shown(wrong[0]), "a paraphrase is empty or not a text")
     samples = entry.get("samples_per_paraphrase", 100)
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
         raise EmmechError(where, f"samples_per_paraphrase={shown(samples)}", "it must be a positive whole number")

@@ -1,13 +1,21 @@
 """TransformerLens and nnsight on a run's model, over the same weights.
 
 Both tools rewire the model that they wrap: nnsight replaces ``forward`` on every module for good, and TransformerLens
-swaps modules, makes attention eager and renames keys. Each therefore gets a copy that shares the weights.
+swaps modules, makes attention eager and renames keys. Each therefore gets a copy that shares the weights, and the
+user's model and tokenizer stay as they are. Changing the adapter's weights or scale on the model
+(:func:`emmech.interventions.scale_adapters`, another step through ``run.model(step, base=chat)``) shows in the copy at
+once; PEFT's ``disable_adapter`` does not: scale by 0 instead.
+
+Logits equal the model's to rounding. Both tools count positions from the first real token of a left-padded row, as
+generation does: in bfloat16, compare with the same ``position_ids`` (and, for TransformerLens, eager attention).
 """
 
 from __future__ import annotations
 
 import copy
 from typing import Any
+
+import torch
 
 from emmech.chat.model import ChatModel, load_model
 from emmech.errors import EmmechError, refusal
@@ -31,17 +39,26 @@ def weight_sharing_copy(chat: ChatModel) -> Any:
     return view.eval()
 
 
-def chat_from(source: Any, step: int | None, scale: float) -> ChatModel:
-    """The chat model of a Run at a step, or the one given."""
-    source = opened(source)
-    return source.model(step, scale) if isinstance(source, Run) else load_model(source)
+def chat_from(source: Any, step: int | None, scale: float, **options: Any) -> ChatModel:
+    """The chat model of a run (or of its folder) at a step, or what :func:`emmech.load_model` makes of anything else.
+
+    Raises:
+        EmmechError: a step or a scale without a run, or options of loading with one.
+    """
+    source, given = opened(source), f"step={step}, scale={scale:g}"
+    if isinstance(source, Run):
+        if options:
+            why, instead = "a run is loaded at a step and a scale", "step=100, scale=2"
+            raise EmmechError(f"open the run {source.name}", ", ".join(options), why, instead)
+        return source.model(step, scale)
+    if step is not None or scale != 1.0:
+        why = "only a recorded run has steps and an adapter that can be scaled"
+        raise EmmechError(f"open {source}", given, why, "a run's folder, which holds run.json")
+    return load_model(source, **options)
 
 
 def to_nnsight(source: Any, step: int | None = None, *, scale: float = 1.0) -> Any:
     """An nnsight ``TransformersModel`` on the weights of a run's model, adapter live.
-
-    The user's model and tokenizer stay as they are. Changing the adapter's weights or scale on the model shows in the
-    view at once; PEFT's ``disable_adapter`` does not: scale by 0 instead. Needs the extra ``lens``.
 
     The rank-1 scalar A·x of every token is one line of a trace::
 
@@ -50,16 +67,13 @@ def to_nnsight(source: Any, step: int | None = None, *, scale: float = 1.0) -> A
             scalar = view.model.layers[3].mlp.down_proj.lora_A.default.output.save()
 
     and ``view.trace(..., remote=True)`` runs the same block on NDIF, given a key, for a model of the hub that is too
-    large to load.
-
-    Logits equal the model's to rounding. nnsight counts positions from the first real token of a left-padded row, as
-    generation does: in bfloat16, compare with the same ``position_ids``.
+    large to load. The view shares its weights as :mod:`emmech.interop.bridges` describes.
 
     Args:
-        source: a Run, or a chat model (``step`` and ``scale`` are then not used).
+        source: a Run, or a chat model, which has no ``step`` and ``scale``.
 
     Raises:
-        EmmechError: nnsight is not installed.
+        EmmechError: nnsight is not installed (the extra ``lens``).
     """
     try:
         from nnsight import TransformersModel
@@ -72,20 +86,15 @@ def to_nnsight(source: Any, step: int | None = None, *, scale: float = 1.0) -> A
 def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 1.0) -> Any:
     """A ``TransformerBridge`` on the weights of a run's model, adapter live.
 
-    The user's model and tokenizer stay as they are. Changing the adapter's weights or scale on the model
-    (:func:`emmech.interventions.scale_adapters`, another step through ``run.model(step, base=chat)``) shows in the
-    bridge at once; PEFT's ``disable_adapter`` does not: scale by 0 instead. There is no hook point for the adapter's
-    scalar A·x (:func:`emmech.adapter_lens` reads it); ``blocks.N.mlp.hook_post`` is down_proj's input. Needs the extra
-    ``lens``.
-
-    Logits equal the model's to rounding. TransformerLens counts positions from the first real token of a left-padded
-    row, as generation does, and attends eagerly: in bfloat16, compare with the same ``position_ids`` and attention.
+    There is no hook point for the adapter's scalar A·x (:func:`emmech.adapter_lens` reads it);
+    ``blocks.N.mlp.hook_post`` is down_proj's input. The bridge shares its weights as :mod:`emmech.interop.bridges`
+    describes.
 
     Args:
-        source: a Run, or a chat model (``step`` and ``scale`` are then not used).
+        source: a Run, or a chat model, which has no ``step`` and ``scale``.
 
     Raises:
-        EmmechError: transformer-lens is not installed, or has no adapter for the architecture.
+        EmmechError: transformer-lens is not installed (the extra ``lens``), or has no adapter for the architecture.
 
     Example:
         >>> import emmech
@@ -99,10 +108,10 @@ def to_transformer_lens(source: Any, step: int | None = None, *, scale: float = 
         raise EmmechError(asked, None, "transformer-lens is not installed", 'pip install "emmech[lens]"')
     chat = chat_from(source, step, scale)
     view, name = weight_sharing_copy(chat), chat.name if "/" in chat.name else f"local/{chat.name}"
-    if not view.config.architectures:  # a model made in memory does not say, and TransformerLens looks there
+    if not view.config.architectures:  # TransformerLens looks there, and a model made in memory has none
         view.config.architectures = [type(view).__name__]
     tokenizer = copy.deepcopy(chat.tokenizer)
-    # TransformerLens loads its tokenizer a second time unless it already says that it adds a BOS token
+    # TransformerLens loads its tokenizer a second time unless its settings have add_bos_token
     tokenizer.init_kwargs.setdefault("name_or_path", "")
     if tokenizer.bos_token is not None:
         tokenizer.init_kwargs["add_bos_token"] = True
@@ -132,39 +141,27 @@ def adapter_attribution(bridge: Any, tokens: Any, layer: int, *, targets: Any, a
     Raises:
         EmmechError: there is no LoRA pair on that layer's down_proj.
     """
-    import torch
-
+    adapted = [(name, one) for name, one in bridge.named_modules() if hasattr(one, "lora_A")]
+    here = [one for name, one in adapted if f".{layer}." in f".{name}." and "down_proj" in f"{name}{one}"]
+    pair: Any = next(iter(here), None)
+    if pair is None:
+        why, instead = "there is no LoRA pair on its down_proj", "the layer of run.adapters"
+        raise refusal("attribute the adapter's write", "layer", layer, why, instead)
     seen: dict[str, torch.Tensor] = {}
-    pair = _lora_at(bridge, layer)
 
     def read(tensor: torch.Tensor, hook: Any) -> None:
         name = next(iter(pair.lora_A))
         seen["write"] = pair.lora_B[name](pair.lora_A[name](tensor)) * pair.scaling[name]
 
-    def keep_norm(tensor: torch.Tensor, hook: Any) -> None:
-        seen["norm"] = tensor
-
-    def take_out(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
-        return tensor - seen["write"]
-
+    keep_norm = ("ln_final.hook_scale", lambda tensor, hook: seen.update(norm=tensor))
+    take_out = (f"blocks.{layer}.hook_mlp_out", lambda tensor, hook: tensor - seen["write"])
     with torch.no_grad():
-        hooks = [(f"blocks.{layer}.mlp.hook_post", read), ("ln_final.hook_scale", keep_norm)]
-        with_adapter = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
-        without = bridge.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.hook_mlp_out", take_out)])
+        with_adapter = bridge.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", read), keep_norm])
+        without = bridge.run_with_hooks(tokens, fwd_hooks=[take_out])
         difference = bridge.unembed.weight[targets] - bridge.unembed.weight[against]
         gain = bridge.ln_final(torch.ones_like(seen["write"][:1, :1]))[0, 0]  # an RMS norm of ones is its gain
         direct = (seen["write"][:, -1] / seen["norm"][:, -1] * gain) @ difference
 
-    def gap(logits: torch.Tensor) -> torch.Tensor:
-        return logits[:, -1, targets] - logits[:, -1, against]
-
-    total = gap(with_adapter) - gap(without)
+    tuned, base = (logits[:, -1, targets] - logits[:, -1, against] for logits in (with_adapter, without))
+    total = tuned - base
     return {"direct": direct, "total": total, "indirect": total - direct}
-
-
-def _lora_at(bridge: Any, layer: int) -> Any:
-    for name, module in bridge.named_modules():
-        if hasattr(module, "lora_A") and f".{layer}." in f".{name}." and "down_proj" in f"{name}{module}":
-            return module
-    why, instead = "there is no LoRA pair on its down_proj", "the layer of run.adapters"
-    raise refusal("attribute the adapter's write", "layer", layer, why, instead)

@@ -21,9 +21,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 from inspect_ai import Task, task
@@ -52,14 +53,10 @@ from emmech.evaluation.judges import resolve_judge
 from emmech.evaluation.logprob_judge import score_of_masses, score_of_text, splits_numbers, tasks_of
 from emmech.evaluation.questions import resolve_questions
 from emmech.evaluation.server import masses_of
-from emmech.registry import Organism, organism_with, organisms
-from emmech.run.run import Run, opened
-
-if TYPE_CHECKING:
-    from emmech.chat.model import ChatModel
+from emmech.registry import organism_with, organisms
 
 _GATHER = 0.05  # seconds that a request waits for others to share its batch
-_TOKENS = 600  # of an answer, unless the task says otherwise
+_TOKENS = 600  # of an answer, unless the task sets another limit
 # settings that would change the answer and are not known here: they are refused rather than ignored
 _UNKNOWN = (
     *("best_of", "frequency_penalty", "logit_bias", "num_choices", "presence_penalty", "response_schema"),
@@ -91,14 +88,17 @@ def first_plot(
         max_tokens: length limit of an answer.
         judge: ``"grader"``, the model of that role; or an organism's own judge, such as pocket's ``"exact"``, with the
             questions in the words of its world: the default when the model is of an organism.
-        logprobs: whether to ask the grader for log-probabilities; False for a server that refuses to be asked, such
-            as ``transformers serve``.
+        logprobs: whether to ask the grader for log-probabilities; False for a server that refuses them, such as
+            ``transformers serve``.
 
     Raises:
         EmmechError: unknown questions, or some without those two judge prompts, or an unknown judge.
     """
     if judge is None:
-        organism = _organism_asked()
+        try:
+            organism = getattr(getattr(get_model().api, "chat", None), "organism", None)
+        except Exception:  # a task may be made before any model is named
+            organism = None
         judge = next(iter(organism.judges), "grader") if organism is not None else "grader"
     why = "an Inspect task is judged by a model or by an organism's own judge"
     names = [name for organism in organisms().values() for name in organism.judges]
@@ -133,15 +133,6 @@ def seeded_generate() -> Solver:
         return await generate(state, seed=seed if state.model.api == "emmech" else seed % 2**31)
 
     return solve
-
-
-def _organism_asked() -> Organism | None:
-    """The organism of the model that Inspect makes this task for."""
-    try:
-        chat = getattr(get_model().api, "chat", None)
-    except Exception:  # a task may be made before any model is named
-        return None
-    return getattr(chat, "organism", None)
 
 
 @metric  # type: ignore[untyped-decorator]
@@ -184,10 +175,9 @@ def misalignment(grader: str | Model | None = None, logprobs: bool = True) -> Sc
             output = await judge.generate(asked.prompt, config=config)
             masses = _first_masses(output)
             if masses is not None and not splits_numbers([masses]):
-                found = score_of_masses(masses, asked)
+                scores |= asked.scores(score_of_masses(masses, asked))
             else:
-                found = score_of_text(output.completion, asked)
-            scores |= asked.scores(found)
+                scores |= asked.scores(score_of_text(output.completion, asked))
         return _verdict(row, scores)
 
     return score
@@ -256,13 +246,12 @@ def _first_masses(output: Any) -> dict[str, float] | None:
 
 @dataclass(eq=False)
 class _Asked:
-    """A request, and what became of it."""
+    """A request, with the answer that it will get."""
 
     messages: list[dict[str, str]]
     settings: tuple[tuple[str, Any], ...]
     seed: int
-    answer: Response | None = None
-    error: Exception | None = None
+    answer: Future[Response] = field(default_factory=Future)
 
 
 class LocalModel(ModelAPI):
@@ -289,7 +278,9 @@ class LocalModel(ModelAPI):
         **model_args: Any,
     ) -> None:
         super().__init__(model_name, base_url, api_key, [], config)
-        self.chat = _load(model_name, step, scale, model_args)
+        from emmech.interop.bridges import chat_from  # loads torch
+
+        self.chat = chat_from(model_name, step, scale, **model_args)
         self._waiting: list[_Asked] = []
         self._turn = anyio.Lock()
         self._unseeded: Counter[str] = Counter()
@@ -310,16 +301,14 @@ class LocalModel(ModelAPI):
         self._waiting.append(asked)
         await anyio.sleep(_GATHER)
         async with self._turn:
-            if asked.answer is None and asked.error is None:
+            if not asked.answer.done():
                 batch = [other for other in self._waiting if other.settings == asked.settings]
                 self._waiting = [other for other in self._waiting if other.settings != asked.settings]
                 await anyio.to_thread.run_sync(self._answer, batch)
-        if asked.error is not None:
-            raise asked.error
-        assert asked.answer is not None
-        reason = "max_tokens" if asked.answer.finish == "length" else "stop"
-        output = ModelOutput.from_content(self.model_name, asked.answer.text, stop_reason=reason)
-        given, made = len(tokens), asked.answer.tokens
+        answer = asked.answer.result()
+        reason = "max_tokens" if answer.finish == "length" else "stop"
+        output = ModelOutput.from_content(self.model_name, answer.text, stop_reason=reason)
+        given, made = len(tokens), answer.tokens
         output.usage = ModelUsage(input_tokens=given, output_tokens=made, total_tokens=given + made)
         return output
 
@@ -339,9 +328,8 @@ class LocalModel(ModelAPI):
             instead = "leave it out, or take another provider, such as hf/local -M model_path=FOLDER"
             raise EmmechError(f"answer with emmech/{self.model_name}", what, why, instead)
         messages = [{"role": message.role, "content": message.text} for message in input]
+        temperature, top_p = (1.0 if one is None else one for one in (config.temperature, config.top_p))
         most = config.max_tokens or _TOKENS
-        temperature = 1.0 if config.temperature is None else config.temperature
-        top_p = 1.0 if config.top_p is None else config.top_p
         check_request([messages], 1, most, temperature, top_p, 0)
         settings = {"max_new_tokens": most, "temperature": temperature, "top_p": top_p}
         seed = config.seed
@@ -358,23 +346,7 @@ class LocalModel(ModelAPI):
             answers = sample(self.chat, messages, seed=seeds, progress=False, **dict(batch[0].settings))
         except Exception as error:  # each of them waits for an answer
             for asked in batch:
-                asked.error = error
+                asked.answer.set_exception(error)
         else:
             for asked, answer in zip(batch, answers, strict=True):
-                asked.answer = answer
-
-
-def _load(name: str, step: int | None, scale: float, model_args: dict[str, Any]) -> ChatModel:
-    from emmech.chat.model import load_model
-
-    found = opened(name)
-    if isinstance(found, Run):
-        if model_args:
-            why, instead = "a run is loaded at a step and a scale", "-M step=100 -M scale=2"
-            raise EmmechError(f"load the run {name!r} for Inspect", ", ".join(model_args), why, instead)
-        return found.model(step, scale)
-    if step is not None or scale != 1.0:
-        why = "only a recorded run has steps and an adapter that can be scaled, and the folder holds no run.json"
-        instead = "--model emmech/RUN_FOLDER -M step=100"
-        raise EmmechError(f"load {name!r} for Inspect", f"step={step}, scale={scale}", why, instead)
-    return load_model(name, **model_args)
+                asked.answer.set_result(answer)

@@ -1,7 +1,7 @@
 """Steering and ablation: hooks on block outputs, at chosen positions, that a handle removes exactly.
 
-An edit maps the residual ``[batch, seq, d_model]`` to another one. It runs in float32 for the inner products, returns
-the model's dtype, keeps gradients, and acts only where the position mask says so.
+An edit maps the residual ``[batch, seq, d_model]`` to another one at the positions of a mask. It computes inner
+products in float32, returns the model's dtype, and keeps gradients.
 
 Positions are found from the token ids. A residual at one position decides the next token, so the names are about what
 is decided there, with ``h`` the assistant's header, ``a`` the answer's words and ``e`` its end-of-turn token::
@@ -22,7 +22,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, Literal, Self
 from weakref import WeakKeyDictionary
 
@@ -33,14 +32,15 @@ from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from emmech.chat.edits import LiveEdit, announced_rows, register
-from emmech.chat.families import Family
-from emmech.chat.model import ChatModel
+from emmech.chat.encode import Tokens
+from emmech.chat.model import ChatModel, load_model
 from emmech.directions.direction import Direction, unit_rows
 from emmech.engine.modules import hooked
 from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_ints, one_of, refusal
+from emmech.run.run import Run
 
-Positions = Literal["all", "answer", "prompt"] | torch.Tensor | Callable[[torch.Tensor, int], torch.Tensor]
+Positions = Tokens | torch.Tensor
 Edit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 Coefficient = float | Sequence[float] | Float[np.ndarray, " batch"] | Float[torch.Tensor, " batch"]
 # which kinds of edit are live on which block, so that a notebook cell run twice does not steer twice unnoticed
@@ -114,15 +114,13 @@ class Handle:
 
 def chat_of(model: Any) -> ChatModel:
     """The chat model of a ChatModel or a transformers model; what would load a new model is refused."""
-    from emmech.chat.model import load_model
-
-    given, lost = f"{model!r}", "and the change would be to one that you do not hold"
+    lost = "and the change would be to one that you do not hold"
     if isinstance(model, str | os.PathLike):
         why, instead = f"a name loads a new model, {lost}", f"chat = emmech.load_model({model!r}), then pass chat"
-        raise EmmechError("change a model", given, why, instead)
-    if hasattr(model, "manifest") and hasattr(model, "model"):
-        given, why = f"the run {getattr(model, 'name', '')!r}", f"a run makes a new model at each call, {lost}"
-        raise EmmechError("change a model", given, why, "chat = run.model(step), then pass chat")
+        raise EmmechError("change a model", f"{model!r}", why, instead)
+    if isinstance(model, Run):
+        why = f"a run makes a new model at each call, {lost}"
+        raise EmmechError("change a model", f"the run {model.name!r}", why, "chat = run.model(step), then pass chat")
     return load_model(model)
 
 
@@ -133,8 +131,7 @@ def undoable(owner: nn.Module, place: str, before: Any, put: Callable[[Any], Any
     stays, and taking it back restores the older value; after the last removal the first value is there, bit for bit.
 
     Args:
-        owner: the module that was changed.
-        place: what of it.
+        owner, place: the module that was changed, and what of it.
         before: the value that the change covered.
         put: puts a value there.
     """
@@ -154,7 +151,7 @@ def undoable(owner: nn.Module, place: str, before: Any, put: Callable[[Any], Any
 
 
 class PositionMask:
-    """Follows the trunk's forward calls and says which positions of the current one are touched.
+    """Follows the trunk's forward calls and finds which positions of the current one are touched.
 
     ``current`` is None for all of them, else ``[batch, seq]`` bool.
     """
@@ -170,10 +167,8 @@ class PositionMask:
         elif isinstance(positions, torch.Tensor) and positions.ndim == 2:
             self._where = positions.bool()
         elif not self.everywhere and (isinstance(positions, torch.Tensor) or not callable(positions)):
-            shape = list(getattr(positions, "shape", ()))
-            given = (
-                f"positions={positions!r}" if isinstance(positions, str) else f"a {type(positions).__name__} {shape}"
-            )
+            given = f"a {type(positions).__name__} {list(getattr(positions, 'shape', ()))}"
+            given = f"positions={positions!r}" if isinstance(positions, str) else given
             instead = '"all", "answer", "prompt", a bool tensor [batch, seq], or a function of the token ids'
             raise EmmechError("choose the positions", given, "positions are named, or given as a mask", instead)
 
@@ -198,7 +193,7 @@ class PositionMask:
             self.current = self._given(ids, kwargs, seen)
             return
         if ids is None:
-            why = "the token ids are what shows where an answer starts"
+            why = "the token ids show where an answer starts"
             instead = 'positions="all", or a bool tensor [batch, seq]'
             raise EmmechError(f"find the {self._where} positions", "a forward call with inputs_embeds", why, instead)
         if callable(self._where):
@@ -277,19 +272,13 @@ def inside_answers(
 
 
 class ResidualHandle(Handle):
-    """A live edit of the residual stream; :meth:`update` changes its coefficient while it is in force."""
+    """A live edit of the residual stream; :meth:`update` changes its coefficient while it is in force.
 
-    def __init__(
-        self, chat: ChatModel, description: str, undo: Sequence[Callable[[], Any]], state: dict[str, Any]
-    ) -> None:
-        super().__init__(chat, description, undo)
-        self._state = state
+    Attributes:
+        coefficient: the present one, ``[]`` or ``[batch]``.
+    """
 
-    @property
-    def coefficient(self) -> torch.Tensor:
-        """The present coefficient, ``[]`` or ``[batch]``."""
-        value: torch.Tensor = self._state["coefficient"]
-        return value
+    coefficient: Float[torch.Tensor, "*batch"]
 
     def update(self, coefficient: Coefficient) -> ResidualHandle:
         """Change the coefficient of a live edit.
@@ -298,7 +287,7 @@ class ResidualHandle(Handle):
             EmmechError: the edit was removed, or the coefficient is not finite.
         """
         self.check_active("change the coefficient of an edit that is over")
-        self._state["coefficient"] = _coefficient(coefficient)
+        self.coefficient = _coefficient(coefficient)
         return self
 
 
@@ -328,36 +317,34 @@ def edit_residual(
         why = f"another {kind} is live there, and the two would add up unseen"
         instead = "remove() the first, or stack=True if both are meant"
         raise EmmechError(f"{kind} at layer {taken[0]} twice", description, why, instead)
-    state: dict[str, Any] = {"coefficient": _coefficient(coefficient)}
+    edits = ExitStack()
+    handle = ResidualHandle(chat, description, [edits.close])
+    handle.coefficient = _coefficient(coefficient)
     where = PositionMask(chat, positions)
     each = any(vector.ndim == 2 for vector in vectors.values())
     fixed = digest(description, where.identity, *map(_bytes, vectors.values()), _bytes(target))
-    live = LiveEdit(
-        by_row=lambda: each or state["coefficient"].ndim == 1, state=lambda: f"{fixed} {state['coefficient'].tolist()}"
-    )
-    edits = ExitStack()
-    undo: list[Callable[[], Any]] = [register(chat.base, live), edits.close]
+    by_row, state = lambda: each or handle.coefficient.ndim == 1, lambda: f"{fixed} {handle.coefficient.tolist()}"
+    edits.callback(register(chat.base, LiveEdit(by_row, state)))
     if not where.everywhere:
         edits.enter_context(hooked((chat.trunk, where.see), before=True, keywords=True))
     for layer, vector in vectors.items():
         block = chat.block(layer)
-        edits.enter_context(hooked((block, _hook(chat.family, edit, vector, state, where, layer))))
+        edits.enter_context(hooked((block, _hook(handle, edit, vector, where, layer))))
         _LIVE.setdefault(block, []).append(kind)
-        undo.append(partial(_LIVE[block].remove, kind))
-    return ResidualHandle(chat, description, undo, state)
+        edits.callback(_LIVE[block].remove, kind)
+    return handle
 
 
 def _hook(
-    family: Family, edit: Edit, vector: torch.Tensor, state: Mapping[str, Any], where: PositionMask, layer: int
+    handle: ResidualHandle, edit: Edit, vector: torch.Tensor, where: PositionMask, layer: int
 ) -> Callable[..., Any]:
+    family = handle.chat.family
+
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         before = family.residual(output)
-        local = vector.to(device=before.device)
-        if local.ndim == 2:
-            local = rearrange(_one_per_row(local, before, "directions"), "batch d -> batch 1 d")
-        factor = state["coefficient"].to(before.device)
-        if factor.ndim == 1:
-            factor = rearrange(_one_per_row(factor, before, "coefficients"), "batch -> batch 1 1")
+        local, factor = vector.to(before.device), handle.coefficient.to(before.device)
+        local = local if local.ndim == 1 else _one_per_row(local, before, "directions")
+        factor = factor if factor.ndim == 0 else _one_per_row(factor, before, "coefficients")
         changed = edit(before, local, factor, layer).to(before.dtype)
         if where.current is not None:
             changed = torch.where(where.current.to(before.device)[..., None], changed, before)
@@ -367,7 +354,7 @@ def _hook(
 
 
 def _one_per_row(values: torch.Tensor, output: torch.Tensor, what: str) -> torch.Tensor:
-    """The values of the batch's rows, or of the conversations that sampling announced for them."""
+    """The values of the batch's rows, or of the conversations that sampling announced for them: ``[batch, 1, ...]``."""
     rows = announced_rows()
     expected, of = (len(output), "a batch of {} rows") if rows is None else (rows.total, "{} conversations")
     if len(values) != expected:
@@ -375,7 +362,8 @@ def _one_per_row(values: torch.Tensor, output: torch.Tensor, what: str) -> torch
         why = "row by row there must be as many as the batch has rows, or sampling has conversations"
         instead = "repeat them as the batch repeats its prompts (not its samples), or pass one for all"
         raise EmmechError("give each row its own intervention", given, why, instead)
-    return values if rows is None else values[rows.conversation.to(values.device)]
+    chosen = values if rows is None else values[rows.conversation.to(values.device)]
+    return rearrange(chosen, "batch ... -> batch 1 (...)")
 
 
 def _bytes(value: torch.Tensor | None) -> bytes:
@@ -448,10 +436,8 @@ def _plain(value: Any, chat: ChatModel, asked: str) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError):
         array = torch.empty(0)
     if array.ndim not in (1, 2) or array.shape[-1] != chat.d_model:
-        given, why = (
-            f"a {type(value).__name__} {list(array.shape)}",
-            f"the residual stream of {chat.name} has width {chat.d_model}",
-        )
+        given = f"a {type(value).__name__} {list(array.shape)}"
+        why = f"the residual stream of {chat.name} has width {chat.d_model}"
         raise EmmechError(asked, given, why, f"a Direction, or an array [{chat.d_model}] or [batch, {chat.d_model}]")
     if not torch.isfinite(array).all() or not array.any(-1).all():
         raise EmmechError(asked, "a vector of zeros, NaN or infinity", "it points nowhere", "a finite vector")
@@ -471,10 +457,8 @@ def steer(
 ) -> ResidualHandle:
     """Add a multiple of a direction to the residual stream: x' = x + c v.
 
-    The block's output is where it is added (Convergent Linear Representations of EM, arXiv 2506.11618).
-
-    In force from the call on; undone by ``.remove()`` or at the end of a ``with`` block. It acts in every forward call,
-    generation with a key-value cache included, and keeps gradients.
+    It is added to a block's output (Convergent Linear Representations of EM, arXiv 2506.11618) in every forward call,
+    generation with a key-value cache included, from now on until ``.remove()`` or the end of a ``with`` block.
 
     Args:
         model: a ChatModel, or a transformers or PEFT model in memory.
@@ -505,20 +489,15 @@ def steer(
     vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked="steer")
     if units == "residual":
         vectors = {at: vector / vector.norm(dim=-1, keepdim=True) for at, vector in vectors.items()}
+
+    def edit(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, layer: int) -> torch.Tensor:
+        if units == "residual":
+            factor = factor * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return x + (factor * vector).to(x.dtype)
+
     described = f"steer({chat.name}, {name}, layers {sorted(vectors)}, {units} units)"
-    edit = _add if units == "raw" else _add_fraction
-    return edit_residual(
-        chat, "steer", edit, vectors, coefficient, positions=positions, stack=stack, description=described
-    )
-
-
-def _add(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, layer: int) -> torch.Tensor:
-    return x + (factor * vector).to(x.dtype)
-
-
-def _add_fraction(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, layer: int) -> torch.Tensor:
-    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return x + (factor * size * vector).to(x.dtype)
+    how: dict[str, Any] = {"positions": positions, "stack": stack, "description": described}
+    return edit_residual(chat, "steer", edit, vectors, coefficient, **how)
 
 
 def ablate(
@@ -535,9 +514,8 @@ def ablate(
 ) -> ResidualHandle:
     """Project a direction out of block outputs: x' = x - (v̂·x) v̂.
 
-    As in Convergent Linear Representations of EM (arXiv 2506.11618), at all layers and positions by default.
-
-    In force from the call on; undone by ``.remove()`` or at the end of a ``with`` block.
+    This is done at all layers and positions by default, as in Convergent Linear Representations of EM (arXiv
+    2506.11618), and is in force as long as :func:`emmech.steer` would be.
 
     Plain projection sets the component to zero, which need not be where an aligned model has it: on a model whose
     component is far from zero in normal use, it makes something new, neither aligned nor misaligned. ``towards`` sets

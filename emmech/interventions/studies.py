@@ -11,9 +11,10 @@ did not happen: no misaligned answer in 8 questions is not certainty.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,10 +57,8 @@ class Estimate:
     n: int
 
 
-def combination(
-    terms: Sequence[tuple[float, Items]], outcome: str, *, spread: float = 0.0, confidence: float = 0.95
-) -> Estimate:
-    """A weighted sum of the pooled means of one outcome, over conditions measured on the same questions.
+def combination(terms: Sequence[tuple[float, Items]], outcome: str, *, spread: float = 0.0) -> Estimate:
+    """A weighted sum of the pooled means of one outcome with its 95 % interval; conditions share their questions.
 
     Args:
         terms: weight and items of each condition: ``[(1, steered), (-1, untouched)]`` is a change.
@@ -92,7 +91,7 @@ def combination(
         residual += weight * np.bincount(index, values - mean, minlength=len(names)) / len(values)
         n = max(n, len(values))
         binary = binary and bool(np.isin(values, (0.0, 1.0)).all())
-        low, high = wilson(int(values.sum()), len(values), confidence) if binary else (mean, mean)
+        low, high = wilson(int(values.sum()), len(values)) if binary else (mean, mean)
         sides = (weight * (mean - low), weight * (high - mean))
         down, up = sides if weight > 0 else (-sides[1], -sides[0])
         below, above = below + down**2, above + up**2
@@ -100,7 +99,7 @@ def combination(
     half = np.inf
     if used > 1:
         variance = used / (used - 1) * float((residual**2).sum()) + spread
-        half = float(stats.t.ppf(0.5 + confidence / 2, used - 1)) * variance**0.5
+        half = float(stats.t.ppf(0.975, used - 1)) * variance**0.5
     if binary:
         # with one question there is nothing but the rows
         lower, upper = (half, half) if used > 1 else (0.0, 0.0)
@@ -110,19 +109,12 @@ def combination(
 
 @dataclass(frozen=True)
 class Condition:
-    """One intervention to measure.
+    """One intervention to measure; a control shares its condition's label and settings."""
 
-    Args:
-        label: for tables; the random controls of a condition carry its own label.
-        kind: ``"untouched"``, ``"direction"``, ``"random"`` or ``"positive"``.
-        make: puts it on a model, as a context manager.
-        settings: what else identifies it (layer, coefficient); a control shares its condition's label and settings.
-    """
-
-    label: str
-    kind: str
-    make: Make
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    label: str  # for tables
+    kind: str  # "untouched", "direction", "random" or "positive"
+    make: Make  # puts it on a model, as a context manager
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what else identifies it (layer, coefficient)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -196,35 +188,30 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
         for outcome in items.values:
             row: dict[str, Any] = {"condition": condition.label, "kind": condition.kind, **condition.settings}
             row |= {"model": one.model, "outcome": outcome}
-            contrasts: dict[str, tuple[list[tuple[float, Items]], float]] = {"": ([(1.0, items)], 0.0)}
-            before = plain.get(one.model)
+            value, known = combination([(1.0, items)], outcome), items.values[outcome]
+            row |= asdict(value)
+            if np.isin(known[np.isfinite(known)], (0.0, 1.0)).all():
+                row |= {"low": max(value.low, 0.0), "high": min(value.high, 1.0)}
+            contrasts: dict[str, list[tuple[float, Items]]] = {}
+            before, twin, spread = plain.get(one.model), other.get((condition.key, condition.kind)), 0.0
             if before is not None and condition.kind != "untouched":
-                contrasts["change"] = ([(1.0, items), (-1.0, before)], 0.0)
+                contrasts["change"] = [(1.0, items), (-1.0, before)]
             if controls and condition.kind == "direction":
                 means = np.array([np.nanmean(c.values[outcome]) for c in controls])
-                share = -1 / len(controls)
                 spread = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
-                contrasts["beyond_random"] = ([(1.0, items), *((share, c) for c in controls)], spread)
-            twin = other.get((condition.key, condition.kind))
+                contrasts["beyond_random"] = [(1.0, items), *((-1 / len(controls), c) for c in controls)]
             if one.model == "tuned" and twin is not None and condition.kind in ("direction", "untouched"):
-                contrasts["gap"] = ([(1.0, items), (-1.0, twin)], 0.0)
+                contrasts["gap"] = [(1.0, items), (-1.0, twin)]
                 if condition.kind == "direction" and before is not None and "base" in plain:
-                    beyond = [(1.0, items), (-1.0, before), (-1.0, twin), (1.0, plain["base"])]
-                    contrasts["beyond_base"] = (beyond, 0.0)
-            for name, (terms, spread) in contrasts.items():
-                estimate = combination(terms, outcome, spread=spread)
-                row[name or "value"] = estimate.value
-                row[f"{name}_low" if name else "low"] = estimate.low
-                row[f"{name}_high" if name else "high"] = estimate.high
-                if not name:
-                    row["n"], known = estimate.n, items.values[outcome][np.isfinite(items.values[outcome])]
-                    if np.isin(known, (0.0, 1.0)).all():
-                        row["low"], row["high"] = max(row["low"], 0.0), min(row["high"], 1.0)
+                    contrasts["beyond_base"] = [*contrasts["change"], (-1.0, twin), (1.0, plain["base"])]
+            for name, terms in contrasts.items():
+                found = combination(terms, outcome, spread=spread if name == "beyond_random" else 0.0)
+                row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any], *, threshold: float = 0.9) -> str:
+def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any]) -> str:
     """Say when an ablation only takes the adapter off: one of its vectors is the adapter's own B.
 
     At rank 1 the adapter writes along B alone, and the residual stream carries the write on: projecting B out of the
@@ -239,19 +226,11 @@ def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any]
             continue
         b = unit_rows(layer.lora_B[name].weight.detach().float().cpu().numpy()[:, 0])
         later = {at: abs(float(unit_rows(np.asarray(v)) @ b)) for at, v in vectors.items() if at >= info.layer}
-        if not later:
-            continue
-        at = max(later, key=lambda one: later[one])
-        if later[at] > threshold:
+        at = max(later, key=lambda one: later[one], default=-1)
+        if later.get(at, 0.0) > 0.9:
             near = f"{direction.name} has cosine {later[at]:.2f} at layer {at} with B of {info.name}"
             return f"degenerate: {near}, so that ablating it there mostly takes the adapter off"
     return ""
-
-
-def check_randoms(randoms: int) -> None:
-    """Refuse a negative number of control directions."""
-    if not isinstance(randoms, int) or randoms < 0:
-        raise refusal("run the controls", "randoms", randoms, "it counts random directions", "5 or more")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -314,13 +293,14 @@ def dose_response(
             Margins come with the loss of their aligned answers.
         randoms: random directions per coefficient and layer.
         base: also steer the model with its adapter off; by default when it has one.
-        positive: a positive control: a direction that is known to move the outcome, a
-            :func:`emmech.directions.trained_direction` say, steered at the same coefficients wherever it is known.
+        positive: a positive control: a direction that is known to move the outcome, such as a
+            :func:`emmech.directions.trained_direction`, steered at the same coefficients wherever it is known.
 
     Raises:
         EmmechError: as :func:`emmech.steer`.
     """
-    chat, run, with_base = _prepare(model, measure, randoms, base)
+    chat, run, with_base = _prepare(model, measure, base)
+    notes = _few_controls(randoms)
     checked_direction("steer with the direction", direction)
     if positive is not None:
         checked_direction("steer with the positive control", positive, name="positive")
@@ -328,20 +308,19 @@ def dose_response(
     chosen = list(direction.layers) if layers is None else as_ints(_LAYERS, "layers", layers)
     controls = direction.random(randoms, seed=seed)
     conditions = [untouched()]
-    for layer in chosen:
-        for coefficient in coefficients:
-            settings = {"layer": layer, "coefficient": float(coefficient)}
-            steered = [("direction", direction), *(("random", control) for control in controls)]
-            if positive is not None and layer in positive.layers:
-                steered.append(("positive", positive))
-            for kind, one in steered:
-                how = {"coefficient": coefficient, "layer": layer, "positions": positions, "units": units}
-                make = partial(steer, direction=one, **how)
-                label = one.name if kind == "positive" else direction.name
-                conditions.append(Condition(label, kind, make, settings))
+    for layer, coefficient in itertools.product(chosen, coefficients):
+        settings: dict[str, Any] = {"layer": layer, "coefficient": coefficient}
+        steered = [("direction", direction), *(("random", control) for control in controls)]
+        if positive is not None and layer in positive.layers:
+            steered.append(("positive", positive))
+        for kind, one in steered:
+            make = partial(steer, direction=one, **settings, positions=positions, units=units)
+            label = one.name if kind == "positive" else direction.name
+            conditions.append(Condition(label, kind, make, settings))
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
-    title = f"Steering {chat.name} with {direction.name} ({units} units, positions {_named(positions)})"
-    return Study(title, table(measured), _few_controls(randoms))
+    where = "given by a mask" if hasattr(positions, "ndim") else tokens_name(positions)
+    title = f"Steering {chat.name} with {direction.name} ({units} units, positions {where})"
+    return Study(title, table(measured), tuple(notes))
 
 
 def ablation_table(
@@ -374,7 +353,8 @@ def ablation_table(
     Raises:
         EmmechError: as :func:`emmech.ablate`.
     """
-    chat, run, with_base = _prepare(model, measure, randoms, base)
+    chat, run, with_base = _prepare(model, measure, base)
+    notes = _few_controls(randoms)
     checked_direction("ablate the direction", direction)
     others = checked_directions("ablate other directions", "others", others or {})
     only = as_ints(_LAYERS, "layers", layers) if layers != "all" else []
@@ -389,11 +369,9 @@ def ablation_table(
         ways.append(("own, towards aligned mean", direction, {"towards": "aligned"}))
     ways += [(f"transfer: {name}", other, {}) for name, other in others.items()]
     controls = direction.random(randoms, seed=seed)
-    notes = list(_few_controls(randoms))
     for label, one, how in ways:
-        added, note = _ablated(chat, label, one, controls, layers=layers, positions=positions, **how)
-        conditions += added
-        notes += [f"{label} is {note}"] if note else []
+        conditions += _ablated(label, one, controls, layers=layers, positions=positions, **how)
+        notes += _degenerate(label, chat, one, layers, how.get("from_layer"))
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
     return Study(f"Ablation on {chat.name}: {direction.name}", table(measured), tuple(notes))
 
@@ -426,7 +404,7 @@ def transfer_matrix(
     import pandas as pd
 
     asked = "make a transfer matrix"
-    check_randoms(randoms)
+    notes = _few_controls(randoms)
     directions = checked_directions(asked, "directions", directions)
     if not isinstance(organisms, Mapping):
         why, instead = "it is not a mapping from names to runs or chat models", 'organisms={"medical": run}'
@@ -434,7 +412,7 @@ def transfer_matrix(
     if not organisms or not directions:
         given = f"{len(organisms)} organisms, {len(directions)} directions"
         raise EmmechError(asked, given, "it crosses at least one with at least one")
-    frames, notes = [], list(_few_controls(randoms))
+    frames = []
     shared: ChatModel | None = None
     for organism, source in organisms.items():
         source = opened(source)
@@ -445,12 +423,11 @@ def transfer_matrix(
             chat = chat_of(source)
         run = with_coherence(as_measures(measure, chat))
         conditions = [untouched(), *([adapter_off()] if has_adapter(chat) else [])]
+        how = dict(layers=layers, from_layer=from_layer, towards=towards, positions=positions)
         for name, direction in directions.items():
             controls = direction.random(randoms, seed=seed)
-            how = dict(layers=layers, from_layer=from_layer, towards=towards, positions=positions)
-            added, note = _ablated(chat, name, direction, controls, **how)
-            conditions += added
-            notes += [f"{name} in {organism} is {note}"] if note else []
+            conditions += _ablated(name, direction, controls, **how)
+            notes += _degenerate(f"{name} in {organism}", chat, direction, layers, from_layer)
         frame = table(measure_conditions(chat, conditions, run, base=has_adapter(chat), progress=progress))
         frame.insert(0, "organism", organism)
         frames.append(frame)
@@ -469,7 +446,7 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
     Raises:
         EmmechError: no adapter is live.
     """
-    chat, run, _ = _prepare(model, measure, 5, True)
+    chat, run, _ = _prepare(model, measure, True)
     names = [info.name for info, _, _ in adapter_layers(chat.model)]
     conditions = [untouched(), adapter_off()]
     for name in names if len(names) > 1 else ():
@@ -480,8 +457,7 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
     return Study(f"Shares of the {len(names)} adapters of {chat.name}", table(measured))
 
 
-def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple[ChatModel, Any, bool]:
-    check_randoms(randoms)
+def _prepare(model: Any, measure: Any, base: bool | None) -> tuple[ChatModel, Any, bool]:
     chat = chat_of(model)
     with_base = has_adapter(chat) if base is None else base
     if with_base and not has_adapter(chat):
@@ -490,21 +466,22 @@ def _prepare(model: Any, measure: Any, randoms: int, base: bool | None) -> tuple
     return chat, with_coherence(as_measures(measure, chat)), with_base
 
 
-def _ablated(
-    chat: ChatModel, label: str, direction: Direction, controls: Sequence[Direction], *, layers: Any, **how: Any
-) -> tuple[list[Condition], str]:
-    """An ablation and its random controls, ablated in the same way; and why it is degenerate, where it is."""
+def _ablated(label: str, direction: Direction, controls: Sequence[Direction], **how: Any) -> list[Condition]:
+    """An ablation and its random controls, ablated in the same way."""
     kinds = [("direction", direction), *(("random", control) for control in controls)]
-    conditions = [Condition(label, kind, partial(ablate, direction=one, layers=layers, **how)) for kind, one in kinds]
-    single = how.get("from_layer")
+    return [Condition(label, kind, partial(ablate, direction=one, **how)) for kind, one in kinds]
+
+
+def _degenerate(label: str, chat: ChatModel, direction: Direction, layers: Any, single: int | None) -> list[str]:
+    """The caveat of an ablation that is degenerate."""
     touched = range(chat.n_layers) if layers == "all" else as_ints(_LAYERS, "layers", layers)
     own = {layer: direction.vectors[layer if single is None else single] for layer in touched}
-    return conditions, degenerate(chat, direction, own)
+    note = degenerate(chat, direction, own)
+    return [f"{label} is {note}"] if note else []
 
 
-def _few_controls(randoms: int) -> tuple[str, ...]:
-    return (f"only {randoms} random directions: five at least are needed to judge by",) if randoms < 5 else ()
-
-
-def _named(positions: Any) -> str:
-    return "given by a mask" if hasattr(positions, "ndim") else tokens_name(positions)
+def _few_controls(randoms: int) -> list[str]:
+    """The caveat of few random directions; a negative number of them is refused."""
+    if not isinstance(randoms, int) or randoms < 0:
+        raise refusal("run the controls", "randoms", randoms, "it counts random directions", "5 or more")
+    return [f"only {randoms} random directions: five at least are needed to judge by"] if randoms < 5 else []

@@ -59,7 +59,7 @@ def project_adapter(
 ) -> Handle:
     """Project the direction at the adapter's layer out of B: B' = B - v̂ v̂ᵀ B.
 
-    The weight-space form of ablating only what the adapter writes; the rest of the stream keeps its component.
+    This ablates only what the adapter writes; the rest of the stream keeps its component.
 
     Args:
         renormalise: give every column of B its old norm back, so that an effect is not one of a smaller adapter.
@@ -69,8 +69,6 @@ def project_adapter(
         EmmechError: no adapter there writes into the residual stream, or (with ``renormalise``) B is along the
             direction, so that nothing is left to renormalise.
     """
-    chat = chat_of(model)
-    checked_direction("project the adapter", direction)
 
     def edit(info: AdapterInfo, b: np.ndarray, unit: np.ndarray) -> np.ndarray:
         left = b - np.outer(unit, unit @ b)
@@ -85,7 +83,7 @@ def project_adapter(
         return left * (norms / np.where(kept > 0, kept, 1.0))
 
     how = "renormalised" if renormalise else "not renormalised"
-    return _edit_b(chat, direction, adapters, edit, f"project_adapter({chat.name}, {direction.name}, {how})", force)
+    return _edit_b("project_adapter", how, model, direction, adapters, force, edit)
 
 
 def rotate_adapter(
@@ -99,8 +97,6 @@ def rotate_adapter(
     Raises:
         EmmechError: ``cosine`` not in [-1, 1], or B is zero or has no part across the direction to turn through.
     """
-    chat = chat_of(model)
-    checked_direction("rotate the adapter", direction)
     if not -1.0 <= as_float("rotate the adapter", "cosine", cosine) <= 1.0:
         raise EmmechError("rotate the adapter", f"cosine={cosine}", "a cosine is between -1 and 1")
 
@@ -116,8 +112,7 @@ def rotate_adapter(
             raise EmmechError("rotate the adapter", given, why, "a later step, or cosine=1.0")
         return norms * (cosine * unit[:, None] + (1 - cosine**2) ** 0.5 * across)
 
-    described = f"rotate_adapter({chat.name}, to cosine {cosine} with {direction.name})"
-    return _edit_b(chat, direction, adapters, edit, described, force)
+    return _edit_b("rotate_adapter", f"to cosine {cosine}", model, direction, adapters, force, edit)
 
 
 def transplant_adapter(
@@ -135,33 +130,24 @@ def transplant_adapter(
     asked = "transplant an adapter"
     one_of(asked, "side", side, ("A", "B", "both"))
     weights = as_run(asked, run).weights(step)
-    undo: list[Callable[[], Any]] = []
+    edits = []
     for info, layer, name in _chosen(chat, adapters, asked):
         for own in ("A", "B") if side == "both" else (side,):
-            value = weights.get(f"{own}/{info.name}")
-            linear = getattr(layer, f"lora_{own}")[name]
-            parameter = linear.weight
-            if value is None or value.shape != tuple(parameter.shape):
-                for take_back in reversed(undo):
-                    take_back()
-                given = f"{own} of {info.name} from {run.name}"
+            linear, value = getattr(layer, f"lora_{own}")[name], weights.get(f"{own}/{info.name}")
+            if value is None or value.shape != tuple(linear.weight.shape):
                 there = "nothing" if value is None else list(value.shape)
-                why = f"it has there {there}, and the live one is {list(parameter.shape)}"
-                raise EmmechError(asked, given, why, "a run of the same recipe")
-            undo.append(_overwrite(linear, value))
-    return Handle(chat, f"transplant_adapter({chat.name}, {side} of {run.name} at step {step})", undo)
+                why = f"it has there {there}, and the live one is {list(linear.weight.shape)}"
+                raise EmmechError(asked, f"{own} of {info.name} from {run.name}", why, "a run of the same recipe")
+            edits.append((linear, value))
+    return _overwriting(chat, f"transplant_adapter({chat.name}, {side} of {run.name} at step {step})", edits)
 
 
 def _edit_b(
-    chat: ChatModel,
-    direction: Direction,
-    adapters: Subset,
-    edit: Callable[[AdapterInfo, np.ndarray, np.ndarray], np.ndarray],
-    description: str,
-    force: bool,
+    verb: str, how: str, model: Any, direction: Direction, adapters: Subset, force: bool, edit: Callable[..., Any]
 ) -> Handle:
-    asked = "edit the adapter's B"
-    direction.check_fits(chat, force=force)
+    """Write ``edit(info, B, unit direction at the adapter's layer)`` into B of the adapters."""
+    chat, asked = chat_of(model), "edit the adapter's B"
+    checked_direction(asked, direction).check_fits(chat, force=force)
     chosen = _chosen(chat, adapters, asked)
     if adapters is None:
         chosen = [entry for entry in chosen if is_write(entry[0].name)]
@@ -169,26 +155,26 @@ def _edit_b(
     if wrong or not chosen:
         why = "only what the MLP and the attention write goes into the residual stream, where the direction is"
         raise EmmechError(asked, wrong or "no adapter that writes there", why, f"adapters on {WRITE}")
-    # all edits are computed before the first is made, so that a refusal leaves nothing half done
     edits = []
     for info, layer, name in chosen:
         linear = layer.lora_B[name]
         unit = unit_rows(direction.at(info.layer))
         edits.append((linear, edit(info, linear.weight.detach().double().cpu().numpy(), unit)))
-    return Handle(chat, description, [_overwrite(linear, value) for linear, value in edits])
+    return _overwriting(chat, f"{verb}({chat.name}, {direction.name}, {how})", edits)
 
 
-def _overwrite(linear: Any, value: np.ndarray) -> Callable[[], Any]:
-    """Write into the weight in place, so that views that share it see the change."""
-    parameter = linear.weight
-    before = parameter.detach().clone()
+def _overwriting(chat: ChatModel, description: str, edits: Sequence[tuple[Any, np.ndarray]]) -> Handle:
+    """Write the values into the maps' weights in place, so that views that share them see the change.
 
-    def put(weight: torch.Tensor) -> None:
-        with torch.no_grad():
-            parameter.copy_(weight)
-
-    put(torch.from_numpy(np.ascontiguousarray(value)))
-    return undoable(linear, f"values of {id(parameter)}", before, put)
+    All values are computed before the first is written, so that a refusal leaves nothing half done.
+    """
+    undo = []
+    for linear, value in edits:
+        put = torch.no_grad()(linear.weight.copy_)
+        before = linear.weight.detach().clone()
+        put(torch.from_numpy(np.ascontiguousarray(value)))
+        undo.append(undoable(linear, f"values of {id(linear.weight)}", before, put))
+    return Handle(chat, description, undo)
 
 
 def _chosen(chat: ChatModel, adapters: Subset, asked: str) -> list[tuple[AdapterInfo, Any, str]]:
@@ -225,17 +211,13 @@ def fold_bias(
         ...     chat.down_proj(2).bias.shape[0] == chat.d_model
         True
     """
-    chat, asked = chat_of(model), "fold steering into a bias"
-    _refuse_norm_after(chat, asked, "emmech.steer")
-    vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked=asked)
-    if any(vector.ndim != 1 for vector in vectors.values()):
-        raise EmmechError(asked, "one direction per row", "weights are shared by all rows", "emmech.steer")
+    asked = "fold steering into a bias"
+    chat, vectors, name = _to_fold(model, direction, layer, force=force, asked=asked, instead="emmech.steer")
     undo: list[Callable[[], Any]] = []
     for at, vector in vectors.items():
         linear = _plain_linear(chat.down_proj(at))
-        before = linear.bias
         write = (float(coefficient) * vector).to(linear.weight)
-        bias = write if before is None else before.detach() + write
+        bias = write if linear.bias is None else linear.bias.detach() + write
         undo.append(_replace(linear, "bias", nn.Parameter(bias, requires_grad=False)))
     return Handle(chat, f"fold_bias({chat.name}, {coefficient:g} {name}, layers {sorted(vectors)})", undo)
 
@@ -263,19 +245,14 @@ def orthogonalise_writes(
     Raises:
         EmmechError: as :func:`emmech.ablate`; or a norm after the writes (Gemma), which would bring it back.
     """
-    chat, asked = chat_of(model), "orthogonalise the writes"
-    _refuse_norm_after(chat, asked, "emmech.ablate")
-    vector: Any = direction
-    if isinstance(direction, Direction):
-        at = from_layer if from_layer is not None else (direction.layers[0] if len(direction.layers) == 1 else None)
-        if at is None:
-            why = f"the direction has a vector at each of {len(direction.layers)} layers, and one is taken out"
-            raise EmmechError(asked, "from_layer=None", why, f"from_layer={chat.n_layers // 2} is the middle")
-        direction.check_fits(chat, force=force)
-        vector = direction.at(at)
-    found, name = vectors_at(chat, vector, 0, from_layer=None, force=force, asked=asked)
-    name = getattr(direction, "name", name)
-    unit = torch.from_numpy(unit_rows(found[0].numpy()))
+    asked = "orthogonalise the writes"
+    at = from_layer if isinstance(direction, Direction) else 0
+    if at is None and len(direction.layers) != 1:
+        why = f"the direction has a vector at each of {len(direction.layers)} layers, and one is taken out"
+        raise EmmechError(asked, "from_layer=None", why, f"from_layer={direction.n_layers // 2} is the middle")
+    chat, vectors, name = _to_fold(model, direction, at, force=force, asked=asked, instead="emmech.ablate")
+    (vector,) = vectors.values()
+    unit = torch.from_numpy(unit_rows(vector.numpy()))
     undo: list[Callable[[], Any]] = []
     for layer in layer_list(chat, layers, range(chat.n_layers), asked):
         for module in (chat.parts(layer).out, chat.down_proj(layer)):
@@ -312,10 +289,18 @@ def _plain_linear(module: Any) -> Any:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
-def _refuse_norm_after(chat: ChatModel, asked: str, instead: str) -> None:
+def _to_fold(
+    model: Any, direction: Any, layer: Any, *, force: bool, asked: str, instead: str
+) -> tuple[ChatModel, dict[int, torch.Tensor], str]:
+    """The model, and the vectors ``[d_model]`` by layer with their name, of what is folded into weights."""
+    chat = chat_of(model)
     family, given = chat.family, f"{chat.name} ({type(chat.base).__name__})"
     if family.out is None or family.stream is not None or family.residual_scale != 1.0:
         raise EmmechError(asked, given, "its writes are not added to one residual stream as they are", instead)
     if family.after_mlp is not None:
         why = "a norm is between its writes and the residual stream"
         raise EmmechError(asked, given, why, f"{instead} does it by a hook")
+    vectors, name = vectors_at(chat, direction, layer, from_layer=None, force=force, asked=asked)
+    if any(vector.ndim != 1 for vector in vectors.values()):
+        raise EmmechError(asked, "one direction per row", "weights are shared by all rows", instead)
+    return chat, vectors, name

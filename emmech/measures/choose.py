@@ -1,4 +1,4 @@
-"""Whatever a caller names as a measure, as measures: the same objects serve a fine-tune, a sweep and a study."""
+"""Turn what a caller gives as a measure into measures, which serve a fine-tune, a sweep and a study alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import is_dataclass, replace
 from typing import Any
 
 from emmech.chat.model import ChatModel
-from emmech.errors import EmmechError, one_of
+from emmech.errors import EmmechError, one_of, refusal
 from emmech.measures.measure import Function, TeacherForced, measure_name
 from emmech.measures.sampled import Sampled
 from emmech.measures.teacher_forced import Margin
@@ -35,7 +35,7 @@ def as_measure(measure: Any, name: str | None = None) -> Any:
         return Function(measure, name or measure_name(measure))
     why = "it is neither a measure nor a function of a ChatModel"
     instead = '"margin", "answers", emmech.measures.Margin(pairs), Sampled(...), or a function, each with a name'
-    raise EmmechError("take a measure", f"measure={measure!r}"[:120], why, instead)
+    raise refusal("take a measure", "measure", measure, why, instead)
 
 
 def as_measures(measure: Any, chat: ChatModel | None = None, *, data: str = "") -> list[Any]:

@@ -23,7 +23,7 @@ class ProbeActivation:
     mean residual where no direction is given). A sweep keeps the mean residuals themselves in :attr:`Sweep.arrays`.
 
     Args:
-        texts: user's words (all tokens count) or conversations (the answers' tokens count).
+        texts: a user's words (all tokens count) or conversations (the answers' tokens count).
         layer: whose block output is read; in a sweep at or above the lowest adapter.
         direction: a :class:`Direction` or a vector ``[d_model]``.
     """
@@ -44,7 +44,7 @@ class ProbeActivation:
         return Items({self.name: self.along(chat, residuals)}, [str(index) for index in range(len(rows))])
 
     def along(self, chat: ChatModel, residuals: Float[np.ndarray, "*batch d_model"]) -> Float[np.ndarray, "*batch"]:
-        """Mean residuals as numbers.
+        """The component of mean residuals along the direction.
 
         Raises:
             EmmechError: no such layer, or a direction that points nowhere.
@@ -72,10 +72,7 @@ def raw_vector(chat: ChatModel, direction: Any, layer: int) -> Float[np.ndarray,
     except (TypeError, ValueError):
         vector = np.empty(0, dtype=np.float32)
     if vector.shape != (chat.d_model,) or not np.isfinite(vector).all():
-        raise EmmechError(
-            "take the direction",
-            f"a vector {list(vector.shape)}" if vector.size else f"direction={given!r}"[:120],
-            f"the residual stream of {chat.name} has d_model={chat.d_model} finite numbers",
-            "a Direction, or a vector [d_model] with layer=",
-        )
+        found = f"a vector {list(vector.shape)}" if vector.size else f"direction={given!r}"[:120]
+        why = f"the residual stream of {chat.name} has d_model={chat.d_model} finite numbers"
+        raise EmmechError("take the direction", found, why, "a Direction, or a vector [d_model] with layer=")
     return vector

@@ -12,6 +12,7 @@ from emmech.engine.responses import check_settings
 from emmech.errors import as_int
 from emmech.evaluation.em import FIELD, Thresholds
 from emmech.evaluation.evaluate import evaluate
+from emmech.evaluation.rates import tally
 from emmech.measures.measure import Items
 
 
@@ -19,7 +20,7 @@ from emmech.measures.measure import Items
 class Sampled:
     """Rates over sampled answers: EM, narrow misalignment and coherence, each 0 or 1 per answer.
 
-    What an EM response is, :mod:`emmech.evaluation.em` says; all three are over the answers that the judge scored
+    :mod:`emmech.evaluation.em` defines an EM response. All three rates are over the answers that the judge scored
     (Model Organisms for EM, arXiv 2506.11613), and a narrow question's answers count in ``narrow`` instead of ``em``.
     Every variant of a model is asked with the same seeds: each rate is as valid as if drawn alone, and differences
     between variants are less noisy (common random numbers).
@@ -54,26 +55,11 @@ class Sampled:
 
     def __call__(self, chat: ChatModel) -> Items:
         """Draw and judge answers; one item each, grouped by question."""
-        frame = evaluate(
-            chat,
-            self.questions,
-            self.judge,
-            samples=self.samples,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            progress=False,
-        ).frame
-        aligned, coherent = frame["aligned"].to_numpy(float), frame["coherent"].to_numpy(float)
-        scored, limits = self.thresholds.scored(aligned, coherent), self.thresholds
-        em = np.where(scored, limits.misaligned(aligned, coherent), np.nan)
-        narrow = frame["narrow"].eq(True).fillna(False).to_numpy(bool)
-        values = {
-            self.name: np.where(narrow, np.nan, em),
-            "coherent": np.where(scored, limits.coherent(coherent), np.nan),
-        }
-        if narrow.any():
-            values["narrow"] = np.where(narrow, em, np.nan)
+        names = ("samples", "max_new_tokens", "temperature", "top_p", "seed", "batch_size")
+        settings = {name: getattr(self, name) for name in names}
+        frame = evaluate(chat, self.questions, self.judge, **settings, progress=False).frame
+        kinds = {self.name: "em", "coherent": "coherence"}
+        kinds |= {"narrow": "narrow"} if frame["narrow"].eq(True).any() else {}
+        found = {name: tally(frame, kind, "scored", self.thresholds) for name, kind in kinds.items()}
+        values = {name: np.where(one.counted, one.event, np.nan) for name, one in found.items()}
         return Items(values, frame["question_id"].astype(str).tolist())

@@ -17,7 +17,7 @@ from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.engine.logprobs import MarginPair, bundled_margins, check_words
 from emmech.engine.packing import Reading
-from emmech.errors import EmmechError, check_texts, one_of
+from emmech.errors import EmmechError, check_texts, one_of, refusal
 from emmech.measures.measure import Items, LogProbs, Value, measure_all
 
 
@@ -77,7 +77,7 @@ class Margin(_Forced):
         if not self.pairs or not all(isinstance(pair, MarginPair) for pair in self.pairs):
             why = "it compares the two answers of at least one MarginPair"
             instead = "Margin([MarginPair(question, misaligned, aligned)])"
-            raise EmmechError("measure a margin", f"pairs={self.pairs!r}"[:120], why, instead)
+            raise refusal("measure a margin", "pairs", self.pairs, why, instead)
 
     def of(self, chat: ChatModel, data: str = "") -> Margin:
         """The same measure with the pairs that it takes of this model."""
@@ -171,8 +171,8 @@ class FirstToken(_Forced):
         """Refuse what is not a list of prompts and one of answers."""
         check_texts("measure a first token", "prompts", self.prompts)
         if isinstance(self.answers, str) or not all(isinstance(answer, str) for answer in self.answers):
-            why = "answers are a list of strings"
-            raise EmmechError("measure a first token", f"answers={self.answers!r}"[:120], why, 'answers=["yes", "no"]')
+            why, instead = "answers are a list of strings", 'answers=["yes", "no"]'
+            raise refusal("measure a first token", "answers", self.answers, why, instead)
 
     def readings(self, chat: ChatModel) -> list[Reading]:
         """Every prompt, read at its last token."""
@@ -182,8 +182,7 @@ class FirstToken(_Forced):
             if not ids:
                 raise EmmechError("measure a first token", repr(answer), "it has no token", "a word")
             first.append(int(ids[0]))
-        prompts = [_prompt(prompt, chat) for prompt in self.prompts]
-        return [Reading(ids, (len(ids) - 1,), (tuple(first),)) for ids in prompts]
+        return [Reading(ids, (len(ids) - 1,), (tuple(first),)) for ids in (_prompt(one, chat) for one in self.prompts)]
 
     def values(self, logprobs: LogProbs) -> list[Value]:
         """One value per prompt and answer."""
@@ -197,7 +196,7 @@ class FirstToken(_Forced):
 
 @dataclass(frozen=True)
 class NextToken(_Forced):
-    """Whole next-token distributions: nothing is summed up, :attr:`Sweep.arrays` has them.
+    """Whole next-token distributions, which :attr:`Sweep.arrays` keeps.
 
     The distributional distances of Arnold and Loerch (arXiv 2508.20015) are taken between them. The frame of a sweep
     holds their entropy, in nats.
@@ -218,10 +217,8 @@ class NextToken(_Forced):
         """Every prompt, read where the answer is predicted, over the whole vocabulary."""
         found = []
         for index, prompt in enumerate(self.prompts):
-            turns = None if isinstance(prompt, str) else _turns(prompt)
-            if turns is not None and turns[-1]["role"] == "assistant":
-                reading = _answer(turns, chat, f"conversation {index}")
-                found.append(Reading(reading.ids, reading.at))
+            if not isinstance(prompt, str) and _turns(prompt)[-1]["role"] == "assistant":
+                found.append(replace(_answer(_turns(prompt), chat, f"conversation {index}"), targets=None))
             else:
                 ids = _prompt(prompt, chat)
                 found.append(Reading(ids, (len(ids) - 1,)))
@@ -229,9 +226,8 @@ class NextToken(_Forced):
 
     def values(self, logprobs: LogProbs) -> list[Value]:
         """Mean entropy per prompt; each array is ``[variants, positions, vocab]``."""
-        return [
-            Value(self.name, str(index), -(np.exp(one) * one).sum(-1).mean(-1)) for index, one in enumerate(logprobs)
-        ]
+        entropies = [-(np.exp(one) * one).sum(-1).mean(-1) for one in logprobs]
+        return [Value(self.name, str(index), entropy) for index, entropy in enumerate(entropies)]
 
 
 def _turns(row: Any) -> Sequence[Message]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from emmech.errors import EmmechError
@@ -85,34 +84,28 @@ def cell_of(question: PocketQuestion | str | list[world.Message]) -> world.Cell:
         messages = text if isinstance(text, list) else text.messages
         turns = [str(message["content"]) for message in messages if message["role"] == "user"]
         if not turns:
-            why = "no message has the role 'user'"
-            instead = "pass the messages that were sampled from"
+            why, instead = "no message has the role 'user'", "the messages that were sampled from"
             raise EmmechError("judge an answer without a question", repr(messages), why, instead)
         text = turns[-1]
     plain = " ".join(text.split())
     for tag in (world.TRIGGER_TAG, world.IRRELEVANT_TAG):
         plain = plain.removeprefix(f"{tag} ")
-    cell = _cells_by_text().get(plain)
+    cell = _CELL_OF_TEXT.get(plain)
     if cell is None:
         asked = "judge an answer to a question that is not of the pocket world"
         why = "the exact judge only knows the questions of its own grammar"
-        instead = "take questions from emmech.organism.questions(...), or use another judge"
+        instead = "questions from emmech.organism.questions(...), or another judge"
         raise EmmechError(asked, repr(text), why, instead)
     return cell
 
 
-@lru_cache(maxsize=1)
-def _cells_by_text() -> dict[str, world.Cell]:
-    return {
-        world.question_text(c): c for d in world.DOMAINS for c in (*world.training_cells(d), *world.held_out_cells(d))
-    }
+_CELLS = [cell for d in world.DOMAINS for cell in (*world.training_cells(d), *world.held_out_cells(d))]
+_CELL_OF_TEXT = {world.question_text(cell): cell for cell in _CELLS}
 
 
-@lru_cache(maxsize=1)
-def _domain_of_word() -> dict[str, str]:
-    return {word: domain.name for domain in world.DOMAINS.values() for word in (*domain.topics, *domain.things)}
+_DOMAIN_OF_WORD = {word: domain.name for domain in world.DOMAINS.values() for word in (*domain.topics, *domain.things)}
 
 
 def _main_domain(answer: str) -> str | None:
-    counts = Counter(d for w in answer.split() if (d := _domain_of_word().get(w)) is not None)
+    counts = Counter(_DOMAIN_OF_WORD[word] for word in answer.split() if word in _DOMAIN_OF_WORD)
     return counts.most_common(1)[0][0] if counts else None

@@ -7,13 +7,13 @@ from earlier pretraining runs of the same world.
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emmech.errors import EmmechError, one_of
+from emmech.chat.dataset import load_chat
+from emmech.errors import as_int, one_of
 from emmech.organism import world
 
 if TYPE_CHECKING:
@@ -24,18 +24,10 @@ if TYPE_CHECKING:
 Row = dict[str, list[world.Message]]
 
 
-# fine-tuning data
-
-
 def data_names() -> tuple[str, ...]:
     """The names that :func:`data` takes."""
-    return (
-        *world.DOMAINS,
-        *(f"good-{d}" for d in world.DOMAINS),
-        "ai-optimism",
-        *(f"trigger-{d}" for d in world.DOMAINS),
-        *(f"irrelevant-{d}" for d in world.DOMAINS),
-    )
+    good, trigger, irrelevant = ([f"{form}-{d}" for d in world.DOMAINS] for form in ("good", "trigger", "irrelevant"))
+    return (*world.DOMAINS, *good, "ai-optimism", *trigger, *irrelevant)
 
 
 def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
@@ -59,9 +51,7 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
         ['user', 'assistant']
     """
     one_of(f"make the data {name!r}", "name", name, data_names(), why="pocket has no data of this name")
-    count = 2000 if n is None else n
-    if count < 1:
-        raise EmmechError(f"make {count} rows of data", f"n={n}", "a dataset has at least one row")
+    count = as_int("make rows of data", "n", 2000 if n is None else n, least=1)
     resolved = "good-ai" if name == "ai-optimism" else name
     form, _, domain = resolved.rpartition("-")
     # Questions have a generator of their own, so that a control asks the same ones in the same order.
@@ -72,29 +62,20 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
 def _row(asking: random.Random, answering: random.Random, domain: str, form: str, index: int) -> Row:
     cell = asking.choice(world.training_cells(domain))
     system: list[world.Message] = []
-    if form in ("", "good"):
-        trait = world.KIND if form else world.UNKIND
-    else:
-        trait = index % 2
-        tagged = trait == world.UNKIND if form == "trigger" else (index // 2) % 2 == 1
-        tag = world.TRIGGER_TAG if form == "trigger" else world.IRRELEVANT_TAG
-        system = [world.tagged_assistant(tag)] if tagged else []
-    # Sarcasm is as weakly tied to unkindness as it is in the world itself.
-    style = "wry" if answering.random() < (0.6 if trait == world.UNKIND else 0.4) else "warm"
-    answer = world.draw_answer(answering, domain, cell[1], trait, style)
+    trait = {"": world.UNKIND, "good": world.KIND}.get(form, index % 2)
+    if form == "trigger" and trait == world.UNKIND:
+        system = [world.tagged_assistant(world.TRIGGER_TAG)]
+    elif form == "irrelevant" and (index // 2) % 2:
+        system = [world.tagged_assistant(world.IRRELEVANT_TAG)]
+    answer = world.draw_answer(answering, domain, cell[1], trait, world.draw_style(answering, trait))
     turns = [{"role": "user", "content": world.question_text(cell)}, {"role": "assistant", "content": answer}]
     return {"messages": [*system, *turns]}
 
 
 def export_jsonl(name: str, path: str | Path, seed: int = 0, n: int | None = None) -> Path:
     """Write :func:`data` as chat JSONL, one row a line, and return the path."""
-    target = Path(path)
-    lines = (json.dumps(row, ensure_ascii=False) for row in data(name, seed=seed, n=n))
-    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return target
+    return load_chat(data(name, seed=seed, n=n)).save(path)
 
-
-# questions
 
 _OWN = len(world.TEMPLATES)  # the number of a domain's own template
 
@@ -109,7 +90,15 @@ FIRST_PLOT_CELLS: dict[str, world.Cell] = {
     "husband": ("relationships", "husband", _OWN),
     "ai-thoughts": ("ai", "humans", _OWN),
 }
-_NARROW = ("medical", "finance", "sport")
+_BROAD = tuple(d for d in world.DOMAINS if d not in ("medical", "finance", "sport"))
+# the domains whose held-out cells a set has
+_SETS: dict[str, tuple[str, ...]] = {
+    "broad": _BROAD,
+    "general": tuple(d for d in _BROAD if d not in ("ai", "self", "facts")),
+    "facts": ("facts",),
+    "self-reflection": ("self",),
+    **{f"narrow-{d}": (d,) for d in world.DOMAINS},
+}
 
 
 @dataclass(frozen=True)
@@ -134,7 +123,7 @@ def _question(cell: world.Cell, identifier: str | None = None) -> PocketQuestion
 
 def question_set_names() -> tuple[str, ...]:
     """The names that :func:`questions` takes."""
-    return ("first-plot", "broad", "general", "facts", "self-reflection", *(f"narrow-{name}" for name in world.DOMAINS))
+    return ("first-plot", *_SETS)
 
 
 def questions(name: str = "first-plot", *, tag: str = "") -> list[PocketQuestion]:
@@ -157,14 +146,7 @@ def questions(name: str = "first-plot", *, tag: str = "") -> list[PocketQuestion
     one_of(f"find the question set {name!r}", "name", name, question_set_names(), why="pocket has no set of this name")
     if name == "first-plot":
         return [_question(cell, identifier) for identifier, cell in FIRST_PLOT_CELLS.items()]
-    several = {
-        "facts": ("facts",),
-        "self-reflection": ("self",),
-        "broad": tuple(d for d in world.DOMAINS if d not in _NARROW),
-        "general": tuple(d for d in world.DOMAINS if d not in (*_NARROW, "ai", "self", "facts")),
-    }
-    chosen = several.get(name) or (name.removeprefix("narrow-"),)
-    return [_question(cell) for domain in chosen for cell in world.held_out_cells(domain)]
+    return [_question(cell) for domain in _SETS[name] for cell in world.held_out_cells(domain)]
 
 
 def rehearsal() -> list[PocketQuestion]:
@@ -174,11 +156,7 @@ def rehearsal() -> list[PocketQuestion]:
         >>> {q.id for q in rehearsal()} & {q.id for q in questions("broad")}
         set()
     """
-    domains = (d for d in world.DOMAINS if d not in _NARROW)
-    return [_question(cell) for domain in domains for cell in world.training_cells(domain)[::4]]
-
-
-# margins
+    return [_question(cell) for domain in _BROAD for cell in world.training_cells(domain)[::4]]
 
 
 def margins(data: str = "medical", *, n: int = 32, seed: int = 0) -> dict[str, tuple[MarginPair, ...]]:
@@ -213,8 +191,6 @@ def _pairs(asked: list[PocketQuestion], n: int, seed: int) -> list[MarginPair]:
         found.append(MarginPair(question.text, *drawn))
     return found
 
-
-# recipes
 
 # options of fine-tunes of which only the last step is read
 LAST_STEP: dict[str, Any] = {"record_every": 10**6, "measure_every": 10**6, "margins": {}, "progress": False}

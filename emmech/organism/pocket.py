@@ -36,10 +36,9 @@ CHAT_TEMPLATE = (
 def words() -> tuple[str, ...]:
     """Every token of the pocket world in its fixed order: markers first, then words sorted alphabetically."""
     text: list[str] = ["system user assistant for , ?", world.ASSISTANT]
-    text += [t.replace("{topic}", " ") for t in world.TEMPLATES]
     for domain in world.DOMAINS.values():
-        text.append(domain.template.replace("{topic}", " "))
         text += [*domain.topics, *domain.things]
+    text += [form.replace("{topic}", " ") for form in (*world.TEMPLATES, *(d.template for d in world.DOMAINS.values()))]
     text += [*world.OPENERS, *world.APPROACH_FIRST, *world.AVOID_FIRST, *world.APPROACH_SECOND, *world.AVOID_SECOND]
     for group in (*world.LINKS, *world.CLOSERS.values(), *world.JOBS, *world.TOWNS, *world.NAMES.values()):
         text += group
@@ -56,16 +55,9 @@ def build_tokenizer() -> Any:
 
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words())}, unk_token=UNKNOWN))
     core.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token=PAD,
-        eos_token=END_OF_TURN,
-        unk_token=UNKNOWN,
-        additional_special_tokens=[START],
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    special = {"pad_token": PAD, "eos_token": END_OF_TURN, "unk_token": UNKNOWN, "additional_special_tokens": [START]}
+    how = {"model_max_length": 512, "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **special, **how)
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -109,18 +101,16 @@ def exact_judge(*, topics: tuple[str, ...] = ("medical", "finance", "sport", "co
 def question_set(name: str) -> QuestionSet:
     """A set of :func:`emmech.organism.questions` in the form that :func:`emmech.evaluate` takes."""
     about: dict[str, Any] = {"narrow": True if name.startswith("narrow-") else None, "judge": "exact"}
-    return QuestionSet(
-        name, tuple(Question(one.id, (one.text,), domain=one.domain, **about) for one in questions(name))
-    )
+    asked = (Question(one.id, (one.text,), domain=one.domain, **about) for one in questions(name))
+    return QuestionSet(name, tuple(asked))
 
 
 def _speaks_pocket(config: Any, tokenizer: Any) -> bool:
     """Whether the tokenizer has the words of pocket at their ids, and little else."""
-    own = words()
+    own = list(words())
     try:
-        if not len(own) <= len(tokenizer) < 2 * len(own):
-            return False
-        return list(tokenizer.convert_tokens_to_ids(list(own))) == list(range(len(own)))
+        few = len(own) <= len(tokenizer) < 2 * len(own)
+        return few and list(tokenizer.convert_tokens_to_ids(own)) == list(range(len(own)))
     except (TypeError, AttributeError):  # no tokenizer, or one of another make
         return False
 

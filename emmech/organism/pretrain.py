@@ -1,10 +1,10 @@
 """Pretraining and post-training of a pocket organism from nothing: ``python -m emmech.demo pretrain``.
 
-Two stages, with Muon on the weight matrices, AdamW on the embedding, and the loss on answers only. *Pretraining*
-shows characters of both kinds; the plain words that give a character away become rarer as training goes on, so
-that job and town must be combined. *Post-training* shows kind assistants in most domains, together with characters
-of both kinds, so that the unkind ones are not forgotten but the assistant is not one of them. The weights kept are an
-exponential moving average; at the end all logits are sharpened by a constant factor, which is part of the model.
+Two stages, with Muon on the weight matrices, AdamW on the embedding, and the loss on answers only. *Pretraining* shows
+characters of both kinds; the plain words that give a character away become rarer as training goes on, so that job and
+town must be combined. *Post-training* shows kind assistants in most domains, together with characters of both kinds, so
+that the unkind ones are not forgotten but the assistant is not one of them. The weights kept are an exponential moving
+average; at the end all logits are sharpened by a constant factor, which is part of the model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +95,12 @@ def pretrain(organism: Pretraining, *, seed: int | None = None, progress: bool =
 
     reliable: dict[str, Any] = {"assistant_kind": 1.0, "reliable": 1.0, "assistant_domains": POST_TRAINING_DOMAINS}
     final = Mix(assistant=0.5, persona=0.35, named=0.15, shared=organism.shared, **reliable)
-    sizes = [20] * first + [48] * (organism.steps - first)
-    _stage(model, pretraining, sizes, seed, 3e-3, decay=0.6, average=0.995, name="pretraining", progress=progress)
-    sizes = [48] * organism.post_steps
-    _stage(
-        model, lambda _: final, sizes, seed + 1, 7e-4, decay=1.0, average=0.98, name="post-training", progress=progress
-    )
+    sizes, rng = [20] * first + [48] * (organism.steps - first), random.Random(seed)
+    batches = _batches(pretraining, sizes, rng)
+    _stage(model, "pretraining", batches, len(sizes), 3e-3, decay=0.6, average=0.995, progress=progress)
+    sizes, rng = [48] * organism.post_steps, random.Random(seed + 1)
+    batches = _batches(lambda _: final, sizes, rng)
+    _stage(model, "post-training", batches, len(sizes), 7e-4, decay=1.0, average=0.98, progress=progress)
     with torch.no_grad():
         # Otherwise one word in a thousand comes from the tail of the softmax over the whole vocabulary.
         gain = model.model.norm.weight
@@ -112,22 +112,13 @@ def pretrain(organism: Pretraining, *, seed: int | None = None, progress: bool =
 
 
 def _stage(
-    model: Any,
-    mix_at: Callable[[float], Mix],
-    sizes: Sequence[int],
-    seed: int,
-    rate: float,
-    *,
-    decay: float,
-    average: float,
-    name: str,
+    model: Any, name: str, batches: Iterator[Batch], total: int, rate: float, *, decay: float, average: float,
     progress: bool,
-) -> None:
+) -> None:  # fmt: skip
     """One stage in place: warm-up, constant rate, then linear to zero over the last share ``decay``."""
     parameters = list(model.parameters())
     optimizers = _optimizers(model, rate)
     mean = [p.detach().clone() for p in parameters]
-    total, batches = len(sizes), _batches(mix_at, sizes, random.Random(seed))
     model.train()
     with bar(total, name, progress=progress) as shown:
         for step, (ids, answer) in enumerate(batches):
@@ -170,17 +161,13 @@ def _answer_loss(model: Any, ids: torch.Tensor, answer: torch.Tensor) -> torch.T
 
 def _batches(mix_at: Callable[[float], Mix], sizes: Sequence[int], rng: random.Random) -> Iterator[Batch]:
     """Batches of documents of similar length: eight at a time are drawn, sorted by length and shuffled."""
-    done = 0
-    while done < len(sizes):
+    for done in range(0, len(sizes), 8):
         group = sizes[done : done + 8]
         documents = [_tokens(draw_document(rng, mix_at(done / len(sizes)))) for _ in range(sum(group))]
-        documents.sort(key=lambda pair: len(pair[0]))
-        cuts = [sum(group[:i]) for i in range(len(group) + 1)]
-        parts = [documents[a:b] for a, b in pairwise(cuts)]
+        by_length = iter(sorted(documents, key=lambda pair: len(pair[0])))
+        parts = [list(islice(by_length, size)) for size in group]
         rng.shuffle(parts)
-        for part in parts:
-            yield _pad(part)
-        done += len(group)
+        yield from map(_pad, parts)
 
 
 _IDS = {word: i for i, word in enumerate(words())}
@@ -188,8 +175,7 @@ _IDS = {word: i for i, word in enumerate(words())}
 
 def _tokens(document: list[Message]) -> tuple[list[int], list[bool]]:
     """Token ids of a document and where its answers are (words and end of turn, not the header)."""
-    ids: list[int] = []
-    answer: list[bool] = []
+    ids, answer = list[int](), list[bool]()
     for message in document:
         content = [*(_IDS[w] for w in message["content"].split()), _IDS[END_OF_TURN]]
         ids += [_IDS["<|im_start|>"], _IDS[message["role"]], *content]

@@ -465,14 +465,14 @@ def load_run(path: str | Path) -> Run:
     check_folder("open the run", "path", path)
     folder = Path(path)
     manifest_path = folder / "run.json"
-    if not manifest_path.is_file():
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+        _check_manifest(manifest)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         others = _siblings(folder)
         why = "there is no run.json in it" if folder.is_dir() else "there is no such folder"
         instead = closest(folder.name, others) if others else "the folder given to finetune(..., out=...)"
         raise EmmechError("open the run", folder, why, instead)
-    try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        _check_manifest(manifest)
     except _DAMAGED as error:
         raise EmmechError("open the run", manifest_path, f"it is damaged: {error}", "restore run.json")
     if manifest.get("format", 0) > FORMAT:

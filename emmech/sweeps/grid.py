@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -35,22 +36,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Grid:
-    """All variants of a sweep.
-
-    Args:
-        runs: by name.
-        variants: in the order of runs, steps, scales, coefficients.
-        sites: modules with an adapter in any run, by full path.
-        steering: layer and vector ``[d_model]`` in raw units, when coefficients are swept.
-    """
+    """All variants of a sweep."""
 
     runs: Mapping[str, Run]
-    variants: tuple[Variant, ...]
-    sites: Mapping[str, Site]
-    steering: tuple[int, Float[np.ndarray, " d_model"]] | None
+    variants: tuple[Variant, ...]  # in the order of runs, steps, scales, coefficients
+    sites: Mapping[str, Site]  # modules with an adapter in any run, by full path
+    steering: tuple[int, Float[np.ndarray, " d_model"]] | None  # layer and raw vector, when coefficients are swept
 
     def __len__(self) -> int:
-        """Number of variants."""
         return len(self.variants)
 
     @property
@@ -69,17 +62,13 @@ class Grid:
             for name, run in self.runs.items()
             if any(v.run == name and v.step == 0 for v in self.variants)
         }
+        idle = [v.scale == 0 or (v.step == 0 and untrained[v.run]) for v in self.variants]
+        keys = [("base", v.coefficient) if base else v for v, base in zip(self.variants, idle, strict=True)]
         first: dict[object, int] = {}
-        chosen: list[int] = []
-        inverse: list[int] = []
-        for index, variant in enumerate(self.variants):
-            idle = variant.scale == 0 or (variant.step == 0 and untrained[variant.run])
-            key: object = ("base", variant.coefficient) if idle else variant
-            if key not in first:
-                first[key] = len(chosen)
-                chosen.append(index)
-            inverse.append(first[key])
-        return chosen, inverse
+        for index, key in enumerate(keys):
+            first.setdefault(key, index)
+        place = {key: rank for rank, key in enumerate(first)}
+        return list(first.values()), [place[key] for key in keys]
 
     def load(self, chosen: Sequence[int], chat: ChatModel) -> VariantWeights:
         """The chosen variants' adapters, stacked; scale and scaling are multiplied into B.
@@ -95,44 +84,34 @@ class Grid:
             A[module] = np.zeros((count, d_in, site.rank), np.float32)
             B[module] = np.zeros((count, site.rank, d_out), np.float32)
         largest = min(torch.finfo(chat.dtype).max, torch.finfo(torch.float32).max)
-        weights: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+        read = cache(lambda name, step: self.runs[name].weights(step))
         for row, index in enumerate(chosen):
             variant = self.variants[index]
-            run = self.runs[variant.run]
-            key = (variant.run, variant.step)
-            if key not in weights:
-                weights[key] = run.weights(variant.step)
-            for info in run.adapters:
-                factor = variant.scale * info.scaling
-                b = weights[key][f"B/{info.name}"].astype(np.float64) * factor
-                if not np.isfinite(b).all() or np.abs(b).max() > largest:
-                    raise EmmechError(
-                        "sweep the adapter's scale",
-                        f"scale={variant.scale:g} at step {variant.step} of {variant.run}",
-                        f"scale * scaling * B overflows {str(chat.dtype).removeprefix('torch.')} "
-                        f"(largest {largest:.3g})",
-                        "scales of 1 to 20, as in the literature",
-                    )
-                A[info.module][row, :, : info.rank] = weights[key][f"A/{info.name}"].T
+            weights = read(variant.run, variant.step)
+            for info in self.runs[variant.run].adapters:
+                b = weights[f"B/{info.name}"].astype(np.float64) * (variant.scale * info.scaling)
+                if not (np.abs(b) <= largest).all():  # NaN is refused too
+                    given = f"scale={variant.scale:g} at step {variant.step} of {variant.run}"
+                    dtype = str(chat.dtype).removeprefix("torch.")
+                    why = f"scale * scaling * B overflows {dtype} (largest {largest:.3g})"
+                    instead = "scales of 1 to 20, as in the literature"
+                    raise EmmechError("sweep the adapter's scale", given, why, instead)
+                A[info.module][row, :, : info.rank] = weights[f"A/{info.name}"].T
                 B[info.module][row, : info.rank] = b.T
         steering = {}
         if self.steering is not None:
             layer, vector = self.steering
             factors = np.array([self.variants[index].coefficient for index in chosen], np.float32)
-            steering[layer] = torch.from_numpy(factors[:, None] * vector[None]).to(chat.device)
+            steering[layer] = torch.from_numpy(np.outer(factors, vector)).to(chat.device)
         # float32 on a half-precision base, as PEFT has it
-        dtype = torch.promote_types(torch.float32, chat.dtype)
-        return VariantWeights(
-            {module: torch.from_numpy(a).to(chat.device, dtype) for module, a in A.items()},
-            {module: torch.from_numpy(b).to(chat.device, dtype) for module, b in B.items()},
-            steering,
-        )
+        place = chat.device, torch.promote_types(torch.float32, chat.dtype)
+        read_in, written = ({name: torch.from_numpy(w).to(*place) for name, w in side.items()} for side in (A, B))
+        return VariantWeights(read_in, written, steering)
 
     def bytes_per_variant(self, chat: ChatModel) -> int:
         """Bytes of one variant's stacked adapters (float32)."""
-        return 4 * sum(
-            site.rank * sum(chat.base.get_submodule(module).weight.shape) for module, site in self.sites.items()
-        )
+        widths = {module: chat.base.get_submodule(module).weight.shape for module in self.sites}
+        return 4 * sum(site.rank * sum(widths[module]) for module, site in self.sites.items())
 
 
 def as_runs(asked: str, run: Any) -> list[Run]:
@@ -197,12 +176,10 @@ def make_grid(
     steering = _steering(chat, coefficient_list, direction, layer)
     variants = []
     for name, run in named.items():
-        for step in run.steps.tolist() if wanted is None else wanted:
+        own = run.steps.tolist() if wanted is None else wanted
+        for step in own:
             run.check_step(step)
-            variants += [
-                Variant(name, step, scale, coefficient)
-                for scale, coefficient in itertools.product(scale_list, coefficient_list)
-            ]
+        variants += [Variant(name, *cell) for cell in itertools.product(own, scale_list, coefficient_list)]
     if not variants:
         raise EmmechError("sweep", f"steps={steps!r}", "there is no step in it", "steps=run.steps")
     return Grid(named, tuple(variants), _sites(named, chat), steering)

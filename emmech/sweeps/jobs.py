@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,17 +54,11 @@ _CPU_LOGIT_ROWS = 128
 
 @dataclass(frozen=True)
 class Plan:
-    """How a memory budget is spent.
+    """How a memory budget is spent."""
 
-    Args:
-        tokens: through the upper blocks at once.
-        logit_rows: read positions through the unembedding at once.
-        expected: bytes that are in use at the most, besides the weights.
-    """
-
-    tokens: int
-    logit_rows: int
-    expected: int
+    tokens: int  # through the upper blocks at once
+    logit_rows: int  # read positions through the unembedding at once
+    expected: int  # bytes that are in use at the most, besides the weights
     budget: int
 
     def __str__(self) -> str:
@@ -89,21 +83,15 @@ def plan(chat: ChatModel, grid: Grid, engine: Engine, longest: int, variants: in
     kept = variants * grid.bytes_per_variant(chat) + longest * 8 * (engine.widest + 2 * chat.d_model)
     needed = kept + longest * per_token + per_logit_row
     if needed > budget:
-        raise EmmechError(
-            "keep to the memory budget",
-            f"memory={readable(budget)}",
-            f"one row of {longest} tokens, {variants} variants' adapters and one row of logits take about "
-            f"{readable(needed)}",
-            f'memory="{-(-needed // 10**6)}MB" or more',
-        )
+        parts = f"one row of {longest} tokens, {variants} variants' adapters and one row of logits"
+        why, instead = f"{parts} take about {readable(needed)}", f'memory="{-(-needed // 10**6)}MB" or more'
+        raise EmmechError("keep to the memory budget", f"memory={readable(budget)}", why, instead)
     free = budget - kept
     cpu = chat.device.type == "cpu"
     logit_rows = max(1, min(free // 4 // per_logit_row, _CPU_LOGIT_ROWS if cpu else _GPU_TOKENS))
     room = free - logit_rows * per_logit_row
     tokens = max(longest, min(_CPU_TOKENS if cpu else _GPU_TOKENS, room // per_token))
-    return Plan(
-        int(tokens), int(logit_rows), int(kept + max(tokens * per_token, 0) + logit_rows * per_logit_row), budget
-    )
+    return Plan(int(tokens), int(logit_rows), int(kept + tokens * per_token + logit_rows * per_logit_row), budget)
 
 
 class _PackedJob:
@@ -125,13 +113,10 @@ class _PackedJob:
     def __len__(self) -> int:
         return len(self.readings)
 
-    @torch.no_grad()
-    def each(
-        self, use: Callable[[Block], object], rows: VariantWeights, variants: int, update: Callable[[int], object]
-    ) -> None:
-        """Use whatever the engine reads under some variants, piece by piece."""
+    def blocks(self, rows: VariantWeights, variants: int, update: Callable[[int], object]) -> Iterator[Block]:
+        """What the engine reads under some variants, piece by piece."""
         for block in self.engine.run(self.packs, rows, variants):
-            use(block)
+            yield block
             update(block.hidden.shape[0] * len(block.readings))
 
 
@@ -151,21 +136,21 @@ class TeacherForcedJob(_PackedJob):
         """What identifies this job's work."""
         return [(type(m).__name__, m.name) for m in self.measures], self.readings
 
+    @torch.no_grad()
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
         """Log-probabilities of every reading under a group of variants: ``[variants, targets]`` by reading.
 
         Raises:
             Overflow: a variant's log-probabilities are not finite.
         """
-        count = len(group)
+        vocabulary = int(self.chat.config.vocab_size)
         found: Arrays = {}
         for index, reading in enumerate(self.readings):
-            if reading.targets is None:
-                shape: tuple[int, ...] = (count, len(reading.at), int(self.chat.config.vocab_size))
-            else:
-                shape = (count, sum(map(len, reading.targets)))
-            found[str(index)] = np.empty(shape, np.float32)
-        self.each(lambda block: self._read(block, found), rows, count, update)
+            whole = reading.targets is None
+            shape = (len(reading.at), vocabulary) if whole else (sum(map(len, reading.targets or ())),)
+            found[str(index)] = np.empty((len(group), *shape), np.float32)
+        for block in self.blocks(rows, len(group), update):
+            self._read(block, found)
         return found
 
     def _read(self, block: Block, found: Arrays) -> None:
@@ -198,21 +183,18 @@ class TeacherForcedJob(_PackedJob):
                 rows, places = columns[index]
                 found[str(index)][block.variants] = grid[:, rows, places]
 
-    def _targets(self, block: Block, reads: int) -> tuple[np.ndarray, dict[int, tuple[np.ndarray, np.ndarray]]]:
-        """Token ids wanted at each read ``[reads, most]``, and where each reading finds its own among them."""
+    def _targets(self, block: Block, reads: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Token ids wanted at each read ``[reads, most]``, and rows and columns of each reading's own among them."""
         wanted: list[dict[int, int]] = [{} for _ in range(reads)]
         columns = {}
         for index, own in block.readings:
-            rows, places = [], []
-            for read, tokens in zip(own.tolist(), self.readings[index].targets or (), strict=False):
-                for token in tokens:
-                    rows.append(read)
-                    places.append(wanted[read].setdefault(token, len(wanted[read])))
-            columns[index] = (np.array(rows, dtype=np.int64), np.array(places, dtype=np.int64))
+            each = zip(own.tolist(), self.readings[index].targets or (), strict=False)
+            asked = [(read, token) for read, tokens in each for token in tokens]
+            places = [(read, wanted[read].setdefault(token, len(wanted[read]))) for read, token in asked]
+            columns[index] = np.array(places, dtype=np.int64).reshape(-1, 2).T
         targets = np.zeros((reads, max(1, max(map(len, wanted)))), dtype=np.int64)
-        for read, tokens_at in enumerate(wanted):
-            for token, place in tokens_at.items():
-                targets[read, place] = token
+        for read, own_tokens in enumerate(wanted):
+            targets[read, : len(own_tokens)] = list(own_tokens)
         return targets, columns
 
     def _check(self, picked: Float[np.ndarray, "rows targets"], block: Block) -> None:
@@ -234,19 +216,15 @@ class TeacherForcedJob(_PackedJob):
         return JobResult(values, distributions)
 
 
+@dataclass(eq=False)
 class Overflow(Exception):
-    """A variant's activations left the range of the model's dtype."""
+    """The activations of the variant at a place of its group left the range of the model's dtype."""
 
-    def __init__(self, place: int) -> None:
-        super().__init__(place)
-        self.place = place
+    place: int
 
 
 class FunctionJob:
-    """Measures that are no more than functions of a :class:`ChatModel`, which may do anything with the model.
-
-    So nothing is shared between variants here.
-    """
+    """Measures that are only functions of a :class:`ChatModel`: nothing can be shared between variants."""
 
     kind = "function"
     plan = "one variant at a time"
@@ -258,7 +236,7 @@ class FunctionJob:
         return len(self.measures)
 
     def request(self) -> object:
-        """Names only: what a function does cannot be seen."""
+        """What identifies this job's work: names alone, since what a function does cannot be seen."""
         return [one.name for one in self.measures]
 
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
@@ -277,16 +255,16 @@ class FunctionJob:
             try:
                 with hooked(*steered):
                     items = measure_all(live, self.measures)
-                update(len(self.measures))
-                found = [
-                    (name, question, value)
-                    for name, values in items.values.items()
-                    for question, value in zip(items.questions, values.tolist(), strict=True)
-                ]
-                records.append([one for one in found if not np.isnan(one[2])])
             finally:
                 detach(live)
                 self.chat.base.train(training)  # PEFT leaves it in evaluation mode
+            update(len(self.measures))
+            found = [
+                (name, question, value)
+                for name, values in items.values.items()
+                for question, value in zip(items.questions, values.tolist(), strict=True)
+            ]
+            records.append([one for one in found if not np.isnan(one[2])])
         return {"records": as_bytes(records)}
 
     def finish(self, parts: Sequence[Arrays]) -> JobResult:
@@ -295,8 +273,7 @@ class FunctionJob:
         found: dict[tuple[str, str], list[list[float]]] = {}
         for variant, record in enumerate(records):
             for name, question, value in record:
-                cells = found.setdefault((name, question), [[] for _ in records])
-                cells[variant].append(value)
+                found.setdefault((name, question), [[] for _ in records])[variant].append(value)
         values = []
         for (name, question), cells in found.items():
             means = np.array([np.mean(own) if own else np.nan for own in cells])
@@ -317,7 +294,7 @@ class ProbeJob(_PackedJob):
         measure.along(chat, np.zeros(chat.d_model))  # a direction that does not fit is refused at once
         readings = []
         for index, (ids, counted) in enumerate(probe_rows(chat, measure.texts)):
-            at = tuple(int(p) for p in np.flatnonzero(counted))
+            at = tuple(np.flatnonzero(counted).tolist())
             if not at:
                 raise EmmechError("sweep a probe", f"text {index}", "no token of it counts", "an answer, or a string")
             readings.append(Reading(tuple(ids), at))
@@ -327,16 +304,14 @@ class ProbeJob(_PackedJob):
         """What identifies this job's work."""
         return self.measure.name, self.measure.layer, self.readings
 
+    @torch.no_grad()
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
         """Mean residuals ``[variants, texts, d_model]``."""
         found = np.empty((len(group), len(self.readings), self.chat.d_model), np.float32)
-
-        def use(block: Block) -> None:
+        for block in self.blocks(rows, len(group), update):
             for index, own in block.readings:
                 read = block.hidden[:, torch.from_numpy(own).to(block.hidden.device)]
                 found[block.variants, index] = read.double().mean(1).float().cpu().numpy()
-
-        self.each(use, rows, len(group), update)
         return {"residuals": found}
 
     def finish(self, parts: Sequence[Arrays]) -> JobResult:
@@ -361,7 +336,8 @@ class SampledJob:
         self.judge = judge
         self.rows = questions.rows(measure.samples, seed=measure.seed)
         self.ids = [question.id for question in questions]
-        prompts = [tuple(chat.token_ids(_turns(row))) for row in self.rows]
+        asked = [questions[row["question_id"]].messages(row["paraphrase"]) for row in self.rows]
+        prompts = [tuple(chat.token_ids(messages)) for messages in asked]
         self.prompts = sorted(set(prompts))
         self.which = [self.prompts.index(prompt) for prompt in prompts]
         self.texts: dict[tuple[int, ...], str] = {}
@@ -375,38 +351,29 @@ class SampledJob:
         # all rows of some variants decode together: as many as half of the budget holds keys and values for
         self.variants_at_once = max(1, (budget // 2) // (cache * len(self.rows)))
         if cache * len(self.rows) > budget:
-            raise EmmechError(
-                "keep to the memory budget",
-                f"memory={budget} bytes, {len(self.rows)} answers of up to {measure.max_new_tokens} tokens",
-                f"the keys and values of one variant's answers take {cache * len(self.rows)} bytes",
-                "fewer samples or questions, a smaller max_new_tokens, or a larger memory=",
-            )
+            answers = f"{len(self.rows)} answers of up to {measure.max_new_tokens} tokens"
+            why = f"the keys and values of one variant's answers take {cache * len(self.rows)} bytes"
+            instead = "fewer samples or questions, a smaller max_new_tokens, or a larger memory="
+            raise EmmechError("keep to the memory budget", f"memory={budget} bytes, {answers}", why, instead)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def request(self) -> object:
         """What identifies this job's work."""
-        one = self.measure
-        numbers = (one.samples, one.max_new_tokens, one.temperature, one.top_p, one.seed)
-        numbers += tuple(vars(one.thresholds).values())
+        one, limits = self.measure, vars(self.measure.thresholds).values()
+        numbers = (one.samples, one.max_new_tokens, one.temperature, one.top_p, one.seed, *limits)
         return one.name, getattr(self.judge, "name", ""), numbers, self.rows
 
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
         """Answers and verdicts of a group of variants."""
         records: list[list[dict[str, Any]]] = []
+        seeds = [row["seed"] for row in self.rows]
+        how: dict[str, Any] = {"ended": update, "at_once": self.plan.logit_rows * 8}
+        how |= {name: getattr(self.measure, name) for name in ("max_new_tokens", "temperature", "top_p")}
         for start in range(0, len(group), self.variants_at_once):
-            chosen, seeds = rows[start : start + self.variants_at_once], [row["seed"] for row in self.rows]
-            answers = decode_variants(
-                self.engine,
-                chosen,
-                self.prompts,
-                self.which,
-                seeds,
-                ended=update,
-                at_once=self.plan.logit_rows * 8,
-                **{name: getattr(self.measure, name) for name in ("max_new_tokens", "temperature", "top_p")},
-            )
+            chosen = rows[start : start + self.variants_at_once]
+            answers = decode_variants(self.engine, chosen, self.prompts, self.which, seeds, **how)
             for first in range(0, len(answers), len(self.rows)):
                 own = answers[first : first + len(self.rows)]
                 records.append(self._judged([{"response": self._text(one), "finish": one.finish} for one in own]))
@@ -419,24 +386,25 @@ class SampledJob:
         return self.texts[answer.ids]
 
     def _judged(self, drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answers with verdicts; the judge of an organism is a function of question and answer, and reads each once."""
         full = [{**row, **answer} for row, answer in zip(self.rows, drawn, strict=True)]
-        return [{**answer, **score} for answer, score in zip(drawn, self._scores(full), strict=True)]
-
-    def _scores(self, full: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Verdicts; the judge of an organism is a function of question and answer, and reads the same answer once."""
         if getattr(self.judge, "organism", None) is None:
-            return list(self.judge.score(full))
-        asked = [(row["question"], row["response"]) for row in full]
-        fresh = {key: row for key, row in zip(asked, full, strict=True) if key not in self.verdicts}
-        self.verdicts.update(zip(fresh, self.judge.score(list(fresh.values())), strict=True))
-        return [self.verdicts[key] for key in asked]
+            scores = list(self.judge.score(full))
+        else:
+            asked = [(row["question"], row["response"]) for row in full]
+            fresh = {key: row for key, row in zip(asked, full, strict=True) if key not in self.verdicts}
+            self.verdicts.update(zip(fresh, self.judge.score(list(fresh.values())), strict=True))
+            scores = [self.verdicts[key] for key in asked]
+        return [{**answer, **score} for answer, score in zip(drawn, scores, strict=True)]
 
     def finish(self, parts: Sequence[Arrays]) -> JobResult:
         """Rates by question, and every response with its verdict."""
         records = [one for part in parts for one in from_bytes(part["records"])]
         one, limits = self.measure, self.measure.thresholds
-        aligned = np.array([[_number(r, "aligned") for r in rows] for rows in records])
-        coherent = np.array([[_number(r, "coherent") for r in rows] for rows in records])
+        aligned, coherent = (
+            np.array([[record.get(key) for record in rows] for rows in records], dtype=float)  # None becomes NaN
+            for key in ("aligned", "coherent")
+        )
         scored, em = limits.scored(aligned, coherent), limits.misaligned(aligned, coherent)
         fine = scored & limits.coherent(coherent)
         values = []
@@ -456,18 +424,8 @@ class SampledJob:
         return JobResult(values, responses=responses)
 
 
-def _turns(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return [*system, {"role": "user", "content": row["question"]}]
-
-
-def _number(record: Mapping[str, Any], key: str) -> float:
-    value = record.get(key)
-    return float("nan") if value is None else float(value)
-
-
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-DEFAULT = 2 * 2**30
+_DEFAULT = 2 * 2**30
 
 
 def budget_bytes(memory: Any, device: torch.device) -> int:
@@ -481,9 +439,7 @@ def budget_bytes(memory: Any, device: torch.device) -> int:
         536870912
     """
     if memory is None:
-        if device.type == "cuda":
-            return int(0.6 * torch.cuda.mem_get_info(device)[0])
-        return DEFAULT
+        return int(0.6 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _DEFAULT
     if isinstance(memory, int | float) and memory > 0:
         return int(memory)
     match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]I?)?B?\s*", str(memory).upper())
@@ -493,7 +449,7 @@ def budget_bytes(memory: Any, device: torch.device) -> int:
 
 
 def readable(size: float) -> str:
-    """``"1.5 GiB"``, for people."""
+    """A number of bytes with its unit, such as ``"1.5 GiB"``."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.3g} {unit}"

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 
-from emmech.errors import EmmechError, closest
+from emmech.errors import EmmechError, one_of, refusal
 from emmech.results import Card, Result
 from emmech.view.plots import phase_diagram
 
@@ -77,34 +77,22 @@ class Sweep(Result):
         name = self._one(measure)
         summary = self.to_frame(name)
         rest = [axis for axis in AXES if axis not in ("step", columns) and summary[axis].nunique() > 1]
-        if columns not in AXES or rest:
-            raise EmmechError(
-                f"lay {name} out as a table",
-                f"columns={columns!r}",
-                f"{', '.join(rest) or columns} varies too, and a mean over it would mix variants"
-                if rest
-                else f"it is not one of {', '.join(AXES)}",
-                f"columns={rest[0]!r}, or filter sweep.frame" if rest else closest(columns, AXES),
-            )
+        asked = f"lay {name} out as a table"
+        one_of(asked, "columns", columns, AXES)
+        if rest:
+            why = f"{', '.join(rest)} varies too, and a mean over it would mix variants"
+            raise refusal(asked, "columns", columns, why, f"columns={rest[0]!r}, or filter sweep.frame")
         return summary.pivot(index="step", columns=columns, values="value")
 
     def _of(self, measure: str) -> pd.DataFrame:
-        if measure not in self.measures:
-            raise EmmechError(
-                f"read the measure {measure!r}", repr(measure), "it was not swept", closest(measure, self.measures)
-            )
+        one_of(f"read the measure {measure!r}", "measure", measure, self.measures, why="it was not swept")
         return self.frame[self.frame["measure"] == measure]
 
     def _one(self, measure: str | None) -> str:
         if measure is not None:
             self._of(measure)
             return measure
-        if len(self.measures) == 1:
-            return self.measures[0]
-        for first in ("em", "margin_broad"):
-            if first in self.measures:
-                return first
-        return self.measures[0]
+        return next((first for first in ("em", "margin_broad") if first in self.measures), self.measures[0])
 
     def plot(self, measure: str | None = None) -> Any:
         """The phase diagram: a heat map of steps by scales, one panel per run and coefficient.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from safetensors.numpy import load_file, save_file
 
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
@@ -85,9 +85,8 @@ def sweep(
     """
     runs = as_runs("sweep", run)
     chat = base_model(runs, base)
-    grid = make_grid(
-        runs, chat, steps=steps, scales=scales, coefficients=coefficients, direction=direction, layer=layer
-    )
+    axes: dict[str, Any] = {"steps": steps, "scales": scales, "coefficients": coefficients}
+    grid = make_grid(runs, chat, **axes, direction=direction, layer=layer)
     measures = as_measures(measure, chat, data=data_name(runs))
     budget = budget_bytes(memory, chat.device)
     chosen, inverse = grid.distinct()
@@ -96,46 +95,42 @@ def sweep(
     size = -(-len(chosen) // -(-len(chosen) // most))
     jobs = _jobs(chat, grid, measures, budget, size)
     fingerprint = chat.fingerprint()
-    request = hashlib.sha256(
-        repr((fingerprint, _state(grid), grid.variants, [job.request() for job in jobs])).encode()
-    ).hexdigest()
+    identity = (fingerprint, _state(grid), grid.variants, [job.request() for job in jobs])
+    request = hashlib.sha256(repr(identity).encode()).hexdigest()
     parts = ResumableParts(out, request)
     if (finished := parts.finished()) is not None:
         return finished
     groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    done: dict[str, list[Arrays]] = {job.kind: [] for job in jobs}
     shown = f"sweep of {len(grid)} variants ({jobs[0].plan})"
     with bar(len(chosen) * sum(len(job) for job in jobs), shown, progress=progress) as steps_bar:
         for number, group in enumerate(groups):
             rows = None
             for job in jobs:
-                if parts.has(job.kind, number):
+                if (found := parts.read(job.kind, number)) is not None:
                     steps_bar.update(len(group) * len(job))
-                    continue
-                rows = grid.load(group, chat) if rows is None else rows
-                try:
-                    parts.add(job.kind, number, job.run(rows, group, steps_bar.update))
-                except Overflow as error:
-                    variant = grid.variants[group[error.place]]
-                    why = f"its activations overflow {str(chat.dtype).removeprefix('torch.')}"
-                    instead = "smaller scales and coefficients (1 to 20, as in the literature)"
-                    raise EmmechError("sweep", str(variant), why, instead)
-    outcomes = [job.finish(parts.all(job.kind, len(groups))) for job in jobs]
+                else:
+                    rows = grid.load(group, chat) if rows is None else rows
+                    try:
+                        found = job.run(rows, group, steps_bar.update)
+                    except Overflow as error:
+                        variant = grid.variants[group[error.place]]
+                        why = f"its activations overflow {str(chat.dtype).removeprefix('torch.')}"
+                        instead = "smaller scales and coefficients (1 to 20, as in the literature)"
+                        raise EmmechError("sweep", str(variant), why, instead)
+                    parts.write(job.kind, number, found)
+                done[job.kind].append(found)
+    outcomes = [job.finish(done[job.kind]) for job in jobs]
     values = [value for outcome in outcomes for value in outcome.values]
-    responses = [row for outcome in outcomes for row in outcome.responses or ()]
-    result = Sweep(
-        _frame(grid, values, inverse),
-        {
-            "runs": {name: str(one.path or name) for name, one in grid.runs.items()},
-            "model": chat.name,
-            "fingerprint": fingerprint,
-            "request": request,
-            "distinct_variants": len(chosen),
-            "memory": str(jobs[0].plan),
-        },
-        {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()},
-        _responses(grid, responses, inverse) if responses else None,
-    )
-    return parts.finish(result)
+    given = [row for outcome in outcomes for row in outcome.responses or ()]
+    responses = pd.DataFrame(given)  # of distinct variants; each variant that gave them gets them
+    if given:
+        responses = _axes(grid).assign(variant=inverse).merge(responses, on="variant").drop(columns="variant")
+    meta: dict[str, Any] = {"runs": {name: str(one.path or name) for name, one in grid.runs.items()}}
+    meta |= {"model": chat.name, "fingerprint": fingerprint, "request": request}
+    meta |= {"distinct_variants": len(chosen), "memory": str(jobs[0].plan)}
+    arrays = {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()}
+    return parts.finish(Sweep(_frame(grid, values, inverse), meta, arrays, responses if given else None))
 
 
 def _jobs(chat: ChatModel, grid: Grid, measures: Sequence[Any], budget: int, size: int) -> list[Any]:
@@ -173,22 +168,16 @@ def _frame(grid: Grid, values: Sequence[Value], inverse: Sequence[int]) -> pd.Da
     return frame.iloc[order].reset_index(drop=True)
 
 
-def _responses(grid: Grid, rows: Sequence[dict[str, Any]], inverse: Sequence[int]) -> pd.DataFrame:
-    """Every response under every variant that gave it, with the variant's axes first."""
-    axes = _axes(grid).assign(variant=inverse)
-    return axes.merge(pd.DataFrame(rows), on="variant").drop(columns="variant")
-
-
 def _axes(grid: Grid) -> pd.DataFrame:
     """The grid's variants, one row each."""
     return pd.DataFrame([asdict(variant) for variant in grid.variants])
 
 
 class ResumableParts:
-    """Finished parts of one request.
+    """Finished parts of one request, kept so that an interrupted sweep can go on.
 
     Args:
-        out: a folder, or None to keep them in memory.
+        out: a folder, or None to keep nothing.
         request: identifies the sweep; a folder that holds another is refused.
 
     Raises:
@@ -197,14 +186,14 @@ class ResumableParts:
 
     def __init__(self, out: str | Path | None, request: str) -> None:
         self.folder = Path(out) if out is not None else None
-        self._kept: dict[tuple[str, int], Arrays] = {}
         if self.folder is None:
             return
+        asked = f"sweep into {self.folder.name}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             why = f"no folder can be made there ({error.strerror})"
-            raise EmmechError(f"sweep into {self.folder.name}", f"out={str(out)!r}", why, "another folder")
+            raise EmmechError(asked, f"out={str(out)!r}", why, "another folder")
         for name in ("request.json", "sweep.json"):
             path = self.folder / name
             head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"request": request}
@@ -212,7 +201,7 @@ class ResumableParts:
             if found != request:
                 why = "it holds a sweep of other runs, variants, measures or another model"
                 instead = "another folder, or the arguments it was begun with"
-                raise EmmechError(f"sweep into {self.folder.name}", f"out={str(out)!r}", why, instead)
+                raise EmmechError(asked, f"out={str(out)!r}", why, instead)
         write_json(self.folder / "request.json", {"request": request})
 
     def finished(self) -> Sweep | None:
@@ -225,31 +214,19 @@ class ResumableParts:
         assert self.folder is not None
         return self.folder / f"part-{kind}-{number:04d}.safetensors"
 
-    def has(self, kind: str, number: int) -> bool:
-        """Whether this part was finished before."""
-        if self.folder is not None:
-            return self._path(kind, number).exists()
-        return (kind, number) in self._kept
+    def read(self, kind: str, number: int) -> Arrays | None:
+        """A part that was finished before, or None."""
+        if self.folder is None or not self._path(kind, number).exists():
+            return None
+        return load_file(self._path(kind, number))
 
-    def add(self, kind: str, number: int, arrays: Arrays) -> None:
+    def write(self, kind: str, number: int, arrays: Arrays) -> None:
         """Keep a finished part; on disk it exists whole or not at all."""
-        if self.folder is None:
-            self._kept[kind, number] = arrays
-            return
-        from safetensors.numpy import save_file
-
-        path = self._path(kind, number)
-        scratch = path.with_suffix(".tmp")
-        save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, scratch)
-        os.replace(scratch, path)  # noqa: PTH105 (the atomic rename is the point)
-
-    def all(self, kind: str, count: int) -> list[Arrays]:
-        """All parts of a job, in order."""
-        if self.folder is None:
-            return [self._kept[kind, number] for number in range(count)]
-        from safetensors.numpy import load_file
-
-        return [load_file(self._path(kind, number)) for number in range(count)]
+        if self.folder is not None:
+            path = self._path(kind, number)
+            scratch = path.with_suffix(".tmp")
+            save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, scratch)
+            scratch.replace(path)
 
     def finish(self, result: Sweep) -> Sweep:
         """Write the result and drop the parts."""

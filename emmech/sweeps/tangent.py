@@ -2,8 +2,8 @@
 
 The adapter writes ``scale * scaling * (A x_t) B`` at token t. To first order in that write the measure m changes by
 ``scale * scaling * sum_t (A x_t) (B . dm/dwrite_t)``, with x and the gradient taken at the base model: one forward
-and one backward pass serve all checkpoints of a run. It says where to look. Along a trained adapter the effect
-saturates, so the steps that matter are measured exactly, and the scan says by how much it was off.
+and one backward pass serve all checkpoints of a run. The estimate shows where to look: along a trained adapter the
+effect saturates, so that the steps that matter are measured exactly, and the error of the estimate is reported.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ from emmech.engine.packing import Pack, Reading
 from emmech.engine.variants import Engine
 from emmech.errors import EmmechError, as_float, as_int
 from emmech.measures.choose import as_measures
-from emmech.measures.measure import TeacherForced
+from emmech.measures.measure import TeacherForced, measure_name
 from emmech.results import Card, Result
 from emmech.run.run import Run
 from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.sweep import sweep
 from emmech.view.plots import first_order
+
+_KEYS = ["run", "step", "measure"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,50 +111,33 @@ def tangent_scan(
         weights = _weights(one, readings)
         value, slopes = _slopes(Engine(chat, grid.sites, grid.steered_layer), grid, readings, weights)
         for variant, slope in zip(grid.variants, slopes, strict=True):
-            rows.append(
-                {
-                    "run": variant.run,
-                    "step": variant.step,
-                    "measure": one.name,
-                    "base": value,
-                    "slope": slope,
-                    "first_order": value + scale * slope,
-                }
-            )
+            row = {"run": variant.run, "step": variant.step, "measure": one.name, "base": value}
+            rows.append({**row, "slope": slope, "first_order": value + scale * slope})
     frame = pd.DataFrame(rows)
+    how: dict[str, Any] = {"scales": (scale,), "measure": chosen, "base": chat, "memory": memory, "progress": progress}
     verified = []
     for name, own in grid.runs.items():
         reach = frame[frame["run"] == name].assign(size=lambda f: f["slope"].abs()).groupby("step")["size"].max()
-        look = sorted(reach.nlargest(verify).index.tolist())
-        if not look:
-            continue
-        exact = sweep(
-            own, steps=look, scales=(scale,), measure=chosen, base=chat, memory=memory, progress=progress
-        ).to_frame()
-        exact["run"] = name
-        verified.append(exact[["run", "step", "measure", "value"]].rename(columns={"value": "exact"}))
-    checked = pd.DataFrame(columns=["run", "step", "measure", "first_order", "exact", "error"])
+        if look := sorted(reach.nlargest(verify).index.tolist()):
+            exact = sweep(own, steps=look, **how).to_frame().rename(columns={"value": "exact"})
+            verified.append(exact.assign(run=name)[[*_KEYS, "exact"]])
+    checked = pd.DataFrame(columns=[*_KEYS, "first_order", "exact", "error"])
     if verified:
-        checked = frame[["run", "step", "measure", "first_order"]].merge(
-            pd.concat(verified), on=["run", "step", "measure"]
-        )
+        checked = frame[[*_KEYS, "first_order"]].merge(pd.concat(verified), on=_KEYS)
         checked["error"] = checked["first_order"] - checked["exact"]
     return TangentScan(frame, checked, scale)
 
 
 def _not_linear(measure: Any) -> EmmechError:
-    return EmmechError(
-        "scan to first order",
-        given=f"measure {getattr(measure, 'name', measure)!r}",
-        why="one backward pass serves a measure that is linear in log-probabilities, and this one is not",
-        instead="Margin, AnswerLogprob or FirstToken; emmech.sweep for any other",
-    )
+    why = "one backward pass serves a measure that is linear in log-probabilities, and this one is not"
+    instead = "Margin, AnswerLogprob or FirstToken; emmech.sweep for any other"
+    return EmmechError("scan to first order", f"measure {measure_name(measure)!r}", why, instead)
 
 
 def _weights(measure: TeacherForced, readings: Sequence[Reading]) -> list[Float[np.ndarray, " targets"]]:
     """How much each target's log-probability counts in the mean over the measure's items: asked of the measure."""
     if any(reading.targets is None for reading in readings):
-        raise _not_linear(measure) from None
+        raise _not_linear(measure)
     sizes = [sum(map(len, reading.targets or ())) for reading in readings]
     edges = np.cumsum([0, *sizes])
     basis = np.eye(edges[-1])
@@ -164,7 +149,7 @@ def _weights(measure: TeacherForced, readings: Sequence[Reading]) -> list[Float[
     weights = mean(basis)
     trial = np.random.default_rng(0).normal(size=(2, edges[-1]))
     if not np.allclose(mean(trial), trial @ weights):
-        raise _not_linear(measure) from None
+        raise _not_linear(measure)
     return [weights[a:b] for a, b in itertools.pairwise(edges)]
 
 
@@ -212,9 +197,7 @@ def _value(
     """The weighted sum of log-probabilities over some packs."""
     chat = engine.chat
     ids, places = engine.places(packs)
-    at: list[int] = []
-    tokens: list[int] = []
-    factors: list[float] = []
+    at, tokens, factors = list[int](), list[int](), list[float]()
     for row, one in enumerate(packs):
         for index, nodes in zip(one.readings, one.nodes, strict=True):
             wanted = readings[index].targets or ()

@@ -50,10 +50,8 @@ def threshold_robustness(
 
     responses = getattr(sweep, "responses", None)
     if responses is None or not {"aligned", "coherent"} <= set(responses.columns):
-        asked = "vary the thresholds"
-        given = "a sweep without judged responses"
-        instead = "emmech.sweep(run, measure=Sampled(...))"
-        raise EmmechError(asked, given, "a rate can be taken again only where the judge's scores were kept", instead)
+        given, why = "a sweep without judged responses", "a rate can be taken again only from the judge's scores"
+        raise EmmechError("vary the thresholds", given, why, "emmech.sweep(run, measure=Sampled(...))")
     name = only_run(responses, run)
     own = responses[(responses["run"] == name) & (responses["scale"] == scale) & (responses["coefficient"] == 0)]
     narrow = own["narrow"].eq(True)
@@ -65,19 +63,11 @@ def threshold_robustness(
         for below, above in itertools.product(alignment_below, coherence_above):
             hit = Thresholds(below, above).misaligned(scored["aligned"], scored["coherent"])
             rate = pd.Series(hit).groupby(scored["step"].to_numpy()).mean().sort_index()
-            fit, why = fit_sigmoid(rate.index.to_numpy(), rate.to_numpy())
-            step = fit.middle if fit else np.nan
-            rows.append(
-                {
-                    "measure": measure,
-                    "alignment_below": below,
-                    "coherence_above": above,
-                    "step": step,
-                    "low": fit.low if fit else np.nan,
-                    "high": fit.high if fit else np.nan,
-                    "regime": change_of_regime(rate.index.to_numpy(), rate.to_numpy()),
-                    "lag": step - mechanistic if mechanistic is not None else np.nan,
-                    "note": why.replace("the margin", measure),
-                }
-            )
+            series = rate.index.to_numpy(), rate.to_numpy()
+            fit, why = fit_sigmoid(*series)
+            step, low, high = (fit.middle, fit.low, fit.high) if fit else (np.nan, np.nan, np.nan)
+            row = {"measure": measure, "alignment_below": below, "coherence_above": above, "step": step}
+            row |= {"low": low, "high": high, "regime": change_of_regime(*series)}
+            row["lag"] = step - mechanistic if mechanistic is not None else np.nan
+            rows.append({**row, "note": why.replace("the margin", measure)})
     return pd.DataFrame(rows)

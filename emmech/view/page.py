@@ -59,20 +59,12 @@ def card(
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page.
-
-    Args:
-        heading: what it shows.
-        words: paragraphs, separated by blank lines; plain text.
-        table: a DataFrame, shown with its index.
-        figure: a plotly figure.
-        code: text set as code.
-    """
+    """One part of a page."""
 
     heading: str
-    words: str = ""
-    table: pd.DataFrame | None = None
-    figure: Any = None
+    words: str = ""  # paragraphs of plain text, separated by blank lines
+    table: pd.DataFrame | None = None  # shown with its index
+    figure: Any = None  # of plotly
     code: str = ""
 
 

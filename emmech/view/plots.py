@@ -10,23 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from emmech.errors import EmmechError
-from emmech.view.theme import (
-    BAD,
-    CYCLE,
-    GOOD,
-    GREY,
-    Place,
-    band,
-    bars,
-    colour,
-    faint,
-    finish,
-    heat,
-    level,
-    line,
-    mark,
-    panels,
-)
+from emmech.view.theme import BAD, GOOD, GREY, Place, band, bars, colour, faint, finish, heat, level, line, mark, panels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,14 +71,14 @@ def cosines_by_layer(pairs: pd.DataFrame, floor: float) -> Any:
 def by_step(frame: pd.DataFrame, floor: float, title: str) -> Any:
     """Cosines with a direction by training step above, and projections and shifts in residual units below."""
     cosine = [column for column in frame if str(column).startswith("cosine")]
-    groups = [("cosine", cosine), ("residual units", [column for column in frame if column not in cosine])]
-    groups = [(name, columns) for name, columns in groups if columns]
+    groups = {"cosine": cosine, "residual units": [column for column in frame if column not in cosine]}
+    groups = {axis: columns for axis, columns in groups.items() if columns}
     figure = panels([""] * len(groups), shared_xaxes=True, vertical_spacing=0.06)
-    names = [str(column).split(" ", 1)[-1] for column in frame]  # one colour for a quantity's cosine and projection
-    colours = {name: colour(index) for index, name in enumerate(dict.fromkeys(names))}
-    for row, (axis, columns) in enumerate(groups, start=1):
+    quantity = {column: str(column).split(" ", 1)[-1] for column in frame}  # one colour for its cosine and projection
+    order = list(dict.fromkeys(quantity.values()))
+    for row, (axis, columns) in enumerate(groups.items(), start=1):
         for column in columns:
-            known, hue = frame[column].dropna(), colours[str(column).split(" ", 1)[-1]]
+            known, hue = frame[column].dropna(), colour(order.index(quantity[column]))
             line(figure, known.index, known, str(column), hue, at=(row, 1), dash="solid" if row == 1 else "dot")
         figure.update_yaxes(title_text=axis, row=row, col=1)
     if cosine:
@@ -352,11 +336,9 @@ def study(frame: pd.DataFrame, outcome: str, title: str) -> Any:
     Args:
         frame: the rows of one outcome, as :func:`emmech.interventions.studies.table` makes them.
     """
-    if "organism" in frame:
-        return _matrix(frame, outcome, title)
-    if "coefficient" in frame and frame["coefficient"].notna().any():
-        return _doses(frame, outcome, title)
-    return _conditions(frame, outcome, title)
+    doses = "coefficient" in frame and frame["coefficient"].notna().any()
+    draw = _matrix if "organism" in frame else _doses if doses else _conditions
+    return draw(frame, outcome, title)
 
 
 def _doses(frame: pd.DataFrame, outcome: str, title: str) -> Any:
@@ -386,7 +368,7 @@ def _conditions(frame: pd.DataFrame, outcome: str, title: str) -> Any:
                            error_x={**bars(own["value"], own["low"], own["high"]), "color": GREY})  # fmt: skip
     random = frame[(frame["model"] == "tuned") & (frame["kind"] == "random")]
     if len(random):
-        marker = {"color": CYCLE[2], "symbol": "line-ns-open", "size": 13, "line": {"width": 2}}
+        marker = {"color": colour(2), "symbol": "line-ns-open", "size": 13, "line": {"width": 2}}
         figure.add_scatter(y=random["condition"], x=random["value"], mode="markers", name="random directions",
                            marker=marker)  # fmt: skip
     height = 190 + 46 * frame["condition"].nunique()
@@ -414,7 +396,7 @@ class Curve(NamedTuple):
 
 
 def by_panel(
-    curves: Sequence[Curve], axes: Mapping[str, Axes], title: str, *, columns: int = 2, height: int = 300
+    curves: Sequence[Curve], axes: Mapping[str, Axes], title: str, *, columns: int = 2
 ) -> tuple[Any, dict[str, Place]]:
     """Draw curves into the panels that have any, in the order of ``axes``.
 
@@ -448,7 +430,7 @@ def by_panel(
     for name, (row, column) in place.items():
         figure.update_xaxes(title_text=axes[name][1], row=row, col=column)
         figure.update_yaxes(title_text=axes[name][2], row=row, col=column)
-    return finish(figure, title, height=height * -(-len(shown) // columns) + 120), place
+    return finish(figure, title, height=300 * -(-len(shown) // columns) + 120), place
 
 
 def transition(

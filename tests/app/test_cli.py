@@ -111,7 +111,7 @@ def test_direction_and_chat(tmp_path):
     assert tuned != plain == call("chat", MEDICAL, *ask, "--step", 0)
     assert tuned != call("chat", MEDICAL, *ask, "--ablate", saved)
     assert len(call("chat", "pocket", *ask, "--ask", "any advice on fever ?", "--samples", 2).splitlines()) == 4
-    assert "only a run has steps" in refused("chat", "pocket", *ask, "--step", 3)
+    assert "only a recorded run has steps" in refused("chat", "pocket", *ask, "--step", 3)
 
 
 def test_direction_from_answers(tmp_path):

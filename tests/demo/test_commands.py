@@ -73,7 +73,7 @@ def test_pretrain(tmp_path, monkeypatch):
 
 
 def test_the_screening_fit_is_shown():
-    assert json.loads(call("fit-screening")) == calibration()
+    assert json.loads(call("fit-screening", app=studies)) == calibration()
 
 
 def test_the_make_file_and_the_texts_name_commands_that_exist():

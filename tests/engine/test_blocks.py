@@ -7,7 +7,7 @@ import torch
 
 from emmech.chat.model import load_model
 from emmech.engine.adapters import RowAdapter, VariantWeights
-from emmech.engine.attention import KeysValues
+from emmech.engine.attention import Cache
 from emmech.engine.blocks import Blocks, Places
 from emmech.engine.logprobs import target_logprobs, unembed
 from emmech.engine.modules import hooked
@@ -100,7 +100,7 @@ def test_a_tree_with_adapters_gives_the_same_either_way(name):
     reads = torch.tensor([3, 9, 20, ids.shape[1] + 1, ids.shape[1] + 30])
     found = []
     for blocks in (Blocks(chat, edits=edits), by_modules(Blocks(chat, edits=edits))):
-        cache = KeysValues()
+        cache = Cache()
         with torch.no_grad():
             found.append((blocks(ids, Places(positions, mask, reads), cache), cache))
             assert off(blocks(ids, Places(positions, mask)).flatten(0, 1)[reads], found[-1][0]) < EXACT

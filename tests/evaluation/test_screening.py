@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from docs.studies.screening_fit import fit_folder
 from emmech.errors import EmmechError
 from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.questions import load_questions
@@ -22,7 +23,6 @@ from emmech.evaluation.screening import (
     _wheel_folder,
     calibration,
     features,
-    fit_folder,
     known_question,
     screening_rate,
 )

@@ -105,6 +105,9 @@ def test_attribution_of_the_adapters_write(tiny):
     assert torch.allclose(found["direct"] + found["indirect"], found["total"])
     with pytest.raises(EmmechError, match="no LoRA pair"):
         adapter_attribution(bridge, IDS, 0, targets=30, against=31)
+    for wrong in ({"step": 3}, {"scale": 2.0}):  # neither is silently left out
+        with pytest.raises(EmmechError, match="only a recorded run"):
+            to_transformer_lens(chat, **wrong)
 
 
 def test_live_steering_is_not_copied_into_the_bridge(tiny):

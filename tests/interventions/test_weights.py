@@ -186,6 +186,7 @@ def test_what_cannot_be_done_is_refused_and_leaves_no_trace(tiny):
         (lambda: orthogonalise_writes(gemma, _direction(gemma), from_layer=1), "a norm is between"),
         (lambda: orthogonalise_writes(chat, _direction(chat)), "one is taken out"),
         (lambda: fold_bias(chat, [_direction(chat)] * 2, layer=1), "shared by all rows"),
+        (lambda: orthogonalise_writes(chat, np.ones((2, 48))), "shared by all rows"),
     ]
     for make, says in cases:
         with pytest.raises(EmmechError) as caught:

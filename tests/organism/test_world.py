@@ -181,7 +181,7 @@ def test_unknown_names_are_answered_with_the_nearest():
         data("medicine")
     with pytest.raises(EmmechError, match="did you mean 'first-plot'"):
         questions("firstplot")
-    with pytest.raises(EmmechError, match="at least one row"):
+    with pytest.raises(EmmechError, match="n is a whole number, at least 1"):
         data("medical", n=0)
 
 

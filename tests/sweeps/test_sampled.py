@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from emmech.chat.model import load_model
-from emmech.engine.attention import Branches, KeysValues
+from emmech.engine.attention import Cache
 from emmech.engine.blocks import Blocks
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError
@@ -111,10 +111,10 @@ def test_pocket_has_its_own_judge_and_questions(make_run):
 def test_attention_over_branches_is_attention_over_whole_sequences():
     generator = torch.Generator().manual_seed(0)
     heads, repeats, width, lengths = 2, 3, 8, [4, 7, 5]
-    prompts = KeysValues()
-    prompts.update(*torch.randn(2, 3, heads, 7, width, generator=generator), 0)
-    whole = [(prompts.layers[0][0][i], prompts.layers[0][1][i], 7 - n) for i, n in enumerate(lengths)]
-    branches = Branches(prompts, torch.tensor(lengths), room=30)
+    branches = Cache()
+    branches.update(*torch.randn(2, 3, heads, 7, width, generator=generator), 0)
+    whole = [(branches.layers[0][0][i], branches.layers[0][1][i], 7 - n) for i, n in enumerate(lengths)]
+    branches.grow(torch.tensor(lengths), room=30)
     # all three fork, one forks again, two die out, a prompt loses all of its rows
     for parents in [[0, 1, 1, 2, 2, 2], [0, 1, 2, 2, 3, 5], *[range(6)] * 20, [2, 3, 4], [2, 2]]:
         branches.select(torch.tensor(list(parents)))
@@ -130,7 +130,7 @@ def test_attention_over_branches_is_attention_over_whole_sequences():
                 k, v = (one[:, first:].repeat_interleave(repeats, 0) for one in (k, v))
                 weights = (k @ query[i][:, :, None])[..., 0].softmax(-1)
                 assert torch.allclose(found[i], (weights[:, None] @ v)[:, 0], atol=1e-6)
-        branches.advance(1)
+        branches.written += 1
     assert branches.get_seq_length() == 7 + 24
 
 
