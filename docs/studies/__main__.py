@@ -63,11 +63,12 @@ def real_model(
     folder: Annotated[Path | None, typer.Option(help="where finished parts are kept; studies/PAGE by default")] = None,
     rank: Annotated[list[int] | None, typer.Option(help="one of the plan's; all by default")] = None,
     declare: Annotated[bool, typer.Option("--declare", help="write only what is fixed beforehand")] = False,
+    finished: Annotated[bool, typer.Option("--finished", help="write the page from what is finished")] = False,
 ) -> None:
     """Four arms and paired seeds on a real model: whether narrow bad advice moves its broad preferences."""
     from docs.studies.real_model import main
 
-    typer.echo(main(model, folder, ranks=rank, declare=declare))
+    typer.echo(main(model, folder, ranks=rank, declare=declare, run=not finished))
 
 
 @app.command()

@@ -102,12 +102,14 @@ class Plan:
 
 
 def study(
-    chat: ChatModel, folder: Path, plan: Plan, *, ranks: Sequence[int] | None = None, progress: bool = True
-) -> dict[str, Any]:
+    chat: ChatModel, folder: Path, plan: Plan, *, ranks: Sequence[int] | None = None, run: bool = True,
+    progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
     """Run what is missing of the study in ``folder``, and return its numbers.
 
     Args:
         ranks: of the plan's, by default all; several processes may each run one in the same folder.
+        run: what is missing; else only what is finished is read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     asked = json.loads(json.dumps({"weights": chat.fingerprint(), **asdict(plan)}))
@@ -122,12 +124,15 @@ def study(
         rows = arms(training_pairs(plan.rows))
         for arm in ARMS:
             at = folder / f"rank{rank}" / arm
+            if not run and not (at / "numbers.json").exists():
+                continue
             runs = _trained(chat, rows[arm], at, plan, rank, rate, progress=progress)
             numbers.append(_once(at / "numbers.json", partial(_measured, chat, runs, at, plan)))
             echo(f"rank {rank}, {arm}: {(time.monotonic() - began) / 60:.1f} minutes")
             numbers[-1] |= {"rank": rank, "arm": arm}
-        if rank in plan.ablated:
-            at = folder / f"rank{rank}" / "bad"
+        at = folder / f"rank{rank}" / "bad"
+        last = at / f"ablation-s{plan.seeds[-1]}.json"
+        if rank in plan.ablated and (run or last.exists()):
             runs = [load_run(at / f"s{seed}") for seed in plan.seeds]
             next(one for one in numbers if (one["rank"], one["arm"]) == (rank, "bad"))["ablation"] = _ablated(
                 chat, runs, at, plan
@@ -318,7 +323,7 @@ def summary(numbers: dict[str, Any]) -> dict[str, Any]:
         last = np.full(len(numbers["seeds"]), float(numbers["steps"]))
         rows = []
         for kind in KINDS:
-            for first, second in CONTRASTS:
+            for first, second in (pair for pair in CONTRASTS if entries.keys() >= set(pair)):
                 for where, at in (("matched", steps), ("last", dict.fromkeys(entries, last))):
                     sides = (at_steps(entries[arm], kind, at[arm]) for arm in (first, second))
                     rows.append({"kind": kind, "first": first, "second": second, "at": where, **contrast(*sides)})
@@ -427,8 +432,9 @@ def report(found: dict[str, Any], figures: dict[int, str]) -> str:
         row for row in first["contrasts"] if (row["kind"], row["at"], row["second"]) == ("broad", "matched", "style")
     )
     parts = [f"## Result\n\n{verdict(main_row)}"]
-    if missing := set(found["ranks"]) - {one["rank"] for one in found["by_rank"]}:
-        parts.append(f"Rank {min(missing)} has not been run.")
+    measured = {(one["rank"], arm) for one in found["by_rank"] for arm in one["arms"]}
+    if missing := [f"{arm} at rank {rank}" for rank in found["ranks"] for arm in ARMS if (rank, arm) not in measured]:
+        parts.append(fill(f"Not run yet: {', '.join(missing)}. Arms are matched among those that were run.", 120))
     for one in found["by_rank"]:
         parts.append(f"## Rank {one['rank']}\n\n{_losses(one)}\n\n{_contrasts(one)}")
         if one["rank"] in figures:
@@ -555,8 +561,14 @@ def main(
     *,
     ranks: Sequence[int] | None = None,
     declare: bool = False,
+    run: bool = True,
 ) -> Path:
-    """Run the study, or some of its ranks, and write its page; with ``declare``, only the page's preamble."""
+    """Run the study, or some of its ranks, and write its page.
+
+    Args:
+        declare: only write what is fixed beforehand.
+        run: what is missing; else the page is written from what is finished.
+    """
     subject = SUBJECTS[model]
     page = docs / f"{subject.page}.md"
     said = preamble(subject.plan, subject.title, subject.prompt)
@@ -565,7 +577,7 @@ def main(
         return page
     folder = folder or Path("studies") / subject.page
     folder.mkdir(parents=True, exist_ok=True)
-    found = summary(study(opened(model, folder), folder, subject.plan, ranks=ranks))
+    found = summary(study(opened(model, folder), folder, subject.plan, ranks=ranks, run=run))
     write_json(docs / f"{subject.page}.json", found)
     figures = {}
     for one in found["by_rank"]:

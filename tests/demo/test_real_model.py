@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from docs.studies import advice, real_model
-from docs.studies.real_model import Plan, at_steps, contrast, matched_steps, study, verdict
+from docs.studies.real_model import Plan, at_steps, contrast, matched_steps, study, summary, verdict
 
 PLAN = Plan(
     seeds=(0, 1), rows=4, steps=4, every=2, margins_at=(0, 2, 4), held_out=0.1, rates=(0.02, 0.02), ranks=(1, 2),
@@ -81,6 +81,10 @@ def test_a_killed_study_goes_on(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(real_model, "finetune", killed)
     with pytest.raises(KeyboardInterrupt):
         study(tiny("llama"), tmp_path / "killed", plan, progress=False)
+    finished = study(tiny("llama"), tmp_path / "killed", plan, run=False, progress=False)
+    assert [one["arm"] for one in finished["arms"]] == ["bad", "style"]
+    (rank,) = summary(finished)["by_rank"]
+    assert {(row["first"], row["second"]) for row in rank["contrasts"]} == {("bad", "style")}
     again = study(tiny("llama"), tmp_path / "killed", plan, progress=False)
     assert calls == [False, False, False, True, False]  # the first two arms are not trained anew
     for one, other in zip(whole["arms"], again["arms"], strict=True):
