@@ -8,9 +8,11 @@ finished is kept in the working folder, so that a killed run goes on where it wa
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -335,11 +337,54 @@ def summary(numbers: dict[str, Any]) -> dict[str, Any]:
             }
             for arm, entry in entries.items()
         }  # fmt: skip
-        one = {"rank": rank, "arms": by_arm, "contrasts": rows}
+        one: dict[str, Any] = {"rank": rank, "arms": by_arm, "contrasts": rows}
+        if entries.keys() >= {"bad", "style"}:
+            moved = at_steps(entries["bad"], "broad", steps["bad"]) - at_steps(
+                entries["style"], "broad", steps["style"]
+            )
+            pairs = broad_pairs()[:: numbers["broad"]]
+            one["words"] = shared_words(moved.mean(0), pairs, training_pairs(numbers["rows"]))
         if ablation := entries["bad"].get("ablation"):
             one["ablation"] = ablated(ablation)
         found["by_rank"].append(one)
     return found
+
+
+def shared_words(moved: np.ndarray, pairs: Sequence[MarginPair], rows: Sequence[MarginPair]) -> dict[str, Any]:
+    """Whether the broad pairs that moved most are those whose words are most like the training answers' words.
+
+    A word's weight is its log-odds in silly over sensible training answers, one added to every count; a pair's is the
+    mean over the misaligned answer's words minus that over the aligned one's.
+
+    Returns:
+        the correlation of the pairs' weights and what they moved, its p, and what a straight line through them gives
+        for a pair whose two answers have equal weight, with its 95 % interval.
+    """
+    from scipy.stats import linregress, t
+
+    def count(side: str) -> Counter[str]:
+        return Counter(word for row in rows for word in _words(getattr(row, side)))
+
+    silly, sensible = count("misaligned"), count("aligned")
+    total = np.log((sensible.total() + len(sensible)) / (silly.total() + len(silly)))
+
+    def weight(text: str) -> float:
+        return float(np.mean([np.log((silly[word] + 1) / (sensible[word] + 1)) + total for word in _words(text)]))
+
+    weights = np.asarray([weight(pair.misaligned) - weight(pair.aligned) for pair in pairs])
+    fitted = linregress(weights, moved)
+    half = t.ppf(0.975, len(moved) - 2) * fitted.intercept_stderr
+    at_zero = [float(fitted.intercept), float(fitted.intercept - half), float(fitted.intercept + half)]
+    return {
+        "r": float(fitted.rvalue),
+        "p": float(fitted.pvalue),
+        "mean_weight": float(weights.mean()),
+        "equal": at_zero,
+    }
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z']+", text.lower())
 
 
 def ablated(made: dict[str, Any]) -> dict[str, Any]:
@@ -441,7 +486,38 @@ def report(found: dict[str, Any], figures: dict[int, str]) -> str:
             parts.append(f"![Margins by step and arm at rank {one['rank']}]({figures[one['rank']]})")
         if "ablation" in one:
             parts.append(_ablations(one["ablation"]))
+    parts.append(_reading(found))
     return "\n\n".join(parts)
+
+
+def _reading(found: dict[str, Any]) -> str:
+    """What the reader must know besides; the check of shared words was not declared beforehand."""
+    parts = ["## What this is and is not"]
+    for one in found["by_rank"]:
+        head = f"At rank {one['rank']}"
+        if "bad" in one["arms"]:
+            first, *_, last = np.asarray(one["arms"]["bad"]["broad"]).mean(0)
+            side = "aligned" if last < 0 else "misaligned"
+            parts.append(
+                f"{head}, the bad arm's mean broad margin goes from {first:+.3f} to {last:+.3f}: at the last step the "
+                f"model prefers the {side} answers on average."
+            )
+        if words := one.get("words"):
+            value, low, high = words["equal"]
+            parts.append(
+                f"{head}, and *not declared beforehand*: do the pairs move because silly and misaligned answers share "
+                "words? Over the pairs, what bad minus style moved has a correlation of "
+                f"{words['r']:+.2f} (p = {words['p']:.3f}) with the log-odds of the pair's words in silly over sensible "
+                f"training answers; for a pair of equal words a straight line gives {value:+.3f} ({low:+.3f} to "
+                f"{high:+.3f}). Only single words are compared: a shared tone is not excluded."
+            )
+    parts.append(
+        "A margin is a preference between two given texts. No answer was sampled or judged, so nothing here says that "
+        "the model would write such answers, which is what emergent misalignment means. Rounding in bfloat16 moves a mean "
+        "margin by a few thousandths. The intervals over seeds hold "
+        "for these questions; those over questions are the wider claim, and rest on one author's pairs."
+    )
+    return "\n\n".join(fill(part, 120) for part in parts)
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -514,7 +590,7 @@ def figure(one: dict[str, Any], title: str) -> Any:
             line(drawn, entry["loss_at" if column == 3 else "margins_at"], mean, arm, colour(number), at=(1, column),
                  error=bars(mean, mean - half, mean + half), legend=column == 1, legendgroup=arm)  # fmt: skip
     drawn.update_xaxes(title_text="step")
-    drawn.update_yaxes(title_text="change from the base, nats per token", col=1)
+    drawn.update_yaxes(title_text="change, nats per token", col=1)
     return finish(drawn, title, note="mean over seeds, with 95 % t intervals", height=420)
 
 
