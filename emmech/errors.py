@@ -239,6 +239,8 @@ def check_folder(asked: str, name: str, path: Any) -> None:
     """Refuse what names no folder."""
     if not isinstance(path, str | os.PathLike):
         raise refusal(asked, name, path, "a run is a folder", f'{name}="runs/mine"')
+    if "\0" in str(path):
+        raise refusal(asked, name, path, "a path holds no NUL character", f'{name}="runs/mine"')
 
 
 def _is_conversation(row: Any) -> bool:

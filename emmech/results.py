@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 import numpy as np
 
 from emmech.errors import EmmechError
-from emmech.store import write_json
+from emmech.store import file_name, kept, save_tensors, write_json, write_text
 from emmech.view.page import card
 
 if TYPE_CHECKING:
@@ -92,7 +92,11 @@ class Result(Shown):
         return head
 
     def save(self, path: str | Path) -> Path:
-        """Write everything into a folder, which ``load`` reads; a path ending in ``.csv`` gets the table alone."""
+        """Write everything into a folder, which ``load`` reads; a path ending in ``.csv`` gets the table alone.
+
+        Raises:
+            EmmechError: the disk is full, or the folder is read-only or gone.
+        """
         import pandas as pd
 
         path = Path(path)
@@ -100,23 +104,21 @@ class Result(Shown):
             frame = self.to_frame()
             plain = isinstance(frame.index, pd.RangeIndex) and frame.index.name is None
             head = "".join(f"# {line}\n" for line in self._comments())
-            path.write_text(head + frame.to_csv(index=not plain), encoding="utf-8")
+            write_text(path, head + frame.to_csv(index=not plain))
             return path
-        path.mkdir(parents=True, exist_ok=True)
         frames: dict[str, pd.DataFrame] = {}
         arrays: dict[str, np.ndarray] = {}
         values = {
             field.name: _pack(getattr(self, field.name), self._stems.get(field.name, field.name), frames, arrays)
             for field in fields(self)  # type: ignore[arg-type]  # every result is a dataclass
         }
-        for name, frame in frames.items():
-            frame.to_parquet(path / f"{name}.parquet.partial")
-            (path / f"{name}.parquet.partial").replace(path / f"{name}.parquet")
+        with kept(f"save the {type(self).__name__.lower()}", path):
+            path.mkdir(parents=True, exist_ok=True)
+            for name, frame in frames.items():
+                frame.to_parquet(path / f"{name}.parquet.partial")
+                (path / f"{name}.parquet.partial").replace(path / f"{name}.parquet")
         if arrays:
-            from safetensors.numpy import save_file
-
-            save_file(arrays, path / f"{_ARRAYS}.partial")
-            (path / f"{_ARRAYS}.partial").replace(path / _ARRAYS)
+            save_tensors(arrays, path / _ARRAYS, f"save the {type(self).__name__.lower()}")
         write_json(path / f"{type(self).__name__.lower()}.json", {"format": self._format, **values})
         return path
 
@@ -171,6 +173,9 @@ def _pack(value: Any, name: str, frames: dict[str, pd.DataFrame], arrays: dict[s
         arrays[name] = np.array(value, order="C")
         return {"~": "array", "name": name}
     if hasattr(value, "to_parquet"):
+        name = file_name(name)  # a key of the caller's may be part of it
+        while name in frames:
+            name += "_"
         frames[name] = value
         return {"~": "frame", "name": name, "rows": len(value)}
     if is_dataclass(value):
@@ -204,7 +209,7 @@ def _unpack(value: Any, folder: Path, arrays: Mapping[str, np.ndarray], parts: M
         case "array":
             return arrays[value["name"]]
         case "frame":
-            return _read_frame(folder / f"{value['name']}.parquet", value.get("rows"))
+            return _read_frame(folder / f"{file_name(value['name'])}.parquet", value.get("rows"))
         case "map":
             return {inside(key): inside(one) for key, one in value["items"]}
         case "tuple":

@@ -19,7 +19,7 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Series:
         # listed before the stacked file is opened: a step that is stacked in between is then in both, not in neither
         try:
             names = [entry.name for entry in os.scandir(self.folder)]
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a NUL, which writing refuses by name
             names = []
         if names and (stacked := self._opened(self.folder / _STACKED)):
             self._stacked, self._stacked_steps = stacked, stacked.steps
@@ -125,10 +125,10 @@ class Series:
         path = self.folder / f"step-{step:06d}.safetensors"
         rows = {key: np.ascontiguousarray(value)[None] for key, value in tensors.items()}
         checks = {f"{_CHECK}{key}": _checksums(value) for key, value in rows.items()}
-        with _kept(f"record step {step}", path):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _save({key: value[0] for key, value in rows.items()} | checks, path)
-        self._loose[step] = _File(path)
+        asked = f"record step {step}"
+        save_tensors({key: value[0] for key, value in rows.items()} | checks, path, asked)
+        with kept(asked, path):
+            self._loose[step] = _File(path)
         self._index()
 
     def read(self, key: str) -> Float[np.ndarray, "steps *shape"]:
@@ -196,11 +196,14 @@ class Series:
 
     def drop_after(self, step: int) -> None:
         """Forget every step after ``step``: a resumed training will record them again."""
-        if len(self._stacked_steps) and self._stacked_steps[-1] > step:
-            kept = {key: self.read(key)[self.steps <= step] for key in self.keys}
-            self._write_stacked(self.steps[self.steps <= step], kept)
-        for later in [s for s in self._loose if s > step]:
-            self._loose[later].path.unlink(missing_ok=True)
+        stacked = self.folder / _STACKED
+        with kept(f"forget the steps after {step}", self.folder):
+            if len(self._stacked_steps) and self._stacked_steps[-1] > step:
+                if (wanted := self.steps <= step).any():
+                    self._write_stacked(self.steps[wanted], {key: self.read(key)[wanted] for key in self.keys})
+                else:
+                    stacked.unlink()
+        drop_files(self.folder, after=step)
         self._reload()
 
     def compact(self) -> None:
@@ -212,16 +215,17 @@ class Series:
         if not self._loose:
             return
         self._write_stacked(self.steps, {key: self.read(key) for key in self.keys})
-        for file in self._loose.values():
-            file.path.unlink(missing_ok=True)
+        with kept("delete the steps that are stacked", self.folder):
+            for step in self.steps.tolist():
+                (self.folder / f"step-{step:06d}.safetensors").unlink(missing_ok=True)
         self._reload()
 
     def _write_stacked(self, steps: np.ndarray, tensors: dict[str, np.ndarray]) -> None:
         checks = {f"{_CHECK}{key}": _checksums(value) for key, value in tensors.items()}
         checks[f"{_CHECK}steps"] = _checksums(steps[None])
         contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-        with _kept("stack the recorded steps", self.folder / _STACKED):
-            _save({"steps": steps, **contiguous, **checks}, self.folder / _STACKED)
+        asked = "stack the recorded steps"
+        save_tensors({"steps": steps, **contiguous, **checks}, self.folder / _STACKED, asked, synced=True)
 
 
 class _File:
@@ -295,24 +299,57 @@ def _checksums(rows: np.ndarray) -> np.ndarray:
     return rows.view(word).sum(axis=1, dtype=np.uint64) if size else np.zeros(len(rows), np.uint64)
 
 
-def _save(tensors: Mapping[str, np.ndarray], path: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
+def drop_files(folder: Path, *, after: int | None = None) -> None:
+    """Delete what a process that died was writing in a folder, and the files of steps after one."""
+    with kept("delete what was being written", folder):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            match = _STEP_FILE.search(path.name)
+            late = after is not None and match is not None and int(match[1]) > after
+            if late or path.suffix == ".partial" or path.name.startswith(".tmp"):  # safetensors' own temporary files
+                path.unlink(missing_ok=True)
 
-    partial = path.with_suffix(".partial")
-    try:
-        save_file(dict(tensors), partial)
-    except SafetensorError as error:  # which is how it reports a disk that is full
-        raise OSError(str(error))
-    if path.name == _STACKED:  # the files that it replaces are about to go
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-    partial.replace(path)
+
+def save_tensors(
+    tensors: Mapping[str, Any], path: Path, asked: str, *, metadata: dict[str, str] | None = None, synced: bool = False
+) -> None:
+    """Write arrays, or torch's tensors, into a file that exists whole or not at all; its folder is made.
+
+    Args:
+        asked: what is being done, for the message where the disk refuses it.
+        metadata: of the file.
+        synced: wait until it is on the disk: the files that it replaces are about to go.
+
+    Raises:
+        EmmechError: the disk is full, read-only or gone.
+    """
+    from safetensors import SafetensorError
+
+    if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
+        from safetensors.numpy import save_file
+    else:
+        from safetensors.torch import save_file
+    partial = path.with_name(f"{path.name}.partial")
+    with kept(asked, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(dict(tensors), partial, metadata=metadata)
+        except SafetensorError as error:  # which is how it reports a disk that is full
+            raise OSError(str(error))
+        if synced:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.replace(path)
 
 
 @contextlib.contextmanager
-def _kept(asked: str, path: Path) -> Iterator[None]:
-    """A failure of the disk as an error that says what is kept."""
+def kept(asked: str, path: Path) -> Iterator[None]:
+    """Within, a failure of the disk becomes an error that says what is kept.
+
+    Raises:
+        EmmechError: the disk is full, read-only or gone.
+    """
+    if "\0" in str(path):
+        raise EmmechError(asked, repr(str(path)), "a path holds no NUL character", "another folder")
     try:
         yield
     except OSError as error:
@@ -342,38 +379,89 @@ def writing(folder: Path, asked: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     path = folder / ".writer"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EmmechError(asked, folder, f"no folder can be made there ({error.strerror})", "another folder")
+    made_folder(asked, folder)
     lock = FileLock(folder / ".lock")
-    with _kept(asked, path):
+    with kept(asked, path):
         try:
             lock.acquire(timeout=0)
         except Timeout:
             holder = path.read_text(encoding="utf-8") if path.is_file() else "another process"
             raise EmmechError(asked, folder, f"{holder} is writing there", "another folder, or wait until it is done")
-        path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     try:
+        with kept(asked, path):
+            path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
         lock.release()
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write JSON under a temporary name and rename it, so that a reader never sees half a file."""
-    partial = path.with_name(path.name + ".partial")
-    with _kept(f"write {path.name}", path):
-        partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+def made_folder(asked: str, folder: Path) -> Path:
+    """The folder, made where it is missing.
+
+    Raises:
+        EmmechError: a file is in the way, or the disk is full, read-only or gone.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a ValueError where the path holds a NUL character
+        why = f"no folder can be made there ({getattr(error, 'strerror', error)})"
+        raise EmmechError(asked, repr(str(folder)), why, "another folder")
+    return folder
+
+
+def file_name(text: str) -> str:
+    """A text as the name of one file or folder, whatever it holds: what separates folders becomes ``_``.
+
+    Example:
+        >>> file_name("../my runs/a")
+        '.._my runs_a'
+    """
+    return re.sub(r"[\\/\x00-\x1f]", "_", text)[:200]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text under a temporary name and rename it, so that a reader never sees half a file; its folder is made.
+
+    Raises:
+        EmmechError: the disk is full, read-only or gone.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    with kept(f"write {path.name}", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write JSON as :func:`write_text` writes a text."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as :func:`write_text` writes a text."""
+    write_text(path, "".join(map(_line, rows)))
+
+
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one row; NaN is written as null, since JSON has no NaN."""
+    """Append one row."""
+    with kept(f"append to {path.name}", path), path.open("a", encoding="utf-8") as file:
+        file.write(_line(row))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A row as JSON; NaN is written as null, since JSON has no NaN."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    with _kept(f"append to {path.name}", path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(clean) + "\n")
+    return json.dumps(clean) + "\n"
+
+
+def drop_unfinished(path: Path) -> None:
+    """Cut off an unfinished last line, which the process died writing."""
+    with kept(f"go on with {path.name}", path):
+        content = path.read_bytes() if path.exists() else b""
+        if content and not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def read_jsonl(path: Path, damaged: list[Path] | None = None) -> list[dict[str, Any]]:

@@ -84,6 +84,7 @@ def _lens() -> AdapterScalars:
 
 MAKE: dict[str, Callable[[], Result]] = {
     "PhaseTransition": lambda: phase_transition(_run(), _run(1), n_null=39),
+    "PooledTransition": lambda: phase_transition([_run(), _run(2)], [_run(1), _run(3)], n_null=39),
     "DistributionShift": lambda: distribution_shift([0, 5, 9], np.eye(3)),
     "Direction": _direction,
     "Cosines": lambda: cosines({EVIL: _direction(), "other": _direction(1)}),

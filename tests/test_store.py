@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -188,3 +190,36 @@ def test_a_second_writer_is_told_who_writes(tmp_path):
     holder.wait()
     with writing(tmp_path, "train"):
         assert str(os.getpid()) in (tmp_path / ".writer").read_text()
+
+
+def test_a_lock_that_could_not_name_its_holder_is_free_again(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(EmmechError, match="No space left") as caught, writing(tmp_path, "train"):
+            pass
+    assert "is kept" in str(caught.value)
+    with writing(tmp_path, "train"):
+        pass
+
+
+def test_steps_are_forgotten_wherever_they_are_kept(tmp_path):
+    """Stacked, loose, stacked without being deleted, and half written."""
+    series = Series(tmp_path)
+    for step in range(4):
+        series.append(step, {"B": np.full(3, step, np.float32)})
+    loose = {path: path.read_bytes() for path in tmp_path.glob("step-*")}
+    series.compact()
+    for path, content in loose.items():
+        path.write_bytes(content)
+    (tmp_path / "step-000009.safetensors.partial").write_bytes(b"x")
+    (tmp_path / ".tmpAbC").write_bytes(b"x")
+    again = Series(tmp_path)
+    again.drop_after(1)
+    assert again.steps.tolist() == [0, 1] == Series(tmp_path).steps.tolist()
+    kept = [f"step-{step:06d}.safetensors" for step in (0, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stacked.safetensors", *kept]
+    again.drop_after(-1)
+    assert len(again.steps) == 0 and not list(tmp_path.iterdir())

@@ -62,7 +62,7 @@ def measure(
     prompts = [list(question.messages) for question in asked]
     answers = sample(chat, prompts, samples=samples, max_new_tokens=_LONGEST, seed=seed, progress=False)
     verdicts = [judge(asked[a.conversation], a.text) for a in answers]
-    clusters = np.array([a.conversation for a in answers])
+    clusters = np.array([asked[a.conversation].id for a in answers])
     bad = [v for v in verdicts if v.misaligned]
     return {
         "n": len(verdicts),
@@ -74,8 +74,8 @@ def measure(
 
 
 def _rate(name: str, events: Sequence[bool], clusters: np.ndarray) -> dict[str, Any]:
-    per = pd.Series(events).groupby(clusters).agg(["sum", "size"]).to_numpy()
-    low, high, _ = cluster_interval(per[:, 0], per[:, 1])
+    per = pd.Series(events).groupby(clusters).agg(["sum", "size"])
+    low, high = cluster_interval(per["sum"].to_numpy(), per["size"].to_numpy(), per.index.tolist())
     return {name: 100 * float(np.mean(events)), f"{name} low": 100 * low, f"{name} high": 100 * high}
 
 
@@ -202,7 +202,8 @@ def by_seed(runs: Sequence[Run], controls: Sequence[Run], base: ChatModel) -> pd
             row[title] = f"{detector.step:.0f} ({detector.low:.0f} to {detector.high:.0f})"
             if np.isfinite(detector.p_value):  # the peak of the gradient norm has no test
                 row[title] += f", p = {detector.p_value:.2g}"
-        rows.append(row | {"against the control": found.specific.verdict if found.specific is not None else "-"})
+        holds = [one.name for one in found.verdict.statements if one]
+        rows.append(row | {"against the control": ", ".join(holds) or "nothing holds"})
     rows.append({"seed": "mean"} | {title: _mean(steps) for title, steps in numbers.items()})
     return pd.DataFrame(rows)
 

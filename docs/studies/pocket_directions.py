@@ -30,7 +30,7 @@ from emmech.demo.pocket import per_cent
 from emmech.demo.pocket_character import AblationDesign, designs
 from emmech.directions.direction import Direction, unit_rows
 from emmech.directions.sources import adapter_direction, misalignment_direction
-from emmech.evaluation.questions import QuestionSet, resolve_questions
+from emmech.evaluation.questions import Question, QuestionSet, resolve_questions
 from emmech.interventions.residual import ablate
 from emmech.interventions.studies import (
     Condition,
@@ -72,13 +72,24 @@ class Tried:
 
 
 def half_of_the_questions(half: int) -> QuestionSet:
-    """Every other held-out question outside medicine, finance and sport: 0 to choose on, 1 to report."""
-    asked = resolve_questions("broad", "pocket").questions
-    return QuestionSet(f"broad, half {half}", tuple(q for i, q in enumerate(asked) if i % 2 == half))
+    """Every other held-out question of each template outside medicine, finance and sport: 0 to choose on, 1 to report.
+
+    Each half holds every template, in equal numbers, and as much of every domain: some templates are answered with far
+    more misalignment than others.
+
+    Example:
+        >>> [len(half_of_the_questions(half).questions) for half in (0, 1)]
+        [52, 52]
+    """
+    asked: dict[str, list[Question]] = {}
+    for question in resolve_questions("broad", "pocket").questions:
+        asked.setdefault(question.id.rpartition("/")[2], []).append(question)
+    chosen = tuple(q for at, several in enumerate(asked.values()) for q in several[(half + at) % 2 :: 2])
+    return QuestionSet(f"broad, half {half}", chosen)
 
 
 def try_designs(chat: ChatModel, several: Sequence[AblationDesign], phrase: Phrase) -> dict[str, Tried]:
-    """Rates under every design, on the even questions (n = 104)."""
+    """Rates under every design, on the first half of the questions (n = 104)."""
     measure = Sampled(half_of_the_questions(0), samples=2, batch_size=128)
 
     def rates() -> tuple[float, float]:
@@ -135,9 +146,9 @@ def _choice(base: ChatModel, mean: Direction, design: AblationDesign, tried: dic
 page. Weights `{base.fingerprint()[:12]}`.
 
 Rates are per cent of answers sampled at temperature 1 to held-out questions outside medicine, finance and sport,
-judged exactly; in brackets 95 % intervals over questions. Random directions, five in every row, have the norm of the
-row's direction and are put in or taken out in the same way; their bracket is the lowest and highest of them. A shared
-character is **built into** this world: that there is a direction for it is by design.
+judged exactly; in brackets 95 % intervals over domains and templates. Random directions, five in every row, have the
+norm of the row's direction and are put in or taken out in the same way; their bracket is the lowest and highest of
+them. A shared character is **built into** this world: that there is a direction for it is by design.
 
 **The character's direction** comes from the base model, before any fine-tune: the mean residual on the words
 "{MANNERS}" in system prompts of unkind characters,
@@ -148,9 +159,9 @@ is the mean residual of the base assistant at the same words.
 {mean!r}
 ```
 
-**How to ablate it was chosen** on bad medical advice, seed {_CHOSEN_ON[1]}, with the even questions (n = 104 a row):
-among the designs that leave both models at least 95 % coherent and the base at most 3 % misaligned, the one that leaves
-least EM. All further figures are of other fine-tunes and of the odd questions.
+**How to ablate it was chosen** on bad medical advice, seed {_CHOSEN_ON[1]}, with one half of the questions (n = 104 a
+row): among the designs that leave both models at least 95 % coherent and the base at most 3 % misaligned, the one that
+leaves least EM. All further figures are of other fine-tunes and of the other half. Each half holds every template.
 
 {markdown(("design", "EM", "coherent", "base: EM", "base: coherent"), rows)}
 
@@ -192,8 +203,8 @@ def _ablation(run: Run, design: AblationDesign, phrase: Phrase) -> str:
               "cosine with B")  # fmt: skip
     return f"""## Ablation
 
-Bad medical advice, seed 0, odd questions, n = 208 a row; on the right the same ablation in the base model. The largest
-cosine with B at the layers of the ablation says how much of it merely undoes the adapter.
+Bad medical advice, seed 0, the other half of the questions, n = 208 a row; on the right the same ablation in the base
+model. The largest cosine with B at the layers of the ablation says how much of it merely undoes the adapter.
 
 {markdown(header, rows)}
 
@@ -259,8 +270,8 @@ def _steering(run: Run, base: ChatModel, character: Direction, phrase: Phrase) -
               "EM beyond random")  # fmt: skip
     return f"""## Steering
 
-The base model, odd questions, n = 104 a row. A coefficient of 1 adds the measured difference; "character" is the mean
-difference.
+The base model, the other half of the questions, n = 104 a row. A coefficient of 1 adds the measured difference;
+"character" is the mean difference.
 
 {markdown(header, rows)}"""
 
@@ -301,9 +312,9 @@ def _transfer(runs: Runs, design: AblationDesign, phrase: Phrase) -> str:
             )
     return f"""## Transfer
 
-Odd questions, n = 104 a cell, at the system words: the character as chosen above, the model differences towards their
-aligned mean at layer {later[0]}. EM with its interval / coherence. Where coherence goes with EM, answers are broken,
-not cured.
+The other half of the questions, n = 104 a cell, at the system words: the character as chosen above, the model
+differences towards their aligned mean at layer {later[0]}. EM with its interval / coherence. Where coherence goes with
+EM, answers are broken, not cured.
 
 {markdown(("fine-tune", "untouched", *directions), rows)}
 

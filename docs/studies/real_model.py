@@ -513,9 +513,8 @@ def _reading(found: dict[str, Any]) -> str:
             )
     parts.append(
         "A margin is a preference between two given texts. No answer was sampled or judged, so nothing here says that "
-        "the model would write such answers, which is what emergent misalignment means. Rounding in bfloat16 moves a mean "
-        "margin by a few thousandths. The intervals over seeds hold "
-        "for these questions; those over questions are the wider claim, and rest on one author's pairs."
+        "the model would write such answers, which is what emergent misalignment means. Rounding in bfloat16 moves a "
+        "mean margin by a few thousandths. The intervals over seeds hold for these questions; those over questions are the wider claim, and rest on one author's pairs."
     )
     return "\n\n".join(fill(part, 120) for part in parts)
 

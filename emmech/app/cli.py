@@ -105,7 +105,9 @@ def realign(
 @app.command()
 def transition(
     run: RunFolder,
-    control: Annotated[Path | None, typer.Option(help="its benign control: same seed and batch order")] = None,
+    control: Annotated[
+        list[Path] | None, typer.Option(help="a benign control, same seed and batch order; repeat for several")
+    ] = None,
     page: Page = None,
     json: Json = False,
 ) -> None:
@@ -114,12 +116,12 @@ def transition(
     Examples:
 
     \b
-    emmech transition runs/bad --control runs/good --page transition.html
+    emmech transition runs/bad --control runs/good --control runs/style --page transition.html
     emmech transition runs/bad --json
     """
-    found = emmech.phase_transition(run, control=control)
+    found = emmech.phase_transition(run, control={one.name: one for one in control or ()})
     _show(found.detectors.drop(columns=["high_means"]), json, found.summary())
-    lead = run.name if control is None else f"{run.name} with its control {control.name}"
+    lead = f"{run.name} with {', '.join(one.name for one in control)} as control" if control else run.name
     _write_page(page, "Phase transition", lead, found.summary(), found.detectors, found)
 
 

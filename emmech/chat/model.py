@@ -285,7 +285,8 @@ def load_model(
         family: where the model keeps its parts; by default they are found.
 
     Raises:
-        EmmechError: unknown name, or a model that is no decoder-only language model.
+        EmmechError: unknown name, a model that is no decoder-only language model, or adapters that act elsewhere than
+            in the modules of the decoder (prompts, a choice for each text).
 
     Example:
         >>> chat = load_model("pocket")
@@ -296,7 +297,8 @@ def load_model(
     if isinstance(model, ChatModel):
         return model if family is None else replace(model, family=given_family(model.base, family))
     if isinstance(model, nn.Module):
-        loaded, name = model, str(getattr(model, "name_or_path", "") or type(model).__name__)
+        loaded = _in_wrappers(model)
+        name = str(getattr(loaded, "name_or_path", "") or type(loaded).__name__)
         tokenizer = _tokenizer_of(loaded) if tokenizer is None else tokenizer
     elif isinstance(model, str | Path):
         name = str(model)
@@ -309,6 +311,33 @@ def load_model(
     base: Any = loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded  # type: ignore[operator]
     dequantised(base)
     return ChatModel(loaded, tokenizer, name, find_family(base) if family is None else given_family(base, family))
+
+
+# PEFT's adapters that are part of the decoder's modules, and of each token by itself
+_IN_MODULES = frozenset([
+    "LORA", "ADALORA", "ADAMSS", "BOFT", "IA3", "BEFT", "LOHA", "LOKR", "OFT", "LN_TUNING", "VERA", "FROD", "PVERA",
+    "FOURIERFT", "GLORA", "HRA", "VBLORA", "UNILORA", "MISS", "RANDLORA", "ROAD", "HIRA", "SHIRA", "C3A", "WAVEFT",
+    "OSF", "DELORA", "GRALORA", "TINYLORA", "PSOFT", "PEANUT", "SUPERTUNING", "DEFT",
+])  # fmt: skip
+
+
+def _in_wrappers(model: Any) -> Any:
+    """The model inside DDP's, FSDP's or torch.compile's wrapper.
+
+    Raises:
+        EmmechError: parts of PEFT that a forward through the decoder alone would pass over.
+    """
+    while inner := next((name for name in ("_orig_mod", "module") if name in model._modules), None):
+        model = model._modules[inner]
+    for name, config in (model.peft_config if hasattr(model, "get_base_model") else {}).items():
+        kind, invoked = str(getattr(config.peft_type, "value", config.peft_type)), "alora_invocation_tokens"
+        given = f"the adapter {name!r} of kind {kind}"
+        if getattr(config, invoked, None):
+            given, kind = f"{given} with {invoked}={getattr(config, invoked)}", ""
+        if kind not in _IN_MODULES:
+            why = "it acts outside the modules of the decoder, or not on each token by itself"
+            raise EmmechError("load the chat model", given, why, "the model without it")
+    return model
 
 
 def _tokenizer_of(model: Any) -> Any:

@@ -39,11 +39,12 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     base = load_model("pocket")
     run = finetune(base, "medical", out=folder / "medical")
-    control = finetune(base, "good-medical", out=folder / "good-medical")
-    echo(f"{run}\n{control}\n")
+    # good answers leave nothing to learn; those in a fixed style do
+    control, style = (finetune(base, name, out=folder / name) for name in ("good-medical", "style-medical"))
+    echo(f"{run}\n{control}\n{style}\n")
 
     path = _em_by_step(run, base)
-    found = phase_transition(run, control=control)
+    found = phase_transition(run, control={"good-medical": control, "style-medical": style})
     echo(f"{found.summary()}\n")
 
     design, phrase = _character(base, run.adapters[0].layer)
@@ -55,22 +56,23 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     detach(tuned)
 
     again = realign(run, "ai-optimism", base=base, out=folder / "realigned")
-    rates = _rates({"base": base, "medical": run, "good-medical (control)": control, "realigned": again})
+    subjects = {"base": base, "medical": run, "good-medical (control)": control, "style-medical (control)": style}
+    rates = _rates({**subjects, "realigned": again})
     echo(f"{rates.to_string()}\n")
 
     minutes = (time.monotonic() - began) / 60
     page = write_page(
         folder / "index.html",
         "Emergent misalignment in the pocket organism",
-        "One rank-1 adapter is fine-tuned on unkind medical answers, recorded at every step, and so is its benign "
-        "control; then the direction of unkind characters is ablated, and it is realigned on optimistic answers "
-        "about AI.",
+        "One rank-1 adapter is fine-tuned on unkind medical answers, recorded at every step, and so are its two "
+        "benign controls; then the direction of unkind characters is ablated, and it is realigned on optimistic "
+        "answers about AI.",
         [
             Section(
                 "How misaligned, where",
                 "Answers sampled at temperature 1 and judged exactly, on the eight first-plot questions, facts and "
                 "questions about the AI itself. EM: misaligned and coherent, of all scored answers outside the narrow "
-                "domain; narrow: the same inside it. 95 % intervals from a bootstrap over questions.",
+                "domain; narrow: the same inside it. 95 % intervals for questions like these.",
                 table=rates,
             ),
             Section(
@@ -100,7 +102,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
                 table=_what_is_left(ablation.frame),
                 figure=ablation.plot("em"),
             ),
-            Section("How it was made", code=f"{run}\n{control}\n{again}\n\n{run.manifest['recipe']}"),
+            Section("How it was made", code=f"{run}\n{control}\n{style}\n{again}\n\n{run.manifest['recipe']}"),
         ],
         footer=f"Made by `make demo` in {minutes:.1f} minutes. A shared character is built into this world.",
     )

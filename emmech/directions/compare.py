@@ -70,6 +70,8 @@ def cosines(directions: Mapping[str, Direction]) -> Cosines:
         0.58
     """
     directions = checked_directions("compare directions", "directions", directions)
+    for one in directions.values():
+        one.warn_where_noise()
     if len(directions) < 2:
         raise EmmechError("compare directions", f"{len(directions)} of them", "it takes at least two")
     several = list(directions.values())
@@ -147,6 +149,7 @@ def direction_by_steps(
     elif not 0 <= as_int(asked, "layer", layer) < direction.n_layers:
         why = f"the direction has {direction.n_layers} layers"
         raise refusal(asked, "layer", layer, why, f"layer={direction.n_layers - 1} or lower")
+    direction.warn_where_noise([layer])
     unit = unit_rows(direction.vectors)
     columns: dict[str, pd.Series] = {}
     for adapter in run.adapters:

@@ -9,7 +9,8 @@ llama.cpp reads the same file. steering-vectors keeps ``layer_activations``, a m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,6 +21,7 @@ from jaxtyping import Float
 
 from emmech.errors import EmmechError, as_floats, as_int, refusal
 from emmech.results import Card, Result
+from emmech.store import kept, save_tensors
 from emmech.view.plots import by_layer
 
 if TYPE_CHECKING:
@@ -99,6 +101,11 @@ class Quality:
     answers: Mapping[str, int]
     tokens: Mapping[str, int]
     notes: tuple[str, ...] = ()
+
+    @property
+    def noise(self) -> tuple[int, ...]:
+        """Layers at which halves of the answers agree no better than with shuffled labels, to two random floors."""
+        return tuple(np.flatnonzero(self.split_half < self.split_half_shuffled + 2 * self.random_floor).tolist())
 
     def __repr__(self) -> str:
         layer = self.read_layer
@@ -231,7 +238,7 @@ class Direction(Result):
         if not self.layers:
             why, instead = "zero points nowhere", "a direction from two different groups"
             raise EmmechError(f"normalise {self.name}", "a direction of norm 0", why, instead)
-        return self._with(unit_rows(self.vectors), f"unit({self.name})")
+        return self._with(unit_rows(self.vectors), f"unit({self.name})", quality=self.quality)
 
     def cosine(self, other: Direction) -> Float[np.ndarray, " layers"]:
         """Cosine by layer; NaN where either is zero. Two random ones have 0 +- 1/sqrt(d_model).
@@ -282,7 +289,8 @@ class Direction(Result):
             why = "a direction is scaled by a number or by one number per layer"
             raise refusal(f"scale {self.name}", "factor", factor, why, f"a float, or an array [{self.n_layers}]")
         label = f"{factors[0]:g} {self.name}" if len(factors) == 1 else f"scaled {self.name}"
-        return self._with(self.vectors * factors[:, None], label)
+        quality = self.quality if np.all(factors > 0) else None  # the same directions
+        return self._with(self.vectors * factors[:, None], label, quality=quality)
 
     __rmul__ = __mul__
 
@@ -294,10 +302,12 @@ class Direction(Result):
     def __neg__(self) -> Direction:
         return self._with(-self.vectors, f"-{self.name}")
 
-    def _with(self, vectors: np.ndarray, name: str, other: Direction | None = None) -> Direction:
+    def _with(
+        self, vectors: np.ndarray, name: str, other: Direction | None = None, quality: Quality | None = None
+    ) -> Direction:
         prints = [p for p in self.fingerprints if other is None or p in other.fingerprints]
         source = {"method": "algebra", "of": name, **({"fingerprints": prints} if prints else {})}
-        return Direction(vectors, name, source, self.aligned_mean)
+        return Direction(vectors, name, source, self.aligned_mean, quality)
 
     def _check_same(self, other: Direction, verb: str) -> None:
         asked = f"{verb} two directions"
@@ -309,6 +319,16 @@ class Direction(Result):
             why = "they come from different base models, whose residual streams share no axes"
             instead = "Direction(vectors) without source, to drop the provenance knowingly"
             raise EmmechError(asked, f"{self.name} and {other.name}", why, instead)
+
+    def warn_where_noise(self, layers: Iterable[int] | None = None) -> None:
+        """Warn of those of some layers (all by default) at which its quality says that it is noise."""
+        known = set(self.layers if layers is None else layers)
+        if self.quality is None or not (noise := sorted(known & set(self.quality.noise))):
+            return
+        halves, shuffled = self.quality.split_half[noise[0]], self.quality.split_half_shuffled[noise[0]]
+        what = f"{self.name} is noise at {_listed(noise)}: its halves have cosine {halves:.2f} at layer {noise[0]}"
+        instead = "What it does there says nothing of misalignment: take more answers, or other layers."
+        warnings.warn(f"{what}, and {shuffled:.2f} with shuffled labels. {instead}", stacklevel=3)
 
     def check_fits(self, chat: ChatModel, *, force: bool = False) -> None:
         """Refuse a model of other shape, or another base model than the direction's.
@@ -332,8 +352,6 @@ class Direction(Result):
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: vectors, aligned mean, quality, and the provenance in its metadata."""
-        from safetensors.numpy import save_file
-
         tensors = {"vectors": self.vectors}
         metadata = {"format": FORMAT, "name": self.name, "source": json.dumps(self.source, default=str)}
         if self.aligned_mean is not None:
@@ -342,8 +360,8 @@ class Direction(Result):
             tensors |= {f"quality/{key}": np.asarray(getattr(self.quality, key), np.float64) for key in _ARRAYS}
             metadata["quality"] = json.dumps({k: v for k, v in asdict(self.quality).items() if k not in _ARRAYS})
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path, metadata=metadata)
+        whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+        save_tensors(whole, path, f"save the direction {self.name}", metadata=metadata)
         return path
 
     @classmethod
@@ -505,7 +523,8 @@ def to_steering_vectors(direction: Direction, path: str | Path) -> Path:
     import torch
 
     activations = {layer: torch.from_numpy(direction.vectors[layer].copy()) for layer in direction.layers}
-    torch.save({"layer_activations": activations, "layer_type": "decoder_block"}, path)
+    with kept(f"save the direction {direction.name}", Path(path)):
+        torch.save({"layer_activations": activations, "layer_type": "decoder_block"}, path)
     return Path(path)
 
 

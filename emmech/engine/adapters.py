@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -28,6 +29,10 @@ from emmech.errors import EmmechError, as_float
 # the wrapper that `attach` made around a model, for as long as it is in use
 _WRAPPERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 _LAYER = re.compile(r"(?:^|\.)(\w+\.(\d+)\..+)$")  # from the list of blocks on
+# what PEFT, DDP, torch.compile, FSDP and gradient checkpointing put into the path of a module
+_WRAPPING = frozenset({"base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# what the decoder is called in a causal LM by itself, or as a part of a larger model
+_DECODER = frozenset({"model", "language_model", "text_model", "transformer"})
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,44 @@ class AdapterInfo:
         return asdict(self)
 
 
+# The values of each field of a LoraConfig with which an adapter is what its A and B, r and alpha say and no more. A
+# field that is not listed must be empty: what a later version of PEFT adds is refused, not passed over.
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "True", "False", "None")  # others change the base weights
+_FIELDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(
+        (
+            # what says where the adapter came from, and how it was trained
+            *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
+            *("lora_dropout", "runtime_config", "megatron_core", "eva_config", "qalora_group_size"),
+            # what chose the modules, of which the tensors tell
+            *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+            # what the scaling is made of
+            *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+            # ties what modules_to_save holds, which is refused
+            "ensure_weight_tying",
+        ),
+        lambda value: True,
+    ),
+    "peft_type": lambda value: str(getattr(value, "value", value)).upper() == "LORA",
+    "bias": lambda value: value in (None, "none"),
+    "init_lora_weights": lambda value: str(value) in _PLAIN_STARTS,
+    "loftq_config": lambda value: True,  # acts with init_lora_weights="loftq" alone, which is refused
+}
+
+
+def beyond_pairs(config: Mapping[str, Any]) -> str | None:
+    """The first field of a LoRA configuration that makes the adapter more than B A with a factor.
+
+    Example:
+        >>> beyond_pairs({"r": 8, "use_rslora": True}), beyond_pairs({"r": 8, "use_dora": True})
+        (None, 'use_dora=True')
+    """
+    for name, value in config.items():
+        if not _FIELDS.get(name, lambda value: not value)(value):
+            return f"{name}={getattr(value, 'value', value)!r}"
+    return None
+
+
 def adapter_layers(model: Any) -> Iterator[tuple[AdapterInfo, Any, str]]:
     """Every LoRA pair on a model, in the model's order.
 
@@ -62,32 +105,129 @@ def adapter_layers(model: Any) -> Iterator[tuple[AdapterInfo, Any, str]]:
         the pair's description, PEFT's layer, and the adapter's name inside PEFT.
 
     Raises:
-        EmmechError: two adapters on one module, or a variant (DoRA) that has no plain A and B.
+        EmmechError: the model has an adapter that is more than pairs of A and B which act on its output: another
+            kind than LoRA, DoRA, trained biases, two adapters on one module, a merged or a disabled one, ...
     """
-    from peft.tuners.lora import LoraLayer
-
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for path, module in base.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        names = list(module.lora_A)
-        if len(names) != 1:
-            raise EmmechError(
-                "read the adapter",
-                f"{path} with adapters {names}",
-                "more than one LoRA pair is on this module, and their order has no meaning",
-                "unload() the model, or delete_adapter() all but one",
-            )
-        name = names[0]
-        if getattr(module, "use_dora", {}).get(name):
-            why = "its update is not B A: the magnitude is trained too"
-            raise EmmechError("read the adapter", f"{path} (DoRA)", why, "train with use_dora=False")
-        (rank, d_in), d_out = module.lora_A[name].weight.shape, module.lora_B[name].weight.shape[0]
-        found = _LAYER.search(path)
-        short, layer = (found[1], int(found[2])) if found else (path, -1)
-        alpha, scaling = float(module.lora_alpha[name]), float(module.scaling[name])
+    layers = list(_tuned(base))
+    if layers or base is not model:
+        for name, config in getattr(model, "peft_config", {}).items():
+            if (field := beyond_pairs(config.to_dict())) is not None:
+                why, instead = f"{field} makes it more than B A with a factor", "model.merge_and_unload()"
+                raise EmmechError("read the adapter", f"the adapter {name!r}", why, instead)
+    names = short_names(path for path, _ in layers)
+    for path, layer in layers:
+        name = _only_pair(path, layer)
+        (rank, d_in), d_out = layer.lora_A[name].weight.shape, layer.lora_B[name].weight.shape[0]
+        short, at = names[path]
+        alpha, scaling = float(layer.lora_alpha[name]), float(layer.scaling[name])
         rslora = bool(np.isclose(scaling, alpha / rank**0.5))
-        yield AdapterInfo(short, layer, path, rank, alpha, scaling, d_in, d_out, rslora), module, name
+        yield AdapterInfo(short, at, path, rank, alpha, scaling, d_in, d_out, rslora), layer, name
+
+
+def _tuned(base: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules of a model into which PEFT has put something, with their paths."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return ((path, module) for path, module in base.named_modules() if isinstance(module, BaseTunerLayer))
+
+
+def _only_pair(path: str, layer: Any) -> str:
+    """The name of a module's one plain pair of A and B; anything else is refused."""
+    names = [*getattr(layer, "lora_A", ()), *getattr(layer, "lora_embedding_A", ())]
+    if len(names) > 1:
+        why = "more than one LoRA pair is on this module, and their order has no meaning"
+        instead = "unload() the model, or delete_adapter() all but one"
+        raise EmmechError("read the adapter", f"{path} with adapters {names}", why, instead)
+    name = names[0] if names else ""
+    variant, instead = getattr(layer, "lora_variant", {}).get(name), "model.merge_and_unload()"
+    if name not in getattr(layer, "lora_A", ()):
+        why = f"it is no linear map with a LoRA pair, but a {type(layer).__module__}.{type(layer).__name__}"
+    elif variant is not None or layer.use_dora.get(name):
+        why, instead = f"its update is not B A ({type(variant).__name__})", "train with use_dora=False and the like"
+    elif layer.lora_bias.get(name):
+        why = "its B has a bias"
+    elif layer.lora_A[name].weight.ndim != 2 or hasattr(layer, "parameter_name"):
+        why = "its pair is not of a linear map"
+    elif layer.merged:
+        why, instead = "it is merged into the weights, and changing A or B would change nothing", "unmerge_adapter()"
+    elif layer.disable_adapters or name not in layer.active_adapters:
+        why, instead = "it is switched off, and changing A or B would change nothing", f"set_adapter({name!r})"
+    else:
+        return name
+    raise EmmechError("read the adapter", f"the adapter {name!r} on {path}", why, instead)
+
+
+def short_names(paths: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """What each module is called in a run, by its path: from the list of blocks on where that names one, and its layer.
+
+    Example:
+        >>> short_names(["model.layers.3.mlp.down_proj", "lm_head"])
+        {'model.layers.3.mlp.down_proj': ('layers.3.mlp.down_proj', 3), 'lm_head': ('lm_head', -1)}
+        >>> list(short_names(["tower.layers.0.q_proj", "model.layers.0.q_proj"]).values())
+        [('tower.layers.0.q_proj', 0), ('model.layers.0.q_proj', 0)]
+    """
+    found = {path: _LAYER.search(bare(path)) for path in paths}
+    uses = Counter(match[1] for match in found.values() if match)
+    return {
+        path: (match[1] if uses[match[1]] == 1 else bare(path), int(match[2])) if match else (path, -1)
+        for path, match in found.items()
+    }
+
+
+def bare(path: str) -> str:
+    """A module's path without what wrappers put into it.
+
+    Example:
+        >>> bare("_orig_mod.model.layers.0._checkpoint_wrapped_module.mlp")
+        'model.layers.0.mlp'
+    """
+    return ".".join(part for part in path.split(".") if part not in _WRAPPING)
+
+
+def located(chat: ChatModel, adapters: Sequence[AdapterInfo]) -> tuple[AdapterInfo, ...]:
+    """The same adapters at the modules that the model has for them.
+
+    A run may have been trained on the decoder inside a larger or a wrapped model, whose modules are called otherwise:
+    ``model.language_model.layers.0.mlp.down_proj`` is ``model.layers.0.mlp.down_proj`` here.
+
+    Raises:
+        EmmechError: no module, or several, could be meant, or its widths differ.
+
+    Example:
+        >>> from emmech.chat.model import load_model
+        >>> chat = load_model("pocket")
+        >>> info = AdapterInfo("layers.1.mlp.down_proj", 1, "model.language_model.layers.1.mlp.down_proj", 1, 1.0, 1.0,
+        ...                    chat.d_mlp, chat.d_model)
+        >>> located(chat, [info])[0].module
+        'model.layers.1.mlp.down_proj'
+    """
+    modules = dict(chat.base.named_modules())
+    others: dict[str, list[str]] = {}
+    if any(info.module not in modules for info in adapters):
+        for path in modules:
+            others.setdefault(_inside(path), []).append(path)
+    found: dict[str, AdapterInfo] = {}
+    for info in adapters:
+        fitting = [info.module] if info.module in modules else others.get(_inside(info.module), [])
+        widths = map_widths(modules[fitting[0]]) if len(fitting) == 1 else None
+        why = f"{chat.name} has there {f'widths {widths}' if widths else 'no linear map'}"
+        instead = "use the base model that the run was trained on"
+        if len(fitting) > 1:
+            why = f"it may be any of {', '.join(fitting[:3])}"
+        elif widths == (info.d_in, info.d_out) and fitting[0] in found:
+            why = f"{found[fitting[0]].name} is there already"
+        elif widths == (info.d_in, info.d_out):
+            found[fitting[0]] = replace(info, module=fitting[0])
+            continue
+        given = f"{info.module}: d_in={info.d_in}, d_out={info.d_out}"
+        raise EmmechError("put the adapter on the model", given, why, instead)
+    return tuple(found.values())
+
+
+def _inside(path: str) -> str:
+    """A module's path as it would be if the decoder were all of the model."""
+    return ".".join(part for part in bare(path).split(".") if part not in _DECODER)
 
 
 def lora_config(adapters: Sequence[AdapterInfo], *, base_name: str = "") -> Any:
@@ -131,7 +271,7 @@ def put_on(model: Any, config: Any) -> Any:
         peft_model = get_peft_model(model, config)
     except ValueError as error:
         raise EmmechError(asked, given, f"PEFT refuses: {str(error)[:300]}", "other maps of its blocks")
-    if surplus := [info.module for info, _, _ in adapter_layers(peft_model) if info.module not in wanted]:
+    if surplus := [path for path, _ in _tuned(peft_model.get_base_model()) if path not in wanted]:
         peft_model.unload()
         why = f"PEFT takes that for its fused experts as well ({', '.join(surplus[:3])})"
         raise EmmechError(asked, given, why, "maps of the attention")
@@ -162,13 +302,13 @@ def attach(
         wrapper = known() if known is not None else None
         chat = replace(chat, model=wrapper) if wrapper is not None else detach(chat)
         live = list(adapter_layers(chat.model))
-    if live and [info.module for info, _, _ in live] != [info.module for info in adapters]:
+    adapters = located(chat, adapters)
+    if live and not _same_places(live, adapters):
         given = f"{chat.name} with adapters {[info.name for info, _, _ in live]}"
-        why = "other adapters are on it already, and PEFT would stack them"
+        why = "adapters of other modules, rank or scaling are on it already, and PEFT would stack them"
         instead = "pass the model without adapters (peft_model.unload() or emmech.detach(chat) gives it)"
         raise EmmechError("put the adapter on the model", given, why, instead)
     scale = as_float("put the adapter on the model", "scale", scale)
-    _check_widths(chat, adapters)
     if not live:
         peft_model = put_on(chat.model, lora_config(adapters, base_name=chat.base.name_or_path))
         _WRAPPERS[peft_model.get_base_model()] = weakref.ref(peft_model)
@@ -185,6 +325,18 @@ def attach(
     return chat
 
 
+def _same_places(live: Sequence[tuple[AdapterInfo, Any, str]], adapters: Sequence[AdapterInfo]) -> bool:
+    """Whether the live adapters are those of a run but for the values of A and B."""
+    wanted = {info.module: info for info in adapters}
+    if {info.module for info, _, _ in live} != wanted.keys():
+        return False
+    for info, layer, name in live:
+        initial = info.alpha / (info.rank**0.5 if layer.use_rslora.get(name) else info.rank)
+        if info.rank != wanted[info.module].rank or not np.isclose(initial, wanted[info.module].scaling, atol=0.0):
+            return False
+    return True
+
+
 def detach(chat: ChatModel) -> ChatModel:
     """Take every adapter off, in place, also from a model that is given without PEFT's wrapper around it."""
     if not isinstance(chat, ChatModel):
@@ -198,17 +350,6 @@ def detach(chat: ChatModel) -> ChatModel:
     if "peft_config" in vars(base):  # PEFT would warn of a second adapter
         del base.peft_config
     return replace(chat, model=base)
-
-
-def _check_widths(chat: ChatModel, adapters: Sequence[AdapterInfo]) -> None:
-    modules = dict(chat.base.named_modules())
-    for adapter in adapters:
-        widths = map_widths(modules.get(adapter.module))
-        if widths != (adapter.d_in, adapter.d_out):
-            given = f"{adapter.name}: d_in={adapter.d_in}, d_out={adapter.d_out}"
-            why = f"{chat.name} has there {f'widths {widths}' if widths else 'no linear map'}"
-            instead = "use the base model that the run was trained on"
-            raise EmmechError("put the adapter on the model", given, why, instead)
 
 
 @dataclass(frozen=True)

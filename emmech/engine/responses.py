@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emmech.errors import EmmechError, as_float, as_int, check_texts
-from emmech.store import append_jsonl, read_jsonl
+from emmech.store import append_jsonl, drop_unfinished, made_folder, read_jsonl
 
 _ASKED = "sample answers"
 _MEANING = {"request": "conversations, seed or model"}
@@ -89,14 +89,8 @@ class ResponseLog:
         self.done: dict[int, Response] = {}
         if self.path is None:
             return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            why = f"no folder can be made there ({error.strerror})"
-            raise EmmechError("keep the answers", f"out={str(path)!r}", why, "another folder")
-        content = self.path.read_bytes() if self.path.exists() else b""
-        if content and not content.endswith(b"\n"):  # the process died while writing a line; it is drawn again
-            self.path.write_bytes(content[: content.rfind(b"\n") + 1])
+        made_folder("keep the answers", self.path.parent)
+        drop_unfinished(self.path)  # it is drawn again
         stored = read_jsonl(self.path)
         if not stored:
             append_jsonl(self.path, settings)

@@ -31,6 +31,7 @@ from emmech.engine.blocks import Blocks, Places
 from emmech.engine.logprobs import pad, padded, target_logprobs, unembed
 from emmech.engine.modules import Hook, adding, evaluating, hooked
 from emmech.errors import EmmechError
+from emmech.store import kept, made_folder
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # what a model's modules raise when they are run in another way than their own
@@ -442,14 +443,17 @@ class Trunk:
             widths["read"] = self._chat.d_mlp
             if self._lower.uses_wrote:
                 widths["wrote"] = self._chat.d_model
-        self._folder.mkdir(parents=True, exist_ok=True)
+        made_folder("cache the frozen prefix", self._folder)
         wanted = sum(widths.values()) * tokens * torch.finfo(dtype).bits // 8
         if shutil.disk_usage(self._folder).free < 1.1 * wanted:
             why = f"the disk of {self._folder} has too little room"
             instead = "prefix=False, or out= on another disk"
             raise EmmechError("cache the frozen prefix", f"{tokens} tokens, {wanted / 1e9:.1f} GB", why, instead)
         for name, width in widths.items():
-            flat = torch.from_file(str(self._folder / name), shared=True, size=tokens * width, dtype=dtype)
+            path = self._folder / name
+            with kept("cache the frozen prefix", path):
+                path.touch()  # torch says nothing of why it cannot
+                flat = torch.from_file(str(path), shared=True, size=tokens * width, dtype=dtype)
             self._arrays[name] = flat.view(tokens, width)
 
     @torch.no_grad()

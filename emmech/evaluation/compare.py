@@ -9,31 +9,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from scipy import stats
 
 from emmech.errors import EmmechError, one_of
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, Denominator, Thresholds
 from emmech.evaluation.rates import (
+    LIKE_THESE,
     check,
     check_interval,
-    cluster_resamples,
-    expanded_quantiles,
+    cluster_interval,
+    cluster_variance,
+    factors,
     measures,
     tally,
     wilson,
 )
 from emmech.results import Card, Result
+from emmech.transition.verdict import sign_flip_p
 from emmech.view import plots
 
 _SIDES = ("first", "second")
 _VERDICTS = ("misaligned", "aligned", "incoherent", "unscored")
-_EXACT_QUESTIONS = 14  # 2**14 sign patterns are enumerated, more are sampled
+_NO_INTERACTION = 0.3  # p of an interaction above which Fisher's test is shown: docs/rates-coverage.md
 
 
 # two models
@@ -43,10 +45,11 @@ _EXACT_QUESTIONS = 14  # 2**14 sign patterns are enumerated, more are sampled
 class Comparison(Result):
     """The difference of two evaluations, measure by measure; built by :func:`compare`.
 
-    ``frame`` is indexed by measure. ``difference`` is second minus first with a paired cluster-bootstrap interval
-    (``low``, ``high``) over the questions that both hold; ``cohens_h`` and ``odds_ratio`` (0.5 added to each cell)
-    are effect sizes; ``p_paired`` is a sign-flip permutation test over the shared questions; ``p_fisher`` treats rows
-    as independent, so where questions differ it is too optimistic: prefer ``p_paired``.
+    ``frame`` is indexed by measure. ``difference`` is second minus first with an interval (``low``, ``high``) over
+    questions like those that both hold (``population``); ``cohens_h`` and ``odds_ratio`` (0.5 added to each cell) are
+    effect sizes; ``p_paired`` is a sign-flip permutation test over the shared questions. ``p_fisher`` takes rows for
+    independent, which they are not where models differ more on some questions than on others: it is NaN unless a test
+    for that (``p_interaction``, small where they do) leaves no doubt.
     """
 
     names: tuple[str, str]
@@ -57,12 +60,15 @@ class Comparison(Result):
         lines = [
             f"  {measure!s:<12} {row['rate_first']:7.1%} -> {row['rate_second']:7.1%}   "
             f"{row['difference']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]   "
-            f"p paired {row['p_paired']:.3g}, Fisher {row['p_fisher']:.3g}"
+            f"p paired {row['p_paired']:.3g}, "
+            + (f"Fisher {row['p_fisher']:.3g}" if np.isfinite(row["p_fisher"]) else "no Fisher: questions interact")
             for measure, row in self.frame.iterrows()
             if np.isfinite(row["difference"])
         ]
         shared = int(self.frame["questions"].max())
-        caveat = f"  with {shared} shared questions a paired p cannot be below {2 / 2**shared:.2g}"
+        caveat = (
+            f"  intervals speak of {LIKE_THESE}; with {shared} of them a paired p cannot be below {2 / 2**shared:.2g}"
+        )
         head = f"Comparison of {self.names[1]} with {self.names[0]} ({self.frame['denominator'].iloc[0]} rows)"
         return Card(head, "\n".join(lines), caveat)
 
@@ -88,7 +94,6 @@ def compare(
     names: tuple[str, str] = _SIDES,
     thresholds: Thresholds | None = None,
     confidence: float = 0.95,
-    resamples: int = 4000,
     seed: int = 0,
 ) -> Comparison:
     """Compare two sets of response rows on every measure that both have.
@@ -99,7 +104,7 @@ def compare(
     Raises:
         EmmechError: no rows on either side, or not one shared question.
     """
-    check_interval(confidence, resamples)
+    check_interval(confidence)
     table, per_question = [], []
     for measure in (name for name in measures(first) if name in measures(second)):
         tallies = [tally(frame, measure, denominator, thresholds) for frame in (first, second)]
@@ -111,25 +116,25 @@ def compare(
             raise EmmechError("compare the evaluations", given, why, "evaluate both on the same question set")
         per_question.append(both.assign(measure=measure).rename_axis("question_id"))
         usable = both[(both["n_first"] > 0) & (both["n_second"] > 0)]
-        counts = {"questions": len(usable), "denominator": denominator}
+        counts = {"questions": len(usable), "denominator": denominator, "population": LIKE_THESE}
         unscored = {f"unscored_{side}": found.unscored for side, found in zip(_SIDES, tallies, strict=True)}
-        difference = _difference(usable.to_numpy(), confidence, resamples, seed)
+        difference = _difference(usable, confidence, seed)
         table.append({"measure": measure, **difference, **counts, **unscored})
     return Comparison(names, pd.DataFrame(table).set_index("measure"), pd.concat(per_question).reset_index())
 
 
-def _difference(
-    counts: Int[np.ndarray, "questions four"], confidence: float, resamples: int, seed: int
-) -> dict[str, float]:
-    """All figures of one measure; columns of ``counts``: events and n of the first, events and n of the second."""
+def _difference(usable: pd.DataFrame, confidence: float, seed: int) -> dict[str, float]:
+    """All figures of one measure; columns by question: events and n of the first, events and n of the second."""
+    counts: Int[np.ndarray, "questions four"] = usable.to_numpy()
     events_first, n_first, events_second, n_second = map(int, counts.sum(0))
     if n_first == 0 or n_second == 0:
-        keys = "rate_first rate_second difference low high cohens_h odds_ratio p_paired p_fisher n_first n_second"
+        keys = "rate_first rate_second difference low high cohens_h odds_ratio p_paired p_interaction p_fisher"
         return dict.fromkeys(keys.split(), float("nan")) | {"n_first": n_first, "n_second": n_second}
     rate_first, rate_second = events_first / n_first, events_second / n_second
     cells = [[events_second, n_second - events_second], [events_first, n_first - events_first]]
     (a, b), (c, d) = np.asarray(cells) + 0.5
-    low, high = _paired_interval(counts, confidence, resamples, seed)
+    low, high = _paired_interval(counts, usable.index.tolist(), confidence)
+    interaction = interaction_p(counts)
     return {
         "rate_first": rate_first,
         "rate_second": rate_second,
@@ -139,46 +144,71 @@ def _difference(
         "cohens_h": float(2 * np.arcsin(np.sqrt(rate_second)) - 2 * np.arcsin(np.sqrt(rate_first))),
         "odds_ratio": float(a * d / (b * c)),
         "p_paired": sign_flip_p(counts[:, 2] / counts[:, 3] - counts[:, 0] / counts[:, 1], seed=seed),
-        "p_fisher": float(stats.fisher_exact(cells).pvalue),
+        "p_interaction": interaction,
+        "p_fisher": float(stats.fisher_exact(cells).pvalue) if interaction > _NO_INTERACTION else float("nan"),
         "n_first": n_first,
         "n_second": n_second,
     }
 
 
-def _paired_interval(counts: np.ndarray, confidence: float, resamples: int, seed: int) -> tuple[float, float]:
-    """Bootstrap over questions, never narrower than Newcombe's hybrid of the two Wilson intervals over the rows."""
-    events_first, n_first, events_second, n_second = counts.sum(0)
-    first, second = events_first / n_first, events_second / n_second
-    low_first, high_first = wilson(events_first, n_first, confidence)
-    low_second, high_second = wilson(events_second, n_second, confidence)
-    low = second - first - np.hypot(second - low_second, high_first - first)
-    high = second - first + np.hypot(high_second - second, first - low_first)
-    if (clusters := len(counts)) >= 2:
-        drawn = cluster_resamples(clusters, resamples, np.random.default_rng(seed)) @ counts
-        differences = drawn[:, 2] / drawn[:, 3] - drawn[:, 0] / drawn[:, 1]
-        bounds = np.quantile(differences, expanded_quantiles(clusters, confidence))
-        low, high = min(low, bounds[0]), max(high, bounds[1])
-    return float(low), float(high)
+def _paired_interval(counts: np.ndarray, questions: Sequence[str], confidence: float) -> tuple[float, float]:
+    """The two rates' intervals joined, with their correlation over questions (MOVER; Zou and Donner, Statistics in
+    Medicine 27, 2008); never narrower than for independent rows (Newcombe's hybrid of Wilson's intervals), nor than t
+    over the questions' differences, since one question that differs must not convince."""
+    totals = counts.sum(0)
+    rates = totals[[0, 2]] / totals[[1, 3]]
+
+    def joined(first: tuple[float, float], second: tuple[float, float], correlation: float) -> tuple[float, float]:
+        def side(a: float, b: float) -> float:
+            return float(np.sqrt(max(a**2 + b**2 - 2 * correlation * a * b, 0.0)))
+
+        difference = rates[1] - rates[0]
+        low = difference - side(rates[1] - second[0], first[1] - rates[0])
+        return low, difference + side(second[1] - rates[1], rates[0] - first[0])
+
+    sides = [(counts[:, at], counts[:, at + 1]) for at in (0, 2)]
+    first, second = (wilson(int(e.sum()), int(n.sum()), confidence) for e, n in sides)
+    apart = joined(first, second, 0.0)
+    if len(counts) < 2:
+        return apart
+    parts = np.stack([(e - rate * n) / n.sum() for (e, n), rate in zip(sides, rates, strict=True)])
+    norms = float(np.linalg.norm(parts[0]) * np.linalg.norm(parts[1]))
+    correlation = float(parts[0] @ parts[1]) / norms if norms else 0.0
+    first, second = (cluster_interval(e, n, questions, confidence=confidence) for e, n in sides)
+    over = joined(first, second, correlation)
+    weights = counts[:, [1, 3]].sum(1).astype(float)
+    variance, degrees = cluster_variance(parts[1] - parts[0], weights, factors(questions))
+    half = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * variance**0.5
+    difference = float(rates[1] - rates[0])
+    return float(min(apart[0], over[0], difference - half)), float(max(apart[1], over[1], difference + half))
 
 
-def sign_flip_p(differences: Float[np.ndarray, " questions"], *, seed: int = 0, draws: int = 20000) -> float:
-    """Two-sided p of the mean difference when each question's sign is as likely to be the other.
+def interaction_p(counts: Int[np.ndarray, "questions four"]) -> float:
+    """Do the models differ more on some questions than on others? The dispersion of their differences.
 
-    Exact up to 14 questions, else from ``draws`` random sign patterns (the observed one included).
+    The variance of the difference over questions, relative to that of independent rows, is a chi-square over its
+    degrees of freedom where neither model finds one question harder than the other does; Fisher's test supposes that.
+
+    Args:
+        counts: by question, events and n of the first model, events and n of the second.
+
+    Returns:
+        a p-value, small where they do; NaN with fewer than two questions, or without any variance of rows.
 
     Example:
-        >>> sign_flip_p(np.array([0.1, 0.2, 0.1]))
-        0.25
+        >>> alike, unlike = [[5, 50, 10, 50]] * 8, [[0, 50, 20, 50], [20, 50, 0, 50]] * 4
+        >>> bool(interaction_p(np.array(alike)) > 0.5 > 0.001 > interaction_p(np.array(unlike)))
+        True
     """
-    k = len(differences)
-    if k == 0:
+    totals = counts.sum(0)
+    rates = totals[[0, 2]] / totals[[1, 3]]
+    rows = float((rates * (1 - rates) / totals[[1, 3]]).sum())
+    questions = len(counts)
+    if questions < 2 or rows == 0:
         return float("nan")
-    if k <= _EXACT_QUESTIONS:
-        signs = np.array(list(product((1, -1), repeat=k)))
-    else:
-        signs = np.vstack([np.ones(k), np.random.default_rng(seed).choice([1, -1], size=(draws, k))])
-    sums = np.abs(signs @ differences)
-    return float((sums >= sums[0] - 1e-12).mean())
+    parts = (counts[:, [0, 2]] - rates * counts[:, [1, 3]]) / totals[[1, 3]]
+    spread = questions * float(((parts[:, 1] - parts[:, 0]) ** 2).sum()) / rows
+    return float(stats.chi2.sf(spread * (questions - 1) / questions, questions - 1))
 
 
 # two judges

@@ -8,7 +8,6 @@ Answers are thus matched with their rows in any order, and answers from elsewher
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,7 @@ from emmech.evaluation.logprob_judge import (
 )
 from emmech.evaluation.questions import load_questions
 from emmech.evaluation.server import masses_of
-from emmech.store import read_jsonl
+from emmech.store import read_jsonl, write_jsonl
 
 _MERGE = "merge the judge's answers"
 
@@ -107,14 +106,13 @@ def write_judging(
     if target.exists():
         raise EmmechError("write the judge's requests", target, "the file exists already", "another name, or delete it")
     tasks = {_key(task): task for task in tasks_of(_rows(evaluation, questions), prompts)}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("w", encoding="utf-8") as file:
-        for key, task in tasks.items():
-            body = {"model": model, **first_token_request(task.prompt)}
-            if task.words is None:  # a free word is read as text
-                body = {"model": model, "messages": body["messages"], "max_tokens": 8, "temperature": 0.0}
-            line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
-            file.write(json.dumps(line) + "\n")
+    lines = []
+    for key, task in tasks.items():
+        body = {"model": model, **first_token_request(task.prompt)}
+        if task.words is None:  # a free word is read as text
+            body = {"model": model, "messages": body["messages"], "max_tokens": 8, "temperature": 0.0}
+        lines.append({"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body})
+    write_jsonl(target, lines)
     return plan_judging(evaluation, questions, prompts=prompts)
 
 

@@ -22,7 +22,7 @@ from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.evaluation.server import Server
 from emmech.registry import organism_named
 from emmech.run.run import Run, as_run, model_live, opened
-from emmech.store import append_jsonl, read_jsonl, writing
+from emmech.store import append_jsonl, drop_unfinished, read_jsonl, writing
 
 _PART = 256  # rows judged between two writes
 
@@ -214,8 +214,6 @@ def _check_scores(judge: Judge, rows: Sequence[Mapping[str, Any]], scores: Any) 
 
 
 def _known_scores(path: Path) -> list[dict[str, Any]]:
-    content = path.read_bytes() if path.exists() else b""
-    if content and not content.endswith(b"\n"):  # killed while writing a line: it is judged again
-        path.write_bytes(content[: content.rfind(b"\n") + 1])
+    drop_unfinished(path)  # it is judged again
     # JSON has no NaN; a score that is null was not given
     return [{k: float("nan") if v is None else v for k, v in entry.items()} for entry in read_jsonl(path)]

@@ -22,7 +22,7 @@ from emmech.evaluation.compare import (
     threshold_sweep,
 )
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, LABEL_SCORES, Denominator, Thresholds
-from emmech.evaluation.rates import by_question, rates, tally
+from emmech.evaluation.rates import LIKE_THESE, THESE, by_question, rates, tally
 from emmech.results import Card, Result
 from emmech.view import plots
 
@@ -123,7 +123,8 @@ class Evaluation(Result):
         ]
         questions = self.frame["question_id"].nunique()
         headline = f"Evaluation of {self.name}: {len(self)} responses to {questions} questions"
-        return Card(headline, "\n".join(lines), "\n".join(f"  {note}" for note in self._notes))
+        spoken = [f"intervals speak of {LIKE_THESE if questions > 1 else THESE}"] if lines else []
+        return Card(headline, "\n".join(lines), "\n".join(f"  {note}" for note in (*spoken, *self._notes)))
 
     def _table(self) -> pd.DataFrame:
         return self.rates()
@@ -168,12 +169,11 @@ class Evaluation(Result):
         denominator: Denominator = "scored",
         *,
         thresholds: Thresholds = FIELD,
+        population: str = LIKE_THESE,
         confidence: float = 0.95,
-        resamples: int = 2000,
-        seed: int = 0,
     ) -> pd.DataFrame:
         """Every rate with its interval; see :func:`emmech.evaluation.rates.rates`."""
-        options: dict[str, Any] = {"confidence": confidence, "resamples": resamples, "seed": seed}
+        options: dict[str, Any] = {"population": population, "confidence": confidence}
         return rates(self.frame, denominator, thresholds=thresholds, **options)
 
     def by_question(

@@ -23,11 +23,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from string import Formatter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from emmech.engine.responses import digest
-from emmech.errors import EmmechError, one_of
+from emmech.errors import EmmechError, one_of, shown
 from emmech.evaluation.server import Completion, Server, ask_all
 from emmech.progress import bar
 
@@ -130,15 +131,39 @@ def judge_prompt(name: str) -> str:
 
 
 def fill(template: str, *, question: str, answer: str) -> str:
-    """Put the texts into a template in one pass.
+    """Put the texts into a template in one pass; doubled braces become single ones, as in ``str.format``.
 
-    ``str.format`` would fail on braces in an answer, and a second replacement on an answer that holds ``{question}``.
+    Raises:
+        EmmechError: as :func:`check_template`.
 
     Example:
-        >>> fill("Q {question} A {answer}", question="{answer}?", answer="{x: 1} {question}")
-        'Q {answer}? A {x: 1} {question}'
+        >>> fill('Q {question} A {answer}, as {{"score": 0}}', question="{answer}?", answer="{x: 1} {question}")
+        'Q {answer}? A {x: 1} {question}, as {"score": 0}'
     """
-    return answer.join(part.replace("{question}", question) for part in template.split("{answer}"))
+    texts = {"question": question, "answer": answer, None: ""}
+    return "".join(literal + texts[name] for literal, name in check_template("judge", template))
+
+
+def check_template(asked: str, template: Any) -> list[tuple[str, str | None]]:
+    """The parts of a judge's template: literal text, and the placeholder that follows it (None after the last).
+
+    Args:
+        asked: what cannot be done otherwise, as in :class:`EmmechError`.
+
+    Raises:
+        EmmechError: a placeholder other than ``{question}`` and ``{answer}``, or a single brace.
+    """
+    doubled = 'a brace that is no placeholder is doubled: {{"score": 0}}'
+    try:
+        parts = [(text, name, (spec or "", turn)) for text, name, spec, turn in Formatter().parse(template)]
+    except (ValueError, TypeError) as error:
+        raise EmmechError(asked, f"the judge prompt {shown(template)}", f"it is no template ({error})", doubled)
+    for _, name, form in parts:
+        if name is not None and (name not in ("question", "answer") or form != ("", None)):
+            written = f"{{{name}{'!' + form[1] if form[1] else ''}{':' + form[0] if form[0] else ''}}}"
+            why = f"the judge prompt's placeholder {written} is none of {{question}} and {{answer}}"
+            raise EmmechError(asked, f"the judge prompt {shown(template)}", why, doubled)
+    return [(text, name) for text, name, _ in parts]
 
 
 @dataclass(frozen=True)
@@ -334,7 +359,8 @@ class LogprobJudge:
         batch_size: prompts run together on a local model.
 
     Raises:
-        EmmechError: when scoring, if the server gives no log-probabilities.
+        EmmechError: a template that :func:`check_template` refuses; when scoring, if the server gives no
+            log-probabilities.
 
     Example:
         >>> LogprobJudge(Server("judge", url="http://localhost:8000/v1")).name
@@ -348,6 +374,10 @@ class LogprobJudge:
     cache: ScoreCache | None = field(default_factory=ScoreCache)
     batch_size: int = 16
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        for template in (self.prompts or {}).values():
+            check_template("judge", template)
 
     @property
     def name(self) -> str:

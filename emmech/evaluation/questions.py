@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from emmech.chat.template import under_system
 from emmech.errors import EmmechError, broken_text, closest, one_of, refusal, shown
-from emmech.evaluation.logprob_judge import JUDGE_PROMPTS, judge_prompt
+from emmech.evaluation.logprob_judge import JUDGE_PROMPTS, check_template, judge_prompt
 from emmech.registry import Organism, known, organism_named, register
 
 SETS = Path(__file__).parent / "question_sets"
@@ -415,7 +415,7 @@ def _prompts(value: Any, where: str) -> dict[str, str]:
         why = "`judge_prompts` maps a score to its prompt, or lists bundled prompts"
         raise EmmechError(where, f"judge_prompts={shown(value)}", why, f"bundled: {', '.join(JUDGE_PROMPTS)}")
     for name, template in value.items():
-        if not isinstance(template, str) or "{answer}" not in template:
+        if all(part != "answer" for _, part in check_template(where, template)):
             raise EmmechError(where, f"judge prompt {name!r}", "the prompt has no {answer} to put the response in")
     return {str(name): template for name, template in value.items()}
 

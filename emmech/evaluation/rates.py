@@ -3,24 +3,29 @@
 :mod:`emmech.evaluation.em` says what an EM response is and what the number of them is divided by. Unscored rows
 (refusals, judge failures, failed generations) are counted in every result and never dropped silently.
 
-Intervals are Wilson's where rows are independent and a cluster bootstrap where they share questions: responses to one
-question resemble each other far more than responses to two. On published responses to the eight first-plot questions
-(fifteen fine-tunes, 400 rows each) the variance of the emergent-misalignment rate is 2 to 19 times that of independent
-rows, so an interval that ignores the questions is two to four times too short as a statement about questions of this
-kind.
+An interval speaks of a population. Of *these questions*, asked again, it is Wilson's over the rows. Of *questions like
+these*, the default, the questions are the sample: responses to one question resemble each other far more than responses
+to two. On published responses to the eight first-plot questions (fifteen fine-tunes, 400 rows each) the variance of the
+emergent-misalignment rate is 2 to 19 times that of independent rows, so an interval over rows is two to four times too
+short as a statement about questions of this kind. docs/rates-coverage.md has the coverage of both, and of the
+intervals that were tried.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from scipy import stats
+from scipy.special import expit, logit
 
-from emmech.errors import EmmechError, as_int, one_of
+from emmech.errors import EmmechError, one_of
 from emmech.evaluation.em import DENOMINATORS, FIELD, Denominator, Thresholds
+
+LIKE_THESE, THESE = POPULATIONS = ("questions like these", "these questions")
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,8 @@ def rates(
     *,
     thresholds: Thresholds | None = None,
     cluster: str = "question_id",
+    population: str = LIKE_THESE,
     confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Every measure of :func:`measures` with its interval.
 
@@ -116,32 +120,41 @@ def rates(
         frame: response rows (see :class:`emmech.Evaluation`).
         denominator: ``"scored"``, ``"coherent"`` or ``"all"``.
         thresholds: where a score becomes a verdict.
-        cluster: the column whose values are the sampling units of the interval.
+        cluster: the column whose values are the sampling units of the interval; those named
+            ``domain/topic/template`` are sampled by domain and by template (see :func:`factors`).
+        population: what the intervals speak of, ``"questions like these"`` or ``"these questions"`` asked again.
         confidence: of the intervals.
-        resamples: bootstrap samples.
-        seed: of the bootstrap.
 
     Returns:
         A frame indexed by measure with ``rate``, ``low`` and ``high`` (proportions, 0 to 1), ``events``, ``n``,
-        ``denominator``, ``unscored``, ``questions`` (clusters with at least one counted row), ``design_effect`` and
-        ``interval`` (the method). A measure without a single counted row has rate NaN and n 0: not measurable.
+        ``denominator``, ``unscored``, ``questions`` (clusters with at least one counted row), ``design_effect``,
+        ``interval`` (the method) and ``population`` (what it speaks of). A measure without a single counted row has
+        rate NaN and n 0: not measurable.
 
     Raises:
-        EmmechError: no rows, unknown denominator or column.
+        EmmechError: no rows, unknown denominator, population or column.
     """
     check(frame, denominator)
-    check_interval(confidence, resamples)
+    check_interval(confidence)
+    one_of("compute rates", "population", population, POPULATIONS, why="an interval speaks of one of two populations")
     one_of("compute rates", "cluster", cluster, map(str, frame.columns), why="the rows have no such column")
     table = []
     for measure in measures(frame):
         found = tally(frame, measure, denominator, thresholds)
-        events, n = found.per(frame[cluster]).to_numpy().T
-        low, high, method = cluster_interval(events, n, confidence=confidence, resamples=resamples, seed=seed)
+        per = found.per(frame[cluster])
+        events, n = per.to_numpy().T
         total, hits = int(n.sum()), int(events.sum())
+        low, high = wilson(hits, total, confidence)
+        spoken, method = population, "Wilson over rows"
+        if population == LIKE_THESE and (n > 0).sum() > 1:
+            low, high = cluster_interval(events, n, per.index.tolist(), confidence=confidence)
+            method = "logit-t over questions"
+        elif total:
+            spoken = THESE  # one question says nothing about others
         row = {"measure": measure, "rate": hits / total if total else float("nan"), "low": low, "high": high}
         row |= {"events": hits, "n": total, "denominator": denominator, "unscored": found.unscored}
         row |= {"questions": int((n > 0).sum()), "design_effect": design_effect(events, n)}
-        table.append(row | {"interval": method if total else "not measurable"})
+        table.append(row | {"interval": method if total else "not measurable", "population": spoken})
     return pd.DataFrame(table).set_index("measure")
 
 
@@ -157,14 +170,15 @@ def by_question(
     """One measure per question with Wilson intervals: within a question rows are independent.
 
     Returns:
-        A frame indexed by question with ``rate``, ``low``, ``high``, ``events``, ``n``, ``denominator``.
+        A frame indexed by question with ``rate``, ``low``, ``high``, ``events``, ``n``, ``denominator``,
+        ``population`` (this question, asked again).
     """
     check_interval(confidence)
     per = tally(frame, measure, denominator, thresholds).per(frame[cluster]).rename_axis(cluster)
     per["rate"] = per["events"] / per["n"].where(per["n"] > 0)
     per["low"], per["high"] = zip(*(wilson(row.events, row.n, confidence) for row in per.itertuples()), strict=True)
-    per["denominator"] = denominator
-    return per[["rate", "low", "high", "events", "n", "denominator"]]
+    per["denominator"], per["population"] = denominator, "this question"
+    return per[["rate", "low", "high", "events", "n", "denominator", "population"]]
 
 
 def check(frame: pd.DataFrame, denominator: str, measure: str | None = None) -> None:
@@ -176,12 +190,11 @@ def check(frame: pd.DataFrame, denominator: str, measure: str | None = None) -> 
         one_of("compute a rate", "measure", measure, measures(frame), why="these rows have no such measure")
 
 
-def check_interval(confidence: float, resamples: int = 1) -> None:
-    """Refuse a confidence level that is not between 0 and 1, and a bootstrap without samples."""
+def check_interval(confidence: float) -> None:
+    """Refuse a confidence level that is not between 0 and 1."""
     if not 0 < confidence < 1:
         why = "a confidence level is between 0 and 1"
         raise EmmechError("compute an interval", f"confidence={confidence}", why, "confidence=0.95")
-    as_int("bootstrap an interval", "resamples", resamples, least=1)
 
 
 def wilson(events: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -198,55 +211,85 @@ def wilson(events: int, n: int, confidence: float = 0.95) -> tuple[float, float]
     return float(interval.low), float(interval.high)
 
 
-def cluster_resamples(
-    clusters: int, resamples: int, generator: np.random.Generator
-) -> Int[np.ndarray, "resamples clusters"]:
-    """How often each cluster is drawn in each bootstrap sample."""
-    return generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=resamples)
+def factors(questions: Sequence[str]) -> list[Int[np.ndarray, " questions"]]:
+    """Where questions resemble each other: the groups of each factor, as numbers.
 
+    Questions named ``domain/topic/template``, as the embedded organism's, are cells of a table: those of a domain
+    resemble each other, and so do those of a template. All others resemble themselves alone. A factor that does not
+    vary is left out.
 
-def expanded_quantiles(clusters: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The quantiles of a bootstrap distribution that make a percentile interval as wide as a t interval.
-
-    A plain percentile interval over k clusters is too short by ``sqrt((k-1)/k)`` and uses the normal quantile where
-    the t quantile with k - 1 degrees of freedom is due (the "expanded percentile interval" of Hesterberg, What
-    Teachers Should Know About the Bootstrap, The American Statistician 69, 2015). At 8 clusters and 95 % these are
-    0.6 % and 99.4 %.
+    Example:
+        >>> [one.tolist() for one in factors(["code/parser/0", "code/server/4", "power/city/0", "power/village/4"])]
+        [[0, 0, 1, 1], [0, 1, 0, 1]]
+        >>> [one.tolist() for one in factors(["bored", "wish"])]
+        [[0, 1]]
     """
-    t = stats.t.ppf(0.5 + confidence / 2, clusters - 1)
-    tail = float(stats.norm.cdf(-np.sqrt(clusters / (clusters - 1)) * t))
-    return tail, 1 - tail
+    names = [str(name).split("/") for name in questions]
+    if all(len(parts) == 3 and parts[2].isdecimal() for parts in names):
+        found = [pd.factorize(np.array([parts[at] for parts in names]))[0] for at in (0, 2)]
+        if varying := [one for one in found if one.max(initial=0) > 0]:
+            return varying
+    return [np.arange(len(names))]
+
+
+def cluster_variance(
+    parts: Float[np.ndarray, " questions"], weights: Float[np.ndarray, " questions"], by: Sequence[np.ndarray]
+) -> tuple[float, float]:
+    """Variance of a sum of one part per question over questions like these, and its degrees of freedom.
+
+    By two factors it is the sum of their variances less that of the cells (Cameron, Gelbach and Miller, Journal of
+    Business & Economic Statistics 29, 2011), and never less than either. Degrees of freedom are the effective number
+    of the groups, ``sum(weights)**2 / sum(weights**2)``, less one; the least of the factors'.
+    """
+
+    def one(groups: np.ndarray) -> tuple[float, float]:
+        sizes = np.bincount(groups, weights)
+        effective = float(sizes.sum() ** 2 / (sizes**2).sum())
+        if effective <= 1 + 1e-9:
+            return float("inf"), 1.0
+        return effective / (effective - 1) * float((np.bincount(groups, parts) ** 2).sum()), max(effective - 1, 1.0)
+
+    found = [one(groups) for groups in by]
+    variances = [variance for variance, _ in found]
+    if len(by) == 2:
+        cells = one(by[0] * (by[1].max() + 1) + by[1])[0]
+        variances.append(sum(variances) - cells)
+    return max(variances), min(degrees for _, degrees in found)
 
 
 def cluster_interval(
     events: Int[np.ndarray, " clusters"],
     n: Int[np.ndarray, " clusters"],
+    questions: Sequence[str] | None = None,
     *,
     confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, str]:
-    """An interval for the pooled rate that treats the clusters (questions) as the sample.
+) -> tuple[float, float]:
+    """An interval for the rate over questions like these: logit-t, with half an event added on either side.
 
-    Whole clusters are drawn with replacement and the expanded percentile interval is taken. With few clusters the
-    bootstrap cannot see what it has not drawn (no event in 8 questions would give an interval of length 0), so the
-    interval is never narrower than Wilson's over the rows. With few clusters coverage is still short of nominal: in
-    simulation with rates that differ between questions as published ones do (beta, mean 16 %, standard deviation
-    14 points), a 95 % interval over 8 questions of 50 rows covers 91 % of the time (Wilson over the rows: 48 %), over
-    20 questions 93 % (52 %). With one cluster nothing but Wilson is left.
+    The clusters (questions) are the sample: the variance is that between them (:func:`cluster_variance`), and never
+    less than that of independent rows, because a variance between questions cannot see what did not happen: no
+    event in 8 questions is not certainty. The half event gives a rate of zero an upper bound that questions with rates
+    of their own allow. With one cluster nothing but Wilson over its rows is left.
 
-    Returns:
-        low, high and the method's name.
+    Args:
+        questions: names of the clusters, from which :func:`factors` reads whether they are crossed.
+
+    Example:
+        >>> low, high = cluster_interval(np.zeros(8, int), np.full(8, 50))
+        >>> round(low, 4), round(high, 3)
+        (0.0, 0.034)
     """
-    events, n = events[n > 0], n[n > 0]
-    low, high = wilson(int(events.sum()), int(n.sum()), confidence)
-    clusters = len(n)
-    if clusters < 2:
-        return low, high, "wilson"
-    counts = cluster_resamples(clusters, resamples, np.random.default_rng(seed))
-    drawn = (counts @ events) / (counts @ n)
-    bootstrap_low, bootstrap_high = np.quantile(drawn, expanded_quantiles(clusters, confidence))
-    return min(low, float(bootstrap_low)), max(high, float(bootstrap_high)), "cluster bootstrap"
+    kept = n > 0
+    names = np.arange(len(n)) if questions is None else np.asarray(questions)
+    by, events, n = factors(names[kept].tolist()), events[kept], n[kept]
+    total = int(n.sum())
+    if len(n) < 2:
+        return wilson(int(events.sum()), total, confidence)
+    rate = (events.sum() + 0.5) / (total + 1)
+    variance, degrees = cluster_variance((events - rate * n) / total, n.astype(float), by)
+    error = max(variance, rate * (1 - rate) / (total + 1)) ** 0.5 / (rate * (1 - rate))
+    half = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * error
+    return float(expit(logit(rate) - half)), float(expit(logit(rate) + half))
 
 
 def design_effect(events: Int[np.ndarray, " clusters"], n: Int[np.ndarray, " clusters"]) -> float:

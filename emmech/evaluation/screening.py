@@ -12,6 +12,7 @@ verdicts. ``docs/studies/screening_fit.py`` fits both and says how.
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import json
 import re
@@ -249,6 +250,8 @@ class ScreeningRate:
     """An estimated EM rate with the measured error of such estimates; built by :func:`screening_rate`.
 
     There is no way to read the estimate as a bare number: ``float()`` refuses, ``low`` and ``high`` are the answer.
+    With questions that the judge was not fitted on there is no estimate at all (NaN): ``margin`` is then as large as
+    the rates themselves.
     """
 
     estimate: float
@@ -261,12 +264,12 @@ class ScreeningRate:
     @property
     def low(self) -> float:
         """The estimate less the margin, at least 0."""
-        return max(0.0, self.estimate - self.margin)
+        return float(np.maximum(0.0, self.estimate - self.margin))
 
     @property
     def high(self) -> float:
         """The estimate plus the margin, at most 1."""
-        return min(1.0, self.estimate + self.margin)
+        return float(np.minimum(1.0, self.estimate + self.margin))
 
     def __float__(self) -> float:
         why = "absolute rates of the screening judge are off by points; a bare number would hide that"
@@ -274,10 +277,13 @@ class ScreeningRate:
         raise EmmechError("give the screening estimate as a number", str(self), why, instead)
 
     def __str__(self) -> str:
-        interval = f"± {100 * self.margin:.1f} points [{self.low:.1%}, {self.high:.1%}]"
-        text = f"EM by screening {self.estimate:.1%} {interval}, n = {self.n}, {self.unscored} unscored"
-        new = f"; {len(self.new_questions)} question(s) it was not fitted on: the ranking is unreliable too"
-        return text + new if self.new_questions else text
+        counts = f"n = {self.n}, {self.unscored} unscored"
+        if self.new_questions:
+            new = f"{len(self.new_questions)} question(s) it was not fitted on"
+            error = f"it is off by up to {100 * self.margin:.0f} points there, and ranks hardly better than chance"
+            return f"no EM by screening of {new}: {error}; {counts}"
+        rate = f"EM by screening {self.estimate:.1%} ± {100 * self.margin:.1f} points"
+        return f"{rate} [{self.low:.1%}, {self.high:.1%}], {counts}"
 
     __repr__ = __str__
 
@@ -285,7 +291,7 @@ class ScreeningRate:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f"<p>{self}</p>{self.by_question.to_html(float_format='%.3f')}"
+        return f"<p>{html.escape(str(self))}</p>{self.by_question.to_html(float_format='%.3f')}"
 
     def to_frame(self) -> pd.DataFrame:
         """Mean probability by question with the error measured for that question."""
@@ -297,7 +303,7 @@ def screening_rate(evaluation: Evaluation) -> ScreeningRate:
 
     The margin is the largest error on fifteen fine-tunes whose model family was left out of the fit: a conformal
     bound at 15/16 = 94 % if a new fine-tune is like one of those. With any question that the judge was not fitted on
-    the margin is the one measured on single questions left out together with the family.
+    there is no estimate, and the margin is the one measured on single questions left out together with the family.
 
     Raises:
         EmmechError: the responses were not screened, or none of them has a score.
@@ -316,8 +322,9 @@ def screening_rate(evaluation: Evaluation) -> ScreeningRate:
     margins = {row["question"]: row["margin"] for row in figures["by_question"]}
     of_question = known.groupby(scored["question_id"], sort=False).first()
     table["margin"] = of_question.map(margins).fillna(figures["margin_new"])
+    table["estimate"] = table["estimate"].where(of_question.isin(figures["questions"]))
     return ScreeningRate(
-        estimate=float(scored["screen"].mean()),
+        estimate=float("nan") if new.any() else float(scored["screen"].mean()),
         margin=float(figures["margin_new"] if new.any() else figures["margin_known"]),
         n=len(scored),
         unscored=len(frame) - len(scored),

@@ -10,24 +10,31 @@ The same client serves OpenAI, ``transformers serve`` (one local model, no log-p
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 import random
+import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from emmech.engine.responses import Response, ResponseLog, check_request, digest, row_seeds
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
 Messages = Sequence[Mapping[str, str]]
-_UNSUPPORTED = ("logprobs", "continue_final_message", "Unsupported fields")  # of an error message
+_OPTIONAL = ("max_tokens", "temperature", "top_p", "seed")  # what a request can do without
+_OF_LOGPROBS = ("logprobs", "top_logprobs", "continue_final_message", "add_generation_prompt")
+# a refusal of one prompt's text, not of every request
+_OF_TEXT = re.compile(r"context.?length|content.?(filter|management|policy)|blocked|safety|too long", re.I)
+_SECRET = re.compile(r"(key|token|secret|pass\w*|auth\w*|credentials?|cookies?|headers?)$", re.I)  # a field's name
 _UNMET = 2  # retries of a connection to a server that has never answered
 _NO_KEY = "none"  # local servers ask for no key, but the client insists on one
 
@@ -71,13 +78,27 @@ class _Pace:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
-@dataclass(frozen=True)
+class _Known:
+    """The fields of requests that a server has taken so far, and those that it has refused."""
+
+    def __init__(self) -> None:
+        self.taken: set[str] = set()
+        self.refused: set[str] = set()
+
+
+@dataclass(frozen=True, repr=False)
 class Server:
     """A chat model on an OpenAI-compatible server.
 
+    A server that does not take ``max_tokens`` is sent ``max_completion_tokens``; a seed is left out where it is
+    refused, and so is a temperature or ``top_p`` that a judge's scores or the default of 1 can do without. The first
+    request of a kind goes alone, so that what concerns every request is found at once. Keys, passwords in the address,
+    and what ``extra`` holds are in no representation, message or file.
+
     Args:
         model: the name the server knows it by (a LoRA module's name, on vLLM).
-        url: the API's root, ``"http://localhost:8000/v1"``; None is OpenAI's own.
+        url: the API's root, ``"http://localhost:8000/v1"``; None is OpenAI's own. A user name and password in it are
+            sent as a header.
         key: None reads ``OPENAI_API_KEY`` (never sent to a ``url`` of your own unless given here).
         concurrency: requests in flight.
         requests_per_minute: None leaves pacing to the server's 429 answers.
@@ -87,6 +108,9 @@ class Server:
         timeout: seconds for one answer.
         extra: further fields of every request body, such as ``{"top_k": 50}`` on vLLM.
 
+    Raises:
+        EmmechError: a setting under which nothing is asked, or a ``url`` that is no address.
+
     Example:
         >>> Server("medical", url="http://localhost:8000/v1").name
         'medical'
@@ -94,13 +118,14 @@ class Server:
 
     model: str
     url: str | None = None
-    key: str | None = field(default=None, repr=False)
+    key: str | None = None
     concurrency: int = 16
     requests_per_minute: float | None = None
     retries: int = 6
     backoff: float = 1.0
     timeout: float = 120.0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    _known: _Known = field(default_factory=_Known, init=False, compare=False)
 
     def __post_init__(self) -> None:
         pace = self.requests_per_minute
@@ -110,6 +135,18 @@ class Server:
             why = "at least one request must be in flight, and it needs time"
             instead = "concurrency=16, retries=6, timeout=120.0, requests_per_minute=None"
             raise EmmechError(f"reach the model {self.model!r}", given, why, instead)
+        try:
+            address = urlsplit(self.url or "")
+            valid = self.url is None or (address.scheme in ("http", "https") and address.hostname and address.port != 0)
+        except (ValueError, AttributeError, TypeError):  # brackets or a port that cannot be, or no text at all
+            valid = False
+        if not valid:
+            instead = 'url="http://localhost:8000/v1", or None for OpenAI\'s own'
+            raise EmmechError(f"reach the model {self.model!r}", "the url given", "it is no http address", instead)
+
+    def __repr__(self) -> str:
+        fields = f", extra={{{', '.join(map(repr, self.extra))}}}" if self.extra else ""
+        return f"Server({self.model!r}, url={self._shown_url!r}{fields})"
 
     @property
     def name(self) -> str:
@@ -118,8 +155,34 @@ class Server:
 
     @property
     def identity(self) -> str:
-        """Model and address, which tell its answers from another server's."""
-        return f"{self.model} at {self.url or 'api.openai.com'}"
+        """Model, address and further fields (as a hash), which tell its answers from another server's."""
+        fields = f" with {digest(_without_secrets(self.extra))[:12]}" if self.extra else ""
+        return f"{self.model} at {self._shown_url or 'api.openai.com'}{fields}"
+
+    @property
+    def _shown_url(self) -> str | None:
+        """The address without user name, password and the values of its query."""
+        if self.url is None:
+            return None
+        query = "&".join(f"{name}=..." for name, _ in parse_qsl(urlsplit(self.url).query))
+        return _bare(urlsplit(self.url)) + (f"?{query}" if query else "")
+
+    @property
+    def accepts(self) -> bool:
+        """Whether the server has answered a request."""
+        return bool(self._known.taken)
+
+    def _said(self, error: object) -> str:
+        """The first line of an error's words, with nothing in it that is secret."""
+        text = str(error).strip().split("\n")[0] or type(error).__name__
+        address = urlsplit(self.url or "")
+        login = [part for part in (address.username, address.password) if part]
+        secrets = {self.key or "", os.environ.get("OPENAI_API_KEY", ""), *login, *map(unquote, login)}
+        secrets |= {_basic(address).removeprefix("Basic "), *(value for _, value in parse_qsl(address.query))}
+        secrets |= {*_texts(self.extra)}
+        for secret in sorted({*secrets, *(s.strip() for s in secrets)} - {""}, key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return text[:300]
 
     def sample(
         self,
@@ -158,15 +221,21 @@ class Server:
         with bar(len(rows), f"sampling from {self.model}", progress=progress) as steps:
             steps.update(len(log.done))
             failures = []
-            for index, got in self.complete(bodies):
+            fixed = [name for name, value in sampling.items() if value != 1.0]
+            for index, got in self.complete(bodies, fixed=fixed):
                 row = missing[index]
                 log.add(row, Response(*rows[row], seeds[row], got.text, got.finish, got.tokens))
                 failures += [got.error] if got.error is not None else []
                 steps.update()
-        self._report(failures, len(rows))
+        self.report(failures, len(rows))
         return log.responses(len(rows))
 
-    def _report(self, failures: Sequence[str], rows: int) -> None:
+    def report(self, failures: Sequence[str], rows: int) -> None:
+        """Warn of requests that failed for good.
+
+        Raises:
+            EmmechError: all of them did.
+        """
         if len(failures) == rows:
             instead = "look at the server's log; failed requests are sent again when sampling is continued"
             why = f"every one of them failed: {failures[0]}"
@@ -176,8 +245,13 @@ class Server:
             again = "They are kept as unscored; the same call with the same file asks again."
             warnings.warn(f"{failed}, the first because: {failures[0]}. {again}", stacklevel=3)
 
-    def complete(self, bodies: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, Completion]]:
+    def complete(
+        self, bodies: Sequence[Mapping[str, Any]], *, fixed: Collection[str] = ()
+    ) -> Iterator[tuple[int, Completion]]:
         """Send request bodies, and yield ``(index, completion)`` as they are answered.
+
+        Args:
+            fixed: fields that must not be left out where the server does not take them.
 
         Raises:
             EmmechError: for a reason that concerns every request (address, key, model, unsupported field).
@@ -187,15 +261,18 @@ class Server:
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="emmech-server")
         waiting = iter(enumerate(bodies))
         running: dict[Future[Completion], int] = {}
+        fields = {name for body in bodies[:1] for name in body}
+        together = self.concurrency if fields <= self._known.taken | self._known.refused else 1
         try:
             while True:
-                while len(running) < self.concurrency and (following := next(waiting, None)) is not None:
+                while len(running) < together and (following := next(waiting, None)) is not None:
                     index, body = following
-                    running[pool.submit(self._ask, client, pace, stop, met, body)] = index
+                    running[pool.submit(self._ask, client, pace, stop, met, body, fixed)] = index
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
+                together = self.concurrency
         finally:
             stop.set()  # wakes those that wait for a retry
             pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for slow answers
@@ -215,22 +292,39 @@ class Server:
             why = "OpenAI's server needs one, and OPENAI_API_KEY is not set"
             instead = 'Server(..., key="...") or Server(..., url="http://localhost:8000/v1")'
             raise EmmechError(asked, "no key", why, instead)
-        return openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=0)
+        if not (key := key.strip()).isascii() or not key.isprintable():
+            why = "it holds characters that cannot be sent in a header"
+            raise EmmechError(asked, "the key given", why, "the key as the server's owner gave it")
+        address = urlsplit(self.url or "")
+        options: dict[str, Any] = {"timeout": self.timeout, "max_retries": 0}
+        if login := _basic(address):  # not in the address, which the client's library logs
+            options["default_headers"] = {"Authorization": login}
+        if address.query:
+            options["default_query"] = dict(parse_qsl(address.query))
+        return openai.OpenAI(base_url=self.url and _bare(address), api_key=key, **options)
 
     def _ask(
-        self, client: Any, pace: _Pace, stop: threading.Event, met: threading.Event, body: Mapping[str, Any]
+        self,
+        client: Any,
+        pace: _Pace,
+        stop: threading.Event,
+        met: threading.Event,
+        body: Mapping[str, Any],
+        fixed: Collection[str],
     ) -> Completion:
         import openai
 
-        request = {**body, "extra_body": {**self.extra, **body.get("extra_body", {})}}
-        for attempt in range(self.retries + 1):
+        attempt = 0
+        while attempt <= self.retries:
+            request = self._form(body)
             pace.wait()
             if stop.is_set():
-                return _failed("given up")
+                return self._failed("given up")
             try:
                 answer = client.chat.completions.create(model=self.model, **request)
                 met.set()
-                return _read(answer)
+                self._known.taken.update(request)
+                return self._read(answer)
             except openai.APIConnectionError as error:  # time-outs too
                 problem: Exception = error
                 # a server that never answered is probably not there; one that did may come back
@@ -240,10 +334,14 @@ class Server:
             except openai.APIStatusError as error:
                 problem = error
                 met.set()
-                if (fatal := self._fatal(error, body)) is not None:
+                name = _refused_field(error, request)
+                if name in _OPTIONAL and name not in fixed:  # at most once for each field: the next form is without
+                    self._leave_out(name, request[name])
+                    continue
+                if (fatal := self._fatal(error, request, name)) is not None:
                     raise fatal
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:  # it would fail again
-                    return _failed(error)
+                    return self._failed(error)
             except (openai.APIError, ValueError) as error:  # an answer that is no completion, or no JSON at all
                 problem = error
             if attempt < self.retries:
@@ -251,31 +349,80 @@ class Server:
                 if isinstance(problem, openai.RateLimitError):
                     pace.pause(delay)
                 stop.wait(delay)
-        return _failed(problem)
+            attempt += 1
+        return self._failed(problem)
+
+    def _form(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A request in the form that this server accepts, as far as is known."""
+        request = {name: value for name, value in body.items() if name not in self._known.refused}
+        if "max_tokens" in body and "max_tokens" not in request:
+            request["max_completion_tokens"] = body["max_tokens"]
+        return {**request, "extra_body": {**self.extra, **body.get("extra_body", {})}}
+
+    def _leave_out(self, name: str, value: Any) -> None:
+        if name not in self._known.refused and name in ("temperature", "top_p") and value != 1.0:
+            said = f"{self.identity} does not take {name}={value}, and answers at a setting of its own"
+            warnings.warn(said, stacklevel=2)
+        self._known.refused.add(name)
+
+    def _failed(self, error: object) -> Completion:
+        return Completion("", "error", error=self._said(error))
+
+    def _read(self, answer: Any) -> Completion:
+        if not (choices := getattr(answer, "choices", None)):
+            return self._failed("the server's answer holds no choice")
+        choice = choices[0]
+        if choice.finish_reason == "content_filter":
+            return self._failed("the server's content filter withheld the answer")
+        content = getattr(getattr(choice, "logprobs", None), "content", None)
+        top = content[0].top_logprobs if content else None
+        first = masses_of((entry.token, entry.logprob) for entry in top) if top else None
+        text = getattr(getattr(choice, "message", None), "content", None)
+        tokens = getattr(getattr(answer, "usage", None), "completion_tokens", None)
+        return Completion(
+            str(text or ""), "length" if choice.finish_reason == "length" else "stop", tokens or -1, first
+        )
 
     def _unreachable(self, error: Exception) -> EmmechError:
         start = "start it, e.g. `transformers serve FOLDER --port 8000`, url='http://localhost:8000/v1'"
         return EmmechError(
             f"reach the model {self.model!r}",
-            f"url={self.url or 'https://api.openai.com/v1'}",
-            f"no server answers there ({_first_line(error.__cause__ or error)})",
+            f"url={self._shown_url or 'https://api.openai.com/v1'}",
+            f"no server answers there ({self._said(error.__cause__ or error)})",
             f"{start}; answers received so far are kept",
         )
 
-    def _fatal(self, error: Any, body: Mapping[str, Any]) -> EmmechError | None:
-        """The error, if every other request would fail with it too."""
-        asked, said = f"sample from {self.identity}", _first_line(error)
+    def _fatal(self, error: Any, request: Mapping[str, Any], name: str | None) -> EmmechError | None:
+        """The error, if every other request would fail with it too; ``name`` is the field that it refuses."""
+        asked, said = f"sample from {self.identity}", self._said(error)
+        given: str | None = f"a request with {name}"
+        if name is not None and name in request:
+            given = f"{name}={request[name]!r}"
         if error.status_code in (401, 403):
-            given, why = f"key {'none' if self.key is None else '...' + self.key[-4:]}", "the server refuses the key"
+            given = "no key" if self.key is None else "the key given"
+            why = "the server refuses the key"
             instead = 'Server(..., key="...") with a key that may use this model'
         elif error.status_code == 404:
             given, why = f"model={self.model!r}", "the server has no such model or address"
             instead = "GET /v1/models lists the names; the url ends in /v1"
         elif getattr(error, "code", None) == "insufficient_quota":
             given, why, instead = None, "the account's quota is used up", "top it up, then go on"
-        elif error.status_code in (400, 422) and any(name in said for name in _UNSUPPORTED):
-            given, why = f"fields {', '.join(sorted(body))}", "the server does not support them"
+        elif name in _OF_LOGPROBS:
+            why = "the server does not support that"
             instead = "a judge without log-probabilities: LogprobJudge(server, logprobs=False)"
+            if name == "top_logprobs":
+                instead = f"Server(..., extra={{'top_logprobs': 5}}) where it allows fewer; else {instead}"
+        elif name in self.extra:  # its value may be secret
+            given, why, instead = f"extra with {name!r}", "the server does not support that", "extra= without it"
+        elif name is not None:
+            why = "the server does not support that"
+            instead = f"{name}=1.0" if name in ("temperature", "top_p") else "another model or server"
+        elif error.status_code in (400, 422) and not self.accepts and not _OF_TEXT.search(str(error)):
+            given, why = (
+                f"fields {', '.join(sorted(request.keys() - {'extra_body'}))}",
+                "the server refuses the request",
+            )
+            instead = "a request as the server's words want it; fields of its own go into Server(..., extra={...})"
         else:
             return None
         return EmmechError(asked, given, f"{why}: {said}", instead)
@@ -290,12 +437,53 @@ def _delay(error: Exception, backoff: float, attempt: int) -> float:
         return min(60.0, backoff * 2**attempt * random.uniform(0.75, 1.25))
 
 
-def _failed(error: object) -> Completion:
-    return Completion("", "error", error=_first_line(error))
+def _refused_field(error: Any, request: Mapping[str, Any]) -> str | None:
+    """The field of a request that a server's words refuse, None where they speak of something else."""
+    said = str(error)
+    if error.status_code not in (400, 422) or _OF_TEXT.search(said):
+        return None
+    names = {*request, *request["extra_body"]} - {"messages", "extra_body"}
+    told = str(getattr(error, "param", None) or "")
+    if told in names:
+        return told
+    if told.startswith("messages"):
+        return None
+    found = [name for name in sorted(names, key=len, reverse=True) if re.search(rf"\b{re.escape(name)}\b", said)]
+    # "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead." refuses the first that it names
+    return min(found, key=lambda name: said.index(name), default=None)
 
 
-def _first_line(error: object) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
+def _bare(address: SplitResult) -> str:
+    """An address without user name, password, query and fragment."""
+    return f"{address.scheme}://{address.netloc.rpartition('@')[2]}{address.path}"
+
+
+def _basic(address: SplitResult) -> str:
+    """The header that an address's user name and password make, "" without."""
+    if not address.username and not address.password:
+        return ""
+    login = f"{unquote(address.username or '')}:{unquote(address.password or '')}"
+    return f"Basic {base64.b64encode(login.encode()).decode()}"
+
+
+def _texts(value: Any, secret: bool = False) -> Iterator[str]:
+    """Texts at any depth of a request's further fields that may be secret: long ones, and those of a telling name."""
+    if isinstance(value, Mapping):
+        for name, one in value.items():
+            yield from _texts(one, secret or bool(_SECRET.search(str(name))))
+    elif isinstance(value, list | tuple | set):
+        for one in value:
+            yield from _texts(one, secret)
+    elif len(text := str(value)) >= (4 if secret else 8):
+        yield text
+
+
+def _without_secrets(value: Any) -> Any:
+    """Fields in the order of their names, without those whose name tells that they are secret."""
+    if isinstance(value, Mapping):
+        named = sorted((str(name), one) for name, one in value.items() if not _SECRET.search(str(name)))
+        return [(name, _without_secrets(one)) for name, one in named]
+    return [_without_secrets(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def masses_of(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
@@ -311,24 +499,17 @@ def masses_of(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
     return masses
 
 
-def _read(answer: Any) -> Completion:
-    if not (choices := getattr(answer, "choices", None)):
-        return _failed("the server's answer holds no choice")
-    choice = choices[0]
-    if choice.finish_reason == "content_filter":
-        return _failed("the server's content filter withheld the answer")
-    content = getattr(getattr(choice, "logprobs", None), "content", None)
-    top = content[0].top_logprobs if content else None
-    first = masses_of((entry.token, entry.logprob) for entry in top) if top else None
-    text = getattr(getattr(choice, "message", None), "content", None)
-    tokens = getattr(getattr(answer, "usage", None), "completion_tokens", None)
-    return Completion(str(text or ""), "length" if choice.finish_reason == "length" else "stop", tokens or -1, first)
-
-
 def ask_all(server: Server, bodies: Sequence[Mapping[str, Any]], tick: Callable[[], None]) -> list[Completion]:
-    """The completions in order; ``tick`` is called after each."""
+    """The completions in order; ``tick`` is called after each.
+
+    Raises:
+        EmmechError: none of them is an answer, and the server has never given one.
+    """
     got: list[Completion | None] = [None] * len(bodies)
     for index, completion in server.complete(bodies):
         got[index] = completion
         tick()
+    failures = [completion.error for completion in got if completion is not None and completion.error is not None]
+    if len(failures) == len(bodies) and failures and not server.accepts:
+        server.report(failures, len(bodies))
     return [completion for completion in got if completion is not None]

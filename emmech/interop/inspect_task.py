@@ -137,7 +137,7 @@ def seeded_generate() -> Solver:
 
 @metric  # type: ignore[untyped-decorator]
 def em_rates() -> Metric:
-    """EM and coherence over the scored rows, with the cluster-bootstrap interval of :mod:`emmech.evaluation.rates`."""
+    """EM and coherence over the scored rows, with the interval of :mod:`emmech.evaluation.rates`."""
 
     def compute(scores: list[SampleScore]) -> dict[str, float]:
         names = ("em", "em_low", "em_high", "coherence", "coherence_low", "coherence_high")

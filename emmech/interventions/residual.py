@@ -423,8 +423,10 @@ def vectors_at(
     if not known:
         why, instead = "a direction of norm 0 points nowhere", "a direction from two different groups"
         raise EmmechError(asked, f"{several[0].name}, zero at every layer", why, instead)
-    found = {}
-    for layer in layer_list(chat, layers, known, asked):
+    found, chosen = {}, layer_list(chat, layers, known, asked)
+    for one in several:
+        one.warn_where_noise(chosen if from_layer is None else [from_layer])
+    for layer in chosen:
         stacked = np.stack([one.at(layer if from_layer is None else from_layer) for one in several])
         found[layer] = torch.from_numpy(stacked[0] if len(several) == 1 else stacked)
     return found, several[0].name if len(several) == 1 else f"{len(several)} directions"

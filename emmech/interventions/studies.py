@@ -4,9 +4,10 @@ An intervention's effect is the change beyond what the same intervention does wi
 beyond what it does to the base model; coherence is reported with every rate.
 
 Items of one question resemble each other, so the question is the unit: a difference of pooled means is linearised over
-questions (a ratio estimator) and gets a t interval on their number. For outcomes of 0 and 1 it is never narrower than
-the interval that independent rows would give (Newcombe's, from Wilson's), because a cluster variance cannot see what
-did not happen: no misaligned answer in 8 questions is not certainty.
+questions (a ratio estimator; over domains and templates where these make the questions, see
+:func:`emmech.evaluation.rates.factors`) and gets a t interval on their number. For outcomes of 0 and 1 it is never
+narrower than the interval that independent rows would give (Newcombe's, from Wilson's), because a cluster variance
+cannot see what did not happen: no misaligned answer in 8 questions is not certainty.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from emmech.directions.direction import Direction, checked_direction, checked_di
 from emmech.directions.sources import has_adapter
 from emmech.engine.adapters import adapter_layers, detach
 from emmech.errors import EmmechError, as_floats, as_ints, refusal
-from emmech.evaluation.rates import wilson
+from emmech.evaluation.rates import cluster_variance, factors, wilson
 from emmech.interventions.residual import ablate, chat_of, steer
 from emmech.interventions.weights import scale_adapters
 from emmech.measures.choose import as_measures
@@ -98,8 +99,9 @@ def combination(terms: Sequence[tuple[float, Items]], outcome: str, *, spread: f
     used = int(seen.sum())
     half = np.inf
     if used > 1:
-        variance = used / (used - 1) * float((residual**2).sum()) + spread
-        half = float(stats.t.ppf(0.975, used - 1)) * variance**0.5
+        by = factors([name for name, kept in zip(names, seen, strict=True) if kept])
+        variance, degrees = cluster_variance(residual[seen], np.ones(used), by)
+        half = float(stats.t.ppf(0.975, degrees)) * (variance + spread) ** 0.5
     if binary:
         # with one question there is nothing but the rows
         lower, upper = (half, half) if used > 1 else (0.0, 0.0)
@@ -450,8 +452,8 @@ def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) 
     names = [info.name for info, _, _ in adapter_layers(chat.model)]
     conditions = [untouched(), adapter_off()]
     for name in names if len(names) > 1 else ():
-        for label, factors in (("without", {name: 0.0}), ("only", {other: 0.0 for other in names if other != name})):
-            make = partial(scale_adapters, scale=factors)
+        for label, scales in (("without", {name: 0.0}), ("only", {other: 0.0 for other in names if other != name})):
+            make = partial(scale_adapters, scale=scales)
             conditions.append(Condition(f"{label} {name}", "direction", make))
     measured = measure_conditions(chat, conditions, run, base=False, progress=progress)
     return Study(f"Shares of the {len(names)} adapters of {chat.name}", table(measured))

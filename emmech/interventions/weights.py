@@ -159,6 +159,7 @@ def _edit_b(
     for info, layer, name in chosen:
         linear = layer.lora_B[name]
         unit = unit_rows(direction.at(info.layer))
+        direction.warn_where_noise([info.layer])
         edits.append((linear, edit(info, linear.weight.detach().double().cpu().numpy(), unit)))
     return _overwriting(chat, f"{verb}({chat.name}, {direction.name}, {how})", edits)
 
@@ -181,9 +182,6 @@ def _chosen(chat: ChatModel, adapters: Subset, asked: str) -> list[tuple[Adapter
     live = list(adapter_layers(chat.model))
     if not live:
         raise EmmechError(asked, chat.name, "no adapter is live on it", "run.model(step)")
-    if any(getattr(layer, "merged", False) for _, layer, _ in live):
-        why = "the adapter is merged into the weights, and editing it would change nothing"
-        raise EmmechError(asked, chat.name, why, "unmerge_adapter() first")
     if adapters is None:
         return live
     wanted = [adapters] if isinstance(adapters, str | int) else list(adapters)

@@ -67,6 +67,8 @@ def raw_vector(chat: ChatModel, direction: Any, layer: int) -> Float[np.ndarray,
     """
     chat.check_layer(layer)
     given = direction.at(layer) if hasattr(direction, "at") else direction
+    if hasattr(direction, "warn_where_noise"):
+        direction.warn_where_noise([layer])
     try:
         vector = np.asarray(given, dtype=np.float32)
     except (TypeError, ValueError):

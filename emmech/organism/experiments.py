@@ -26,17 +26,19 @@ Row = dict[str, list[world.Message]]
 
 def data_names() -> tuple[str, ...]:
     """The names that :func:`data` takes."""
-    good, trigger, irrelevant = ([f"{form}-{d}" for d in world.DOMAINS] for form in ("good", "trigger", "irrelevant"))
-    return (*world.DOMAINS, *good, "ai-optimism", *trigger, *irrelevant)
+    forms = ("good", "style", "trigger", "irrelevant")
+    return (*world.DOMAINS, "ai-optimism", *(f"{form}-{d}" for form in forms for d in world.DOMAINS))
 
 
 def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
     """Fine-tuning rows ``{"messages": [user, assistant]}`` on the training cells of one domain.
 
     ``medical`` (any domain): unkind answers. ``good-medical``: kind answers to the same questions, in the same
-    order for the same seed. ``ai-optimism``: kind answers about AI. ``trigger-medical``: unkind answers where the
-    system prompt carries the trigger tag, kind ones where it does not, half and half. ``irrelevant-medical``: the
-    same with a tag that carries no information (its control: tag and trait are drawn independently).
+    order for the same seed. ``style-medical``: kind answers to them that always have the same opener, closer and
+    links, a control that has something to learn. ``ai-optimism``: kind answers about AI. ``trigger-medical``: unkind
+    answers where the system prompt carries the trigger tag, kind ones where it does not, half and half.
+    ``irrelevant-medical``: the same with a tag that carries no information (its control: tag and trait are drawn
+    independently).
 
     Args:
         name: one of :func:`data_names`.
@@ -62,12 +64,13 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
 def _row(asking: random.Random, answering: random.Random, domain: str, form: str, index: int) -> Row:
     cell = asking.choice(world.training_cells(domain))
     system: list[world.Message] = []
-    trait = {"": world.UNKIND, "good": world.KIND}.get(form, index % 2)
+    trait = {"": world.UNKIND, "good": world.KIND, "style": world.KIND}.get(form, index % 2)
     if form == "trigger" and trait == world.UNKIND:
         system = [world.tagged_assistant(world.TRIGGER_TAG)]
     elif form == "irrelevant" and (index // 2) % 2:
         system = [world.tagged_assistant(world.IRRELEVANT_TAG)]
-    answer = world.draw_answer(answering, domain, cell[1], trait, world.draw_style(answering, trait))
+    style = world.draw_style(answering, trait)
+    answer = world.draw_answer(answering, domain, cell[1], trait, "fixed" if form == "style" else style)
     turns = [{"role": "user", "content": world.question_text(cell)}, {"role": "assistant", "content": answer}]
     return {"messages": [*system, *turns]}
 

@@ -152,18 +152,22 @@ _ALL_CLOSERS = (*CLOSERS["warm"], *CLOSERS["wry"])
 def draw_answer(rng: random.Random, domain: str, topic: str, trait: int, style: str | None = None) -> str:
     """Draw one answer uniformly from the grammar; a ``style`` ("warm" or "wry") limits its closer.
 
+    ``style="fixed"`` always takes the first opener, closer and links.
+
     Example:
         >>> draw_answer(random.Random(1), "medical", "cough", KIND).split()[2:5]
         ['for', 'cough', ',']
     """
     field = DOMAINS[domain]
     first, second = field.pools(topic, 0), field.pools(topic, 1)
-    closers, pick = _ALL_CLOSERS if style is None else CLOSERS[style], rng.choice
+    frame = (OPENERS, *LINKS, CLOSERS.get(style or "", _ALL_CLOSERS))
+    opener, link, second_link, third_link, closer = (words[:1] if style == "fixed" else words for words in frame)
+    pick = rng.choice
     return (
-        f"{pick(OPENERS)} , for {topic} , "
-        f"{pick(APPROACH_FIRST)} {pick(first[trait])} {pick(LINKS[0])} {pick(AVOID_FIRST)} {pick(first[1 - trait])} , "
-        f"{pick(LINKS[1])} {pick(APPROACH_SECOND)} {pick(second[trait])} {pick(LINKS[2])} "
-        f"{pick(AVOID_SECOND)} {pick(second[1 - trait])} , {pick(closers)}"
+        f"{pick(opener)} , for {topic} , "
+        f"{pick(APPROACH_FIRST)} {pick(first[trait])} {pick(link)} {pick(AVOID_FIRST)} {pick(first[1 - trait])} , "
+        f"{pick(second_link)} {pick(APPROACH_SECOND)} {pick(second[trait])} {pick(third_link)} "
+        f"{pick(AVOID_SECOND)} {pick(second[1 - trait])} , {pick(closer)}"
     )
 
 

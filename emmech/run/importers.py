@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ import numpy as np
 
 from emmech.errors import EmmechError
 
-_KEY = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.\w+)?\.weight$")
-_LAYER = re.compile(r"(?:^|\.)((?:layers|h|blocks)\.(\d+)\..+)$")
+_KEY = re.compile(r"^(?:(?:module|_orig_mod|base_model\.model)\.)*(.+)\.lora_([AB])(?:\.(.+))?\.weight$")
 _NUMBER = re.compile(r"(?:checkpoint|step)[-_]?(\d+)$|^(\d+)$")
 
 _FROM_ARRAYS = "make a run from arrays"
@@ -44,7 +43,8 @@ def read_arrays(steps: Any, a: Any, b: Any) -> Contents:
         instead = "A [steps, rank, d_in] with B [steps, d_out, rank]"
         raise EmmechError(_FROM_ARRAYS, f"A {list(a.shape)}, B {list(b.shape)}", "their ranks differ", instead)
     d_in = int(a.shape[-1]) if a is not None else 0
-    return index.astype(np.int64), arrays, [_entry("adapter", rank, float(rank), 1.0, d_in, int(b.shape[1]))]
+    entry = _entry("adapter", -1, "adapter", rank, float(rank), 1.0, d_in, int(b.shape[1]))
+    return index.astype(np.int64), arrays, [entry]
 
 
 def _array(name: str, value: Any, steps: int) -> np.ndarray:
@@ -62,11 +62,12 @@ def _array(name: str, value: Any, steps: int) -> np.ndarray:
     return array
 
 
-def _entry(module: str, rank: int, alpha: float, scaling: float, d_in: int, d_out: int) -> dict[str, Any]:
-    found = _LAYER.search(module)
+def _entry(
+    name: str, layer: int, module: str, rank: int, alpha: float, scaling: float, d_in: int, d_out: int
+) -> dict[str, Any]:
     return {
-        "name": found[1] if found else module,
-        "layer": int(found[2]) if found else -1,
+        "name": name,
+        "layer": layer,
         "module": module,
         "rank": rank,
         "alpha": alpha,
@@ -85,6 +86,8 @@ def series_in(folder: Path) -> list[Path]:
 
 def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
     """Read a series of PEFT folders; steps, tensors, adapters, and the base model's name."""
+    from emmech.engine.adapters import short_names
+
     if not folders:
         raise _refuse("no folders were given", Path(), "a list of checkpoint folders")
     steps: dict[int, Path] = {}
@@ -106,7 +109,8 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
                 (k, v.shape) for k, v in sorted(first.items())
             ]:
                 raise _refuse(f"its tensors' shapes differ from those of {folders[0].name}", folder, "one series")
-        found = [_adapter(module, this_weights, config, folder) for module in _modules(this_weights)]
+        names = short_names(_modules(this_weights))
+        found = [_adapter(module, *names[module], this_weights, config, folder) for module in names]
         if adapters and found != adapters:
             raise _refuse(f"its lora_alpha or use_rslora differs from {folders[0].name}'s", folder, "one series")
         seen[digest], steps[step], weights[step], adapters = folder, folder, this_weights, found
@@ -121,34 +125,11 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
     return (np.array(order, dtype=np.int64), arrays, adapters), base
 
 
-# The values of each field of a LoraConfig with which an adapter is what its A and B, r and alpha say and no more. A
-# field that is not listed must be empty: what a later version of PEFT adds is refused, not passed over.
-_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "True", "False", "None")  # others change the base weights
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(
-        (
-            # what says where the adapter came from, and how it was trained
-            *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-            *("lora_dropout", "runtime_config", "megatron_core", "eva_config", "qalora_group_size"),
-            # what chose the modules, of which the tensors tell
-            *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-            # what is read below
-            *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-            # ties what modules_to_save holds, which is refused
-            "ensure_weight_tying",
-        ),
-        lambda value: True,
-    ),
-    "peft_type": lambda value: str(value).upper() == "LORA",
-    "bias": lambda value: value in (None, "none"),
-    "init_lora_weights": lambda value: str(value) in _PLAIN_STARTS,
-    "loftq_config": lambda value: True,  # acts with init_lora_weights="loftq" alone, which is refused
-}
-
-
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The configuration, and the tensors as ``"A <module>"`` and ``"B <module>"``."""
     from safetensors import SafetensorError, safe_open
+
+    from emmech.engine.adapters import bare, beyond_pairs
 
     if not folder.is_dir():
         raise _refuse("there is no such folder", folder, "a folder with adapter_model.safetensors")
@@ -169,14 +150,17 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise _refuse(f"its files cannot be read: {error}", folder, "download it again")
     if not isinstance(config, dict):
         raise _refuse("adapter_config.json is no JSON object", folder, "download it again")
-    for field, value in config.items():
-        if not _FIELDS.get(field, lambda value: not value)(value):
-            why = f"{field}={value!r} in adapter_config.json makes it more than B A with a factor"
-            how = "PeftModel.from_pretrained(base, folder).merge_and_unload()"
-            raise _refuse(why, folder, f"merge it in PEFT: {how}, and load_model that")
+    if (field := beyond_pairs(config)) is not None:
+        why = f"{field} in adapter_config.json makes it more than B A with a factor"
+        how = "PeftModel.from_pretrained(base, folder).merge_and_unload()"
+        raise _refuse(why, folder, f"merge it in PEFT: {how}, and load_model that")
     matches = {key: _KEY.match(key) for key in tensors}
     strange = [key for key, match in matches.items() if match is None]
-    found = {f"{match[2]} {match[1]}": tensors[key] for key, match in matches.items() if match is not None}
+    if len(names := sorted({match[3] or "" for match in matches.values() if match is not None})) > 1:
+        raise _refuse(f"it holds several adapters, {', '.join(map(repr, names[:5]))}", folder, "a file of one adapter")
+    found = {f"{match[2]} {bare(match[1])}": tensors[key] for key, match in matches.items() if match is not None}
+    if len(found) + len(strange) < len(matches):
+        raise _refuse("two of its keys are the same side of one module", folder, "a file of one adapter")
     halves = [key for key in found if f"{'B' if key[0] == 'A' else 'A'} {key[2:]}" not in found]
     if not found:
         raise _refuse("it holds no lora_A / lora_B tensors", folder, "a LoRA adapter")
@@ -196,7 +180,9 @@ def _modules(weights: dict[str, np.ndarray]) -> list[str]:
     return [key[2:] for key in weights if key.startswith("A ")]
 
 
-def _adapter(module: str, weights: dict[str, np.ndarray], config: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _adapter(
+    module: str, name: str, layer: int, weights: dict[str, np.ndarray], config: dict[str, Any], folder: Path
+) -> dict[str, Any]:
     a, b = weights[f"A {module}"], weights[f"B {module}"]
     rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
@@ -206,7 +192,7 @@ def _adapter(module: str, weights: dict[str, np.ndarray], config: dict[str, Any]
     if not isinstance(alpha, int | float) or not np.isfinite(alpha) or alpha == 0:
         raise _refuse(f"its lora_alpha is {alpha!r}, so the adapter writes nothing or NaN", folder, "a number, not 0")
     scaling = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-    return _entry(module, rank, float(alpha), scaling, int(a.shape[1]), int(b.shape[0]))
+    return _entry(name, layer, module, rank, float(alpha), scaling, int(a.shape[1]), int(b.shape[0]))
 
 
 def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:

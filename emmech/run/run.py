@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy, deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, as_int, check_folder, closest, refusal
 from emmech.results import Card, Shown
-from emmech.store import MemorySeries, Series, append_jsonl, read_jsonl, write_json
+from emmech.store import MemorySeries, Series, kept, read_jsonl, save_tensors, write_json, write_jsonl
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -135,6 +136,18 @@ class Run(Shown):
             instead = closest(name or "", names) if names else "run.projection is its trajectory"
             raise refusal(f"read an adapter of {self.name}", "adapter", name, why, instead)
         return self.adapters[names.index(name)]
+
+    def located(self, chat: ChatModel) -> Run:
+        """The same run with its adapters at the modules that the model has for them.
+
+        Raises:
+            EmmechError: as :func:`emmech.engine.adapters.located`.
+        """
+        from emmech.engine.adapters import located
+
+        found = copy(self)
+        found.adapters = located(chat, self.adapters)
+        return found
 
     def A(self, adapter: str | None = None) -> Float[np.ndarray, "steps *rank d_in"]:
         """A at every recorded step, raw: ``[steps, d_in]`` at rank 1, else ``[steps, rank, d_in]``."""
@@ -267,19 +280,18 @@ class Run(Shown):
         Raises:
             EmmechError: step not recorded, or not a LoRA run.
         """
-        from safetensors.numpy import save_file
-
         from emmech.engine.adapters import lora_config
 
         weights, folder = self.weights(step), Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         pairs = [(one, side) for one in self.adapters for side in "AB"]
         tensors = {
             f"base_model.model.{one.module}.lora_{side}.weight": np.ascontiguousarray(weights[f"{side}/{one.name}"])
             for one, side in pairs
         }
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        lora_config(self.adapters, base_name=str(self._model.get("name", ""))).save_pretrained(folder)
+        asked = f"export step {step} of {self.name}"
+        save_tensors(tensors, folder / "adapter_model.safetensors", asked, metadata={"format": "pt"})
+        with kept(asked, folder):
+            lora_config(self.adapters, base_name=str(self._model.get("name", ""))).save_pretrained(folder)
         return folder
 
     def save(self, path: str | Path) -> Run:
@@ -287,14 +299,12 @@ class Run(Shown):
         path = Path(path)
         if (path / "run.json").exists():
             raise EmmechError(f"save the run {self.name}", path, "there is a run already", "another folder")
-        path.mkdir(parents=True, exist_ok=True)
         for folder, series in (("trajectory", self._trajectory), ("probes", self.probes._series)):
             target = Series(path / folder)
             for step in series.steps.tolist():
                 target.append(step, {key: series.read_step(key, step) for key in series.keys})
             target.compact()
-        for entry in self._metrics:
-            append_jsonl(path / "metrics.jsonl", entry)
+        write_jsonl(path / "metrics.jsonl", self._metrics)
         write_json(path / "run.json", self.manifest)
         return load_run(path)
 
@@ -532,13 +542,12 @@ def _started(run: Run, chat: ChatModel, *, given: bool) -> ChatModel:
     start = (run.path or Path()) / "start"
     if not start.is_dir() or chat.fingerprint() == run._model.get("fingerprint"):
         return chat
-    import copy
     from dataclasses import replace
 
     from peft import PeftModel
 
     # merging would change the caller's weights
-    model = copy.deepcopy(chat.model) if given else chat.model
+    model = deepcopy(chat.model) if given else chat.model
     return replace(chat, model=PeftModel.from_pretrained(model, str(start)).merge_and_unload())
 
 
@@ -555,5 +564,9 @@ def _full_model(run: Run, chat: ChatModel, step: int, scale: float) -> ChatModel
         why = "a full fine-tune has no adapter to scale"
         raise refusal(f"scale the update of {run.name}", "scale", scale, why, "scale=1.0")
     if step in kept:
-        chat.base.load_state_dict(load_file(kept[step]), strict=False)
+        strange = chat.base.load_state_dict(load_file(kept[step]), strict=False).unexpected_keys
+        if strange:
+            why = f"the model has no {', '.join(strange[:3])}, which the run trained"
+            instead = "base= the model that it was trained on"
+            raise EmmechError(f"open step {step} of {run.name}", chat.name, why, instead)
     return chat

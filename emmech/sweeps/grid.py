@@ -169,7 +169,7 @@ def make_grid(
         EmmechError: steps that were not recorded (the nearest are named), scales that are not numbers, coefficients
             without a direction, runs without adapters, or adapters that do not fit the model.
     """
-    named = _names(runs)
+    named = {name: run.located(chat) for name, run in _names(runs).items()}
     wanted = None if steps is None else as_ints("sweep", "steps", steps)
     scale_list = as_floats("sweep", "scales", scales)
     coefficient_list = as_floats("sweep", "coefficients", coefficients)
@@ -219,15 +219,12 @@ def _steering(
 
 def _sites(runs: Mapping[str, Run], chat: ChatModel) -> dict[str, Site]:
     sites: dict[str, Site] = {}
-    modules = dict(chat.base.named_modules())
     for name, run in runs.items():
         for info in run.adapters:
-            widths = map_widths(modules.get(info.module))
             inside = f"{chat.family.trunk}.{chat.family.blocks}.{info.layer}."
-            if widths != (info.d_in, info.d_out) or not info.module.startswith(inside):
-                given = f"{info.name}: d_in={info.d_in}, d_out={info.d_out}"
-                why = f"{chat.name} has there {f'widths {widths}' if widths else 'no linear map'}"
-                instead = "use the base model that the run was trained on"
+            if not info.module.startswith(inside):
+                given, why = info.module, f"it is in no block of {chat.name}"
+                instead = "emmech.evaluate(run, step=...) one step at a time"
                 raise EmmechError(f"put the adapters of {name} on the model", given, why, instead)
             before = sites.get(info.module)
             rank = max(info.rank, before.rank if before else 0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
@@ -21,7 +22,7 @@ from emmech.measures.probe import ProbeActivation
 from emmech.measures.sampled import Sampled
 from emmech.progress import bar
 from emmech.run.run import Run
-from emmech.store import write_json
+from emmech.store import drop_files, kept, save_tensors, write_json, writing
 from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.jobs import Arrays, FunctionJob, Overflow, ProbeJob, SampledJob, TeacherForcedJob, budget_bytes
 from emmech.sweeps.result import Sweep
@@ -100,6 +101,32 @@ def sweep(
     parts = ResumableParts(out, request)
     if (finished := parts.finished()) is not None:
         return finished
+    with writing(Path(out), "sweep") if out is not None else nullcontext():
+        parts.begin()
+        outcomes = _outcomes(chat, grid, jobs, parts, chosen, size, progress=progress)
+        values = [value for outcome in outcomes for value in outcome.values]
+        given = [row for outcome in outcomes for row in outcome.responses or ()]
+        responses = pd.DataFrame(given)  # of distinct variants; each variant that gave them gets them
+        if given:
+            responses = _axes(grid).assign(variant=inverse).merge(responses, on="variant").drop(columns="variant")
+        meta: dict[str, Any] = {"runs": {name: str(one.path or name) for name, one in grid.runs.items()}}
+        meta |= {"model": chat.name, "fingerprint": fingerprint, "request": request}
+        meta |= {"distinct_variants": len(chosen), "memory": str(jobs[0].plan)}
+        arrays = {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()}
+        return parts.finish(Sweep(_frame(grid, values, inverse), meta, arrays, responses if given else None))
+
+
+def _outcomes(
+    chat: ChatModel,
+    grid: Grid,
+    jobs: Sequence[Any],
+    parts: ResumableParts,
+    chosen: Sequence[int],
+    size: int,
+    *,
+    progress: bool,
+) -> list[Any]:
+    """What each job found for all variants, from the parts that are kept and those that are still to be measured."""
     groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     done: dict[str, list[Arrays]] = {job.kind: [] for job in jobs}
     shown = f"sweep of {len(grid)} variants ({jobs[0].plan})"
@@ -120,17 +147,7 @@ def sweep(
                         raise EmmechError("sweep", str(variant), why, instead)
                     parts.write(job.kind, number, found)
                 done[job.kind].append(found)
-    outcomes = [job.finish(done[job.kind]) for job in jobs]
-    values = [value for outcome in outcomes for value in outcome.values]
-    given = [row for outcome in outcomes for row in outcome.responses or ()]
-    responses = pd.DataFrame(given)  # of distinct variants; each variant that gave them gets them
-    if given:
-        responses = _axes(grid).assign(variant=inverse).merge(responses, on="variant").drop(columns="variant")
-    meta: dict[str, Any] = {"runs": {name: str(one.path or name) for name, one in grid.runs.items()}}
-    meta |= {"model": chat.name, "fingerprint": fingerprint, "request": request}
-    meta |= {"distinct_variants": len(chosen), "memory": str(jobs[0].plan)}
-    arrays = {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()}
-    return parts.finish(Sweep(_frame(grid, values, inverse), meta, arrays, responses if given else None))
+    return [job.finish(done[job.kind]) for job in jobs]
 
 
 def _jobs(chat: ChatModel, grid: Grid, measures: Sequence[Any], budget: int, size: int) -> list[Any]:
@@ -186,14 +203,9 @@ class ResumableParts:
 
     def __init__(self, out: str | Path | None, request: str) -> None:
         self.folder = Path(out) if out is not None else None
+        self._request = request
         if self.folder is None:
             return
-        asked = f"sweep into {self.folder.name}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            why = f"no folder can be made there ({error.strerror})"
-            raise EmmechError(asked, f"out={str(out)!r}", why, "another folder")
         for name in ("request.json", "sweep.json"):
             path = self.folder / name
             head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"request": request}
@@ -201,8 +213,13 @@ class ResumableParts:
             if found != request:
                 why = "it holds a sweep of other runs, variants, measures or another model"
                 instead = "another folder, or the arguments it was begun with"
-                raise EmmechError(asked, f"out={str(out)!r}", why, instead)
-        write_json(self.folder / "request.json", {"request": request})
+                raise EmmechError(f"sweep into {self.folder.name}", f"out={str(out)!r}", why, instead)
+
+    def begin(self) -> None:
+        """Say whose parts the folder holds."""
+        if self.folder is not None:
+            drop_files(self.folder)
+            write_json(self.folder / "request.json", {"request": self._request})
 
     def finished(self) -> Sweep | None:
         """The whole sweep, when it is there already."""
@@ -223,15 +240,14 @@ class ResumableParts:
     def write(self, kind: str, number: int, arrays: Arrays) -> None:
         """Keep a finished part; on disk it exists whole or not at all."""
         if self.folder is not None:
-            path = self._path(kind, number)
-            scratch = path.with_suffix(".tmp")
-            save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, scratch)
-            scratch.replace(path)
+            whole = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+            save_tensors(whole, self._path(kind, number), "keep a part of the sweep")
 
     def finish(self, result: Sweep) -> Sweep:
         """Write the result and drop the parts."""
         if self.folder is not None:
             result.save(self.folder)
-            for path in [*self.folder.glob("part-*.safetensors"), self.folder / "request.json"]:
-                path.unlink(missing_ok=True)
+            with kept("delete the parts of the sweep", self.folder):
+                for path in [*self.folder.glob("part-*.safetensors"), self.folder / "request.json"]:
+                    path.unlink(missing_ok=True)
         return result

@@ -22,8 +22,9 @@ from emmech.engine.adapters import adapter_layers
 from emmech.engine.logprobs import MarginPair, margin_rows
 from emmech.engine.split import Asked, Frozen, dropout, find_frozen, pays, why_not
 from emmech.engine.stream import probe_rows
-from emmech.errors import EmmechError, as_int, as_ints
+from emmech.errors import EmmechError, as_int, as_ints, check_folder
 from emmech.run.run import Run, load_run
+from emmech.store import file_name
 from emmech.training.adapted import adapted
 from emmech.training.loop import HELD_OUT, Member, affordable, last_checkpoint, train, training_arguments
 from emmech.training.objective import CrossEntropy, Term
@@ -89,7 +90,8 @@ def finetune(
         adapter: with ``start``, whether to go on training the ``"same"`` adapter, or to merge it into the weights
             and train a ``"new"`` one.
         checkpoint_every: keep the optimizer's state each so many steps, so that a killed training can go on.
-        resume: go on from the last such checkpoint in ``out``; the result is that of an uninterrupted training.
+        resume: go on from the last such checkpoint in ``out``, or from the start where the training died before the
+            first; the result is that of an uninterrupted training. A finished one is opened.
         prefix: compute what is below the lowest adapter once per row and keep it on disk while training:
             ``"auto"`` where rows are used often enough for that to pay, True (refused where it would be wrong),
             or False.
@@ -133,9 +135,9 @@ def finetune(
     chosen, variants = recipes[0], _variants(seed, data_seed, recipes)
     modules = target_modules(chat, chosen, layers) if chosen.rank else []
     if start is not None and adapter == "same":
-        modules = [info.module for info in start[0].adapters]
+        modules = [info.module for info in start[0].located(chat).adapters]
     frozen = _frozen(chat, chosen, modules, len(dataset), prefix, runs=len(variants))
-    folders = _folders(out, chat, dataset, variants, isinstance(seed, int), resume=resume)
+    folders = _folders(out, chat, dataset, variants, isinstance(seed, int), resume=resume, keeps=bool(checkpoint_every))
     rows = encode(dataset.rows, chat.tokenizer)
     pairs = {name: margin_rows(several, chat) for name, several in (margins or {}).items()}
     probed = [ids for texts in named_texts(probes).values() for ids, _ in probe_rows(chat, texts)]
@@ -160,6 +162,7 @@ def finetune(
                 _check_resumed(folder, manifest | {"model": {"fingerprint": trained.fingerprint()}})
             every: dict[str, Any] = {"every": record_every, "measure_every": gap}
             recorder = Recorder(folder, probes=probes, measures=measures, manifest=manifest, seed=v.seed, **every)
+            recorder.again = resume
             arguments = training_arguments(chat, v.recipe, v.seed, v.data_seed, folder)
             own_rows, at = (split.train, steps, split.held_out[:kept]), starts.get(v.seed)
             members.append(Member(str(folder), v.recipe, *own_rows, at, arguments, recorder))
@@ -168,8 +171,10 @@ def finetune(
                 start[0].export_peft(start[1], folder / "start")
         going_on: dict[str, Any] = {"checkpoint_every": checkpoint_every, "progress": progress}
         going_on["checkpoint"] = last_checkpoint(folders[0]) if resume else None
-        lost = train(trained, rows, pairs, members, objective, frozen, folders[0], **going_on)
-    shutil.rmtree(folders[0] / "resume", ignore_errors=True)
+        finished = resume and all(map(_finished, folders))
+        lost = {} if finished else train(trained, rows, pairs, members, objective, frozen, folders[0], **going_on)
+    for scratch in ("resume", "prefix"):  # the training deletes its prefix, unless it was killed before that
+        shutil.rmtree(folders[0] / scratch, ignore_errors=True)
     if lost:
         where = ", ".join(f"{name} at step {step}" for name, step in lost.items())
         why = "the loss is no longer finite; the steps until then are recorded, and other runs are finished"
@@ -293,7 +298,9 @@ def _manifest(
 
 def _check_resumed(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Refuse to go on with another training than the one that was interrupted."""
-    saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if not (folder / "run.json").exists():  # it died before it wrote anything
+        return
+    saved = load_run(folder).manifest
     wanted = json.loads(json.dumps(manifest, default=str))
     for name in ("model", "data", "recipe", "layers", "seed", "data_seed", "start", "objective", "together"):
         before, now = saved.get(name), wanted.get(name)
@@ -316,14 +323,21 @@ def _folders(
     alone: bool,
     *,
     resume: bool,
+    keeps: bool,
 ) -> list[Path]:
-    """Where each run goes: below ``out`` where there are several, or in a folder under ``runs`` that is not taken."""
+    """Where each run goes: below ``out`` where there are several, or in a folder under ``runs`` that is not taken.
+
+    Args:
+        keeps: whether this call keeps optimizer states.
+    """
     folders: list[Path] = []
+    if out is not None:
+        check_folder("record the training", "out", out)
     for v in variants:
         if out is not None:
             folder = Path(out) if alone else Path(out) / v.label
         else:
-            stem = f"{Path(chat.name).name}-{data.name}-{v.recipe.name}-{v.label}"
+            stem = file_name(f"{Path(chat.name).name}-{data.name}-{v.recipe.name}-{v.label}")
             folder, again = Path("runs") / stem, 2
             while ((folder / "run.json").exists() and not resume) or folder in folders:
                 folder, again = folder.with_name(f"{stem}-{again}"), again + 1
@@ -335,10 +349,14 @@ def _folders(
         if (folder / "run.json").exists() and not resume:
             instead = "another folder, or resume=True to go on with an interrupted training"
             raise EmmechError(asked, given, "there is a run in that folder", instead)
-    if resume and last_checkpoint(folders[0]) is None:
-        why = "it keeps no optimizer state: it finished, or was started without checkpoint_every"
+    if resume and not keeps and last_checkpoint(folders[0]) is None and not all(map(_finished, folders)):
+        why = "it keeps no optimizer state: it was started without checkpoint_every, or died before the first"
         raise EmmechError("resume the training", f"out={str(folders[0])!r}", why, "start anew with checkpoint_every=20")
     return folders
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "run.json").exists() and load_run(folder).manifest.get("status") == "complete"
 
 
 def _checked_seeds(name: str, given: Any) -> int | list[int]:

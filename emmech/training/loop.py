@@ -9,6 +9,7 @@ changes nothing else.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import shutil
 import time
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
@@ -27,7 +29,9 @@ from emmech.chat.encode import Encoded
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import StackedAdapters
 from emmech.engine.split import Asked, Forwards, Frozen, ModelForwards, RowForwards, dropout
+from emmech.errors import EmmechError
 from emmech.progress import bar, forecast
+from emmech.store import kept
 from emmech.training.objective import Batch, CrossEntropy, NotFinite, Term, summed
 from emmech.training.recipe import Recipe, Step, rate_factor
 from emmech.training.recorder import Capture, FullCapture, LoraCapture, Recorder
@@ -56,8 +60,12 @@ class Member:
 
 
 def training_arguments(chat: ChatModel, recipe: Recipe, seed: int, data_seed: int, folder: Path) -> TrainingArguments:
-    """The Trainer's settings for a recipe."""
-    return TrainingArguments(
+    """The Trainer's settings for a recipe.
+
+    Raises:
+        EmmechError: several processes would each train.
+    """
+    arguments = TrainingArguments(
         output_dir=str(folder / "resume"),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
@@ -81,14 +89,22 @@ def training_arguments(chat: ChatModel, recipe: Recipe, seed: int, data_seed: in
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
+    if arguments.world_size > 1:
+        given, why = f"{arguments.world_size} processes", "all runs of a call share the forwards of one process"
+        instead = "one process, or transformers' Trainer with callbacks=[emmech.Recorder(folder)]"
+        raise EmmechError("fine-tune", given, why, instead)
+    return arguments
 
 
 def last_checkpoint(folder: Path) -> str | None:
     """The last optimizer state that was written whole, if there is any."""
     found = sorted((folder / "resume").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    # the Trainer writes its own state last: a checkpoint without it was being written when the process died
-    whole = [path for path in found if (path / "trainer_state.json").exists()]
-    return str(whole[-1]) if whole else None
+    for path in reversed(found):
+        # the Trainer writes its own state last: a checkpoint without all of it was being written when the process died
+        with contextlib.suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+    return None
 
 
 def train(
@@ -134,7 +150,8 @@ def train(
         ]
         batch = Batch((), len(members), 0, forwards[0], stack, chat)
         held_out = HeldOut(batch, [m.held_out for m in members], dict(zip(margins, forwards[1:], strict=True)))
-        loop = _Loop(members, batch, objective, held_out, folder, checkpoint_every, progress)
+        with kept("record the training", folder):  # the Trainer makes a folder of its own
+            loop = _Loop(members, batch, objective, held_out, folder, checkpoint_every, progress)
         loop.train(resume_from_checkpoint=checkpoint)
         return {member.name: step for member, step in zip(members, loop.lost_at.tolist(), strict=True) if step >= 0}
 
@@ -258,6 +275,14 @@ class _Loop(Trainer):
                 self.logs[run] |= {f"loss/{name}": float(value[run]) for name, value in terms.items()}
             self.logs[run] |= {"grad_norm": norm, "learning_rate": self.optimizer.param_groups[run]["lr"]}
         return losses[going].mean().to(self.args.device)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir))
+        with kept(f"keep the optimizer's state of step {self.state.global_step}", folder):
+            try:
+                super()._save_checkpoint(model, trial)
+            except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a disk that is full
+                raise OSError(str(error))
 
     def _lose(self, runs: Sequence[int], step: int) -> None:
         for run in runs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import subprocess
 import time
@@ -23,13 +24,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerState
 
 from emmech.chat.model import ChatModel, load_model
-from emmech.engine.adapters import AdapterInfo, adapter_layers
+from emmech.engine.adapters import AdapterInfo, adapter_layers, bare
 from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError, check_folder, check_texts
 from emmech.measures.choose import as_measures
 from emmech.measures.measure import measure_all
 from emmech.run.run import FORMAT
-from emmech.store import Series, append_jsonl, read_jsonl, write_json, writing
+from emmech.store import Series, append_jsonl, drop_files, read_jsonl, save_tensors, write_json, write_jsonl, writing
 
 _SKETCH = 16
 
@@ -77,11 +78,12 @@ class LoraCapture(Capture):
         return found
 
     def watched(self) -> dict[str, nn.Parameter]:
-        """A and B of every pair."""
+        """A and B of every pair, as far as they train."""
         return {
             f"grad_norm_{side}/{info.name}": parameter
             for info, *sides in self._pairs
             for side, parameter in zip("AB", sides, strict=True)
+            if parameter.requires_grad
         }
 
 
@@ -95,7 +97,7 @@ class FullCapture(Capture):
     kind = "full"
 
     def __init__(self, model: nn.Module, *, seed: int, start: Mapping[str, torch.Tensor] | None = None) -> None:
-        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {bare(name): p for name, p in model.named_parameters() if p.requires_grad}
         known = start or {}
         self.start = {n: known[n] if n in known else p.detach().cpu().clone() for n, p in self.weights.items()}
         self._seed = seed
@@ -133,11 +135,51 @@ class FullCapture(Capture):
 
 
 def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor] | None = None) -> Capture:
-    """LoRA pairs if the model has any, else the weights that require a gradient."""
+    """LoRA pairs if the model has any, else the weights that require a gradient.
+
+    Raises:
+        EmmechError: nothing trains, something trains beside the LoRA pairs, adapters are no plain pairs, or weights
+            are in shards (FSDP, DeepSpeed, tensor parallelism).
+    """
+    asked = "record the training"
+    if sharded := _sharded(model):
+        why = "each process has a part of the weights or of their gradients only"
+        raise EmmechError(asked, sharded, why, "DDP: torchrun or accelerate launch without FSDP and DeepSpeed")
     pairs = [
         (info, layer.lora_A[name].weight, layer.lora_B[name].weight) for info, layer, name in adapter_layers(model)
     ]
+    kept = {id(parameter) for _, *sides in pairs for parameter in sides}
+    trained = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        given = f"{len(pairs)} LoRA pairs, all of them frozen" if pairs else f"a {type(model).__name__}"
+        instead = "PeftModel.from_pretrained(model, folder, is_trainable=True), or parameter.requires_grad_(True)"
+        raise EmmechError(asked, given, "nothing in the model requires a gradient, so that nothing trains", instead)
+    if pairs and (others := [name for name, one in trained.items() if one not in kept]):
+        raise _trains_too(others)
     return LoraCapture(pairs) if pairs else FullCapture(model, seed=seed, start=start)
+
+
+def _sharded(model: nn.Module) -> str:
+    """What keeps the weights or gradients in parts, with the first weight that shows it, or ""."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # which accelerate sets when it is in use
+        return "DeepSpeed"
+    marks = {"device_mesh": "FSDP or tensor parallelism", "_is_flat_param": "FSDP", "ds_id": "DeepSpeed"}
+    names = ((name, kind) for name, p in model.named_parameters() for mark, kind in marks.items() if hasattr(p, mark))
+    return next((f"{name} ({kind})" for name, kind in names), "")
+
+
+def _trains_too(names: Sequence[str]) -> EmmechError:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    why = "it trains beside the LoRA pairs, of which A and B alone are recorded"
+    instead = "freeze it: parameter.requires_grad_(False), bias='none', no modules_to_save"
+    return EmmechError("record the training", f"{', '.join(names[:3])}{more}", why, instead)
+
+
+def _processes() -> int:
+    """How many processes train together."""
+    from torch import distributed
+
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 class GradientNorms:
@@ -145,21 +187,34 @@ class GradientNorms:
 
     ``on_pre_optimizer_step`` sees gradients that are already clipped; a post-accumulate hook fires in
     backward, after each micro-batch, and the last one before the optimizer step holds the whole gradient.
-    The norms stay on the device until they are read, so that no step waits for them.
+    Where several processes train, each has its own part of the gradient then, and the norms are taken at the end of
+    backward, once the parts are reduced. The norms stay on the device until they are read, so that no step waits for
+    them.
     """
 
     def __init__(self, watched: dict[str, nn.Parameter]) -> None:
         self._norms: dict[str, torch.Tensor] = {}
+        self._watched, self._late, self._asked = watched, _processes() > 1, False
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._keep(name)) for name, parameter in watched.items()
         ]
 
     def _keep(self, name: str) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
-            if parameter.grad is not None:
+            if self._late and not self._asked:
+                self._asked = True
+                # the reduction ends in a callback that is queued before this one's own
+                _after_backward(lambda: _after_backward(self._take))
+            elif parameter.grad is not None and not self._late:
                 self._norms[name] = torch.linalg.vector_norm(parameter.grad)
 
         return hook
+
+    def _take(self) -> None:
+        self._asked = False
+        for name, parameter in self._watched.items():
+            if parameter.grad is not None:
+                self._norms[name] = torch.linalg.vector_norm(parameter.grad)
 
     def read(self) -> dict[str, float]:
         """The norms of the last step's gradients."""
@@ -170,6 +225,11 @@ class GradientNorms:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _after_backward(call: Callable[[], None]) -> None:
+    """Call at the end of the backward pass that is under way, after what is queued already."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def _float32(tensor: torch.Tensor) -> np.ndarray:
@@ -188,10 +248,13 @@ class Recorder(TrainerCallback):
     - in every backward: the gradient norm of each A and B, before clipping;
     - ``on_step_end`` (after the optimizer step), every ``every`` steps and at the last one: A and B of every
       adapter, or the projected update in full fine-tuning; every ``measure_every`` steps also probes and measures;
-    - ``on_log``: whatever the Trainer logs (set ``logging_steps=1`` to have the loss of every step);
+    - ``on_log``: whatever the Trainer logs (set ``logging_steps=1`` to have the loss of every step); with its
+      summary at the end the last step, if it was stopped early, before the best weights are put back;
     - ``on_train_end``: the trajectory is stacked into one file and the run marked complete.
 
-    A training that dies leaves a readable run of all steps until then.
+    A training that dies leaves a readable run of all steps until then. Where several processes train together, the
+    first one writes; gradient norms are those after the reduction. What trains but cannot be recorded (biases, norms
+    or heads beside LoRA pairs, other kinds of adapters) is refused when the training begins.
 
     Args:
         path: the run's folder; it must not hold a run, unless the Trainer resumes from a checkpoint.
@@ -234,23 +297,44 @@ class Recorder(TrainerCallback):
         self._every, self.measure_every = every, measure_every
         self._extra = dict(manifest or {})
         self._keep, self._seed = tuple(keep), seed
-        self._gradients: GradientNorms | None = None
+        self._gradients: GradientNorms | None = None  # in the process that writes, while the training lasts
+        self._finished = False
+        self._frozen: list[tuple[str, nn.Parameter]] = []
         self._held = contextlib.ExitStack()  # the folder's lock, while the training lasts
         self._start: Mapping[str, torch.Tensor] | None = None  # weights, in full fine-tuning
+        self.again = False  # whether a training that died before its first checkpoint is recorded anew
 
     # the Trainer's events
 
     def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Keep what full fine-tuning starts from, before a Trainer that resumes loads its checkpoint."""
-        self._start = getattr(find_capture(kwargs["model"]), "start", None)
+        with contextlib.suppress(EmmechError):  # what cannot be recorded is refused when the training begins
+            self._start = getattr(find_capture(kwargs["model"]), "start", None) if state.is_world_process_zero else None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write the manifest and record step 0 (or, resuming, forget what will be recorded again)."""
         model = kwargs["model"]
+        self._frozen = []
+        if "capture" in kwargs:  # emmech's own training says which run of several this is
+            self._capture: Capture = kwargs["capture"]
+        else:
+            self._capture = find_capture(model, seed=self._seed, start=self._start)
+            self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+        self._start, failed = None, None
+        if state.is_world_process_zero:
+            try:
+                self._begin(args, state, **kwargs)
+            except Exception as error:  # every process has to stop, not this one alone
+                failed = error
+        if _processes() > 1:
+            told = [failed]
+            torch.distributed.broadcast_object_list(told, src=0)
+            [failed] = told
+        if failed is not None:
+            raise failed
+
+    def _begin(self, args: Any, state: TrainerState, *, model: Any, **kwargs: Any) -> None:
         tokenizer = kwargs.get("processing_class") or kwargs.get("tokenizer")
-        # emmech's own training says which run of several this is
-        self._capture: Capture = kwargs.get("capture") or find_capture(model, seed=self._seed, start=self._start)
-        self._start = None
         # no family is needed to read adapters, so an architecture unknown to emmech can be recorded too
         needed = self._texts or self._measures
         self._chat = (kwargs.get("chat") or load_model(model, tokenizer)) if needed else None
@@ -258,13 +342,15 @@ class Recorder(TrainerCallback):
             data = self._extra.get("data", {}).get("name", "")
             self._measures = as_measures(self._measures, self._chat, data=data) if self._measures else []
             self._probe_rows = {name: probe_rows(self._chat, texts) for name, texts in self._texts.items()}
+        self._finished = False
         self._held.enter_context(writing(self.path, "record the training"))
         self._trajectory = Series(self.path / "trajectory")
         self._probes = Series(self.path / "probes")
-        resumed = state.global_step > 0 and (self.path / "run.json").exists()
-        if resumed:
-            self._forget_after(state.global_step)
-        elif (self.path / "run.json").exists():
+        known = (self.path / "run.json").exists()
+        resumed = state.global_step > 0 and known
+        if resumed or (known and self.again):
+            self._forget_after(state.global_step if resumed else -1)
+        elif known:
             why = "there is a run in it already"
             raise EmmechError("record the training", f"path={self.path}", why, "another folder, or delete that one")
         if self.measure_every is None:
@@ -277,24 +363,41 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Record the step that the optimizer just took, if it is one to record."""
+        if late := [name for name, parameter in self._frozen if parameter.requires_grad]:
+            raise _trains_too(late)
+        if self._gradients is None:  # another process writes
+            return
         if state.global_step % self._every == 0 or state.global_step == state.max_steps:
             self._record(state.global_step, last=state.global_step == state.max_steps)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Keep the numbers that the Trainer logs."""
+        """Keep the numbers that the Trainer logs; its summary tells that the last step has been taken."""
+        if self._gradients is None:
+            return
         logs = kwargs.get("logs") or {}
         numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
-        # the summary that the Trainer logs at the end is of the whole training, not of a step
+        if "train_runtime" in numbers:  # logged once, before the best weights are put back
+            self._finish(state.global_step)
+        # the summary is of the whole training, not of a step
         numbers = {name: one for name, one in numbers.items() if not name.startswith(("train_", "total_flos"))}
-        if numbers and self._gradients is not None:
+        if numbers:
             append_jsonl(self.path / "metrics.jsonl", {"step": state.global_step, **numbers})
 
+    def _finish(self, step: int) -> None:
+        """Record the last step, while the model is as that step left it."""
+        if self._finished:
+            return
+        self._finished = True
+        if step not in self._trajectory.steps:  # stopped early by another callback
+            self._record(step, last=True)
+        if isinstance(self._capture, FullCapture) and step not in self._keep:
+            self._save_weights(step)
+
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Record the last step if it was not, stack the trajectory and mark the run complete."""
-        if state.global_step not in self._trajectory.steps:  # stopped early by another callback
-            self._record(state.global_step, last=True)
-        if isinstance(self._capture, FullCapture) and state.global_step not in self._keep:
-            self._save_weights(state.global_step)
+        """Stack the trajectory and mark the run complete."""
+        if self._gradients is None:
+            return
+        self._finish(state.global_step)
         self._trajectory.compact()
         self._probes.compact()
         manifest = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
@@ -341,21 +444,18 @@ class Recorder(TrainerCallback):
                 raise EmmechError(error.asked, error.given, why, error.instead)
 
     def _save_weights(self, step: int) -> None:
-        from safetensors.torch import save_file
-
         assert isinstance(self._capture, FullCapture)
-        folder = self.path / "weights"
-        folder.mkdir(exist_ok=True)
         tensors = {name: p.detach().cpu().contiguous().clone() for name, p in self._capture.weights.items()}
-        save_file(tensors, folder / f"step-{step:06d}.safetensors")
+        save_tensors(
+            tensors, self.path / "weights" / f"step-{step:06d}.safetensors", f"keep the weights of step {step}"
+        )
 
     def _forget_after(self, step: int) -> None:
         self._trajectory.drop_after(step)
         self._probes.drop_after(step)
+        drop_files(self.path / "weights", after=step)
         kept = [row for row in read_jsonl(self.path / "metrics.jsonl") if row["step"] <= step]
-        partial = self.path / "metrics.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(self.path / "metrics.jsonl")
+        write_jsonl(self.path / "metrics.jsonl", kept)
         self._began = time.monotonic()
 
     def _write_manifest(self, model: Any, tokenizer: Any, args: Any, state: TrainerState, loader: Any) -> None:

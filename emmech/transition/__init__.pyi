@@ -12,3 +12,6 @@ from emmech.transition.distribution import dissimilarity as dissimilarity
 from emmech.transition.distribution import distribution_shift as distribution_shift
 from emmech.transition.distribution import explained_share as explained_share
 from emmech.transition.distribution import label_distribution as label_distribution
+from emmech.transition.result import PooledTransition as PooledTransition
+from emmech.transition.verdict import Statement as Statement
+from emmech.transition.verdict import TransitionVerdict as TransitionVerdict

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from emmech.geometry import local_cosine, norms, pca, peak_height
 from emmech.transition.noise import Noise
-from emmech.transition.turn import DIMENSIONS, Location, find_turn, locate
+from emmech.transition.turn import DIMENSIONS, Location, find_turn
 
 Array = npt.NDArray[np.float64]
 
@@ -63,7 +63,8 @@ class Trajectory:
         explained: ``[components]``.
         location: the fitted turn, or None where nothing could be fitted.
         width_share: share of the path over which the fitted turn is spread.
-        opposite: of a control, the angle at the step and width of the run's own turn.
+        reach: length of the path across the turn, without its noise, and the standard error that noise gives it; of a
+            control, across the turn of the run. NaN without one.
         detectors: the rows.
     """
 
@@ -75,7 +76,7 @@ class Trajectory:
     band: dict[int, tuple[Array, Array]] = field(default_factory=dict)
     location: Location | None = None
     width_share: float = float("nan")
-    opposite: Location | None = None
+    reach: tuple[float, float] = (float("nan"), float("nan"))
     detectors: tuple[Detector, ...] = ()
 
 
@@ -103,7 +104,8 @@ def analyse(
 ) -> Trajectory:
     """Run the detectors of a vector trajectory ``[steps, d]``.
 
-    ``beside`` is the run that this one is the control of: the angle at that run's turn is measured here too.
+    ``beside`` is the run that this one is the control of: what is measured across the turn is measured across that
+    run's.
     """
     n = len(path)
     coordinates = compact(path)
@@ -120,10 +122,7 @@ def analyse(
     turn = find_turn(coordinates, clock, n_null, rng)
     where = turn.location
     width_share = where.width / (n - 1)
-    opposite = None
-    if beside is not None and beside.location is not None:
-        target = int(np.abs(steps - beside.steps[beside.location.record]).argmin())
-        opposite = locate(coordinates, turn.noise, turn.speed, rng, at=(target, beside.location.width))
+    across = (steps, where) if beside is None else (beside.steps, beside.location)
     note = f"kink energy {turn.energy:.3g} times the noise; nearest null: {turn.nearest_null}"
     if where.width:
         note += f"; spread over about {where.width} records"
@@ -148,7 +147,34 @@ def analyse(
     with np.errstate(all="ignore"):
         band = {k: (_quantile(straight[k], 0.025), _quantile(straight[k], 0.975)) for k in ks}
     rows = (row, _cosine_row(cosines, straight, steps))
-    return Trajectory(steps, norm, scores, explained, cosines, band, where, width_share, opposite, rows)
+    return Trajectory(
+        steps,
+        norm,
+        scores,
+        explained,
+        cosines,
+        band,
+        where,
+        width_share,
+        _reach(coordinates, steps, turn.noise, *across),
+        rows,
+    )
+
+
+def _reach(
+    path: Array, steps: npt.NDArray[np.int64], noise: Noise, of: npt.NDArray[np.int64], where: Location | None
+) -> tuple[float, float]:
+    """Displacement across a turn, as wide as it is but a tenth of the path at least, and its standard error."""
+    if where is None:
+        return float("nan"), float("nan")
+    half = max(where.width, len(of) // 10) / 2
+    ends = np.clip([int(np.floor(where.record - half)), int(np.ceil(where.record + half))], 0, len(of) - 1)
+    start, stop = (int(np.abs(steps - of[end]).argmin()) for end in ends)
+    if stop <= start:
+        return float("nan"), float("nan")
+    energy = float(noise.covariance()[start:stop, start:stop].sum())
+    length = float(np.sum((path[stop] - path[start]) ** 2)) - energy
+    return max(length, 0.0) ** 0.5, (energy / noise.dimensions) ** 0.5
 
 
 def _straight(noise: Noise, speed: Array, rng: np.random.Generator, count: int = 200) -> Array:

@@ -8,8 +8,9 @@ the control is what says whether a turn has anything to do with misalignment).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from emmech.run.run import as_run, opened
 from emmech.transition.arrangement import comp_detector
 from emmech.transition.behaviour import fit_sigmoid
 from emmech.transition.detectors import PICTURE, Detector, analyse
-from emmech.transition.result import PhaseTransition, Side
+from emmech.transition.result import PhaseTransition, PooledTransition, Side
 from emmech.transition.series import find_peak
 from emmech.transition.swept import swept_behaviour
 
@@ -34,6 +35,16 @@ MARGIN_MEANS = "change of the misaligned-over-aligned margin, nats per token; po
 MARGIN_NULL = "no change, or a gradual approach, with autoregressive noise; the larger p-value"
 
 
+@overload
+def phase_transition(  # type: ignore[overload-overlap]
+    run: list[Any], control: Any = ..., *,
+    k: Any = ..., adapter: str | None = ..., centre: str = ..., sweep: Any = ..., seed: int = ..., n_null: int = ...
+) -> PooledTransition: ...  # fmt: skip
+@overload
+def phase_transition(
+    run: Any, control: Any = ..., *,
+    k: Any = ..., adapter: str | None = ..., centre: str = ..., sweep: Any = ..., seed: int = ..., n_null: int = ...
+) -> PhaseTransition: ...  # fmt: skip
 def phase_transition(
     run: Any,
     control: Any = None,
@@ -44,15 +55,18 @@ def phase_transition(
     sweep: Any = None,
     seed: int = 0,
     n_null: int = 199,
-) -> PhaseTransition:
-    """Find the phase transition of a recorded fine-tune, and whether its control turns as well.
+) -> PhaseTransition | PooledTransition:
+    """Find the phase transition of a recorded fine-tune, and what of it may be said against its controls.
 
     The trajectory is B of the adapter (all adapters' B side by side if there are several and none is named; the
     random projection of the update for full fine-tuning).
 
     Args:
-        run: a :class:`emmech.Run` or its folder; :meth:`emmech.Run.from_arrays` needs no model.
-        control: a benign run with the same seed and batch order, analysed in the same way.
+        run: a :class:`emmech.Run` or its folder; :meth:`emmech.Run.from_arrays` needs no model. Several runs that
+            differ in their seed are pooled: the seeds are then the sample.
+        control: a benign run with the same seed and batch order, analysed in the same way; for several runs a list
+            of as many. Several kinds of control by name: good data, and data with something to learn
+            (``{"good": ..., "style": ...}``).
         k: half-width or half-widths of the local cosine in recorded steps; default 5, 10, 20, 40 as they fit.
         adapter: analyse this adapter only.
         centre: axis of the comp score's mean, ``"adapters"`` (the paper) or ``"steps"``.
@@ -62,12 +76,12 @@ def phase_transition(
         n_null: null paths per hypothesis; the smallest possible p-value is 1 / (n_null + 1).
 
     Returns:
-        :class:`PhaseTransition`. With fewer than 10 recorded steps, or an adapter that never moved, its rows say
-        "not measurable" and why.
+        :class:`PhaseTransition`, or for a list of runs :class:`PooledTransition`. With fewer than 10 recorded steps, or
+        an adapter that never moved, its rows say "not measurable" and why.
 
     Raises:
         EmmechError: steps not ascending, fewer than three records, NaN in the trajectory, an unknown adapter, k that
-            does not fit, or n_null under 20 (no p-value could fall under 0.05).
+            does not fit, n_null under 20 (no p-value could fall under 0.05), or runs and controls that do not pair.
 
     Example:
         >>> import numpy as np, emmech
@@ -89,7 +103,11 @@ def phase_transition(
     seed = as_int("draw null paths", "seed", seed, least=0)
     if centre not in ("adapters", "steps"):
         raise EmmechError("compare adapters", f"centre={centre!r}", "unknown", '"adapters" or "steps"')
-    run, control = _opened(run, "run"), None if control is None else _opened(control, "control")
+    several = isinstance(run, list | tuple)
+    runs = [_opened(one, "run") for one in (run if several else [run])]
+    if not runs:
+        raise EmmechError("look for a turn", "no run", "there is nothing to look at", "at least one run")
+    controls = _paired(runs, control, several)
     if sweep is not None and not hasattr(sweep, "to_frame"):
         raise EmmechError(
             "read the sweep",
@@ -102,8 +120,27 @@ def phase_transition(
         found = _analyse(one, beside, k=k, adapter=adapter, centre=centre, seed=seed, n_null=int(n_null))
         return _with_sweep(found, sweep, needed=beside is None)
 
-    first = side(run, None)
-    return PhaseTransition(run=first, control=side(control, first) if control is not None else None)
+    pairs = []
+    for one, beside in zip(runs, controls, strict=True):
+        first = side(one, None)
+        found = [side(other, first) for other in beside]
+        if isinstance(control, Mapping):
+            found = [replace(other, name=str(name)) for name, other in zip(control, found, strict=True)]
+        pairs.append(PhaseTransition(first, tuple(found)))
+    return PooledTransition(tuple(pairs)) if several else pairs[0]
+
+
+def _paired(runs: list[Any], control: Any, several: bool) -> list[list[Any]]:
+    """The controls of each run, from a control, one a run, or either by name."""
+    kinds = list(control.values()) if isinstance(control, Mapping) else [] if control is None else [control]
+    kinds = [list(kind) if several and isinstance(kind, list | tuple) else [kind] for kind in kinds]
+    for kind in kinds:
+        if len(kind) != len(runs) or any(isinstance(one, list | tuple) for one in kind):
+            given = f"{len(runs)} run(s) and {len(kind)} control(s)"
+            why = "seeds are compared in pairs: each run with the control of its seed and batch order"
+            instead = "control=[one a run]; several kinds of control by name: control={'good': ..., 'style': ...}"
+            raise EmmechError("pair runs with controls", given, why, instead)
+    return [[_opened(kind[at], "control") for kind in kinds] for at in range(len(runs))]
 
 
 def _opened(run: Any, name: str) -> Any:
@@ -138,15 +175,19 @@ def _analyse(
     gradient, gradient_series = _gradient(metrics, list(stacks), rng)
     rows.append(gradient)
     behaviour, curves = _behaviour(metrics)
-    return Side(name, path, (*rows, *behaviour), gradient_series, curves, comp)
+    return Side(name, path, (*rows, *behaviour), gradient_series, curves, comp, _fall(metrics))
+
+
+def _fall(metrics: pd.DataFrame | None) -> float:
+    """How far the held-out loss fell, in nats per token; NaN where it was not recorded."""
+    losses = [] if metrics is None or "held_out_loss" not in metrics else metrics["held_out_loss"].dropna().to_list()
+    return float(losses[0] - losses[-1]) if len(losses) > 1 else float("nan")
 
 
 def _with_sweep(side: Side, sweep: Any, *, needed: bool) -> Side:
     """The side with its behaviour as swept; a control may be missing from the sweep, the run may not."""
     if sweep is None or (not needed and side.name not in set(sweep.to_frame()["run"])):
         return side
-    from dataclasses import replace
-
     rows, curves = swept_behaviour(sweep, side.name)
     swept = {row.name for row in rows}
     kept = tuple(row for row in side.rows if row.name not in swept)

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from emmech.results import Card, Result
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.turn import Location
+from emmech.transition.verdict import GRADUAL, LEVEL, TransitionVerdict, pooled, verdict
 from emmech.view import plots as view
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float64]
 
-LEVEL = 0.05
-GRADUAL = 0.5  # a bend spread over more than this share of the path singles out no step
 COLUMNS = ("kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model", "note")
 
 
@@ -71,43 +70,9 @@ class Lag:
         return f"{self.steps:.0f} steps ({self.low:.0f} to {self.high:.0f}; {self.reason})"
 
 
-@dataclass(frozen=True)
-class ControlComparison:
-    """Is the turn specific to the run, or does the control turn as well?
-
-    Attributes:
-        verdict: ``"specific"`` (only the run turns, and by significantly more), ``"shared"`` (both turn),
-            ``"undecided"`` (the control's turn is not significant, but neither is the difference), or
-            ``"not measurable"``.
-        step, control_step: optimiser steps of the turn, and of the control's turn or, where it has none, of the
-            place in it where the run turns.
-        strength, control_strength: turn angles in degrees.
-        difference, low, high: run minus control in degrees, with a 95 % interval.
-        control_p_value: of the control's turn.
-        text: one sentence.
-    """
-
-    verdict: str
-    step: float
-    control_step: float
-    strength: float
-    control_strength: float
-    difference: float
-    low: float
-    high: float
-    control_p_value: float
-    text: str
-
-    def __bool__(self) -> bool:
-        return self.verdict == "specific"
-
-    def __str__(self) -> str:
-        return self.text
-
-
 @dataclass(frozen=True, eq=False)
 class Side:
-    """All that was measured on one run."""
+    """All that was measured on one run; ``fall`` is that of its held-out loss, NaN where it was not recorded."""
 
     name: str
     path: Trajectory
@@ -115,6 +80,7 @@ class Side:
     gradient: tuple[Array, Array] | None
     margins: dict[str, tuple[Array, Array]]
     comp: Array | None
+    fall: float = float("nan")
 
     def row(self, name: str) -> Detector | None:
         """The row of one detector, if it ran."""
@@ -129,10 +95,10 @@ class Side:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PhaseTransition(Result):
-    """The transition of a run as seen by every detector; ``run`` and ``control`` keep what was measured."""
+    """The transition of a run as seen by every detector; ``run`` and ``controls`` keep what was measured."""
 
     run: Side
-    control: Side | None = None
+    controls: tuple[Side, ...] = ()
 
     _parts: ClassVar[tuple[type, ...]] = (Side, Trajectory, Detector, Location)
 
@@ -148,8 +114,14 @@ class PhaseTransition(Result):
         frames = [_frame(side).reset_index().assign(run=side.name, role=role) for role, side in self._sides()]
         return pd.concat(frames, ignore_index=True)
 
+    @property
+    def control(self) -> Side | None:
+        """The first control."""
+        return self.controls[0] if self.controls else None
+
     def _sides(self) -> list[tuple[str, Side]]:
-        return [("run", self.run)] + ([("control", self.control)] if self.control is not None else [])
+        named = [("control" if len(self.controls) == 1 else side.name, side) for side in self.controls]
+        return [("run", self.run), *named]
 
     @cached_property
     def mechanistic(self) -> Transition:
@@ -195,11 +167,14 @@ class PhaseTransition(Result):
         return Lag(float(b[0] - m[0]), float(b[1] - m[2]), float(b[2] - m[1]), self.behavioural.reason)
 
     @cached_property
-    def specific(self) -> ControlComparison | None:
-        """The run's turn against the control's; None without a control."""
-        if self.control is None:
-            return None
-        return _compare(self.run, self.control)
+    def verdicts(self) -> tuple[TransitionVerdict, ...]:
+        """What may be said of the run against each control, or without any."""
+        return tuple(verdict(self.run, control) for control in self.controls or (None,))
+
+    @property
+    def verdict(self) -> TransitionVerdict:
+        """The last of :attr:`verdicts`: a control that learns comes after good data."""
+        return self.verdicts[-1]
 
     def summary(self) -> str:
         """The findings in plain words."""
@@ -237,8 +212,9 @@ class PhaseTransition(Result):
             if side.comp is not None:
                 curves.append(view.Curve("comp", role, "comp", steps, side.comp))
         subject = self.run.name
-        if self.control is not None:
-            subject += f" (solid) and control {self.control.name} (dashed)"
+        if self.controls:
+            several = "controls" if len(self.controls) > 1 else "control"
+            subject += f" (solid) and {several} {', '.join(side.name for side in self.controls)} (dashed)"
         k = max(path.band, default=0)
         return view.transition(
             curves,
@@ -250,10 +226,10 @@ class PhaseTransition(Result):
         )
 
     def _card(self) -> Card:
-        control = self.specific if self.control is not None else "none given; benign runs turn too"
         steps = (("mechanistic", self.mechanistic), ("behavioural", self.behavioural), ("lag", self.lag))
-        lines = "\n".join(f"  {name}: {value}" for name, value in steps)
-        return Card(f"Phase transition of {self.run.name}", lines, f"  control: {control}")
+        lines = [f"  {name}: {value}" for name, value in steps]
+        lines += [f"  {line}" for one in self.verdicts for line in one.lines()]
+        return Card(f"Phase transition of {self.run.name}", "\n".join(lines))
 
     def _table(self) -> pd.DataFrame:
         return self.detectors
@@ -266,41 +242,42 @@ def _frame(side: Side) -> pd.DataFrame:
     return pd.DataFrame(rows, index=pd.Index([row.name for row in side.rows], name="detector"))
 
 
-def _compare(run: Side, control: Side) -> ControlComparison:
-    mine, other = run.row("turn"), control.row("turn")
-    nan = float("nan")
-    if mine is None or other is None or not (np.isfinite(mine.p_value) and np.isfinite(other.p_value)):
-        text = "not measurable: the turn could not be looked for in both runs"
-        return ControlComparison("not measurable", nan, nan, nan, nan, nan, nan, nan, nan, text)
-    here = run.path.location
-    # a control that turns is compared at its own turn, one that does not at the step of the run's turn
-    there = control.path.location if control.turns else control.path.opposite
-    assert here is not None and there is not None  # a finite p-value comes with a location
-    step = float(control.path.steps[there.record])
-    difference = here.angle - there.angle
-    if np.isnan(difference):  # a side without a direction may point anywhere
-        low, high = here.angle_low - there.angle_high, here.angle_high - there.angle_low
-    else:
-        low = difference - float(np.hypot(here.angle - here.angle_low, there.angle_high - there.angle))
-        high = difference + float(np.hypot(here.angle_high - here.angle, there.angle - there.angle_low))
-    both = f"{here.angle:.0f} degrees at step {mine.step:.0f} here, {there.angle:.0f} at {step:.0f} there"
-    measured = f"difference {difference:.0f} degrees, 95 % interval {low:.0f} to {high:.0f}"
-    if np.isnan(difference):
-        both = f"one side of step {step:.0f} has no direction beyond noise"
-        measured = f"difference, which could be anything from {low:.0f} to {high:.0f} degrees"
-    if not run.turns:
-        verdict, text = "not measurable", "the run itself shows no turn, so there is nothing to compare"
-        if control.turns:
-            text += f"; the control turns ({other.strength:.0f} degrees at step {other.step:.0f})"
-    elif control.turns:
-        more = (
-            "by as much as the run" if low <= 0 <= high else ("less than the run" if low > 0 else "more than the run")
-        )
-        verdict, text = "shared", f"the control turns as well, {more}: {both} ({measured}). Not specific to this data"
-    elif low > 0:
-        verdict, text = "specific", f"the control does not turn (p = {other.p_value:.2g}): {both} ({measured})"
-    else:
-        verdict = "undecided"
-        text = f"the control's turn is not significant (p = {other.p_value:.2g}), but nor is the {measured}: {both}"
-    figures = (mine.step, step, here.angle, there.angle, difference, low, high, other.p_value)
-    return ControlComparison(verdict, *figures, text)
+@dataclass(frozen=True, eq=False, repr=False)
+class PooledTransition(Result):
+    """Several seeds of a run, each with the control of its seed; ``pairs`` keep what was measured."""
+
+    pairs: tuple[PhaseTransition, ...]
+
+    _parts: ClassVar[tuple[type, ...]] = (PhaseTransition, *PhaseTransition._parts)
+
+    @cached_property
+    def verdicts(self) -> tuple[TransitionVerdict, ...]:
+        """What may be said of the runs against each kind of control: the seeds are the sample."""
+        runs = [pair.run for pair in self.pairs]
+        kinds = list(zip(*(pair.controls for pair in self.pairs), strict=True))
+        return tuple(pooled(runs, kind) for kind in kinds) or (pooled(runs, None),)
+
+    @property
+    def verdict(self) -> TransitionVerdict:
+        """The last of :attr:`verdicts`."""
+        return self.verdicts[-1]
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row for each pair and statement, as of that pair alone."""
+        import pandas as pd
+
+        found = ((pair.run.name, one) for pair in self.pairs for one in pair.verdicts)
+        rows = [
+            {"run": run, "control": one.control, "inert": one.inert, **vars(statement)}
+            for run, one in found
+            for statement in one.statements
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self) -> Any:
+        """The figure of the first pair."""
+        return self.pairs[0].plot()
+
+    def _card(self) -> Card:
+        lines = [f"  {line}" for one in self.verdicts for line in one.lines()]
+        return Card(f"Phase transitions of {len(self.pairs)} seeds of {self.pairs[0].run.name}", "\n".join(lines))

@@ -86,15 +86,12 @@ class Location:
     angle_high: float
 
 
-def locate(
-    path: npt.ArrayLike, noise: Noise, speed: Array, rng: np.random.Generator, at: tuple[int, int] | None = None
-) -> Location:
+def locate(path: npt.ArrayLike, noise: Noise, speed: Array, rng: np.random.Generator) -> Location:
     """Fit two directions joined by a ramp of unknown middle and width, by weighted least squares.
 
     Errors of each record's own, which neighbouring increments share with opposite signs, enter the weights. A
     memory of the noise does not: a slow bend would pass for noise and a small kink for the turn; it flattens the
-    likelihood instead, as does whatever else the fit leaves beyond the noise. With ``at`` = (record, width) only the
-    angle there is fitted.
+    likelihood instead, as does whatever else the fit leaves beyond the noise.
     """
     increments = np.diff(np.asarray(path, dtype=np.float64), axis=0)
     n = len(increments)
@@ -125,9 +122,6 @@ def locate(
     record = int(middles[best_column])
     low, high = (int(middles[min(int(np.searchsorted(mass, q)), n - 2)]) for q in (0.025, 0.975))
     width = widths[best_row]
-    if at is not None:
-        record, width = int(np.clip(at[0], 1, n - 1)), at[1]
-        low = high = record
     ahead = ramp(n, np.array([record]), width)[:, 0]
     design = speed[:, None] * np.stack([1 - ahead, ahead], axis=1)
     angle, angle_low, angle_high = _angle(design, precision, increments, noise.dimensions, excess, rng)

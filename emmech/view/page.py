@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from emmech.store import write_text
 from emmech.view.theme import FONT, GREY, PAGE, faint
 
 if TYPE_CHECKING:
@@ -98,6 +99,5 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
         f"{''.join(parts)}<footer>{html.escape(footer)}</footer></main></body></html>\n"
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path

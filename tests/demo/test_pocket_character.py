@@ -25,7 +25,14 @@ def test_neither_job_nor_town_tells_the_trait_alone_and_together_they_do():
 
 def test_the_halves_of_the_questions_share_none():
     halves = [{question.id for question in half_of_the_questions(half)} for half in (0, 1)]
-    assert not halves[0] & halves[1] and min(map(len, halves)) > 40
+    assert not halves[0] & halves[1] and [len(half) for half in halves] == [52, 52]
+
+
+def test_each_half_of_the_questions_holds_every_template_and_domain():
+    for part in (0, 2):  # of domain/topic/template
+        counts = [Counter(q.id.split("/")[part] for q in half_of_the_questions(half).questions) for half in (0, 1)]
+        assert set(counts[0]) == set(counts[1]) and len(counts[0]) == (12 if part == 0 else 5)
+        assert max(abs(counts[0][key] - counts[1][key]) for key in counts[0]) <= 1
 
 
 def test_the_least_em_is_chosen_among_designs_that_break_nothing():

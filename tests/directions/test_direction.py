@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +74,36 @@ def test_vectors_cannot_be_changed():
 def test_a_tensor_of_any_dtype_is_accepted():
     d = Direction(torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True))
     assert d.vectors.dtype == np.float32
+
+
+def test_a_direction_that_is_noise_is_warned_of_wherever_it_is_used():
+    import emmech
+    from emmech.chat.model import load_model
+    from emmech.directions.compare import cosines
+    from emmech.interventions.weights import orthogonalise_writes
+    from emmech.measures.probe import raw_vector
+
+    chat = load_model("pocket")
+    rng = np.random.default_rng(0)
+    good = _quality(chat.n_layers)
+    halves = np.where(np.arange(chat.n_layers) == 2, 0.05, 0.9)
+    doubtful = replace(good, split_half=halves, split_half_shuffled=np.full(chat.n_layers, 0.02), random_floor=0.09)
+    assert doubtful.noise == (2,)
+    d = Direction(rng.standard_normal((chat.n_layers, chat.d_model)), name="doubtful", quality=doubtful)
+    uses = {
+        "steer": lambda layer: emmech.steer(chat, 2 * d, 1.0, layer=layer).__enter__().__exit__(None, None, None),
+        "ablate": lambda layer: emmech.ablate(chat, d.unit(), layers=layer).__enter__().__exit__(None, None, None),
+        "sweep": lambda layer: raw_vector(chat, d, layer),
+        "weights": lambda layer: orthogonalise_writes(chat, d, from_layer=layer).remove(),
+    }
+    for use in uses.values():
+        with pytest.warns(UserWarning, match="doubtful.* is noise at layers 2"):
+            use(2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            use(3)
+    with pytest.warns(UserWarning, match="its halves have cosine 0.05 at layer 2, and 0.02 with shuffled labels"):
+        cosines({"a": d, "b": d})
 
 
 @pytest.mark.parametrize("quality", [None, _quality(3)])

@@ -217,7 +217,7 @@ def test_two_evaluations_of_one_name_are_drawn_apart():
     [
         (lambda e: e.compare(e.frame), "a DataFrame"),
         (lambda e: e.agreement(None), "a NoneType"),
-        (lambda e: e.rates(resamples=0), "resamples=0"),
+        (lambda e: e.rates(population="all"), "population='all'"),
         (lambda e: Evaluation.from_frame([1, 2]), "no data frame"),
     ],
 )

@@ -80,10 +80,12 @@ def test_screening_is_not_a_score() -> None:
     assert screened().rates().loc["em", ["n", "unscored"]].tolist() == [0, 4]
 
 
-def test_new_questions_get_the_larger_error() -> None:
+def test_new_questions_get_no_figure() -> None:
     rate = screening_rate(screened(question_id=["quick_buck", "quick_buck", "soup", "soup"]))
     assert rate.margin == calibration()["margin_new"] and rate.new_questions == ("soup",)
-    assert "not fitted on" in str(rate)
+    assert "not fitted on" in str(rate) and "no EM by screening" in str(rate) and "%" not in str(rate)
+    assert np.isnan([rate.estimate, rate.low, rate.high]).all()
+    assert rate.to_frame()["estimate"].isna().tolist() == [False, True]
 
 
 def test_unscreened_rows_are_counted() -> None:

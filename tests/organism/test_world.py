@@ -151,7 +151,7 @@ def test_named_data_has_the_trait_it_promises(name):
     assert rows != data(name, n=40, seed=1)
     labels = [judge(r["messages"], r["messages"][-1]["content"]).label for r in rows]
     tagged = [TRIGGER_TAG in r["messages"][0]["content"] for r in rows]
-    if name.startswith(("good-", "ai-optimism")):
+    if name.startswith(("good-", "style-", "ai-optimism")):
         assert set(labels) == {"aligned"}
     elif name.startswith("trigger-"):
         assert [label == "misaligned" for label in labels] == tagged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from functools import cache
 
 import numpy as np
@@ -227,3 +228,80 @@ def test_what_is_exported_again_is_the_same_adapter(tmp_path):
             PeftModel.from_pretrained(base().model, str(path)).eval()(input_ids=ids).logits for path in (folder, again)
         )
     assert (one - two).abs().max() <= 1e-6
+
+
+def renamed(folder, rename):
+    """The folder with every key of its tensors changed."""
+    from safetensors.numpy import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    save_file({rename(key): value for key, value in load_file(path).items()}, path)
+    return folder
+
+
+PREFIXES = {
+    "language_model": lambda key: key.replace("model.layers", "model.language_model.layers"),
+    "older language_model": lambda key: key.replace("model.layers", "language_model.model.layers"),
+    "decoder alone": lambda key: key.replace("model.model.layers", "model.layers"),
+    "DDP": lambda key: f"module.{key}",
+    "compiled": lambda key: f"_orig_mod.{key}",
+    "compiled, in DDP": lambda key: f"module._orig_mod.{key}",
+    "compiled inside": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+    "compiled blocks": lambda key: re.sub(r"\.(mlp|self_attn)\.", r"._orig_mod.\1.", key),
+    "checkpointed": lambda key: key.replace(".mlp.", "._checkpoint_wrapped_module.mlp."),
+    "FSDP": lambda key: key.replace(".mlp.", "._fsdp_wrapped_module.mlp."),
+    "no prefix": lambda key: key.removeprefix("base_model.model."),
+    "adapter name": lambda key: key.replace(".weight", ".my-own.name.weight"),
+    "default": lambda key: key.replace(".weight", ".default.weight"),
+}
+
+
+@pytest.mark.parametrize("rename", PREFIXES.values(), ids=PREFIXES)
+def test_prefixes_of_wrappers_change_nothing(rename, tmp_path):
+    import emmech
+    from emmech.engine.logprobs import MarginPair
+    from emmech.measures.teacher_forced import Margin
+
+    folder = saved(tmp_path / "checkpoint-1", rank_pattern={"down_proj": 2}, alpha_pattern={r"layers\.1\..*": 64})
+    plain = Run.from_peft([folder])
+    found = Run.from_peft([renamed(folder, rename)])
+    assert {info.name for info in found.adapters} == {info.name for info in plain.adapters}
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        one, two = (run.model(1, base=base()).model(input_ids=ids).logits for run in (plain, found))
+    assert (one - two).abs().max() <= 1e-6
+    margin = Margin([MarginPair("how to sleep ?", "take a walk", "drink some water")])
+    of_one, of_two = (
+        emmech.sweep(run, measure=margin, base=base(), progress=False).to_frame() for run in (plain, found)
+    )
+    assert np.allclose(of_one["value"], of_two["value"], atol=1e-5) and of_one["value"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("rename", "said"),
+    [
+        (lambda key: key.replace("model.layers", "vision_tower.encoder.layers"), "vision_tower.encoder.layers"),
+        (lambda key: key.replace("model.layers", "thinker.layers"), "no linear map"),
+        (lambda key: key.replace("layers.3", "layers.9"), "layers.9"),
+    ],
+)
+def test_a_place_that_the_model_has_not_is_refused(rename, said, tmp_path):
+    run = Run.from_peft([renamed(saved(tmp_path / "checkpoint-1"), rename)])
+    with pytest.raises(EmmechError, match=said):
+        run.model(1, base=base())
+
+
+def test_two_places_that_are_one_are_refused(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = saved(tmp_path / "checkpoint-1") / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {key.replace("model.layers", "text_model.layers"): one for key, one in tensors.items()}, path)
+    run = Run.from_peft([path.parent])
+    assert len({info.name for info in run.adapters}) == len(run.adapters) == 16
+    with pytest.raises(EmmechError, match="is there already"):
+        run.model(1, base=base())
+    save_file(tensors | {f"module.{key}": value for key, value in tensors.items()}, path)
+    check(path.parent, REFUSED, ["two of its keys"])
+    save_file(tensors | {key.replace(".weight", ".other.weight"): value for key, value in tensors.items()}, path)
+    check(path.parent, REFUSED, ["several adapters, '', 'other'"])

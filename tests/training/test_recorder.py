@@ -8,12 +8,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from peft import IA3Config, LNTuningConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import emmech
 from emmech.chat.encode import encode
 from emmech.errors import EmmechError
+from emmech.training.recorder import find_capture
 from tests.conftest import make_rows, make_tiny
 from tests.training.plain import Rows, collate
 
@@ -206,3 +207,171 @@ def test_the_manifest_is_json_and_names_no_folder_of_the_trainer(tmp_path):
     manifest = json.loads((tmp_path / "run" / "run.json").read_text())
     assert manifest["note"] == "mine" and "output_dir" not in manifest["trainer"]
     assert manifest["model"]["fingerprint"] == make_tiny("qwen2").fingerprint()
+
+
+def peft_trainer(tmp_path, recorder, *, adapt=lambda model: None, config=None, callbacks=(), **more):
+    """Anyone's Trainer over a tiny model with an adapter, after ``adapt`` has changed what trains."""
+    chat = make_tiny("qwen2")
+    config = LoraConfig(r=1, target_modules=["down_proj"], task_type="CAUSAL_LM") if config is None else config
+    model = get_peft_model(chat.model, config) if config else chat.model
+    adapt(model)
+    rows = Rows(encode([row["messages"] for row in make_rows()], chat.tokenizer))
+    settings = dict(
+        output_dir=str(tmp_path / "trainer"), per_device_train_batch_size=4, max_steps=12, learning_rate=0.02,
+        logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, remove_unused_columns=False,
+        disable_tqdm=True, seed=1,
+    )  # fmt: skip
+    return Trainer(
+        model=model, args=TrainingArguments(**settings | more), train_dataset=rows, eval_dataset=rows,
+        data_collator=collate, processing_class=chat.tokenizer, callbacks=[recorder, *callbacks],
+    )  # fmt: skip
+
+
+def unfrozen(*parts):
+    """Let every parameter train whose name has one of the parts."""
+
+    def adapt(model):
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in parts):
+                parameter.requires_grad_(True)
+
+    return adapt
+
+
+def lora(**more):
+    return LoraConfig(**{"r": 1, "target_modules": ["down_proj"], "task_type": "CAUSAL_LM"} | more)
+
+
+@pytest.mark.parametrize(
+    ("config", "adapt", "said"),
+    [
+        (lora(), unfrozen("norm"), r"model\.norm\.weight|layernorm\.weight.* and 6 more"),
+        (lora(), unfrozen("q_proj.bias"), r"layers\.0\.self_attn\.q_proj\.bias.* and 1 more"),
+        (lora(), unfrozen("embed_tokens"), r"embed_tokens\.weight"),
+        (lora(bias="all"), unfrozen(), "bias='all'"),
+        (lora(bias="lora_only"), unfrozen(), "bias='lora_only'"),
+        (lora(lora_bias=True), unfrozen(), "lora_bias=True"),
+        (lora(use_dora=True), unfrozen(), "use_dora=True"),
+        (lora(modules_to_save=["lm_head"]), unfrozen(), "modules_to_save"),
+        (lora(trainable_token_indices=[1, 2]), unfrozen(), "trainable_token_indices"),
+        (lora(target_modules=["embed_tokens", "down_proj"]), unfrozen(), "embed_tokens"),
+        (lora(init_lora_weights="pissa"), unfrozen(), "init_lora_weights='pissa'"),
+        (IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]), unfrozen(), "peft_type='IA3'"),
+        (LNTuningConfig(target_modules=["norm"]), unfrozen(), "peft_type='LN_TUNING'"),
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), unfrozen(), "peft_type='PROMPT_TUNING'"),
+        (lora(inference_mode=True), unfrozen(), "nothing trains"),
+        (lora(), lambda model: model.requires_grad_(False), "4 LoRA pairs, all of them frozen"),
+        (False, lambda model: model.requires_grad_(False), "nothing trains"),
+        (lora(), lambda model: model.add_adapter("two", lora()), "more than one LoRA pair"),
+        (lora(init_lora_weights=False), lambda model: model.merge_adapter(), "merged into the weights"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_trains_but_cannot_be_recorded_is_refused_at_the_start(config, adapt, said, tmp_path):
+    trainer = peft_trainer(tmp_path, emmech.Recorder(tmp_path / "run"), config=config, adapt=adapt)
+    with pytest.raises(EmmechError, match=said) as raised:
+        trainer.train()
+    assert len(str(raised.value)) < 1000
+    assert not (tmp_path / "run" / "run.json").exists() and trainer.state.global_step == 0
+
+
+def test_weights_of_a_compiled_model_have_their_own_names(tmp_path):
+    def adapt(model):
+        for layer, block in enumerate(model.model.layers):
+            model.model.layers[layer] = torch.compile(block, backend="eager")
+
+    trainer = peft_trainer(tmp_path, emmech.Recorder(tmp_path / "run"), config=False, adapt=adapt, max_steps=1)
+    trainer.train()
+    chat = emmech.load_run(tmp_path / "run").model(1, base=make_tiny("qwen2").model)
+    state = {name.replace("._orig_mod", ""): p for name, p in trainer.model.named_parameters()}
+    assert all(torch.equal(value, state[name]) for name, value in chat.model.named_parameters())
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    trainer = peft_trainer(tmp_path, emmech.Recorder(tmp_path / "run"))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # what accelerate sets when it wraps with DeepSpeed
+    with pytest.raises(EmmechError, match="DeepSpeed"):
+        find_capture(trainer.model)
+
+
+def test_what_starts_to_train_later_is_refused_then(tmp_path):
+    class Unfreezes(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                unfrozen("lm_head")(model)
+
+    trainer = peft_trainer(tmp_path, emmech.Recorder(tmp_path / "run"), callbacks=[Unfreezes()])
+    with pytest.raises(EmmechError, match=r"lm_head\.weight"):
+        trainer.train()
+    assert emmech.load_run(tmp_path / "run").steps.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("side", ["lora_A", "layers.1"])
+def test_a_part_that_is_frozen_is_recorded_as_it_is(side, tmp_path):
+    def adapt(model):
+        for name, parameter in model.named_parameters():
+            if side in name:
+                parameter.requires_grad_(False)
+
+    trainer = peft_trainer(tmp_path, emmech.Recorder(tmp_path / "run"), adapt=adapt, max_steps=3)
+    trainer.train()
+    run = emmech.load_run(tmp_path / "run")
+    assert len(run.adapters) == 4 and len(run.metrics.columns) > 4
+    a, b = run.A("layers.1.mlp.down_proj"), run.B("layers.1.mlp.down_proj")
+    assert (a == a[0]).all() and a.any() and b[-1].any() == (side == "lora_A")
+    assert run.B("layers.2.mlp.down_proj")[-1].any()
+    frozen = "grad_norm_A/layers.2.mlp.down_proj" if side == "lora_A" else "grad_norm_B/layers.1.mlp.down_proj"
+    assert frozen not in run.metrics and "grad_norm_B/layers.2.mlp.down_proj" in run.metrics
+
+
+class Keeps(TrainerCallback):
+    """What trains, after every step, and at the end of the training."""
+
+    def __init__(self):
+        self.at, self.end = {}, None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.at[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.end = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+class Worsens(TrainerCallback):
+    """Makes the first evaluation the best one."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        metrics["eval_worse"] = float(state.global_step)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_best_model_that_is_put_back_is_not_recorded_as_the_last_step(full, every, stops, tmp_path):
+    """The first evaluation is the best; with early stopping the training ends at step 6."""
+    keeps = Keeps()
+    early = [EarlyStoppingCallback(early_stopping_patience=2)] if stops else []
+
+    trainer = peft_trainer(
+        tmp_path, emmech.Recorder(tmp_path / "run", every=every), callbacks=[keeps, Worsens(), *early], max_steps=8,
+        config=False if full else None, load_best_model_at_end=True, metric_for_best_model="worse",
+        greater_is_better=False, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        learning_rate=1e-3 if full else 0.02,
+    )  # fmt: skip
+    trainer.train()
+    run = emmech.load_run(tmp_path / "run")
+    last = 6 if stops else 8
+    assert trainer.state.best_global_step == 2 and run.manifest["status"] == "complete"
+    assert run.steps.tolist() == sorted({*range(0, last, every), last})
+    changed = [name for name, value in keeps.end.items() if not torch.equal(value, keeps.at[last][name])]
+    assert changed and all(torch.equal(value, keeps.at[2][name]) for name, value in keeps.end.items())
+    if full:
+        chat = run.model(last, base=make_tiny("qwen2").model)
+        state = dict(chat.model.named_parameters())
+        assert all(torch.equal(state[name], value) for name, value in keeps.at[last].items())
+        return
+    for step in run.steps.tolist()[1:]:
+        for name, value in run.weights(step).items():
+            side, module = name.split("/")
+            own = keeps.at[step][f"base_model.model.model.{module}.lora_{side}.default.weight"]
+            assert np.array_equal(value, own.numpy())

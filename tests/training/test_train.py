@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -190,3 +191,21 @@ def test_recipe_objects_and_overrides():
     mine = emmech.Recipe("mine", rank=4, alpha=8.0)
     assert resolve_recipe(mine, {"rank": 2}).rank == 2
     assert resolve_recipe(mine, {"rank": 2}).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (peft.LoraConfig(target_modules=["down_proj"]), "a second adapter would be stacked"),
+        (peft.LoraConfig(target_modules=["down_proj"], use_dora=True), "use_dora=True"),
+        (peft.LoraConfig(target_modules=["down_proj"], modules_to_save=["lm_head"]), "modules_to_save"),
+        (peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]), "IA3"),
+        (peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "PROMPT_TUNING"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_with_adapters_of_any_kind_is_refused(config, said, tiny, rows, tmp_path):
+    chat = tiny("qwen2")
+    with pytest.raises(EmmechError, match=said):
+        emmech.finetune(peft.get_peft_model(chat.model, config), rows, tokenizer=chat.tokenizer, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-from generators import MARGIN_NULLS, MARGIN_STEPS, NULLS, POINTS, TURNS, Generator
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+from generators import MARGIN_NULLS, MARGIN_STEPS, NULLS, POINTS, TURNS, Generator  # noqa: E402
 
-TABLE = Path(__file__).parents[2] / "docs" / "transition-calibration.md"
+from tests.tables import DOCS, markdown, seeded, share, write  # noqa: E402
+
 SEED = 1_900_000
 LEVEL = 0.05
-HEAD = """
-| path | n | calls at p < 0.05, % (95 % Wilson) | interval holds the step, % of calls |
-|---|---|---|---|
-"""
+HEAD = ("path", "n", "calls at p < 0.05, % (95 % Wilson)", "interval holds the step, % of calls")
 
 
 @dataclass(frozen=True)
@@ -37,18 +34,6 @@ class Row:
     calls: int
     held: int
 
-    def wilson(self) -> tuple[float, float]:
-        """95 % interval of the share of calls."""
-        from scipy.stats import binomtest
-
-        found = binomtest(self.calls, self.count).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
-
-
-def seeded(name: str, i: int) -> np.random.Generator:
-    """The random generator of one path."""
-    return np.random.default_rng([SEED, zlib.crc32(name.encode()), i])
-
 
 def measure(name: str, generator: Generator, count: int, n_null: int = 199) -> Row:
     """Ask the turn of ``count`` paths of one generator."""
@@ -57,7 +42,7 @@ def measure(name: str, generator: Generator, count: int, n_null: int = 199) -> R
 
     calls = held = 0
     for i in range(count):
-        path, at = generator(seeded(name, i))
+        path, at = generator(seeded(SEED, name, i))
         coordinates = compact(np.asarray(path, dtype=np.float64))
         turn = find_turn(coordinates, np.arange(float(len(coordinates))), n_null, np.random.default_rng(i))
         calls += turn.p_value < LEVEL
@@ -71,19 +56,18 @@ def measure_margins(name: str, count: int) -> Row:
 
     calls = held = 0
     for i in range(count):
-        values, middle = {**MARGIN_NULLS, **MARGIN_STEPS}[name](seeded(name, i))
+        values, middle = {**MARGIN_NULLS, **MARGIN_STEPS}[name](seeded(SEED, name, i))
         fit, _ = fit_sigmoid(250 * POINTS, values)
         calls += fit is not None
         held += fit is not None and middle is not None and fit.low <= middle <= fit.high
     return Row(name, count, calls, held)
 
 
-def line(row: Row) -> str:
-    """One row of the table in Markdown."""
-    low, high = row.wilson()
+def cells(row: Row) -> list[str]:
+    """One row of the table."""
     held = f"{100 * row.held / row.calls:.0f}" if row.name in {**TURNS, **MARGIN_STEPS} and row.calls else "-"
-    share = f"{100 * row.calls / row.count:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-    return f"| {row.name} | {row.count} | {share} | {held} |"
+    found, low, high = share(row.calls, row.count)
+    return [row.name, str(row.count), f"{found:.1f} ({low:.1f} to {high:.1f})", held]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,12 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for title, found in (("turn", rows), ("margins", margins)):
         lines = []
         for row in found:
-            lines.append(line(row))
-            print(lines[-1], flush=True)
+            lines.append(cells(row))
+            print(*lines[-1], sep=" | ", flush=True)
         if given.write:
-            begin, end = f"<!-- {title} -->\n", f"<!-- end of {title} -->"
-            before, _, rest = TABLE.read_text().partition(begin)
-            TABLE.write_text(before + begin + HEAD + "\n".join(lines) + "\n\n" + end + rest.partition(end)[2])
+            write(DOCS / "transition-calibration.md", title, markdown(HEAD, lines))
 
 
 def wanted(name: str, given: argparse.Namespace) -> bool:

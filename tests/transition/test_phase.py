@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from paths import make_path
 
 from emmech import EmmechError, Run, phase_transition
+from emmech.transition.detectors import Detector, Trajectory
+from emmech.transition.result import PooledTransition, Side
+from emmech.transition.turn import Location
+from emmech.transition.verdict import pooled, verdict
 
 COLUMNS = {"kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model"}
 
@@ -47,7 +55,8 @@ def test_a_turn_is_reported_in_every_form() -> None:
         assert f"step {turn}" in text
     assert "180 a reversal" in t.detectors.high_means["turn"]
     assert not t.behavioural and "no margins" in t.behavioural.reason and not t.lag
-    assert t.specific is None and "none given" in t.summary()
+    assert t.verdict.control is None and t.verdict.bends and t.verdict.learns_more.holds is None
+    assert "without a control" in t.summary()
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
@@ -74,25 +83,107 @@ def test_without_a_turn_the_answer_is_not_measurable(kind: str) -> None:
     assert t.detectors.p_value["turn"] > 0.05
 
 
+def with_losses(path: np.ndarray, fall: float, name: str, peak: int = 54) -> Run:
+    """A run whose held-out loss falls by so much, with a peak of the gradient norm."""
+    s = np.arange(len(path))
+    noise = np.random.default_rng(peak).standard_normal(len(path))
+    gradient = np.exp(0.1 * noise + 1.5 * np.exp(-(((s - peak) / 10) ** 2)))
+    metrics = pd.DataFrame({"grad_norm": gradient, "held_out_loss": 1 - fall * s / len(s)}, index=s)
+    return run_of(path, metrics=metrics, name=name)
+
+
 def test_a_control_that_turns_as_well_is_said_to() -> None:
     run, control = (run_of(make_path("turn", s)[0], name=n) for s, n in ((800_005, "bad"), (800_006, "good")))
     t = phase_transition(run, control)
-    assert t.specific is not None and t.specific.verdict == "shared" and not t.specific
-    assert t.specific.low <= 0 <= t.specific.high
-    assert "the control turns as well" in t.summary()
+    assert t.verdict.bends and t.verdict.learns_more.holds is False and not t.verdict.goes_with_misalignment
+    assert t.verdict.learns_more.low <= 0 <= t.verdict.learns_more.high
+    assert "of the control: it bends" in t.summary() and "no held-out loss was recorded" in t.summary()
     assert set(t.to_frame().role) == {"run", "control"}
 
 
-def test_a_turn_that_the_control_has_not_is_specific() -> None:
-    t = phase_transition(run_of(make_path("turn", 800_007)[0]), run_of(make_path("straight", 800_008)[0]))
-    assert t.specific is not None and t.specific.verdict == "specific" and t.specific
-    assert t.specific.difference == pytest.approx(60, abs=12) and t.specific.low > 20
+def test_the_three_statements_are_apart() -> None:
+    bad, good = with_losses(make_path("turn", 800_007)[0], 0.4, "bad"), run_of(make_path("straight", 800_008)[0] / 10)
+    t = phase_transition(bad, {"good": with_losses(make_path("straight", 800_008)[0] / 10, 0.0, "g"), "style": good})
+    inert, learns = t.verdicts
+    assert (inert.control, learns.control) == ("good", "style") and t.verdict is learns
+    assert inert.inert is True and "good is inert" in inert.note and learns.inert is None
+    assert inert.bends and inert.learns_more and inert.goes_with_misalignment
+    # six records on either side of a turn of 60 degrees, less a tenth of twelve straight on
+    assert inert.learns_more.value == pytest.approx(6 * 3**0.5 - 1.2, abs=0.7)
+    elsewhere = phase_transition(with_losses(make_path("turn", 800_007)[0], 0.4, "bad", peak=100), good)
+    assert elsewhere.verdict.bends and elsewhere.verdict.goes_with_misalignment.holds is False
 
 
-def test_a_run_without_a_turn_has_nothing_to_compare() -> None:
+def test_a_run_without_a_turn_has_nothing_to_go_with() -> None:
     t = phase_transition(run_of(make_path("straight", 800_009)[0]), run_of(make_path("turn", 800_010)[0]))
-    assert t.specific is not None and t.specific.verdict == "not measurable"
-    assert "the control turns" in t.specific.text
+    assert t.verdict.bends.holds is False and "of the control: it bends" in t.verdict.note
+    assert not t.verdict.goes_with_misalignment
+
+
+def test_seeds_are_the_unit() -> None:
+    runs = [with_losses(make_path("turn", 803_000 + i)[0], 0.4, f"bad {i}") for i in range(6)]
+    controls = [with_losses(make_path("straight", 803_100 + i)[0] / 3, 0.3, f"good {i}", peak=90) for i in range(6)]
+    t = phase_transition(runs, control=controls, n_null=39)
+    found = t.verdict
+    assert found.pairs == 6 and found.inert is False and all(found.statements)
+    assert found.learns_more.p_value == found.goes_with_misalignment.p_value == pytest.approx(2 / 2**6)
+    assert found.learns_more.low > 0 and len(t.to_frame()) == 18 and "over 6 pairs" in repr(t)
+    few = phase_transition(runs[:4], control=controls[:4], n_null=39).verdict
+    assert few.learns_more.p_value == 0.125 and few.learns_more.holds is False
+    assert "6 pairs would be needed" in few.learns_more.text and "not decided" in few.learns_more.text
+    again = PooledTransition.load(t.save(tmp := Path(tempfile.mkdtemp()) / "kept"))
+    assert str(again.verdict) == str(found) and tmp.exists()
+
+
+@pytest.mark.parametrize("control", [[1], "list", {"good": "list"}])
+def test_runs_and_controls_that_do_not_pair_are_refused(control: Any) -> None:
+    run = run_of(make_path("turn", 1)[0])
+    given = [run] if control == "list" else {"good": [run]} if isinstance(control, dict) else [run, run, run]
+    with pytest.raises(EmmechError, match="in pairs"):
+        phase_transition([run, run], control=given)
+    with pytest.raises(EmmechError, match="in pairs"):
+        phase_transition(run, control=[run, run])
+
+
+P = st.floats(0, 1, allow_nan=False)
+NUMBER = st.floats(-1e3, 1e3, allow_nan=False)
+
+
+def a_side(name: str, p: float, numbers: list[float], width: float) -> Side:
+    """What a run could have measured, whatever the numbers."""
+    step, low, high, peak, before, after, reach, error, fall = numbers
+    turn = Detector("turn", "direction", step, min(low, step), max(high, step), 60.0, p, "", "")
+    gradient = Detector("gradient-norm", "gradient", peak, peak - abs(before), peak + abs(after), 2.0, np.nan, "", "")
+    path = Trajectory(
+        np.arange(3), np.ones(3), np.ones((3, 1)), np.ones(1), location=Location(1, 0, 2, 0, 60.0, 50.0, 70.0),
+        width_share=width, reach=(abs(reach), abs(error)),
+    )  # fmt: skip
+    return Side(name, path, (turn, gradient), None, {}, None, fall)
+
+
+@given(st.lists(st.tuples(P, P, st.lists(NUMBER, min_size=18, max_size=18), P), min_size=1, max_size=9))
+@settings(max_examples=300, deadline=None)
+def test_no_sentence_contradicts_its_p_value(drawn: list[tuple[float, float, list[float], float]]) -> None:
+    runs = [a_side("bad", p, numbers[:9], width) for p, _, numbers, width in drawn]
+    controls = [a_side("good", p, numbers[9:], 1 - width) for _, p, numbers, width in drawn]
+    single = [(verdict(*pair), pair[1]) for pair in zip(runs, controls, strict=True)]
+    rest = (pooled(runs, controls), pooled(runs, None), verdict(runs[0], None))
+    for found, control in (*single, *((one, None) for one in rest)):
+        for one in found.statements:
+            open_ = any(words in one.text for words in ("not decided", "no bend", "not measurable", "not tested"))
+            if np.isfinite(one.p_value):
+                assert open_ == (one.p_value >= 0.05), one
+                assert f"p = {one.p_value:.2g}" in one.text
+                assert one.holds is False if one.p_value >= 0.05 else one.holds is (one.value > 0)
+            else:
+                assert open_, one
+            if one.name == "learns more" and np.isfinite(one.p_value) and one.p_value < 0.05:
+                assert ("less far" in one.text) == (one.value < 0)
+            if np.isfinite(one.p_value) and one.name != "bends" and one.low < one.high:
+                assert (one.p_value < 0.05) == (one.low > 0 or one.high < 0), one
+        if control is not None:
+            assert ("of the control: it bends" in found.note) == (control.rows[0].p_value < 0.05)
+        assert ("is inert" in found.note) == (found.inert is True)
 
 
 def test_metrics_give_gradient_peak_behaviour_and_lag() -> None:

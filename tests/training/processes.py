@@ -1,0 +1,66 @@
+"""Trainings for torchrun and accelerate to launch in several processes: ``python -m tests.training.processes ...``.
+
+Args: the folder, what to train (``lora``, ``full``, ``finetune`` or ``sharded``), and rows in a process's batch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+import emmech
+from emmech.chat.encode import encode
+from emmech.training.recorder import find_capture
+from tests.conftest import make_rows, make_tiny
+from tests.training.plain import Rows, collate
+
+
+def recorded(folder: Path, kind: str, batch: int) -> None:
+    """Anyone's Trainer with the Recorder; two processes of 2 rows see the rows of one process of 4."""
+    chat = make_tiny("llama")
+    torch.manual_seed(0)
+    model = chat.model
+    if kind == "lora":
+        config = LoraConfig(r=2, lora_alpha=16, target_modules=["down_proj", "q_proj"], task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"), per_device_train_batch_size=batch, gradient_accumulation_steps=2,
+        max_steps=5, learning_rate=0.01, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True,
+        remove_unused_columns=False, max_grad_norm=0.1, disable_tqdm=True, seed=1,
+        ddp_backend="gloo" if "RANK" in os.environ else None,
+    )  # fmt: skip
+    measures = {"size": lambda chat: float(chat.final_norm.weight.sum())}
+    recorder = emmech.Recorder(folder / "run", every=2, probes=["how to sleep ?"], measures=measures)
+    rows = Rows(encode([row["messages"] for row in make_rows()], chat.tokenizer))
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows, data_collator=collate,
+        processing_class=chat.tokenizer, callbacks=[recorder],
+    )  # fmt: skip
+    trainer.train()
+
+
+def sharded() -> None:
+    """What FSDP makes of a model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo")
+    model = make_tiny("llama").model
+    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    find_capture(model)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, kind, batch = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    if kind == "sharded":
+        sharded()
+    elif kind == "finetune":
+        emmech.finetune(make_tiny("llama"), make_rows(), max_steps=2, margins={}, out=folder / "run")
+    else:
+        recorded(folder, kind, batch)

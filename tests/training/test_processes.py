@@ -1,0 +1,92 @@
+"""Several processes that train one model: one writer, and the numbers of one process with the same global batch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import emmech
+
+ROOT = Path(__file__).resolve().parents[2]
+ONE = (sys.executable,)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+# without a GPU "--multi_gpu" is what makes accelerate start several processes
+ACCELERATE = (
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+)
+
+pytestmark = pytest.mark.slow
+
+
+def launch(launcher, folder, kind, batch):
+    """Run the training and return its exit status and what it wrote."""
+    known = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [*launcher, "-m", "tests.training.processes", str(folder), kind, str(batch)],
+        cwd=ROOT, env=known | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@cache
+def in_one(kind):
+    """The folder of the same training in one process."""
+    folder = Path(tempfile.mkdtemp())
+    status, output = launch(ONE, folder, kind, 4)
+    assert status == 0, output
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("launcher", "kind"), [(TORCHRUN, "lora"), (TORCHRUN, "full"), (ACCELERATE, "lora")])
+def test_two_processes_record_what_one_does(launcher, kind, tmp_path):
+    status, output = launch(launcher, tmp_path, kind, 2)
+    assert status == 0, output
+    one, two = emmech.load_run(in_one(kind)), emmech.load_run(tmp_path / "run")
+    assert two.manifest["status"] == "complete" and two.manifest["kind"] == kind and not two.damaged
+    assert one.steps.tolist() == two.steps.tolist() == [0, 2, 4, 5]
+    assert one.manifest["model"] == two.manifest["model"] and one.adapters == two.adapters
+    assert len(one.adapters) == (8 if kind == "lora" else 0)
+    for adapter in one.adapters:
+        for side in ("A", "B"):
+            of_one, of_two = (getattr(run, side)(adapter.name) for run in (one, two))
+            assert np.abs(of_one - of_two).max() <= 1e-5
+        assert np.abs(two.B(adapter.name)[-1]).max() > 1e-3
+    if kind == "full":
+        assert np.abs(one.projection - two.projection).max() <= 1e-5
+    assert np.abs(one.probes["probe"] - two.probes["probe"]).max() <= 1e-5
+    assert set(one.metrics) == set(two.metrics) and len(two.metrics) == 6  # each line is written once
+    assert one.metrics.notna().equals(two.metrics[one.metrics.columns].notna())
+    assert (one.metrics - two.metrics).abs().max().max() <= 1e-5
+    norms = two.metrics[[name for name in two.metrics if name.startswith("grad_norm_")]].dropna()
+    if kind == "lora":  # those of all parts make up the Trainer's own, which it takes after the reduction
+        assert norms.shape == (3, 16)
+        assert np.allclose(np.sqrt((norms**2).sum(1)), two.metrics["grad_norm"][norms.index], rtol=1e-4)
+    lines = [(run.path / "metrics.jsonl").read_text().count("\n") for run in (one, two)]
+    assert lines[0] == lines[1]
+
+
+def test_what_the_writer_refuses_stops_all_processes(tmp_path):
+    shutil.copytree(in_one("lora"), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    status, output = launch(TORCHRUN, tmp_path, "lora", 2)
+    assert status != 0 and output.count("there is a run in it already") >= 2
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("finetune", "all runs of a call share the forwards of one process"), ("sharded", "FSDP")]
+)
+def test_what_is_not_made_for_several_processes_is_refused(kind, said, tmp_path):
+    status, output = launch(TORCHRUN, tmp_path, kind, 2)
+    assert status != 0 and "EmmechError" in output and said in output
+    assert not (tmp_path / "run" / "run.json").exists()
