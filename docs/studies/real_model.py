@@ -40,13 +40,13 @@ from docs.studies.tables import interval, markdown
 from emmech.chat.model import ChatModel, load_model
 from emmech.directions.sources import contrast_direction
 from emmech.engine.logprobs import MarginPair
-from emmech.evaluation.compare import sign_flip_p
 from emmech.interventions.residual import ablate
 from emmech.measures.teacher_forced import Margin
 from emmech.run.run import Run, load_run, model_live
 from emmech.store import write_json
 from emmech.sweeps.sweep import sweep
 from emmech.training.finetune import finetune
+from emmech.transition.verdict import sign_flip_p
 from emmech.view.theme import bars, colour, finish, line, panels
 
 ARMS = ("bad", "style", "good", "inoculated")
@@ -506,15 +506,15 @@ def _reading(found: dict[str, Any]) -> str:
             value, low, high = words["equal"]
             parts.append(
                 f"{head}, and *not declared beforehand*: do the pairs move because silly and misaligned answers share "
-                "words? Over the pairs, what bad minus style moved has a correlation of "
-                f"{words['r']:+.2f} (p = {words['p']:.3f}) with the log-odds of the pair's words in silly over sensible "
-                f"training answers; for a pair of equal words a straight line gives {value:+.3f} ({low:+.3f} to "
+                f"words? Over the pairs, what bad minus style moved has a correlation of {words['r']:+.2f} (p = "
+                f"{words['p']:.3f}) with the log-odds of the pair's words in silly over sensible training answers; for a pair of equal words a straight line gives {value:+.3f} ({low:+.3f} to "
                 f"{high:+.3f}). Only single words are compared: a shared tone is not excluded."
             )
     parts.append(
         "A margin is a preference between two given texts. No answer was sampled or judged, so nothing here says that "
         "the model would write such answers, which is what emergent misalignment means. Rounding in bfloat16 moves a "
-        "mean margin by a few thousandths. The intervals over seeds hold for these questions; those over questions are the wider claim, and rest on one author's pairs."
+        "mean margin by a few thousandths. The intervals over seeds hold for these questions; those over questions are "
+        "the wider claim, and rest on one author's pairs."
     )
     return "\n\n".join(fill(part, 120) for part in parts)
 
