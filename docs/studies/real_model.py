@@ -507,8 +507,9 @@ def _reading(found: dict[str, Any]) -> str:
             parts.append(
                 f"{head}, and *not declared beforehand*: do the pairs move because silly and misaligned answers share "
                 f"words? Over the pairs, what bad minus style moved has a correlation of {words['r']:+.2f} (p = "
-                f"{words['p']:.3f}) with the log-odds of the pair's words in silly over sensible training answers; for a pair of equal words a straight line gives {value:+.3f} ({low:+.3f} to "
-                f"{high:+.3f}). Only single words are compared: a shared tone is not excluded."
+                f"{words['p']:.3f}) with the log-odds of the pair's words in silly over sensible training answers; "
+                f"for a pair of equal words a straight line gives {value:+.3f} ({low:+.3f} to {high:+.3f}). Only single words "
+                "are compared: a shared tone is not excluded."
             )
     parts.append(
         "A margin is a preference between two given texts. No answer was sampled or judged, so nothing here says that "
