@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -193,7 +193,7 @@ def _ablated(chat: ChatModel, runs: Sequence[Run], at: Path, plan: Plan) -> dict
     """
     pairs = plan.pairs()["broad"]
     sides = [[pair.conversations()[side] for pair in pairs[::2]] for side in (0, 1)]
-    direction = contrast_direction(chat, *sides, splits=2, progress=False)
+    made = cache(lambda: contrast_direction(chat, *sides, splits=2, progress=False))
     measure = Margin(pairs[1::2], name="broad")
     later = list(range(chat.n_layers // 2, chat.n_layers))
 
@@ -204,10 +204,11 @@ def _ablated(chat: ChatModel, runs: Sequence[Run], at: Path, plan: Plan) -> dict
             with ablate(model, one, layers=later):
                 return float(measure(model).means()["broad"])
 
-        found: dict[str, Any] = {"untouched": mean(None), "direction": mean(direction)}
-        return {**found, "random": [mean(one) for one in direction.random(plan.randoms, seed=0)]}
+        found: dict[str, Any] = {"untouched": mean(None), "direction": mean(made())}
+        return {**found, "random": [mean(one) for one in made().random(plan.randoms, seed=0)]}
 
     def tuned(run: Run) -> dict[str, Any]:
+        made()  # of the base, before an adapter is on it
         with model_live(run, None, 1.0, chat) as model:
             return margins(model)
 
@@ -507,9 +508,9 @@ def _reading(found: dict[str, Any]) -> str:
             parts.append(
                 f"{head}, and *not declared beforehand*: do the pairs move because silly and misaligned answers share "
                 f"words? Over the pairs, what bad minus style moved has a correlation of {words['r']:+.2f} (p = "
-                f"{words['p']:.3f}) with the log-odds of the pair's words in silly over sensible training answers; "
-                f"for a pair of equal words a straight line gives {value:+.3f} ({low:+.3f} to {high:+.3f}). Only single words "
-                "are compared: a shared tone is not excluded."
+                f"{words['p']:.3f}) with the log-odds of their words in silly over sensible training answers; "
+                f"for a pair of equal words a straight line gives {value:+.3f} ({low:+.3f} to {high:+.3f}). Only "
+                "single words are compared: a shared tone is not excluded."
             )
     parts.append(
         "A margin is a preference between two given texts. No answer was sampled or judged, so nothing here says that "
