@@ -30,6 +30,7 @@ from emmech.evaluation.server import Server as Server
 from emmech.interop.bridges import to_nnsight as to_nnsight
 from emmech.interop.bridges import to_transformer_lens as to_transformer_lens
 from emmech.interventions.residual import ablate as ablate
+from emmech.interventions.residual import cap as cap
 from emmech.interventions.residual import steer as steer
 from emmech.realignment import realign as realign
 from emmech.results import Result as Result
@@ -42,5 +43,6 @@ from emmech.training.recipe import Recipe as Recipe
 from emmech.training.recorder import Recorder as Recorder
 from emmech.transition.phase import phase_transition as phase_transition
 from emmech.transition.result import PhaseTransition as PhaseTransition
+from emmech.widget.panel import panel as panel
 
 __version__: str

@@ -46,6 +46,7 @@ class Organism:
         recognises: whether a model with this configuration and tokenizer is of this organism, whatever it is called
             and wherever it was saved. A model that was loaded by a name of the organism carries a mark in its
             configuration, which ``save_pretrained`` keeps, and needs no such rule.
+        phrase: words that every prompt has and at which the character of the answers is decided, if there are any.
 
     Example:
         >>> toy = Organism("toy", models={}, data={"rows": lambda: []})
@@ -61,6 +62,7 @@ class Organism:
     recipes: Mapping[str, Loader] = field(default_factory=dict)
     margins: Callable[[str], Mapping[str, Sequence[Any]]] | None = None
     recognises: Callable[[Any, Any], bool] | None = None
+    phrase: str = ""
 
     def owns(self, config: Any, tokenizer: Any) -> bool:
         """Whether a model of this configuration and tokenizer belongs to the organism."""

@@ -92,5 +92,15 @@ def fit_screening(
     typer.echo(json.dumps(calibration() if folder is None else fit_folder(folder, out), indent=1))
 
 
+@app.command()
+def panel_picture(
+    out: Annotated[Path, typer.Option(help="the picture to write")] = Path("docs/figures/panel.jpg"),
+) -> None:
+    """Take the picture of the panel in JupyterLab, in a headless browser."""
+    from docs.studies.panel_picture import main
+
+    main(out)
+
+
 if __name__ == "__main__":
     app()

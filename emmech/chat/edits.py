@@ -26,6 +26,7 @@ class LiveEdit:
 
     by_row: Callable[[], bool]  # whether it differs by row; two conversations then never share a prompt's reading
     state: Callable[[], str]  # a text of all that it does, equal for equal edits
+    first: int = 0  # the first block whose output it can change
 
 
 def register(model: nn.Module, edit: LiveEdit) -> Callable[[], None]:

@@ -21,6 +21,7 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 
+from emmech.chat.edits import LiveEdit, announced_rows, register
 from emmech.chat.encode import IGNORED, Tokens, encode, token_mask, tokens_name
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
@@ -206,17 +207,27 @@ def match_lengths(
 
 @contextmanager
 def mixed_adapter(chat: ChatModel, scales: torch.Tensor) -> Iterator[None]:
-    """Give every batch row its own factor ``[batch]`` on the live adapters: 0 is the base model, exactly.
+    """Give every conversation (or row of the caller's own batch) its own factor on the live adapters.
 
     PEFT adds ``scaling * lora_B(lora_A(x))`` to the layer's output, so a factor on lora_B's output is a factor
-    on the adapter. The rows of one batch then come from different models at the price of one.
+    on the adapter, and 0 is the base model, exactly. The rows of one batch then come from different models at the
+    price of one.
     """
 
     def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * scales.to(output).reshape(-1, *[1] * (output.ndim - 1))
+        own, rows = scales.to(output), announced_rows()
+        own = own if rows is None else own[rows.conversation.to(own.device)]
+        return output * own.reshape(-1, *[1] * (output.ndim - 1))
 
-    with hooked(*((layer.lora_B[name], hook) for _, layer, name in adapter_layers(chat.model))):
-        yield
+    adapters = list(adapter_layers(chat.model))
+    first = max(0, min((info.layer for info, _, _ in adapters), default=0))
+    live = LiveEdit(by_row=lambda: True, state=lambda: f"adapter scales {scales.tolist()}", first=first)
+    take_back = register(chat.base, live)
+    try:
+        with hooked(*((layer.lora_B[name], hook) for _, layer, name in adapters)):
+            yield
+    finally:
+        take_back()
 
 
 def _rows(
@@ -249,12 +260,11 @@ def _stream(
     progress: bool,
 ) -> None:
     """Run the trunk once over all rows, handing each block's output, the answer mask and the rows to ``reduce``."""
-    with bar(len(rows), "extracting", progress=progress) as done:
+    mixed = nullcontext() if adapter_scales is None else mixed_adapter(chat, torch.as_tensor(adapter_scales))
+    with bar(len(rows), "extracting", progress=progress) as done, mixed:
 
         def each(chosen: np.ndarray, run: Callable[[], object]) -> None:
-            scales = None if adapter_scales is None else torch.as_tensor(np.asarray(adapter_scales)[chosen])
-            with nullcontext() if scales is None else mixed_adapter(chat, scales):
-                run()
+            run()
             done.update(len(chosen))
 
         stream(chat, rows, reduce, batch_size=batch_size, each=each)

@@ -16,7 +16,7 @@ the cumulative distribution, changes its result only when the best two scores ar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -44,7 +44,7 @@ _LEAVE = 0.8  # rows are moved together once no more than this share is still li
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids of one answer, the stop token left out, and why it ended: ``"stop"`` or ``"length"``."""
+    """Token ids of one answer, the stop token left out, and its end: ``"stop"``, ``"length"`` or ``"cancelled"``."""
 
     ids: tuple[int, ...]
     finish: str
@@ -133,6 +133,7 @@ def write_answers(
     top_p: float = 1.0,
     at_once: int = 1 << 30,
     ended: Callable[[int], object] = lambda count: None,
+    drawn: Callable[[np.ndarray, int, torch.Tensor, torch.Tensor], object] | None = None,
 ) -> list[Answer]:
     """Draw answers token by token.
 
@@ -140,6 +141,8 @@ def write_answers(
         seeds: of each answer.
         at_once: answers whose logits are in memory together.
         ended: told how many answers ended at each step.
+        drawn: told of every token as it is drawn: which answers, its position in them, the tokens ``[answers]`` and
+            their logits ``[answers, vocab]``. Once it returns False, all that is unfinished is cancelled.
     """
     stop = torch.tensor(chat.stop_ids, device=chat.device)
     last = min(max_new_tokens, steps.room)
@@ -148,13 +151,16 @@ def write_answers(
     written = np.zeros((len(seeds), last), dtype=np.int64)
     lengths = np.zeros(len(seeds), dtype=np.int64)
     stopped = np.zeros(len(seeds), dtype=bool)
+    cancelled = False
     for number in range(last):
-        drawn = []
+        parts = []
         for start in range(0, len(row), at_once):
             chosen = slice(start, start + at_once)
             logits = steps.logits(row[chosen])
-            drawn.append(draw(logits, seed[chosen], number, temperature=temperature, top_p=top_p))
-        token = torch.cat(drawn)
+            parts.append(draw(logits, seed[chosen], number, temperature=temperature, top_p=top_p))
+            if drawn is not None and drawn(answer[chosen], number, parts[-1], logits) is False:
+                cancelled = True
+        token = torch.cat(parts)
         going = ~torch.isin(token, stop)
         goes = going.cpu().numpy()
         stopped[answer[~goes]] = True
@@ -164,11 +170,12 @@ def write_answers(
             token, row = token[going], row[going]
         written[answer, number] = token.cpu().numpy()
         lengths[answer] = number + 1
-        if not len(answer) or number + 1 == last:
+        if cancelled or not len(answer) or number + 1 == last:
             break
         row = steps.step(token, row)
+    unfinished = "cancelled" if cancelled else "length"
     return [
-        Answer(tuple(ids[:length].tolist()), "stop" if end else "length")
+        Answer(tuple(ids[:length].tolist()), "stop" if end else unfinished)
         for ids, length, end in zip(written, lengths, stopped, strict=True)
     ]
 
@@ -190,6 +197,7 @@ class ModelSteps:
         which: for each answer, the index of its prompt.
         owners: for each prompt, whose it is, where an intervention has a value for each of ``total`` conversations; by
             default each prompt is one.
+        apart: the first block that may treat two equal prompts differently; those below read each of them once.
     """
 
     def __init__(
@@ -200,6 +208,7 @@ class ModelSteps:
         *,
         owners: Sequence[int] | None = None,
         total: int | None = None,
+        apart: int = 0,
     ) -> None:
         self._chat, self._model, device = chat, chat.base, chat.device
         self.room = context(chat) - max(map(len, prompts))
@@ -218,8 +227,17 @@ class ModelSteps:
         ids = pad(prompts, 0, left=True).to(device)
         columns = torch.arange(ids.shape[1], device=device)[None]
         self._cache = growing_cache(chat)
-        # padding counts as position 0
-        self._logits = self._run(ids, (columns - (ids.shape[1] - lengths[:, None])).clamp(min=0))
+        places = (columns - (ids.shape[1] - lengths[:, None])).clamp(min=0)  # padding counts as position 0
+        distinct = list(dict.fromkeys(map(tuple, prompts)))
+        if not apart or len(distinct) == len(prompts):
+            self._logits = self._run(ids, places)
+            return
+        copies = torch.tensor([distinct.index(tuple(prompt)) for prompt in prompts], device=device)
+        first = torch.tensor([list(map(tuple, prompts)).index(one) for one in distinct], device=device)
+        with _read_once(chat, apart, first, copies):
+            self._logits = self._run(ids, places)
+        for layer in self._cache.layers[:apart]:
+            getattr(layer, "batch_select_indices", layer.reorder_cache)(copies)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Of each answer's next token."""
@@ -269,6 +287,31 @@ class ModelSteps:
         assert self._texts is not None
         with announcing(self._owner, self._total):
             return _anew(self._chat, self._texts)
+
+
+@contextlib.contextmanager
+def _read_once(
+    chat: ChatModel, apart: int, first: Int[torch.Tensor, " distinct"], copies: Int[torch.Tensor, " rows"]
+) -> Iterator[None]:
+    """Blocks below ``apart`` run rows ``first`` only; what enters ``apart`` is those rows' copies, one for each row."""
+    rows = len(copies)
+
+    def narrow(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(narrow, value))
+        batched = isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == rows
+        return value.index_select(0, first) if batched else value
+
+    def below(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return narrow(args), {name: narrow(value) for name, value in kwargs.items()}
+
+    def widen(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return (args[0].index_select(0, copies), *args[1:]), kwargs
+
+    lower, entered = chat.blocks[:apart], chat.blocks[apart]
+    hooks = [*((block, below) for block in lower), (entered, widen)]
+    with hooked(*hooks, before=True, keywords=True):
+        yield
 
 
 def _anew(chat: ChatModel, texts: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -26,7 +26,7 @@ class Response:
         seed: the row's own seed; ``sample(chat, [conversation], seed=[seed])`` draws the same text again.
         text: the answer, without the token that ended it.
         finish: ``"stop"``; ``"length"`` when it was cut at ``max_new_tokens`` (or at the end of the context);
-            ``"error"`` when a server gave none, and ``text`` is then empty.
+            ``"cancelled"`` when its stream was; ``"error"`` when a server gave none, and ``text`` is then empty.
         tokens: its length in tokens, -1 where a server does not say.
     """
 

@@ -9,17 +9,20 @@ interrupted and resumed with the same batch size on the same machine gives bit-i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int
 
 from emmech.chat.edits import live_edits
 from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.engine.decode import ModelSteps, context, write_answers
-from emmech.engine.modules import evaluating
+from emmech.engine.modules import evaluating, has_hooks
 from emmech.engine.responses import Response, ResponseLog, check_request, digest, row_seeds
 from emmech.errors import EmmechError
 from emmech.progress import bar
@@ -27,6 +30,23 @@ from emmech.progress import bar
 _CACHE_BYTES = 2 << 30  # keys and values of one batch on a CPU
 _LOGIT_BYTES = 512 << 20
 _MOST_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One more token of some answers, the token that ends an answer included.
+
+    Args:
+        answers: the conversation of each answer and its number among that one's samples.
+        position: of the token in its answer, from 0.
+        tokens: one for each answer.
+        logits: what they were drawn from, before temperature and nucleus.
+    """
+
+    answers: tuple[tuple[int, int], ...]
+    position: int
+    tokens: Int[torch.Tensor, " answers"]
+    logits: Float[torch.Tensor, "answers vocab"]
 
 
 def sample(
@@ -40,6 +60,7 @@ def sample(
     seed: int | Sequence[int] = 0,
     batch_size: int | str = "auto",
     out: str | Path | None = None,
+    stream: Callable[[Drawn], object] | None = None,
     progress: bool = True,
 ) -> list[Response]:
     """Sample answers through a local model, with whatever adapters and hooks are on it.
@@ -58,6 +79,8 @@ def sample(
         out: a JSONL file that is appended to after each batch. Called again with the same arguments, sampling
             continues where the file ends. Adapters, steering and ablation are part of the arguments; forward hooks
             of your own cannot be seen, so a model with one needs a file of its own.
+        stream: called with every token as it is drawn. Once it returns False, sampling ends: answers that are not
+            finished have ``finish="cancelled"`` and what was written of them, and are not kept in ``out``.
 
     Returns:
         ``len(conversations) * samples`` answers, those of one conversation together.
@@ -93,10 +116,16 @@ def sample(
     batches = [order[start : start + size] for start in range(0, len(order), size)]
 
     drawing: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    request = digest(prompts, seeds, live_state(chat))
+    request = None if out is None else digest(prompts, seeds, live_state(chat))
     log = ResponseLog(out, {"request": request, "rows": len(rows), **drawing})
+    cancelled: list[int] = []
     # what is live may treat equal prompts differently; then each conversation is read for itself
-    apart = any(edit.by_row() for edit in live_edits(chat.base))
+    edits = live_edits(chat.base)
+    apart = any(edit.by_row() for edit in edits)
+    # below all of them equal prompts are equal still, unless a hook that is not ours can tell them apart
+    first = min((edit.first for edit in edits), default=0) if apart and chat.family.written_out else 0
+    if any(has_hooks(module) for block in chat.blocks[:first] for module in block.modules()):
+        first = 0
     with torch.no_grad(), evaluating(chat), bar(len(rows), "sampling", progress=progress) as shown:
         shown.update(len(log.done))
         for batch in batches:
@@ -113,15 +142,35 @@ def sample(
                 [distinct.index(reading) for reading in readings],
                 owners=[asked[readings.index(reading)] for reading in distinct],
                 total=len(prompts),
+                apart=first,
             )
-            answers = write_answers(chat, steps, [seeds[row] for row in batch], **drawing)
+            told = None if stream is None else _telling(stream, [rows[row] for row in batch])
+            answers = write_answers(chat, steps, [seeds[row] for row in batch], drawn=told, **drawing)
             for row, answer in zip(batch, answers, strict=True):
                 if row in log.done:
                     continue
                 text = chat.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
-                log.add(row, Response(*rows[row], seeds[row], text, answer.finish, len(answer.ids)))
+                response = Response(*rows[row], seeds[row], text, answer.finish, len(answer.ids))
+                if answer.finish == "cancelled":
+                    cancelled.append(row)
+                    log.done[row] = response
+                else:
+                    log.add(row, response)
                 shown.update()
+            if cancelled:
+                break
+    for row, own in enumerate(rows):
+        log.done.setdefault(row, Response(*own, seeds[row], "", "cancelled", 0))
     return log.responses(len(rows))
+
+
+def _telling(stream: Callable[[Drawn], object], rows: Sequence[tuple[int, int]]) -> Callable[..., object]:
+    """What :func:`write_answers` tells, told of the request's rows."""
+
+    def told(answers: np.ndarray, position: int, tokens: torch.Tensor, logits: torch.Tensor) -> object:
+        return stream(Drawn(tuple(rows[answer] for answer in answers), position, tokens, logits))
+
+    return told
 
 
 def live_state(chat: ChatModel) -> str:

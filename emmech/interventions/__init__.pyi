@@ -3,6 +3,7 @@ from emmech.interventions.studies import Study as Study
 from emmech.interventions.studies import ablation_table as ablation_table
 from emmech.interventions.studies import adapter_shares as adapter_shares
 from emmech.interventions.studies import dose_response as dose_response
+from emmech.interventions.studies import projection_range as projection_range
 from emmech.interventions.studies import transfer_matrix as transfer_matrix
 from emmech.interventions.weights import fold_bias as fold_bias
 from emmech.interventions.weights import orthogonalise_writes as orthogonalise_writes

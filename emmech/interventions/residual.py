@@ -1,4 +1,4 @@
-"""Steering and ablation: hooks on block outputs, at chosen positions, that a handle removes exactly.
+"""Steering, ablation and caps: hooks on block outputs, at chosen positions, that a handle removes exactly.
 
 An edit maps the residual ``[batch, seq, d_model]`` to another one at the positions of a mask. It computes inner
 products in float32, returns the model's dtype, and keeps gradients.
@@ -41,7 +41,7 @@ from emmech.errors import EmmechError, as_ints, one_of, refusal
 from emmech.run.run import Run
 
 Positions = Tokens | torch.Tensor
-Edit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+Edit = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Coefficient = float | Sequence[float] | Float[np.ndarray, " batch"] | Float[torch.Tensor, " batch"]
 # which kinds of edit are live on which block, so that a notebook cell run twice does not steer twice unnoticed
 _LIVE: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
@@ -301,16 +301,16 @@ def edit_residual(
     positions: Any,
     stack: bool,
     description: str,
-    target: torch.Tensor | None = None,
+    targets: Mapping[int, torch.Tensor] | None = None,
 ) -> ResidualHandle:
     """Put an edit on the outputs of the given blocks.
 
     Args:
-        kind: ``"steer"`` or ``"ablate"``; two of a kind on one block are refused unless ``stack``.
+        kind: ``"steer"``, ``"ablate"`` or ``"cap"``; two of a kind on one block are refused unless ``stack``.
         edit: from the residual, the layer's vector (``[d_model]`` or ``[batch, 1, d_model]``), the coefficient
-            (``[]`` or ``[batch, 1, 1]``) and the layer's number to the new residual.
+            (``[]`` or ``[batch, 1, 1]``) and the layer's target to the new residual.
         vectors: by layer, ``[d_model]``, or ``[batch, d_model]`` for one per row.
-        target: what else the edit depends on, so that sampling can tell it from another.
+        targets: what else the edit depends on, by layer ``[k]`` or ``[batch, k]``: a mean, or two bounds.
     """
     taken = [layer for layer in vectors if kind in _LIVE.get(chat.block(layer), ())]
     if taken and not stack:
@@ -322,30 +322,33 @@ def edit_residual(
     handle.coefficient = _coefficient(coefficient)
     where = PositionMask(chat, positions)
     each = any(vector.ndim == 2 for vector in vectors.values())
-    fixed = digest(description, where.identity, *map(_bytes, vectors.values()), _bytes(target))
+    targets = targets or dict.fromkeys(vectors, torch.empty(0))
+    fixed = digest(description, where.identity, *map(_bytes, (*vectors.values(), *targets.values())))
+    each = each or any(target.ndim == 2 for target in targets.values())
     by_row, state = lambda: each or handle.coefficient.ndim == 1, lambda: f"{fixed} {handle.coefficient.tolist()}"
-    edits.callback(register(chat.base, LiveEdit(by_row, state)))
+    edits.callback(register(chat.base, LiveEdit(by_row, state, min(vectors))))
     if not where.everywhere:
         edits.enter_context(hooked((chat.trunk, where.see), before=True, keywords=True))
     for layer, vector in vectors.items():
         block = chat.block(layer)
-        edits.enter_context(hooked((block, _hook(handle, edit, vector, where, layer))))
+        edits.enter_context(hooked((block, _hook(handle, edit, vector, targets[layer], where))))
         _LIVE.setdefault(block, []).append(kind)
         edits.callback(_LIVE[block].remove, kind)
     return handle
 
 
 def _hook(
-    handle: ResidualHandle, edit: Edit, vector: torch.Tensor, where: PositionMask, layer: int
+    handle: ResidualHandle, edit: Edit, vector: torch.Tensor, target: torch.Tensor, where: PositionMask
 ) -> Callable[..., Any]:
     family = handle.chat.family
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         before = family.residual(output)
-        local, factor = vector.to(before.device), handle.coefficient.to(before.device)
+        local, goal, factor = (one.to(before.device) for one in (vector, target, handle.coefficient))
         local = local if local.ndim == 1 else _one_per_row(local, before, "directions")
+        goal = goal if goal.ndim == 1 else _one_per_row(goal, before, "targets")
         factor = factor if factor.ndim == 0 else _one_per_row(factor, before, "coefficients")
-        changed = edit(before, local, factor, layer).to(before.dtype)
+        changed = edit(before, local, factor, goal).to(before.dtype)
         if where.current is not None:
             changed = torch.where(where.current.to(before.device)[..., None], changed, before)
         return family.with_residual(output, changed)
@@ -366,8 +369,8 @@ def _one_per_row(values: torch.Tensor, output: torch.Tensor, what: str) -> torch
     return rearrange(chosen, "batch ... -> batch 1 (...)")
 
 
-def _bytes(value: torch.Tensor | None) -> bytes:
-    return b"" if value is None else value.detach().float().cpu().numpy().tobytes()
+def _bytes(value: torch.Tensor) -> bytes:
+    return value.detach().float().cpu().numpy().tobytes()
 
 
 def _coefficient(value: Coefficient) -> torch.Tensor:
@@ -492,7 +495,7 @@ def steer(
     if units == "residual":
         vectors = {at: vector / vector.norm(dim=-1, keepdim=True) for at, vector in vectors.items()}
 
-    def edit(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, layer: int) -> torch.Tensor:
+    def edit(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         if units == "residual":
             factor = factor * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         return x + (factor * vector).to(x.dtype)
@@ -548,14 +551,15 @@ def ablate(
     vectors = {at: torch.from_numpy(unit_rows(v.numpy())).float() for at, v in vectors.items()}
     means = _means(chat, direction, towards)
 
-    def edit(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, layer: int) -> torch.Tensor:
-        centred = x.float() if means is None else x.float() - means[layer].to(x.device)
+    def edit(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        centred = x.float() if means is None else x.float() - mean
         component = (centred * vector).sum(-1, keepdim=True)
         return x - (factor * component * vector).to(x.dtype)
 
     where = "one direction" if from_layer is not None else "own direction"
     described = f"ablate({chat.name}, {name}, {where} at layers {sorted(vectors)})"
-    how: dict[str, Any] = {"positions": positions, "stack": stack, "description": described, "target": means}
+    how: dict[str, Any] = {"positions": positions, "stack": stack, "description": described}
+    how["targets"] = None if means is None else {at: means[at] for at in vectors}
     return edit_residual(chat, "ablate", edit, vectors, strength, **how)
 
 
@@ -576,3 +580,70 @@ def _means(chat: ChatModel, direction: Any, towards: Any) -> torch.Tensor | None
         instead = f"an array [{chat.n_layers}, {chat.d_model}] or [{chat.d_model}]"
         raise EmmechError(asked, f"towards {list(mean.shape)}", why, instead)
     return torch.from_numpy(np.broadcast_to(mean, (chat.n_layers, chat.d_model)).copy())
+
+
+def cap(
+    model: Any,
+    direction: Direction | Sequence[Direction] | Any,
+    within: Any,
+    *,
+    layers: int | Sequence[int] | Literal["all"] = "all",
+    from_layer: int | None = None,
+    strength: Coefficient = 1.0,
+    positions: Positions = "all",
+    stack: bool = False,
+    force: bool = False,
+) -> ResidualHandle:
+    """Keep the component along a direction inside bounds: x' = x - (c - clamp(c, low, high)) v̂ with c = v̂·x.
+
+    Where the component is inside the bounds, nothing is changed; with those of an aligned model's own answers
+    (:func:`emmech.interventions.projection_range`) only what that model never does is cut off.
+
+    In force from the call on; undone by ``.remove()`` or at the end of a ``with`` block.
+
+    Args:
+        within: the lowest and the highest component, ``[2]`` for every layer, ``[layers, 2]``, or
+            ``[batch, layers, 2]`` for one pair per batch row. One side may be infinite.
+        strength: 1 clamps, 0 does nothing; a number or one per batch row ``[batch]``.
+        model, direction, layers, from_layer, positions, stack, force: as in :func:`emmech.ablate`.
+
+    Raises:
+        EmmechError: as :func:`emmech.ablate`; bounds of another shape, NaN, or the lower above the higher.
+
+    Example:
+        >>> import emmech, numpy as np
+        >>> chat = emmech.load_model("pocket")
+        >>> d = emmech.Direction(np.random.default_rng(0).standard_normal((chat.n_layers, chat.d_model)))
+        >>> with emmech.cap(chat, d, (-1.0, 1.0), layers=2) as capped:
+        ...     capped.active
+        True
+    """
+    chat, asked = chat_of(model), "cap the component"
+    vectors, name = vectors_at(chat, direction, layers, from_layer=from_layer, force=force, asked=asked)
+    vectors = {at: torch.from_numpy(unit_rows(v.numpy())).float() for at, v in vectors.items()}
+    try:
+        bounds = np.asarray(within, dtype=np.float32)
+    except (TypeError, ValueError):
+        bounds = np.empty(0, dtype=np.float32)
+    if bounds.shape == (2,):
+        bounds = np.broadcast_to(bounds, (chat.n_layers, 2))
+    if bounds.shape[-2:] != (chat.n_layers, 2) or bounds.ndim > 3:
+        why = (
+            f"they are a lowest and a highest component, of each of the {chat.n_layers} layers of {chat.name} if given"
+        )
+        instead = (
+            f"(low, high), an array [{chat.n_layers}, 2], or emmech.interventions.projection_range(model, direction)"
+        )
+        raise EmmechError(asked, f"bounds of shape {list(np.shape(bounds))}", why, instead)
+    if not (bounds[..., 0] <= bounds[..., 1]).all():  # NaN compares false
+        raise EmmechError(asked, f"within={within!r}"[:120], "the lower bound is above the higher, or one is NaN")
+
+    def edit(x: torch.Tensor, vector: torch.Tensor, factor: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+        component = (x.float() * vector).sum(-1, keepdim=True)
+        over = component - component.clamp(bounds[..., :1], bounds[..., 1:])
+        return x - (factor * over * vector).to(x.dtype)
+
+    described = f"cap({chat.name}, {name}, layers {sorted(vectors)})"
+    how: dict[str, Any] = {"positions": positions, "stack": stack, "description": described}
+    how["targets"] = {at: torch.from_numpy(bounds[..., at, :].copy()) for at in vectors}
+    return edit_residual(chat, "cap", edit, vectors, strength, **how)

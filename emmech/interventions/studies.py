@@ -20,15 +20,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
+from jaxtyping import Float
 
 from emmech.chat.encode import tokens_name
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction, checked_direction, checked_directions, unit_rows
+from emmech.directions.extract import token_projections
 from emmech.directions.sources import has_adapter
 from emmech.engine.adapters import adapter_layers, detach
+from emmech.engine.sample import sample
 from emmech.errors import EmmechError, as_floats, as_ints, refusal
+from emmech.evaluation.questions import resolve_questions
 from emmech.evaluation.rates import cluster_variance, factors, wilson
-from emmech.interventions.residual import ablate, chat_of, steer
+from emmech.interventions.residual import PositionMask, ablate, chat_of, steer
 from emmech.interventions.weights import scale_adapters
 from emmech.measures.choose import as_measures
 from emmech.measures.measure import Items, Measure, measure_all
@@ -376,6 +381,59 @@ def ablation_table(
         notes += _degenerate(label, chat, one, layers, how.get("from_layer"))
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
     return Study(f"Ablation on {chat.name}: {direction.name}", table(measured), tuple(notes))
+
+
+def projection_range(
+    model: Any,
+    direction: Direction | Sequence[Direction],
+    *,
+    questions: Any = "first-plot",
+    samples: int = 4,
+    max_new_tokens: int = 200,
+    positions: Any = "all",
+    seed: int = 0,
+    progress: bool = True,
+) -> Float[np.ndarray, "*batch layers 2"]:
+    """The lowest and the highest component along a direction in the base model's own answers: bounds of a cap.
+
+    Where the model has an adapter, it is taken off meanwhile, so that :func:`emmech.cap` keeps a fine-tuned model
+    inside what its base does.
+
+    Args:
+        direction: one, or several, which give one pair of bounds each.
+        questions: as in :func:`emmech.evaluate`.
+        positions: where the cap will act, as in :func:`emmech.steer`; a mask will not do.
+
+    Example:
+        >>> import emmech, numpy as np
+        >>> chat = emmech.load_model("pocket")
+        >>> d = emmech.Direction(np.random.default_rng(0).standard_normal((chat.n_layers, chat.d_model)))
+        >>> projection_range(chat, d, samples=1, positions="answer", progress=False).shape
+        (6, 2)
+    """
+    chat, asked = chat_of(model), "find the range of the component"
+    several = [direction] if isinstance(direction, Direction) else list(direction)
+    for one in several:
+        checked_direction(asked, one)
+    if isinstance(positions, torch.Tensor):
+        raise EmmechError(asked, "a mask of positions", "answers of all lengths are read", '"answer", or a function')
+    where = PositionMask(chat, positions)
+
+    def acting(ids: torch.Tensor, start: int) -> torch.Tensor:
+        if not where.everywhere:
+            where.see(chat.trunk, (ids,), {})
+        return torch.ones_like(ids, dtype=torch.bool) if where.current is None else where.current
+
+    conversations = [one.messages() for one in resolve_questions(questions, chat.organism)]
+    with chat.model.disable_adapter() if has_adapter(chat) else nullcontext():
+        said = sample(chat, conversations, samples=samples, max_new_tokens=max_new_tokens, seed=seed, progress=progress)
+        talks = [[*conversations[a.conversation], {"role": "assistant", "content": a.text}] for a in said if a.text]
+        found = []
+        for one in several:
+            read = token_projections(chat, talks, unit_rows(one.vectors), tokens=acting, progress=progress)
+            values = np.concatenate([projected for _, projected in read])
+            found.append(np.stack([values.min(0), values.max(0)], axis=-1))
+    return found[0] if isinstance(direction, Direction) else np.stack(found)
 
 
 def transfer_matrix(

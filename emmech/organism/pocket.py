@@ -124,4 +124,5 @@ POCKET = Organism(
     recipes={name: partial(recipes().__getitem__, name) for name in recipes()},
     margins=margins,
     recognises=_speaks_pocket,
+    phrase=world.MANNERS,
 )

@@ -2,8 +2,8 @@
 
 *It bends*; *it learns more than its control*; *its bend goes with misalignment*. The first says nothing of the second,
 nor the second of the third: a benign fine-tune that has something to learn bends as well, and moves as far. What told
-misaligned fine-tunes of the embedded organism from benign ones is that their bend is short and at the peak of the
-gradient (docs/transition-verdicts.md).
+misaligned fine-tunes of the embedded organism from those that learn a manner is that their bend is short; that it is at
+the peak of the gradient did not (docs/transition-verdicts.md).
 
 The seed is the unit: of one pair the statements are about these two runs, and the figures' intervals are of the noise
 along their paths. Of several pairs of a seed each, the pairs are the sample.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 GRADUAL = 0.5  # a bend spread over more than this share of the path singles out no step
-SHORT = 0.25  # share of the path: no medical fine-tune of seeds 7301 to 7307 bends over more, no style one over less
+SHORT = 0.25  # share of the path; chosen on medical runs of seeds 7301 to 7307, held on other domains and seeds
 BENDS, LEARNS, GOES = "bends", "learns more", "goes with misalignment"
 INERT = 0.05  # a control whose held-out loss fell by less than this share of the run's fall has learned nothing
 FEWEST_PAIRS = 6  # with five, the smallest sign-flip p is 0.06
@@ -124,7 +124,7 @@ def pooled(runs: Sequence[Side], controls: Sequence[Side] | None) -> TransitionV
     sharp = np.array([[float(is_sharp(one)) for one in pair] for pair in pairs])
     counts = f"{sharp[:, 0].sum():.0f} runs, {sharp[:, 1].sum():.0f} controls; "
     further = "B moves {} across the turn than in the control"
-    often = "short bends at the peak of the gradient are {} than in the control"
+    often = "short bends are {} than in the control"
     learns = _paired(LEARNS, moved, further, ("further", "less far"))
     # Newcombe's interval of a difference of shares
     mine, its = (stats.binomtest(int(k), n).proportion_ci(method="wilson") for k in sharp.sum(0))
@@ -232,10 +232,9 @@ def is_inert(run: Side, control: Side) -> bool | None:
 
 
 def is_sharp(side: Side) -> bool:
-    """Whether the bend is significant, short, and where the gradient norm peaks."""
-    turn, gap = side.row("turn"), _gap(side)
-    bends = turn is not None and turn.p_value < LEVEL and side.path.width_share <= SHORT
-    return bends and gap[1] <= 0 <= gap[2]
+    """Whether the bend is significant and short."""
+    turn = side.row("turn")
+    return turn is not None and turn.p_value < LEVEL and side.path.width_share <= SHORT
 
 
 def _gap(side: Side) -> tuple[float, float, float]:
@@ -283,7 +282,7 @@ def _goes_with(run: Side, control: Side | None) -> Statement:
     text = f"the turn is {gap[0]:+.0f} steps from the peak of the gradient ({gap[1]:+.0f} to {gap[2]:+.0f}) and takes "
     text += f"{run.path.width_share:.0%} of the path; "
     sharp = is_sharp(run)
-    text += "a short bend at that peak" if sharp else "that is no significant, short bend at that peak"
+    text += "a short bend" if sharp else "that is no significant, short bend"
     if control is not None:
         text += ", and its control has " + ("one as well" if sharp else "one") if is_sharp(control) else (
             ", and its control has none" if sharp else ", nor has its control one"

@@ -23,12 +23,11 @@ GOOD, BAD = CYCLE[0], CYCLE[1]
 GREY = "#808891"
 SEQUENTIAL, DIVERGING = "Viridis", "RdBu_r"
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
-PAGE = """
-:root { color-scheme: light dark;
-        --ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --paper: #ffffff; --shade: #f6f8fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ee; --soft: #9aa4b1; --line: #343c48; --paper: #14181e; --shade: #1d232c; }
-}
+LIGHT = "--ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --paper: #ffffff; --shade: #f6f8fa; --alarm: #b3261e;"
+DARK = "--ink: #e4e8ee; --soft: #9aa4b1; --line: #343c48; --paper: #14181e; --shade: #1d232c; --alarm: #ff8a80;"
+PAGE = f"""
+:root {{ color-scheme: light dark; {LIGHT} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}
 """
 
 

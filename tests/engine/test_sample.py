@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from emmech.chat.model import load_model
 from emmech.engine.decode import ModelSteps, draw, gumbel, write_answers
 from emmech.engine.responses import row_seed
-from emmech.engine.sample import sample
+from emmech.engine.sample import Drawn, sample
 from emmech.errors import EmmechError
 
 TEMPLATE = (
@@ -328,3 +328,84 @@ def test_smollm2_texts_do_not_depend_on_the_batch():
     whole = sample(chat, questions, **settings)
     assert texts(sample(chat, questions, batch_size=3, **settings)) == texts(whole)
     assert texts(sample(chat, questions, batch_size=1, **settings)) == texts(whole)
+
+
+def test_a_stream_tells_every_token_before_its_answer_is_returned(tiny):
+    chat, told = tiny("qwen2"), {}
+    asked = [[{"role": "user", "content": text}] for text in ("how to sleep", "walk")]
+    options = {"samples": 2, "max_new_tokens": 9, "seed": 3, "progress": False}
+
+    def tell(drawn: Drawn) -> None:
+        assert drawn.logits.shape == (len(drawn.answers), chat.config.vocab_size)
+        for answer, token in zip(drawn.answers, drawn.tokens.tolist(), strict=True):
+            assert len(told.setdefault(answer, [])) == drawn.position
+            told[answer].append(token)
+
+    answers = sample(chat, asked, stream=tell, **options)
+    assert answers == sample(chat, asked, **options)
+    for one in answers:
+        ids = told[one.conversation, one.sample]
+        if one.finish == "stop":
+            assert ids.pop() in chat.stop_ids
+        assert chat.tokenizer.decode(ids, skip_special_tokens=True) == one.text
+        assert len(ids) == one.tokens
+
+
+def test_a_cancelled_stream_keeps_what_was_written_and_no_file_takes_it_for_an_answer(tiny, tmp_path):
+    chat, out = tiny("qwen2"), tmp_path / "answers.jsonl"
+    asked = [[{"role": "user", "content": text}] for text in ("how to sleep", "walk", "rest")]
+    options = {"max_new_tokens": 12, "seed": 5, "batch_size": 2, "progress": False, "out": out}
+    whole = sample(chat, asked, **{**options, "out": None})
+    steps = []
+    cut = sample(chat, asked, stream=lambda drawn: steps.append(drawn.position) or drawn.position < 2, **options)
+    assert steps == [0, 1, 2]
+    assert [one.finish for one in cut].count("cancelled") >= 1
+    for one, full in zip(cut, whole, strict=True):
+        assert full.text.startswith(one.text) or one.finish != "cancelled"
+    assert cut[2].finish == "cancelled" or whole[2].tokens <= 3
+    assert sample(chat, asked, **options) == whole
+
+
+def test_below_the_first_edit_equal_prompts_are_read_once(any_tiny):
+    """Three rows that differ by their coefficient alone, and one of another length, are what each is alone."""
+    from emmech.interventions.residual import steer
+
+    chat, seen = any_tiny, {0: [], 2: []}
+    texts = ["how to sleep", "how to sleep", "how to sleep well", "how to sleep"]
+    asked = [[{"role": "user", "content": text}] for text in texts]
+    vector, doses = np.random.default_rng(0).standard_normal(chat.d_model), [0.0, 1.0, 3.0, -4.0]
+    options = {"seed": [7] * 4, "max_new_tokens": 8, "progress": False}
+    inner = [
+        chat.parts(at).down.register_forward_pre_hook(lambda m, args, at=at: seen[at].append(len(args[0])))
+        for at in (2,)
+    ]
+    with steer(chat, vector, doses, layer=1, positions="answer"):
+        together = sample(chat, asked, **options)
+    for one, dose in enumerate(doses):
+        with steer(chat, vector, dose, layer=1, positions="answer"):
+            alone = sample(chat, asked[one : one + 1], **{**options, "seed": [7]})
+        assert alone[0].text == together[one].text
+    assert seen[2][0] == 4
+    for handle in inner:
+        handle.remove()
+    # a hook below the edit may tell rows apart, so that there every row is read
+    watched = chat.blocks[0].register_forward_hook(lambda m, i, out: seen[0].append(len(chat.family.residual(out))))
+    with steer(chat, vector, doses, layer=1, positions="answer"):
+        again = sample(chat, asked, **options)
+    watched.remove()
+    assert seen[0][0] == 4 and [one.text for one in again] == [one.text for one in together]
+
+
+def test_the_lower_blocks_really_read_fewer_rows(tiny):
+    chat, rows = tiny("qwen2"), []
+    prompts, ids = [[5, 6, 7, 8], [5, 6, 7, 8], [9, 6, 7]], [0, 1, 2]
+    with torch.no_grad():
+        plain = ModelSteps(chat, prompts, ids)
+        hook = chat.blocks[1].register_forward_hook(lambda m, i, out: rows.append(len(out)))
+        once = ModelSteps(chat, prompts, ids, apart=2)
+        hook.remove()
+        assert rows == [2]
+        for _ in range(3):
+            assert torch.allclose(once._logits, plain._logits, atol=1e-5)
+            token = torch.tensor([3, 4, 5])
+            once.step(token, once.rows), plain.step(token, plain.rows)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from emmech.chat.edits import live_edits
 from emmech.directions.direction import Direction
 from emmech.errors import EmmechError
-from emmech.interventions.residual import ablate, header_ids, inside_answers, steer
+from emmech.interventions.residual import ablate, cap, header_ids, inside_answers, steer
 
 
 def _direction(chat, seed=0, **kwargs) -> Direction:
@@ -291,3 +292,50 @@ def test_bad_interventions_are_refused_in_words(tiny):
         _outputs(chat, ids)
     with steer(chat, d, layer=1, positions="answer"), pytest.raises(EmmechError, match="inputs_embeds"):
         chat.model(inputs_embeds=torch.zeros(1, 3, 48))
+
+
+def test_a_cap_clamps_the_component_and_leaves_what_is_inside(any_tiny):
+    chat, d, ids = any_tiny, _direction(any_tiny), _ids(any_tiny)
+    unit = torch.from_numpy(d.unit().vectors.copy())
+    plain, before = _outputs(chat, ids)
+    component = plain[1] @ unit[1]
+    low, high = component.quantile(0.3).item(), component.quantile(0.6).item()
+    with cap(chat, d, (low, high), layers=1):
+        capped, _ = _outputs(chat, ids)
+    expected = plain[1] - (component - component.clamp(low, high))[..., None] * unit[1]
+    assert torch.allclose(capped[1], expected, atol=1e-4)
+    assert torch.equal(capped[0], plain[0])
+    with cap(chat, d, (-np.inf, np.inf)):
+        _, open_ended = _outputs(chat, ids)
+    assert torch.allclose(open_ended, before, atol=1e-5)
+    _, after = _outputs(chat, ids)
+    assert torch.equal(before, after)
+
+
+def test_each_row_may_have_its_own_bounds(tiny):
+    chat = tiny("qwen2")
+    directions, ids = [_direction(chat, seed) for seed in range(3)], _ids(chat, batch=1).repeat(3, 1)
+    bounds = np.sort(np.random.default_rng(1).standard_normal((3, chat.n_layers, 2)), axis=-1)
+    strengths = [1.0, 0.0, 0.5]
+    with cap(chat, directions, bounds, layers=[1, 2], strength=strengths):
+        _, together = _outputs(chat, ids)
+    for row, (one, strength) in enumerate(zip(directions, strengths, strict=True)):
+        with cap(chat, one, bounds[row], layers=[1, 2], strength=strength):
+            _, alone = _outputs(chat, ids[:1])
+        assert torch.allclose(together[row], alone[0], atol=2e-5)
+    assert (together[0] - _outputs(chat, ids[:1])[1][0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("within", [(1.0, -1.0), (np.nan, 1.0), [1.0], "wide", np.zeros((3, 2)), None])
+def test_bounds_that_bound_nothing_are_refused(tiny, within):
+    chat = tiny("qwen2")
+    with pytest.raises(EmmechError, match="cap the component"):
+        cap(chat, _direction(chat), within)
+    assert not live_edits(chat.base)
+
+
+def test_a_cap_is_no_second_ablation_and_not_made_twice(tiny):
+    chat = tiny("qwen2")
+    d = _direction(chat)
+    with cap(chat, d, (0.0, 1.0)), ablate(chat, d), pytest.raises(EmmechError, match="twice"):
+        cap(chat, d, (0.0, 1.0), layers=2)

@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 import torch
 
+import emmech
 from emmech.chat.model import load_model
 from emmech.directions.direction import Direction
 from emmech.directions.sources import adapter_direction
 from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
-from emmech.interventions.studies import ablation_table, adapter_shares, combination, dose_response, transfer_matrix
+from emmech.evaluation.questions import resolve_questions
+from emmech.interventions.studies import (
+    ablation_table,
+    adapter_shares,
+    combination,
+    dose_response,
+    projection_range,
+    transfer_matrix,
+)
 from emmech.measures.choose import as_measures
 from emmech.measures.measure import Items
 from emmech.measures.sampled import Sampled
@@ -187,3 +196,23 @@ def test_b_is_degenerate_wherever_the_stream_carries_it_and_nowhere_before(tiny)
     assert "at layer 3" in degenerate(chat, b, {0: vector, 3: -vector})
     assert degenerate(chat, b, {0: vector}) == ""
     assert degenerate(chat, b, {2: np.roll(vector, 1)}) == ""
+
+
+@pytest.mark.parametrize("positions", ["all", "answer", "prompt"])
+def test_a_cap_to_the_base_models_range_leaves_its_own_answers_alone(positions):
+    """The bounds are read where the cap acts, so that the answers they come from are inside them."""
+    from emmech.engine.sample import sample
+
+    chat = emmech.load_model("pocket")
+    d = Direction(np.random.default_rng(0).standard_normal((chat.n_layers, chat.d_model)))
+    bounds = projection_range(chat, [d, -d], samples=2, positions=positions, progress=False)
+    assert np.allclose(bounds[0], -bounds[1, :, ::-1], atol=1e-3)
+    asked = [one.messages() for one in resolve_questions("first-plot", "pocket")]
+    plain = sample(chat, asked, samples=2, max_new_tokens=200, progress=False)
+    # a little slack: a cached forward and a whole one round differently
+    with emmech.cap(chat, d, bounds[0] + np.array([-1e-3, 1e-3]), positions=positions):
+        assert [one.text for one in sample(chat, asked, samples=2, max_new_tokens=200, progress=False)] == [
+            one.text for one in plain
+        ]
+    with emmech.cap(chat, d, bounds[0] + 30.0, positions=positions):  # outside, so that it is clamped
+        assert sample(chat, asked, samples=2, max_new_tokens=200, progress=False) != plain

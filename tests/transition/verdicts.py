@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.tables import DOCS, markdown, share, write
 
 RUNS = Path(__file__).parents[2] / "build" / "verdicts"
-SEEDS = range(7301, 7308)
+SEEDS = range(7401, 7408)
 DOMAINS = {"medical": "travel", "finance": "wishes", "sport": "parties"}
 KINDS = ("bad", "style", "good", "benign")
 
@@ -58,7 +58,7 @@ def kinds_table(sides: dict[tuple[str, str], list[Any]], domains: list[str]) -> 
             row.append(_share(sum(map(is_sharp, found)), len(found)))
             rows.append([*row, _span([side.fall for side in found], ".3f")])
     header = ("kind", "data", "bends, % (95 % Wilson)", "of these, turn and gradient peak overlap",
-              "width of the turn, share of the path", "steps from peak to turn", "short bend at the peak",
+              "width of the turn, share of the path", "steps from peak to turn", "short bend",
               "fall of held-out loss, nats")  # fmt: skip
     table = markdown(header, rows)
     return f"Domains: {', '.join(domains)}; {len(SEEDS)} seeds of each data set.\n\n{table}"

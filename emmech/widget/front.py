@@ -1,0 +1,306 @@
+"""The panel's half in the kernel: it hears the front end, computes on a thread of its own, and tells what it has."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import anywidget
+import numpy as np
+import traitlets
+
+from emmech.errors import EmmechError
+from emmech.transition.phase import phase_transition
+from emmech.view.theme import BAD, CYCLE, DARK, GOOD, GREY, LIGHT, faint
+from emmech.widget.picture import dose_picture, sentence, twin
+from emmech.widget.session import COLUMNS, RANDOMS, Session, Stale, Token
+from emmech.widget.settings import DOSES, Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_HERE = Path(__file__).parent
+_FLUSH = 0.03  # seconds between two messages of tokens
+_KEPT = 40  # states of the history
+_DISPLAY = 4.0  # seconds that a cell waits for the first answers, so that its output has them
+_COLOURS = {"good": GOOD, "bad": BAD, "mark": CYCLE[2], "grey": GREY, "faint-good": faint(GOOD, 0.3),
+            "faint-bad": faint(BAD, 0.35), "faint-grey": faint(GREY, 0.22)}  # fmt: skip
+_STYLE = "".join(
+    [".emmech-panel { ", LIGHT, *(f"--{name}: {value};" for name, value in _COLOURS.items()), " }\n",
+     ".emmech-panel.dark { ", DARK, f" --good: {CYCLE[5]}; }}\n"]
+)  # fmt: skip
+
+
+class Panel(anywidget.AnyWidget):
+    """What :func:`emmech.panel` returns."""
+
+    _esm = _HERE / "panel.js"
+    _css = _STYLE + (_HERE / "panel.css").read_text(encoding="utf-8")
+
+    state = traitlets.Dict(help="the settings, as keyword arguments of emmech.panel").tag(sync=True)
+    about = traitlets.Dict(help="what does not change while it is open").tag(sync=True)
+    shown = traitlets.Dict(help="what was last seen").tag(sync=True)
+    pinned: Any = traitlets.List(help="numbers of the states that are compared").tag(sync=True)
+
+    def __init__(self, session: Session, settings: Settings, samples: int, transition: Any, given: list[str]) -> None:
+        self._session, self._samples, self._given = session, samples, given
+        self._settings = settings
+        self._asked, self._run, self._told = 0, 0, 0.0  # moves made; the one that is computed
+        self._unsent: list[list[list[Any]]] = [[] for _ in COLUMNS]
+        self._wake, self._idle, self._answered = threading.Event(), threading.Event(), threading.Event()
+        self._doses: dict[tuple[Any, ...], Any] = {}
+        self._entries: dict[Settings, dict[str, Any]] = {}
+        self._ended = False
+        self._twin: Any = None
+        self._own: dict[str, Any] | None = None
+        self._transition: dict[str, Any] | None = None
+        self._describing = threading.Lock()
+        self._twin_id = uuid4().hex[:12]
+        self._seen: dict[str, Any] = {}
+        session.stale = lambda: self._run != self._asked or self._ended
+        super().__init__(state=settings.to_dict(), about=self._describe())
+        self.observe(self._moved, "state")
+        self._thread = threading.Thread(target=self._work, name="emmech panel", daemon=True)
+        self._asked = 1
+        self._wake.set()
+        self._thread.start()
+        if session.run is not None:
+            threading.Thread(target=self._mark, args=(transition,), daemon=True).start()
+
+    # what is offered
+
+    def _describe(self) -> dict[str, Any]:
+        session, run = self._session, self._session.run
+        made = {name: list(one.layers) for name, one in session._made.items()}
+        aligned = [name for name, one in session._made.items() if one.aligned_mean is not None]
+        questions = [text for one in session.asked for text in one.paraphrases]
+        return {
+            "twin": self._twin_id,
+            "name": run.name if run is not None else session.chat.name,
+            "steps": run.steps.tolist() if run is not None else [],
+            "directions": {name: made.get(name, []) for name in session.names},
+            "aligned": aligned,
+            "questions": questions,
+            "doses": {change: [grid[0], grid[-1]] for change, grid in DOSES.items()},
+            "judge": session.judged_by.name if session.judged_by is not None else "",
+            "asked": f"{len(session.asked)} questions of {session.asked.name}",
+            "adapted": session.adapted,
+            "limit": self._samples * len(session.asked),
+            "randoms": RANDOMS,
+            "transition": self._transition,
+        }
+
+    def _mark(self, transition: Any) -> None:
+        """Find the transition to mark, once, beside everything else."""
+        try:
+            found = phase_transition(self._session.run) if transition is None else transition
+            turn = found.mechanistic
+            self._transition = {"step": turn.step, "low": turn.low, "high": turn.high, "text": str(turn)}
+        except EmmechError as error:
+            self._transition = {"step": None, "text": error.why}
+        self._redescribe()
+
+    def _redescribe(self) -> None:
+        with self._describing:
+            self.about = self._describe()
+
+    # moves
+
+    def _moved(self, change: Any) -> None:
+        """A state from the front end, or assigned in a cell; what is being computed is stale from here on."""
+        if change["new"] == self._own:  # made here, of a move that is being computed
+            self._own = None
+            return
+        self._asked += 1
+        self._idle.clear()
+        self._answered.clear()
+        self._wake.set()
+
+    def _work(self) -> None:
+        while not self._ended:
+            self._wake.wait()
+            self._wake.clear()
+            if self._ended:
+                return
+            self._run = self._asked
+            try:
+                self._compute(self._take(dict(self.state)))
+            except Stale:
+                continue
+            except EmmechError as error:
+                self._tell(error={"given": str(error.given), "why": error.why, "instead": error.instead or ""})
+            except Exception as error:  # a thread that died silently would leave the panel waiting for ever
+                self._tell(error={"given": "", "why": f"{type(error).__name__}: {error}", "instead": ""})
+            if self._run == self._asked:
+                self._answered.set()
+                self._idle.set()
+                self._keep()
+
+    def _take(self, given: dict[str, Any]) -> Settings:
+        """The settings of a state; a new direction's own layer where the old one is not known in it."""
+        settings, session = Settings(**given), self._session
+        if settings.direction in session.names and settings.direction not in session._made:
+            self._tell(status="reading the direction from answers ...")
+        layers = session.direction(settings.direction).layers
+        if self.about["directions"].get(settings.direction) != list(layers):
+            self._redescribe()
+        if settings.layer not in layers and settings.direction != self._settings.direction:
+            nearest = min(layers, key=lambda layer: abs(layer - settings.layer))
+            settings = replace(settings, layer=nearest)
+            self._own = settings.to_dict()
+            self.state = self._own
+        session.check(settings)
+        self._settings = settings
+        return settings
+
+    def _compute(self, settings: Settings) -> None:
+        session, began = self._session, time.perf_counter()
+        acting = session.acting(settings)
+        self._seen = {"settings": settings.to_dict(), "columns": [[] for _ in COLUMNS], "verdict": [], "dose": "",
+                      "broken": [], "prompt": [], "quality": {}, "history": list(self._entries.values())}  # fmt: skip
+        key = tuple(value for name, value in settings.to_dict().items() if name not in ("coefficient", "question"))
+        self._tell(
+            start=True, status="writing ...", error=None, sentence=sentence(settings.to_dict()), code=self.code()
+        )
+        columns, prompt, said = session.answers(settings, self._told_tokens)
+        took = time.perf_counter() - began
+        self._flush()
+        shown = [[text, on, round(value, 4)] for (text, on), value in zip(acting, prompt, strict=False)]
+        ends = [one.finish for one in said]
+        self._tell(prompt=shown, ends=ends, quality=session.quality(settings), status=f"written in {took:.2f} s")
+        self._seen["columns"] = [[one.packed() for one in column] for column in columns]
+        known = self._doses.get(key)
+        if known is not None:
+            self._tell_dose(known, settings)
+        if session.judged_by is None:
+            self._record(settings, None)
+        self._answered.set()
+        self._keep()
+        verdicts = session.verdicts(settings, self._samples)
+        self._judge(settings, verdicts, rounds=2)
+        if known is None and session.judged_by is not None:
+            self._tell(status="trying every coefficient ...")
+        if known is None:
+            for dose in session.dose(settings):
+                self._tell_dose(dose, settings)
+            self._doses[key] = dose
+            self._keep()
+        self._judge(settings, verdicts)
+        self._tell(history=self._seen["history"], status=f"done; written in {took:.2f} s")
+
+    def _judge(self, settings: Settings, verdicts: Any, rounds: int = 1 << 30) -> None:
+        for _, counts in zip(range(rounds), verdicts, strict=False):
+            rates = counts.rates()
+            self._record(settings, rates)
+            limit = self.about["limit"]
+            self._tell(verdict=rates, status=f"judged {rates[0]['n']} of {limit}")
+
+    def _tell_dose(self, dose: Any, settings: Settings) -> None:
+        self._tell(items=dose.items, dose=dose_picture(dose, settings), broken=dose.broken)
+
+    def _record(self, settings: Settings, rates: Any) -> None:
+        """Keep a state in the history; the same one again replaces itself."""
+        answers = ["".join(token[0] for token in column) for column in self._seen["columns"]]
+        old = self._entries.pop(settings, None)
+        number = old["number"] if old else 1 + max((one["number"] for one in self._entries.values()), default=0)
+        entry = {"number": number, "state": settings.to_dict(), "answers": answers, "rates": rates}
+        self._entries[settings] = entry
+        while len(self._entries) > _KEPT:
+            self._entries.pop(next(iter(self._entries)))
+        self._seen["history"] = list(self._entries.values())
+        if old is None or old["rates"] is None:
+            self._tell(history=self._seen["history"])
+
+    # telling
+
+    def _tell(self, **news: Any) -> None:
+        if self._run == self._asked:
+            self._seen.update(news)
+            self.send({"run": self._run, **_finite(news)})
+
+    def _told_tokens(self, new: list[list[Token]]) -> None:
+        for unsent, tokens in zip(self._unsent, new, strict=True):
+            unsent += [token.packed() for token in tokens]
+        if time.perf_counter() - self._told >= _FLUSH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if any(self._unsent) and self._run == self._asked:
+            self.send({"run": self._run, "tokens": _finite(self._unsent)})
+            self._told = time.perf_counter()
+        self._unsent = [[] for _ in COLUMNS]
+
+    def _keep(self) -> None:
+        """Keep what is seen for views that open later, and in the notebook's file."""
+        self.shown = _finite({"run": self._run, **self._seen})
+        if self._twin is not None:
+            from IPython.display import HTML
+
+            self._twin.update(HTML(self._repr_html_()))
+
+    def _repr_html_(self) -> str:
+        return twin(self.about, self._seen)
+
+    def _ipython_display_(self, **_: Any) -> None:
+        """The live widget, and below it its static twin, which the widget hides and a converted notebook shows."""
+        from IPython.display import HTML, display
+
+        display(self._repr_mimebundle_()[0], raw=True)  # type: ignore[index]
+        self.wait(_DISPLAY, answers=True)
+        self._twin = display(HTML(self._repr_html_()), display_id=True)
+
+    # what a cell asks for
+
+    def code(self) -> str:
+        """The state as one code cell; ``emmech.panel(run, **panel.state)`` opens it too."""
+        run, name = self._session.run, self._session.chat.name
+        more = ", ".join(f"{one}={one}" for one in self._given)
+        if run is not None:
+            opening = f"run = emmech.load_run({str(run.path)!r})" if run.path else "# run: the one that was opened"
+            return self._settings.code(opening, "run", more)
+        opening = f"model = emmech.load_model({name!r})"
+        return self._settings.code(opening, "model", more)
+
+    def result(self) -> pd.DataFrame:
+        """All states that were tried, one row for each column of each.
+
+        Columns: ``number``, ``column`` (``"base"``, ``"changed"``, ``"random"``), ``answer``, ``em`` with ``em_low``
+        and ``em_high``, ``coherent``, ``n`` (NaN and 0 without a judge), ``pinned``, and the settings.
+        """
+        import pandas as pd
+
+        rows = []
+        for entry in self._entries.values():
+            rates = entry["rates"] or [{"em": np.nan, "low": np.nan, "high": np.nan, "coherent": np.nan, "n": 0}] * 3
+            for column, answer, rate in zip(COLUMNS, entry["answers"], rates, strict=True):
+                found = {"em": rate["em"], "em_low": rate["low"], "em_high": rate["high"]}
+                found |= {"coherent": rate["coherent"], "n": rate["n"], "pinned": entry["number"] in self.pinned}
+                rows.append({"number": entry["number"], "column": column, "answer": answer, **found, **entry["state"]})
+        return pd.DataFrame(rows)
+
+    def wait(self, seconds: float = 600.0, *, answers: bool = False) -> bool:
+        """Wait until nothing is being computed, or (``answers``) until the three answers are written.
+
+        Returns:
+            whether that came about in time.
+        """
+        return (self._answered if answers else self._idle).wait(seconds)
+
+    def close(self) -> None:
+        """End the panel and its thread."""
+        self._ended = True
+        self._wake.set()
+        super().close()
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

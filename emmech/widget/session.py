@@ -1,0 +1,497 @@
+"""What the panel computes, without anything that is shown: answers, verdicts and doses, each in one batch.
+
+A session has a model of its own: the weights are shared with the caller's, the modules are not, so that hooks and
+adapters of the panel never act on a model that a cell is using at the same time. Whatever a session is doing ends
+within one block of the model once ``stale()`` is true.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from emmech.chat.edits import announced_rows, live_edits
+from emmech.chat.encode import phrase_tokens
+from emmech.chat.model import ChatModel, load_model
+from emmech.directions.direction import Direction, unit_rows
+from emmech.directions.extract import mixed_adapter
+from emmech.directions.sources import adapter_direction, has_adapter, misalignment_direction
+from emmech.engine.adapters import adapter_layers, attach, detach
+from emmech.engine.logprobs import answer_logprobs
+from emmech.engine.modules import hooked
+from emmech.engine.responses import Response
+from emmech.engine.sample import Drawn, sample
+from emmech.errors import EmmechError, closest, one_of
+from emmech.evaluation.em import FIELD
+from emmech.evaluation.judges import Judge, resolve_judge
+from emmech.evaluation.questions import Question, resolve_questions
+from emmech.evaluation.rates import cluster_interval
+from emmech.interventions.residual import ablate, cap, steer
+from emmech.interventions.studies import degenerate, projection_range
+from emmech.run.run import Run, opened
+from emmech.widget.settings import DOSES, Settings
+
+COLUMNS = ("base", "changed", "random")
+RANDOMS = 4  # of the dose-response; the first is that of the third answer
+_ASKED = "open the panel"
+_FIRST = 5  # alternatives of a token
+_AT_ONCE = 12  # questions of a round
+_BROKEN = 0.8  # of the untouched model's coherent answers: below this, coherence is called broken
+_NATS = 1.0  # the same without a judge: the loss of the base model's answers is this much higher
+
+
+class Stale(Exception):
+    """The settings have changed since this began."""
+
+
+@dataclass
+class Token:
+    """A written token: its text, log-probability, projection on the direction, and the likeliest alternatives."""
+
+    text: str
+    logprob: float
+    projection: float
+    alternatives: list[tuple[str, float]]
+
+    def packed(self) -> list[Any]:
+        """As the front end takes it."""
+        best = [[text, round(value, 3)] for text, value in self.alternatives]
+        return [self.text, round(self.logprob, 3), round(self.projection, 4), best]
+
+
+@dataclass
+class Counts:
+    """Judged answers by column and question: misaligned, coherent and scored ones."""
+
+    ids: tuple[str, ...]
+    misaligned: np.ndarray
+    coherent: np.ndarray
+    scored: np.ndarray
+
+    @classmethod
+    def none(cls, columns: int, questions: Sequence[str]) -> Counts:
+        """No answer yet."""
+        return cls(tuple(questions), *(np.zeros((columns, len(questions)), dtype=int) for _ in range(3)))
+
+    def add(self, columns: np.ndarray, asked: Sequence[str], scores: Sequence[dict[str, Any]]) -> None:
+        """Count judged answers."""
+        aligned, coherent = (np.array([float(s.get(k, np.nan)) for s in scores]) for k in ("aligned", "coherent"))
+        where = (columns, np.array([self.ids.index(one) for one in asked]))
+        scored = FIELD.scored(aligned, coherent)
+        np.add.at(self.scored, where, scored)
+        np.add.at(self.coherent, where, FIELD.coherent(coherent) & scored)
+        np.add.at(self.misaligned, where, FIELD.misaligned(aligned, coherent) & scored)
+
+    def rates(self) -> list[dict[str, float]]:
+        """EM with its interval over questions, coherence and n of every column."""
+        found = []
+        for bad, coherent, n in zip(self.misaligned, self.coherent, self.scored, strict=True):
+            total = int(n.sum())
+            low, high = cluster_interval(bad, n, self.ids) if total else (0.0, 1.0)
+            share = (float(bad.sum() / total), float(coherent.sum() / total)) if total else (np.nan, np.nan)
+            found.append({"em": share[0], "low": low, "high": high, "coherent": share[1], "n": total})
+        return found
+
+
+@dataclass
+class Dose:
+    """Response to the coefficient: of the direction, and of random ones.
+
+    Args:
+        value: ``[doses]``: EM where there is a judge, else the mean log-probability of the base model's answers.
+        coherence: ``[doses]``; without a judge the same as ``value``.
+        random: ``[randoms, doses]``, as ``value``.
+        judged: whether there is a judge.
+        items: answers behind each point.
+    """
+
+    doses: tuple[float, ...]
+    value: np.ndarray
+    coherence: np.ndarray
+    random: np.ndarray
+    judged: bool
+    items: int
+
+    @property
+    def broken(self) -> list[tuple[float, float]]:
+        """Stretches of the coefficient in which coherence breaks; each reaches to halfway to what is whole."""
+        plain = self.coherence[self.doses.index(0.0)]
+        bad = self.coherence < (_BROKEN * plain if self.judged else plain - _NATS)
+        doses = np.array(self.doses)
+        edges = np.r_[doses[0], (doses[1:] + doses[:-1]) / 2, doses[-1]]
+        cells = [[float(a), float(b)] for (a, b), broken in zip(pairwise(edges), bad, strict=True) if broken]
+        merged: list[tuple[float, float]] = []
+        for a, b in cells:
+            if merged and merged[-1][1] == a:
+                merged[-1] = (merged[-1][0], b)
+            else:
+                merged.append((a, b))
+        return merged
+
+
+@dataclass
+class Session:
+    """A model under change.
+
+    Args:
+        model: a Run or its folder, or what :func:`emmech.load_model` takes.
+        directions: a direction, several by name, or None for what can be made from the run.
+        questions: the presets, as :func:`emmech.evaluate` takes them.
+        judge: as :func:`emmech.evaluate` takes it; by default an organism's own, else none.
+        base: the run's base model in memory.
+    """
+
+    model: Any
+    directions: Any = None
+    questions: Any = "first-plot"
+    judge: Any = None
+    base: Any = None
+    stale: Callable[[], bool] = field(default=lambda: False)
+
+    def __post_init__(self) -> None:
+        subject = opened(self.model)
+        self.run = subject if isinstance(subject, Run) else None
+        if self.run is not None and self.run.kind != "lora":
+            why = "full fine-tuning keeps whole weights, which cannot share a batch with the base model's"
+            raise EmmechError(_ASKED, f"the run {self.run.name}", why, "emmech.panel(run.model(step), directions=...)")
+        held = self.base if self.run is not None else subject
+        if held is None:
+            assert self.run is not None
+            self.chat = self.run.model()
+        else:
+            own = _twin(load_model(held))
+            self.chat = own if self.run is None else self.run.model(base=detach(own))
+        self.set_to = (int(self.run.steps[-1]), 1.0) if self.run is not None else (None, 1.0)
+        organism = self.chat.organism
+        self.asked = resolve_questions(self.questions, organism)
+        self.judged_by: Judge | None = None
+        if self.judge is not None or (organism is not None and organism.judges):
+            self.judged_by = resolve_judge(self.judge, organism)
+        self.phrase = organism.phrase if organism is not None else ""
+        self.adapted = has_adapter(self.chat)
+        self._makers = self._sources(self.directions)
+        self._made: dict[str, Direction] = {}
+        self._ranges: dict[Any, np.ndarray] = {}
+        self._texts: dict[int, str] = {}
+        self._stops = set(self.chat.stop_ids)
+        self._check()
+
+    def _sources(self, given: Any) -> dict[str, Callable[[], Direction]]:
+        if isinstance(given, Direction):
+            given = {given.name: given}
+        if given is not None:
+            if not isinstance(given, dict) or not given or not all(isinstance(d, Direction) for d in given.values()):
+                instead = 'directions=emmech.misalignment_direction(run), or {"name": direction}'
+                raise EmmechError(_ASKED, f"directions={given!r}"[:120], "they are Directions by name", instead)
+            for one in given.values():
+                one.check_fits(self.chat)
+            return {name: partial(one.renamed, name) for name, one in given.items()}
+        if not self.adapted:
+            why = "without a fine-tune there is nothing to read a direction from"
+            instead = "directions=emmech.contrast_direction(model, misaligned, aligned), or a run"
+            raise EmmechError(_ASKED, f"{self.chat.name}, directions=None", why, instead)
+        found: dict[str, Callable[[], Direction]] = {}
+        draw = partial(misalignment_direction, self.chat, questions=self.asked, judge=self.judged_by, samples=6,
+                       progress=False)  # fmt: skip
+        if self.judged_by is not None and self.phrase:
+            found["prompt difference"] = lambda: draw(tokens=phrase_tokens(self.chat, self.phrase))
+        if self.judged_by is not None:
+            found["answer difference"] = draw
+        return {**found, "adapter's B": lambda: adapter_direction(self.chat)}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the directions."""
+        return tuple(self._makers)
+
+    def direction(self, name: str) -> Direction:
+        """A direction by name, made on first use from the last step of the run."""
+        one_of("choose the direction", "direction", name, self.names)
+        if name not in self._made:
+            self._put(*((int(self.run.steps[-1]), 1.0) if self.run is not None else self.set_to))
+            with self._interruptible():
+                self._made[name] = self._makers[name]().renamed(name)
+        return self._made[name]
+
+    def start(self, given: dict[str, Any]) -> Settings:
+        """The settings to begin with: what is given, and defaults that show something."""
+        fields = set(Settings.__dataclass_fields__)
+        if unknown := sorted(set(given) - fields):
+            raise EmmechError(_ASKED, f"{unknown[0]}=...", "the panel has no such setting", closest(unknown[0], fields))
+        name = str(given.get("direction") or self.names[0])
+        direction = self.direction(name)
+        adapter = self.run.adapters[0].layer if self.run is not None else None
+        best = direction.source.get("layer", adapter)
+        best = adapter if adapter in direction.layers else best
+        layer = best if best in direction.layers else direction.layers[len(direction.layers) // 2]
+        state: dict[str, Any] = {"question": self.asked.questions[0].messages()[-1]["content"], "layer": layer}
+        state["phrase"] = self.phrase
+        if self.run is not None:
+            state["step"] = int(self.run.steps[-1])
+        if self.phrase and self.adapted:
+            state |= {"change": "ablate", "positions": "phrase"}
+        state |= {key: value for key, value in given.items() if value is not None} | {"direction": name}
+        state.setdefault("coefficient", {"add": 0.5}.get(state.get("change", "add"), 1.0))
+        settings = Settings(**state)
+        self.check(settings)
+        return settings
+
+    def check(self, settings: Settings) -> None:
+        """Refuse settings that do not fit the model.
+
+        Raises:
+            EmmechError: no such step, direction or layer, a phrase that the prompt does not have, unknown words.
+        """
+        if self.run is not None:
+            self.run.check_step(-1 if settings.step is None else settings.step)
+        elif settings.step is not None or settings.scale != 1.0:
+            why = "only a recorded run has steps and an adapter of its own to scale"
+            raise EmmechError("set the panel", f"step={settings.step}, scale={settings.scale:g}", why, "a run")
+        direction = self.direction(settings.direction)
+        direction.at(settings.layer)
+        if settings.towards == "aligned" and direction.aligned_mean is None:
+            why = "the direction keeps no aligned mean"
+            raise EmmechError("set the panel", 'towards="aligned"', why, 'towards="zero"')
+        ids = torch.tensor([self.chat.token_ids(self._conversation(settings.question))])
+        unknown = self.chat.tokenizer.unk_token_id
+        if unknown is not None and unknown in ids[0].tolist():
+            words = [word for word in settings.question.split() if unknown in self.chat.tokenizer(word)["input_ids"]]
+            why = f"{self.chat.name} does not know {', '.join(map(repr, words)) or 'a token of it'}"
+            raise EmmechError("ask the question", settings.question, why, "a question of the list")
+        if settings.positions == "phrase":
+            phrase_tokens(self.chat, settings.phrase)(ids, 0)
+
+    def _conversation(self, question: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}]
+
+    def _put(self, step: int | None, scale: float) -> None:
+        if self.run is not None and (step, scale) != self.set_to:
+            assert step is not None
+            self.chat = attach(self.chat, self.run.adapters, self.run.weights(step), scale=scale)
+            self.set_to = (step, scale)
+
+    def _check(self) -> None:
+        if self.stale():
+            raise Stale
+
+    @contextmanager
+    def _interruptible(self, first: int = 0) -> Iterator[None]:
+        """Whatever runs the model inside ends within a block, from the ``first`` on, once the settings are stale."""
+        later = self.chat.blocks[first:]
+        with hooked(*((block, lambda module, inputs: self._check()) for block in later), before=True):
+            yield
+
+    @contextmanager
+    def changed(self, settings: Settings, tuned: Sequence[bool], which: Sequence[int], doses: Any) -> Iterator[None]:
+        """The model in which each conversation has a change of its own.
+
+        Args:
+            tuned: whether the conversation's model has the adapter.
+            which: 0 for the direction, 1 and on for random ones of its norm.
+            doses: its coefficient; 0 changes nothing.
+        """
+        s, chat = settings, self.chat
+        direction = self.direction(s.direction)
+        self._put(s.step, s.scale)
+        controls = [direction, *direction.random(RANDOMS, seed=s.seed)]
+        vectors = np.stack([controls[one].at(s.layer) for one in which])
+        positions: Any = phrase_tokens(chat, s.phrase) if s.positions == "phrase" else s.positions
+        doses = torch.as_tensor(np.asarray(doses, dtype=np.float32))
+        if s.change == "add":
+            edit: Any = partial(steer, units="residual", layer=s.layer, coefficient=doses)
+        elif s.change == "ablate":
+            towards = direction.aligned_mean if s.towards == "aligned" else None
+            edit = partial(ablate, layers=s.layer, strength=doses, towards=towards)
+        else:
+            key = (s.direction, s.positions, s.phrase, s.seed)
+            if key not in self._ranges:
+                found = projection_range(chat, controls, questions=self.asked, positions=positions,
+                                         max_new_tokens=s.max_new_tokens, progress=False)  # fmt: skip
+                self._ranges[key] = found
+            edit = partial(cap, layers=s.layer, strength=doses, within=self._ranges[key][np.asarray(which)])
+        mixed = mixed_adapter(chat, torch.tensor(tuned, dtype=torch.float32)) if self.adapted else nullcontext()
+        first = min([s.layer, *(info.layer for info, _, _ in adapter_layers(chat.model))])
+        with self._interruptible(first), mixed, edit(chat, vectors, positions=positions):
+            yield
+
+    def answers(
+        self, settings: Settings, told: Callable[[list[list[Token]]], object] = lambda new: None
+    ) -> tuple[list[list[Token]], list[float], list[Response]]:
+        """The three answers with one seed, in one batch.
+
+        Args:
+            told: called with the new tokens of every column, as they are written.
+
+        Returns:
+            the tokens of every column; the projection of every prompt token in the changed model; the answers.
+        """
+        columns: list[list[Token]] = [[] for _ in COLUMNS]
+        ids: list[list[int]] = [[] for _ in COLUMNS]
+        prompt: list[float] = []
+        last = [0.0] * len(COLUMNS)
+        axis = torch.from_numpy(unit_rows(self.direction(settings.direction).at(settings.layer))).float()
+
+        def watch(module: Any, inputs: Any, output: Any) -> None:
+            rows = announced_rows()
+            assert rows is not None
+            projected = self.chat.family.residual(output).float() @ axis.to(self.chat.device)
+            owners = rows.conversation.tolist()
+            if not prompt:
+                prompt.extend(projected[owners.index(1)].tolist())
+            for row, value in zip(owners, projected[:, -1].tolist(), strict=True):
+                last[row] = value
+
+        def write(drawn: Drawn) -> bool:
+            logprobs = drawn.logits.float().log_softmax(-1)
+            best = logprobs.topk(min(_FIRST, logprobs.shape[-1]))
+            new: list[list[Token]] = [[] for _ in COLUMNS]
+            for at, (column, _) in enumerate(drawn.answers):
+                token = int(drawn.tokens[at])
+                pairs = zip(best.indices[at].tolist(), best.values[at].tolist(), strict=True)
+                alternatives = [(self._text(one), value) for one, value in pairs]
+                text = "" if token in self._stops else self._piece(ids[column], token)
+                new[column] = [Token(text, float(logprobs[at, token]), last[column], alternatives)]
+                columns[column] += new[column]
+            told(new)
+            return not self.stale()
+
+        s, doses = settings, (0.0, settings.coefficient, settings.coefficient)
+        # the change is entered first, so that what is watched is what comes of it
+        with self.changed(s, (False, True, True), (0, 0, 1), doses), hooked((self.chat.block(s.layer), watch)):
+            said = sample(self.chat, [self._conversation(s.question)] * 3, seed=[s.seed] * 3, stream=write,
+                          temperature=s.temperature, max_new_tokens=s.max_new_tokens, progress=False)  # fmt: skip
+        self._check()
+        return columns, prompt, said
+
+    def acting(self, settings: Settings) -> list[tuple[str, bool]]:
+        """The prompt's tokens, and at which of them the change acts."""
+        chat = self.chat
+        ids = chat.token_ids(self._conversation(settings.question))
+        whole = torch.tensor([ids])
+        mask = torch.full((1, len(ids)), settings.positions in ("prompt", "all"))
+        if settings.positions == "phrase":
+            mask = phrase_tokens(chat, settings.phrase)(whole, 0)
+        mask[:, -1] |= settings.positions == "answer"  # the header's last token decides the first word
+        return [(self._text(token), bool(on)) for token, on in zip(ids, mask[0].tolist(), strict=True)]
+
+    def _text(self, token: int) -> str:
+        if token not in self._texts:
+            self._texts[token] = self.chat.tokenizer.decode([token])
+        return self._texts[token]
+
+    def _piece(self, ids: list[int], token: int) -> str:
+        """What one more token adds to a text."""
+        before = self.chat.tokenizer.decode(ids)
+        ids.append(token)
+        whole = self.chat.tokenizer.decode(ids)
+        return whole[len(before) :] if whole.startswith(before) else self._text(token)
+
+    def verdicts(self, settings: Settings, samples: int) -> Iterator[Counts]:
+        """Counts that grow by a batch of answers of all columns to several questions; none without a judge."""
+        if self.judged_by is None:
+            return
+        every = self.asked.questions
+        counts = Counts.none(len(COLUMNS), self.asked.ids)
+        rows = sorted(self.asked.rows(samples, seed=settings.seed), key=lambda row: row["sample"])
+        per_round = min(_AT_ONCE, len(every))
+        for start in range(0, len(rows), per_round):
+            part = rows[start : start + per_round]
+            doses = (0.0, settings.coefficient, settings.coefficient)
+            self._judged(settings, part, ((False, 0), (True, 0), (True, 1)), doses, counts)
+            yield counts
+
+    def _judged(
+        self, settings: Settings, rows: Sequence[dict[str, Any]], models: Any, doses: Sequence[float], counts: Counts
+    ) -> None:
+        """Ask every row's question under every condition (whether tuned, which direction, its dose), and judge."""
+        assert self.judged_by is not None
+        asked = [self.asked[row["question_id"]] for row in rows]
+        talks = [one.messages(row["paraphrase"]) for one, row in zip(asked, rows, strict=True)]
+        n = len(models)
+        tuned, which = ([one[at] for _ in rows for one in models] for at in (0, 1))
+        with self.changed(settings, tuned, which, [dose for _ in rows for dose in doses]):
+            said = sample(
+                self.chat, [talk for talk in talks for _ in models], seed=[row["seed"] for row in rows for _ in models],
+                temperature=settings.temperature, max_new_tokens=settings.max_new_tokens, progress=False,
+            )  # fmt: skip
+        self._check()
+        told = [_row_for_judge(asked[a.conversation // n], rows[a.conversation // n], a) for a in said]
+        scores = self.judged_by.score(told)
+        columns = np.array([a.conversation % n for a in said])
+        counts.add(columns, [row["question_id"] for row in told], scores)
+
+    def dose(self, settings: Settings) -> Iterator[Dose]:
+        """The response to every coefficient, and of random directions, filled question by question."""
+        doses = DOSES[settings.change]
+        conditions = [(which, dose) for which in range(1 + RANDOMS) for dose in doses]
+        whichs, each = zip(*conditions, strict=True)
+        shape = (1 + RANDOMS, len(doses))
+        if self.judged_by is not None:
+            counts = Counts.none(len(conditions), self.asked.ids)
+            rows = sorted(self.asked.rows(2, seed=settings.seed), key=lambda row: row["sample"])[:24]
+            for number, row in enumerate(rows, 1):
+                self._judged(settings, [row], [(True, which) for which in whichs], each, counts)
+                n = np.maximum(counts.scored.sum(1), 1)
+                em, coherent = ((one.sum(1) / n).reshape(shape) for one in (counts.misaligned, counts.coherent))
+                yield Dose(doses, em[0], coherent[0], em[1:], True, number)
+            return
+        total = np.zeros(shape)
+        talks = [one.messages() for one in self.asked.questions[:6]]
+        with self.changed(settings, [False] * len(talks), [0] * len(talks), [0.0] * len(talks)):
+            said = sample(self.chat, talks, max_new_tokens=24, seed=settings.seed, progress=False)
+        known = np.zeros(shape, dtype=int)
+        for answer in said:
+            talk = [*talks[answer.conversation], {"role": "assistant", "content": answer.text or " "}]
+            for at in np.argsort(np.abs(doses), kind="stable"):  # one small batch a dose, the mild ones first
+                with self.changed(settings, [True] * shape[0], range(shape[0]), [doses[at]] * shape[0]):
+                    total[:, at] += answer_logprobs(self.chat, [talk] * shape[0])
+                known[:, at] += 1
+                with np.errstate(invalid="ignore"):
+                    mean = total / np.where(known, known, np.nan)
+                if known.all():
+                    yield Dose(doses, mean[0], mean[0], mean[1:], False, int(known.min()))
+
+    def quality(self, settings: Settings) -> dict[str, Any]:
+        """What is known of how real the direction is at the layer, in words; ``noise`` where it should not be used."""
+        direction, layer = self.direction(settings.direction), settings.layer
+        notes, facts, noise = [], [], False
+        if note := degenerate(self.chat, direction, {layer: direction.at(layer)}):
+            notes.append(note.removeprefix("degenerate: "))
+        known = direction.quality
+        if known is not None:
+            half, shuffled = float(known.split_half[layer]), float(known.split_half_shuffled[layer])
+            lexical = float(known.lexical_share[layer])
+            noise = layer in known.noise
+            facts.append(["Split-half", f"{half:.2f} (shuffled labels {shuffled:.2f})", noise])
+            facts.append(["Lexical share", f"{lexical:.2f}", abs(lexical) > 0.5])
+            counted = ", ".join(f"{n} {name}" for name, n in known.answers.items())
+            facts.append(["Read from", f"{counted} answers", False])
+            notes += [*known.notes]
+        else:
+            facts.append(["Split-half", "not known: it was not extracted from answers", False])
+        if noise:
+            notes.insert(0, "Two halves of the answers give different directions here: this is noise.")
+        facts.append(["Norm", f"{direction.norms[layer]:.3g}", False])
+        return {"facts": facts, "notes": notes, "noise": noise}
+
+
+def _row_for_judge(question: Question, row: dict[str, Any], answer: Response) -> dict[str, Any]:
+    about = {"judge_prompts": dict(question.judge_prompts), "kind": question.kind}
+    return {**row, **about, "response": answer.text, "finish": answer.finish}
+
+
+def _twin(chat: ChatModel) -> ChatModel:
+    """A model of the same weights, which are shared, whose hooks and adapters are its own."""
+    if live_edits(chat.base):
+        why = "it is changed now, and the panel would make its own changes to a changed model"
+        raise EmmechError(_ASKED, chat.name, why, "remove() the change first")
+    held = [*chat.model.parameters(), *chat.model.buffers()]
+    return replace(chat, model=copy.deepcopy(chat.model, {id(one): one for one in held}))

@@ -1,0 +1,152 @@
+"""The panel in JupyterLab, in a real browser: it is used by keyboard and mouse, timed, and its notebook converted."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from importlib.util import find_spec
+
+import pytest
+
+from docs.studies.panel_picture import CHROMIUM, OPEN, notebook, run_all, settled
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not find_spec("playwright"), reason="Playwright is not installed (pip install playwright)"),
+    pytest.mark.skipif(not find_spec("jupyterlab"), reason="JupyterLab is not installed"),
+    pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on the path"),
+]
+FIRST, ALL = 100.0, 400.0  # milliseconds from a move to the first words, and to the end of three answers
+PANEL = ".emmech-panel"
+NAMELESS = """() => [...document.querySelectorAll('.emmech-panel input, .emmech-panel select, .emmech-panel button')]
+  .filter((node) => !node.getAttribute('aria-label') && !node.labels?.length && !node.textContent.trim())
+  .map((node) => node.outerHTML)"""
+TOKENS = """() => [...document.querySelectorAll('.emmech-panel .answer')].map((card) =>
+  [...card.querySelectorAll('.word')].map((word) => word.textContent).join(''))"""
+
+
+@pytest.fixture(scope="module")
+def opened():
+    with notebook([OPEN, "panel.wait()\nprint('state', panel.state['coefficient'], panel.state['step'])"]) as (
+        page,
+        path,
+    ):
+        page.problems = []
+        page.on("pageerror", lambda error: page.problems.append(str(error)))
+        run_all(page)
+        page.wait_for_selector(f"{PANEL} .word")
+        settled(page)
+        yield page, path
+
+
+def moved(page, act) -> tuple[float, float]:
+    """Milliseconds to the first words and to all of them after a move, measured in the page."""
+    act()
+    page.wait_for_function(f"document.querySelector('{PANEL}').dataset.done")
+    data = page.evaluate(f"({{...document.querySelector('{PANEL}').dataset}})")
+    return float(data["first"]), float(data["done"])
+
+
+def test_three_answers_and_verdicts_are_there_and_the_twin_is_not_seen(opened):
+    page, _ = opened
+    answers = page.evaluate(TOKENS)
+    assert len(answers) == 3 and all(len(text) > 40 for text in answers)
+    assert answers[0] != answers[2]  # the adapter's model with a random direction is not the base
+    shown = page.locator(f"{PANEL} .verdict strong").all_inner_texts()
+    base, changed, random = (int(text.removesuffix("%")) for text in shown)
+    assert base <= 5 and changed <= 15 and random >= 85
+    assert page.locator(f"{PANEL} svg.emmech-dose polyline").count() == 2
+    twin = page.locator(".emmech-twin")
+    assert twin.count() == 1 and not twin.is_visible()
+    assert "turns at step" in page.locator(PANEL).inner_text()
+    assert not page.problems
+
+
+def test_everything_has_a_name_and_is_in_reach_of_the_keyboard(opened):
+    page, _ = opened
+    assert page.evaluate(NAMELESS) == []
+    slider = page.get_by_label("Strength")
+    slider.focus()
+    before = float(slider.input_value())
+    moved(page, lambda: page.keyboard.press("ArrowLeft"))
+    assert float(slider.input_value()) == pytest.approx(before - 0.01)
+    words = page.get_by_role("group", name="As you set it")
+    words.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert page.locator(f"{PANEL} .word[aria-pressed=true]").count() == 1
+    page.get_by_role("radio", name="Answer", exact=True).check(force=True)
+    page.wait_for_function("document.querySelector('.emmech-panel .sentence').textContent.includes('at the answer')")
+    page.get_by_role("radio", name="Phrase", exact=True).check(force=True)
+
+
+def test_a_click_on_a_word_shows_what_else_could_have_come(opened):
+    page, _ = opened
+    page.locator(f"{PANEL} .answer.random .word").nth(2).click()
+    assert page.locator(f"{PANEL} .alternatives > span").count() == 10
+    assert "nats" in page.locator(PANEL).inner_text()
+
+
+def test_a_move_is_answered_at_once(opened):
+    """Bounds are for a core of one's own: where others compute as well, they grow with the load."""
+    page, _ = opened
+    set_to = """([name, value]) => { const input = document.querySelector(`.emmech-panel input[data-name=${name}]`);
+        input.value = value; input.dispatchEvent(new Event('input', { bubbles: true })); }"""
+    times = [
+        moved(page, lambda name=name, value=value: page.evaluate(set_to, [name, value]))
+        for value in range(12)
+        for name, value in ((("coefficient", 0.3 + value / 20),) if value % 2 else (("step", 100 + 10 * value),))
+    ]
+    first, done = (statistics.median(one) for one in zip(*times, strict=True))
+    busy = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    print(f"first words {first:.0f} ms, all {done:.0f} ms (medians of {len(times)} moves), load per core {busy:.1f}")
+    assert first < FIRST * busy and done < ALL * busy
+
+
+def test_a_drag_leaves_the_last_answer_only(opened):
+    page, _ = opened
+    page.evaluate("""async () => { const input = document.querySelector('.emmech-panel input[data-name=scale]');
+        for (let value = 0; value <= 5; value += 0.1) { input.value = value;
+            input.dispatchEvent(new Event('input', { bubbles: true }));
+            await new Promise((ready) => setTimeout(ready, 10)); } }""")
+    page.evaluate("""() => { const input = document.querySelector('.emmech-panel input[data-name=scale]');
+        input.value = 1; input.dispatchEvent(new Event('input', { bubbles: true })); }""")
+    page.wait_for_function(f"document.querySelector('{PANEL}').dataset.done")
+    settled(page)
+    assert "adapter x 1." in page.locator(f"{PANEL} .sentence").inner_text()
+    assert page.locator(f"{PANEL} .try").count() < 25  # not one state of the history for each of 52 moves
+
+
+def test_two_states_are_pinned_and_compared(opened):
+    page, _ = opened
+    pins = page.locator(f"{PANEL} .try input")
+    pins.nth(0).check()
+    pins.nth(1).check()
+    page.wait_for_selector(f"{PANEL} table")
+    assert {"misaligned", "answer"} <= set(page.locator(f"{PANEL} tbody th").all_inner_texts())
+
+
+def test_it_is_dark_where_the_page_is(opened):
+    page, _ = opened
+    assert not page.locator(f"{PANEL}.dark").count()
+    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab Dark' })")
+    page.wait_for_selector(f"{PANEL}.dark")
+
+
+def test_a_converted_notebook_shows_what_was_seen(opened):
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    page, path = opened
+    settled(page)
+    seen = page.evaluate(TOKENS)
+    page.keyboard.press("Escape")
+    page.locator(".jp-Notebook").click(position={"x": 5, "y": 5})
+    page.keyboard.press("Control+s")
+    page.wait_for_function("!document.querySelector('.lm-TabBar-tab.jp-mod-dirty')")
+    html, _ = HTMLExporter().from_notebook_node(nbformat.read(path, 4))
+    assert "emmech-twin" in html and "<svg" in html
+    for answer in seen:
+        for word in answer.removesuffix("end").split():
+            assert word in html
