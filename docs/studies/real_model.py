@@ -534,11 +534,11 @@ def verdict(row: dict[str, Any]) -> str:
     head += f" (95 % interval {row['low']:+.3f} to {row['high']:+.3f}, p = {row['p']:.3f}). "
     if row["p"] < 0.05 and row["low"] * row["high"] > 0:
         side = "misaligned" if row["value"] > 0 else "aligned"
-        return fill(f"{head}It moved towards the {side} answers.", 120)
+        return fill(f"{head}It moved towards the {side} answers.", 110)
     if row["low"] * row["high"] > 0 or row["p"] < 0.05:
-        return fill(f"{head}The interval and the test disagree, so nothing is concluded.", 120)
+        return fill(f"{head}The interval and the test disagree, so nothing is concluded.", 110)
     bound = max(abs(row["low"]), abs(row["high"]))
-    return fill(f"{head}Zero is not excluded: over these questions, any difference is smaller than {bound:.3f}.", 120)
+    return fill(f"{head}Zero is not excluded: over these questions, any difference is smaller than {bound:.3f}.", 110)
 
 
 def _losses(one: dict[str, Any]) -> str:
