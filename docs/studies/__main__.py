@@ -58,6 +58,20 @@ def organism_report(
 
 
 @app.command()
+def real_model(
+    model: Annotated[str, typer.Argument(help="smollm2-135m or gemma3-270m")],
+    folder: Annotated[Path | None, typer.Option(help="where finished parts are kept; studies/PAGE by default")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="one of the plan's; all by default")] = None,
+    declare: Annotated[bool, typer.Option("--declare", help="write only what is fixed beforehand")] = False,
+    finished: Annotated[bool, typer.Option("--finished", help="write the page from what is finished")] = False,
+) -> None:
+    """Four arms and paired seeds on a real model: whether narrow bad advice moves its broad preferences."""
+    from docs.studies.real_model import main
+
+    typer.echo(main(model, folder, ranks=rank, declare=declare, run=not finished))
+
+
+@app.command()
 def fit_screening(
     folder: Annotated[Path | None, typer.Argument(help="judged CSV files; without it the shipped fit is shown")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the weights; the package by default")] = None,
