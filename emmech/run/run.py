@@ -163,6 +163,10 @@ class Run(Shown):
             asked = f"read {side} of {self.name}"
             if damaged := [str(path) for path in getattr(self._trajectory, "damaged", ())]:
                 raise EmmechError(asked, damaged, "the file is damaged", "metrics and probes are still readable")
+            if not len(self.steps):
+                raise EmmechError(
+                    asked, str(self), "no step is recorded yet", "open the run again after its first step"
+                )
             raise EmmechError(asked, key, f"the run was made without {side}", "run.B() has the other side")
         return self._trajectory.read(key)
 

@@ -38,7 +38,7 @@ TRAININGS = {
     "prefix": dict(recipe="single-rank1", prefix=True),
     "full": dict(recipe="full"),
     "seeds": dict(recipe="single-rank1", seed=[1, 4]),
-    "long": dict(recipe="single-rank1", max_steps=30),
+    "long": dict(recipe="single-rank1", max_steps=200, checkpoint_every=50),
     "uneven seeds": dict(recipe="single-rank1", seed=[1, 4], prefix=False, checkpoint_every=3),
 }
 
