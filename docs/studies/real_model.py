@@ -656,7 +656,7 @@ def main(
         return page
     folder = folder or Path("studies") / subject.page
     folder.mkdir(parents=True, exist_ok=True)
-    found = summary(study(opened(model, folder), folder, subject.plan, ranks=ranks, run=run))
+    found = summary(study(opened(model, folder), folder, subject.plan, ranks=ranks, run=run)) | {"model": model}
     write_json(docs / f"{subject.page}.json", found)
     figures = {}
     for one in found["by_rank"]:
