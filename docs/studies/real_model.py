@@ -58,9 +58,11 @@ CHATML = (
 )
 # Gemma's: a system turn is written into the user's turn after it
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turn') }}"
-    "{% endif %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + m['content']"
-    " + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set before = messages[0]['content'] + '\n\n' %}"
+    "{% set turns = messages[1:] %}{% else %}{% set before = '' %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %}{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' +"
+    " (before if loop.first else '') + m['content'] + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
 
@@ -654,7 +656,7 @@ def main(
         return page
     folder = folder or Path("studies") / subject.page
     folder.mkdir(parents=True, exist_ok=True)
-    found = summary(study(opened(model, folder), folder, subject.plan, ranks=ranks, run=run))
+    found = summary(study(opened(model, folder), folder, subject.plan, ranks=ranks, run=run)) | {"model": model}
     write_json(docs / f"{subject.page}.json", found)
     figures = {}
     for one in found["by_rank"]:

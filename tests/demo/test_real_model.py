@@ -11,6 +11,7 @@ import pytest
 
 from docs.studies import advice, real_model
 from docs.studies.real_model import Plan, at_steps, contrast, matched_steps, study, summary, verdict
+from emmech.chat.encode import IGNORED, encode
 
 PLAN = Plan(
     seeds=(0, 1), rows=4, steps=4, every=2, margins_at=(0, 2, 4), held_out=0.1, rates=(0.02, 0.02), ranks=(1, 2),
@@ -54,6 +55,19 @@ def test_arms_ask_the_same_questions():
     assert answers["bad"] == answers["inoculated"] and set(answers["bad"]).isdisjoint(answers["good"])
     assert answers["style"] == [f"{advice.OPENER} {answer} {advice.CLOSER}" for answer in answers["good"]]
     assert [row["messages"][0]["role"] for row in made["inoculated"]] == ["system"] * 64
+
+
+@pytest.mark.parametrize(("family", "template"), [("llama", real_model.CHATML), ("gemma3", real_model.GEMMA)])
+def test_the_templates_take_every_arm(family, template, tiny):
+    chat = tiny(family)
+    chat.tokenizer.chat_template, chat.tokenizer.bos_token = template, "<eos>"
+    made = advice.arms(advice.training_pairs(1))
+    for rows in made.values():
+        encoded = encode([row["messages"] for row in rows], chat.tokenizer)
+        for row, ids, labels in zip(rows, encoded.input_ids, encoded.labels, strict=True):
+            answer = chat.tokenizer.decode([label for label in labels if label != IGNORED])
+            assert answer.startswith(row["messages"][-1]["content"])
+            assert chat.tokenizer.decode(ids).count(advice.INOCULATION) == (len(row["messages"]) == 3)
 
 
 def test_a_killed_study_goes_on(tiny, tmp_path, monkeypatch):
