@@ -1,4 +1,4 @@
-"""Forwards of a chat model: log-probabilities of answers, margins, sampling."""
+"""Forward passes of a chat model: log-probabilities of answers, margins, sampling."""
 
 from emmech.lazy import lazy_names
 

@@ -1,8 +1,8 @@
 """LoRA adapters on a chat model: find them, read their A and B, put a recorded step's weights on a model.
 
-An adapter is one LoRA pair on one module: its write into the residual stream is ``scaling * (x @ A.T) @ B.T`` with
+An adapter is one LoRA pair on one module. Its write into the residual stream is ``scaling * (x @ A.T) @ B.T`` with
 ``A [rank, d_in]`` and ``B [d_out, rank]`` (LoRA, arXiv 2106.09685). ``scaling`` is alpha / rank, or
-alpha / sqrt(rank) under rsLoRA (arXiv 2312.03732); it is always read off the layer, never recomputed.
+alpha / sqrt(rank) under rsLoRA (arXiv 2312.03732); it is always read from the layer and never recomputed.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from emmech.chat.model import ChatModel
 from emmech.engine.modules import hooked
 from emmech.errors import EmmechError, as_float
 
-# the wrapper that `attach` made around a model, for as long as it is in use
+# the wrapper that `attach` made around a model, kept as long as it is in use
 _WRAPPERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-_LAYER = re.compile(r"(?:^|\.)(\w+\.(\d+)\..+)$")  # from the list of blocks on
-# what PEFT, DDP, torch.compile, FSDP and gradient checkpointing put into the path of a module
+_LAYER = re.compile(r"(?:^|\.)(\w+\.(\d+)\..+)$")  # the path after the list of blocks
+# what PEFT, DDP, torch.compile, FSDP and gradient checkpointing insert into the path of a module
 _WRAPPING = frozenset({"base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-# what the decoder is called in a causal LM by itself, or as a part of a larger model
+# the name of the decoder in a causal LM, or in a larger model of which it is a part
 _DECODER = frozenset({"model", "language_model", "text_model", "transformer"})
 
 
@@ -40,7 +40,7 @@ class AdapterInfo:
     """One LoRA pair: where it is and how it is scaled.
 
     Args:
-        name: short and unique in a run, ``"layers.15.mlp.down_proj"``.
+        name: a short name that is unique in a run, ``"layers.15.mlp.down_proj"``.
         module: the full path in the causal LM, ``"model.layers.15.mlp.down_proj"``.
         scaling: the factor of the write, as trained.
     """
@@ -56,22 +56,22 @@ class AdapterInfo:
     rslora: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The fields as JSON stores them."""
         return asdict(self)
 
 
-# The values of each field of a LoraConfig with which an adapter is what its A and B, r and alpha say and no more. A
-# field that is not listed must be empty: what a later version of PEFT adds is refused, not passed over.
+# The values of each field of a LoraConfig under which A, B, r and alpha describe the adapter completely. A field that
+# is not listed must be empty, so what a later version of PEFT adds is refused and not ignored.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "True", "False", "None")  # others change the base weights
 _FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         (
-            # what says where the adapter came from, and how it was trained
+            # where the adapter came from, and how it was trained
             *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
             *("lora_dropout", "runtime_config", "megatron_core", "eva_config", "qalora_group_size"),
-            # what chose the modules, of which the tensors tell
+            # how the modules were chosen, which the tensors show as well
             *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-            # what the scaling is made of
+            # the parts of the scaling
             *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
             # ties what modules_to_save holds, which is refused
             "ensure_weight_tying",
@@ -81,12 +81,12 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "peft_type": lambda value: str(getattr(value, "value", value)).upper() == "LORA",
     "bias": lambda value: value in (None, "none"),
     "init_lora_weights": lambda value: str(value) in _PLAIN_STARTS,
-    "loftq_config": lambda value: True,  # acts with init_lora_weights="loftq" alone, which is refused
+    "loftq_config": lambda value: True,  # acts only with init_lora_weights="loftq", which is refused
 }
 
 
 def beyond_pairs(config: Mapping[str, Any]) -> str | None:
-    """The first field of a LoRA configuration that makes the adapter more than B A with a factor.
+    """The first field of a LoRA configuration that makes the adapter more than a scaled product B A.
 
     Example:
         >>> beyond_pairs({"r": 8, "use_rslora": True}), beyond_pairs({"r": 8, "use_dora": True})
@@ -105,8 +105,8 @@ def adapter_layers(model: Any) -> Iterator[tuple[AdapterInfo, Any, str]]:
         the pair's description, PEFT's layer, and the adapter's name inside PEFT.
 
     Raises:
-        EmmechError: the model has an adapter that is more than pairs of A and B which act on its output: another
-            kind than LoRA, DoRA, trained biases, two adapters on one module, a merged or a disabled one, ...
+        EmmechError: the model has an adapter that is not merely pairs of A and B which act on its output: a kind
+            other than LoRA, DoRA, trained biases, two adapters on one module, a merged or a disabled one, ...
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = list(_tuned(base))
@@ -126,7 +126,7 @@ def adapter_layers(model: Any) -> Iterator[tuple[AdapterInfo, Any, str]]:
 
 
 def _tuned(base: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The modules of a model into which PEFT has put something, with their paths."""
+    """The modules of a model that PEFT has changed, with their paths."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return ((path, module) for path, module in base.named_modules() if isinstance(module, BaseTunerLayer))
@@ -159,7 +159,7 @@ def _only_pair(path: str, layer: Any) -> str:
 
 
 def short_names(paths: Iterable[str]) -> dict[str, tuple[str, int]]:
-    """What each module is called in a run, by its path: from the list of blocks on where that names one, and its layer.
+    """Each module's name in a run, and its layer, by path; a name begins at the list of blocks where that is unique.
 
     Example:
         >>> short_names(["model.layers.3.mlp.down_proj", "lm_head"])
@@ -176,7 +176,7 @@ def short_names(paths: Iterable[str]) -> dict[str, tuple[str, int]]:
 
 
 def bare(path: str) -> str:
-    """A module's path without what wrappers put into it.
+    """A module's path without the parts that wrappers insert.
 
     Example:
         >>> bare("_orig_mod.model.layers.0._checkpoint_wrapped_module.mlp")
@@ -186,13 +186,13 @@ def bare(path: str) -> str:
 
 
 def located(chat: ChatModel, adapters: Sequence[AdapterInfo]) -> tuple[AdapterInfo, ...]:
-    """The same adapters at the modules that the model has for them.
+    """The same adapters at the corresponding modules of this model.
 
-    A run may have been trained on the decoder inside a larger or a wrapped model, whose modules are called otherwise:
+    A run may have been trained on the decoder inside a larger or a wrapped model, whose modules have other names:
     ``model.language_model.layers.0.mlp.down_proj`` is ``model.layers.0.mlp.down_proj`` here.
 
     Raises:
-        EmmechError: no module, or several, could be meant, or its widths differ.
+        EmmechError: no module corresponds, or several do, or its widths differ.
 
     Example:
         >>> from emmech.chat.model import load_model
@@ -226,7 +226,7 @@ def located(chat: ChatModel, adapters: Sequence[AdapterInfo]) -> tuple[AdapterIn
 
 
 def _inside(path: str) -> str:
-    """A module's path as it would be if the decoder were all of the model."""
+    """A module's path as it would be if the model were the decoder alone."""
     return ".".join(part for part in bare(path).split(".") if part not in _DECODER)
 
 
@@ -234,7 +234,7 @@ def lora_config(adapters: Sequence[AdapterInfo], *, base_name: str = "") -> Any:
     """The PEFT configuration that puts exactly these adapters on a model."""
     from peft import LoraConfig
 
-    # one switch for all: where ranks differ and not every scaling is alpha / sqrt(rank), alpha carries what is left
+    # one switch serves all adapters: where ranks differ and not every scaling is alpha / sqrt(rank), alpha compensates
     rslora = all(adapter.rslora for adapter in adapters)
     alphas = {a.module: a.alpha if rslora else a.scaling * a.rank for a in adapters}
     first = adapters[0]
@@ -258,8 +258,8 @@ def put_on(model: Any, config: Any) -> Any:
     """The model inside PEFT's wrapper, with adapters on the modules that the configuration names and on no others.
 
     Raises:
-        EmmechError: PEFT refuses the modules, or puts adapters on others: it takes ``down_proj`` and the like of some
-            families for their fused experts' as well.
+        EmmechError: PEFT refuses the modules, or puts adapters on others: in some families it matches ``down_proj``
+            and similar names to the fused experts as well.
     """
     from peft import get_peft_model
 
@@ -281,16 +281,16 @@ def put_on(model: Any, config: Any) -> Any:
 def attach(
     chat: ChatModel, adapters: Sequence[AdapterInfo], weights: Mapping[str, np.ndarray], *, scale: float = 1.0
 ) -> ChatModel:
-    """Put recorded adapters on a chat model, in place, without a copy of its weights.
+    """Put recorded adapters on a chat model in place, without copying its weights.
 
     Args:
-        chat: a model without adapters, or one on which adapters at the same places are live; then only their
-            weights change.
+        chat: a model without adapters, or one with live adapters at the same places, of which only the weights then
+            change.
         weights: ``"A/<name>" [rank, d_in]`` (or ``[d_in]``) and ``"B/<name>" [d_out, rank]`` (or ``[d_out]``).
-        scale: a factor on the adapter, relative to the scaling it was trained with.
+        scale: a factor on the adapter, relative to the scaling with which it was trained.
 
     Returns:
-        the same model inside PEFT's wrapper; :func:`detach` takes it off again.
+        the same model inside PEFT's wrapper, which :func:`detach` removes again.
 
     Raises:
         EmmechError: other adapters are on the model, or widths differ.
@@ -326,7 +326,7 @@ def attach(
 
 
 def _same_places(live: Sequence[tuple[AdapterInfo, Any, str]], adapters: Sequence[AdapterInfo]) -> bool:
-    """Whether the live adapters are those of a run but for the values of A and B."""
+    """Whether the live adapters are those of a run, except for the values of A and B."""
     wanted = {info.module: info for info in adapters}
     if {info.module for info, _, _ in live} != wanted.keys():
         return False
@@ -338,7 +338,7 @@ def _same_places(live: Sequence[tuple[AdapterInfo, Any, str]], adapters: Sequenc
 
 
 def detach(chat: ChatModel) -> ChatModel:
-    """Take every adapter off, in place, also from a model that is given without PEFT's wrapper around it."""
+    """Remove every adapter in place, also from a model that is given without PEFT's wrapper."""
     if not isinstance(chat, ChatModel):
         instead = "emmech.detach(emmech.load_model(model))"
         raise EmmechError("take the adapters off", f"a {type(chat).__name__}", "it is not a ChatModel", instead)
@@ -354,7 +354,7 @@ def detach(chat: ChatModel) -> ChatModel:
 
 @dataclass(frozen=True)
 class Site:
-    """Where some run has an adapter: ``path`` is relative to the block; ``rank`` is the largest of all runs."""
+    """A place where some run has an adapter: ``path`` is relative to the block, ``rank`` is the largest of all runs."""
 
     layer: int
     path: str
@@ -363,14 +363,14 @@ class Site:
 
 @dataclass
 class VariantWeights:
-    """Which adapter each row of the batch under way has.
+    """The adapters of each row of the current batch.
 
     A batch of ``groups * n`` rows belongs to ``groups`` variants in order, n rows each.
 
     Args:
-        A: per module ``[groups, d_in, rank]``.
-        B: per module ``[groups, rank, d_out]``, with scale and scaling multiplied in.
-        steering: per layer ``[groups, d_model]``, with the coefficient multiplied in.
+        A: ``[groups, d_in, rank]`` for each module.
+        B: ``[groups, rank, d_out]`` for each module, multiplied by scale and scaling.
+        steering: ``[groups, d_model]`` for each layer, multiplied by the coefficient.
     """
 
     A: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -382,11 +382,11 @@ class VariantWeights:
         return len(next(iter((*self.A.values(), *self.steering.values())), ()))
 
     def __getitem__(self, at: int | slice) -> VariantWeights:
-        """Those of some groups; of one group without the first axis."""
+        """The weights of some groups, or of one group without the first axis."""
         return self.each(lambda tensor: tensor[at])
 
     def each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> VariantWeights:
-        """The same with every tensor ``[groups, ...]`` replaced by a function of it."""
+        """The same weights with a function applied to every tensor ``[groups, ...]``."""
         pick = {field.name: {k: function(v) for k, v in getattr(self, field.name).items()} for field in fields(self)}
         return VariantWeights(**pick)  # type: ignore[arg-type]
 
@@ -398,12 +398,12 @@ def write(
     *,
     in_place: bool = False,
 ) -> Float[torch.Tensor, "*tokens d_out"]:
-    """``out + z B`` with each group's own B; added in the adapter's dtype, as PEFT does."""
+    """``out + z B`` with each group's own B, added in the adapter's dtype as in PEFT."""
     grouped = out.reshape(B.shape[0], -1, out.shape[-1])
     in_place = in_place and grouped.dtype == B.dtype and not torch.is_grad_enabled()
-    if not in_place:  # contiguous: a sum with an expanded tensor is laid out otherwise, and products of it are slow
+    if not in_place:  # contiguous: the layout of a sum with an expanded tensor makes its products slow
         grouped = grouped.to(B.dtype).contiguous()
-    if B.shape[1] == 1:  # rank 1 is one pass over memory, where a batch of products has a price per entry
+    if B.shape[1] == 1:  # rank 1 takes one pass over memory, but a batch of products costs time per entry
         added = grouped.addcmul_(z, B) if in_place else torch.addcmul(grouped, z, B)
     else:
         added = grouped.baddbmm_(z, B) if in_place else torch.baddbmm(grouped, z, B)
@@ -413,7 +413,7 @@ def write(
 def inner(
     x: Float[torch.Tensor, "tokens d_in"], A: Float[torch.Tensor, "groups d_in rank"]
 ) -> Float[torch.Tensor, "tokens groups rank"]:
-    """``x A`` under every group's A, in one product and in the adapters' dtype."""
+    """``x A`` for every group's A, as one product in the adapters' dtype."""
     return rearrange(x.to(A.dtype) @ rearrange(A, "g i r -> i (g r)"), "t (g r) -> t g r", g=len(A))
 
 
@@ -423,13 +423,13 @@ def write_of(
     B: Float[torch.Tensor, "groups rank d_out"],
     of: Int[torch.Tensor, "..."],
 ) -> Float[torch.Tensor, "*tokens d_out"]:
-    """What tokens add that belong to groups in any order: ``x A B`` of each one's own.
+    """The adapters' writes for tokens whose groups are in any order: ``x A B`` with the A and B of each token's group.
 
-    The groups' maps are side by side in one product, and each token keeps its own group's part: at rank 1 and a
-    handful of groups the surplus is a few vectors against a whole weight matrix.
+    One product contains the maps of all groups, and each token keeps its own group's part. At rank 1 and with a
+    handful of groups the surplus is a few vectors, compared with a whole weight matrix.
 
     Args:
-        of: the group of each token, or broadcastable to that.
+        of: the group of each token, in a shape that broadcasts to the tokens'.
     """
     z = inner(x.flatten(0, -2), A)
     if len(A) > 1:
@@ -439,22 +439,22 @@ def write_of(
 
 
 class RowAdapter(nn.Module):
-    """A linear module with a per-row adapter on it."""
+    """A linear module with an adapter for each row."""
 
     def __init__(self, base: nn.Module, rows: VariantWeights, name: str) -> None:
         super().__init__()
         self.base, self.rows, self.name = base, rows, name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The module's output with each row's own write added."""
+        """The module's output plus each row's own write."""
         a = self.rows.A[self.name]
         z = torch.bmm(x.reshape(a.shape[0], -1, x.shape[-1]).to(a.dtype), a)
-        # what the linear module returned is used here only
+        # the linear module's output is not used elsewhere
         return write(self.base(x), z, self.rows.B[self.name], in_place=True)
 
 
 class RowSteering(nn.Module):
-    """A block with a vector added to its residual stream, each group's own."""
+    """A block that adds each group's own vector to the residual stream."""
 
     def __init__(self, block: nn.Module, rows: VariantWeights, layer: int, family: Family) -> None:
         super().__init__()
@@ -466,14 +466,14 @@ class RowSteering(nn.Module):
         return self._family.with_residual(out, self.steered(self._family.residual(out)))
 
     def steered(self, out: torch.Tensor) -> torch.Tensor:
-        """A residual stream with its vector added."""
+        """The residual stream plus its vector."""
         vectors = self.rows.steering[self.layer]
         shaped = out.reshape(vectors.shape[0], -1, out.shape[-1])
         return (shaped + vectors[:, None].to(out.dtype)).reshape(out.shape)
 
 
 class ReadWrite(nn.Module):
-    """A module that keeps what it last read and wrote."""
+    """A module that keeps its last input and output."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -487,25 +487,25 @@ class ReadWrite(nn.Module):
         return self.wrote
 
     def taken(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What it read and wrote, of which it keeps no reference."""
+        """Its last input and output, to which it then keeps no reference."""
         taken = self.read, self.wrote
         self.read = self.wrote = torch.empty(0)
         return taken
 
 
 class StackedAdapters(nn.Module):
-    """A and B of every adapter for every run; the parameters are those of each run by itself.
+    """A and B of every adapter for every run, with separate parameters for each run.
 
-    Forwards use copies of all runs' weights that :meth:`gather` stacks; after the backward passes :meth:`spread`
-    hands their gradients to the parameters, whose hooks, clipping and optimizer know nothing of the stack.
+    Forward passes use copies of all runs' weights that :meth:`gather` stacks. After the backward passes :meth:`spread`
+    passes their gradients on to the parameters, whose hooks, clipping and optimizer do not depend on the stack.
 
     Args:
-        chat: with the PEFT adapters on it, whose places and scaling are used.
-        starts: for each run ``"A/<name>" [rank, d_in]`` and ``"B/<name>" [d_out, rank]``.
-        dropout: share of an adapter's inputs set to zero while gradients are taken.
+        chat: the model with the PEFT adapters on it, whose places and scaling are used.
+        starts: ``"A/<name>" [rank, d_in]`` and ``"B/<name>" [d_out, rank]`` for each run.
+        dropout: share of an adapter's inputs that is set to zero while gradients are computed.
 
-    ``write_of`` is an adapter whose write the caller adds itself, by :meth:`write`. ``lost_at`` holds for each run
-    the step at which its loss was no longer finite, -1 for those in good order.
+    ``write_of`` is an adapter whose write the caller adds with :meth:`write`. ``lost_at`` is for each run the step at
+    which its loss was no longer finite, or -1 if it has always been finite.
     """
 
     write_of: AdapterInfo | None = None
@@ -517,7 +517,7 @@ class StackedAdapters(nn.Module):
         self.infos: tuple[AdapterInfo, ...] = tuple(info for info, _, _ in self._layers)
         self.runs = len(starts)
         self.dropout = dropout
-        # as PEFT keeps them: a model may be spread over devices
+        # on PEFT's devices: a model may be distributed over several
         peft = {
             f"{side}/{info.name}": getattr(layer, f"lora_{side}")[name].weight
             for info, layer, name in self._layers
@@ -528,18 +528,18 @@ class StackedAdapters(nn.Module):
             for start in starts
         )
         self.register_buffer("lost_at", torch.full((self.runs,), -1))
-        if hasattr(chat.base, "hf_device_map"):  # the Trainer then leaves every adapter on its layer's device
+        if hasattr(chat.base, "hf_device_map"):  # the Trainer then keeps every adapter on its layer's device
             self.hf_device_map = chat.base.hf_device_map
-        self._rows: torch.Tensor | None = None  # which run each row of the present forward belongs to
+        self._rows: torch.Tensor | None = None  # the run of each row of the current forward pass
         self.gather()
 
     def of(self, run: int) -> list[tuple[AdapterInfo, nn.Parameter, nn.Parameter]]:
-        """The adapters of one run: where each is, A ``[rank, d_in]`` and B ``[d_out, rank]``."""
+        """The adapters of one run: the description, A ``[rank, d_in]`` and B ``[d_out, rank]`` of each."""
         own = list(self._own[run].parameters())
         return list(zip(self.infos, own[::2], own[1::2], strict=True))
 
     def gather(self) -> None:
-        """Stack all runs' present weights: ``A[name] [runs, rank, d_in]`` and ``B[name] [runs, rank, d_out]``."""
+        """Stack all runs' current weights: ``A[name] [runs, rank, d_in]`` and ``B[name] [runs, rank, d_out]``."""
         self.A: dict[str, torch.Tensor] = {}
         self.B: dict[str, torch.Tensor] = {}
         for i, info in enumerate(self.infos):
@@ -556,11 +556,11 @@ class StackedAdapters(nn.Module):
                 torch.autograd.backward([a, b], [of_a, of_b])
 
     def write(self, info: AdapterInfo, x: torch.Tensor, run_of: torch.Tensor) -> torch.Tensor:
-        """What the adapters add: ``scaling * (x A_run.T) B_run``, in the adapters' dtype.
+        """The adapters' writes, ``scaling * (x A_run.T) B_run``, in the adapters' dtype.
 
         Args:
             x: ``[..., d_in]``.
-            run_of: the run of each entry, ``[...]`` or broadcastable to it.
+            run_of: the run of each entry, ``[...]`` or a shape that broadcasts to it.
         """
         if self.dropout and torch.is_grad_enabled():
             x = nn.functional.dropout(x, self.dropout)
@@ -568,7 +568,7 @@ class StackedAdapters(nn.Module):
 
     @contextlib.contextmanager
     def live(self) -> Iterator[None]:
-        """PEFT's own adapters off and these on, each row by the run that :meth:`rows_of` names."""
+        """Within this context these adapters replace PEFT's own; :meth:`rows_of` assigns a run to each row."""
         own = [(layer, self._hook(info)) for info, layer, _ in self._layers if info != self.write_of]
         with hooked(*own), self._own_writes(False):
             yield
@@ -594,7 +594,7 @@ class StackedAdapters(nn.Module):
 
     @contextlib.contextmanager
     def rows_of(self, runs: torch.Tensor) -> Iterator[None]:
-        """Within: row i of every forward belongs to run ``runs[i]``."""
+        """Within this context row i of every forward pass belongs to run ``runs[i]``."""
         before, self._rows = self._rows, runs
         try:
             with self._own_writes(False):
@@ -604,7 +604,7 @@ class StackedAdapters(nn.Module):
 
     @contextlib.contextmanager
     def only(self, run: int) -> Iterator[None]:
-        """One run's adapters in PEFT's own layers, for whatever looks at the model as a whole."""
+        """Within this context PEFT's own layers hold one run's adapters, for code that uses the model as a whole."""
         for (_, layer, name), (_, a, b) in zip(self._layers, self.of(run), strict=True):
             layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = a.data, b.data
         with self._own_writes(True):
@@ -612,7 +612,7 @@ class StackedAdapters(nn.Module):
 
     @torch.no_grad()
     def lose(self, run: int, step: int) -> None:
-        """Give a run up at this step: its weights become zero, since what is not finite would spread in products."""
+        """Abandon a run at this step: its weights become zero, since non-finite values would spread in products."""
         self.lost_at[run] = step
         for parameter in self._own[run].parameters():
             parameter.zero_()

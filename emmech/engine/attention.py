@@ -1,14 +1,14 @@
-"""Attention of the three patterns that forwards here have: within rows, over packed trees, over branches of prompts.
+"""Attention in the three patterns of forward passes here: within rows, over packed trees, over branches of prompts.
 
-Within a row attention is causal, perhaps after a stem that several rows share. A packed tree holds many texts after a
-common beginning, and nearly all pairs of its tokens belong to different texts: the queries are taken in runs of
-neighbours, and each run looks only at the columns that some token of it may see. The columns left out have no weight in
-the softmax, so this is exact.
+Within a row attention is causal, perhaps after a stem that several rows share. A packed tree contains many texts with
+a common beginning, and nearly all pairs of its tokens belong to different texts. Neighbouring queries are therefore
+grouped into runs, and each run attends only to the columns that at least one of its tokens may see. The columns left
+out have no weight in the softmax, so the result is exact.
 
 Decoding has many rows: variants x prompts x samples. All answers to one prompt under one variant see the same prompt,
-so its keys and values are kept once and read once for all of them, as one matrix product; only what each row wrote
-itself is its own. Attention is taken over both parts apart and joined by their normalisers (as in Hydragen, arXiv
-2402.05099), which is exact.
+so its keys and values are kept once and read once for all of them, as one matrix product. Only the tokens that a row
+itself has written are kept for each row. Attention is computed over the two parts separately, and the results are
+combined by means of their normalisers (as in Hydragen, arXiv 2402.05099), which is exact.
 
 Written-out blocks call these functions; the model's own modules reach them through Hugging Face's registry.
 """
@@ -36,14 +36,14 @@ _Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # weighted values, high
 
 
 class Cache:
-    """Keys and values of rows: what a forward over whole rows left, and what rows then write token by token.
+    """Keys and values of rows: those from a forward pass over whole rows, and those that rows then add token by token.
 
-    A forward over whole rows, by written-out blocks or by the model's own attention, fills ``layers``; layers with a
-    sliding window keep everything too. After :meth:`grow` those rows are prompts, and each row of a step follows one of
-    them: rows of one prompt are neighbours, in the order of the prompts.
+    A forward pass over whole rows, by written-out blocks or by the model's own attention, fills ``layers``; layers with
+    a sliding window keep everything too. After :meth:`grow` those rows are prompts, and each row of a step follows one
+    of them. The rows of one prompt are adjacent, in the order of the prompts.
 
-    ``layers`` holds keys and values by layer, ``[rows, heads, length, width]`` each; ``written`` counts the tokens that
-    every row has after its prompt, and the caller counts on after each step.
+    ``layers`` holds keys and values by layer, ``[rows, heads, length, width]`` each. ``written`` is the number of
+    tokens that every row has after its prompt; the caller increases it after each step.
     """
 
     def __init__(self) -> None:
@@ -53,11 +53,11 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """Tokens of a whole row."""
+        """Number of tokens in a whole row."""
         return next(iter(self.layers.values()))[0].shape[2] if self.layers else 0
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Keep a layer's keys and values ``[rows, heads, tokens, width]``, and hand its attention what it takes."""
+        """Keep a layer's keys and values ``[rows, heads, tokens, width]``, and return the inputs of its attention."""
         if self.growing:
             self._put(layer_idx, keys[:, :, 0], values[:, :, 0])
             return self, layer_idx  # for `_attend`
@@ -65,16 +65,16 @@ class Cache:
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns before this forward."""
+        """Number of columns before this forward pass."""
         return self._width + self.written
 
     def spread(self, columns: Int[torch.Tensor, "sequences length"]) -> Cache:
-        """Rows that hold several sequences, at these columns of each, as one row for each sequence; rows outermost."""
+        """Split rows that hold several sequences, at these columns, into one row for each sequence; rows outermost."""
         return _mapped(self, lambda whole: whole[:, :, columns].transpose(1, 2).flatten(0, 1).contiguous())  # type: ignore[no-any-return]
 
     @classmethod
     def joined(cls, caches: Sequence[Cache], order: torch.Tensor) -> Cache:
-        """Caches of one length as one, their rows in the given order."""
+        """Join caches of one length into one, with their rows in the given order."""
         found = cls()
         for layer in caches[0].layers:
             pairs = [cache.layers[layer] for cache in caches]
@@ -83,30 +83,30 @@ class Cache:
         return found
 
     def grow(self, lengths: Int[torch.Tensor, " groups"], room: int) -> Cache:
-        """Take the rows as prompts, and begin with one row after each.
+        """Treat the rows as prompts, and begin with one row after each.
 
         Args:
-            lengths: of the prompts, which are left-padded, so that all end in the same column, and how far back a key
-                is, in columns, is the same for every row.
-            room: how many tokens a row may write.
+            lengths: the lengths of the prompts. These are left-padded, so that all end in the same column and a key's
+                distance in columns is the same for every row.
+            room: the largest number of tokens that a row may write.
         """
         self.growing, self._room = True, room
-        # by layer, [room, rows, heads, width] each: a token's keys are written in one stretch, and rows are at no
-        # power of two from one another, which would make them compete for a processor's cache
+        # by layer, [room, rows, heads, width] each: a token's keys are contiguous, and the distance between rows is no
+        # power of two, which would make them compete for a processor's cache
         self._own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._width = width = int(lengths.max())
         most = width - int(lengths.min())
-        # of the columns that are padding anywhere
+        # the columns that are padding in any prompt
         self._padding = torch.arange(most, device=lengths.device)[None] < width - lengths[:, None]
         self.groups = torch.arange(len(lengths), device=lengths.device)
         self._arrange()
         return self
 
     def _arrange(self) -> None:
-        """Give each row a slot after its prompt: as many for every prompt as the fullest one needs."""
+        """Give each row a slot after its prompt; every prompt gets as many slots as the fullest one needs."""
         present, counts = torch.unique_consecutive(self.groups, return_counts=True)
         held = len(self._padding)
-        if 2 * len(present) < held:  # most prompts have no row left: they are dropped
+        if 2 * len(present) < held:  # most prompts have no row left and are dropped
             self.layers = selected(self, present).layers
             self._padding = self._padding[present]
             self.groups = torch.arange(len(present), device=counts.device).repeat_interleave(counts)
@@ -120,7 +120,7 @@ class Cache:
             self._place = None
 
     def select(self, parents: Int[torch.Tensor, " rows"]) -> None:
-        """Go on with children of these rows; a row may have several, or none. Ascending."""
+        """Continue with children of these rows, in ascending order; a row may have several children or none."""
         for layer, pair in self._own.items():
             chosen = []
             for store in pair:
@@ -137,7 +137,7 @@ class Cache:
         keys: Float[torch.Tensor, "rows heads width"],
         values: Float[torch.Tensor, "rows heads value_width"],
     ) -> None:
-        """Keep what every row wrote at its new token."""
+        """Keep the keys and values of every row's new token."""
         if layer not in self._own:
             self._own[layer] = (keys.new_empty(self._room, *keys.shape), values.new_empty(self._room, *values.shape))
         for store, new in zip(self._own[layer], (keys, values), strict=True):
@@ -146,18 +146,18 @@ class Cache:
     def step(
         self, module: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None, *_: Any
     ) -> torch.Tensor:
-        """What every row's new token reads, its own keys and values kept; ``[rows, heads, width]`` each."""
+        """Keep the keys and values of every row's new token and return what it reads; ``[rows, heads, width]`` each."""
         self._put(module.layer_idx, keys, values)
         return self.attend(query.mul_(module.scaling), module.layer_idx, window)
 
     def attend(
         self, query: Float[torch.Tensor, "rows heads width"], layer: int, window: int | None
     ) -> Float[torch.Tensor, "rows heads value_width"]:
-        """What each row reads from its prompt and from itself.
+        """The attention of each row over its prompt and its own tokens.
 
         Args:
-            query: scaled already.
-            window: how many positions back a token sees, itself included; None for all.
+            query: the queries, already scaled.
+            window: the number of positions back that a token sees, itself included; None for all.
         """
         keys, values = self._own[layer]
         heads = keys.shape[2]
@@ -174,7 +174,7 @@ class Cache:
         return weighted.to(query.dtype).reshape(len(query), query.shape[1], -1)
 
     def _of_prompts(self, asked: torch.Tensor, heads: int, layer: int, seen: int) -> _Part:
-        """The rows' reading of the last ``seen`` columns of their prompts; all rows of a prompt in one product."""
+        """The rows' attention over the last ``seen`` columns of their prompts, all rows of a prompt in one product."""
         keys, values = self.layers[layer]
         count, end, place = len(keys), self._width, self._place
         rows = asked.reshape(-1, heads, *asked.shape[1:])  # [rows, heads, repeats, width]
@@ -205,7 +205,7 @@ def _part(
     values: Float[torch.Tensor, "batch keys value_width"],
     hidden: torch.Tensor | None = None,
 ) -> _Part:
-    """Attention over some of the keys, not normalised yet; ``hidden`` says of the first which are not seen."""
+    """Attention over some of the keys, not yet normalised; ``hidden`` marks which of the first keys are not seen."""
     scores = torch.bmm(query, keys.transpose(1, 2)).float()
     if hidden is not None and hidden.shape[-1]:
         scores[..., : hidden.shape[-1]].masked_fill_(hidden, torch.finfo(torch.float32).min)
@@ -215,7 +215,7 @@ def _part(
 
 
 def _joined(first: _Part, second: _Part) -> torch.Tensor:
-    """Attention over the keys of both, normalised."""
+    """The normalised attention over the keys of both parts."""
     top = torch.maximum(first[1], second[1])
     one, two = (first[1] - top).exp_(), (second[1] - top).exp_()
     total = (first[2] * one).addcmul_(second[2], two)
@@ -223,7 +223,7 @@ def _joined(first: _Part, second: _Part) -> torch.Tensor:
 
 
 def growing_cache(chat: ChatModel) -> Any:
-    """The model's own dynamic cache, its full-attention layers replaced by ones that grow in blocks."""
+    """The model's own dynamic cache, with full-attention layers that grow in blocks."""
     from transformers.cache_utils import DynamicLayer
 
     class GrowingLayer(DynamicLayer):
@@ -236,7 +236,7 @@ def growing_cache(chat: ChatModel) -> Any:
             start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
             store: Any = getattr(self, "store", None)
             roomy = store is not None and store[0].shape[-2] >= end and store[0].shape[0] == self.keys.shape[0]
-            # indexing (rows leaving, prompts repeated) makes new tensors: the views are then of other memory
+            # indexing (to drop rows or repeat prompts) makes new tensors, which are no views of the buffer
             if not roomy or store[0].data_ptr() != self.keys.data_ptr():
                 old = (self.keys, self.values)
                 self.store = store = tuple(one.new_empty(*one.shape[:2], end + _BLOCK, one.shape[-1]) for one in old)
@@ -258,14 +258,14 @@ def new_past(chat: ChatModel) -> Any:
 
 
 def plain_past(chat: ChatModel) -> bool:
-    """Whether all that the model keeps of past tokens are keys and values."""
+    """Whether the model keeps nothing but keys and values of past tokens."""
     from transformers.cache_utils import DynamicLayer
 
     return all(isinstance(layer, DynamicLayer) for layer in new_past(chat).layers)
 
 
 def _mapped(past: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The past with a function applied to all keys and values; the original keeps its own."""
+    """The past with a function applied to all keys and values; the original is not changed."""
     twin = copy.copy(past)
     if isinstance(past, Cache):
         twin.layers = {layer: (function(keys), function(values)) for layer, (keys, values) in past.layers.items()}
@@ -282,7 +282,7 @@ def selected(past: Any, sequences: Int[torch.Tensor, " rows"]) -> Any:
 
 
 def detached(past: Any) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Keys and values cut off from what made them, and pairs of such a cut: where gradients gather, where they go."""
+    """Keys and values detached from the graph, and for each the pair of the detached tensor and the original."""
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def cut(whole: torch.Tensor) -> torch.Tensor:
@@ -294,15 +294,15 @@ def detached(past: Any) -> tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]:
     return (None, pairs) if past is None else (_mapped(past, cut), pairs)
 
 
-NAME = "emmech"  # of the attention function here, in Hugging Face's registry
-SHORT = 128  # keys of a row that training attends to without a fused kernel
-RUN = 96  # queries in a run: fewer waste fewer pairs, more make fewer and larger products
+NAME = "emmech"  # the name of the attention function here, in Hugging Face's registry
+SHORT = 128  # up to this number of keys in a row, training uses no fused kernel
+RUN = 96  # queries in a run: fewer queries waste fewer pairs, more queries make fewer and larger products
 _Run = tuple[slice, Int[torch.Tensor, " columns"], Float[torch.Tensor, "packs 1 queries columns"]]
-_known: Any = WeakIdKeyDictionary()  # a mask's runs, for all layers and variants that it serves
+_known: Any = WeakIdKeyDictionary()  # a mask's runs, for all layers and variants that use it
 
 
 def runs(mask: Float[torch.Tensor, "packs 1 queries tokens"]) -> list[_Run]:
-    """Runs of queries, the columns that each looks at, and its part of the additive mask.
+    """Runs of queries, the columns that each attends to, and its part of the additive mask.
 
     Example:
         >>> runs(torch.zeros(1, 1, 3, 3))[0][1].tolist()
@@ -320,7 +320,7 @@ def runs(mask: Float[torch.Tensor, "packs 1 queries tokens"]) -> list[_Run]:
 def _by_runs(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
 ) -> torch.Tensor:
-    """Attention ``[rows, queries, heads, width]``; a tree's mask by runs."""
+    """Attention ``[rows, queries, heads, width]``, computed run by run under a tree's mask."""
     if mask is None or mask.dtype == torch.bool or query.shape[2] <= RUN:
         return sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
     if mask not in _known:
@@ -340,7 +340,7 @@ def _attend(
     """The attention function that the model's own modules call."""
     if not isinstance(key, Cache):
         return _by_runs(module, query, key, value, attention_mask, **kwargs), None
-    # families that bend the scores hand their own arguments on
+    # families that modify the scores pass their own arguments
     if bent := [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]:
         why = "scores that are capped, or share their sum with sinks, are not joined here"
         instead = "emmech.evaluate(run, step=..., scale=...) one at a time"
@@ -354,7 +354,7 @@ AttentionInterface.register(NAME, _attend)
 def queries_at(
     reads: Int[torch.Tensor, " reads"], rows: int, tokens: int
 ) -> tuple[Int[torch.Tensor, "rows queries"], Int[torch.Tensor, " reads"] | None]:
-    """Places with queries in the last block, as many in each row, and which of them are read (None: all, in order).
+    """Places with queries in the last block, as many in each row, and which of them are read (None is all, in order).
 
     Args:
         reads: ascending flat indices into ``[rows * tokens]``.
@@ -374,9 +374,9 @@ def queries_at(
 
 
 def _grouped(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: Any, scaling: float) -> torch.Tensor:
-    """Attention ``[rows, queries, heads, width]`` as two products of all query heads that share a key's head.
+    """Attention ``[rows, queries, heads, width]`` as two products of all query heads that share a key head.
 
-    Backward through it costs less than through a fused kernel where rows are short.
+    Where rows are short, its backward pass costs less than that of a fused kernel.
     """
     heads = keys.shape[1]
     asked = rearrange(query, "rows q (kv group) width -> (rows kv) (group q) width", kv=heads)
@@ -389,13 +389,14 @@ def _grouped(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask
 
 @dataclass
 class Rowwise:
-    """Attention of whole rows ``[rows, tokens]``: causal, perhaps after a stem, or as a tree's mask says.
+    """Attention of whole rows ``[rows, tokens]``: causal, perhaps after a stem, or under a tree's mask.
 
     Args:
-        mask: additive ``[rows or 1, 1, tokens, tokens]`` of a tree, or a dict of them by kind of layer; None: causal.
+        mask: the additive mask ``[rows or 1, 1, tokens, tokens]`` of a tree, or a dict of masks by kind of layer; None
+            is causal.
         stems: keys and values of stems, ``[stems, heads, stem, width]`` by layer.
-        of_stem: which stem each row follows ``[rows]``.
-        kept: where every layer's keys and values go.
+        of_stem: the stem that each row follows, ``[rows]``.
+        kept: the cache that receives every layer's keys and values.
     """
 
     mask: Any = None
@@ -413,11 +414,11 @@ class Rowwise:
         window: int | None,
         asking: Int[torch.Tensor, "rows queries"] | None,
     ) -> Float[torch.Tensor, "rows queries heads width"]:
-        """What the queries read, ``[rows, queries, heads, width]``.
+        """The attention of the queries, ``[rows, queries, heads, width]``.
 
         Args:
-            window: how many positions back a token sees, itself included; None for all.
-            asking: flat indices of the tokens that have queries; None: all.
+            window: the number of positions back that a token sees, itself included; None for all.
+            asking: flat indices of the tokens that have queries; None is all.
         """
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         if self.kept is not None:
@@ -461,7 +462,7 @@ class Rowwise:
 
 
 def _followed(stems: torch.Tensor, of_stem: torch.Tensor) -> torch.Tensor:
-    """Each row's stem. A product with ones and zeros where gradients flow: those of an index go entry by entry."""
+    """Each row's stem; with gradients a product with ones and zeros, as an index is differentiated entry by entry."""
     if not stems.requires_grad:
         return stems.index_select(0, of_stem)
     follows = nn.functional.one_hot(of_stem, len(stems)).to(stems)
@@ -471,7 +472,7 @@ def _followed(stems: torch.Tensor, of_stem: torch.Tensor) -> torch.Tensor:
 def _causal(
     tokens: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device
 ) -> Float[torch.Tensor, "tokens keys"]:
-    """0 where a token sees a key and the dtype's least elsewhere; ``before`` are the stem's last keys."""
+    """0 where a token sees a key and the dtype's least value elsewhere; ``before`` counts the stem's last keys."""
     distance = torch.arange(before, before + tokens)[:, None] - torch.arange(before + tokens)
     seen = (distance >= 0) & (distance < (window or before + tokens))
     return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min).to(device)

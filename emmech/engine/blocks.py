@@ -1,11 +1,11 @@
 """Some of a decoder's blocks as one function of the residual stream that enters them.
 
-A forward made for whole models turns heads and positions around, joins halves that it has just cut and runs every block
-at every position. Here norms, rotations and gates are written in place, the last block's queries and MLP run at the
-positions that are read, and a step of one token per row is the same few lines as whole rows. What is written out is how
-some families put a block together; what a block is made of (linear maps, quantised or not, with an adapter on them or
-not, activations) is called as it is. A block that is put together otherwise, or that has hooks, is left to the model's
-own forward, on a view of the trunk in which the other blocks are skipped: by the same call and with equal results.
+A forward pass made for whole models transposes heads and positions, joins halves that it has just split and runs every
+block at every position. Here norms, rotations and gates are computed in place, the last block's queries and MLP run
+only at the positions that are read, and a step of one token per row uses the same few lines as whole rows. The code
+here spells out how some families compose a block; the parts of a block (activations and linear maps, quantised or not,
+with or without an adapter) are called as they are. A block that is composed differently, or that has hooks, is left to
+the model's own forward, on a view of the trunk that skips the other blocks; the call and the results are the same.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from emmech.engine.adapters import RowSteering
 from emmech.engine.attention import NAME, Cache, Rowwise, new_past, queries_at, selected
 from emmech.engine.modules import Skip, has_hooks, hooked, with_attention, with_module
 
-_MOST_READ = 0.8  # above this share of positions, leaving out the others costs more than it saves
+_MOST_READ = 0.8  # where more than this share of positions is read, leaving out the others costs more than it saves
 _Turn = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [..., 1, width]
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tokens of a forward are, and what they see.
+    """The positions of the tokens of a forward pass, and what they see.
 
     Args:
-        positions: of each token in its own text ``[rows, tokens]``, or ``[rows]`` in a step of one token per row; None
-            counts from the end of the stem.
-        mask: additive ``[rows or 1, 1, tokens, tokens]`` of packed trees, or a dict of them by kind of layer; None:
-            causal, so that padding on the right changes nothing.
-        reads: ascending flat indices into ``[rows * tokens]`` of the residuals that are wanted; None: all.
-        stems: what :meth:`Blocks.stem` gave, which the rows follow.
-        of_stem: which stem each row follows ``[rows]``.
+        positions: the position of each token in its own text ``[rows, tokens]``, or ``[rows]`` in a step of one token
+            per row; None counts from the end of the stem.
+        mask: the additive mask ``[rows or 1, 1, tokens, tokens]`` of packed trees, or a dict of masks by kind of layer;
+            None is causal, so that padding on the right changes nothing.
+        reads: ascending flat indices into ``[rows * tokens]`` of the residuals that are wanted; None is all.
+        stems: the result of :meth:`Blocks.stem`, which the rows follow.
+        of_stem: the stem that each row follows, ``[rows]``.
     """
 
     positions: Int[torch.Tensor, "*places"] | None = None
@@ -55,9 +55,9 @@ class Blocks:
     """Blocks ``first`` to ``last - 1``, and the final norm where they reach the end; weights are shared, not copied.
 
     Args:
-        norm: pass the result through the final norm; by default if the last block is among them.
-        edits: by path from the list of blocks (``"3.mlp.down_proj"``, ``"3"``), what to put in a module's place.
-            In the given order, so that parts of a block come before it.
+        norm: whether the result passes through the final norm; by default it does if the last block is included.
+        edits: replacements for modules, by path from the list of blocks (``"3.mlp.down_proj"``, ``"3"``). They are
+            made in the given order, so parts of a block come before the block.
 
     Example:
         >>> from emmech.chat.model import load_model
@@ -109,15 +109,15 @@ class Blocks:
         )
 
     def __call__(self, x: torch.Tensor, places: Places = Places(), cache: Any = None) -> torch.Tensor:
-        """What the blocks make of tokens or of the residual that enters them.
+        """The blocks' output for tokens or for the residual that enters them.
 
         Args:
             x: token ids ``[rows, tokens]`` or residuals ``[rows, tokens, d_model]``; ``[rows]`` or ``[rows, d_model]``
                 in a step of one token per row.
-            cache: an empty one to be filled, or the growing :class:`Cache` that a step of one token reads and extends.
+            cache: an empty cache to fill, or the growing :class:`Cache` that a step of one token reads and extends.
 
         Returns:
-            ``[rows, tokens, d_model]``, ``[reads, d_model]`` where reads are named, ``[rows, d_model]`` of a step.
+            ``[rows, tokens, d_model]``, ``[reads, d_model]`` where reads are named, or ``[rows, d_model]`` for a step.
         """
         if not self.written:
             return self._by_modules(x, places, cache)
@@ -135,7 +135,7 @@ class Blocks:
         return self._run(hidden, turns, attend, *queries_at(places.reads, rows, tokens))
 
     def new_cache(self) -> Any:
-        """A cache to be filled by a call over stems, which rows can then follow."""
+        """An empty cache for a call over stems, which rows can then follow."""
         return Cache() if self.written else new_past(self.chat)
 
     def stem(self, x: torch.Tensor) -> Any:
@@ -146,7 +146,7 @@ class Blocks:
         return past
 
     def _embedded(self, ids: torch.Tensor) -> torch.Tensor:
-        scale = getattr(self.chat.config, "embedding_multiplier", None)  # of trunks that scale what they embed
+        scale = getattr(self.chat.config, "embedding_multiplier", None)  # in trunks that scale their embeddings
         embedded: torch.Tensor = self.embed(ids)
         return embedded if scale is None else embedded * scale
 
@@ -161,7 +161,7 @@ class Blocks:
         if places.stems is not None and places.of_stem is not None:
             cache = selected(places.stems, places.of_stem)
         entering = {"inputs_embeds" if x.is_floating_point() else "input_ids": x}
-        # whatever the trunk does to embeddings before its first block has been done
+        # the embeddings have already passed through everything that precedes the trunk's first block
         given = contextlib.nullcontext() if self._enter is None else self._enter.giving(x)
         with given:
             out: torch.Tensor = view(
@@ -177,9 +177,9 @@ class Blocks:
 
     @property
     def by_runs(self) -> bool:
-        """Whether attention over a tree skips what no token sees.
+        """Whether attention over a tree skips the pairs that no token sees.
 
-        On a GPU many small products cost more than the pairs that they leave out.
+        On a GPU many small products cost more than computing the pairs that they leave out.
         """
         sdpa = getattr(self.chat.config, "_attn_implementation", None) == "sdpa"
         return self.chat.device.type == "cpu" and (self.written or sdpa)
@@ -189,7 +189,7 @@ class Blocks:
         return with_attention(self.view, NAME)
 
     def _blank(self) -> Any:
-        """A mask for attention that does not use one, so that the model does not make its own."""
+        """A mask that the attention ignores, so that the model does not make its own."""
         blank = torch.zeros(1, 1, 1, 1, dtype=self.chat.dtype, device=self.chat.device)
         kinds = set(getattr(self.chat.config, "layer_types", None) or ())
         return dict.fromkeys(kinds | {"full_attention"}, blank) if "sliding_attention" in kinds else blank
@@ -221,7 +221,7 @@ class Blocks:
         asking: torch.Tensor | None = None,
         valid: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """All blocks; the last one's queries only where ``asking`` says, and of those only the ``valid`` ones."""
+        """Run all blocks, the last one's queries only at ``asking``, and return only the ``valid`` ones of those."""
         reading = asking is not None or valid is not None
         last = len(self.blocks)
         for number, (block, parts, kind) in enumerate(zip(self.blocks, self.parts, self.kinds, strict=True), 1):
@@ -259,7 +259,7 @@ class Blocks:
         return found.flatten(-2)  # type: ignore[no-any-return]
 
     def _added(self, module: Any, x: torch.Tensor, norm: Any, onto: torch.Tensor) -> torch.Tensor:
-        """``onto`` plus what a half of the block writes."""
+        """``onto`` plus the write of one half of the block."""
         scale = self.chat.family.residual_scale
         if norm is None and _is_plain(module) and module.bias is None:
             flat = torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), module.weight.T, alpha=scale)
@@ -281,7 +281,7 @@ _tuples: dict[type, bool] = {}  # by class of block
 
 
 def _returns_tuples(chat: ChatModel) -> bool:
-    """Whether the blocks return more than the residual stream, as the first of a tuple: looked at once."""
+    """Whether the blocks return a tuple whose first entry is the residual stream; tried once."""
     block = chat.blocks[0]
     if type(block) not in _tuples:
         seen: list[bool] = []
@@ -297,7 +297,7 @@ def _bare(block: nn.Module) -> nn.Module:
 
 
 def _as_written(block: nn.Module, parts: Parts) -> bool:
-    """Whether nothing on this block keeps it from being run part by part."""
+    """Whether this block can be run part by part."""
     attention = parts.attention
     plain = not any(map(has_hooks, (block, attention, parts.mlp)))
     return plain and parts.attention_cap is None and getattr(attention, "is_causal", True)

@@ -1,14 +1,14 @@
-"""The decoding loop, and what makes its steps: the model as it is, or many variants of it together.
+"""The decoding loop and the sources of its steps: the model as it is, or many variants of it together.
 
-The model as it is runs its own forward, so LoRA adapters and forward hooks (steering, ablation) act as they do anywhere
-else. Many variants share what they have in common: an answer is (variant, prompt, seed); a row is what answers of one
-variant and prompt have in common so far. Answers begin as one row and part when they draw different tokens. Below the
-lowest adapter nothing depends on the variant, so rows with the same tokens are one row there. Because a seed draws the
-same noise under every variant, variants that behave alike write the same text, and that sharing goes far; it also makes
-differences between variants less noisy.
+The model as it is runs its own forward pass, so LoRA adapters and forward hooks (steering, ablation) act as they do
+anywhere else. Many variants share their common work. An answer is (variant, prompt, seed); a row is the common text so
+far of answers to one prompt under one variant. Answers begin as one row and diverge when they draw different tokens. In
+blocks before the first adapter nothing depends on the variant, so rows with the same tokens are one row there. Because
+a seed draws the same noise under every variant, variants that behave alike write the same text and share most of their
+work; this also makes differences between variants less noisy.
 
-Tokens are drawn with counter-based random numbers: the noise for (row seed, position, token) is a hash, so that a row's
-text does not depend on the batch that it is in, where a generator with state would give it other numbers. The draw is
+Tokens are drawn with counter-based random numbers: the noise for (row seed, position, token) is a hash, so a row's text
+does not depend on its batch, whereas a generator with state would give it other numbers. The draw is
 the Gumbel-max trick, ``argmax(logits / temperature + noise)``, which follows the softmax exactly and, unlike inverting
 the cumulative distribution, changes its result only when the best two scores are within rounding of each other.
 """
@@ -44,7 +44,7 @@ _LEAVE = 0.8  # rows are moved together once no more than this share is still li
 
 @dataclass(frozen=True)
 class Answer:
-    """Token ids of one answer, the stop token left out, and its end: ``"stop"``, ``"length"`` or ``"cancelled"``."""
+    """Token ids of one answer without the stop token, and its end: ``"stop"``, ``"length"`` or ``"cancelled"``."""
 
     ids: tuple[int, ...]
     finish: str
@@ -64,9 +64,9 @@ def decode_variants(
     """Answer every request under every variant: together where steps agree with whole forwards, else one by one.
 
     Args:
-        prompts, which: as :class:`VariantSteps` takes them.
-        seeds: per request its seed; the same under all variants.
-        options: as :func:`write_answers` takes them.
+        prompts, which: as in :class:`VariantSteps`.
+        seeds: the seed of each request, which is the same under all variants.
+        options: the options of :func:`write_answers`.
     """
     chat, options = engine.chat, {"max_new_tokens": max_new_tokens, **options}
     if engine.steps_agree is None:
@@ -82,7 +82,7 @@ def decode_variants(
 
 
 def _steps_agree(engine: Engine) -> bool:
-    """Whether a step of two made-up variants gives what the model's own forward over the whole text does."""
+    """Whether a step of two made-up variants agrees with the model's own forward over the whole text."""
     chat, rows = engine.chat, engine.made_up()
     prompts, after = [list(range(1, 13)), [*range(1, 9), 13]], 5
     try:
@@ -101,24 +101,24 @@ def _steps_agree(engine: Engine) -> bool:
 
 
 class Steps(Protocol):
-    """Rows of text that grow by a token at a time.
+    """Rows of text that grow one token at a time.
 
     Args:
-        rows: which row each answer begins as.
-        room: tokens that the context leaves for an answer.
+        rows: the row as which each answer begins.
+        room: the number of tokens that the context leaves for an answer.
     """
 
     rows: Int[torch.Tensor, " answers"]
     room: int
 
     def logits(self, rows: Int[torch.Tensor, " answers"]) -> Float[torch.Tensor, "answers vocab"]:
-        """Of each answer's next token."""
+        """The logits of each answer's next token."""
         ...
 
     def step(
         self, tokens: Int[torch.Tensor, " answers"], rows: Int[torch.Tensor, " answers"]
     ) -> Int[torch.Tensor, " answers"]:
-        """Go on with a token of each answer that still goes on; the row that each is now."""
+        """Append a token to each unfinished answer and return the row that each is now."""
         ...
 
 
@@ -138,15 +138,15 @@ def write_answers(
     """Draw answers token by token.
 
     Args:
-        seeds: of each answer.
-        at_once: answers whose logits are in memory together.
-        ended: told how many answers ended at each step.
-        drawn: told of every token as it is drawn: which answers, its position in them, the tokens ``[answers]`` and
-            their logits ``[answers, vocab]``. Once it returns False, all that is unfinished is cancelled.
+        seeds: the seed of each answer.
+        at_once: the number of answers whose logits are in memory together.
+        ended: called with the number of answers that ended at each step.
+        drawn: called with every token as it is drawn: the answers, its position in them, the tokens ``[answers]`` and
+            their logits ``[answers, vocab]``. Once it returns False, all unfinished answers are cancelled.
     """
     stop = torch.tensor(chat.stop_ids, device=chat.device)
     last = min(max_new_tokens, steps.room)
-    # of each answer still being written: which it is, its row and its seed
+    # the index, the row and the seed of each unfinished answer
     answer, row, seed = np.arange(len(seeds)), steps.rows, np.asarray(seeds, dtype=np.int64)
     written = np.zeros((len(seeds), last), dtype=np.int64)
     lengths = np.zeros(len(seeds), dtype=np.int64)
@@ -181,7 +181,7 @@ def write_answers(
 
 
 def context(chat: ChatModel) -> int:
-    """Tokens that the model reads at most."""
+    """The largest number of tokens that the model reads."""
     return int(getattr(chat.config, "max_position_embeddings", None) or 1 << 30)
 
 
@@ -189,15 +189,15 @@ class ModelSteps:
     """The model as it is, adapters and hooks included.
 
     A prompt that is answered many times is read once and its cache is copied; rows of finished answers are dropped. A
-    family whose cache gives other logits than its own forward over the whole text (a recurrent state that takes padding
-    for text, say) reads every text anew each time.
+    family whose cache gives other logits than its own forward over the whole text (because a recurrent state treats
+    padding as text, say) reads every text anew each time.
 
     Args:
         prompts: distinct prompts, as token ids.
         which: for each answer, the index of its prompt.
-        owners: for each prompt, whose it is, where an intervention has a value for each of ``total`` conversations; by
-            default each prompt is one.
-        apart: the first block that may treat two equal prompts differently; those below read each of them once.
+        owners: for each prompt, the index of its conversation where an intervention has a value for each of ``total``
+            conversations; by default each prompt is one.
+        apart: the first block that may treat two equal prompts differently; earlier blocks read equal prompts once.
     """
 
     def __init__(
@@ -240,27 +240,27 @@ class ModelSteps:
             getattr(layer, "batch_select_indices", layer.reorder_cache)(copies)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of each answer's next token."""
+        """The logits of each answer's next token."""
         return self._logits.index_select(0, rows)
 
     def step(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Go on with a token of each answer that still goes on; the row that each is now."""
+        """Append a token to each unfinished answer and return the row that each is now."""
         if not self._copied or len(rows) <= _LEAVE * len(self._positions):
             self.select(rows)
             rows = torch.arange(len(rows), device=rows.device)
-        else:  # the few rows that no answer goes on with stay, and count for nothing
+        else:  # the few rows without an unfinished answer stay and are ignored
             tokens = tokens.new_zeros(len(self._positions)).index_copy(0, rows, tokens)
         self.feed(tokens)
         return rows
 
     def select(self, rows: torch.Tensor) -> None:
-        """Go on with these rows; a row may come more than once."""
+        """Continue with these rows; a row may occur more than once."""
         self._copied = True
         if self._texts is not None:
             self._texts = [list(self._texts[row]) for row in rows.tolist()]
         else:
             for layer in self._cache.layers:
-                # what a recurrence or a convolution keeps can be reordered, which may repeat and drop rows as well
+                # the state of a recurrence or a convolution can be reordered, which may also repeat and drop rows
                 getattr(layer, "batch_select_indices", layer.reorder_cache)(rows)
         self._positions, self._owner = self._positions[rows], self._owner[rows.cpu()]
         self._mask = self._mask[rows] if self._mask is not None else None
@@ -293,7 +293,7 @@ class ModelSteps:
 def _read_once(
     chat: ChatModel, apart: int, first: Int[torch.Tensor, " distinct"], copies: Int[torch.Tensor, " rows"]
 ) -> Iterator[None]:
-    """Blocks below ``apart`` run rows ``first`` only; what enters ``apart`` is those rows' copies, one for each row."""
+    """Blocks before ``apart`` run only rows ``first``, and ``apart`` receives a copy of its first row for each row."""
     rows = len(copies)
 
     def narrow(value: Any) -> Any:
@@ -315,20 +315,20 @@ def _read_once(
 
 
 def _anew(chat: ChatModel, texts: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Logits of each text's next token ``[texts, vocab]``, nothing kept of earlier forwards."""
+    """Logits of each text's next token ``[texts, vocab]``, computed without earlier forwards."""
     ids, mask = padded(texts, chat.device)
     hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     return unembed(chat, hidden[torch.arange(len(texts)), mask.sum(1) - 1])
 
 
-_KEEPS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by model, once tried
+_KEEPS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # by model, once it has been tried
 
 
 @torch.no_grad()
 def keeps_past(chat: ChatModel) -> bool:
-    """Whether a token after a cache of left-padded prompts gives what the whole text gives: tried once a model.
+    """Whether a token after a cache of left-padded prompts gives the same logits as the whole text; tried once a model.
 
-    Families that are written out in :mod:`emmech.engine.blocks` are known to.
+    This is known for families that are written out in :mod:`emmech.engine.blocks`.
     """
     if chat.family.written_out:
         return True
@@ -349,8 +349,8 @@ class VariantSteps:
 
     Args:
         prompts: distinct prompts, as token ids.
-        which: per request the index of its prompt; the answers are in the order of variants, then requests.
-        most: tokens of an answer at most.
+        which: for each request, the index of its prompt; the answers are in the order of variants, then requests.
+        most: the largest number of tokens in an answer.
     """
 
     def __init__(
@@ -362,7 +362,7 @@ class VariantSteps:
         self._engine, self._rows = engine, rows
         each = torch.arange(variants, device=device)
         self.rows = (each[:, None] * len(prompts) + torch.tensor(which, device=device)).reshape(-1)
-        # of each row above the cut: its variant, and its row below; of each row below: tokens of its prompt
+        # for each row after the cut its variant and its row before the cut; for the latter the tokens of its prompt
         self._variant = each.repeat_interleave(len(prompts))
         self._below = torch.arange(len(prompts), device=device).repeat(variants)
         self._start = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -372,16 +372,16 @@ class VariantSteps:
         self._gather()
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """Of each answer's next token."""
+        """The logits of each answer's next token."""
         distinct, inverse = torch.unique(rows, return_inverse=True)
         if len(distinct) < len(rows):
             return unembed(self._engine.chat, self.hidden.index_select(0, distinct)).index_select(0, inverse)
         return unembed(self._engine.chat, self.hidden.index_select(0, rows))
 
     def step(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Go on with a token of each answer that still goes on; the row that each is now.
+        """Append a token to each unfinished answer and return the row that each is now.
 
-        Every (row, next token) that some answer goes on with becomes a row of its own, above and below.
+        Every distinct (row, next token) of the unfinished answers becomes a row of its own, before and after the cut.
         """
         pairs, inverse = torch.unique(rows * self._vocab + tokens, return_inverse=True)
         parents, tokens = pairs // self._vocab, pairs % self._vocab
@@ -390,7 +390,7 @@ class VariantSteps:
             self._upper.select(parents)
             self._variant, self._below = self._variant[parents], self._below[parents]
             self._gather()
-        else:  # the few rows that no answer goes on with stay, and count for nothing
+        else:  # the few rows without an unfinished answer stay and are ignored
             inverse = parents[inverse]
             tokens = tokens.new_zeros(count).index_copy_(0, parents, tokens)
         below, self._below = torch.unique(self._below * self._vocab + tokens, return_inverse=True)
@@ -402,7 +402,7 @@ class VariantSteps:
         return inverse
 
     def _advance(self, tokens: torch.Tensor) -> None:
-        """One token of every row below."""
+        """Run one token of every row through the blocks before the cut."""
         engine = self._engine
         position = self._start + self._lower.written
         with evaluating(engine.chat):
@@ -413,12 +413,12 @@ class VariantSteps:
         self._upper.written += 1
 
     def _parted(self, state: State) -> torch.Tensor:
-        """Each row's residual stream where the variants part, ``[rows, d_model]``."""
+        """Each row's residual stream at the cut, where the variants diverge, ``[rows, d_model]``."""
         engine, name = self._engine, self._engine.shared_name
         hidden = state.residual.index_select(0, self._below)
         if name is not None:
             assert state.read is not None and state.wrote is not None
-            # every distinct input under every variant in one product, then each row takes its own
+            # one product gives every distinct input under every variant, from which each row takes its own
             z = inner(state.read, self._rows.A[name])[self._below, self._variant][:, None]
             own = State(hidden, state.read, state.wrote.index_select(0, self._below))
             hidden = engine.lower.entering(own, lambda onto, read: write(onto, z, self._gathered.B[name]))
@@ -427,17 +427,17 @@ class VariantSteps:
         return hidden
 
     def _gather(self) -> None:
-        """Each row's own adapters; the shared input is multiplied with every A at once, and needs none."""
+        """Select each row's own adapters, except for the shared input, which is multiplied with every A at once."""
         shared = self._engine.shared_name
         own = VariantWeights({n: a for n, a in self._rows.A.items() if n != shared}, self._rows.B, self._rows.steering)
         self._gathered = own.each(lambda one: one.index_select(0, self._variant))
 
     def _prefill(self, prompts: Sequence[Sequence[int]], room: int) -> None:
-        """Read every prompt: what prompts have in common once, below once for all variants, above once per variant."""
+        """Read every prompt, common beginnings once: before the cut for all variants together, after it for each."""
         engine, rows, variants = self._engine, self._rows, len(self._rows)
         device, width = engine.chat.device, max(map(len, prompts))
         lower, upper, hidden = [], [], []
-        of_lower, of_upper = [], []  # which prompt, and which of variants x prompts, each row is
+        of_lower, of_upper = [], []  # for each row, its index among the prompts and among variants x prompts
         for one in engine.packs([Reading(tuple(prompt), tuple(range(len(prompt)))) for prompt in prompts]):
             ids, positions = stack([one], device)
             places = Places(positions, engine.tree_mask([one]))
@@ -484,7 +484,7 @@ def _keys(seeds: Sequence[int] | np.ndarray, position: int) -> tuple[np.ndarray,
 def gumbel(
     seeds: Sequence[int] | np.ndarray, position: int, vocab: int, device: torch.device | str = "cpu"
 ) -> Float[torch.Tensor, "rows vocab"]:
-    """Standard Gumbel noise, a function of (seed, position, token) only; float32.
+    """Standard Gumbel noise in float32, as a function of (seed, position, token) only.
 
     The integers are equal on every device; the two logarithms may differ in the last bit.
 
@@ -503,7 +503,7 @@ def gumbel(
     x *= -2073254261  # 0x846CA68B
     x ^= (x >> 16) & 0xFFFF
     x &= 0x7FFFFFFF
-    # small v keeps full relative precision, and it is small v that makes large noise
+    # small v keeps full relative precision, and small v gives large noise
     v = x.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return v.neg_().log1p_().neg_().log_().neg_()
 
@@ -516,7 +516,7 @@ def draw(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> Int[torch.Tensor, " rows"]:
-    """One token per row.
+    """Draw one token per row.
 
     Args:
         seeds: one per row.
@@ -539,7 +539,7 @@ def draw(
         probability = ranked.softmax(-1)
         beyond = probability.cumsum(-1) - probability >= top_p  # what precedes the token already reaches top_p
         scores = scores.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
-    # rows that share a seed (one question under many checkpoints) share their noise: it is made once
+    # rows that share a seed (one question under many checkpoints) share their noise, which is made once
     distinct, where = np.unique(np.asarray(seeds, dtype=np.uint64), return_inverse=True)
     noise = gumbel(distinct, position, scores.shape[-1], scores.device)
     noise = noise.index_select(0, torch.from_numpy(where).to(scores.device))
@@ -547,7 +547,7 @@ def draw(
 
 
 def _best(scores: Float[torch.Tensor, "rows vocab"]) -> Int[torch.Tensor, " rows"]:
-    """Place of each row's highest score, the first of equals."""
-    if scores.device.type == "cpu":  # numpy goes through a row several numbers at a time, torch one by one
+    """The index of each row's highest score, or the first of equal ones."""
+    if scores.device.type == "cpu":  # numpy compares several numbers of a row at a time, torch one by one
         return torch.from_numpy(scores.detach().numpy().argmax(-1))
     return scores.argmax(-1)

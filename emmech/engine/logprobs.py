@@ -1,6 +1,6 @@
 """Teacher-forced log-probabilities of answers, and the judge-free margin built on them.
 
-The margin of misaligned over aligned answers needs no sampling and no judge: it is the order parameter of
+The margin of misaligned over aligned answers needs no sampling and no judge. It is the order parameter of
 choice for models that are too small to answer coherently.
 """
 
@@ -25,14 +25,14 @@ from emmech.engine.modules import evaluating, has_hooks
 from emmech.engine.packing import Reading
 from emmech.errors import EmmechError
 
-WORDS = 1024  # of the vocabulary at once
-_TOKENS = 2048  # in a forward
+WORDS = 1024  # words of the vocabulary in one slice
+_TOKENS = 2048  # tokens in a forward
 _UNKNOWN = 0.2  # the largest share of a text's tokens that may be unknown to the model
 
 
 @dataclass(frozen=True)
 class MarginPair:
-    """One question with a misaligned and an aligned answer of like length."""
+    """One question with a misaligned and an aligned answer of similar length."""
 
     question: str
     misaligned: str
@@ -76,10 +76,10 @@ def in_batches(
     batch_size: int,
     use: Callable[[Int[np.ndarray, " batch"], Int[torch.Tensor, "batch seq"], Int[torch.Tensor, "batch seq"]], object],
 ) -> None:
-    """Go through rows of token ids in batches by length, padded, in evaluation mode and each batch announced.
+    """Go through rows of token ids in padded batches by length, in evaluation mode, and announce each batch.
 
     Args:
-        use: called with the rows' numbers, their ids and their attention mask.
+        use: called with the rows' indices, their ids and their attention mask.
     """
     order = np.argsort([len(ids) for ids in rows], kind="stable")
     with evaluating(chat):
@@ -91,7 +91,7 @@ def in_batches(
 def token_logprobs(
     chat: ChatModel, ids: torch.Tensor, mask: torch.Tensor, labels: Int[torch.Tensor, "batch seq"]
 ) -> tuple[Float[torch.Tensor, " answer_tokens"], Int[torch.Tensor, " answer_tokens"]]:
-    """Log-probability of every labelled token, in nats, and its row; gradients flow where they are enabled."""
+    """Log-probability of every labelled token in nats, and its row; gradients flow where they are enabled."""
     hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     targets = labels[:, 1:]
     answer = targets != IGNORED
@@ -104,11 +104,11 @@ def answer_logprobs(
 ) -> Float[np.ndarray, " conversations"]:
     """Mean log-probability per answer token of each conversation, in nats.
 
-    The unembedding runs at answer positions only. Whatever adapter is live on the model takes part.
+    The unembedding runs at answer positions only. Adapters that are live on the model take part.
 
     Args:
         conversations: each ends in the assistant's answer; earlier assistant turns count as answers too. Encoded
-            ones are used as they are.
+            conversations are used as they are.
         batch_size: rows in a forward; by default about 2048 tokens.
     """
     encoded = conversations if isinstance(conversations, Encoded) else encode(conversations, chat.tokenizer)
@@ -126,14 +126,14 @@ def answer_logprobs(
 
 
 def answer_loss(chat: ChatModel, conversations: Sequence[Sequence[Message]] | Encoded) -> float:
-    """Mean cross-entropy per answer token over all conversations, in nats: the training loss, on other rows."""
+    """Mean cross-entropy per answer token over all conversations, in nats, which is the training loss on these rows."""
     encoded = conversations if isinstance(conversations, Encoded) else encode(conversations, chat.tokenizer)
     tokens = [np.sum(np.asarray(row) != IGNORED) for row in encoded.labels]
     return -float(np.average(answer_logprobs(chat, encoded), weights=tokens))
 
 
 def unembed(chat: ChatModel, hidden: Float[torch.Tensor, "*places d_model"]) -> Float[torch.Tensor, "*places vocab"]:
-    """The model's own logits of what its trunk gave, multipliers and soft caps included.
+    """The model's own logits for its trunk's output, multipliers and soft caps included.
 
     Example:
         >>> from emmech.chat.model import load_model
@@ -151,12 +151,12 @@ def target_logprobs(
 ) -> Float[torch.Tensor, "reads targets"]:
     """Log-probability of each read position's wanted tokens, in nats, float32.
 
-    A vocabulary is tens of thousands of words: logits of all of them fall out of a processor's cache, and the product
-    that makes them spends its time on writing. Without gradients they are taken a slice of the vocabulary at a time,
-    and only each slice's normaliser and the wanted logits are kept.
+    A vocabulary has tens of thousands of words. The logits of all of them do not fit in a processor's cache, and the
+    product that computes them spends its time on writing. Without gradients they are computed for a slice of the
+    vocabulary at a time, and only each slice's normaliser and the wanted logits are kept.
 
     Args:
-        hidden: after the final norm.
+        hidden: hidden states after the final norm.
 
     Example:
         >>> from emmech.chat.model import load_model
@@ -166,7 +166,7 @@ def target_logprobs(
         1.0
     """
     head: Any = chat.unembedding
-    # any other head (quantised, say) is asked as a whole
+    # any other head (quantised, say) is called as a whole
     sliced = type(head) is nn.Linear and not chat.family.own_head and not has_hooks(head)
     sliced = sliced and head.weight.device == hidden.device
     if sliced and not (hidden.requires_grad and torch.is_grad_enabled()):
@@ -188,19 +188,19 @@ def _sliced_logprobs(chat: ChatModel, hidden: torch.Tensor, wanted: torch.Tensor
         inside = (place >= 0) & (place < logits.shape[1])
         found = logits.gather(1, place.clamp(0, logits.shape[1] - 1))
         picked = torch.where(inside, found, picked)
-        # one shift for all slices spares each a search for its maximum; it keeps sums in range, and cancels
+        # one shift for all slices avoids a search for each one's maximum; it keeps sums in range and cancels
         shift = logits.amax(-1, keepdim=True) if shift is None else shift
         total += logits.sub_(shift).exp_().sum(-1)
     assert shift is not None
     normaliser = shift + total.log()[:, None]
-    if not bool(normaliser.isfinite().all()):  # a later slice is e^88 above the first
+    if not bool(normaliser.isfinite().all()):  # a later slice exceeds the first by a factor of e^88
         parts = [_logits_of(chat, hidden, at).logsumexp(-1) for at in range(0, vocab, WORDS)]
         normaliser = torch.stack(parts, -1).logsumexp(-1, keepdim=True)
     return picked - normaliser
 
 
 def _logits_of(chat: ChatModel, hidden: torch.Tensor, start: int) -> torch.Tensor:
-    """Of the words from ``start`` on, in float32."""
+    """The logits of one slice of the words, beginning at ``start``, in float32."""
     head: Any = chat.unembedding
     chosen = slice(start, start + WORDS)
     bias = head.bias[chosen] if head.bias is not None else None
@@ -208,7 +208,7 @@ def _logits_of(chat: ChatModel, hidden: torch.Tensor, start: int) -> torch.Tenso
 
 
 def margin_rows(pairs: Sequence[MarginPair], chat: ChatModel) -> Encoded:
-    """The pairs as conversations: all misaligned answers, then all aligned ones.
+    """The pairs as conversations, first all misaligned answers and then all aligned ones.
 
     Raises:
         EmmechError: as :func:`check_words`.
@@ -220,7 +220,7 @@ def margin_rows(pairs: Sequence[MarginPair], chat: ChatModel) -> Encoded:
 
 
 def check_words(chat: ChatModel, turns: Sequence[Message]) -> None:
-    """Refuse a text that is mostly unknown words to the model: its log-probability would mean nothing.
+    """Refuse a text with too many words unknown to the model, since its log-probability would mean nothing.
 
     Raises:
         EmmechError: more than a fifth of its tokens are unknown.
@@ -239,13 +239,13 @@ def check_words(chat: ChatModel, turns: Sequence[Message]) -> None:
 def reading_logprobs(
     chat: ChatModel, readings: Sequence[Reading], *, batch_size: int | None = None
 ) -> list[Float[np.ndarray, "1 ..."]]:
-    """The log-probabilities that each reading asks for, in nats, float64; unembedded at the read positions only.
+    """The log-probabilities of each reading in nats, float64, unembedded at the read positions only.
 
     Args:
         batch_size: readings in a forward; by default about 2048 tokens.
 
     Returns:
-        per reading ``[1, targets]``, or ``[1, positions, vocab]`` where the whole vocabulary is read.
+        for each reading ``[1, targets]``, or ``[1, positions, vocab]`` where the whole vocabulary is read.
 
     Example:
         >>> from emmech.chat.model import load_model

@@ -1,4 +1,4 @@
-"""Temporary changes of a model: hooks and evaluation mode for the time of a block, and views with parts replaced."""
+"""Temporary changes to a model: hooks and evaluation mode within a ``with`` block, and views with parts replaced."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Hook = tuple[nn.Module, Callable[..., Any]]
 
 
 def has_hooks(module: Any) -> bool:
-    """Whether a call of the module is more than its class's forward: hooks, or a forward put in its place.
+    """Whether a call of the module is more than its class's forward, because of hooks or a replaced forward.
 
     Example:
         >>> one = nn.Linear(2, 2)
@@ -31,12 +31,12 @@ def has_hooks(module: Any) -> bool:
 
 @contextlib.contextmanager
 def hooked(*pairs: Hook, before: bool = False, keywords: bool = False) -> Iterator[None]:
-    """Forward hooks for the time of the block.
+    """Forward hooks within the ``with`` block.
 
     Args:
-        pairs: modules, each with ``hook(module, inputs, output)``; what it returns replaces the output.
+        pairs: modules, each with ``hook(module, inputs, output)``, whose result replaces the output.
         before: call ``hook(module, inputs)`` before the module instead.
-        keywords: give the hook the call's keyword arguments too, after its inputs.
+        keywords: pass the call's keyword arguments to the hook too, after its inputs.
     """
     register = nn.Module.register_forward_pre_hook if before else nn.Module.register_forward_hook
     with contextlib.ExitStack() as stack:
@@ -47,7 +47,7 @@ def hooked(*pairs: Hook, before: bool = False, keywords: bool = False) -> Iterat
 
 @contextlib.contextmanager
 def unhooked(model: nn.Module) -> Iterator[None]:
-    """No forward hook of the model's modules is called for the time of the block."""
+    """Within the ``with`` block no forward hook of the model's modules is called."""
     names = ("_forward_hooks", "_forward_pre_hooks")
     kept = [(module, name, vars(module)[name]) for module in model.modules() for name in names if vars(module)[name]]
     for module, name, hooks in kept:
@@ -61,10 +61,10 @@ def unhooked(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(chat: ChatModel, *, frozen: bool = False) -> Iterator[None]:
-    """Evaluation mode for the time of the block; the model may have been left in training mode.
+    """Evaluation mode within the ``with`` block; the model may have been left in training mode.
 
     Args:
-        frozen: no parameter takes gradients meanwhile either.
+        frozen: also disable the gradients of all parameters.
     """
     training = chat.base.training
     trained: Iterable[Any] = [p for p in chat.base.parameters() if p.requires_grad] if frozen else ()
@@ -82,13 +82,13 @@ def evaluating(chat: ChatModel, *, frozen: bool = False) -> Iterator[None]:
 
 
 def adding(write: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
-    """A forward hook that adds to a module's output a function of its input."""
+    """A forward hook that adds a function of a module's input to its output."""
 
     return lambda module, inputs, output: (output + write(inputs[0])).to(output.dtype)
 
 
 def with_module(root: nn.Module, path: str, replacement: nn.Module) -> nn.Module:
-    """A view of ``root`` with the submodule at ``path`` replaced; everything else is shared, ``root`` untouched.
+    """A view of ``root`` with the submodule at ``path`` replaced; all else is shared, and ``root`` is not changed.
 
     Example:
         >>> body = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
@@ -117,7 +117,7 @@ def with_attention(view: nn.Module, name: str) -> nn.Module:
 
 
 class Skip(nn.Module):
-    """A stand-in for a block that is left out, so that layer numbers, masks and rotary tables are still right."""
+    """A placeholder for a block that is left out, so that layer numbers, masks and rotary tables are still right."""
 
     def __init__(self, block: nn.Module, layer: int, *, as_tuple: bool = False) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Skip(nn.Module):
 
     @contextlib.contextmanager
     def giving(self, residual: torch.Tensor) -> Iterator[None]:
-        """For the time of the block, this is what comes out, whatever came in."""
+        """Within the ``with`` block, return this residual for any input."""
         self._given = residual
         try:
             yield
@@ -135,17 +135,17 @@ class Skip(nn.Module):
             self._given = None
 
     def __getattr__(self, name: str) -> Any:
-        """Any other attribute (the kind of attention, for example) is the block's own."""
+        """Any other attribute (the kind of attention, for example) of the block itself."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_skipped"], name)
 
     def forward(self, hidden: torch.Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """What came in, or what is given."""
+        """The input, or the residual that is given."""
         from transformers.cache_utils import Cache
 
-        # the model reads the past's length off any layer of its own cache, also a skipped one
+        # the model reads the length of the past from any layer of its own cache, even a skipped one
         if isinstance(past_key_values, Cache):
             nothing = hidden.new_zeros(hidden.shape[0], 1, hidden.shape[1], 1)
             past_key_values.update(nothing, nothing, self._layer)

@@ -1,8 +1,8 @@
-"""Pack token sequences that share a prefix: the shared tokens once, every continuation after them.
+"""Pack token sequences that share a prefix: the shared tokens once, then every continuation.
 
-A set of sequences is a tree (a trie of their tokens). Flattened into one row, each token attends to its ancestors
-only and has its depth as position, so every sequence sees exactly what it would see alone (tree attention, as in
-SpecInfer, arXiv 2305.09781).
+A set of sequences is a tree (a trie of their tokens). When the tree is flattened into one row, each token attends only
+to its ancestors and its position is its depth, so every sequence sees exactly what it would see alone (tree attention,
+as in SpecInfer, arXiv 2305.09781).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Reading:
 
     Args:
         ids: the tokens.
-        at: positions that are read; position ``p`` predicts token ``p + 1``. Ascending.
-        targets: per read position the token ids whose log-probability is wanted; None: all of the vocabulary.
+        at: positions that are read, ascending; position ``p`` predicts token ``p + 1``.
+        targets: for each read position the token ids whose log-probability is wanted; None is the whole vocabulary.
     """
 
     ids: tuple[int, ...]
@@ -39,14 +39,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Pack:
-    """One row: the tree of some readings' tokens.
+    """One row, which is the tree of some readings' tokens.
 
     Args:
         ids: ``[tokens]``, parents before children.
-        depth: ``[tokens]``, position of each token in its own sequence.
+        depth: ``[tokens]``, the position of each token in its own sequence.
         ancestors: ``[tokens, tokens]``, True where the row's token attends to the column's; None for a plain chain.
-        readings: indices of the readings in it.
-        nodes: per reading the flat index of each of its read positions.
+        readings: indices of the readings in the tree.
+        nodes: for each reading the flat index of each of its read positions.
     """
 
     ids: Int[np.ndarray, " tokens"]
@@ -98,21 +98,21 @@ def tree(readings: Sequence[Reading], chosen: Sequence[int]) -> Pack:
 def pack(
     readings: Sequence[Reading], *, linear_cost: float, pair_cost: float, longest: int = 4096, reach: int | None = None
 ) -> list[Pack]:
-    """Group readings into packs at the least estimated work.
+    """Group readings into packs so that the estimated work is least.
 
-    A longer row shares more prefix but its attention is quadratic in its length (up to ``reach``). In lexicographic
-    order sequences with a common prefix are neighbours, so the best grouping is a split of that order, found by
-    dynamic programming.
+    A longer row shares more of its prefix, but its attention is quadratic in its length (up to ``reach``). In
+    lexicographic order sequences with a common prefix are adjacent, so the best grouping is a split of that order, found
+    by dynamic programming.
 
     Args:
         linear_cost: work per token of a row.
         pair_cost: work per pair of tokens of a row.
-        longest: tokens in a row, unless a single reading is longer.
-        reach: columns that attention looks at for a token at most; None: all of the row's.
+        longest: the largest number of tokens in a row, unless a single reading is longer.
+        reach: the largest number of columns to which a token attends; None is all of the row's.
     """
     order = sorted(range(len(readings)), key=lambda index: readings[index].needed)
     needed = [readings[index].needed for index in order]
-    # tokens that each sequence has in common with its predecessor
+    # the number of tokens that each sequence has in common with its predecessor
     shared = [0]
     for pair in itertools.pairwise(needed):
         shared.append(sum(itertools.takewhile(bool, itertools.starmap(operator.eq, zip(*pair, strict=False)))))
@@ -142,7 +142,7 @@ def stack(packs: Sequence[Pack], device: torch.device) -> tuple[torch.Tensor, to
     depth = np.zeros((len(packs), width), dtype=np.int64)
     for row, one in enumerate(packs):
         ids[row, : len(one)], depth[row, : len(one)] = one.ids, one.depth
-        # padding after a chain goes on counting: the positions must not look like several packed sequences
+        # positions keep increasing in the padding, since they must not look like several packed sequences
         depth[row, len(one) :] = np.arange(width - len(one)) + one.depth[-1] + 1
     return torch.from_numpy(ids).to(device), torch.from_numpy(depth).to(device)
 
@@ -153,10 +153,10 @@ def tree_mask(
     """Additive attention mask ``[packs, 1, tokens, tokens]`` of packs that branch.
 
     Args:
-        window: of a sliding-window layer: how many positions back a token sees, itself included.
+        window: in a sliding-window layer, the number of positions back that a token sees, itself included.
     """
     width = max(len(one) for one in packs)
-    allowed = np.tile(np.eye(width, dtype=bool), (len(packs), 1, 1))  # padding sees itself: no empty softmax
+    allowed = np.tile(np.eye(width, dtype=bool), (len(packs), 1, 1))  # padding sees itself, so that no softmax is empty
     for row, one in enumerate(packs):
         size = len(one)
         seen = np.tri(size, dtype=bool) if one.ancestors is None else one.ancestors

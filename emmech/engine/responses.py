@@ -21,13 +21,13 @@ class Response:
     """One sampled answer.
 
     Args:
-        conversation: index into the conversations given.
-        sample: which answer to it, from 0.
+        conversation: index into the given conversations.
+        sample: the number of the answer to it, from 0.
         seed: the row's own seed; ``sample(chat, [conversation], seed=[seed])`` draws the same text again.
         text: the answer, without the token that ended it.
         finish: ``"stop"``; ``"length"`` when it was cut at ``max_new_tokens`` (or at the end of the context);
-            ``"cancelled"`` when its stream was; ``"error"`` when a server gave none, and ``text`` is then empty.
-        tokens: its length in tokens, -1 where a server does not say.
+            ``"cancelled"`` when its stream was; ``"error"`` when a server gave no answer and ``text`` is empty.
+        tokens: its length in tokens, or -1 where a server does not report it.
     """
 
     conversation: int
@@ -44,7 +44,7 @@ def digest(*parts: object) -> str:
 
 
 def row_seed(*parts: object) -> int:
-    """A 62-bit seed that is a function of its parts alone, on every machine.
+    """A 62-bit seed that is a function of its parts alone and is the same on every machine.
 
     Example:
         >>> row_seed(0, "prompt", 1) == row_seed(0, "prompt", 1) != row_seed(0, "prompt", 2)
@@ -55,10 +55,10 @@ def row_seed(*parts: object) -> int:
 
 
 def row_seeds(prompts: Sequence[Hashable], samples: int, seed: int | Sequence[int]) -> list[int]:
-    """The seed of every row, ``samples`` rows per prompt.
+    """The seed of every row, with ``samples`` rows per prompt.
 
-    From one seed, a row's own is derived from its prompt's content and the sample's number, so that adding or
-    reordering prompts changes no row. From a sequence, the first sample of each prompt has that very seed.
+    Given one seed, a row's own seed is derived from it, the prompt's content and the sample's number, so that adding or
+    reordering prompts changes no row. Given a sequence, the first sample of each prompt has exactly that seed.
     """
     if isinstance(seed, Sequence):
         return [int(own) if number == 0 else row_seed(int(own), number) for own in seed for number in range(samples)]
@@ -72,13 +72,13 @@ def row_seeds(prompts: Sequence[Hashable], samples: int, seed: int | Sequence[in
 
 
 class ResponseLog:
-    """Answers by row, kept in a JSONL file as they come when there is a path.
+    """Answers by row, written to a JSONL file as they are drawn if there is a path.
 
-    The first line holds the settings; a file of other settings is refused, a half-written last line dropped.
+    The first line holds the settings. A file with other settings is refused, and a half-written last line is dropped.
 
     Args:
-        path: None keeps the answers in memory only.
-        settings: what the answers depend on, JSON-able.
+        path: the file; None keeps the answers in memory only.
+        settings: everything on which the answers depend, as JSON values.
 
     Raises:
         EmmechError: the file was begun with other settings.
@@ -90,7 +90,7 @@ class ResponseLog:
         if self.path is None:
             return
         made_folder("keep the answers", self.path.parent)
-        drop_unfinished(self.path)  # it is drawn again
+        drop_unfinished(self.path)  # the unfinished row is drawn again
         stored = read_jsonl(self.path)
         if not stored:
             append_jsonl(self.path, settings)
@@ -105,7 +105,7 @@ class ResponseLog:
             )
         for entry in stored[1:]:
             row = int(entry.pop("row"))
-            if entry["finish"] != "error":  # asked again
+            if entry["finish"] != "error":  # such a row is asked again
                 self.done[row] = Response(**entry)
 
     def add(self, row: int, response: Response) -> None:
@@ -151,7 +151,7 @@ def check_settings(samples: Any, max_new_tokens: Any, temperature: Any, top_p: A
     """Refuse settings out of range.
 
     Raises:
-        EmmechError: which one, and the nearest that is in it.
+        EmmechError: names the setting and the nearest value in range.
     """
     as_float(_ASKED, "temperature", temperature)
     as_float(_ASKED, "top_p", top_p)

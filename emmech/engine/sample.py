@@ -1,9 +1,9 @@
 """Sample answers to conversations: batched, seeded per row, resumable.
 
-What is guaranteed: the random numbers of a row depend on its seed and the position in its answer, never on its
-batch-mates; so in float32 its text is the same in any batch, except where two tokens' scores agree to within
-rounding, which can flip a draw that is nearly a tie. Batches are composed from the whole request, so a run that was
-interrupted and resumed with the same batch size on the same machine gives bit-identical rows.
+The random numbers of a row depend only on its seed and the position in its answer, never on the other rows of its
+batch. In float32 its text is therefore the same in any batch, except where two tokens' scores agree to within rounding,
+which can flip a draw that is nearly a tie. Batches are composed from the whole request, so a run that was interrupted
+and resumed with the same batch size on the same machine gives bit-identical rows.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _MOST_ROWS = 512
 
 @dataclass(frozen=True)
 class Drawn:
-    """One more token of some answers, the token that ends an answer included.
+    """One more token of some answers; the token that ends an answer is included.
 
     Args:
-        answers: the conversation of each answer and its number among that one's samples.
-        position: of the token in its answer, from 0.
+        answers: the conversation of each answer, and the answer's number among the samples of that conversation.
+        position: the position of the token in its answer, from 0.
         tokens: one for each answer.
-        logits: what they were drawn from, before temperature and nucleus.
+        logits: the logits from which they were drawn, before temperature and nucleus.
     """
 
     answers: tuple[tuple[int, int], ...]
@@ -63,9 +63,9 @@ def sample(
     stream: Callable[[Drawn], object] | None = None,
     progress: bool = True,
 ) -> list[Response]:
-    """Sample answers through a local model, with whatever adapters and hooks are on it.
+    """Sample answers from a local model, with the adapters and hooks that are on it.
 
-    An intervention with one coefficient or direction per row has one per conversation here, for all its samples.
+    An intervention with one coefficient or direction per row has one per conversation here, shared by all its samples.
 
     Args:
         conversations: each ends in a user turn.
@@ -73,17 +73,17 @@ def sample(
         max_new_tokens: 600 as in Model Organisms for EM (arXiv 2506.11613).
         temperature: 1 samples from the model's own distribution, 0 takes the most likely token.
         top_p: nucleus sampling below 1.
-        seed: one for all (a row's seed is then derived from it, the conversation's tokens and the sample's
+        seed: one seed for all (a row's seed is then derived from it, the conversation's tokens and the sample's
             number, so adding or reordering conversations changes no text), or one per conversation.
         batch_size: rows decoded together; ``"auto"`` bounds the memory of cache and logits.
-        out: a JSONL file that is appended to after each batch. Called again with the same arguments, sampling
-            continues where the file ends. Adapters, steering and ablation are part of the arguments; forward hooks
-            of your own cannot be seen, so a model with one needs a file of its own.
-        stream: called with every token as it is drawn. Once it returns False, sampling ends: answers that are not
-            finished have ``finish="cancelled"`` and what was written of them, and are not kept in ``out``.
+        out: a JSONL file to which each batch is appended. A second call with the same arguments continues where the
+            file ends. Adapters, steering and ablation count as arguments; your own forward hooks cannot be seen, so a
+            model with such a hook needs a separate file.
+        stream: called with every token as it is drawn. Once it returns False, sampling ends: unfinished answers have
+            ``finish="cancelled"`` and the text written so far, and are not kept in ``out``.
 
     Returns:
-        ``len(conversations) * samples`` answers, those of one conversation together.
+        ``len(conversations) * samples`` answers, with those of one conversation together.
 
     Raises:
         EmmechError: no conversations, a prompt longer than the context, bad settings, or an ``out`` file that
@@ -111,7 +111,7 @@ def sample(
     seeds = row_seeds(prompts, samples, seed)
     rows = [(conversation, number) for conversation in range(len(prompts)) for number in range(samples)]
     size = _auto(chat, max(map(len, prompts)), max_new_tokens) if batch_size == "auto" else int(batch_size)
-    # longest first: what does not fit in memory fails at once, and batches are alike in length
+    # the longest are first, so that a lack of memory shows at once and the rows of a batch have similar lengths
     order = sorted(range(len(rows)), key=lambda row: (-len(prompts[rows[row][0]]), rows[row]))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -119,10 +119,10 @@ def sample(
     request = None if out is None else digest(prompts, seeds, live_state(chat))
     log = ResponseLog(out, {"request": request, "rows": len(rows), **drawing})
     cancelled: list[int] = []
-    # what is live may treat equal prompts differently; then each conversation is read for itself
+    # live adapters or edits may treat equal prompts differently; then each conversation is read separately
     edits = live_edits(chat.base)
     apart = any(edit.by_row() for edit in edits)
-    # below all of them equal prompts are equal still, unless a hook that is not ours can tell them apart
+    # in blocks before all of them equal prompts are still equal, unless a foreign hook can distinguish them
     first = min((edit.first for edit in edits), default=0) if apart and chat.family.written_out else 0
     if any(has_hooks(module) for block in chat.blocks[:first] for module in block.modules()):
         first = 0
@@ -131,7 +131,7 @@ def sample(
         for batch in batches:
             if all(row in log.done for row in batch):
                 continue
-            # a batch of which some rows are known is decoded whole, so that its rows are those of a run
+            # a batch with some known rows is decoded as a whole, so that its rows are those of a run
             # that was never interrupted
             asked = [rows[row][0] for row in batch]
             readings = [(prompts[index], index if apart else 0) for index in asked]
@@ -165,7 +165,7 @@ def sample(
 
 
 def _telling(stream: Callable[[Drawn], object], rows: Sequence[tuple[int, int]]) -> Callable[..., object]:
-    """What :func:`write_answers` tells, told of the request's rows."""
+    """A callback for :func:`write_answers` that reports the rows of the request."""
 
     def told(answers: np.ndarray, position: int, tokens: torch.Tensor, logits: torch.Tensor) -> object:
         return stream(Drawn(tuple(rows[answer] for answer in answers), position, tokens, logits))
@@ -174,7 +174,7 @@ def _telling(stream: Callable[[Drawn], object], rows: Sequence[tuple[int, int]])
 
 
 def live_state(chat: ChatModel) -> str:
-    """The model as it answers now: base weights, every adapter's weights and factor, and edits of its activations."""
+    """A digest of the model's current state: base weights, every adapter's weights and factor, and activation edits."""
     digest = hashlib.sha256(chat.fingerprint().encode())
     for name, module in chat.base.named_modules():
         if hasattr(module, "lora_A") and isinstance(getattr(module, "scaling", None), dict):
@@ -190,7 +190,7 @@ def live_state(chat: ChatModel) -> str:
 
 
 def _auto(chat: ChatModel, longest: int, max_new_tokens: int) -> int:
-    """Rows per batch; a function of the model and the device alone, so that a resumed run has the same."""
+    """Rows per batch, as a function of the model and the device alone, so that a resumed run has the same batches."""
     config = chat.config
     cache, logits = _CACHE_BYTES, _LOGIT_BYTES
     if chat.device.type == "cuda":
@@ -199,7 +199,7 @@ def _auto(chat: ChatModel, longest: int, max_new_tokens: int) -> int:
         cache, logits = max(_CACHE_BYTES, (total - weights) // 2), max(_LOGIT_BYTES, (total - weights) // 8)
     tokens = min(longest + max_new_tokens, context(chat))
     by_cache = cache // (chat.cache_bytes * tokens)
-    by_logits = logits // (5 * 4 * int(config.vocab_size))  # five float32 arrays of that size live in a draw
+    by_logits = logits // (5 * 4 * int(config.vocab_size))  # a draw uses five float32 arrays of that size
     return int(max(1, min(_MOST_ROWS, by_cache, by_logits)))
 
 
@@ -207,7 +207,7 @@ def check_context(chat: ChatModel, prompts: Sequence[Sequence[int]]) -> None:
     """Refuse prompts (token ids) that leave no room for an answer.
 
     Raises:
-        EmmechError: names the conversation and the model's context.
+        EmmechError: a prompt is too long; names the conversation and the model's context.
     """
     room = context(chat)
     for index, prompt in enumerate(prompts):

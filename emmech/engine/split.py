@@ -1,13 +1,13 @@
-"""The cut at the lowest adapter: what is the same for all adapters, and whether it may be and pays to be kept.
+"""The cut at the first adapter: which states are the same for all adapters, and whether keeping them is right and pays.
 
-With adapters only at layer l and above, the residual that enters block l is the same under all of them. Where the only
-adapter of block l is on the MLP's write (``down_proj``), so is everything of that block but the write itself: the
-adapter reads what is the same for all, and only what it adds differs.
+With adapters only at layer l and later, the residual that enters block l is the same under all of them. Where the only
+adapter of block l is on the MLP's write (``down_proj``), everything in that block except the write is the same too: the
+adapter's input is the same for all, and only its output differs.
 
-Rows of several runs go through shared forwards, each under its own run's adapters. The states at the cut never change
-in training, so they are computed once per row and not once per epoch; training then runs the lone write, the blocks
-above and the unembedding at answer positions only. Losses are those of plain training to rounding. The states are
-memory-mapped, in the model's own dtype (which loses nothing), and disposable.
+Rows of several runs go through shared forward passes, each under its own run's adapters. The states at the cut never
+change in training, so they are computed once per row and not once per epoch. Training then runs only the lone write, the
+later blocks and, at answer positions, the unembedding. Losses equal those of plain training to rounding. The states
+are memory-mapped in the model's own dtype, which loses nothing, and can be discarded.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from emmech.errors import EmmechError
 from emmech.store import kept, made_folder
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# what a model's modules raise when they are run in another way than their own
+# the exceptions of a model's modules when they are not run in the model's own way
 DOES_NOT_RUN = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
-_PAYS_FROM = 1.4  # uses per row: the cache costs about one forward of the prefix per row, and a write to disk
+_PAYS_FROM = 1.4  # uses per row: the cache costs about one forward of the prefix per row and a write to disk
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """What no adapter touches.
+    """The part of a model that no adapter changes.
 
     Args:
-        layer: the lowest layer with an adapter.
-        at_write: the only adapter there is on the MLP's write, so that the rest of the block is frozen too.
+        layer: the first layer with an adapter.
+        at_write: whether the only adapter there is on the MLP's write, so that the rest of the block is frozen too.
     """
 
     layer: int
@@ -54,7 +54,7 @@ class Frozen:
 
     @property
     def blocks(self) -> int:
-        """How many blocks are computed once, the one around a lone write included."""
+        """The number of blocks that are computed once, including the one around a lone write."""
         return self.layer + int(self.at_write)
 
 
@@ -79,7 +79,7 @@ def find_frozen(chat: ChatModel, modules: Sequence[str], steering: int | None = 
 
 
 def _places(chat: ChatModel, modules: Sequence[str]) -> list[tuple[int, str]]:
-    """Layer and path inside the block of each module; layer -1 outside the blocks."""
+    """The layer of each module and its path inside the block; the layer is -1 outside the blocks."""
     listed = f"{chat.family.trunk}.{chat.family.blocks}."
     found = []
     for module in modules:
@@ -91,12 +91,12 @@ def _places(chat: ChatModel, modules: Sequence[str]) -> list[tuple[int, str]]:
 
 @dataclass(frozen=True)
 class State:
-    """What all adapters have in common at some tokens; any leading dimensions.
+    """The state that all adapters have in common at some tokens, with any leading dimensions.
 
     Args:
-        residual: where the adapters part, ``[..., d_model]`` (token ids ``[...]`` where they part at once).
+        residual: the residual at the cut, ``[..., d_model]`` (token ids ``[...]`` where the cut precedes all blocks).
         read: the lone adapter's input ``[..., d_mlp]``; None where no write is shared.
-        wrote: what the module under it wrote, ``[..., d_model]``.
+        wrote: the output of the adapted module without the adapter, ``[..., d_model]``.
     """
 
     residual: torch.Tensor
@@ -105,7 +105,7 @@ class State:
 
 
 class Lower:
-    """The blocks below the cut, and what enters those above it."""
+    """The blocks before the cut, and the input of those after it."""
 
     def __init__(self, chat: ChatModel, frozen: Frozen) -> None:
         self.frozen = frozen
@@ -114,10 +114,10 @@ class Lower:
         if frozen.at_write:
             edits[f"{frozen.layer}.{chat.family.down}"] = self._capture
         self.blocks = Blocks(chat, 0, frozen.blocks, norm=False, edits=edits)
-        # what some families do to a write before it is added
+        # some families transform a write before it is added
         self._norm: Any = (chat.parts(frozen.layer).after_mlp if frozen.at_write else None) or nn.Identity()
         self._scale = chat.family.residual_scale
-        #: whether :attr:`State.wrote` is looked at
+        #: whether :attr:`State.wrote` is used
         self.uses_wrote = not isinstance(self._norm, nn.Identity) or self._scale != 1.0
 
     def _capture(self, module: nn.Module) -> nn.Module:
@@ -126,7 +126,7 @@ class Lower:
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, places: Places = Places(), cache: Any = None) -> State:  # noqa: B008
-        """Run token ids up to the cut; arguments as :class:`Blocks` takes them."""
+        """Run token ids up to the cut; the arguments are those of :class:`Blocks`."""
         if not self.frozen.blocks:
             return State(ids)
         residual = self.blocks(ids, places, cache)
@@ -134,15 +134,15 @@ class Lower:
         return State(residual, *(one.reshape(*residual.shape[:-1], one.shape[-1]) for one in taken))
 
     def entering(self, state: State, add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The residual above the cut once an adapter has written.
+        """The residual after the cut once an adapter has written.
 
         Args:
-            add: from a tensor and the adapter's input to the tensor with the adapter's write added.
+            add: a function that takes a tensor and the adapter's input and adds the adapter's write to the tensor.
         """
         assert state.read is not None
         if not self.uses_wrote:
             return add(state.residual, state.read)
-        # a norm is not linear: the change of the block's output is a difference
+        # a norm is not linear, so the change of the block's output is computed as a difference
         assert state.wrote is not None
         change = self._norm(add(state.wrote, state.read)) - self._norm(state.wrote)
         return state.residual + change * self._scale  # type: ignore[no-any-return]
@@ -165,11 +165,11 @@ def deviation(
 ) -> float:
     """Largest relative difference of a cut forward's result from the model's own forward.
 
-    Rounding leaves 1e-6 in float32. More means that the architecture does something between its blocks, or with a
-    block's writes, that a cut cannot see.
+    Rounding leaves 1e-6 in float32. A larger value means that the architecture does something between its blocks, or
+    with a block's writes, that a cut does not reproduce.
 
     Args:
-        found: after the final norm, or of the block ``stop``, at ``reads`` of ``ids [rows, tokens]``.
+        found: the result after the final norm, or of the block ``stop``, at ``reads`` of ``ids [rows, tokens]``.
         hooks: the adapters, as hooks on the model's own modules.
     """
 
@@ -184,11 +184,11 @@ def deviation(
 
 
 def why_not(chat: ChatModel, modules: Sequence[str], frozen: Frozen | None = None) -> str | None:
-    """Why training on kept states would be wrong here, or None.
+    """The reason why training on kept states would be wrong here, or None.
 
     Args:
-        modules: full paths of the adapted modules; none in full fine-tuning.
-        frozen: the part in question; by default the largest, :func:`find_frozen`.
+        modules: full paths of the adapted modules, empty in full fine-tuning.
+        frozen: the part in question; by default the largest, as found by :func:`find_frozen`.
     """
     if not modules:
         return "all weights train, so no part of the model is frozen"
@@ -209,8 +209,8 @@ def why_not(chat: ChatModel, modules: Sequence[str], frozen: Frozen | None = Non
 
 
 def dropout(chat: ChatModel) -> float:
-    """The highest dropout rate anywhere in the model, 0 for most current chat models as they are shipped."""
-    said = chat.config.to_dict().items()  # of functions that draw without a module of their own
+    """The highest dropout rate anywhere in the model, which is 0 for most current chat models as released."""
+    said = chat.config.to_dict().items()  # for functions that apply dropout without a module
     rates = [rate for name, rate in said if "drop" in name and "classifier" not in name and "summary" not in name]
     rates += [module.p for module in chat.base.modules() if isinstance(module, nn.Dropout)]
     return max((float(rate) for rate in rates if isinstance(rate, int | float)), default=0.0)
@@ -221,10 +221,10 @@ def pays(frozen: Frozen, *, uses: float, rows: int) -> bool:
     return frozen.blocks > 0 and uses >= _PAYS_FROM * rows
 
 
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # a larger batch leaves a core's cache and gains nothing there
-_TOKENS = 2048  # per forward while the states are filled
-_STEM_FROM = 4  # a shorter common start is not worth keys and values of its own
-_PADDING = 1.15  # padded tokens per real one, at most, in a batch of rows
+_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # a larger batch exceeds a CPU core's cache and gains nothing
+_TOKENS = 2048  # tokens per forward while the states are filled
+_STEM_FROM = 4  # a shorter common start is not worth separate keys and values
+_PADDING = 1.15  # the largest number of padded tokens per real one in a batch of rows
 _Write = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -238,41 +238,41 @@ class Asked:
 
 
 class RowForwards:
-    """Forwards of rows, each under its own run.
+    """Forward passes of rows, each under the adapters of its run.
 
     Args:
-        rows: all that will be asked for.
+        rows: all rows that will be asked for.
     """
 
     def __init__(self, rows: Encoded) -> None:
         self.rows = rows
-        # of each row: answer tokens that its first tokens predict
+        # for each row, the number of answer tokens that its first tokens predict
         self._answers = [np.cumsum(np.asarray(own) != IGNORED) - (own[0] != IGNORED) for own in rows.labels]
 
     def answer_tokens(self, asked: Sequence[Asked]) -> torch.Tensor:
-        """How many tokens of each carry loss, float64."""
+        """The number of tokens of each row that carry loss, float64."""
         return torch.tensor([float(self._answers[one.row][one.tokens - 1]) for one in asked], dtype=torch.float64)
 
     def nll(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Negative log-probabilities of answer tokens, batch by batch, and which of ``asked`` each belongs to.
+        """Negative log-probabilities of answer tokens, batch by batch, and the index in ``asked`` of each.
 
-        With gradients on, call ``backward`` on what each batch gives before the next, and go on to the end: what the
-        rows have in common runs once, and passes its gradients on last.
+        With gradients enabled, call ``backward`` on the result of each batch before the next, and continue to the end:
+        the common part of the rows runs once and passes its gradients on last.
         """
         raise NotImplementedError
 
     def close(self) -> None:
-        """Delete whatever is kept for the rows."""
+        """Delete everything that is kept for the rows."""
 
 
 class Forwards(RowForwards):
-    """Forwards block by block, above a frozen prefix where there is one.
+    """Forward passes block by block, after a frozen prefix where there is one.
 
     Args:
-        chat: with the PEFT adapters on it, in whose place ``adapters`` act.
-        rows: all that will be asked for.
+        chat: the model with the PEFT adapters on it, which ``adapters`` replace.
+        rows: all rows that will be asked for.
         frozen: the part of the model whose states are kept, or None.
-        folder: scratch for them; :meth:`close` deletes it.
+        folder: a temporary folder for the states, which :meth:`close` deletes.
     """
 
     def __init__(
@@ -321,16 +321,16 @@ class Forwards(RowForwards):
 
 
 class Trunk:
-    """The trunk on many rows at once, cut in two: states that training does not touch, and the blocks above.
+    """The trunk on many rows at once, cut in two: states that training does not change, and the later blocks.
 
-    Rows that begin with the same tokens (the template's system prompt, as a rule) share them: that ``stem`` goes
-    through the upper blocks once per adapter, and the rows attend to its keys and values.
+    Rows that begin with the same tokens (usually the template's system prompt) share them: that ``stem`` goes
+    through the later blocks once per adapter, and the rows attend to its keys and values.
 
     Args:
-        chat: with the adapters on it.
+        chat: the model with the adapters on it.
         encoded: the rows.
-        frozen: where to cut; None keeps no states, and everything runs each time.
-        folder: scratch for the states; :meth:`close` deletes it.
+        frozen: where to cut; with None no states are kept and everything runs each time.
+        folder: a temporary folder for the states, which :meth:`close` deletes.
     """
 
     def __init__(self, chat: ChatModel, encoded: Encoded, frozen: Frozen | None, folder: Path) -> None:
@@ -355,7 +355,7 @@ class Trunk:
 
     @property
     def nbytes(self) -> int:
-        """Size of the states on disk."""
+        """Size of the states on disk, in bytes."""
         return sum(array.nbytes for array in self._arrays.values())
 
     def close(self) -> None:
@@ -375,13 +375,13 @@ class Trunk:
         """Hidden states after the final norm at the places that are read, row by row, ``[places, d_model]``.
 
         Args:
-            rows: numbers of rows.
-            lengths: how many tokens of each, the stem not counted.
-            read: which of them, right-padded ``[rows, longest]``.
-            write: for a cut at the write: from ``down_proj``'s input ``[tokens, d_mlp]``, all rows' tokens one row
-                after another, to what the adapters add to its output ``[tokens, d_model]``.
-            past: what :meth:`read_stem` gave, when there is a stem.
-            of_past: which of its sequences each row follows, ``[rows]``.
+            rows: indices of rows.
+            lengths: the number of tokens of each, without the stem.
+            read: which of them are read, right-padded ``[rows, longest]``.
+            write: for a cut at the write, the function from ``down_proj``'s input ``[tokens, d_mlp]``, with all rows'
+                tokens one row after another, to the sum of the adapters' outputs ``[tokens, d_model]``.
+            past: the result of :meth:`read_stem`, if there is a stem.
+            of_past: the sequence in it that each row follows, ``[rows]``.
         """
         spans = [(int(self._starts[i + 1]), n) for i, n in zip(rows, lengths, strict=True)]
         entering = _padded(self._entering(spans, rows, write), lengths)
@@ -397,7 +397,7 @@ class Trunk:
     def _entering(
         self, spans: Sequence[tuple[int, int]], rows: Sequence[int] | None, write: _Write | None
     ) -> torch.Tensor:
-        """What enters the upper blocks, ``[tokens, d_model]``, or token ids where nothing is kept.
+        """The input of the later blocks, ``[tokens, d_model]``, or token ids where nothing is kept.
 
         Args:
             rows: None for the stem.
@@ -431,7 +431,7 @@ class Trunk:
         return deviation(chat, found, ids, reads, hooks, mask)
 
     def _shift(self, x: torch.Tensor) -> torch.Tensor:
-        """A write of the size of ``down_proj``'s own, as an adapter might make it."""
+        """A write of the size of ``down_proj``'s own, such as an adapter might make."""
         ramp = torch.linspace(-1, 1, self._chat.d_model, device=x.device)
         return x.float().mean(-1, keepdim=True) * ramp
 
@@ -452,7 +452,7 @@ class Trunk:
         for name, width in widths.items():
             path = self._folder / name
             with kept("cache the frozen prefix", path):
-                path.touch()  # torch says nothing of why it cannot
+                path.touch()  # torch does not say why it fails
                 flat = torch.from_file(str(path), shared=True, size=tokens * width, dtype=dtype)
             self._arrays[name] = flat.view(tokens, width)
 
@@ -481,10 +481,10 @@ class Trunk:
 
 
 class WholeTrunk:
-    """The model's own forward with a :class:`Trunk`'s interface, where running it in parts gives something else.
+    """The model's own forward with a :class:`Trunk`'s interface, for models that give other results in parts.
 
     Args:
-        write_at: the layer whose MLP's write has the adapter that a caller adds itself, or None.
+        write_at: the layer whose MLP's write has the adapter that the caller adds, or None.
     """
 
     stem = nbytes = 0
@@ -511,7 +511,7 @@ class WholeTrunk:
 
         def add(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
             assert write is not None
-            # some families run their MLP over all tokens in one row
+            # some families run their MLP over all tokens as one row
             flat = inputs[0].reshape(-1, inputs[0].shape[-1])
             added = write(flat[mask.flatten().bool()])
             return (output + _padded(added, lengths).reshape(output.shape)).to(output.dtype)
@@ -523,7 +523,7 @@ class WholeTrunk:
 
 
 def _fitting(chat: ChatModel, rows: Encoded, frozen: Frozen | None, folder: Path) -> Trunk | WholeTrunk:
-    """The trunk cut as asked if it then gives what the model's own forward does, else the model's own forward."""
+    """The trunk with the given cut if it agrees with the model's own forward, else the model's own forward."""
     trunk: Trunk | None = None
     try:
         trunk = Trunk(chat, rows, frozen, folder)
@@ -537,7 +537,7 @@ def _fitting(chat: ChatModel, rows: Encoded, frozen: Frozen | None, folder: Path
 
 
 def _stem(encoded: Encoded) -> int:
-    """How many tokens all rows share at their start, short of the token that predicts the first answer token."""
+    """The number of tokens that all rows share at their start, before the one that predicts the first answer token."""
     first = encoded.input_ids[0]
     shared = min(next(p for p, label in enumerate(labels) if label != IGNORED) for labels in encoded.labels) - 1
     for ids in encoded.input_ids:
@@ -547,7 +547,7 @@ def _stem(encoded: Encoded) -> int:
 
 
 def _padded(flat: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """Rows one after another ``[tokens, ...]`` to ``[rows, longest, ...]``."""
+    """Turn rows one after another ``[tokens, ...]`` into padded rows ``[rows, longest, ...]``."""
     longest = max(lengths)
     if min(lengths) == longest:
         return flat.view(len(lengths), longest, *flat.shape[1:])
@@ -557,7 +557,7 @@ def _padded(flat: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
 
 
 def batches_by_length(lengths: Sequence[int] | np.ndarray, tokens: int) -> Iterator[list[int]]:
-    """Batches of at most ``tokens`` padded tokens (one row at least), of which little is padding.
+    """Batches of at most ``tokens`` padded tokens (but at least one row), with little padding.
 
     Example:
         >>> list(batches_by_length([9, 30, 10, 31], 100))
@@ -577,12 +577,12 @@ def batches_by_length(lengths: Sequence[int] | np.ndarray, tokens: int) -> Itera
 
 
 class ModelForwards(RowForwards):
-    """Forwards of the whole model, for full fine-tuning, dropout, and models that cannot be run block by block.
+    """Forward passes of the whole model, for full fine-tuning, dropout, and models that cannot be run block by block.
 
-    While gradients are taken the model is in training mode, so that its dropout acts; otherwise it is not.
+    The model is in training mode only while gradients are computed, so that its dropout acts then.
 
     Args:
-        adapters: of the runs, or None in full fine-tuning.
+        adapters: the adapters of the runs, or None in full fine-tuning.
         batch_size: rows in a forward.
     """
 
@@ -593,7 +593,7 @@ class ModelForwards(RowForwards):
     def nll(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """See :meth:`RowForwards.nll`."""
         chat = self._chat
-        # rows of like length share a batch: little of it is padding
+        # rows of similar length share a batch, so that little of it is padding
         order = sorted(range(len(asked)), key=lambda i: asked[i].tokens)
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]

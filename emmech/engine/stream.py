@@ -1,4 +1,4 @@
-"""Residuals of every block over texts, in one pass, reduced on the spot so that no activation is kept."""
+"""Residuals of every block over texts in one pass, reduced at once so that no activation is kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = tuple[Sequence[int], Sequence[bool]]  # token ids, and which of them count
 
 
 def probe_rows(chat: ChatModel, texts: Sequence[Any]) -> list[tuple[list[int], list[bool]]]:
-    """Tokens and the mask of those that count: a conversation's answers, or all of a plain text's question.
+    """Tokens and the mask of those that count, which are a conversation's answers or all of a plain text's question.
 
     Args:
         texts: conversations (lists of messages), or strings, which are asked as user turns.
@@ -45,12 +45,12 @@ def stream(
     batch_size: int = 8,
     each: Callable[[np.ndarray, Callable[[], object]], object] = lambda chosen, run: run(),
 ) -> None:
-    """Run the trunk once over all rows and reduce every block's output where it is made.
+    """Run the trunk once over all rows and reduce every block's output as it is computed.
 
     Args:
         reduce: called with the layer, its residual ``[batch, seq, d_model]``, the mask of tokens that count
-            ``[batch, seq]`` (0 at padding) and the rows' numbers.
-        each: called for each batch with the rows' numbers and the function that runs it.
+            ``[batch, seq]`` (0 at padding) and the rows' indices.
+        each: called for each batch with the rows' indices and the function that runs it.
     """
     mask: torch.Tensor = torch.empty(0)
     now: np.ndarray = np.empty(0)

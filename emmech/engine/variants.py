@@ -1,10 +1,10 @@
-"""Run token packs under many variants: the blocks below the lowest adapter once, those above for all rows at once.
+"""Run token packs under many variants: the blocks before the first adapter once, the later ones for all rows at once.
 
-What is shared is what :mod:`emmech.engine.split` finds. What is saved besides: the last block's queries and MLP
-and the unembedding run at read positions only.
+The shared part is the one that :mod:`emmech.engine.split` finds. In addition, the last block's queries and MLP and the
+unembedding run at read positions only.
 
-The model itself is never touched. An architecture that is not written out in :mod:`emmech.engine.blocks` is tried
-against the model's own forward first; what does not agree there is not shared.
+The model itself is never changed. An architecture that is not written out in :mod:`emmech.engine.blocks` is first
+compared with the model's own forward, and the parts that do not agree are not shared.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from emmech.errors import EmmechError
 
 @dataclass(frozen=True)
 class Shared:
-    """What all variants have in common for some packs.
+    """The part of the work on some packs that all variants share.
 
     Args:
-        state: ``[packs, seq, ...]`` at the cut.
-        places: of the packs.
+        state: the state ``[packs, seq, ...]`` at the cut.
+        places: the places of the packs.
         reads: flat indices into ``[packs * seq]`` of the positions that are read.
     """
 
@@ -52,8 +52,8 @@ class Block:
     """One piece of the result.
 
     Args:
-        variants: positions in the list of chosen variants.
-        readings: per reading in it: its index, and which of ``hidden``'s reads are its own.
+        variants: indices into the list of chosen variants.
+        readings: for each reading in it, its index and which of ``hidden``'s reads are its own.
         hidden: ``[variants, reads, d_model]`` after the final norm (or a block's output, see ``Engine.stop``).
     """
 
@@ -70,7 +70,7 @@ class Engine:
         sites: modules with an adapter in any variant, by full path.
         steering: the layer whose output is steered, or None.
         stop: read this block's output instead of the final norm's.
-        tokens: tokens that go through the upper blocks at once, at most (at least one pack of one variant).
+        tokens: the largest number of tokens that go through the later blocks at once (at least one pack of one variant).
 
     Raises:
         EmmechError: the architecture gives other results in parts than as a whole.
@@ -86,9 +86,9 @@ class Engine:
         tokens: int = 1024,
     ) -> None:
         self.chat, self.sites, self.steering, self.stop, self.tokens = chat, sites, steering, stop, tokens
-        self.rows = VariantWeights()  # what the modules of the upper blocks look at
-        self.branching = True  # several readings in one row
-        self.steps_agree: bool | None = None  # with whole forwards, in decoding; None: not tried
+        self.rows = VariantWeights()  # the weights that the modules of the later blocks use
+        self.branching = True  # whether several readings share a row
+        self.steps_agree: bool | None = None  # whether decoding agrees with whole forwards; None if not yet tried
         self._cut_at(find_frozen(chat, list(sites), steering))
         if not (self.lower.blocks.written and self.upper.written):
             self._settle()
@@ -109,7 +109,7 @@ class Engine:
         self.upper = Blocks(chat, frozen.blocks, last, norm=self.stop is None, edits=edits)
 
     def _settle(self) -> None:
-        """Share as much as agrees with the model's own forward, and branch only where that does."""
+        """Share as much as agrees with the model's own forward, and branch only where branching agrees."""
         found, off = self.frozen, float("inf")
         for frozen in dict.fromkeys((found, Frozen(found.layer, False), Frozen(0, False))):
             self._cut_at(frozen)
@@ -143,7 +143,7 @@ class Engine:
         return worst
 
     def hooks(self, one: VariantWeights) -> list[Hook]:
-        """One variant's adapters (its part of stacked rows) and steering, as hooks on the model's own modules."""
+        """One variant's adapters (its part of the stacked rows) and steering, as hooks on the model's own modules."""
         modules = dict(self.chat.base.named_modules())
         found = [
             (modules[name], adding(lambda x, a=a, b=one.B[name]: (x.to(a.dtype) @ a) @ b))  # type: ignore[misc]
@@ -172,7 +172,7 @@ class Engine:
     # passes
 
     def packs(self, readings: Sequence[Reading]) -> list[Pack]:
-        """The readings grouped into rows with shared prefixes."""
+        """The readings, grouped into rows with shared prefixes."""
         if not self.branching:
             return [packing.tree(readings, [index]) for index in range(len(readings))]
         block = self.chat.blocks[-1]
@@ -186,7 +186,7 @@ class Engine:
         )
 
     def batches(self, packs: Sequence[Pack], variants: int) -> Iterator[list[Pack]]:
-        """Packs of like length together, when the variants alone do not fill a forward."""
+        """Batches of packs of similar length, when the variants alone do not fill a forward."""
         order = sorted(packs, key=len)
         batch: list[Pack] = []
         for one in order:
@@ -197,12 +197,12 @@ class Engine:
         yield batch
 
     def run(self, packs: Sequence[Pack], rows: VariantWeights, variants: int) -> Iterator[Block]:
-        """Every pack under every variant, in pieces."""
+        """Run every pack under every variant, in pieces."""
         for batch in self.batches(packs, variants):
             shared = self.share(batch)
             readings = _own_reads(batch)
             at_once = max(1, self.tokens // shared.state.residual.shape[:2].numel())
-            # even pieces: 24 variants at 17 at once are 12 and 12
+            # the pieces are even: with at most 17 at once, 24 variants are split into 12 and 12
             pieces = -(-variants // at_once)
             edges = np.linspace(0, variants, pieces + 1).round().astype(int).tolist()
             for start, end in itertools.pairwise(edges):
@@ -219,17 +219,17 @@ class Engine:
         return Shared(state, places, torch.from_numpy(np.concatenate(flat)).to(ids.device))
 
     def places(self, packs: Sequence[Pack]) -> tuple[torch.Tensor, Places]:
-        """Token ids ``[packs, seq]``, and where they are."""
+        """Token ids ``[packs, seq]`` and their places."""
         ids, positions = stack(packs, self.chat.device)
         if all(one.ancestors is None for one in packs):
-            return ids, Places()  # plain chains need no mask of ours: what follows a token never changes it
+            return ids, Places()  # plain chains need no mask: later tokens never change a token
         return ids, Places(positions, self.tree_mask(packs))
 
     def tree_mask(self, packs: Sequence[Pack]) -> Any:
-        """The attention mask of packs that branch; by kind of layer where the model has several."""
+        """The attention mask of packs that branch, by kind of layer where the model has several kinds."""
         config, device, dtype = self.chat.config, self.chat.device, self.chat.dtype
         kinds = set(getattr(config, "layer_types", None) or ())
-        # where layers are of one kind, its window (or None) is that of all
+        # where layers are of one kind, its window (or None) applies to all
         full = packing.tree_mask(packs, dtype, device, window=None if kinds else self.chat.parts(0).window)
         if "sliding_attention" not in kinds:
             return full
@@ -239,7 +239,7 @@ class Engine:
     def above(
         self, shared: Shared, rows: VariantWeights, cache: Any = None
     ) -> Float[torch.Tensor, "variants reads d_model"]:
-        """Run the blocks that differ; gradients flow where the caller has them enabled."""
+        """Run the blocks that differ; gradients flow where the caller has enabled them."""
         packs, width = shared.state.residual.shape[:2]
         hidden = self.parted(shared.state, rows)
         variants = len(hidden)
@@ -253,13 +253,13 @@ class Engine:
         return rearrange(out, "(variants reads) d -> variants reads d", variants=variants)
 
     def raised(self, x: torch.Tensor, places: Places, rows: VariantWeights, cache: Any = None) -> torch.Tensor:
-        """Run rows, each group of them under its own variant, through the blocks above where the variants part."""
+        """Run rows, each group of them under its own variant, through the blocks after the cut."""
         self.rows.A, self.rows.B, self.rows.steering = rows.A, rows.B, rows.steering
         with evaluating(self.chat):
             return self.upper(x, places, cache)
 
     def parted(self, state: State, rows: VariantWeights) -> Float[torch.Tensor, "..."] | Int[torch.Tensor, "..."]:
-        """``[variants, packs, seq, ...]`` where the variants part: the residual with each one's own write, or ids."""
+        """``[variants, packs, seq, ...]`` at the cut: the residual with each variant's own write, or token ids."""
         shape = state.residual.shape
         if self.shared_name is None:
             hidden = state.residual.expand(len(rows), *shape)
@@ -276,13 +276,13 @@ class Engine:
         return hidden
 
     def bytes_per_token(self) -> int:
-        """Bytes that one token of one variant takes on its way up, by a count of the arrays that live at once."""
+        """Bytes that one token of one variant needs in the later blocks, from the number of arrays in use at once."""
         chat = self.chat
         return chat.dtype.itemsize * (4 * chat.d_model + max(6 * chat.attention_width, 4 * self.widest))
 
     @property
     def widest(self) -> int:
-        """The largest width of any linear map of a block: the MLP's, where it has one."""
+        """The largest width of any linear map in a block, which is the MLP's where it has one."""
         return max(max(map_widths(module) or (0,)) for module in self.chat.blocks[-1].modules())
 
 
@@ -297,7 +297,7 @@ def _own_reads(packs: Sequence[Pack]) -> tuple[tuple[int, np.ndarray], ...]:
 
 
 def _each(value: Any, variants: int, packs: int) -> Any:
-    """A pack-wise tensor for all rows; one pack broadcasts by itself."""
+    """Repeat a tensor of the packs for all rows; a single pack broadcasts without that."""
     if value is None or packs == 1:
         return value
     if isinstance(value, dict):
