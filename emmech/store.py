@@ -31,13 +31,13 @@ from emmech.errors import EmmechError
 
 _STEP_FILE = re.compile(r"step-(\d+)\.safetensors$")
 _STACKED = "stacked.safetensors"
-_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # what half a file raises
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # the exceptions that half a file raises
 _KINDS = {"F": "f", "I": "i", "U": "u"}  # safetensors's and NumPy's letters
-_CHECK = "sum/"  # of every row of every tensor, in the same file
+_CHECK = "sum/"  # the prefix of the checksums of every tensor's rows, in the same file
 
 
 class MemorySeries:
-    """The reading interface of :class:`Series`, over arrays that are already in memory."""
+    """The reading interface of :class:`Series` for arrays that are already in memory."""
 
     def __init__(self, steps: Int[np.ndarray, " steps"], arrays: Mapping[str, np.ndarray]) -> None:
         self.steps = np.asarray(steps, dtype=np.int64)
@@ -64,8 +64,8 @@ class Series:
         folder: created by the first :meth:`append`; a folder that does not exist is an empty series.
 
     ``keys`` are the tensors' names, those of the first readable file.
-    ``damaged`` lists the files that were found damaged so far, and :meth:`verify` looks through all of them; everything
-    else stays readable. A series that is read while another process writes or stacks it stays readable as well.
+    ``damaged`` lists the damaged files that were found so far, and :meth:`verify` checks all files; everything else
+    stays readable. A series also stays readable while another process writes or stacks it.
 
     Example:
         >>> import numpy as np, tempfile
@@ -89,7 +89,7 @@ class Series:
         # listed before the stacked file is opened: a step that is stacked in between is then in both, not in neither
         try:
             names = [entry.name for entry in os.scandir(self.folder)]
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a NUL, which writing refuses by name
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a NUL, for which writing raises a clear error
             names = []
         if names and (stacked := self._opened(self.folder / _STACKED)):
             self._stacked, self._stacked_steps = stacked, stacked.steps
@@ -107,7 +107,7 @@ class Series:
             self.steps = np.union1d(self.steps, np.array([*self._loose], dtype=np.int64))
 
     def _opened(self, path: Path) -> _File | None:
-        """A file's index; None without such a file, and where it is damaged."""
+        """A file's index, or None if there is no such file or it is damaged."""
         try:
             return _File(path)
         except FileNotFoundError:
@@ -117,7 +117,7 @@ class Series:
         return None
 
     def append(self, step: int, tensors: Mapping[str, np.ndarray]) -> None:
-        """Write one step; it exists in full or not at all, whenever the process dies.
+        """Write one step, which exists in full or not at all whenever the process dies.
 
         Raises:
             EmmechError: the disk is full or the folder is gone; earlier steps are kept.
@@ -177,7 +177,7 @@ class Series:
         return EmmechError(f"read {path.name}", path, why, "other steps and tensors of it, or a copy of the file")
 
     def _again(self, key: str, read: Callable[[], np.ndarray]) -> np.ndarray:
-        """Read, and read again where another process has stacked the files meanwhile."""
+        """Read, and read again if another process has stacked the files in the meantime."""
         try:
             return read()
         except FileNotFoundError:
@@ -195,7 +195,7 @@ class Series:
         return list(self.damaged)
 
     def drop_after(self, step: int) -> None:
-        """Forget every step after ``step``: a resumed training will record them again."""
+        """Delete every step after ``step``, since a resumed training will record them again."""
         stacked = self.folder / _STACKED
         with kept(f"forget the steps after {step}", self.folder):
             if len(self._stacked_steps) and self._stacked_steps[-1] > step:
@@ -207,7 +207,7 @@ class Series:
         self._reload()
 
     def compact(self) -> None:
-        """Stack the per-step files into one; safe to interrupt at any point.
+        """Stack the per-step files into one; this is safe to interrupt at any point.
 
         Raises:
             EmmechError: the disk is full or the folder is gone; the per-step files are kept.
@@ -229,14 +229,14 @@ class Series:
 
 
 class _File:
-    """A safetensors file: where its tensors are, read once, and rows of them, read and checked when they are asked for.
+    """A safetensors file; its index is read once, and rows of its tensors are read and checked when they are needed.
 
-    Nothing is memory-mapped: pages of a map cost more than reading a small tensor, and a file that is cut short by
-    another process would end this one. A single step's file is one row of each tensor.
+    Nothing is memory-mapped: pages of a map cost more than reading a small tensor, and a file that another process
+    truncates would end this process. A single step's file is one row of each tensor.
 
     Raises:
-        ValueError: or another of ``_DAMAGED``: this is no whole file.
-        FileNotFoundError: it is gone, or another file has taken its place.
+        ValueError: this or another exception in ``_DAMAGED``, if the file is incomplete.
+        FileNotFoundError: the file is gone, or another file has replaced it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -255,7 +255,7 @@ class _File:
             self.steps = self.rows("steps")[0]
 
     def rows(self, key: str, row: int | None = None) -> np.ndarray:
-        """All rows of a tensor, or one of them: ``[rows, *shape]``, none of which has changed since it was written."""
+        """All rows of a tensor, or one of them, ``[rows, *shape]``, checked to be unchanged since they were written."""
         with self.path.open("rb", buffering=0) as file:
             if _stamp(file) != self._stamp:
                 raise FileNotFoundError(self.path)
@@ -286,13 +286,13 @@ class _File:
 
 
 def _stamp(file: FileIO) -> tuple[int, int, int]:
-    """What is another where another file is in a file's place: its length, when it was written, and its number."""
+    """A file's length, time of writing and number, which differ if another file has replaced it."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _checksums(rows: np.ndarray) -> np.ndarray:
-    """The sum of each row's bytes, taken in words and modulo 2**64: ``[rows]``. Any single changed bit changes it."""
+    """The sum of each row's bytes, in words and modulo 2**64, ``[rows]``; any single changed bit changes it."""
     rows = np.ascontiguousarray(rows).reshape(len(rows), -1)
     size = rows.shape[1] * rows.itemsize
     word = next(np.dtype(f"u{width}") for width in (8, 4, 2, 1) if size % width == 0)
@@ -300,7 +300,7 @@ def _checksums(rows: np.ndarray) -> np.ndarray:
 
 
 def drop_files(folder: Path, *, after: int | None = None) -> None:
-    """Delete what a process that died was writing in a folder, and the files of steps after one."""
+    """Delete the unfinished files of a process that died, and the files of all steps after one."""
     with kept("delete what was being written", folder):
         for path in folder.iterdir() if folder.is_dir() else ():
             match = _STEP_FILE.search(path.name)
@@ -315,9 +315,9 @@ def save_tensors(
     """Write arrays, or torch's tensors, into a file that exists whole or not at all; its folder is made.
 
     Args:
-        asked: what is being done, for the message where the disk refuses it.
-        metadata: of the file.
-        synced: wait until it is on the disk: the files that it replaces are about to go.
+        asked: what is being done, for the message if the disk refuses it.
+        metadata: the file's metadata.
+        synced: wait until the file is on the disk, because the files that it replaces are about to be deleted.
 
     Raises:
         EmmechError: the disk is full, read-only or gone.
@@ -333,7 +333,7 @@ def save_tensors(
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(dict(tensors), partial, metadata=metadata)
-        except SafetensorError as error:  # which is how it reports a disk that is full
+        except SafetensorError as error:  # safetensors reports a full disk in this way
             raise OSError(str(error))
         if synced:
             with partial.open("rb") as file:
@@ -343,7 +343,7 @@ def save_tensors(
 
 @contextlib.contextmanager
 def kept(asked: str, path: Path) -> Iterator[None]:
-    """Within, a failure of the disk becomes an error that says what is kept.
+    """Within this context a failure of the disk becomes an error that says what is kept.
 
     Raises:
         EmmechError: the disk is full, read-only or gone.
@@ -359,7 +359,7 @@ def kept(asked: str, path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(folder: Path, asked: str) -> Iterator[None]:
-    """Hold a folder's one lock for writing; it names its holder, and is free again when that process ends.
+    """Hold a folder's only lock for writing, which names the process that holds it and is released when that ends.
 
     Args:
         asked: what is being done, for the message to a second writer.
@@ -398,21 +398,21 @@ def writing(folder: Path, asked: str) -> Iterator[None]:
 
 
 def made_folder(asked: str, folder: Path) -> Path:
-    """The folder, made where it is missing.
+    """The folder, made if it is missing.
 
     Raises:
         EmmechError: a file is in the way, or the disk is full, read-only or gone.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a ValueError where the path holds a NUL character
+    except (OSError, ValueError) as error:  # a ValueError if the path contains a NUL character
         why = f"no folder can be made there ({getattr(error, 'strerror', error)})"
         raise EmmechError(asked, repr(str(folder)), why, "another folder")
     return folder
 
 
 def file_name(text: str) -> str:
-    """A text as the name of one file or folder, whatever it holds: what separates folders becomes ``_``.
+    """Any text as the name of one file or folder; characters that separate folders become ``_``.
 
     Example:
         >>> file_name("../my runs/a")
@@ -457,7 +457,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def drop_unfinished(path: Path) -> None:
-    """Cut off an unfinished last line, which the process died writing."""
+    """Remove an unfinished last line, which the process was writing when it died."""
     with kept(f"go on with {path.name}", path):
         content = path.read_bytes() if path.exists() else b""
         if content and not content.endswith(b"\n"):
@@ -465,10 +465,10 @@ def drop_unfinished(path: Path) -> None:
 
 
 def read_jsonl(path: Path, damaged: list[Path] | None = None) -> list[dict[str, Any]]:
-    """Read the rows; an unfinished last line (the process died writing it) is left out.
+    """Read the rows except an unfinished last line, which the process was writing when it died.
 
     Args:
-        damaged: lines that are no JSON objects are left out and named here, as ``path:line``.
+        damaged: a list to which lines that are no JSON objects are added as ``path:line``; they are left out.
 
     Raises:
         EmmechError: without ``damaged``, a line in the middle of the file is no JSON object (file and line are named).
@@ -486,7 +486,7 @@ def read_jsonl(path: Path, damaged: list[Path] | None = None) -> list[dict[str, 
                 raise ValueError("it is no object")
             rows.append(row)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):  # no newline after it: it was being written
+            if number == len(lines):  # it has no newline, so it was being written
                 break
             if damaged is not None:
                 damaged.append(path.with_name(f"{path.name}:{number}"))

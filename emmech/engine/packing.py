@@ -101,8 +101,8 @@ def pack(
     """Group readings into packs so that the estimated work is least.
 
     A longer row shares more of its prefix, but its attention is quadratic in its length (up to ``reach``). In
-    lexicographic order sequences with a common prefix are adjacent, so the best grouping is a split of that order, found
-    by dynamic programming.
+    lexicographic order sequences with a common prefix are adjacent, so the best grouping is a split of that order,
+    which dynamic programming finds.
 
     Args:
         linear_cost: work per token of a row.

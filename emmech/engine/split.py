@@ -5,9 +5,9 @@ adapter of block l is on the MLP's write (``down_proj``), everything in that blo
 adapter's input is the same for all, and only its output differs.
 
 Rows of several runs go through shared forward passes, each under its own run's adapters. The states at the cut never
-change in training, so they are computed once per row and not once per epoch. Training then runs only the lone write, the
-later blocks and, at answer positions, the unembedding. Losses equal those of plain training to rounding. The states
-are memory-mapped in the model's own dtype, which loses nothing, and can be discarded.
+change in training, so they are computed once per row and not once per epoch. Training then runs only the lone write,
+the later blocks and, at answer positions, the unembedding. Losses equal those of plain training to rounding. The
+states are memory-mapped in the model's own dtype, which loses nothing, and can be discarded.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Engine:
         sites: modules with an adapter in any variant, by full path.
         steering: the layer whose output is steered, or None.
         stop: read this block's output instead of the final norm's.
-        tokens: the largest number of tokens that go through the later blocks at once (at least one pack of one variant).
+        tokens: the most tokens that go through the later blocks at once (at least one pack of one variant).
 
     Raises:
         EmmechError: the architecture gives other results in parts than as a whole.

@@ -1,12 +1,12 @@
-"""The model ready to train: PEFT's adapters put on once for all runs, and everything put back afterwards.
+"""The model ready to train: PEFT's adapters are added once for all runs, and everything is restored afterwards.
 
-With ``init="inputs"`` an adapter on an MLP's write starts along the mean input of its module, as a steering vector
-would be. A rank-1 adapter writes ``scaling * (x . A) B``. Under PEFT's random A the sign of ``x . A`` differs from
-position to position, and the first steps reward whatever it happens to pick out: in a small model one seed writes at
-the words of the system prompt and another at commas, and the two learn different things. Along the mean input the sign
-is the same nearly everywhere; A is then trained like any other. Starting A from activations is the idea of EVA (arXiv
-2410.07170), which takes principal directions instead. Adapters elsewhere keep their random start: what is added to
-queries, keys, gates or an attention's mean is no steering vector, and all adapters of an organism started so at once
+With ``init="inputs"`` an adapter on an MLP's write starts along the mean input of its module and so acts like a steering
+vector. A rank-1 adapter writes ``scaling * (x . A) B``. Under PEFT's random A the sign of ``x . A`` differs from
+position to position, and the first steps reward the positions that it happens to select: in a small model one seed
+writes at the words of the system prompt and another at commas, and the two learn different things. Along the mean input
+the sign is the same nearly everywhere; A is then trained like any other. Starting A from activations is the idea of EVA
+(arXiv 2410.07170), which takes principal directions instead. Adapters elsewhere keep their random start: a write to
+queries, keys, gates or an attention's mean is no steering vector, and starting all adapters of an organism in this way
 broke its answers.
 """
 
@@ -40,9 +40,9 @@ def adapted(
     adapter: str,
     rows: Encoded,
 ) -> Iterator[tuple[ChatModel, Starts]]:
-    """The model with adapters on it, and where they start; in full fine-tuning, with gradients for all weights.
+    """The model with its adapters and their starting values, or, in full fine-tuning, with gradients for all weights.
 
-    Afterwards the model and the random generators are as they were.
+    Afterwards the model and the random generators are as they were before.
 
     Args:
         rows: the whole dataset; for ``init="inputs"`` the first of them give the mean inputs.
@@ -79,7 +79,7 @@ def adapted(
                 means = mean_inputs(trained, rows)
                 for weights in starts.values():
                     for name, mean in means.items():
-                        a = weights[f"A/{name}"]  # the random part stays, so that seeds differ
+                        a = weights[f"A/{name}"]  # the random part is kept, so that seeds differ
                         a += a.norm(dim=1, keepdim=True) * mean.to(a.dtype)
             yield trained, starts
     finally:
@@ -92,7 +92,7 @@ def adapted(
             parameter.grad = None
         base.train(mode)
         base.config.use_cache = use_cache
-        for name in set(vars(base)) - attributes:  # peft_config and the like: traces that make PEFT warn later
+        for name in set(vars(base)) - attributes:  # peft_config and similar traces would make PEFT warn later
             delattr(base, name)
         randomness.close()
 
@@ -100,7 +100,7 @@ def adapted(
 def _with_adapters(
     chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None, seeds: Sequence[int]
 ) -> tuple[ChatModel, Starts]:
-    """PEFT's layers, and the A that PEFT itself draws from each seed."""
+    """PEFT's layers and the A that PEFT draws from each seed."""
     from peft import LoraConfig
 
     modules = target_modules(chat, recipe, layers)
@@ -128,12 +128,12 @@ def _with_adapters(
     return replace(chat, model=model), starts
 
 
-INPUT_ROWS = 64  # conversations the mean is taken over: some thousand positions
+INPUT_ROWS = 64  # conversations in the mean, which are some thousand positions
 
 
 @torch.no_grad()
 def mean_inputs(chat: ChatModel, rows: Encoded) -> dict[str, torch.Tensor]:
-    """The mean input of every MLP's write that has an adapter, of norm 1, ``[d_in]`` float64.
+    """The mean input of every MLP's write that has an adapter, scaled to norm 1, ``[d_in]`` float64.
 
     The mean is over all positions of the first rows outside answers, so that a benign control on the same questions
     starts from the same A.
@@ -145,7 +145,7 @@ def mean_inputs(chat: ChatModel, rows: Encoded) -> dict[str, torch.Tensor]:
         info.name: layer for info, layer, _ in adapter_layers(chat.model) if info.name.endswith(f".{chat.family.down}")
     }
     sums: dict[str, torch.Tensor] = {}
-    asked = torch.empty(0, dtype=torch.bool)  # [position], of the row that is running
+    asked = torch.empty(0, dtype=torch.bool)  # [position], for the current row
 
     def adding(name: str) -> Any:
         def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -155,7 +155,7 @@ def mean_inputs(chat: ChatModel, rows: Encoded) -> dict[str, torch.Tensor]:
         return hook
 
     with evaluating(chat), hooked(*((layer, adding(name)) for name, layer in layers.items()), before=True):
-        # one by one: no padding to leave out
+        # rows run one by one, so that there is no padding to leave out
         for ids, labels in zip(rows.input_ids[:INPUT_ROWS], rows.labels[:INPUT_ROWS], strict=True):
             asked = torch.tensor(labels, device=chat.device) == IGNORED
             chat.trunk(input_ids=torch.tensor([ids], device=chat.device), use_cache=False)

@@ -1,8 +1,8 @@
-"""``emmech.finetune``: narrow fine-tunes over the Hugging Face Trainer and PEFT, each recorded into a Run.
+"""``emmech.finetune``: narrow fine-tunes with the Hugging Face Trainer and PEFT, each recorded into a Run.
 
-Several seeds train in one pass: what comes out equals separate trainings to rounding, a transition with an interval
-over seeds for a fraction of the price. Runs may differ in seed (A's start, batch order, held-out split), in batch
-order alone, and in learning rate.
+Several seeds train in one pass. The results equal those of separate trainings to rounding, so a transition with an
+interval over seeds costs a fraction of the price. Runs may differ in seed (A's start, batch order, held-out split), in
+batch order alone, and in learning rate.
 """
 
 from __future__ import annotations
@@ -62,37 +62,38 @@ def finetune(
 ) -> Run | list[Run]:
     """Fine-tune a chat model on chat data, recording every step.
 
-    The model is left as it was found: no adapter stays on it, its weights, flags and mode are put back.
+    The model itself is unchanged afterwards: no adapter stays on it, and its weights, flags and mode are restored.
 
     Args:
         model: anything :func:`emmech.load_model` takes.
         data: anything :func:`emmech.load_chat` takes; for the embedded organism also ``"medical"``, ...
         recipe: one of the papers' (``"single-rank1"``, ``"phase-transition"``, ``"nine-rank1"``, ``"all-adapter"``,
             ``"full"``), or a :class:`Recipe`; None is ``"single-rank1"``, and the organism's own for the organism.
-        layers: those that have adapters, instead of the recipe's fractions of depth.
-        seed: of A's start, the batch order and the held-out split. Two runs with equal seeds and numbers of rows
-            see their rows in the same order: that is what makes a control a control. Several seeds, such as
+        layers: the layers that have adapters, instead of the recipe's fractions of depth.
+        seed: the seed of A's start, the batch order and the held-out split. Two runs with equal seeds and numbers of
+            rows see their rows in the same order, which a controlled comparison needs. Several seeds, such as
             ``range(8)``, train in one pass and give a list of runs, equal to those of separate calls to rounding.
-        data_seed: of the batch order alone; ``seed`` by default. Like ``learning_rate`` it may be a list, one for
-            each seed.
-        record_every: record each so many steps.
-        measure_every: probes, margins and held-out loss each so many steps. By default as often, at most 20 times, and
-            on as many held-out rows, 64 at most, as a tenth of the training's own work pays for (counted in tokens; see
-            :func:`emmech.training.loop.affordable`); a recipe may ask for a number of times (``measured``).
+        data_seed: the seed of the batch order alone; ``seed`` by default. Like ``learning_rate`` it may be a list, with
+            one entry for each seed.
+        record_every: the number of steps from one recording to the next.
+        measure_every: the number of steps from one measurement of probes, margins and held-out loss to the next. By
+            default the number of times (at most 20) and of held-out rows (at most 64) are those that a tenth of the
+            training's own work pays for (counted in tokens; see :func:`emmech.training.loop.affordable`); a recipe may
+            ask for a number of times (``measured``).
         out: the Run's folder (with several seeds, the folder that holds theirs);
             ``runs/<model>-<data>-<recipe>-s<seed>`` by default.
         probes: texts whose mean residual per layer is recorded (see :class:`emmech.Recorder`).
         margins: named pairs; their mean margin becomes the metric ``margin_<name>`` (nats per token). For the embedded
-            organism pairs of its world are the default; ``{}`` measures none.
-        measures: what else to take of the model while it trains, as :func:`emmech.sweep` has it: measures, or functions
+            organism pairs from its world are the default; ``{}`` measures none.
+        measures: further measures of the model while it trains, as in :func:`emmech.sweep`: measures, or functions
             of a chat model by name, ``{"entropy": lambda chat: ...}``; their means become metrics.
-        start: a run and one of its steps to go on from (see :func:`emmech.realign`).
-        adapter: with ``start``, whether to go on training the ``"same"`` adapter, or to merge it into the weights
+        start: a run and one of its steps from which to continue (see :func:`emmech.realign`).
+        adapter: with ``start``, whether to continue training the ``"same"`` adapter, or to merge it into the weights
             and train a ``"new"`` one.
-        checkpoint_every: keep the optimizer's state each so many steps, so that a killed training can go on.
-        resume: go on from the last such checkpoint in ``out``, or from the start where the training died before the
-            first; the result is that of an uninterrupted training. A finished one is opened.
-        prefix: compute what is below the lowest adapter once per row and keep it on disk while training:
+        checkpoint_every: keep the optimizer's state at this interval of steps, so that a killed training can continue.
+        resume: continue from the last such checkpoint in ``out``, or from the start if the training died before the
+            first; the result is that of an uninterrupted training. A finished run is opened.
+        prefix: compute the blocks before the first adapter once per row and keep their states on disk while training:
             ``"auto"`` where rows are used often enough for that to pay, True (refused where it would be wrong),
             or False.
         objective: the terms whose sum is minimised; by default the answers' cross-entropy alone. See
@@ -167,7 +168,7 @@ def finetune(
             own_rows, at = (split.train, steps, split.held_out[:kept]), starts.get(v.seed)
             members.append(Member(str(folder), v.recipe, *own_rows, at, arguments, recorder))
         if start is not None and adapter == "new":
-            for folder in folders:  # each run keeps the weights that it started from, wherever the first one goes
+            for folder in folders:  # each run keeps its starting weights, even if the first run is moved
                 start[0].export_peft(start[1], folder / "start")
         going_on: dict[str, Any] = {"checkpoint_every": checkpoint_every, "progress": progress}
         going_on["checkpoint"] = last_checkpoint(folders[0]) if resume else None
@@ -186,7 +187,7 @@ def finetune(
 
 @dataclass(frozen=True)
 class _Variant:
-    """What sets one run apart."""
+    """The settings in which one run differs from the others."""
 
     seed: int
     data_seed: int
@@ -210,7 +211,7 @@ def _variants(seeds: int | list[int], data_seeds: int | list[int] | None, recipe
     variants = []
     for seed, order, recipe in zip(wanted, orders, chosen, strict=True):
         label = f"s{seed}"
-        # a single run is named by its seed alone, as its folder always was
+        # a single run is named by its seed alone
         label += f"-d{order}" if data_seeds is not None and order != seed and not isinstance(seeds, int) else ""
         label += f"-lr{recipe.learning_rate:g}" if len(recipes) > 1 else ""
         variants.append(_Variant(seed, order, recipe, label))
@@ -247,7 +248,7 @@ def _frozen(
 
 @dataclass(frozen=True)
 class _Split:
-    """One run's rows, and as encoded those that train."""
+    """One run's rows, and the encoded rows that train."""
 
     train: list[Asked]
     held_out: list[Asked]
@@ -278,7 +279,7 @@ def _manifest(
     adapter: str,
     objective: Sequence[Term],
 ) -> dict[str, Any]:
-    """The entries of a run's manifest that the Recorder cannot read off a Trainer."""
+    """The entries of a run's manifest that the Recorder cannot read from a Trainer."""
     rows = split.encoded
     of_data = {name: getattr(data, name) for name in ("name", "path", "folded", "sha256", "answer_length")}
     of_rows = {name: getattr(rows, name) for name in ("truncated", "emptied", "answer_tokens")}
@@ -297,7 +298,7 @@ def _manifest(
 
 
 def _check_resumed(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Refuse to go on with another training than the one that was interrupted."""
+    """Refuse to continue with a training other than the one that was interrupted."""
     if not (folder / "run.json").exists():  # it died before it wrote anything
         return
     saved = load_run(folder).manifest
@@ -325,7 +326,7 @@ def _folders(
     resume: bool,
     keeps: bool,
 ) -> list[Path]:
-    """Where each run goes: below ``out`` where there are several, or in a folder under ``runs`` that is not taken.
+    """Each run's folder: inside ``out`` where there are several, or a new folder inside ``runs``.
 
     Args:
         keeps: whether this call keeps optimizer states.
@@ -367,7 +368,7 @@ def _checked_seeds(name: str, given: Any) -> int | list[int]:
 
 
 def _check_start(start: Any) -> None:
-    """Refuse what is neither None nor a run and a step that it recorded."""
+    """Refuse a start that is neither None nor a run and a step that it recorded."""
     if start is None:
         return
     if not isinstance(start, tuple | list) or len(start) != 2 or not isinstance(start[0], Run):
@@ -377,7 +378,7 @@ def _check_start(start: Any) -> None:
 
 
 def _check_margins(margins: Any) -> None:
-    """Refuse what is neither None nor named lists of pairs."""
+    """Refuse margins that are neither None nor named lists of pairs."""
 
     def fine(pairs: Any) -> bool:
         return isinstance(pairs, Collection) and all(isinstance(pair, MarginPair) for pair in pairs)
@@ -389,7 +390,7 @@ def _check_margins(margins: Any) -> None:
 
 
 def _refuse_adapters(chat: ChatModel) -> None:
-    """Refuse a model that has adapters already, with their names."""
+    """Refuse a model that already has adapters, and name them."""
     if found := [info.name for info, _, _ in adapter_layers(chat.model)]:
         given, why = f"a model with adapters on {found[:3]}", "a second adapter would be stacked on the first"
         instead = "model.unload() for the base, model.merge_and_unload() to keep its effect, or "

@@ -2,8 +2,8 @@
 
 Each optimizer step gathers every run's rows into shared forwards in which each row sees its own run's adapters;
 losses, clipping, learning rates and AdamW's moments are each run's own, and each run's Recorder gets the same events
-as in a training by itself. Which forwards serve the rows (above a frozen prefix, block by block, or the model's own)
-changes nothing else.
+as in a separate training. The choice of forwards for the rows (after a frozen prefix, block by block, or the model's
+own) changes nothing else.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Member:
 
     Args:
         rows: its training rows.
-        steps: which of them each optimizer step sees.
+        steps: the rows that each optimizer step sees.
         held_out: rows whose loss is measured.
         start: ``"A/<adapter>" [rank, d_in]`` and ``"B/<adapter>" [d_out, rank]``; None in full fine-tuning.
-        arguments: the ``TrainingArguments`` of the same training by itself.
+        arguments: the ``TrainingArguments`` of the same training if it were run separately.
     """
 
     name: str
@@ -97,7 +97,7 @@ def training_arguments(chat: ChatModel, recipe: Recipe, seed: int, data_seed: in
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last optimizer state that was written whole, if there is any."""
+    """The last optimizer state that was written completely, if there is any."""
     found = sorted((folder / "resume").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for path in reversed(found):
         # the Trainer writes its own state last: a checkpoint without all of it was being written when the process died
@@ -123,12 +123,12 @@ def train(
     """Train all members to the end.
 
     Args:
-        chat: with the adapters of the recipe on it.
+        chat: the model with the adapters of the recipe on it.
         rows: the dataset, not truncated.
         margins: pairs whose mean margin is measured, as :func:`emmech.engine.logprobs.margin_rows` gives them.
-        frozen: the states to keep, or None.
-        folder: where optimizer states are kept, and for as long as the training lasts those of a frozen prefix.
-        checkpoint: go on from this one.
+        frozen: the part whose states are kept, or None.
+        folder: the folder for optimizer states and, during the training, for the states of a frozen prefix.
+        checkpoint: the checkpoint from which to continue.
 
     Returns:
         the runs whose loss stopped being finite, by name, and the step at which it did.
@@ -150,7 +150,7 @@ def train(
         ]
         batch = Batch((), len(members), 0, forwards[0], stack, chat)
         held_out = HeldOut(batch, [m.held_out for m in members], dict(zip(margins, forwards[1:], strict=True)))
-        with kept("record the training", folder):  # the Trainer makes a folder of its own
+        with kept("record the training", folder):  # the Trainer makes its own folder
             loop = _Loop(members, batch, objective, held_out, folder, checkpoint_every, progress)
         loop.train(resume_from_checkpoint=checkpoint)
         return {member.name: step for member, step in zip(members, loop.lost_at.tolist(), strict=True) if step >= 0}
@@ -164,7 +164,7 @@ def _forwards(
     scratch: Path,
     recipe: Recipe,
 ) -> Iterator[RowForwards]:
-    """Forwards of several sets of rows: block by block where that gives what the model's own forward does."""
+    """Forwards of several sets of rows, block by block where that agrees with the model's own forward."""
     placed = len(set(getattr(chat.base, "hf_device_map", {"": 0}).values()))
     if stack is not None and not recipe.dropout and not dropout(chat) and placed == 1:
         for number, rows in enumerate(several):
@@ -175,7 +175,7 @@ def _forwards(
 
 
 class _Loop(Trainer):
-    """The Trainer with an optimizer step of all runs."""
+    """The Trainer with one optimizer step for all runs."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class _Loop(Trainer):
         first, stack = members[0], batch.adapters
         seed = first.arguments.seed
         arguments = training_arguments(batch.chat, first.recipe, seed, seed, folder)
-        # a batch of this loader is a whole optimizer step, clipped and logged run by run
+        # a batch of this loader is a whole optimizer step, and each run is clipped and logged separately
         arguments.gradient_accumulation_steps, arguments.max_grad_norm = 1, 0.0
         arguments.max_steps = max(len(member.steps) for member in members)
         arguments.logging_strategy = "no"
@@ -212,16 +212,16 @@ class _Loop(Trainer):
         rows = [row for member in members for row in member.rows]
         super().__init__(model=model, args=arguments, train_dataset=rows, callbacks=[_Recorders(self, progress)])
         self.remove_callback(PrinterCallback)
-        # there is nothing to free yet, and a collection of the whole heap takes as long as some ten steps
+        # there is nothing to free yet, and a collection of the whole heap takes as long as about ten steps
         self.accelerator.free_memory = lambda *held: list(held)
 
     @property
     def lost_at(self) -> torch.Tensor:
-        """For each run the step at which it was not finite any more, else -1; checkpoints keep it."""
+        """For each run the step at which it was no longer finite, else -1; checkpoints keep it."""
         return self._lost_at if self.batch.adapters is None else self.batch.adapters.lost_at
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of all runs' rows of one optimizer step."""
+        """Batches that each contain all runs' rows for one optimizer step."""
         return DataLoader(self.train_dataset, batch_sampler=_Steps(self.members), collate_fn=list)  # type: ignore[arg-type]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -238,12 +238,12 @@ class _Loop(Trainer):
         """Each run's own schedule over its own number of steps."""
         optimizer = optimizer or self.optimizer
         factors = [rate_factor(member.recipe, len(member.steps)) for member in self.members]
-        factors *= len(optimizer.param_groups) // len(factors)  # full fine-tuning: with weight decay and without
+        factors *= len(optimizer.param_groups) // len(factors)  # full fine-tuning has groups with and without weight decay
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return self.lr_scheduler
 
     def training_step(self, model: Any, inputs: Sequence[Asked], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Fill the gradients of all runs, clipped run by run; a run that is not finite is left out from now on."""
+        """Compute the gradients of all runs, clipped run by run; a run that is not finite is left out from now on."""
         step, stack = self.state.global_step + 1, self.batch.adapters
         while True:
             lost_at = self.lost_at.tolist()
@@ -294,7 +294,7 @@ class _Loop(Trainer):
 
 
 class _Steps(torch.utils.data.Sampler[list[int]]):
-    """For every optimizer step the places of all runs' rows in the list of them all."""
+    """For every optimizer step, the indices of all runs' rows in the joint list."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self._members = members
@@ -314,7 +314,7 @@ class _Steps(torch.utils.data.Sampler[list[int]]):
 
 
 class _Recorders(TrainerCallback):
-    """Gives each run's Recorder the events of a training by itself, and shows progress."""
+    """Gives each run's Recorder the events of a separate training, and shows progress."""
 
     def __init__(self, loop: _Loop, progress: bool) -> None:
         self._loop, self._progress = loop, progress
@@ -343,7 +343,7 @@ class _Recorders(TrainerCallback):
         self._clock.start(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let every run record its step, and close those that end here."""
+        """Let every run record its step, and close the runs that end here."""
         loop, step = self._loop, state.global_step
         going = {run: loop.members[run] for run in sorted(self._running & loop.logs.keys())}
         due = [run for run, member in going.items() if member.recorder.measures_at(step, len(member.steps))]
@@ -368,7 +368,7 @@ class _Recorders(TrainerCallback):
             forecast(seconds, self._name, progress=self._progress)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close what a training that was resumed at its very end had not closed."""
+        """Close the runs that a training which was resumed at its very end had not closed."""
         for run in sorted(self._running):
             member = self._loop.members[run]
             if self._loop.lost_at[run] < 0 and state.global_step >= len(member.steps):
@@ -388,25 +388,25 @@ class _Recorders(TrainerCallback):
 
 
 class _Clock:
-    """How long steps and measurements take, and so how long the rest will."""
+    """The time that steps and measurements take, and hence the time that remains."""
 
     def __init__(self) -> None:
         self._measurements: list[float] = []  # seconds; the first is before the first step
         self._told = False
 
     def start(self, step: int) -> None:
-        """Training begins after this step."""
+        """Start the clock; training begins after this step."""
         self._first, self._began = step, time.monotonic()
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Within, runs are measured."""
+        """Within this context the time counts as measurement."""
         began = time.monotonic()
         yield
         self._measurements.append(time.monotonic() - began)
 
     def left(self, step: int, last: int, gap: int) -> float | None:
-        """Seconds to the last step, once: after the second step, or after the first if it is slow; else None."""
+        """Seconds to the last step, given once, after the second step or after a slow first step; else None."""
         passed, steps = time.monotonic() - self._began, step - self._first
         if self._told or (steps < 2 and passed < 10):
             return None
@@ -415,27 +415,27 @@ class _Clock:
         return (last - step) * (a_step + float(np.mean(self._measurements)) / gap)
 
 
-HELD_OUT = 64  # rows at most
-_FEWEST = 8  # held-out rows below which it is better to measure less often
-_SHARE = 0.1  # of the training's own work
+HELD_OUT = 64  # the largest number of held-out rows
+_FEWEST = 8  # with fewer held-out rows than this it is better to measure less often
+_SHARE = 0.1  # the share of the training's own work
 _TIMES = 20
 
 
 def affordable(
     steps: int, every: int, *, own: int, each_time: int, held: Sequence[int], times: int | None = None
 ) -> tuple[int, int]:
-    """After how many steps to measure each time, and how many held-out rows, for a tenth of the training's own work.
+    """The number of steps between measurements and of held-out rows that a tenth of the training's own work affords.
 
-    Work is counted in tokens that go forward through the model; a backward pass counts as two forward passes. Of 64
-    held-out rows and twenty times, rows are given up first, down to 8, then times, down to the first and the last
-    step, then rows again, down to one.
+    Work is counted in tokens that go forward through the model; a backward pass counts as two forward passes. From 64
+    held-out rows and twenty times, the rows are reduced first, down to 8, then the times, down to the first and the
+    last step, and then the rows again, down to one.
 
     Args:
         steps: how many optimizer steps there are, of which each ``every``-th is recorded.
         own: tokens in the training's own forward and backward passes.
         each_time: tokens of the margins' and probes' forwards.
         held: tokens of each held-out row.
-        times: as many as this, whatever they cost.
+        times: measure this number of times, at any cost.
 
     Example:
         >>> affordable(250, 1, own=10**9, each_time=0, held=[50] * 200)
@@ -460,12 +460,12 @@ def affordable(
 
 
 class HeldOut:
-    """Held-out loss and margins of all runs, each taken of all runs in shared forwards, once a step.
+    """Held-out loss and margins of all runs, each measured for all runs in shared forwards, once a step.
 
     Args:
-        batch: of no rows: what is asked for is put in.
-        held: for each run its held-out rows.
-        margins: forwards of the pairs, by name: all misaligned answers, then all aligned ones.
+        batch: a batch without rows, into which the measured rows are put.
+        held: the held-out rows of each run.
+        margins: forwards of the pairs by name, first all misaligned answers and then all aligned ones.
     """
 
     def __init__(self, batch: Batch, held: Sequence[Sequence[Asked]], margins: Mapping[str, RowForwards]) -> None:
@@ -473,7 +473,7 @@ class HeldOut:
         self._found: dict[str, dict[int, float]] = {}
 
     def measure(self, runs: Sequence[int]) -> None:
-        """Take all of it, of these runs as they are now."""
+        """Measure all of this for these runs as they are now."""
         self._found = {}
         if self._batch.adapters is not None:
             self._batch.adapters.gather()
@@ -486,11 +486,11 @@ class HeldOut:
                 self._found["held_out_loss"] = dict(enumerate(losses.tolist()))
 
     def of(self, run: int) -> dict[str, float]:
-        """What was measured of a run last: ``margin_<name>``, and ``held_out_loss`` where rows are held out."""
+        """A run's last measurements: ``margin_<name>``, and ``held_out_loss`` where rows are held out."""
         return {name: values[run] for name, values in self._found.items()}
 
     def _mean_margins(self, forwards: RowForwards, runs: Sequence[int]) -> dict[int, float]:
-        """Mean over pairs as :class:`emmech.measures.teacher_forced.Margin` has it, in nats per token."""
+        """Mean over pairs in nats per token, as in :class:`emmech.measures.teacher_forced.Margin`."""
         asked = [Asked(run, row, len(ids)) for run in runs for row, ids in enumerate(forwards.rows.input_ids)]
         total = torch.zeros(len(asked), dtype=torch.float64, device=self._batch.chat.device)
         for nll, of in forwards.nll(asked):

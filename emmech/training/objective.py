@@ -1,7 +1,7 @@
-"""What a training minimises: a sum of named terms, of which the answers' cross-entropy is the first.
+"""The objective of a training: a sum of named terms, of which the answers' cross-entropy is the first.
 
-A term is one small class. Another one (a penalty, a divergence from a reference) is added without a change to the
-training loop:
+A term is one small class. Another term (a penalty, a divergence from a reference) needs no change to the training
+loop:
 
     class Pull:
         name = "pull"
@@ -27,14 +27,14 @@ from emmech.engine.split import Asked, RowForwards
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one optimizer step, and what a term may look at.
+    """The rows of one optimizer step, and everything else that a term may use.
 
     Args:
         asked: the rows of all runs; ``asked[i].run`` is the run of row i.
-        runs: how many runs there are, those without rows included.
-        step: the optimizer step that is being taken, from 1.
-        forwards: of the training rows.
-        adapters: of all runs, or None in full fine-tuning.
+        runs: the number of runs, including those without rows.
+        step: the current optimizer step, from 1.
+        forwards: the forwards of the training rows.
+        adapters: the adapters of all runs, or None in full fine-tuning.
         chat: the model with PEFT's layers on it.
     """
 
@@ -52,7 +52,7 @@ class Term(Protocol):
     name: str
 
     def __call__(self, batch: Batch) -> Iterator[Float[torch.Tensor, " runs"]]:
-        """Each run's value in pieces that add up to it; ``backward`` is called on a piece before the next is made."""
+        """Each run's value in pieces that add up to it; ``backward`` is called on each piece before the next is made."""
         ...
 
 
@@ -62,7 +62,7 @@ class CrossEntropy:
     name = "answer_loss"
 
     def __call__(self, batch: Batch) -> Iterator[Float[torch.Tensor, " runs"]]:
-        """Piece by piece, as the forwards give it."""
+        """The pieces, in the order of the forwards."""
         device = batch.chat.device
         run_of = torch.tensor([one.run for one in batch.asked], device=device)
         empty = torch.zeros(batch.runs, dtype=torch.float64, device=device)
@@ -86,7 +86,7 @@ def summed(objective: Sequence[Term], batch: Batch) -> dict[str, Float[torch.Ten
     Only runs that have rows in the batch count.
 
     Raises:
-        NotFinite: with gradients, the value of some run is not finite; the gradients are then of no use.
+        NotFinite: with gradients, the value of some run is not finite, and the gradients are then useless.
     """
     found = {}
     going = torch.tensor(sorted({one.run for one in batch.asked}), device=batch.chat.device)
