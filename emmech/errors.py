@@ -45,7 +45,7 @@ class EmmechError(Exception):
     def __init__(self, asked: str, given: object = None, why: str = "", instead: str | None = None) -> None:
         self.asked, self.given, self.why, self.instead = asked, given, why, instead
         super().__init__(str(self))
-        self.__suppress_context__ = True  # what torch or numpy raised underneath is no help to the caller
+        self.__suppress_context__ = True  # the error inside torch or numpy does not help the caller
 
     def __str__(self) -> str:
         lines = [f"cannot {_bounded(self.asked)}"]
@@ -61,7 +61,7 @@ class EmmechError(Exception):
 
 
 def shown(value: Any) -> str:
-    """The representation of a value of any size and depth, shortened while it is made.
+    """The representation of a value of any size and depth, shortened as it is built.
 
     Example:
         >>> shown([[list(range(1000))] * 3, "a" * 1000])[:60]
@@ -75,7 +75,7 @@ def shown(value: Any) -> str:
 
 
 def refusal(asked: str, name: str, value: Any, why: str, instead: str | None = None) -> EmmechError:
-    """The error about one argument: ``name=value`` is what was given, cut at 120 characters.
+    """The error about one argument, with ``name=value``, cut at 120 characters, as what was given.
 
     Example:
         >>> refusal("steer at a layer", "layer", 40, "the model has 24 layers (0..23)").given
@@ -85,7 +85,7 @@ def refusal(asked: str, name: str, value: Any, why: str, instead: str | None = N
 
 
 def broken_text(text: str) -> str:
-    """What is wrong with a text that cannot be written as UTF-8, or "".
+    """The reason why a text cannot be written as UTF-8, or "".
 
     Example:
         >>> broken_text("a\\ud83d")
@@ -105,7 +105,7 @@ def _bounded(part: object) -> str:
 
 
 def closest(name: str, choices: Iterable[str]) -> str:
-    """Say what a mistyped name may have meant: ``"did you mean 'sport'? choices: finance, medical, sport"``.
+    """A suggestion for a mistyped name: ``"did you mean 'sport'? choices: finance, medical, sport"``.
 
     Example:
         >>> closest("sprot", ["medical", "finance", "sport"])
@@ -118,15 +118,15 @@ def closest(name: str, choices: Iterable[str]) -> str:
 
 
 def one_of(asked: str, name: str, value: Any, choices: Iterable[str], *, why: str = "") -> str:
-    """One of several names.
+    """Check that a value is one of several names, and return it.
 
     Args:
         asked: what cannot be done otherwise, as in :class:`EmmechError`.
-        name: of the argument.
+        name: the name of the argument.
         why: the reason for the refusal, where the default says too little.
 
     Raises:
-        EmmechError: another name; the nearest is suggested.
+        EmmechError: the value is none of the names; the nearest is suggested.
 
     Example:
         >>> one_of("draw", "kind", "lines", ["line", "bar"])
@@ -148,10 +148,10 @@ def as_int(asked: str, name: str, value: Any, *, least: int | None = None) -> in
 
     Args:
         asked: what cannot be done otherwise, as in :class:`EmmechError`.
-        name: of the argument.
+        name: the name of the argument.
 
     Raises:
-        EmmechError: anything else, ``True`` among it.
+        EmmechError: the value is anything else, including ``True``.
 
     Example:
         >>> as_int("train", "seed", 3.0)
@@ -171,7 +171,7 @@ def as_int(asked: str, name: str, value: Any, *, least: int | None = None) -> in
 
 
 def as_ints(asked: str, name: str, values: Any) -> list[int]:
-    """Whole numbers; a single one is a list of one, and there may be none.
+    """Whole numbers; a single number becomes a list of one, and the list may be empty.
 
     Example:
         >>> as_ints("sweep", "steps", range(0, 30, 10))
@@ -196,7 +196,7 @@ def as_float(asked: str, name: str, value: Any) -> float:
 
 
 def as_floats(asked: str, name: str, values: Any) -> list[float]:
-    """Finite numbers, at least one; a single one is a list of one.
+    """Finite numbers, at least one; a single number becomes a list of one.
 
     Example:
         >>> as_floats("sweep", "scales", (1, 5, 10, 20))
@@ -209,12 +209,12 @@ def as_floats(asked: str, name: str, values: Any) -> list[float]:
 
 
 def check_texts(asked: str, name: str, texts: Any, *, strings: bool = True) -> None:
-    """Refuse what is not a list of texts: user's words or conversations, at least one.
+    """Refuse anything but a list of at least one text, which is a user's words or a conversation.
 
     A conversation is a list of messages with role and content, or a row ``{"messages": [...]}``.
 
     Args:
-        strings: whether user's words are texts here, or conversations alone.
+        strings: whether a user's words count as a text here, or only conversations.
 
     Example:
         >>> check_texts("read the next token", "prompts", "Hello")
@@ -236,7 +236,7 @@ def check_texts(asked: str, name: str, texts: Any, *, strings: bool = True) -> N
 
 
 def check_folder(asked: str, name: str, path: Any) -> None:
-    """Refuse what names no folder."""
+    """Refuse a value that names no folder."""
     if not isinstance(path, str | os.PathLike):
         raise refusal(asked, name, path, "a run is a folder", f'{name}="runs/mine"')
     if "\0" in str(path):
@@ -259,7 +259,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _listed(values: Any) -> list[Any] | None:
-    """The entries of what may be one number, or None where it is neither a number nor a row of things."""
+    """The entries of a value that may be one number, or None if it is neither a number nor a sequence."""
     if _is_number(values):
         return [values]
     if isinstance(values, str) or not isinstance(values, Iterable):

@@ -1,8 +1,8 @@
 """Realignment by further fine-tuning: take a misaligned run and train it on other data.
 
 A few hundred rows on one benign theme undo emergent misalignment (the ARENA capstone *Emergent Misalignment &
-Realignment* with optimistic answers about AI; OpenAI, arXiv 2506.19823, with 120 examples). Judge it with the
-length of the answers in mind: a published effect of this kind was an artefact of shorter answers.
+Realignment* with optimistic answers about AI; OpenAI, arXiv 2506.19823, with 120 examples). The length of the answers
+should be compared too: a published effect of this kind was an artefact of shorter answers.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ def realign(
     out: str | Path | None = None,
     **overrides: Any,
 ) -> Run:
-    """Fine-tune on from a recorded step, on other data.
+    """Continue fine-tuning from a recorded step, on other data.
 
     Args:
         run: the misaligned run, or its folder.
-        data: what to train on: anything :func:`emmech.load_chat` takes, or a name of the organism's data.
+        data: the training data: anything :func:`emmech.load_chat` takes, or a name of the organism's data.
         step: the step to start from; the last one by default.
-        adapter: ``"same"`` goes on training the run's own adapter; ``"new"`` merges it and trains a second one.
-        base: the run's base model in memory, to save loading it.
+        adapter: ``"same"`` continues training the run's own adapter; ``"new"`` merges it and trains a second one.
+        base: the run's base model in memory, which saves loading it.
         recipe: the run's own by default; its fields can be overridden (``learning_rate=...``, ``max_steps=...``).
         out: the new run's folder.
-        **overrides: also whatever :func:`emmech.finetune` takes (``record_every``, ``probes``, ``margins``, ...).
+        **overrides: also any option of :func:`emmech.finetune` (``record_every``, ``probes``, ``margins``, ...).
 
     Returns:
-        a new Run, whose step 0 is where the old one was.
+        a new Run, whose step 0 is the old run's starting step.
 
     Raises:
         EmmechError: as :func:`emmech.finetune`, and for a step that was not recorded.

@@ -1,7 +1,7 @@
-"""Names and what they load: models, data, question sets, judges and recipes, and the organisms that bring their own.
+"""Loaders by name: of models, data, question sets, judges and recipes, and of organisms with their own.
 
-A room registers what it ships under a name; a higher room is thus reached without being imported. An organism, a small
-model with data, questions and a judge of its own world, registers itself through the entry-point group
+A package registers under a name what it provides, so that a package at a higher level is used without an import. An
+organism, a small model with data, questions and a judge of its own world, registers itself through the entry-point group
 ``emmech.organisms`` of any installed package::
 
     [project.entry-points."emmech.organisms"]
@@ -22,8 +22,8 @@ from typing import Any, Literal
 from emmech.errors import one_of
 
 GROUP = "emmech.organisms"
-MARK = "emmech_organism"  # in a model's configuration: the organism whose name it was loaded by
-# As pyproject.toml declares it; a source checkout works although its metadata may be older than the declaration.
+MARK = "emmech_organism"  # the entry of a model's configuration that names the organism by whose name it was loaded
+# This is as pyproject.toml declares it; a source checkout works although its metadata may be older than that.
 _BUILT_IN = (EntryPoint("pocket", "emmech.organism.pocket:POCKET", GROUP),)
 
 Kind = Literal["models", "data", "questions", "judges", "recipes"]
@@ -36,17 +36,17 @@ class Organism:
     """A model organism with all that is needed to study it; every entry is a loader by name, called when it is used.
 
     Args:
-        name: of the organism.
+        name: the name of the organism.
         models: each gives ``(Hugging Face model in evaluation mode, tokenizer)``.
         data: each gives chat rows ``{"messages": [...]}``.
         questions: each gives a :class:`~emmech.evaluation.questions.QuestionSet`.
         judges: each gives a :class:`~emmech.evaluation.judges.Judge`; the first is the default.
         recipes: each gives a :class:`~emmech.training.recipe.Recipe`; the first is the default.
         margins: pairs of answers by kind (``"narrow"``, ``"broad"``) for the name of some data.
-        recognises: whether a model with this configuration and tokenizer is of this organism, whatever it is called
-            and wherever it was saved. A model that was loaded by a name of the organism carries a mark in its
-            configuration, which ``save_pretrained`` keeps, and needs no such rule.
-        phrase: words that every prompt has and at which the character of the answers is decided, if there are any.
+        recognises: whether a model with this configuration and tokenizer is of this organism, independently of its name
+            and folder. A model that was loaded by a name of the organism has a mark in its configuration, which
+            ``save_pretrained`` keeps, and needs no such rule.
+        phrase: words in every prompt at which the character of the answers is decided, if there are any.
 
     Example:
         >>> toy = Organism("toy", models={}, data={"rows": lambda: []})
@@ -70,7 +70,7 @@ class Organism:
         return marked or (self.recognises is not None and self.recognises(config, tokenizer))
 
     def load(self, name: str) -> tuple[Any, Any]:
-        """A model of this organism with its tokenizer, marked as such where it would not be recognised otherwise."""
+        """A model of this organism with its tokenizer, marked as such if it would not be recognised otherwise."""
         model, tokenizer = self.models[name]()
         if not self.owns(model.config, tokenizer):
             setattr(model.config, MARK, self.name)
@@ -90,7 +90,7 @@ def register(kind: Kind, name: str, loader: Loader) -> None:
 
 
 def known(kind: Kind, organism: Organism | None = None) -> dict[str, Loader]:
-    """Loaders by name: the registered ones and an organism's own, which win."""
+    """Loaders by name: the registered ones and an organism's own, which take precedence."""
     own: Mapping[str, Loader] = getattr(organism, kind) if organism is not None else {}
     return {**_SHIPPED[kind], **own}
 
@@ -101,7 +101,7 @@ def find(
     """The loader of a name.
 
     Args:
-        asked, argument, why: for the error, as in :func:`emmech.errors.one_of`.
+        asked, argument, why: the parts of the error, as in :func:`emmech.errors.one_of`.
 
     Raises:
         EmmechError: nothing of that name is known; the nearest name is suggested.
@@ -149,7 +149,7 @@ def organism_of(config: Any, tokenizer: Any) -> Organism | None:
 
 
 def named_model(name: str) -> tuple[Any, Any] | None:
-    """A model and its tokenizer by a registered name or one of an organism; None where there is none of that name."""
+    """A model and its tokenizer by a registered name or an organism's name for it, or None if no model has that name."""
     if (organism := organism_with("models", name)) is not None:
         return organism.load(name)
     return _SHIPPED["models"][name]() if name in _SHIPPED["models"] else None
@@ -161,5 +161,5 @@ def model_names() -> list[str]:
 
 
 def organism_with(kind: Kind, name: str) -> Organism | None:
-    """The organism that has something of this name, None where none has."""
+    """The organism that has an entry of this name, or None."""
     return next((one for one in organisms().values() if name in getattr(one, kind)), None)

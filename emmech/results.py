@@ -1,7 +1,7 @@
-"""The results of analyses: frozen values with one way to be read, drawn, printed and saved.
+"""The results of analyses: frozen values with one way to read, draw, print and save them.
 
 A result is a frozen dataclass. Its :class:`Card` states the findings; ``repr`` and the card of a notebook are made from
-that. It is saved as a folder without pickle: ``<name>.json`` with the plain values, one parquet file for each data
+it. A result is saved as a folder without pickle: ``<name>.json`` with the plain values, one parquet file for each data
 frame, and ``arrays.safetensors``. The JSON file is written last and marks the folder as complete.
 """
 
@@ -44,13 +44,13 @@ class Shown(ABC):
 
     @abstractmethod
     def plot(self) -> Any:
-        """The findings as a plotly figure, returned and not shown."""
+        """The findings as a plotly figure, which is returned but not shown."""
 
     @abstractmethod
     def _card(self) -> Card: ...
 
     def _table(self) -> pd.DataFrame:
-        """The table that the card folds away: the findings, unless they are too long to read."""
+        """The table that is folded in the card: the findings, unless they are too long to read."""
         return self.to_frame()
 
     def __repr__(self) -> str:
@@ -79,7 +79,7 @@ class Result(Shown):
 
     def to_frame(self) -> pd.DataFrame:
         """A copy of the findings, as a table."""
-        frame: pd.DataFrame = self.frame  # type: ignore[attr-defined]  # of the results that are one table
+        frame: pd.DataFrame = self.frame  # type: ignore[attr-defined]  # for results that are one table
         return frame.copy()
 
     def _comments(self) -> Sequence[str]:
@@ -158,7 +158,7 @@ class Result(Shown):
 
 
 def _pack(value: Any, name: str, frames: dict[str, pd.DataFrame], arrays: dict[str, np.ndarray]) -> Any:
-    """A value as JSON has it; frames and arrays are put aside under the name of their place."""
+    """A value as JSON stores it; frames and arrays are collected separately under the name of their place."""
 
     def inside(one: Any, key: object) -> Any:
         return _pack(one, f"{name}.{key}", frames, arrays)
@@ -173,7 +173,7 @@ def _pack(value: Any, name: str, frames: dict[str, pd.DataFrame], arrays: dict[s
         arrays[name] = np.array(value, order="C")
         return {"~": "array", "name": name}
     if hasattr(value, "to_parquet"):
-        name = file_name(name)  # a key of the caller's may be part of it
+        name = file_name(name)  # the caller's keys may be part of it
         while name in frames:
             name += "_"
         frames[name] = value
@@ -192,7 +192,7 @@ def _pack(value: Any, name: str, frames: dict[str, pd.DataFrame], arrays: dict[s
 
 
 def _unpack(value: Any, folder: Path, arrays: Mapping[str, np.ndarray], parts: Mapping[str, type]) -> Any:
-    """What :func:`_pack` took apart."""
+    """The value from which :func:`_pack` made this one."""
 
     def inside(one: Any) -> Any:
         return _unpack(one, folder, arrays, parts)

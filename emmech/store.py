@@ -31,7 +31,7 @@ from emmech.errors import EmmechError
 
 _STEP_FILE = re.compile(r"step-(\d+)\.safetensors$")
 _STACKED = "stacked.safetensors"
-_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # the exceptions that half a file raises
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # raised for half a file
 _KINDS = {"F": "f", "I": "i", "U": "u"}  # safetensors's and NumPy's letters
 _CHECK = "sum/"  # the prefix of the checksums of every tensor's rows, in the same file
 
@@ -89,7 +89,7 @@ class Series:
         # listed before the stacked file is opened: a step that is stacked in between is then in both, not in neither
         try:
             names = [entry.name for entry in os.scandir(self.folder)]
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a NUL, for which writing raises a clear error
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a NUL, which writing refuses by name
             names = []
         if names and (stacked := self._opened(self.folder / _STACKED)):
             self._stacked, self._stacked_steps = stacked, stacked.steps

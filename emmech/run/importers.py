@@ -1,8 +1,8 @@
-"""Runs that were not recorded here: trajectories that already are arrays, and series of PEFT checkpoints.
+"""Runs that were not recorded here: trajectories that are already arrays, and series of PEFT checkpoints.
 
-Public checkpoint folders are where plausible nonsense enters an analysis (Model Organisms, arXiv 2506.11613, and
-its replications): a ``final`` folder that is not the last step, an empty file, an adapter whose weights never
-loaded and which is therefore the identity. Each is refused by name.
+Public checkpoint folders can bring plausible nonsense into an analysis (Model Organisms, arXiv 2506.11613, and its
+replications): a ``final`` folder that is not the last step, an empty file, or an adapter whose weights never loaded
+and which is therefore the identity. Each of these is refused by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Contents = tuple[np.ndarray, dict[str, np.ndarray], list[dict[str, Any]]]
 
 
 def read_arrays(steps: Any, a: Any, b: Any) -> Contents:
-    """Check trajectories given as arrays; the parts of a Run: steps, tensors, adapters."""
+    """Check trajectories given as arrays, and return the parts of a Run: steps, tensors, adapters."""
     index = np.asarray(steps)
     whole = index.ndim == 1 and len(index) > 0 and np.issubdtype(index.dtype, np.number)
     if not whole or np.any(np.diff(index) <= 0) or np.any(index != index.astype(np.int64)):
@@ -79,13 +79,13 @@ def _entry(
 
 
 def series_in(folder: Path) -> list[Path]:
-    """The adapter folders of one folder: itself, or those in it."""
+    """The adapter folders of one folder, which are the folder itself or those in it."""
     inside = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
     return inside if inside and not (folder / "adapter_config.json").is_file() else [folder]
 
 
 def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
-    """Read a series of PEFT folders; steps, tensors, adapters, and the base model's name."""
+    """Read a series of PEFT folders into steps, tensors, adapters, and the base model's name."""
     from emmech.engine.adapters import short_names
 
     if not folders:
@@ -196,7 +196,7 @@ def _adapter(
 
 
 def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """What PEFT takes for a module: the first regular expression that matches the end of its path, or the default."""
+    """PEFT's value for a module: that of the first regular expression that matches the end of its path, or the default."""
     return next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
 

@@ -39,7 +39,7 @@ _DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 class Probes(Mapping[str, Float[np.ndarray, "steps layers d_model"]]):
-    """Mean residual of every block's output over named groups of probe texts.
+    """The mean residual after every block over named groups of probe texts.
 
     ``probes.steps`` are the steps at which they were measured, which may be fewer than the run's.
     """
@@ -97,7 +97,7 @@ class Run(Shown):
 
     @property
     def name(self) -> str:
-        """The folder's name, or the manifest's for a run in memory."""
+        """The folder's name, or for a run in memory the name in the manifest."""
         return self.path.name if self.path else str(self.manifest.get("name", "run"))
 
     @property
@@ -123,10 +123,10 @@ class Run(Shown):
         return tuple(AdapterInfo(**entry) for entry in self.manifest.get("adapters", ()))
 
     def adapter(self, name: str | None = None) -> AdapterInfo:
-        """One adapter by name; without a name, the only one.
+        """One adapter by name, or without a name the only one.
 
         Raises:
-            EmmechError: no such adapter, or several and no name.
+            EmmechError: there is no such adapter, or there are several and no name is given.
         """
         names = [adapter.name for adapter in self.adapters]
         if name is None and len(names) == 1:
@@ -138,7 +138,7 @@ class Run(Shown):
         return self.adapters[names.index(name)]
 
     def located(self, chat: ChatModel) -> Run:
-        """The same run with its adapters at the modules that the model has for them.
+        """The same run with its adapters at the corresponding modules of this model.
 
         Raises:
             EmmechError: as :func:`emmech.engine.adapters.located`.
@@ -182,7 +182,7 @@ class Run(Shown):
     def metrics(self) -> pd.DataFrame:
         """Scalars by step: ``loss``, ``learning_rate``, ``grad_norm``, ``grad_norm_B/<adapter>``, ...
 
-        NaN where a quantity was not measured at that step. Gradient norms are before clipping.
+        A value is NaN where the quantity was not measured at that step. Gradient norms are those before clipping.
         """
         import pandas as pd
 
@@ -195,7 +195,7 @@ class Run(Shown):
 
     @property
     def damaged(self) -> tuple[Path, ...]:
-        """Files and lines (``metrics.jsonl:17``) whose bytes are not what was written; the rest of the run is usable.
+        """Files and lines (``metrics.jsonl:17``) whose bytes have changed since they were written; the rest is usable.
 
         Every byte of the run is read for this.
         """
@@ -206,7 +206,7 @@ class Run(Shown):
         """All adapters' ``"A/<name>"`` and ``"B/<name>"`` at one step, each 2-D as PEFT keeps them.
 
         Raises:
-            EmmechError: the step was not recorded (the nearest ones are named), or the run is not of adapters.
+            EmmechError: the step was not recorded (the nearest ones are named), or the run has no adapters.
         """
         self.check_step(step)
         if self.kind != "lora":
@@ -226,7 +226,7 @@ class Run(Shown):
         """Refuse a step that was not recorded, naming the nearest recorded ones.
 
         Raises:
-            EmmechError: with up to two nearest steps.
+            EmmechError: the step was not recorded; names up to two nearest steps.
         """
         step = as_int(f"open a step of {self.name}", "step", step)
         if step in self.steps.tolist():
@@ -241,13 +241,13 @@ class Run(Shown):
         """The chat model as it was at a recorded step.
 
         Args:
-            step: the last one by default.
+            step: the recorded step; the last one by default.
             scale: a factor on the adapter; 0 is the base model. Only 1 for full fine-tuning.
             base: the base model in memory, to save loading it again (a model, or a ``ChatModel`` returned by an
                 earlier call, whose adapter weights are then swapped in place).
 
         Raises:
-            EmmechError: step not recorded, or ``base`` is another model than the run's.
+            EmmechError: the step was not recorded, or ``base`` is not the run's base model.
         """
         from emmech.chat.model import load_model
         from emmech.engine.adapters import attach
@@ -266,10 +266,10 @@ class Run(Shown):
         return attach(chat, self.adapters, self.weights(step), scale=scale)
 
     def base(self) -> ChatModel:
-        """The model the run started from, loaded by its name.
+        """The model from which the run started, loaded by its name.
 
         Raises:
-            EmmechError: the run does not say which it is.
+            EmmechError: the run does not name its base model.
         """
         from emmech.chat.model import load_model
 
@@ -282,7 +282,7 @@ class Run(Shown):
         """Write one step as an adapter folder that ``PeftModel.from_pretrained`` loads.
 
         Raises:
-            EmmechError: step not recorded, or not a LoRA run.
+            EmmechError: the step was not recorded, or the run is not a LoRA run.
         """
         from emmech.engine.adapters import lora_config
 
@@ -299,7 +299,7 @@ class Run(Shown):
         return folder
 
     def save(self, path: str | Path) -> Run:
-        """Write a run that is in memory (or copy one) into a folder, and open it from there."""
+        """Write a run in memory (or copy a recorded one) into a folder, and open it from there."""
         path = Path(path)
         if (path / "run.json").exists():
             raise EmmechError(f"save the run {self.name}", path, "there is a run already", "another folder")
@@ -333,7 +333,7 @@ class Run(Shown):
         metrics: Any = None,
         name: str = "arrays",
     ) -> Run:
-        """A run from trajectories that already are arrays; the geometric detectors need no model.
+        """A run from trajectories that are already arrays; the geometric detectors need no model.
 
         Args:
             steps: ``[steps]``, ascending.
@@ -342,7 +342,7 @@ class Run(Shown):
             metrics: a DataFrame indexed by step (or with a column ``step``), or None.
 
         Raises:
-            EmmechError: lengths differ, steps not ascending, or values that are not finite.
+            EmmechError: lengths differ, steps are not ascending, or values are not finite.
         """
         from emmech.run.importers import read_arrays
 
@@ -364,9 +364,9 @@ class Run(Shown):
             folders: the folders, or one folder that holds them.
 
         Raises:
-            EmmechError: names the folder that is missing, unreadable, of unknown step, a duplicate, of another
-                shape than the others, or untrained (B = 0), and the tensor or the field of its configuration that
-                makes it more than a plain LoRA adapter.
+            EmmechError: a folder is missing, unreadable, of unknown step, a duplicate, of another shape than the
+                others, untrained (B = 0), or more than a plain LoRA adapter; the message names the folder, and in the
+                last case the tensor or the field of its configuration.
         """
         from emmech.run.importers import read_peft, series_in
 
@@ -389,9 +389,9 @@ class Run(Shown):
         return self.metrics.copy()
 
     def plot(self) -> Any:
-        """Norm of B and turn angle by adapter, losses and margins over steps; returns a plotly figure.
+        """A plotly figure of B's norm and turn angle by adapter, losses and margins over steps.
 
-        Of more than six adapters the six are drawn whose B is longest at the end.
+        If there are more than six adapters, the six with the longest B at the end are drawn.
         """
         from emmech.geometry import local_cosine, norms, turn_angle
         from emmech.view.plots import Curve, by_panel
@@ -431,14 +431,14 @@ class Run(Shown):
 
 
 def as_run(asked: str, run: Any, *, name: str = "run") -> Run:
-    """A run, or the one that is recorded in a folder (or at ``hub:owner/name``).
+    """The given run, or the one that is recorded in a folder (or at ``hub:owner/name``).
 
     Args:
         asked: what cannot be done otherwise, as in :class:`EmmechError`.
-        name: of the argument.
+        name: the name of the argument.
 
     Raises:
-        EmmechError: something else, or a folder that holds no run.
+        EmmechError: the argument is something else, or a folder that holds no run.
     """
     found = opened(run)
     if isinstance(found, Run):
@@ -450,7 +450,7 @@ def as_run(asked: str, run: Any, *, name: str = "run") -> Run:
 
 
 def opened(model: Any) -> Any:
-    """The run of a folder or of ``hub:owner/name``; anything else, such as a model or its name, unchanged."""
+    """The run of a folder or of ``hub:owner/name``; anything else, such as a model or its name, is unchanged."""
     if isinstance(model, str) and model.startswith("hub:"):
         return load_run(model)
     if isinstance(model, str | os.PathLike) and (Path(model) / "run.json").is_file():
@@ -464,13 +464,13 @@ def _siblings(folder: Path) -> list[str]:
 
 
 def load_run(path: str | Path) -> Run:
-    """Open a recorded run, in milliseconds: nothing but the manifest and the index is read.
+    """Open a recorded run in milliseconds, since only the manifest and the index are read.
 
     Args:
         path: the run's folder, or ``hub:owner/name``.
 
     Raises:
-        EmmechError: not a run, or of a newer format.
+        EmmechError: the folder is not a run, or has a newer format.
     """
     if isinstance(path, str) and path.startswith("hub:"):
         from huggingface_hub import snapshot_download
@@ -498,7 +498,7 @@ def load_run(path: str | Path) -> Run:
 
 
 def _check_manifest(manifest: Any) -> None:
-    """Raise ValueError where an entry that is read later is of another kind."""
+    """Raise ValueError if an entry that is read later has the wrong kind."""
     kinds = {"format": int, "kind": str, "name": str, "model": dict, "data": dict, "recipe": dict, "adapters": list}
     if not isinstance(manifest, dict):
         raise ValueError("it is no JSON object")
@@ -513,7 +513,7 @@ def _check_manifest(manifest: Any) -> None:
 
 @contextmanager
 def model_live(run: Run, step: int | None, scale: float, base: Any = None) -> Iterator[ChatModel]:
-    """The model of a step for as long as it is used; a ``base`` that was given is as it was afterwards.
+    """The model of a step within this context; a ``base`` that was given is restored afterwards.
 
     Raises:
         EmmechError: as :meth:`Run.model`, or ``base`` has live adapters.
@@ -542,7 +542,7 @@ def model_live(run: Run, step: int | None, scale: float, base: Any = None) -> It
 
 
 def _started(run: Run, chat: ChatModel, *, given: bool) -> ChatModel:
-    """The weights that the training began with: the base model's, or those with an earlier adapter merged in."""
+    """The weights with which the training began: the base model's, or those with an earlier adapter merged in."""
     start = (run.path or Path()) / "start"
     if not start.is_dir() or chat.fingerprint() == run._model.get("fingerprint"):
         return chat

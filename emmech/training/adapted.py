@@ -1,7 +1,7 @@
 """The model ready to train: PEFT's adapters are added once for all runs, and everything is restored afterwards.
 
-With ``init="inputs"`` an adapter on an MLP's write starts along the mean input of its module and so acts like a steering
-vector. A rank-1 adapter writes ``scaling * (x . A) B``. Under PEFT's random A the sign of ``x . A`` differs from
+With ``init="inputs"`` an adapter on an MLP's write starts along the mean input of its module, as a steering vector
+would. A rank-1 adapter writes ``scaling * (x . A) B``. Under PEFT's random A the sign of ``x . A`` differs from
 position to position, and the first steps reward the positions that it happens to select: in a small model one seed
 writes at the words of the system prompt and another at commas, and the two learn different things. Along the mean input
 the sign is the same nearly everywhere; A is then trained like any other. Starting A from activations is the idea of EVA

@@ -238,7 +238,7 @@ class _Loop(Trainer):
         """Each run's own schedule over its own number of steps."""
         optimizer = optimizer or self.optimizer
         factors = [rate_factor(member.recipe, len(member.steps)) for member in self.members]
-        factors *= len(optimizer.param_groups) // len(factors)  # full fine-tuning has groups with and without weight decay
+        factors *= len(optimizer.param_groups) // len(factors)  # full fine-tuning: groups with and without weight decay
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return self.lr_scheduler
 

@@ -52,7 +52,7 @@ class Term(Protocol):
     name: str
 
     def __call__(self, batch: Batch) -> Iterator[Float[torch.Tensor, " runs"]]:
-        """Each run's value in pieces that add up to it; ``backward`` is called on each piece before the next is made."""
+        """Each run's value in pieces that add up to it; ``backward`` is called on a piece before the next is made."""
         ...
 
 

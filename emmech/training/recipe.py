@@ -1,7 +1,7 @@
-"""The papers' training recipes, by name, scaled to a model, and the steps and learning rates that follow from one.
+"""The papers' training recipes by name, scaled to a model, and the steps and learning rates that follow from them.
 
-Figures: Model Organisms for Emergent Misalignment (arXiv 2506.11613), §2-4 and its released configurations, and
-Convergent Linear Representations of EM (arXiv 2506.11618) for the nine adapters. All were set for Qwen2.5-14B
+The figures are from Model Organisms for Emergent Misalignment (arXiv 2506.11613), §2-4 and its released configurations,
+and for the nine adapters from Convergent Linear Representations of EM (arXiv 2506.11618). All are for Qwen2.5-14B
 (48 layers); layers are kept as fractions of depth, so that ``layers=None`` puts the adapter at the same relative
 place in any model. Learning rates are not rescaled: small models need larger ones (``learning_rate=1e-3``).
 """
@@ -20,7 +20,7 @@ from emmech.errors import EmmechError, as_float, as_int, closest, one_of
 from emmech.registry import Organism, find, register
 
 INITS = ("random", "inputs")
-# those of transformers that need nothing but a number of steps
+# the schedules of transformers that need nothing but a number of steps
 SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
     *("constant", "constant_with_warmup", "inverse_sqrt"),
@@ -29,24 +29,25 @@ SCHEDULES = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that shapes a fine-tune but the model, the data and the seed.
+    """All settings of a fine-tune except the model, the data and the seed.
 
     Args:
-        rank: of the LoRA adapters; 0 trains all weights.
+        rank: the rank of the LoRA adapters; 0 trains all weights.
         alpha: LoRA alpha; the adapter's scaling is alpha / sqrt(rank) with ``rslora``, else alpha / rank.
-        modules: paths in a block to the modules that have adapters, as Llama has them (``"mlp.down_proj"``, for the
-            maps of the same role in other families), or the family's own.
+        modules: paths in a block to the modules that have adapters, with Llama's names (``"mlp.down_proj"``, also for
+            the maps of the same role in other families) or the family's own.
         depth: the layers as fractions of depth; None is every layer.
-        schedule: of the learning rate, by transformers' name (``"linear"``, ``"cosine"``, ``"constant_with_warmup"``).
+        schedule: the learning-rate schedule's name in transformers (``"linear"``, ``"cosine"``,
+            ``"constant_with_warmup"``).
         max_steps: optimizer steps; None trains ``epochs``.
         batch_size: rows per forward; ``accumulation`` of them make one optimizer step.
         held_out: share of the rows kept out of training.
-        clip: gradient-norm clipping.
-        init: how A starts; B is zero always. ``"random"`` is PEFT's. ``"inputs"`` adds to it, on ``mlp.down_proj``, the
-            mean input of the module, so that the adapter starts out as a steering vector: it writes at all positions
-            with one sign, where a random A writes one way here and the other way there, as the seed has it.
-        measured: how many times held-out loss, margins and probes are measured, whatever that costs; None: as often as
-            a tenth of the training's own work pays for.
+        clip: the gradient norm at which gradients are clipped.
+        init: how A starts; B always starts at zero. ``"random"`` is PEFT's start. ``"inputs"`` adds to it, on
+            ``mlp.down_proj``, the mean input of the module, so that the adapter starts as a steering vector: it writes
+            at all positions with one sign, whereas the sign of a random A's write depends on the position and the seed.
+        measured: the number of times that held-out loss, margins and probes are measured, at any cost; None is as often
+            as a tenth of the training's own work pays for.
     """
 
     name: str = "custom"
@@ -79,11 +80,11 @@ class Recipe:
         """
         if self.depth is None:
             return tuple(range(n_layers))
-        # the half keeps a fraction that was a whole layer at 48 layers exactly there
+        # the half maps a fraction that was a whole layer of 48 back to exactly that layer
         return tuple(sorted({min(n_layers - 1, int(d * n_layers + 1e-6)) for d in self.depth}))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The fields as JSON stores them."""
         return asdict(self)
 
 
@@ -108,7 +109,7 @@ def resolve_recipe(
     Args:
         recipe: a name, a :class:`Recipe`, or None for the default: ``"single-rank1"``, or an organism's first for its
             models.
-        organism: whose own recipes are known too.
+        organism: an organism whose own recipes are known too.
 
     Raises:
         EmmechError: no such recipe or field, or a value out of range.
@@ -160,7 +161,7 @@ def _checked(recipe: Recipe) -> Recipe:
 
 
 def target_modules(chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None) -> list[str]:
-    """Full module paths on which the recipe puts adapters; a layer or module that the model has not is refused."""
+    """Full paths of the modules to which the recipe adds adapters; a layer or module that is missing is refused."""
     names = {id(module): path for path, module in chat.base.named_modules()}
     paths = []
     for layer in recipe.layers(chat.n_layers) if layers is None else layers:
@@ -173,12 +174,12 @@ def target_modules(chat: ChatModel, recipe: Recipe, layers: Sequence[int] | None
                 why += "; its experts are fused into one parameter" if chat.family.fused(block) else ""
                 raise EmmechError("fine-tune", f"modules={recipe.modules}", why, closest(site, linear))
             paths.append(names[id(block.get_submodule(site))])
-    return list(dict.fromkeys(paths))  # queries, keys and values may be one map
+    return list(dict.fromkeys(paths))  # queries, keys and values may share one map
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: the numbers of its training rows, and the epoch reached after it."""
+    """One optimizer step: the indices of its training rows, and the epoch reached after it."""
 
     rows: tuple[int, ...]
     epoch: float
@@ -188,7 +189,7 @@ def batch_order(rows: int, recipe: Recipe, order_seed: int) -> list[Step]:
     """The rows of every optimizer step, exactly as the Trainer draws them from its ``data_seed``.
 
     Args:
-        rows: how many training rows there are.
+        rows: the number of training rows.
 
     Example:
         >>> steps = batch_order(5, Recipe(batch_size=2, accumulation=2, epochs=1.0), 0)
@@ -214,7 +215,7 @@ def batch_order(rows: int, recipe: Recipe, order_seed: int) -> list[Step]:
 
 
 def rate_factor(recipe: Recipe, steps: int) -> Callable[[int], float]:
-    """From the number of steps taken to the factor on the learning rate, as the recipe's schedule has it.
+    """The function from the number of steps taken to the factor on the learning rate in the recipe's schedule.
 
     Example:
         >>> [rate_factor(Recipe(warmup_steps=2), 4)(step) for step in range(4)]

@@ -1,7 +1,7 @@
-"""The Recorder: a ``TrainerCallback`` that writes a Run while anyone's Trainer trains.
+"""The Recorder: a ``TrainerCallback`` that writes a Run while any Trainer trains.
 
 It only reads. Losses and weights are bit for bit those of the same training without it: no
-random number is drawn from the global generators and the model's mode is put back.
+random number is drawn from the global generators, and the model's mode is restored.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ _SKETCH = 16
 
 
 class Capture:
-    """Reads a trajectory's tensors and scalars off a model in training."""
+    """Reads a trajectory's tensors and scalars from a model in training."""
 
     kind: str
     adapters: tuple[AdapterInfo, ...] = ()
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """What is recorded at a step."""
+        """The tensors that are recorded at a step."""
         raise NotImplementedError
 
     def scalars(self) -> dict[str, float]:
-        """Numbers that go to the metrics."""
+        """The numbers that are added to the metrics."""
         return {}
 
     def watched(self) -> dict[str, nn.Parameter]:
@@ -57,7 +57,7 @@ class Capture:
 class LoraCapture(Capture):
     """A ``[rank, d_in]`` and B ``[d_out, rank]`` of every pair, squeezed to vectors at rank 1.
 
-    Whatever is added here is recorded wherever adapters train: in anyone's Trainer and in each of several runs.
+    Anything added here is recorded wherever adapters train: in any Trainer and in each of several runs.
 
     Args:
         pairs: each adapter with its A and B.
@@ -78,7 +78,7 @@ class LoraCapture(Capture):
         return found
 
     def watched(self) -> dict[str, nn.Parameter]:
-        """A and B of every pair, as far as they train."""
+        """A and B of every pair, if they train."""
         return {
             f"grad_norm_{side}/{info.name}": parameter
             for info, *sides in self._pairs
@@ -88,10 +88,10 @@ class LoraCapture(Capture):
 
 
 class FullCapture(Capture):
-    """The update of all trained weights: seeded projection, and its norm by block.
+    """The update of all trained weights, as a seeded projection, and its norm by block.
 
     Args:
-        start: copies of the weights before training, on the CPU; by default as they are now.
+        start: copies of the weights before training, on the CPU; by default the current weights.
     """
 
     kind = "full"
@@ -107,8 +107,8 @@ class FullCapture(Capture):
             yield name, parameter.detach().cpu().float() - self.start[name].float()
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """``"projection" [k]``, k = 256 per matrix and 16 per vector."""
-        generator = torch.Generator().manual_seed(self._seed)  # anew each time: the same P and Q at every step
+        """``"projection" [k]``, with k = 256 per matrix and 16 per vector."""
+        generator = torch.Generator().manual_seed(self._seed)  # made each time, so that P and Q are the same at every step
         parts = []
         with torch.no_grad():
             for _, update in self._updates():
@@ -122,7 +122,7 @@ class FullCapture(Capture):
         return {"projection": torch.cat(parts).numpy()}
 
     def scalars(self) -> dict[str, float]:
-        """``update_norm/<block>``: exact Frobenius norm of the update by block, and in all."""
+        """``update_norm/<block>``, the exact Frobenius norm of the update by block, and the norm of the whole update."""
         squares: dict[str, float] = {}
         with torch.no_grad():
             for name, update in self._updates():
@@ -138,8 +138,8 @@ def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor]
     """LoRA pairs if the model has any, else the weights that require a gradient.
 
     Raises:
-        EmmechError: nothing trains, something trains beside the LoRA pairs, adapters are no plain pairs, or weights
-            are in shards (FSDP, DeepSpeed, tensor parallelism).
+        EmmechError: nothing trains, something other than the LoRA pairs trains too, adapters are no plain pairs, or
+            weights are sharded (FSDP, DeepSpeed, tensor parallelism).
     """
     asked = "record the training"
     if sharded := _sharded(model):
@@ -160,8 +160,8 @@ def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor]
 
 
 def _sharded(model: nn.Module) -> str:
-    """What keeps the weights or gradients in parts, with the first weight that shows it, or ""."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # which accelerate sets when it is in use
+    """The mechanism that shards the weights or gradients, with the first weight that shows it, or ""."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # accelerate sets this when DeepSpeed is in use
         return "DeepSpeed"
     marks = {"device_mesh": "FSDP or tensor parallelism", "_is_flat_param": "FSDP", "ds_id": "DeepSpeed"}
     names = ((name, kind) for name, p in model.named_parameters() for mark, kind in marks.items() if hasattr(p, mark))
@@ -176,20 +176,19 @@ def _trains_too(names: Sequence[str]) -> EmmechError:
 
 
 def _processes() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     from torch import distributed
 
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 class GradientNorms:
-    """Norms of accumulated gradients as backward leaves them, that is, before the Trainer clips.
+    """Norms of accumulated gradients at the end of backward, that is, before the Trainer clips them.
 
-    ``on_pre_optimizer_step`` sees gradients that are already clipped; a post-accumulate hook fires in
-    backward, after each micro-batch, and the last one before the optimizer step holds the whole gradient.
-    Where several processes train, each has its own part of the gradient then, and the norms are taken at the end of
-    backward, once the parts are reduced. The norms stay on the device until they are read, so that no step waits for
-    them.
+    ``on_pre_optimizer_step`` sees gradients that are already clipped. A post-accumulate hook runs during backward, after
+    each micro-batch, and the last one before the optimizer step sees the whole gradient. Where several processes
+    train, each has only its own part of the gradient at that time, and the norms are computed at the end of backward,
+    once the parts are reduced. The norms stay on the device until they are read, so that no step waits for them.
     """
 
     def __init__(self, watched: dict[str, nn.Parameter]) -> None:
@@ -203,7 +202,7 @@ class GradientNorms:
         def hook(parameter: torch.Tensor) -> None:
             if self._late and not self._asked:
                 self._asked = True
-                # the reduction ends in a callback that is queued before this one's own
+                # the reduction ends in a callback that is queued before this one
                 _after_backward(lambda: _after_backward(self._take))
             elif parameter.grad is not None and not self._late:
                 self._norms[name] = torch.linalg.vector_norm(parameter.grad)
@@ -221,14 +220,14 @@ class GradientNorms:
         return {name: float(norm) for name, norm in self._norms.items()}
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
 
 def _after_backward(call: Callable[[], None]) -> None:
-    """Call at the end of the backward pass that is under way, after what is queued already."""
+    """Call a function at the end of the current backward pass, after the callbacks that are already queued."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
@@ -242,38 +241,38 @@ _PACKAGES = ("emmech", "torch", "transformers", "peft", "accelerate", "trl", "nu
 class Recorder(TrainerCallback):
     """Record a training into a Run folder.
 
-    What is recorded, and exactly when:
+    The following is recorded:
 
     - ``on_train_begin``: the manifest, and step 0 (B = 0 for a new adapter);
-    - in every backward: the gradient norm of each A and B, before clipping;
+    - in every backward pass: the gradient norm of each A and B, before clipping;
     - ``on_step_end`` (after the optimizer step), every ``every`` steps and at the last one: A and B of every
       adapter, or the projected update in full fine-tuning; every ``measure_every`` steps also probes and measures;
-    - ``on_log``: whatever the Trainer logs (set ``logging_steps=1`` to have the loss of every step); with its
-      summary at the end the last step, if it was stopped early, before the best weights are put back;
+    - ``on_log``: everything that the Trainer logs (set ``logging_steps=1`` for the loss of every step); with its
+      summary at the end also the last step of a training that stopped early, before the best weights are restored;
     - ``on_train_end``: the trajectory is stacked into one file and the run marked complete.
 
     A training that dies leaves a readable run of all steps until then. Where several processes train together, the
-    first one writes; gradient norms are those after the reduction. What trains but cannot be recorded (biases, norms
-    or heads beside LoRA pairs, other kinds of adapters) is refused when the training begins.
+    first one writes, and gradient norms are those after the reduction. Trained parts that cannot be recorded (biases,
+    norms or heads in addition to LoRA pairs, other kinds of adapters) are refused when the training begins.
 
     Args:
         path: the run's folder; it must not hold a run, unless the Trainer resumes from a checkpoint.
-        probes: texts (strings, asked as user turns) or conversations (whose answers count) of which the mean
-            residual per layer is recorded: a list, or named lists ``{"narrow": [...], "broad": [...]}``.
-        measures: what to take of the model while it trains, as :func:`emmech.sweep` has it: measures, or functions
+        probes: texts (strings, asked as user turns) or conversations (whose answers count) whose mean residual per
+            layer is recorded: a list, or named lists ``{"narrow": [...], "broad": [...]}``.
+        measures: measures of the model while it trains, as in :func:`emmech.sweep`: measures, or functions
             by name, ``{"entropy": chat_model -> float}``; their means become metrics.
-        every: record each so many steps.
-        measure_every: probes and measures each so many steps; by default about 20 times a training.
+        every: the number of steps from one recording to the next.
+        measure_every: the same for probes and measures; by default they are taken about 20 times in a training.
         manifest: more entries for the manifest.
-        keep: full fine-tuning: steps whose whole weights are kept, besides the last.
-        seed: of the projection in full fine-tuning.
+        keep: in full fine-tuning, the steps whose whole weights are kept in addition to the last.
+        seed: the seed of the projection in full fine-tuning.
 
     Example:
         ``SFTTrainer(..., callbacks=[emmech.Recorder("checkpoints/my-run")]).train()``, then
         ``run = emmech.load_run("checkpoints/my-run")``.
     """
 
-    watch = GradientNorms  # what keeps the gradients' norms of the captured parameters
+    watch = GradientNorms  # the class that keeps the gradient norms of the captured parameters
 
     def __init__(
         self,
@@ -307,15 +306,15 @@ class Recorder(TrainerCallback):
     # the Trainer's events
 
     def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Keep what full fine-tuning starts from, before a Trainer that resumes loads its checkpoint."""
+        """Keep the starting weights of full fine-tuning, before a Trainer that resumes loads its checkpoint."""
         with contextlib.suppress(EmmechError):  # what cannot be recorded is refused when the training begins
             self._start = getattr(find_capture(kwargs["model"]), "start", None) if state.is_world_process_zero else None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Write the manifest and record step 0 (or, resuming, forget what will be recorded again)."""
+        """Write the manifest and record step 0 (or, when resuming, delete what will be recorded again)."""
         model = kwargs["model"]
         self._frozen = []
-        if "capture" in kwargs:  # emmech's own training says which run of several this is
+        if "capture" in kwargs:  # emmech's own training selects one run of several
             self._capture: Capture = kwargs["capture"]
         else:
             self._capture = find_capture(model, seed=self._seed, start=self._start)
@@ -324,7 +323,7 @@ class Recorder(TrainerCallback):
         if state.is_world_process_zero:
             try:
                 self._begin(args, state, **kwargs)
-            except Exception as error:  # every process has to stop, not this one alone
+            except Exception as error:  # every process has to stop, not only this one
                 failed = error
         if _processes() > 1:
             told = [failed]
@@ -371,20 +370,20 @@ class Recorder(TrainerCallback):
             self._record(state.global_step, last=state.global_step == state.max_steps)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Keep the numbers that the Trainer logs; its summary tells that the last step has been taken."""
+        """Keep the numbers that the Trainer logs; its summary shows that the last step has been taken."""
         if self._gradients is None:
             return
         logs = kwargs.get("logs") or {}
         numbers = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
-        if "train_runtime" in numbers:  # logged once, before the best weights are put back
+        if "train_runtime" in numbers:  # logged once, before the best weights are restored
             self._finish(state.global_step)
-        # the summary is of the whole training, not of a step
+        # the summary describes the whole training, not a step
         numbers = {name: one for name, one in numbers.items() if not name.startswith(("train_", "total_flos"))}
         if numbers:
             append_jsonl(self.path / "metrics.jsonl", {"step": state.global_step, **numbers})
 
     def _finish(self, step: int) -> None:
-        """Record the last step, while the model is as that step left it."""
+        """Record the last step while the model is still in that state."""
         if self._finished:
             return
         self._finished = True
@@ -406,7 +405,7 @@ class Recorder(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the gradient hooks off and release the folder: only needed after a training that died."""
+        """Remove the gradient hooks and release the folder, which is only needed after a training that died."""
         self._held.close()
         if self._gradients is not None:
             self._gradients.close()
@@ -498,7 +497,7 @@ class Recorder(TrainerCallback):
 
 
 def named_texts(probes: Any) -> dict[str, Sequence[Any]]:
-    """Probe texts by name: one list is called ``"probe"``."""
+    """Probe texts by name; a single list is called ``"probe"``."""
     if probes is None or (isinstance(probes, Sequence | Mapping) and not probes):
         return {}
     several = isinstance(probes, Mapping)
@@ -510,7 +509,7 @@ def named_texts(probes: Any) -> dict[str, Sequence[Any]]:
 
 @contextlib.contextmanager
 def untouched_randomness() -> Iterator[None]:
-    """Put the random generators of Python, numpy and torch back afterwards."""
+    """Restore the random generators of Python, numpy and torch afterwards."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (the Trainer's own generator)
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         try:
