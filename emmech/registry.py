@@ -1,8 +1,8 @@
 """Loaders by name: of models, data, question sets, judges and recipes, and of organisms with their own.
 
-A package registers under a name what it provides, so that a package at a higher level is used without an import. An
-organism, a small model with data, questions and a judge of its own world, registers itself through the entry-point group
-``emmech.organisms`` of any installed package::
+A package registers what it provides under a name, so that other code reaches a package on a higher floor without
+importing it. An organism is a small model with data, questions and a judge of its own world; it registers itself
+through the entry-point group ``emmech.organisms`` of any installed package::
 
     [project.entry-points."emmech.organisms"]
     toy = "my_package:TOY"  # an emmech.registry.Organism
@@ -149,7 +149,7 @@ def organism_of(config: Any, tokenizer: Any) -> Organism | None:
 
 
 def named_model(name: str) -> tuple[Any, Any] | None:
-    """A model and its tokenizer by a registered name or an organism's name for it, or None if no model has that name."""
+    """A model and its tokenizer by a registered name or an organism's name, or None if no model has that name."""
     if (organism := organism_with("models", name)) is not None:
         return organism.load(name)
     return _SHIPPED["models"][name]() if name in _SHIPPED["models"] else None

@@ -108,7 +108,7 @@ class FullCapture(Capture):
 
     def tensors(self) -> dict[str, np.ndarray]:
         """``"projection" [k]``, with k = 256 per matrix and 16 per vector."""
-        generator = torch.Generator().manual_seed(self._seed)  # made each time, so that P and Q are the same at every step
+        generator = torch.Generator().manual_seed(self._seed)  # made anew, so that P and Q are the same at every step
         parts = []
         with torch.no_grad():
             for _, update in self._updates():
@@ -122,7 +122,7 @@ class FullCapture(Capture):
         return {"projection": torch.cat(parts).numpy()}
 
     def scalars(self) -> dict[str, float]:
-        """``update_norm/<block>``, the exact Frobenius norm of the update by block, and the norm of the whole update."""
+        """``update_norm/<block>``, the exact Frobenius norm of the update by block, and that of the whole update."""
         squares: dict[str, float] = {}
         with torch.no_grad():
             for name, update in self._updates():
@@ -161,7 +161,7 @@ def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor]
 
 def _sharded(model: nn.Module) -> str:
     """The mechanism that shards the weights or gradients, with the first weight that shows it, or ""."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # accelerate sets this when DeepSpeed is in use
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # accelerate sets this if it is in use
         return "DeepSpeed"
     marks = {"device_mesh": "FSDP or tensor parallelism", "_is_flat_param": "FSDP", "ds_id": "DeepSpeed"}
     names = ((name, kind) for name, p in model.named_parameters() for mark, kind in marks.items() if hasattr(p, mark))
@@ -185,8 +185,8 @@ def _processes() -> int:
 class GradientNorms:
     """Norms of accumulated gradients at the end of backward, that is, before the Trainer clips them.
 
-    ``on_pre_optimizer_step`` sees gradients that are already clipped. A post-accumulate hook runs during backward, after
-    each micro-batch, and the last one before the optimizer step sees the whole gradient. Where several processes
+    ``on_pre_optimizer_step`` sees gradients that are already clipped. A post-accumulate hook runs during backward,
+    after each micro-batch, and the last one before the optimizer step sees the whole gradient. Where several processes
     train, each has only its own part of the gradient at that time, and the norms are computed at the end of backward,
     once the parts are reduced. The norms stay on the device until they are read, so that no step waits for them.
     """
@@ -262,7 +262,7 @@ class Recorder(TrainerCallback):
         measures: measures of the model while it trains, as in :func:`emmech.sweep`: measures, or functions
             by name, ``{"entropy": chat_model -> float}``; their means become metrics.
         every: the number of steps from one recording to the next.
-        measure_every: the same for probes and measures; by default they are taken about 20 times in a training.
+        measure_every: the same for probes and measures, which by default are taken about 20 times in a training.
         manifest: more entries for the manifest.
         keep: in full fine-tuning, the steps whose whole weights are kept in addition to the last.
         seed: the seed of the projection in full fine-tuning.
