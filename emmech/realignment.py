@@ -40,7 +40,7 @@ def realign(
         **overrides: also any option of :func:`emmech.finetune` (``record_every``, ``probes``, ``margins``, ...).
 
     Returns:
-        a new Run, whose step 0 is the old run's starting step.
+        a new Run, whose step 0 is the chosen step of the old one.
 
     Raises:
         EmmechError: as :func:`emmech.finetune`, and for a step that was not recorded.
