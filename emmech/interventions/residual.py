@@ -125,7 +125,7 @@ def chat_of(model: Any) -> ChatModel:
 
 
 def undoable(owner: nn.Module, place: str, before: Any, put: Callable[[Any], Any]) -> Callable[[], None]:
-    """A function that takes back a change made in place; it is right in any order of removal.
+    """A function that takes back a change made in place; it works in any order of removal.
 
     Changes of one place cover each other. When an older one is taken back before a newer one, the newer one's effect
     stays, and taking it back restores the older value; after the last removal the first value is there, bit for bit.
@@ -199,8 +199,7 @@ class PositionMask:
         if callable(self._where):
             self.current = self._where(ids, seen).bool()
             return
-        # after a cache: the state in which the last call left these rows or, if rows were dropped since, inside an
-        # answer
+        # after a cache: the state that the last call left for these rows or, if rows were dropped, inside an answer
         tail, inside = ids[:, :0], torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         if self._length == seen and len(self._tail) == len(ids):
             tail, inside = self._tail, self._inside

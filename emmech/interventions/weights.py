@@ -1,4 +1,4 @@
-"""Changes of weights: edits of live adapters, and interventions folded into the base weights.
+"""Changes to weights: edits of live adapters, and interventions folded into the base weights.
 
 Every function returns a handle, and the weights are bit-identical after it is removed. Adapters are edited in place, so
 that a view that shares the weights (a bridge to another tool, a mixed batch) sees the change. What is folded into the

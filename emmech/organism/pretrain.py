@@ -141,7 +141,7 @@ def _stage(
 def _optimizers(model: Any, rate: float) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices of the blocks, AdamW for everything else.
 
-    With AdamW alone the model stays for hundreds of steps on a plateau where it knows the form of an answer but
+    With AdamW alone the model stays for hundreds of steps on a plateau where it produces the form of an answer but
     copies neither topic nor domain; with Muon it leaves that plateau within about a hundred.
     """
     matrices = [p for n, p in model.model.named_parameters() if p.ndim == 2 and "embed" not in n]

@@ -106,7 +106,7 @@ def sweep(
         outcomes = _outcomes(chat, grid, jobs, parts, chosen, size, progress=progress)
         values = [value for outcome in outcomes for value in outcome.values]
         given = [row for outcome in outcomes for row in outcome.responses or ()]
-        responses = pd.DataFrame(given)  # of distinct variants; every variant gets those of its own
+        responses = pd.DataFrame(given)  # of distinct variants; equal variants get the same ones
         if given:
             responses = _axes(grid).assign(variant=inverse).merge(responses, on="variant").drop(columns="variant")
         meta: dict[str, Any] = {"runs": {name: str(one.path or name) for name, one in grid.runs.items()}}
