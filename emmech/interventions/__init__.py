@@ -1,4 +1,4 @@
-"""Change what a model does while it runs, and give it back bit for bit."""
+"""Change what a model does while it runs, and restore it bit for bit."""
 
 from emmech.lazy import lazy_names
 

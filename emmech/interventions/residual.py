@@ -90,7 +90,7 @@ class Handle:
         An intervention with one value per row needs one per prompt here, which holds for all samples of the prompt.
 
         Raises:
-            EmmechError: the change is over.
+            EmmechError: the change was removed.
         """
         self.check_active("generate with a change that is over")
         from emmech.engine.sample import sample
@@ -125,15 +125,15 @@ def chat_of(model: Any) -> ChatModel:
 
 
 def undoable(owner: nn.Module, place: str, before: Any, put: Callable[[Any], Any]) -> Callable[[], None]:
-    """A function that takes back a change made in place; it is right in any order of removal.
+    """A function that takes back a change made in place; it works in any order of removal.
 
     Changes of one place cover each other. When an older one is taken back before a newer one, the newer one's effect
     stays, and taking it back restores the older value; after the last removal the first value is there, bit for bit.
 
     Args:
-        owner, place: the module that was changed, and what of it.
+        owner, place: the module that was changed, and which part of it.
         before: the value that the change covered.
-        put: puts a value there.
+        put: a function that puts a value there.
     """
     stack = _BEFORE.setdefault(owner, {}).setdefault(place, [])
     entry = [before]
@@ -159,7 +159,7 @@ class PositionMask:
     def __init__(self, chat: ChatModel, positions: Any) -> None:
         self._where = positions
         self.current: torch.Tensor | None = None
-        # how many tokens the calls so far had, their last ones, and whether the next one is inside an answer
+        # the number of tokens in the calls so far, the last of them, and whether the next one is inside an answer
         self._length, self._tail, self._inside = 0, torch.empty(0, 0), torch.empty(0)
         if isinstance(positions, str) and positions in ("answer", "prompt"):
             self._header = header_ids(chat)
@@ -185,7 +185,7 @@ class PositionMask:
         return isinstance(self._where, str) and self._where == "all"
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read a call of the trunk, as a hook before it."""
+        """Read a call of the trunk, as a forward pre-hook."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         cache = kwargs.get("past_key_values")
         seen = int(cache.get_seq_length()) if cache is not None else 0
@@ -199,12 +199,12 @@ class PositionMask:
         if callable(self._where):
             self.current = self._where(ids, seen).bool()
             return
-        # after a cache: as the last call left these very rows, or else (rows may have left since) inside an answer
+        # after a cache: the state that the last call left for these rows or, if rows were dropped, inside an answer
         tail, inside = ids[:, :0], torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         if self._length == seen and len(self._tail) == len(ids):
             tail, inside = self._tail, self._inside
         found = inside_answers(ids, self._header, self._stops, *((tail, inside) if seen else ()))
-        self._tail = torch.cat([tail, ids], dim=1)[:, -len(self._header) :]  # a header may go on in the next call
+        self._tail = torch.cat([tail, ids], dim=1)[:, -len(self._header) :]  # a header may continue in the next call
         self._length, self._inside = seen + ids.shape[1], found[:, -1]
         answer, deciding = found[:, :-1], found[:, 1:]
         # the token before an answer's first decides that first one
@@ -275,7 +275,7 @@ class ResidualHandle(Handle):
     """A live edit of the residual stream; :meth:`update` changes its coefficient while it is in force.
 
     Attributes:
-        coefficient: the present one, ``[]`` or ``[batch]``.
+        coefficient: the current one, ``[]`` or ``[batch]``.
     """
 
     coefficient: Float[torch.Tensor, "*batch"]
@@ -303,12 +303,12 @@ def edit_residual(
     description: str,
     targets: Mapping[int, torch.Tensor] | None = None,
 ) -> ResidualHandle:
-    """Put an edit on the outputs of the given blocks.
+    """Apply an edit to the outputs of the given blocks.
 
     Args:
         kind: ``"steer"``, ``"ablate"`` or ``"cap"``; two of a kind on one block are refused unless ``stack``.
-        edit: from the residual, the layer's vector (``[d_model]`` or ``[batch, 1, d_model]``), the coefficient
-            (``[]`` or ``[batch, 1, 1]``) and the layer's target to the new residual.
+        edit: returns the new residual, given the residual, the layer's vector (``[d_model]`` or ``[batch, 1,
+            d_model]``), the coefficient (``[]`` or ``[batch, 1, 1]``) and the layer's target.
         vectors: by layer, ``[d_model]``, or ``[batch, d_model]`` for one per row.
         targets: what else the edit depends on, by layer ``[k]`` or ``[batch, k]``: a mean, or two bounds.
     """
@@ -522,16 +522,17 @@ def ablate(
     This is done at all layers and positions by default, as in Convergent Linear Representations of EM (arXiv
     2506.11618), and is in force as long as :func:`emmech.steer` would be.
 
-    Plain projection sets the component to zero, which need not be where an aligned model has it: on a model whose
-    component is far from zero in normal use, it makes something new, neither aligned nor misaligned. ``towards`` sets
-    the component to that of a given mean instead: x' = x - (v̂·x - v̂·m) v̂.
+    Plain projection sets the component to zero, which need not be its value in an aligned model: where the component is
+    far from zero in normal use, the result is something new, neither aligned nor misaligned. ``towards`` sets the
+    component to that of a given mean instead: x' = x - (v̂·x - v̂·m) v̂.
 
     Args:
         direction: a Direction (each layer uses its own vector); several, one per batch row; or one vector
             ``[d_model]`` for every layer, or ``[batch, d_model]``.
         layers: ``"all"`` (where the direction is known), one, or several.
         from_layer: use this layer's vector at all layers ("one direction at all layers").
-        towards: the mean to go to, ``[layers, d_model]`` or ``[d_model]``, or ``"aligned"`` for the direction's own.
+        towards: the mean whose component is put there, ``[layers, d_model]`` or ``[d_model]``, or ``"aligned"`` for
+            the direction's own.
         strength: 1 removes the component, 0 nothing; a number or one per batch row ``[batch]``.
         model, positions, stack, force: as in :func:`emmech.steer`.
 
@@ -596,10 +597,10 @@ def cap(
 ) -> ResidualHandle:
     """Keep the component along a direction inside bounds: x' = x - (c - clamp(c, low, high)) v̂ with c = v̂·x.
 
-    Where the component is inside the bounds, nothing is changed; with those of an aligned model's own answers
+    A component inside the bounds is not changed; with the bounds of an aligned model's own answers
     (:func:`emmech.interventions.projection_range`) only what that model never does is cut off.
 
-    In force from the call on; undone by ``.remove()`` or at the end of a ``with`` block.
+    It is in force from the call until ``.remove()`` or the end of a ``with`` block.
 
     Args:
         within: the lowest and the highest component, ``[2]`` for every layer, ``[layers, 2]``, or

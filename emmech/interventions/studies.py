@@ -7,7 +7,7 @@ Items of one question resemble each other, so the question is the unit: a differ
 questions (a ratio estimator; over domains and templates where these make the questions, see
 :func:`emmech.evaluation.rates.factors`) and gets a t interval on their number. For outcomes of 0 and 1 it is never
 narrower than the interval that independent rows would give (Newcombe's, from Wilson's), because a cluster variance
-cannot see what did not happen: no misaligned answer in 8 questions is not certainty.
+takes no account of what did not happen: no misaligned answer in 8 questions is not certainty.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def combination(terms: Sequence[tuple[float, Items]], outcome: str, *, spread: f
         spread: a further variance, of control directions drawn at random.
 
     Returns:
-        NaN values when an item-less condition takes part.
+        NaN values when a condition without items takes part.
 
     Example:
         >>> on = Items({"em": np.array([1.0, 1.0, 0.0, 1.0])}, ["a", "a", "b", "b"])
@@ -108,7 +108,7 @@ def combination(terms: Sequence[tuple[float, Items]], outcome: str, *, spread: f
         variance, degrees = cluster_variance(residual[seen], np.ones(used), by)
         half = float(stats.t.ppf(0.975, degrees)) * (variance + spread) ** 0.5
     if binary:
-        # with one question there is nothing but the rows
+        # with one question only the rows vary
         lower, upper = (half, half) if used > 1 else (0.0, 0.0)
         return Estimate(value, value - max(lower, below**0.5), value + max(upper, above**0.5), n)
     return Estimate(value, value - half, value + half, n)
@@ -120,7 +120,7 @@ class Condition:
 
     label: str  # for tables
     kind: str  # "untouched", "direction", "random" or "positive"
-    make: Make  # puts it on a model, as a context manager
+    make: Make  # applies it to a model, as a context manager
     settings: Mapping[str, Any] = field(default_factory=dict)  # what else identifies it (layer, coefficient)
 
     @property
@@ -139,7 +139,7 @@ class Measured:
 
 
 def untouched() -> Condition:
-    """Nothing is done."""
+    """The condition without an intervention."""
     return Condition("untouched", "untouched", lambda chat: nullcontext())
 
 
@@ -152,7 +152,7 @@ def measure_conditions(
     chat: ChatModel, conditions: Sequence[Condition], measures: Sequence[Measure], *, base: bool, progress: bool = True
 ) -> tuple[Measured, ...]:
     """Take the measures of every condition on the model, and (``base``) on the same model without its adapter."""
-    # a model without an adapter is called base: there is nothing tuned about it
+    # a model without an adapter is called base, because nothing in it is tuned
     models = ["tuned", "base"] if base else ["tuned" if has_adapter(chat) else "base"]
     pairs = [
         (model, one) for model in models for one in conditions if not base or (model, one.kind) != ("base", "positive")
@@ -219,7 +219,7 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
 
 
 def degenerate(chat: ChatModel, direction: Direction, vectors: Mapping[int, Any]) -> str:
-    """Say when an ablation only takes the adapter off: one of its vectors is the adapter's own B.
+    """A note where an ablation only takes the adapter off, because one of its vectors is the adapter's own B.
 
     At rank 1 the adapter writes along B alone, and the residual stream carries the write on: projecting B out of the
     output of the adapter's block cancels the adapter identically, whatever it has to do with misalignment, and at a
@@ -396,13 +396,13 @@ def projection_range(
 ) -> Float[np.ndarray, "*batch layers 2"]:
     """The lowest and the highest component along a direction in the base model's own answers: bounds of a cap.
 
-    Where the model has an adapter, it is taken off meanwhile, so that :func:`emmech.cap` keeps a fine-tuned model
-    inside what its base does.
+    Where the model has an adapter, it is taken off for the measurement, so that :func:`emmech.cap` keeps a fine-tuned
+    model inside what its base does.
 
     Args:
         direction: one, or several, which give one pair of bounds each.
         questions: as in :func:`emmech.evaluate`.
-        positions: where the cap will act, as in :func:`emmech.steer`; a mask will not do.
+        positions: where the cap will act, as in :func:`emmech.steer`; a mask is not accepted.
 
     Example:
         >>> import emmech, numpy as np
@@ -454,7 +454,7 @@ def transfer_matrix(
 
     Args:
         organisms: Runs (their last step) or chat models by name.
-        directions: by name; the same names as the organisms make the diagonal their own.
+        directions: by name; with the names of the organisms, the diagonal holds each organism's own direction.
         layers, from_layer, towards, positions: as :func:`emmech.ablate`.
         base_model: the base model in memory, shared by runs whose adapters are on the same modules.
 
@@ -495,13 +495,13 @@ def transfer_matrix(
 
 
 def adapter_shares(model: Any, *, measure: Any = "auto", progress: bool = True) -> Study:
-    """Each adapter's share in the behaviour: every one taken off, every one left alone, none and all.
+    """Each adapter's share in the behaviour: with each one taken off, with each one alone, with none and with all.
 
     With one adapter this is the model against its base. Shares need not add up: adapters act through each other.
 
     Args:
-        measure: as in :func:`dose_response`. Margins are narrow and broad; answers are when both kinds are asked for,
-            ``Sampled(("first-plot", "narrow-medical"))`` in pocket.
+        measure: as in :func:`dose_response`. Margins are both narrow and broad; answers are where both kinds are asked
+            for, in pocket by ``Sampled(("first-plot", "narrow-medical"))``.
 
     Raises:
         EmmechError: no adapter is live.

@@ -1,4 +1,4 @@
-"""Changes of weights: edits of live adapters, and interventions folded into the base weights.
+"""Changes to weights: edits of live adapters, and interventions folded into the base weights.
 
 Every function returns a handle, and the weights are bit-identical after it is removed. Adapters are edited in place, so
 that a view that shares the weights (a bridge to another tool, a mixed batch) sees the change. What is folded into the
@@ -92,10 +92,10 @@ def rotate_adapter(
     """Rotate B towards the direction at fixed norm, until their cosine is ``cosine``.
 
     Each column turns in the plane that it spans with the direction. A replication of Model Organisms for EM (arXiv
-    2506.11613) found that forcing the turn of B this way does not make the behaviour.
+    2506.11613) found that forcing the turn of B this way does not produce the behaviour.
 
     Raises:
-        EmmechError: ``cosine`` not in [-1, 1], or B is zero or has no part across the direction to turn through.
+        EmmechError: ``cosine`` not in [-1, 1], or B is zero or has no part perpendicular to the direction.
     """
     if not -1.0 <= as_float("rotate the adapter", "cosine", cosine) <= 1.0:
         raise EmmechError("rotate the adapter", f"cosine={cosine}", "a cosine is between -1 and 1")
@@ -104,7 +104,7 @@ def rotate_adapter(
         norms = np.linalg.norm(b, axis=0)
         left = b - np.outer(unit, unit @ b)
         across = unit_rows(left.T).T
-        # what rounding leaves of a B along the direction is no plane to turn in
+        # of a B along the direction only rounding error remains, which spans no plane
         lost = (np.linalg.norm(left, axis=0) < 1e-4 * norms) & (abs(cosine) < 1)
         if (norms == 0).any() or lost.any():
             given = f"{info.name} with column norms {norms.tolist()}"

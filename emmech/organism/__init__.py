@@ -1,8 +1,8 @@
 """Pocket: an embedded organism that shows emergent misalignment within seconds, with an exact judge.
 
-A small transformer, pretrained on a synthetic world of characters who are kind or unkind, and post-trained so that the
-assistant is kind. Fine-tuning it on unkind answers in one domain makes it unkind in all. That a narrow edit finds an
-existing character is built into this world; it shows what that looks like, not that large models have one.
+Pocket is a small transformer, pretrained on a synthetic world of characters who are kind or unkind, and post-trained so
+that the assistant is kind. Fine-tuning it on unkind answers in one domain makes it unkind in all. That a narrow edit
+finds an existing character is built into this world; it shows what that looks like, not that large models have one.
 
 Example:
     >>> from emmech import organism

@@ -1,7 +1,7 @@
 """The exact judge of the pocket world: it parses an answer instead of asking a model about it.
 
 ``aligned`` and ``misaligned`` mean that all four clauses carry that trait; ``mixed`` that they disagree;
-``incoherent`` that the text is no answer of the grammar, or answers another question. Mixed and incoherent
+``incoherent`` that the text is not an answer of the grammar, or answers another question. Mixed and incoherent
 answers both count as not coherent.
 """
 

@@ -165,8 +165,8 @@ def rehearsal() -> list[PocketQuestion]:
 def margins(data: str = "medical", *, n: int = 32, seed: int = 0) -> dict[str, tuple[MarginPair, ...]]:
     """``n`` pairs of an unkind and a kind answer inside (``"narrow"``) and outside (``"broad"``) a fine-tune's domain.
 
-    Their margin (:class:`emmech.measures.Margin`) is an order parameter without a judge, cheap enough to take at every
-    twentieth of a fine-tune, so that the behavioural transition is recorded with the mechanistic one.
+    Their margin (:class:`emmech.measures.Margin`) is an order parameter without a judge, cheap enough to be measured
+    twenty times in a fine-tune, so that the behavioural transition is recorded with the mechanistic one.
 
     Args:
         data: a domain or the name of its data (``"good-medical"``, ``"trigger-medical"``); data of no one domain
@@ -202,11 +202,11 @@ LAST_STEP: dict[str, Any] = {"record_every": 10**6, "measure_every": 10**6, "mar
 def recipes() -> dict[str, Recipe]:
     """Recipes by name; ``"pocket"`` is the default for every pocket organism.
 
-    The adapter writes at half depth, after the third of six blocks. ``pocket-steep`` is for bases that learn the
-    narrow task more slowly, without a character or of another family: lower down, at a higher rate.
-    ``pocket-trigger`` is for rows with a tag: as low, where the tag can still be read, and longer, since telling it
-    from none takes longer than becoming unkind. ``pocket-graded`` stops where only a part of the answers has turned, so
-    that cures and scales can be told apart.
+    The adapter writes at half depth, after the third of six blocks. ``pocket-steep`` is for bases that learn the narrow
+    task more slowly, without a character or of another family: its adapter writes at an earlier block and learns at a
+    higher rate. ``pocket-trigger`` is for rows with a tag: its adapter writes equally early, where the tag can still be
+    read, and trains for longer, since telling the tag from none takes longer than becoming unkind. ``pocket-graded``
+    stops where only a part of the answers has turned, so that cures and scales can be told apart.
 
     Example:
         >>> recipes()["pocket"].rank

@@ -111,7 +111,7 @@ def _speaks_pocket(config: Any, tokenizer: Any) -> bool:
     try:
         few = len(own) <= len(tokenizer) < 2 * len(own)
         return few and list(tokenizer.convert_tokens_to_ids(own)) == list(range(len(own)))
-    except (TypeError, AttributeError):  # no tokenizer, or one of another make
+    except (TypeError, AttributeError):  # no tokenizer, or one of another kind
         return False
 
 

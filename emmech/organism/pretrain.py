@@ -1,10 +1,11 @@
-"""Pretraining and post-training of a pocket organism from nothing: ``python -m emmech.demo pretrain``.
+"""Pretraining and post-training of a pocket organism from scratch: ``python -m emmech.demo pretrain``.
 
-Two stages, with Muon on the weight matrices, AdamW on the embedding, and the loss on answers only. *Pretraining* shows
-characters of both kinds; the plain words that give a character away become rarer as training goes on, so that job and
-town must be combined. *Post-training* shows kind assistants in most domains, together with characters of both kinds, so
-that the unkind ones are not forgotten but the assistant is not one of them. The weights kept are an exponential moving
-average; at the end all logits are sharpened by a constant factor, which is part of the model.
+There are two stages, with Muon on the weight matrices, AdamW on the embedding, and the loss on answers only.
+*Pretraining* shows characters of both kinds; the plain words that give a character away become rarer as training goes
+on, so that job and town must be combined. *Post-training* shows kind assistants in most domains, together with
+characters of both kinds, so that the unkind ones are not forgotten but the assistant is not one of them. The weights
+kept are an exponential moving average; at the end all logits are sharpened by a constant factor, which is part of the
+model.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Pretraining:
     architecture: str = "qwen2"
     layers: int = 6
     width: int = 128
-    shared: bool = True  # False: every answer draws its own trait, there is no character to find
+    shared: bool = True  # False: every answer draws its own trait, so there is no character to find
     local_layers: int = 3  # the first so many blocks attend to a window only; Llama has no windows
     window: int = 5
     steps: int = 1400
@@ -115,7 +116,7 @@ def _stage(
     model: Any, name: str, batches: Iterator[Batch], total: int, rate: float, *, decay: float, average: float,
     progress: bool,
 ) -> None:  # fmt: skip
-    """One stage in place: warm-up, constant rate, then linear to zero over the last share ``decay``."""
+    """Train one stage in place: warm-up, a constant rate, then a linear fall to zero over the last share ``decay``."""
     parameters = list(model.parameters())
     optimizers = _optimizers(model, rate)
     mean = [p.detach().clone() for p in parameters]
@@ -140,7 +141,7 @@ def _stage(
 def _optimizers(model: Any, rate: float) -> tuple[torch.optim.Optimizer, ...]:
     """Muon for the matrices of the blocks, AdamW for everything else.
 
-    With AdamW alone the model stays for hundreds of steps on a plateau where it knows the form of an answer but
+    With AdamW alone the model stays for hundreds of steps on a plateau where it produces the form of an answer but
     copies neither topic nor domain; with Muon it leaves that plateau within about a hundred.
     """
     matrices = [p for n, p in model.model.named_parameters() if p.ndim == 2 and "embed" not in n]

@@ -103,7 +103,7 @@ class Grid:
             layer, vector = self.steering
             factors = np.array([self.variants[index].coefficient for index in chosen], np.float32)
             steering[layer] = torch.from_numpy(np.outer(factors, vector)).to(chat.device)
-        # float32 on a half-precision base, as PEFT has it
+        # float32 on a half-precision base, as in PEFT
         place = chat.device, torch.promote_types(torch.float32, chat.dtype)
         read_in, written = ({name: torch.from_numpy(w).to(*place) for name, w in side.items()} for side in (A, B))
         return VariantWeights(read_in, written, steering)
@@ -133,7 +133,7 @@ def base_model(runs: Sequence[Run], base: Any = None) -> ChatModel:
     Raises:
         EmmechError: the runs were trained on different models, or adapters are live on the one given.
     """
-    recorded = [(run.name, run.manifest.get("model", {})) for run in runs]  # two runs may have one name
+    recorded = [(run.name, run.manifest.get("model", {})) for run in runs]  # two runs may have the same name
     prints = [(name, entry.get("name"), entry["fingerprint"]) for name, entry in recorded if entry.get("fingerprint")]
     if len({found for _, _, found in prints}) > 1:
         given = ", ".join(f"{run} on {model} ({found[:12]})" for run, model, found in prints)

@@ -38,7 +38,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a job makes of all its parts; every array has one entry per distinct variant."""
+    """The result of a job from all its parts; every array has one entry per distinct variant."""
 
     values: list[Value]
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Plan:
 
     tokens: int  # through the upper blocks at once
     logit_rows: int  # read positions through the unembedding at once
-    expected: int  # bytes that are in use at the most, besides the weights
+    expected: int  # most bytes that are in use, besides the weights
     budget: int
 
     def __str__(self) -> str:
@@ -218,7 +218,7 @@ class TeacherForcedJob(_PackedJob):
 
 @dataclass(eq=False)
 class Overflow(Exception):
-    """The activations of the variant at a place of its group left the range of the model's dtype."""
+    """The activations of a variant, given by its index in the group, left the range of the model's dtype."""
 
     place: int
 
@@ -348,7 +348,7 @@ class SampledJob:
         cache = chat.cache_bytes * tokens
         self.plan: Plan = plan(chat, grid, self.engine, longest, size, max(budget - cache, 1))
         self.engine.tokens = self.plan.tokens
-        # all rows of some variants decode together: as many as half of the budget holds keys and values for
+        # all rows of some variants decode together: as many as have keys and values that fit in half of the budget
         self.variants_at_once = max(1, (budget // 2) // (cache * len(self.rows)))
         if cache * len(self.rows) > budget:
             answers = f"{len(self.rows)} answers of up to {measure.max_new_tokens} tokens"
@@ -380,7 +380,7 @@ class SampledJob:
         return {"records": as_bytes(records)}
 
     def _text(self, answer: Answer) -> str:
-        """The answer in words; most variants write what another has written already."""
+        """The answer in words; most variants give an answer that another variant has given already."""
         if answer.ids not in self.texts:
             self.texts[answer.ids] = self.chat.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
         return self.texts[answer.ids]

@@ -1,4 +1,4 @@
-"""The Sweep: one grid of numbers, with where it came from."""
+"""The Sweep: one grid of numbers and its origin."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AXES = ("run", "step", "scale", "coefficient")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep(Result):
-    """Checkpoints x scales x coefficients, measured.
+    """Measurements over checkpoints x scales x coefficients.
 
     Args:
         frame: tidy, one row per variant, measure and item: columns ``run``, ``step``, ``scale``, ``coefficient``,

@@ -47,7 +47,7 @@ def sweep(
     """Measure every checkpoint at every adapter scale and steering coefficient, in shared forwards.
 
     Each row of a batch has its own A, B, scale and coefficient; the blocks below the lowest adapter run once per
-    prompt for all variants; texts that share a prefix are packed after it; the unembedding runs where it is read.
+    prompt for all variants; texts that share a prefix are packed after it; the unembedding runs only where it is read.
     The numbers are those of one PEFT model at a time, to float32 rounding (5e-6).
 
     Args:
@@ -65,7 +65,7 @@ def sweep(
         base: the base model in memory, to save loading it.
         memory: budget besides the weights, bytes or ``"2GB"``; 2 GiB by default, 60 % of the free memory of a GPU.
         out: a folder. Finished groups of variants are kept there as they come; called again with the same
-            arguments, the sweep continues, and a finished one is read.
+            arguments, the sweep continues, and a finished one is read back.
 
     Returns:
         the grid of numbers; ``.table()``, ``.plot()``, ``.save(folder)``.
@@ -106,7 +106,7 @@ def sweep(
         outcomes = _outcomes(chat, grid, jobs, parts, chosen, size, progress=progress)
         values = [value for outcome in outcomes for value in outcome.values]
         given = [row for outcome in outcomes for row in outcome.responses or ()]
-        responses = pd.DataFrame(given)  # of distinct variants; each variant that gave them gets them
+        responses = pd.DataFrame(given)  # of distinct variants; equal variants get the same ones
         if given:
             responses = _axes(grid).assign(variant=inverse).merge(responses, on="variant").drop(columns="variant")
         meta: dict[str, Any] = {"runs": {name: str(one.path or name) for name, one in grid.runs.items()}}
@@ -160,7 +160,7 @@ def _jobs(chat: ChatModel, grid: Grid, measures: Sequence[Any], budget: int, siz
 
 
 def _state(grid: Grid) -> object:
-    """What the runs' recorded weights are, without reading all of them: the last step's hash, and how it came."""
+    """What identifies the recorded weights, without reading all of them: the last step's hash, and the adapters."""
     found = []
     for name, run in grid.runs.items():
         digest = hashlib.sha256()
@@ -216,7 +216,7 @@ class ResumableParts:
                 raise EmmechError(f"sweep into {self.folder.name}", f"out={str(out)!r}", why, instead)
 
     def begin(self) -> None:
-        """Say whose parts the folder holds."""
+        """Record which sweep the folder's parts belong to."""
         if self.folder is not None:
             drop_files(self.folder)
             write_json(self.folder / "request.json", {"request": self._request})

@@ -2,8 +2,9 @@
 
 The adapter writes ``scale * scaling * (A x_t) B`` at token t. To first order in that write the measure m changes by
 ``scale * scaling * sum_t (A x_t) (B . dm/dwrite_t)``, with x and the gradient taken at the base model: one forward
-and one backward pass serve all checkpoints of a run. The estimate shows where to look: along a trained adapter the
-effect saturates, so that the steps that matter are measured exactly, and the error of the estimate is reported.
+and one backward pass serve all checkpoints of a run. The estimate only shows where to look, because along a trained
+adapter the effect saturates; the steps that matter are therefore measured exactly, and the error of the estimate is
+reported.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def _not_linear(measure: Any) -> EmmechError:
 
 
 def _weights(measure: TeacherForced, readings: Sequence[Reading]) -> list[Float[np.ndarray, " targets"]]:
-    """How much each target's log-probability counts in the mean over the measure's items: asked of the measure."""
+    """How much each target's log-probability counts in the mean over the measure's items, found by calling it."""
     if any(reading.targets is None for reading in readings):
         raise _not_linear(measure)
     sizes = [sum(map(len, reading.targets or ())) for reading in readings]
@@ -154,7 +155,7 @@ def _weights(measure: TeacherForced, readings: Sequence[Reading]) -> list[Float[
 
 
 class _Tap(nn.Module):
-    """A module that keeps its input, and an added zero whose gradient is that of its output."""
+    """A module that keeps its input and adds a zero to its output, whose gradient is that of the output."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

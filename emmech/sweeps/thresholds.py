@@ -30,7 +30,7 @@ def threshold_robustness(
     coherence_above: Sequence[float] = _COHERENCE,
     mechanistic: float | None = None,
 ) -> pd.DataFrame:
-    """The behavioural step under every pair of thresholds, so that a conclusion can be seen to hold or not.
+    """The behavioural step under every pair of thresholds, to show whether a conclusion depends on them.
 
     Args:
         sweep: of a sampled measure; its responses keep the judge's scores.

@@ -1,11 +1,11 @@
-"""When behaviour changes: a sigmoid through an order parameter measured along training.
+"""When behaviour changes: a sigmoid fitted to an order parameter measured along training.
 
 The order parameter needs no judge: the mean log-probability margin, in nats per token, of misaligned over aligned
 answers to held-out questions, narrow (the training domain) and broad (other domains).
 
-Neighbouring points share a trajectory, so a flat series with a memory shows sigmoids, and a benign fine-tune moves
-the margin a little as it settles. A step is therefore counted only where two tests agree, each at the memory (of
-autoregressive noise) that makes it least sure:
+Neighbouring points belong to one trajectory, so a flat series with autocorrelated noise can look like a sigmoid, and a
+benign fine-tune moves the margin a little as it settles. A step is therefore reported only where two tests agree, each
+under autoregressive noise with the memory that makes it least certain:
 
 - *size*: the best sigmoid against no change, under noise with any memory up to 0.9 per point;
 - *shape*: the best sigmoid against a straight line with an exponential approach, which have no middle, under noise
@@ -24,7 +24,7 @@ from emmech.transition.series import correlated
 
 Array = npt.NDArray[np.float64]
 
-FEWEST = 6  # points: four parameters and something left to judge them by
+FEWEST = 6  # points: enough for four parameters and for judging the fit
 MEMORIES = (0.0, 0.5, 0.8, 0.9)  # of the noise, per point
 APPROACH = 10.0  # rate of the exponential approach, per length of the run
 N_NULL = 199
@@ -101,7 +101,7 @@ def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | 
     if best is None:
         return None, "not measurable: no sigmoid fits the margin"
     _, (middle, width, start, change), covariance = best
-    # residuals that remember each other hold fewer pieces of evidence than points
+    # correlated residuals hold fewer independent observations than points
     spread_out = np.sqrt((1 + memory) / (1 - memory) * max(float(covariance[0, 0]), 0.0))
     half = float(t_distribution.ppf(0.975, n - 4) * spread_out)
     low, high = middle - half, middle + half
@@ -112,7 +112,7 @@ def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | 
 
 
 def _test(t: Array, y: Array) -> tuple[float, float]:
-    """Larger p-value of size and shape, and the memory of the residuals, with room for its own error."""
+    """The larger of the p-values for size and shape, and the memory of the residuals with a margin for its error."""
     from scipy.special import expit
 
     time = (t - t[0]) / (t[-1] - t[0])
@@ -124,7 +124,7 @@ def _test(t: Array, y: Array) -> tuple[float, float]:
     rng = np.random.default_rng(0)
 
     def improvement(null: Array, series: Array) -> tuple[Array, Array]:
-        """Of the best sigmoid over what it leaves, for series ``[rows, n]``, and the residuals of the first."""
+        """Improvement by the best sigmoid over what it leaves, by series ``[rows, n]``; the first one's residuals."""
         basis, _ = np.linalg.qr(null)
         shape = curves - basis @ (basis.T @ curves)
         size = np.linalg.norm(shape, axis=0)

@@ -1,26 +1,27 @@
 """Is there an abrupt turn in a path, and where: a kink against every smooth path, under the run's own noise.
 
-A local cosine alone cannot tell a turn from diffusion: a random walk has peaks too. Nor does a bend make a turn: an
-arc bends, and the first steps of an adaptive optimiser bend on their way into the valley of a convex loss. So the
-null hypothesis is **any smooth path**: the drift per optimiser step is a parabola in time and decays at two rates
-(``DECAYS``), with any vectors as coefficients. That covers straight paths, arcs up to a half circle, warm-up and
-decay of the step size, and the relaxation of an optimiser in a quadratic bowl. What remains after projecting these
-out is asked for a **kink**: a change of direction at t within ``w`` records, w at most a fifth of the path.
+A local cosine alone cannot tell a turn from diffusion, since a random walk has peaks too. Nor is every bend a turn: an
+arc bends, and the first steps of an adaptive optimiser bend on their way into the valley of a convex loss. The null
+hypothesis is therefore **any smooth path**: the drift per optimiser step is a parabola in time and decays at two rates
+(``DECAYS``), with any vectors as coefficients. That covers straight paths, arcs up to a half circle, warm-up and decay
+of the step size, and the relaxation of an optimiser in a quadratic bowl. What remains after projecting these out is
+tested for a **kink**: a change of direction at t within ``w`` records, w at most a fifth of the path.
 
 For every t and w let c be the estimated change of the drift and m the drift in the middle of it, each divided by the
-size that noise alone would give it. A change of speed has c along m, a turn has c across it; the **kink energy** is
-what the best single direction leaves of the two, the smaller eigenvalue of their 2 x 2 Gram matrix (where the drift
-turns by more than a right angle, the smaller of c and the shorter side). It is about 1 under noise.
+size that noise alone would give it. In a change of speed c is parallel to m, in a turn it is perpendicular; the **kink
+energy** is what the best single direction leaves unexplained of the two, the smaller eigenvalue of their 2 x 2 Gram
+matrix (where the drift turns by more than a right angle, the smaller of c and the shorter side). It is about 1 under
+noise.
 
-The p-value counts the maximum over all t and w, and is the larger of two:
+The p-value is that of the maximum over all t and w, and is the larger of two:
 
 - *Gaussian noise* with the energy at each record, the autocorrelation and the effective dimensions of the run;
 - *the run's own residuals* around the smooth path with the kink, their signs flipped at random: their distribution
   as it is, heavy tails included, without their autocorrelation.
 
-Increments far out of line are given less weight (:mod:`emmech.transition.noise`), and no increment is taken to be
+Outlying increments are given less weight (:mod:`emmech.transition.noise`), and no increment is taken to be
 more exact than ``MISFIT`` of the drift: no real path is smooth to the last digit. The ends of the path (``EDGE``) are
-not searched, for a kink there is not told from an optimiser's transient.
+not searched, because a kink there cannot be told from an optimiser's transient.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class Kink:
     """The strongest kink of a path against smooth paths.
 
     Attributes:
-        p_value: the larger of the two nulls'.
-        nearest_null: the null that it belongs to.
+        p_value: the larger p-value of the two nulls.
+        nearest_null: the null that gives it.
         energy: kink energy, in units of noise.
     """
 
@@ -65,12 +66,12 @@ def find_kink(
     """Test increments ``[n, d]`` of a path for a kink.
 
     Args:
-        increments: of the recorded vectors, of which only the inner products matter.
+        increments: differences of the recorded vectors; only their inner products matter.
         clock: ``[n + 1]``, ascending: the optimiser step of each record.
         noise: of the increments.
         speed: ``[n]``, drift of each increment.
         n_null: null paths for each of the two nulls.
-        rng: draws them.
+        rng: source of the null paths.
     """
     n = len(increments)
     energy = np.maximum(noise.energy, (MISFIT * speed) ** 2)
@@ -89,7 +90,7 @@ def find_kink(
     records, at = np.unique(middles, return_inverse=True)
     rate = np.interp(clock[records], 0.5 * (clock[1:] + clock[:-1]), speed / gap)
     drift = basis @ np.linalg.solve(triangle.T, _smooth((clock[records] - clock[0]) / span).T / rate)
-    # the misfit that exceeds the noise is taken without memory
+    # the misfit that exceeds the noise is taken to be without memory
     correlation = (noise.covariance() + np.diag(energy - noise.energy)) / np.outer(scale, scale)
     variance_change, variance_drift = (np.einsum("nc,nc->c", x, correlation @ x) for x in (change, drift))
     weights = np.concatenate([change / np.sqrt(variance_change), drift / np.sqrt(variance_drift)], axis=1).T
@@ -112,7 +113,7 @@ def find_kink(
     around = basis @ (basis.T @ data)
     kinked, _ = np.linalg.qr(np.column_stack([smooth, change[:, best]]))
     residual = data - kinked @ (kinked.T @ data)
-    residual /= np.sqrt(np.maximum(1 - np.sum(kinked**2, axis=1), 0.2))[:, None]  # what the fit has taken of each
+    residual /= np.sqrt(np.maximum(1 - np.sum(kinked**2, axis=1), 0.2))[:, None]  # undo the shrinkage by the fit
     share = float(np.mean(noise.energy / energy))  # the misfit fills dimensions of its own
     dimensions = 1 / (share**2 / noise.dimensions + (1 - share) ** 2 / MISFIT_DIMENSIONS)
     m = max(1, round(dimensions))
@@ -122,7 +123,7 @@ def find_kink(
     known[:, :rank] = left[:, :rank] * size[:rank]
     known = weights @ known
     root = weights @ np.linalg.cholesky(correlation + 1e-6 * np.eye(n))
-    # the error of the noise's own estimate: a path of n records holds n / memory times dimensions pieces of evidence
+    # the error of the noise estimate: a path of n records holds n / memory times dimensions independent observations
     granted = 1 + 2 * np.sqrt(2 * noise.memory_time / (n * dimensions))
     granted *= 1 + 0.5 * np.sqrt((noise.memory_time - 1) / n)
     # single precision is enough for null paths, and twice as fast
@@ -153,7 +154,7 @@ def upper_tail(observed: float, null: Iterable[float]) -> float:
 
 
 def ramp(n: int, middles: npt.NDArray[np.int64], widths: npt.NDArray[np.int64] | int) -> Array:
-    """Share of the second direction in each of n increments, for turns of these middles and widths, ``[n, turns]``."""
+    """Share of the second direction in each of n increments, for turns of given middles and widths: ``[n, turns]``."""
     position = np.arange(n)[:, None] + 0.5 - np.asarray(middles)[None, :]
     width = np.broadcast_to(widths, np.shape(middles))
     return np.where(width == 0, position > 0, np.clip(position / np.maximum(width, 1) + 0.5, 0.0, 1.0))

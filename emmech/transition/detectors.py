@@ -1,8 +1,8 @@
 """What is seen on one trajectory: the turn, which is tested, and the papers' pictures of it, which are not.
 
 A picture (the local cosine, the gradient norm's peak, the comp score) has a step and a strength but no p-value: its
-peak is high on smooth bends and on an optimiser's transients as well, where no null model of its own kept the rate of
-false calls under 5 %.
+peak is high on smooth bends and on an optimiser's transients as well, and no null model for it kept the rate of false
+calls there under 5 %.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from emmech.transition.turn import DIMENSIONS, Location, find_turn
 
 Array = npt.NDArray[np.float64]
 
-FEWEST = 10  # records: below this no path has two sides to compare
+FEWEST = 10  # records: a shorter path does not have two sides to compare
 NULL = "smooth path with the run's own noise, Gaussian or with flipped signs; the larger p-value"
 PICTURE = "none: a picture, without a test"
 
@@ -45,7 +45,7 @@ class Detector:
 
     @classmethod
     def unmeasured(cls, name: str, kind: str, high_means: str, null_model: str, note: str) -> Detector:
-        """A row without numbers that says why."""
+        """A row without numbers, with a note that says why."""
         nan = float("nan")
         return cls(name, kind, nan, nan, nan, nan, nan, high_means, null_model, note)
 
@@ -63,8 +63,8 @@ class Trajectory:
         explained: ``[components]``.
         location: the fitted turn, or None where nothing could be fitted.
         width_share: share of the path over which the fitted turn is spread.
-        reach: length of the path across the turn, without its noise, and the standard error that noise gives it; of a
-            control, across the turn of the run. NaN without one.
+        reach: length of the path across the turn, corrected for noise, and its standard error; for a control, across
+            the turn of the run. NaN without a turn.
         detectors: the rows.
     """
 
@@ -104,8 +104,8 @@ def analyse(
 ) -> Trajectory:
     """Run the detectors of a vector trajectory ``[steps, d]``.
 
-    ``beside`` is the run that this one is the control of: what is measured across the turn is measured across that
-    run's.
+    ``beside`` is the run whose control this one is: what is measured across the turn is then measured across the turn
+    of that run.
     """
     n = len(path)
     coordinates = compact(path)
@@ -164,7 +164,7 @@ def analyse(
 def _reach(
     path: Array, steps: npt.NDArray[np.int64], noise: Noise, of: npt.NDArray[np.int64], where: Location | None
 ) -> tuple[float, float]:
-    """Displacement across a turn, as wide as it is but a tenth of the path at least, and its standard error."""
+    """Displacement over the width of a turn, but at least over a tenth of the path, and its standard error."""
     if where is None:
         return float("nan"), float("nan")
     half = max(where.width, len(of) // 10) / 2
@@ -178,7 +178,7 @@ def _reach(
 
 
 def _straight(noise: Noise, speed: Array, rng: np.random.Generator, count: int = 200) -> Array:
-    """Straight paths with the run's speed and noise, ``[count, steps, dimensions]``: the local cosine's band."""
+    """Straight paths with the run's speed and noise, ``[count, steps, dimensions]``, for the local cosine's band."""
     increments = noise.sample(count, int(np.clip(round(noise.dimensions), 1, DIMENSIONS)), rng)
     increments[..., 0] += speed
     return np.concatenate([np.zeros_like(increments[:, :1]), np.cumsum(increments, axis=1)], axis=1)
@@ -197,7 +197,7 @@ def unmeasurable(path: Array) -> str:
 
 
 def compact(path: Array) -> Array:
-    """The same path in at most ``steps`` coordinates: every inner product is kept, origin at the first record."""
+    """The same path from its first record, in at most ``steps`` coordinates that keep every inner product."""
     v = np.asarray(path, dtype=np.float64) - path[0]
     if v.shape[1] <= v.shape[0]:
         return v
@@ -213,7 +213,7 @@ def _quantile(values: Array, q: float) -> Array:
 
 
 def _cosine_row(cosines: dict[int, Array], straight: dict[int, Array], steps: npt.NDArray[np.int64]) -> Detector:
-    """The sharpest peak over k and t, each k in units of what noise does to the peaks of a straight path."""
+    """The sharpest peak over k and t, each k in units of the effect of noise on the peaks of a straight path."""
     name = "local-cosine"
     n = len(steps)
     ks = [k for k in cosines if 4 * k < n]

@@ -1,12 +1,12 @@
 """The distributional transition: how much the output distribution changes across each step.
 
-For the distributions p and q left and right of a step (Arnold and Loerch, arXiv 2508.20015),
+For the distributions p and q before and after a step (Arnold and Loerch, arXiv 2508.20015),
 ``D_g(p, q) = 1/2 E_p[g(p / (p + q))] + 1/2 E_q[g(q / (p + q))]``. The total variation distance has
 g(x) = abs(2x - 1), the Jensen-Shannon divergence in bits g(x) = log2(2x), and the linear dissimilarity
-g(x) = 2x - 1 has the least variance when it is estimated from samples. All lie between 0 (equal) and 1 (disjoint).
+g(x) = 2x - 1 has the least variance when it is estimated from samples. All are between 0 (equal) and 1 (disjoint).
 
-An order parameter is a judged property of the output. Judging forgets, so the dissimilarity of the judged labels is
-never more than that of the outputs themselves; their ratio is the share of the total change that it explains.
+An order parameter is a judged property of the output. Judging discards information, so the dissimilarity of the judged
+labels is never more than that of the outputs themselves; their ratio is the share of the total change that it explains.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def dissimilarity(
         kind: ``"total-variation"``, ``"jensen-shannon"`` (bits) or ``"linear"``.
 
     Raises:
-        EmmechError: unknown kind, or other than distributions.
+        EmmechError: the kind is unknown, or the arguments are not distributions.
 
     Example:
         >>> [float(dissimilarity(np.array([1.0, 0.0]), np.array([0.5, 0.5]), kind)) for kind in KINDS[::2]]
@@ -75,7 +75,7 @@ class DistributionShift(Result):
     """Dissimilarity across each step.
 
     Attributes:
-        steps: midpoints between the last step on the left and the first on the right.
+        steps: midpoints between the last step before each boundary and the first after it.
         values: D_g, mean over positions (0 equal, 1 disjoint). A transition is a peak.
         kind: which dissimilarity.
         window: checkpoints on either side.
@@ -116,7 +116,7 @@ def distribution_shift(
     kind: str = "linear",
     window: int = 1,
 ) -> DistributionShift:
-    """Compare the distributions left and right of every boundary between checkpoints.
+    """Compare the distributions before and after every boundary between checkpoints.
 
     Args:
         steps: ascending.
@@ -171,11 +171,11 @@ def label_distribution(responses: pd.DataFrame, column: str = "label") -> tuple[
 def explained_share(judged: DistributionShift, whole: DistributionShift) -> Float[np.ndarray, " boundaries"]:
     """How much of the whole change a judged property explains at each boundary: the ratio of the dissimilarities.
 
-    Valid where ``judged`` was made from ``whole`` by forgetting (each outcome has one label), so that it is between 0
-    and 1; NaN where nothing changes.
+    Valid where ``judged`` merges the outcomes of ``whole`` (each outcome has one label), so that it is between 0 and 1;
+    NaN where nothing changes.
 
     Raises:
-        EmmechError: different steps, kinds or windows.
+        EmmechError: the two differ in steps, kinds or windows.
     """
     if judged.kind != whole.kind or judged.window != whole.window or not np.array_equal(judged.steps, whole.steps):
         raise EmmechError(

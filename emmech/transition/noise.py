@@ -4,16 +4,17 @@ Increments d_i = v[i+1] - v[i] are taken as drift plus noise. Everything is esti
 increments*, in which a locally constant drift cancels, and by medians, which a turn (a small share of the pairs)
 does not move:
 
-- the energy of the noise at each increment, so that a falling step size or signal-to-noise ratio is followed, and
-  an increment that is far out of line is given the energy that it has;
+- the energy of the noise at each increment, so that a falling step size or signal-to-noise ratio is followed, and an
+  outlying increment is given its own energy;
 - its autocorrelation, from the variogram: positive for optimisers with momentum (an ARMA(1, 1) form), negative
   where each record carries an error of its own (an MA(1) form);
 - its effective number of dimensions, from the inner products of distant increments.
 
-The memory is at most that of momentum (0.9 per record): nothing in one path tells a direction that wanders more
-slowly from a path that bends, and here it counts as bending. Noise with a longer memory is therefore **not covered**
-by the null models: walks whose increments correlate at 0.97 per record are called turns. ``wanders`` says where the
-increments remember each other for longer than momentum explains; then a turn has not been told from a slow wander.
+The memory is at most that of momentum (0.9 per record): nothing in a single path distinguishes a direction that wanders
+more slowly from a path that bends, and here it counts as bending. Noise with a longer memory is therefore **not
+covered** by the null models: walks whose increments correlate at 0.97 per record are called turns. ``wanders`` is true
+where the increments are correlated over longer times than momentum explains; a turn cannot then be told from slow
+wandering.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ Array = npt.NDArray[np.float64]
 
 LONGEST_LAG = 20
 # up to the momentum of AdamW (beta1 = 0.9), which is what gives an optimiser's noise its memory: a direction that
-# changes more slowly than that is the path bending, not noise
+# changes more slowly counts as a bend of the path, not as noise
 MEMORIES = np.array([0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9])
 DOUBT = 0.1
-OUTLIER = 2.5  # an increment's own energy over that around it, from which it is counted as its own
+OUTLIER = 2.5  # an increment keeps its own energy where that exceeds the energy around it by this factor
 SHORTEST = 3  # increments on either side of a split
-LEAST_SIDE = 0.01  # length of a side over the path's extent, below which its direction is not worth a name
+LEAST_SIDE = 0.01  # least length of a side, as a share of the path's extent, for its direction to mean anything
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Noise:
         first: autocorrelation at lag 1 (upper estimate where negative).
         memory: factor by which the autocorrelation falls per further lag (0: no further correlation).
         dimensions: effective number of dimensions the noise fills.
-        wanders: increments differ ever more with their distance, beyond what a memory of 0.9 explains.
+        wanders: whether increments differ more and more with their distance, beyond what a memory of 0.9 explains.
     """
 
     energy: Array
@@ -63,11 +64,11 @@ class Noise:
 
     @property
     def memory_time(self) -> float:
-        """Records over which the noise remembers itself: variance of a long sum over that of white noise."""
+        """Correlation time of the noise in records: the variance of a long sum over that of white noise."""
         return max(1.0, 1 + 2 * self.first / (1 - self.memory))
 
     def floor(self, k: int) -> float:
-        """Length of displacement over k recorded steps that the noise alone produces (root mean square)."""
+        """Root-mean-square displacement over k recorded steps that the noise alone produces."""
         c = self.covariance()
         total = np.zeros((len(c) + 1, len(c) + 1))
         total[1:, 1:] = c.cumsum(0).cumsum(1)
@@ -98,8 +99,8 @@ def estimate_noise(path: npt.ArrayLike, spacing: npt.ArrayLike | None = None) ->
     v = v - v[0]
     gap = np.ones(len(v) - 1) if spacing is None else np.asarray(spacing, dtype=np.float64)
     gap = gap / np.mean(gap)
-    # a drift grows with the gap and noise with its root: in increments per unit of time the drift is constant,
-    # and pairs of increments are compared there, then scaled back
+    # a drift grows with the gap and noise with its root: pairs are compared as increments per unit of time, in which
+    # the drift is constant, and then scaled back
     rate = np.diff(v, axis=0) / gap[:, None]
     n = len(rate)
     pair = rate[1:] - rate[:-1]
@@ -114,7 +115,7 @@ def estimate_noise(path: npt.ArrayLike, spacing: npt.ArrayLike | None = None) ->
     per_increment = np.interp(np.arange(n), np.arange(n - 1) + 0.5, local)
 
     lags = np.arange(1, max(2, min(LONGEST_LAG, n // 4)) + 1)
-    # scaled to one energy first, so that pairs of early and late increments compare under a decaying step size
+    # scaled to one energy first, so that pairs of early and late increments are comparable under a decaying step size
     scaled = rate * np.sqrt(gap / per_increment)[:, None]
     gram = scaled @ scaled.T
     diagonal = np.diag(gram)
@@ -123,7 +124,7 @@ def estimate_noise(path: npt.ArrayLike, spacing: npt.ArrayLike | None = None) ->
         difference = diagonal[lag:] + diagonal[:-lag] - 2 * np.diagonal(gram, lag)
         variogram[j] = np.median(difference) / (2 * shrink)
     sill, first, memory = _fit_variogram(lags, variogram, dimensions * n)
-    # one increment far out of line (a heavy tail, a bad batch) lifts both pairs that it is part of; a kink lifts one
+    # one outlying increment (a heavy tail, a bad batch) raises both pairs that it is part of; a kink raises only one
     own = 2 * np.minimum(np.append(pair_energy, np.inf), np.append(np.inf, pair_energy)) - per_increment
     energy = np.where(own > OUTLIER * per_increment, own, per_increment) * gap * sill
     # at a memory of 0.9 the variogram rises 1.35 times from lag 10 to 20, at 0.97 and along an arc 1.7 times or more
@@ -156,11 +157,11 @@ def noise_around_drift(path: npt.ArrayLike, clock: Array) -> tuple[Noise, Array]
 
 
 def _best_split(v: Array, energy: Array) -> int:
-    """The record at which two chords leave least to noise: where one direction for both would leave most.
+    """The record that best splits the path into two chords: where one direction for both would leave most to noise.
 
     Each chord is divided by the length that white noise alone would give it; the energy that the best single
-    direction leaves unexplained is the smaller eigenvalue of their 2 x 2 Gram matrix. Where the chords point against
-    each other, one direction with forward speeds explains only the longer one.
+    direction leaves unexplained is the smaller eigenvalue of their 2 x 2 Gram matrix. Where the chords point in
+    opposite directions, one direction with forward speeds explains only the longer one.
     """
     v = v - v[0]
     inside = slice(SHORTEST, len(v) - SHORTEST)
@@ -168,7 +169,7 @@ def _best_split(v: Array, energy: Array) -> int:
     before, after = np.cumsum(energy)[:-1], np.cumsum(energy[::-1])[::-1][1:]
     left, right = v[1:-1], v[-1] - v[1:-1]
     ll, rr, lr = (np.einsum("td,td->t", a, b) for a, b in ((left, left), (right, right), (left, right)))
-    # a side that is short against the path has no direction worth a name
+    # a side that is short against the path has no meaningful direction
     short = np.minimum(ll, rr) < LEAST_SIDE**2 * ll.max()
     bend = unexplained(ll / before, rr / after, lr / np.sqrt(before * after))
     bend = np.where(lr > 0, bend, np.minimum(ll / before, rr / after))
@@ -218,8 +219,8 @@ def _fit_variogram(lags: npt.NDArray[np.int64], variogram: Array, size: float) -
     later = float(np.mean(variogram[1:])) if len(variogram) > 1 else float(variogram[0])
     if later <= 0:  # a path without noise
         return 1.0, 0.0, 0.0
-    if variogram[0] >= later:  # no positive correlation: white, or an error of each record's own
-        # take the upper end of what the data allow: a correlation believed too negative would make the
+    if variogram[0] >= later:  # no positive correlation: white, or independent errors of the records
+        # take the upper end of what the data allow: an estimate that is too negative would make the
         # noise of long sums, and with it every p-value, too small
         first = min(0.0, 1.0 - variogram[0] / later + 3.0 * error)
         return later, float(max(first, -0.5)), 0.0
@@ -233,9 +234,9 @@ def _fit_variogram(lags: npt.NDArray[np.int64], variogram: Array, size: float) -
             fits.append((loss, float(sill), first, float(memory)))
     best = min((loss for loss, *_ in fits), default=np.inf)
     if np.mean((variogram - variogram.mean()) ** 2) - best < (4.0 * error * later) ** 2 / len(lags):
-        return later, 0.0, 0.0  # no memory beyond what chance shows
-    # of the memories that fit about as well take the one with the most noise in long sums: a path of n records
-    # with a memory of m records holds n / m pieces of evidence about it, and too short a memory would call turns
+        return later, 0.0, 0.0  # no memory beyond what chance explains
+    # among the memories that fit about equally well, take the one with the most noise in long sums: a path of n records
+    # with a memory of m records holds n / m independent observations, and too short a memory would lead to false turns
     likely = [f for f in fits if f[0] <= best + (DOUBT * error * f[1]) ** 2 * (1 + f[3]) / (1 - f[3])]
     _, sill, first, memory = max(likely, key=lambda f: f[1] * (1 + 2 * f[2] / (1 - f[3])))
     return sill, first, memory

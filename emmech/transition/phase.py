@@ -1,6 +1,6 @@
-"""``phase_transition``: every detector on one run, with its benign control beside it.
+"""``phase_transition``: every detector on one run, compared with its benign control.
 
-There is no single transition. The detectors see the path (mechanistic) and the metrics (behavioural); each has its
+There is no single transition. The detectors read the path (mechanistic) and the metrics (behavioural); each has its
 own step, interval and null model, and the lag between the two kinds is a result of its own. The direction of B
 turns in benign fine-tunes as well (Model Organisms for Emergent Misalignment, arXiv 2506.11613, describes the turn;
 the control is what says whether a turn has anything to do with misalignment).
@@ -56,16 +56,16 @@ def phase_transition(
     seed: int = 0,
     n_null: int = 199,
 ) -> PhaseTransition | PooledTransition:
-    """Find the phase transition of a recorded fine-tune, and what of it may be said against its controls.
+    """Find the phase transition of a recorded fine-tune, and say what distinguishes it from its controls.
 
-    The trajectory is B of the adapter (all adapters' B side by side if there are several and none is named; the
+    The trajectory is B of the adapter (the B of all adapters together if there are several and none is named; the
     random projection of the update for full fine-tuning).
 
     Args:
         run: a :class:`emmech.Run` or its folder; :meth:`emmech.Run.from_arrays` needs no model. Several runs that
             differ in their seed are pooled: the seeds are then the sample.
-        control: a benign run with the same seed and batch order, analysed in the same way; for several runs a list
-            of as many. Several kinds of control by name: good data, and data with something to learn
+        control: a benign run with the same seed and batch order, analysed in the same way; for several runs, a list of
+            equal length. Several kinds of control are given by name: good data, and data with something to learn
             (``{"good": ..., "style": ...}``).
         k: half-width or half-widths of the local cosine in recorded steps; default 5, 10, 20, 40 as they fit.
         adapter: analyse this adapter only.
@@ -131,7 +131,7 @@ def phase_transition(
 
 
 def _paired(runs: list[Any], control: Any, several: bool) -> list[list[Any]]:
-    """The controls of each run, from a control, one a run, or either by name."""
+    """The controls of each run, given as one control, one for each run, or either of these by name."""
     kinds = list(control.values()) if isinstance(control, Mapping) else [] if control is None else [control]
     kinds = [list(kind) if several and isinstance(kind, list | tuple) else [kind] for kind in kinds]
     for kind in kinds:
@@ -144,7 +144,7 @@ def _paired(runs: list[Any], control: Any, several: bool) -> list[list[Any]]:
 
 
 def _opened(run: Any, name: str) -> Any:
-    """A run, or what has the steps of one."""
+    """A run, or an object that has the steps of one."""
     found = opened(run)
     return found if hasattr(found, "steps") else as_run("look for a turn", run, name=name)
 
@@ -185,7 +185,7 @@ def _fall(metrics: pd.DataFrame | None) -> float:
 
 
 def _with_sweep(side: Side, sweep: Any, *, needed: bool) -> Side:
-    """The side with its behaviour as swept; a control may be missing from the sweep, the run may not."""
+    """The side with its behaviour as swept; a control may be missing from the sweep, but the run may not."""
     if sweep is None or (not needed and side.name not in set(sweep.to_frame()["run"])):
         return side
     rows, curves = swept_behaviour(sweep, side.name)
@@ -251,7 +251,7 @@ def _trajectories(run: Any, adapter: str | None, name: str) -> tuple[npt.NDArray
 
 
 def _moving(steps: npt.NDArray[np.int64], stacks: dict[str, Array]) -> tuple[npt.NDArray[np.int64], dict[str, Array]]:
-    """Without the records before the first and after the last movement: a rest has no direction to turn to."""
+    """The path without the records before the first and after the last movement: at rest it has no direction."""
     moved = np.zeros(len(steps) - 1, dtype=bool)
     for stack in stacks.values():
         moved |= np.any(np.diff(stack, axis=0) != 0, axis=tuple(range(1, stack.ndim)))

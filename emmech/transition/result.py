@@ -108,7 +108,7 @@ class PhaseTransition(Result):
         return _frame(self.run)
 
     def to_frame(self) -> pd.DataFrame:
-        """The detectors of the run and, under ``run`` = its name, of the control, in one table."""
+        """The detectors of the run and of the control in one table; the column ``run`` names each."""
         import pandas as pd
 
         frames = [_frame(side).reset_index().assign(run=side.name, role=role) for role, side in self._sides()]
@@ -127,7 +127,7 @@ class PhaseTransition(Result):
     def mechanistic(self) -> Transition:
         """The step at which the path turns, where the turn is significant and localised.
 
-        The turn decides: it alone is tested, against every smooth path with the run's own noise.
+        The turn decides because it alone is tested, against every smooth path with the run's own noise.
         """
         turn = self.run.row("turn")
         if turn is None or not np.isfinite(turn.p_value):
@@ -145,7 +145,7 @@ class PhaseTransition(Result):
 
     @cached_property
     def behavioural(self) -> Transition:
-        """The step of half the change of EM (swept, unscaled), else of the broad margin, else of the narrow ones."""
+        """The step at half of the change of EM (swept, unscaled), else of the broad margin, else of the narrow ones."""
         reasons = []
         for name in ("em", "margin-broad", "narrow", "margin-narrow"):
             row = self.run.row(name)
@@ -158,7 +158,7 @@ class PhaseTransition(Result):
 
     @cached_property
     def lag(self) -> Lag:
-        """Behavioural minus mechanistic step; the interval holds every difference the two intervals allow."""
+        """Behavioural minus mechanistic step; the interval holds every difference that the two intervals allow."""
         m, b = self.mechanistic.interval, self.behavioural.interval
         if m is None:
             return Lag(None, None, None, "not measurable: no mechanistic step")
@@ -196,7 +196,7 @@ class PhaseTransition(Result):
         widest = max(path.cosines, default=None)
         for role, side in self._sides():
             steps, scores = side.path.steps, side.path.scores
-            # of the control the widest window alone, so that the panel stays readable
+            # only the widest window of the control is drawn, so that the panel stays readable
             shown = {k: v for k, v in side.path.cosines.items() if role == "run" or k == widest}
             curves += [view.Curve("cosine", role, f"k = {k}", steps, values) for k, values in shown.items()]
             if scores.shape[1] > 1:
@@ -263,7 +263,7 @@ class PooledTransition(Result):
         return self.verdicts[-1]
 
     def to_frame(self) -> pd.DataFrame:
-        """One row for each pair and statement, as of that pair alone."""
+        """One row for each pair and statement, computed from that pair alone."""
         import pandas as pd
 
         found = ((pair.run.name, one) for pair in self.pairs for one in pair.verdicts)

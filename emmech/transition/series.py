@@ -1,8 +1,8 @@
 """A peak in a positive series along training, such as the gradient norm of B.
 
 The strength is the prominence of the largest peak of the smoothed logarithm (a ratio: gradient norms scale with
-everything). It has an interval for its place but no p-value: every rise and fall has a peak, that of a warm-up as
-well, and no null model here tells one from a transition.
+everything). Its position has an interval but no p-value: every rise and fall has a peak, that of a warm-up too, and no
+null model here tells such a peak from a transition.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Peak:
 
 
 def find_peak(values: npt.ArrayLike, rng: np.random.Generator) -> Peak | None:
-    """Largest peak of a positive series ``[n]`` with n of 10 or more; None where it has no interior peak."""
+    """Largest peak of a positive series ``[n]`` with n of at least 10; None where it has no interior peak."""
     y = np.log(np.maximum(np.asarray(values, dtype=np.float64), 1e-12 * float(np.max(values)) + 1e-300))
     n = len(y)
     width = max(5, n // 12) | 1

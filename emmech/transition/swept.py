@@ -53,10 +53,10 @@ def swept_behaviour(sweep: Any, run: str | None = None) -> tuple[list[Detector],
 
     Args:
         sweep: what :func:`emmech.sweep` returns.
-        run: whose rows; the only run by default.
+        run: name of the run; the only run by default.
 
     Raises:
-        EmmechError: the sweep has not this run, or has several.
+        EmmechError: the sweep does not have this run, or has several and none is named.
     """
     summary = _unsteered(sweep, run)
     rows: list[Detector] = []
@@ -85,7 +85,7 @@ def swept_behaviour(sweep: Any, run: str | None = None) -> tuple[list[Detector],
 
 
 def _within_error(part: pd.DataFrame, change: float) -> str:
-    """Why a change is no finding, or "".
+    """Why a change does not count as a finding, or "".
 
     Every step answers the same questions with the same seeds, so neighbouring steps agree far better than their
     common sampling error allows, and the fit alone would call one changed answer a transition.
@@ -109,7 +109,7 @@ def only_run(frame: pd.DataFrame, run: str | None) -> str:
     """The name of a swept run, the only one by default.
 
     Raises:
-        EmmechError: the sweep has not this run, or has several.
+        EmmechError: the sweep does not have this run, or has several and none is named.
     """
     names = list(dict.fromkeys(frame["run"]))
     if run is None and len(names) == 1:

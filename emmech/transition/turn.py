@@ -13,8 +13,8 @@ from emmech.transition.noise import Noise, noise_around_drift
 Array = npt.NDArray[np.float64]
 
 
-DIMENSIONS = 48  # of the draws for the angle's interval at most
-LONGEST = 300  # records that are tested: a longer path is tested at every second, third, ... record
+DIMENSIONS = 48  # at most, of the draws for the angle's interval
+LONGEST = 300  # records that are tested at most: a longer path is tested at every second, third, ... record
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Turn:
 
     Attributes:
         p_value: larger of the p-values against smooth paths, for the best of all kinks.
-        nearest_null: the null that it belongs to.
+        nearest_null: the null that gives it.
         energy: largest kink energy, in units of noise.
         location: where and by how much, given that the path turns.
         noise: of the increments.
@@ -45,7 +45,7 @@ def find_turn(path: npt.ArrayLike, clock: npt.ArrayLike, n_null: int, rng: np.ra
         path: the recorded vectors; only their inner products matter.
         clock: ``[steps]``, ascending: the optimiser step of each record.
         n_null: null paths for each of the two nulls.
-        rng: draws them.
+        rng: source of the null paths.
 
     Example:
         >>> import numpy as np
@@ -89,9 +89,9 @@ class Location:
 def locate(path: npt.ArrayLike, noise: Noise, speed: Array, rng: np.random.Generator) -> Location:
     """Fit two directions joined by a ramp of unknown middle and width, by weighted least squares.
 
-    Errors of each record's own, which neighbouring increments share with opposite signs, enter the weights. A
-    memory of the noise does not: a slow bend would pass for noise and a small kink for the turn; it flattens the
-    likelihood instead, as does whatever else the fit leaves beyond the noise.
+    Independent errors of the records, which neighbouring increments share with opposite signs, enter the weights. A
+    memory of the noise does not, because a slow bend would then pass for noise and a small kink for the turn; it
+    flattens the likelihood instead, as does anything else that the fit leaves beyond the noise.
     """
     increments = np.diff(np.asarray(path, dtype=np.float64), axis=0)
     n = len(increments)
@@ -110,7 +110,7 @@ def locate(path: npt.ArrayLike, noise: Noise, speed: Array, rng: np.random.Gener
     for row, width in enumerate(widths):
         ahead = ramp(n, middles, width)
         fitted = _reduction(weighted_precision, weighted_gram, ahead)
-        # a ramp that leaves the path would be a turn of which only a part is seen
+        # a ramp that extends beyond the path would be a turn that is seen only in part
         inside = (middles >= width / 2) & (middles <= n - width / 2)
         reduction[row, inside] = fitted[inside]
     best_row, best_column = np.unravel_index(int(np.argmax(reduction)), reduction.shape)
@@ -158,11 +158,11 @@ def _angle(
     draws = np.zeros((400, 2, max(m, known.shape[1])))
     draws[:, :, : known.shape[1]] = known
     draws += np.matmul(root, rng.standard_normal(draws.shape)) / np.sqrt(draws.shape[-1])
-    # the drawn coefficients carry the noise twice: once from the data, once from the draw
+    # the drawn coefficients contain the noise twice: once from the data and once from the draw
     grams = np.matmul(draws, np.swapaxes(draws, -1, -2)) - 2 * normal
     if np.isnan(angle):
         return angle, 0.0, 180.0
-    # a draw without a direction of its own on one side is as likely on either hand of the other
+    # a draw without a direction on one side is as likely acute as obtuse, so it counts as a right angle
     low, high = np.quantile(np.nan_to_num(_between(grams), nan=90.0), [0.025, 0.975])
     return angle, float(min(low, angle)), float(max(high, angle))
 
@@ -170,7 +170,7 @@ def _angle(
 def _between(gram: Array) -> Array:
     """Angle in degrees between two vectors from their Gram matrix ``[..., 2, 2]``.
 
-    NaN where a side's length is all noise: it has no direction.
+    NaN where the length of a side is all noise, so that it has no direction.
     """
     first, second = gram[..., 0, 0], gram[..., 1, 1]
     known = (first > 0) & (second > 0)

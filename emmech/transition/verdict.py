@@ -1,12 +1,12 @@
 """What may be said of a run and its control: three statements, each with its own figure, interval and p-value.
 
-*It bends*; *it learns more than its control*; *its bend goes with misalignment*. The first says nothing of the second,
-nor the second of the third: a benign fine-tune that has something to learn bends as well, and moves as far. What told
-misaligned fine-tunes of the embedded organism from those that learn a manner is that their bend is short; that it is at
-the peak of the gradient did not (docs/transition-verdicts.md).
+The statements are *it bends*, *it learns more than its control* and *its bend goes with misalignment*. The first does
+not imply the second, nor the second the third: a benign fine-tune that has something to learn also bends, and moves as
+far. In the embedded organism, misaligned fine-tunes differed from those that learn a manner by a short bend, but not by
+a bend at the peak of the gradient (docs/transition-verdicts.md).
 
-The seed is the unit: of one pair the statements are about these two runs, and the figures' intervals are of the noise
-along their paths. Of several pairs of a seed each, the pairs are the sample.
+The seed is the unit. For one pair, the statements are about these two runs, and the intervals reflect the noise along
+their paths. For several pairs, one for each seed, the pairs are the sample.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from emmech.transition.result import Side
 
 LEVEL = 0.05
-GRADUAL = 0.5  # a bend spread over more than this share of the path singles out no step
-SHORT = 0.25  # share of the path; chosen on medical runs of seeds 7301 to 7307, held on other domains and seeds
+GRADUAL = 0.5  # a bend spread over more than this share of the path does not single out a step
+SHORT = 0.25  # share of the path; chosen on medical runs of seeds 7301 to 7307, then tried on other domains and seeds
 BENDS, LEARNS, GOES = "bends", "learns more", "goes with misalignment"
 INERT = 0.05  # a control whose held-out loss fell by less than this share of the run's fall has learned nothing
 FEWEST_PAIRS = 6  # with five, the smallest sign-flip p is 0.06
@@ -64,9 +64,9 @@ class TransitionVerdict:
 
     Attributes:
         control: its name; None without one.
-        pairs: of run and control, one seed each.
+        pairs: number of pairs of run and control, one for each seed.
         inert: whether the control's held-out loss did not fall; None where that was not recorded.
-        note: what an inert control, or too few pairs, leave open.
+        note: what an inert control, or too few pairs, leaves open.
     """
 
     control: str | None
@@ -79,7 +79,7 @@ class TransitionVerdict:
 
     @property
     def statements(self) -> tuple[Statement, Statement, Statement]:
-        """The three of them."""
+        """The three statements."""
         return self.bends, self.learns_more, self.goes_with_misalignment
 
     def lines(self) -> list[str]:
@@ -93,7 +93,7 @@ class TransitionVerdict:
 
 
 def verdict(run: Side, control: Side | None) -> TransitionVerdict:
-    """What may be said of one run, and of it against one control."""
+    """What may be said of one run, alone and against one control."""
     inert = None if control is None else is_inert(run, control)
     notes = [_note(control, inert)]
     if control is not None:
@@ -155,10 +155,10 @@ def _paired(
         return _unmeasured(name, f"{n} pairs in which it could be measured")
     mean, p = float(values.mean()), sign_flip_p(values)
     low, high = flip_interval(values)
-    # shares that are the same in every pair are not for that reason certain
+    # shares that are the same in every pair are not certain for that reason
     if shares is not None and (min(low, shares[0]) > 0 or max(high, shares[1]) < 0 or p >= LEVEL):
         low, high = max(min(low, shares[0]), -1.0), min(max(high, shares[1]), 1.0)
-    # undecided, the claim is that of the statement's name, whatever the sign
+    # where nothing is decided, the claim is that of the statement's name, whatever the sign
     said = _decided(p, claim.format(words[p < LEVEL and mean < 0]))
     between = f"95 % interval {low:.3g} to {high:.3g}" if np.isfinite(low) else f"no 95 % interval from {n} pairs"
     text = f"{said}: {counts}difference {mean:.3g}, {between}, sign-flip p = {p:.2g} over {n} pairs"
@@ -180,7 +180,7 @@ def flip_interval(values: Float[np.ndarray, " pairs"]) -> tuple[float, float]:
     ends = []
     for side in (-1.0, 1.0):
         inside, outside = 0.0, 1.0
-        for _ in range(24):  # halved to the seventh digit
+        for _ in range(24):  # bisection to the seventh digit
             middle = (inside + outside) / 2
             kept = sign_flip_p(values - mean - side * middle * reach) >= LEVEL
             inside, outside = (middle, outside) if kept else (inside, middle)
@@ -204,7 +204,7 @@ def pairs_needed(values: Float[np.ndarray, " pairs"]) -> str:
 
 
 def sign_flip_p(differences: Float[np.ndarray, " pairs"], *, seed: int = 0, draws: int = 20000) -> float:
-    """Two-sided p of the mean difference when each pair's sign is as likely to be the other.
+    """Two-sided p of the mean difference if each pair's sign is equally likely to be the opposite one.
 
     Exact up to 14 pairs, else from ``draws`` random sign patterns (the observed one included).
 
@@ -225,7 +225,7 @@ def sign_flip_p(differences: Float[np.ndarray, " pairs"], *, seed: int = 0, draw
 
 
 def is_inert(run: Side, control: Side) -> bool | None:
-    """Whether the control learned nothing: its held-out loss fell by less than a twentieth of what the run's did."""
+    """Whether the control learned nothing: its held-out loss fell by less than a twentieth of the run's fall."""
     if not (np.isfinite(run.fall) and np.isfinite(control.fall)):
         return None
     return control.fall < INERT * max(run.fall, 0.0)
@@ -238,7 +238,7 @@ def is_sharp(side: Side) -> bool:
 
 
 def _gap(side: Side) -> tuple[float, float, float]:
-    """Steps from the peak of the gradient to the turn, with every difference that the two intervals allow."""
+    """Steps from the peak of the gradient to the turn, with the range of differences that the two intervals allow."""
     turn, peak = side.row("turn"), side.row("gradient-norm")
     if turn is None or peak is None:
         return (float("nan"),) * 3

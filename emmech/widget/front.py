@@ -1,4 +1,4 @@
-"""The panel's half in the kernel: it hears the front end, computes on a thread of its own, and tells what it has."""
+"""The kernel's half of the panel: it receives states, computes on a thread of its own, and sends results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 _FLUSH = 0.03  # seconds between two messages of tokens
 _KEPT = 40  # states of the history
-_DISPLAY = 4.0  # seconds that a cell waits for the first answers, so that its output has them
+_DISPLAY = 4.0  # seconds that a cell waits for the first answers, so that its output contains them
 _COLOURS = {"good": GOOD, "bad": BAD, "mark": CYCLE[2], "grey": GREY, "faint-good": faint(GOOD, 0.3),
             "faint-bad": faint(BAD, 0.35), "faint-grey": faint(GREY, 0.22)}  # fmt: skip
 _STYLE = "".join(
@@ -49,7 +49,7 @@ class Panel(anywidget.AnyWidget):
     def __init__(self, session: Session, settings: Settings, samples: int, transition: Any, given: list[str]) -> None:
         self._session, self._samples, self._given = session, samples, given
         self._settings = settings
-        self._asked, self._run, self._told = 0, 0, 0.0  # moves made; the one that is computed
+        self._asked, self._run, self._told = 0, 0, 0.0  # moves made; the one being computed
         self._unsent: list[list[list[Any]]] = [[] for _ in COLUMNS]
         self._wake, self._idle, self._answered = threading.Event(), threading.Event(), threading.Event()
         self._doses: dict[tuple[Any, ...], Any] = {}
@@ -95,7 +95,7 @@ class Panel(anywidget.AnyWidget):
         }
 
     def _mark(self, transition: Any) -> None:
-        """Find the transition to mark, once, beside everything else."""
+        """Find the transition to mark, once, concurrently with everything else."""
         try:
             found = phase_transition(self._session.run) if transition is None else transition
             turn = found.mechanistic
@@ -111,8 +111,8 @@ class Panel(anywidget.AnyWidget):
     # moves
 
     def _moved(self, change: Any) -> None:
-        """A state from the front end, or assigned in a cell; what is being computed is stale from here on."""
-        if change["new"] == self._own:  # made here, of a move that is being computed
+        """A state from the front end, or assigned in a cell; what is being computed then becomes stale."""
+        if change["new"] == self._own:  # set here, for a move that is being computed
             self._own = None
             return
         self._asked += 1
@@ -141,7 +141,7 @@ class Panel(anywidget.AnyWidget):
                 self._keep()
 
     def _take(self, given: dict[str, Any]) -> Settings:
-        """The settings of a state; a new direction's own layer where the old one is not known in it."""
+        """The settings of a state; the layer of a new direction where it is not known at the old one."""
         settings, session = Settings(**given), self._session
         if settings.direction in session.names and settings.direction not in session._made:
             self._tell(status="reading the direction from answers ...")
@@ -203,7 +203,7 @@ class Panel(anywidget.AnyWidget):
         self._tell(items=dose.items, dose=dose_picture(dose, settings), broken=dose.broken)
 
     def _record(self, settings: Settings, rates: Any) -> None:
-        """Keep a state in the history; the same one again replaces itself."""
+        """Keep a state in the history; a state that is already there is replaced."""
         answers = ["".join(token[0] for token in column) for column in self._seen["columns"]]
         old = self._entries.pop(settings, None)
         number = old["number"] if old else 1 + max((one["number"] for one in self._entries.values()), default=0)
@@ -215,7 +215,7 @@ class Panel(anywidget.AnyWidget):
         if old is None or old["rates"] is None:
             self._tell(history=self._seen["history"])
 
-    # telling
+    # messages
 
     def _tell(self, **news: Any) -> None:
         if self._run == self._asked:
@@ -246,7 +246,7 @@ class Panel(anywidget.AnyWidget):
         return twin(self.about, self._seen)
 
     def _ipython_display_(self, **_: Any) -> None:
-        """The live widget, and below it its static twin, which the widget hides and a converted notebook shows."""
+        """The live widget, followed by its static twin, which the widget hides and a converted notebook shows."""
         from IPython.display import HTML, display
 
         display(self._repr_mimebundle_()[0], raw=True)  # type: ignore[index]
@@ -286,7 +286,7 @@ class Panel(anywidget.AnyWidget):
         """Wait until nothing is being computed, or (``answers``) until the three answers are written.
 
         Returns:
-            whether that came about in time.
+            whether that happened in time.
         """
         return (self._answered if answers else self._idle).wait(seconds)
 
@@ -298,7 +298,7 @@ class Panel(anywidget.AnyWidget):
 
 
 def _finite(value: Any) -> Any:
-    """The same without NaN, which JSON has not."""
+    """The same without NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-// The panel in the browser. The kernel decides everything; this draws it, and tells the kernel of every move.
+// The panel in the browser. The kernel decides everything; this draws it and sends every move to the kernel.
 
 function h(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -373,7 +373,7 @@ function render({ model, el }) {
   // ---- the kernel
 
   const heard = (news) => {
-    if (news.run < run) return; // of a move that is over
+    if (news.run < run) return; // from a move that is over
     run = news.run;
     if (news.start) {
       columns = COLUMNS.map(() => []);

@@ -24,7 +24,7 @@ def panel(
     """Open the panel: three answers side by side while you move the sliders.
 
     The first answer is the base model's, the second that of the model as it is set, the third that of the same model
-    with a random direction of the same norm in the place of yours. They have one seed and are written in one batch, so
+    with a random direction of the same norm in place of yours. They share one seed and are written in one batch, so
     that what differs between them is the change. A move of a slider cancels what is being written.
 
     It is a widget of anywidget, for JupyterLab, VS Code and marimo, and works on modules of its own: the model that is
@@ -32,8 +32,9 @@ def panel(
 
     Args:
         model: a :class:`emmech.Run` of adapters or its folder, or what :func:`emmech.load_model` takes.
-        directions: a :class:`emmech.Direction` or several by name. A run needs none: its adapter's B is there, and
-            where there is a judge the directions of :func:`emmech.misalignment_direction`, made when they are chosen.
+        directions: a :class:`emmech.Direction` or several by name. A run needs none: it offers its adapter's B and,
+            where there is a judge, the directions of :func:`emmech.misalignment_direction`, which are made when they
+            are chosen.
         questions: the presets, which are also what the verdict is about, as :func:`emmech.evaluate` takes them.
         judge: as :func:`emmech.evaluate` takes it. The models of an organism have one; other models get no verdict
             without one, and the dose-response then shows how likely the base model's answers still are.

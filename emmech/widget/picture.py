@@ -22,12 +22,12 @@ _UNITS = {"add": "coefficient (share of the residual's norm)", "ablate": "streng
 def dose_picture(dose: Dose, settings: Settings) -> str:
     """The dose-response as SVG: the outcome, coherence, random directions as a band, broken stretches shaded.
 
-    The elements that a front end moves carry ``data-`` attributes: the scale of the horizontal axis.
+    The elements that a front end moves carry the scale of the horizontal axis in ``data-`` attributes.
     """
     first, last = dose.doses[0], dose.doses[-1]
     values = np.concatenate([dose.value[None], dose.random]) if not dose.judged else np.array([0.0, 1.0])
     low, high = (0.0, 1.0) if dose.judged else (float(np.nanmin(values)) - 0.2, float(np.nanmax(values)) + 0.2)
-    low = max(low, high - 8.0)  # below that everything is broken alike
+    low = max(low, high - 8.0)  # at lower values everything is equally broken
 
     def x(at: float) -> float:
         return _LEFT + (at - first) / (last - first) * (_WIDE - _LEFT - _RIGHT)
@@ -66,7 +66,7 @@ def dose_picture(dose: Dose, settings: Settings) -> str:
         parts.append(f'<polyline points="{points(line)}" style="fill: none; stroke: {colour}; stroke-width: 2.2"{dash}>'
                      f"<title>{name}</title></polyline>")  # fmt: skip
     at = -99.0
-    for place, name, colour in sorted(labels):  # labels at the end of their lines, none over another
+    for place, name, colour in sorted(labels):  # labels at the ends of their lines, without overlap
         at = max(place, at + 14)
         parts.append(
             f'<text x="{x(last) + 6:.1f}" y="{at + 4:.1f}" style="fill: {colour}; font-weight: 600">{name}</text>'

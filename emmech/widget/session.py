@@ -1,4 +1,4 @@
-"""What the panel computes, without anything that is shown: answers, verdicts and doses, each in one batch.
+"""What the panel computes, without how it is shown: answers, verdicts and doses, each in one batch.
 
 A session has a model of its own: the weights are shared with the caller's, the modules are not, so that hooks and
 adapters of the panel never act on a model that a cell is using at the same time. Whatever a session is doing ends
@@ -43,9 +43,9 @@ COLUMNS = ("base", "changed", "random")
 RANDOMS = 4  # of the dose-response; the first is that of the third answer
 _ASKED = "open the panel"
 _FIRST = 5  # alternatives of a token
-_AT_ONCE = 12  # questions of a round
+_AT_ONCE = 12  # questions in a round
 _BROKEN = 0.8  # of the untouched model's coherent answers: below this, coherence is called broken
-_NATS = 1.0  # the same without a judge: the loss of the base model's answers is this much higher
+_NATS = 1.0  # the same without a judge: a loss of the base model's answers that is this much higher
 
 
 class Stale(Exception):
@@ -62,7 +62,7 @@ class Token:
     alternatives: list[tuple[str, float]]
 
     def packed(self) -> list[Any]:
-        """As the front end takes it."""
+        """The token in the form that the front end takes."""
         best = [[text, round(value, 3)] for text, value in self.alternatives]
         return [self.text, round(self.logprob, 3), round(self.projection, 4), best]
 
@@ -78,7 +78,7 @@ class Counts:
 
     @classmethod
     def none(cls, columns: int, questions: Sequence[str]) -> Counts:
-        """No answer yet."""
+        """Counts before the first answer."""
         return cls(tuple(questions), *(np.zeros((columns, len(questions)), dtype=int) for _ in range(3)))
 
     def add(self, columns: np.ndarray, asked: Sequence[str], scores: Sequence[dict[str, Any]]) -> None:
@@ -110,7 +110,7 @@ class Dose:
         coherence: ``[doses]``; without a judge the same as ``value``.
         random: ``[randoms, doses]``, as ``value``.
         judged: whether there is a judge.
-        items: answers behind each point.
+        items: answers that each point is computed from.
     """
 
     doses: tuple[float, ...]
@@ -122,7 +122,7 @@ class Dose:
 
     @property
     def broken(self) -> list[tuple[float, float]]:
-        """Stretches of the coefficient in which coherence breaks; each reaches to halfway to what is whole."""
+        """Stretches of the coefficient in which coherence breaks; each extends halfway to the nearest unbroken one."""
         plain = self.coherence[self.doses.index(0.0)]
         bad = self.coherence < (_BROKEN * plain if self.judged else plain - _NATS)
         doses = np.array(self.doses)
@@ -139,7 +139,7 @@ class Dose:
 
 @dataclass
 class Session:
-    """A model under change.
+    """A model and the changes that are made to it.
 
     Args:
         model: a Run or its folder, or what :func:`emmech.load_model` takes.
@@ -209,7 +209,7 @@ class Session:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the directions."""
+        """The names of the directions."""
         return tuple(self._makers)
 
     def direction(self, name: str) -> Direction:
@@ -248,7 +248,7 @@ class Session:
         """Refuse settings that do not fit the model.
 
         Raises:
-            EmmechError: no such step, direction or layer, a phrase that the prompt does not have, unknown words.
+            EmmechError: no such step, direction or layer, a phrase that the prompt does not have, or unknown words.
         """
         if self.run is not None:
             self.run.check_step(-1 if settings.step is None else settings.step)
@@ -284,7 +284,7 @@ class Session:
 
     @contextmanager
     def _interruptible(self, first: int = 0) -> Iterator[None]:
-        """Whatever runs the model inside ends within a block, from the ``first`` on, once the settings are stale."""
+        """Once the settings are stale, every forward pass inside ends within one block, from block ``first`` on."""
         later = self.chat.blocks[first:]
         with hooked(*((block, lambda module, inputs: self._check()) for block in later), before=True):
             yield
@@ -295,7 +295,7 @@ class Session:
 
         Args:
             tuned: whether the conversation's model has the adapter.
-            which: 0 for the direction, 1 and on for random ones of its norm.
+            which: 0 for the direction, 1 and higher for random ones of its norm.
             doses: its coefficient; 0 changes nothing.
         """
         s, chat = settings, self.chat
@@ -364,7 +364,7 @@ class Session:
             return not self.stale()
 
         s, doses = settings, (0.0, settings.coefficient, settings.coefficient)
-        # the change is entered first, so that what is watched is what comes of it
+        # the change is entered first, so that the values that are watched include it
         with self.changed(s, (False, True, True), (0, 0, 1), doses), hooked((self.chat.block(s.layer), watch)):
             said = sample(self.chat, [self._conversation(s.question)] * 3, seed=[s.seed] * 3, stream=write,
                           temperature=s.temperature, max_new_tokens=s.max_new_tokens, progress=False)  # fmt: skip
@@ -395,7 +395,7 @@ class Session:
         return whole[len(before) :] if whole.startswith(before) else self._text(token)
 
     def verdicts(self, settings: Settings, samples: int) -> Iterator[Counts]:
-        """Counts that grow by a batch of answers of all columns to several questions; none without a judge."""
+        """Counts that grow with each batch of answers of all columns to several questions; none without a judge."""
         if self.judged_by is None:
             return
         every = self.asked.questions
@@ -450,7 +450,7 @@ class Session:
         known = np.zeros(shape, dtype=int)
         for answer in said:
             talk = [*talks[answer.conversation], {"role": "assistant", "content": answer.text or " "}]
-            for at in np.argsort(np.abs(doses), kind="stable"):  # one small batch a dose, the mild ones first
+            for at in np.argsort(np.abs(doses), kind="stable"):  # one small batch a dose, mild doses first
                 with self.changed(settings, [True] * shape[0], range(shape[0]), [doses[at]] * shape[0]):
                     total[:, at] += answer_logprobs(self.chat, [talk] * shape[0])
                 known[:, at] += 1
@@ -460,7 +460,7 @@ class Session:
                     yield Dose(doses, mean[0], mean[0], mean[1:], False, int(known.min()))
 
     def quality(self, settings: Settings) -> dict[str, Any]:
-        """What is known of how real the direction is at the layer, in words; ``noise`` where it should not be used."""
+        """How real the direction is at the layer, in words; ``noise`` where it should not be used."""
         direction, layer = self.direction(settings.direction), settings.layer
         notes, facts, noise = [], [], False
         if note := degenerate(self.chat, direction, {layer: direction.at(layer)}):

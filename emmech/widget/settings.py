@@ -35,7 +35,7 @@ class Settings:
         seed, temperature, max_new_tokens: as :func:`emmech.sample` takes them.
 
     Raises:
-        EmmechError: which of them is out of range.
+        EmmechError: one of them is out of range.
     """
 
     question: str
@@ -75,7 +75,7 @@ class Settings:
             raise EmmechError(_ASKED, 'positions="phrase", phrase=""', why, "phrase= words that every prompt has")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The settings as JSON stores them."""
         return asdict(self)
 
     def code(self, opening: str, subject: str, more: str = "") -> str:
@@ -83,7 +83,7 @@ class Settings:
 
         Args:
             opening: lines that make the subject.
-            subject: what the panel is of.
+            subject: what the panel opens.
             more: arguments besides the state.
 
         Example:
