@@ -385,6 +385,8 @@ def writing(folder: Path, asked: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
+            if not (folder / ".lock").is_file():  # filelock waits for a folder that has vanished, too
+                raise FileNotFoundError("the folder is gone")
             holder = path.read_text(encoding="utf-8") if path.is_file() else "another process"
             raise EmmechError(asked, folder, f"{holder} is writing there", "another folder, or wait until it is done")
     try:
