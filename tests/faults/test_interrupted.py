@@ -169,7 +169,8 @@ def test_a_reader_beside_a_writer_always_succeeds(worker):
             with pytest.raises(EmmechError, match="no step is recorded yet"):
                 run.B(run.adapters[0].name)
         for name in (info.name for info in run.adapters if len(run.steps)):
-            assert len(run.A(name)) == len(run.B(name)) and np.isfinite(run.B(name)).all()
+            a, b = run.A(name), run.B(name)  # the files may be stacked in between, with the steps recorded since
+            assert 0 < len(a) <= len(b) and np.isfinite(a).all() and np.isfinite(b).all()
         assert not run.damaged
         assert repr(run) and run.metrics is not None
         reads += 1
