@@ -33,6 +33,7 @@ _STEP_FILE = re.compile(r"step-(\d+)\.safetensors$")
 _STACKED = "stacked.safetensors"
 _DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # raised for half a file
 _KINDS = {"F": "f", "I": "i", "U": "u"}  # safetensors's and NumPy's letters
+_ATTEMPTS = 20  # readings of a file that another process keeps replacing
 _CHECK = "sum/"  # the prefix of the checksums of every tensor's rows, in the same file
 
 
@@ -65,7 +66,8 @@ class Series:
 
     ``keys`` are the tensors' names, those of the first readable file.
     ``damaged`` lists the damaged files that were found so far, and :meth:`verify` checks all files; everything else
-    stays readable. A series also stays readable while another process writes or stacks it.
+    stays readable. A series also stays readable while another process writes or stacks it, and keeps the steps with which
+    it was opened; opened again, it has those recorded since.
 
     Example:
         >>> import numpy as np, tempfile
@@ -81,7 +83,16 @@ class Series:
         self.damaged: list[Path] = []
         self._reload()
 
-    def _reload(self) -> None:
+    def _reload(self, known: list[int] | None = None) -> None:
+        """Open the folder's files anew, of the ``known`` steps only if they are given."""
+        gone: list[Path] | None = None
+        while (before := gone) != (gone := self._list(known)) and gone:  # stacked since the folder was listed
+            pass
+        self.damaged += gone  # links to nowhere
+        self._index(known)
+
+    def _list(self, known: list[int] | None) -> list[Path]:
+        """Open every file, and return those that are gone although they were listed."""
         self.damaged.clear()
         self._stacked: _File | None = None
         self._stacked_steps = np.empty(0, dtype=np.int64)
@@ -89,29 +100,32 @@ class Series:
         # listed before the stacked file is opened: a step that is stacked in between is then in both, not in neither
         try:
             names = [entry.name for entry in os.scandir(self.folder)]
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a NUL, which writing refuses by name
+        except (OSError, ValueError):  # a path with a NUL, which writing refuses by name
             names = []
-        if names and (stacked := self._opened(self.folder / _STACKED)):
+        gone: list[Path] = []
+        if names and (stacked := self._opened(self.folder / _STACKED, [])):
             self._stacked, self._stacked_steps = stacked, stacked.steps
         loose = {int(match[1]): name for name in names if (match := _STEP_FILE.search(name))}
         for step in sorted(loose.keys() - self._stacked_steps.tolist()) if loose else ():
-            if file := self._opened(self.folder / loose[step]):
+            if (known is None or step in known) and (file := self._opened(self.folder / loose[step], gone)):
                 self._loose[step] = file
-        self._index()
+        return gone
 
-    def _index(self) -> None:
+    def _index(self, known: list[int] | None = None) -> None:
         files = [self._stacked, *self._loose.values()]
         self.keys: tuple[str, ...] = next((file.keys for file in files if file is not None), ())
         self.steps = self._stacked_steps
         if self._loose:
             self.steps = np.union1d(self.steps, np.array([*self._loose], dtype=np.int64))
+        if known is not None:
+            self.steps = np.intersect1d(self.steps, known)
 
-    def _opened(self, path: Path) -> _File | None:
-        """A file's index, or None if there is no such file or it is damaged."""
+    def _opened(self, path: Path, gone: list[Path]) -> _File | None:
+        """A file's index, or None if there is no such file (it is added to ``gone``) or it is damaged."""
         try:
             return _File(path)
         except FileNotFoundError:
-            pass
+            gone.append(path)
         except (*_DAMAGED, OSError):
             self.damaged.append(path)
         return None
@@ -140,7 +154,7 @@ class Series:
 
         def read() -> np.ndarray:
             rows = self._rows(self._stacked, key) if self._stacked else np.empty(0)
-            if not self._loose:
+            if len(self.steps) == len(rows) and not self._loose:
                 return rows
             by_step = dict(zip(self._stacked_steps.tolist(), rows, strict=True))
             by_step |= {step: self._rows(file, key)[0] for step, file in self._loose.items()}
@@ -158,9 +172,9 @@ class Series:
         def read() -> np.ndarray:
             if (file := self._loose.get(step)) is not None:
                 return self._rows(file, key)[0]
-            row = int(np.searchsorted(self._stacked_steps, step))
-            if self._stacked is None or step not in self._stacked_steps[row : row + 1]:
+            if self._stacked is None or step not in self.steps:
                 raise self._refusal(self.folder / _STACKED, f"step {step} is not in it")
+            row = int(np.searchsorted(self._stacked_steps, step))
             return self._rows(self._stacked, key, row)[0]
 
         return self._again(key, read)
@@ -178,13 +192,13 @@ class Series:
 
     def _again(self, key: str, read: Callable[[], np.ndarray]) -> np.ndarray:
         """Read, and read again if another process has stacked the files in the meantime."""
-        try:
-            return read()
-        except FileNotFoundError:
-            self._reload()
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):
+                return read()
+            self._reload(self.steps.tolist())
             if key not in self.keys:
                 raise self._refusal(self.folder / _STACKED, f"{key} is no longer in it")
-            return read()
+        raise self._refusal(self.folder / _STACKED, "it is replaced again and again")
 
     def verify(self) -> list[Path]:
         """Read every byte, and return the files that are damaged."""
