@@ -66,8 +66,8 @@ class Series:
 
     ``keys`` are the tensors' names, those of the first readable file.
     ``damaged`` lists the damaged files that were found so far, and :meth:`verify` checks all files; everything else
-    stays readable. A series also stays readable while another process writes or stacks it, and keeps the steps with which
-    it was opened; opened again, it has those recorded since.
+    stays readable. A series also stays readable while another process writes or stacks it, and keeps the steps with
+    which it was opened; opened again, it has those recorded since.
 
     Example:
         >>> import numpy as np, tempfile
@@ -85,9 +85,9 @@ class Series:
 
     def _reload(self, known: list[int] | None = None) -> None:
         """Open the folder's files anew, of the ``known`` steps only if they are given."""
-        gone: list[Path] | None = None
-        while (before := gone) != (gone := self._list(known)) and gone:  # stacked since the folder was listed
-            pass
+        gone = self._list(known)
+        while gone and gone != (again := self._list(known)):  # they were stacked since the folder was listed
+            gone = again
         self.damaged += gone  # links to nowhere
         self._index(known)
 
@@ -336,8 +336,6 @@ def save_tensors(
     Raises:
         EmmechError: the disk is full, read-only or gone.
     """
-    from safetensors import SafetensorError
-
     if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
         from safetensors.numpy import save_file
     else:
@@ -345,10 +343,7 @@ def save_tensors(
     partial = path.with_name(f"{path.name}.partial")
     with kept(asked, path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(dict(tensors), partial, metadata=metadata)
-        except SafetensorError as error:  # safetensors reports a full disk in this way
-            raise OSError(str(error))
+        save_file(dict(tensors), partial, metadata=metadata)
         if synced:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -366,8 +361,12 @@ def kept(asked: str, path: Path) -> Iterator[None]:
         raise EmmechError(asked, repr(str(path)), "a path holds no NUL character", "another folder")
     try:
         yield
-    except OSError as error:
-        why = f"the disk refuses it ({error.strerror or error}); what was recorded before is kept"
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if not isinstance(error, OSError | SafetensorError):  # safetensors reports a full disk in its own way
+            raise
+        why = f"the disk refuses it ({getattr(error, 'strerror', None) or error}); what was recorded before is kept"
         raise EmmechError(asked, path, why, "free some space or mend the folder, then resume")
 
 
@@ -437,8 +436,8 @@ def file_name(text: str) -> str:
     return re.sub(r"[\\/\x00-\x1f]", "_", text)[:200]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text under a temporary name and rename it, so that a reader never sees half a file; its folder is made.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it; its folder is made.
 
     Raises:
         EmmechError: the disk is full, read-only or gone.
@@ -446,8 +445,13 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     with kept(f"write {path.name}", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as :func:`write_bytes` writes bytes."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: object) -> None:

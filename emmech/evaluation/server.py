@@ -23,7 +23,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, quote_plus, unquote, urlsplit
 
 from emmech.engine.responses import Response, ResponseLog, check_request, digest, row_seeds
 from emmech.errors import EmmechError
@@ -178,8 +178,9 @@ class Server:
         address = urlsplit(self.url or "")
         login = [part for part in (address.username, address.password) if part]
         secrets = {self.key or "", os.environ.get("OPENAI_API_KEY", ""), *login, *map(unquote, login)}
-        secrets |= {_basic(address).removeprefix("Basic "), *(value for _, value in parse_qsl(address.query))}
-        secrets |= {*_texts(self.extra)}
+        query = [value for _, value in parse_qsl(address.query)]
+        secrets |= {_basic(address).removeprefix("Basic "), *query, *map(quote_plus, query)}
+        secrets |= {*_texts(self.extra), *(quote(value, safe="") for value in query)}
         for secret in sorted({*secrets, *(s.strip() for s in secrets)} - {""}, key=len, reverse=True):
             text = text.replace(secret, "***")
         return text[:300]
@@ -300,7 +301,7 @@ class Server:
         if login := _basic(address):  # not in the address, which the client's library logs
             options["default_headers"] = {"Authorization": login}
         if address.query:
-            options["default_query"] = dict(parse_qsl(address.query))
+            options["http_client"] = openai.DefaultHttpxClient(event_hooks={"request": [_asking(address)]})
         return openai.OpenAI(base_url=self.url and _bare(address), api_key=key, **options)
 
     def _ask(
@@ -464,6 +465,20 @@ def _basic(address: SplitResult) -> str:
         return ""
     login = f"{unquote(address.username or '')}:{unquote(address.password or '')}"
     return f"Basic {base64.b64encode(login.encode()).decode()}"
+
+
+def _asking(address: SplitResult) -> Callable[[Any], None]:
+    """A hook that adds an address's query to each request as it is sent, so that the client's library cannot log it."""
+
+    def add(request: Any) -> None:
+        kind = type(request.url)  # that of the client's library, which need not be httpx
+        home = kind(_bare(address))
+        # a redirection to another server does not take the query along
+        if (request.url.scheme, request.url.host, request.url.port) == (home.scheme, home.host, home.port):
+            shown = type("Shown", (kind,), {"__str__": lambda url: kind.__str__(url).partition("?")[0]})
+            request.url = shown(request.url.copy_merge_params(parse_qsl(address.query)))
+
+    return add
 
 
 def _texts(value: Any, secret: bool = False) -> Iterator[str]:
