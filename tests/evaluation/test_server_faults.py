@@ -235,12 +235,6 @@ SECRETS = {
 LOGIN = f"{SECRETS['user']}:{SECRETS['password']}"
 ENCODED = ["p%40ss%2Fw0rd%3A7", "a%2Fb+signed%3D", "a%2Fb%20signed%3D"]
 ECHOED = [*SECRETS.values(), *ENCODED, base64.b64encode(LOGIN.encode()).decode()]
-    *SECRETS.values(),
-    "p%40ss%2Fw0rd%3A7",
-    "a%2Fb+signed%3D",
-    "a%2Fb%20signed%3D",
-    base64.b64encode(LOGIN.encode()).decode(),
-]
 WRITTEN = [*ECHOED, "p%40ss", "w0rd", "sk-live", "signed"]
 
 
