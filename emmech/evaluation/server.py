@@ -471,7 +471,7 @@ def _asking(address: SplitResult) -> Callable[[Any], None]:
     """A hook that adds an address's query to each request as it is sent, so that the client's library cannot log it."""
 
     def add(request: Any) -> None:
-        kind = type(request.url)  # that of the client's library, which need not be httpx
+        kind: Any = type(request.url)  # that of the client's library, which need not be httpx
         home = kind(_bare(address))
         # a redirection to another server does not take the query along
         if (request.url.scheme, request.url.host, request.url.port) == (home.scheme, home.host, home.port):

@@ -163,7 +163,7 @@ def _sharded(model: nn.Module) -> str:
     """The mechanism that shards the weights or gradients, with the first weight that shows it, or ""."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # accelerate sets this if it is in use
         return "DeepSpeed"
-    marks = {"device_mesh": "FSDP or tensor parallelism", "_is_flat_param": "FSDP", "ds_id": "DeepSpeed"}
+    marks = {"device_mesh": "FSDP or tensor parallelism", "_fsdp_flattened": "FSDP", "ds_id": "DeepSpeed"}
     names = ((name, kind) for name, p in model.named_parameters() for mark, kind in marks.items() if hasattr(p, mark))
     return next((f"{name} ({kind})" for name, kind in names), "")
 
