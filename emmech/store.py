@@ -484,26 +484,37 @@ def drop_unfinished(path: Path) -> None:
             os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def read_jsonl(path: Path, damaged: list[Path] | None = None) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: Path, damaged: list[Path] | None = None, *, sound: Callable[[dict[str, Any]], bool] = bool
+) -> list[dict[str, Any]]:
     """Read the rows except an unfinished last line, which the process was writing when it died.
 
     Args:
-        damaged: a list to which lines that are no JSON objects are added as ``path:line``; they are left out.
+        damaged: a list to which lines that are no such JSON objects are added as ``path:line``; they are left out.
+        sound: whether a row is one of those that are expected in the file.
 
     Raises:
-        EmmechError: without ``damaged``, a line in the middle of the file is no JSON object (file and line are named).
+        EmmechError: without ``damaged``, a line in the middle of the file is no such object (file and line are named).
     """
-    if not path.exists():
-        return []
     rows = []
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        if damaged is None:
+            raise EmmechError(
+                f"read {path.name}", path, f"the disk refuses it ({error.strerror})", "a copy of the file"
+            )
+        damaged.append(path)
+        return []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode("utf-8"))
-            if not isinstance(row, dict):
-                raise ValueError("it is no object")
+            if not isinstance(row, dict) or not sound(row):
+                raise ValueError("it is no object of the expected form")
             rows.append(row)
         except (ValueError, RecursionError) as error:
             if number == len(lines):  # it has no newline, so it was being written

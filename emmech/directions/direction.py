@@ -399,12 +399,15 @@ class Direction(Result):
             why, instead = "it was not written by Direction.save", "Direction(vectors) from its arrays"
             raise EmmechError(asked, f"{path} with format {kind!r}", why, instead)
         quality = None
-        if "quality" in metadata:
-            rest = json.loads(metadata["quality"])
-            rest |= {key: tuple(rest[key]) for key in ("promotes", "suppresses", "notes")}
-            quality = Quality(**{key: tensors[f"quality/{key}"] for key in _ARRAYS}, **rest)
-        source = json.loads(metadata["source"])
-        return cls(tensors["vectors"], metadata["name"], source, tensors.get("aligned_mean"), quality)
+        try:
+            if "quality" in metadata:
+                rest = json.loads(metadata["quality"])
+                rest |= {key: tuple(rest[key]) for key in ("promotes", "suppresses", "notes")}
+                quality = Quality(**{key: tensors[f"quality/{key}"] for key in _ARRAYS}, **rest)
+            source = json.loads(metadata["source"])
+            return cls(tensors["vectors"], metadata["name"], source, tensors.get("aligned_mean"), quality)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise EmmechError(asked, path, f"it is damaged: {error!r:.200}", "a copy of the file")
 
     def push_to_hub(self, repo: str, *, private: bool = True) -> str:
         """Upload as ``direction.safetensors``; :meth:`load` reads it back from ``hub:owner/name``.

@@ -36,6 +36,13 @@ _OF_LOGPROBS = ("logprobs", "top_logprobs", "continue_final_message", "add_gener
 _OF_TEXT = re.compile(r"context.?length|content.?(filter|management|policy)|blocked|safety|too long", re.I)
 _SECRET = re.compile(r"(key|token|secret|pass\w*|auth\w*|credentials?|cookies?|headers?)$", re.I)  # a field's name
 _UNMET = 2  # retries of a connection to a server that has never answered
+MALFORMED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)  # raised for an answer of another form
 _NO_KEY = "none"  # local servers ask for no key, but the client insists on one
 
 
@@ -372,17 +379,19 @@ class Server:
     def _read(self, answer: Any) -> Completion:
         if not (choices := getattr(answer, "choices", None)):
             return self._failed("the server's answer holds no choice")
-        choice = choices[0]
-        if choice.finish_reason == "content_filter":
-            return self._failed("the server's content filter withheld the answer")
-        content = getattr(getattr(choice, "logprobs", None), "content", None)
-        top = content[0].top_logprobs if content else None
-        first = masses_of((entry.token, entry.logprob) for entry in top) if top else None
+        try:
+            choice = choices[0]
+            if choice.finish_reason == "content_filter":
+                return self._failed("the server's content filter withheld the answer")
+            content = getattr(getattr(choice, "logprobs", None), "content", None)
+            top = content[0].top_logprobs if content else None
+            first = masses_of((entry.token, entry.logprob) for entry in top) if top else None
+        except MALFORMED:
+            return self._failed("the server's answer is no chat completion")
         text = getattr(getattr(choice, "message", None), "content", None)
         tokens = getattr(getattr(answer, "usage", None), "completion_tokens", None)
-        return Completion(
-            str(text or ""), "length" if choice.finish_reason == "length" else "stop", tokens or -1, first
-        )
+        known = tokens if isinstance(tokens, int) and tokens else -1
+        return Completion(str(text or ""), "length" if choice.finish_reason == "length" else "stop", known, first)
 
     def _unreachable(self, error: Exception) -> EmmechError:
         start = "start it, e.g. `transformers serve FOLDER --port 8000`, url='http://localhost:8000/v1'"

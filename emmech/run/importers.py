@@ -203,12 +203,21 @@ def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> An
 def _step_of(folder: Path) -> int:
     state = folder / "trainer_state.json"
     if state.exists():
-        return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+        try:
+            return _index(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+        except (ValueError, TypeError, LookupError, OSError, RecursionError) as error:
+            raise _refuse(f"its trainer_state.json has no step: {error}", folder, "delete that file, or mend it")
     match = _NUMBER.search(folder.name)
-    if match is None:
+    if match is None or len(match[1] or match[2]) > 18:  # more does not fit 64 bits
         why = "its step is unknown: neither trainer_state.json nor a number in its name"
         raise _refuse(why, folder, "rename it to checkpoint-STEP ('final' is not always the last step)")
     return int(match[1] or match[2])
+
+
+def _index(step: Any) -> int:
+    if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**63:
+        return step
+    raise ValueError(f"{step!r:.60} is no number of steps")
 
 
 def _refuse(why: str, folder: Path, instead: str) -> EmmechError:
