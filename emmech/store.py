@@ -485,7 +485,7 @@ def drop_unfinished(path: Path) -> None:
 
 
 def read_jsonl(
-    path: Path, damaged: list[Path] | None = None, *, sound: Callable[[dict[str, Any]], bool] = bool
+    path: Path, damaged: list[Path] | None = None, *, sound: Callable[[dict[str, Any]], bool] | None = None
 ) -> list[dict[str, Any]]:
     """Read the rows except an unfinished last line, which the process was writing when it died.
 
@@ -513,7 +513,7 @@ def read_jsonl(
             continue
         try:
             row = json.loads(line.decode("utf-8"))
-            if not isinstance(row, dict) or not sound(row):
+            if not isinstance(row, dict) or (sound is not None and not sound(row)):
                 raise ValueError("it is no object of the expected form")
             rows.append(row)
         except (ValueError, RecursionError) as error:

@@ -184,12 +184,16 @@ def _adapter(
     module: str, name: str, layer: int, weights: dict[str, np.ndarray], config: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     a, b = weights[f"A {module}"], weights[f"B {module}"]
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    try:
+        rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+        alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    except (AttributeError, TypeError, re.error) as error:
+        why = f"its rank_pattern or alpha_pattern is no mapping of regular expressions: {error}"
+        raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
     if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
         why = f"{module} has A {list(a.shape)} and B {list(b.shape)}, but rank {rank} in adapter_config.json"
         raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
-    if not isinstance(alpha, int | float) or not np.isfinite(alpha) or alpha == 0:
+    if not isinstance(alpha, int | float) or not 0 < abs(alpha) <= 1e30:
         raise _refuse(f"its lora_alpha is {alpha!r}, so the adapter writes nothing or NaN", folder, "a number, not 0")
     scaling = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
     return _entry(name, layer, module, rank, float(alpha), scaling, int(a.shape[1]), int(b.shape[0]))
