@@ -31,7 +31,7 @@ from emmech.errors import EmmechError
 
 _STEP_FILE = re.compile(r"step-(\d+)\.safetensors$")
 _STACKED = "stacked.safetensors"
-_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # raised for half a file
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)  # of half a file
 _KINDS = {"F": "f", "I": "i", "U": "u"}  # safetensors's and NumPy's letters
 _ATTEMPTS = 20  # readings of a file that another process keeps replacing
 _CHECK = "sum/"  # the prefix of the checksums of every tensor's rows, in the same file

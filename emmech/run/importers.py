@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,12 +169,32 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         half = f"lora_{halves[0][0]} of {halves[0][2:]} without the other half" if halves else ""
         why = f"it holds {f'the tensor {strange[0]}' if strange else half}, which is no part of a plain LoRA pair"
         raise _refuse(why, folder, "merge it in PEFT and load that")
+    if (stray := next((module for module in _modules(found) if not _chosen(module, config, folder)), None)) is not None:
+        why = f"it holds a pair of {stray}, which target_modules and the like in adapter_config.json leave out"
+        raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
     if not all(np.isfinite(value).all() for value in found.values()):
         raise _refuse("it holds NaN or infinity", folder, "leave it out")
     if not any(found[f"B {module}"].any() for module in _modules(found)):
         why = "B is zero everywhere: the adapter is the identity (untrained, or its weights did not load)"
         raise _refuse(why, folder, "leave it out; the base model is step 0 by definition")
     return config, found
+
+
+def _chosen(module: str, config: dict[str, Any], folder: Path) -> bool:
+    """Whether PEFT puts an adapter on a module; it passes over the tensors of any other."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if config.get("target_modules") == "all-linear":
+        return True
+    try:
+        return bool(
+            check_target_module_exists(
+                SimpleNamespace(**({"target_modules": None, "target_parameters": None} | config)), module
+            )
+        )
+    except (TypeError, AttributeError, ValueError, re.error) as error:
+        why = f"its target_modules and the like in adapter_config.json choose nothing ({error})"
+        raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
 
 
 def _modules(weights: dict[str, np.ndarray]) -> list[str]:
