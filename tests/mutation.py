@@ -1,9 +1,9 @@
 """Whether the tests notice a changed operator, constant, branch or return value of the modules that must be right.
 
-``python tests/mutation.py [--mutants 140] [--seed 0] [--module store] [--survivors]``, run by hand: a mutant takes
-about ten seconds. The tests are run once to learn which of them reach which line; each mutant is then written into a
+``python tests/mutation.py [--mutants 140] [--seed 0] [--module store] [--write]``, run by hand: a mutant takes
+few seconds. A module's tests are run once to learn which of them reach which line; each mutant is then written into a
 copy of the working tree, and the tests that reach its line run there, the fastest first, until one fails. Tests that
-are marked slow are not used. Equivalent mutants, which no test can notice, are listed in ``EQUIVALENT``.
+are marked slow are not used. A mutant that survives needs a test of what the code does, or no test can notice it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,23 @@ import time
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.tables import DOCS, markdown, write
+
 ROOT = Path(__file__).resolve().parents[1]
-MODULES = [
-    *("emmech/run/importers.py", "emmech/chat/encode.py", "emmech/chat/template.py", "emmech/store.py"),
-    *("emmech/run/run.py", "emmech/training/recorder.py", "emmech/evaluation/em.py"),
-]
-TESTS = [
-    *("tests/test_store.py", "tests/run", "tests/training/test_recorder.py", "tests/chat/test_encode.py"),
-    *("tests/chat/test_templates.py", "tests/chat/test_dataset.py", "tests/evaluation/test_em.py"),
-    *("tests/evaluation/test_rates.py", "tests/test_results.py", *MODULES),
-]
+ROOMS = {  # the tests that are responsible for each module
+    "emmech/evaluation/em.py": ["tests/evaluation/test_em.py", "tests/evaluation/test_rates.py"],
+    "emmech/store.py": ["tests/test_store.py", "tests/run/test_run.py", "tests/run/test_checkpoints.py"],
+    "emmech/run/importers.py": ["tests/run/test_importers.py", "tests/run/test_run.py"],
+    "emmech/chat/encode.py": ["tests/chat/test_encode.py", "tests/chat/test_templates.py"],
+    "emmech/chat/template.py": [
+        "tests/chat/test_templates.py",
+        "tests/chat/test_encode.py",
+        "tests/chat/test_dataset.py",
+    ],
+    "emmech/run/run.py": ["tests/run", "tests/test_results.py"],
+    "emmech/training/recorder.py": ["tests/training/test_recorder.py"],
+}
 OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout", "120"]
 SWAPS = [(ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.In, ast.NotIn), (ast.Is, ast.IsNot)]
 SWAPS += [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.And, ast.Or), (ast.BitOr, ast.BitAnd)]
@@ -108,19 +115,19 @@ class Mutants(ast.NodeVisitor):
 
 
 class Reached:
-    """A pytest plugin that notes which lines of the modules each test runs, and how long it takes."""
+    """A pytest plugin that notes which lines of a module each test runs, and how long it takes."""
 
-    def __init__(self) -> None:
-        self.files = {str(ROOT / module): module for module in MODULES}
-        self.lines: dict[str, dict[str, list[int]]] = {}
+    def __init__(self, module: str) -> None:
+        self.file = str(ROOT / module)
+        self.lines: dict[str, list[int]] = {}
         self.seconds: dict[str, float] = {}
-        self._now: set[tuple[str, int]] = set()
+        self._now: set[int] = set()
 
     def _trace(self, frame, event, arg):
-        return self._line if frame.f_code.co_filename in self.files else None
+        return self._line if frame.f_code.co_filename == self.file else None
 
     def _line(self, frame, event, arg):
-        self._now.add((self.files[frame.f_code.co_filename], frame.f_lineno))
+        self._now.add(frame.f_lineno)
         return self._line
 
     def pytest_runtest_protocol(self, item, nextitem):
@@ -132,10 +139,7 @@ class Reached:
         sys.settrace(None)
         threading.settrace(None)  # type: ignore[arg-type]
         self.seconds[nodeid] = time.monotonic() - self._began
-        found: dict[str, list[int]] = {}
-        for module, line in self._now:
-            found.setdefault(module, []).append(line)
-        self.lines[nodeid] = found
+        self.lines[nodeid] = sorted(self._now)
 
 
 def in_child(call, limit: float) -> int | None:
@@ -162,21 +166,21 @@ def in_child(call, limit: float) -> int | None:
     return None
 
 
-def learn(path: Path) -> dict[str, dict]:
-    """Which lines each test reaches, and its seconds; kept in a file."""
+def learn(module: str, path: Path) -> dict[str, dict]:
+    """Which lines of a module each of its tests reaches, and the test's seconds; kept in a file."""
 
     def run() -> int:
         import pytest
 
         os.chdir(ROOT)
         sys.path.insert(0, str(ROOT))
-        reached = Reached()
-        code = pytest.main([*OPTIONS, *TESTS], plugins=[reached])
+        reached = Reached(module)
+        code = pytest.main([*OPTIONS, *ROOMS[module], module], plugins=[reached])
         path.write_text(json.dumps({"lines": reached.lines, "seconds": reached.seconds}))
         return int(code)
 
     if not path.exists() and (code := in_child(run, 7200)) != 0:
-        raise SystemExit(f"the tests do not pass without a mutant (pytest's status {code})")
+        raise SystemExit(f"the tests of {module} do not pass without a mutant (pytest's status {code})")
     return json.loads(path.read_text())
 
 
@@ -185,44 +189,50 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=140)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--module", default="", help="a part of the module's path")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/damaged.md")
     parser.add_argument("--out", type=Path, default=Path("build/mutation"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     warm()
-    known = learn(options.out / "reached.json")
-    seconds, dice = known["seconds"], random.Random(options.seed)
-    places = [(module, *found) for module in MODULES for found in Mutants((ROOT / module).read_text()).found]
-    chosen = dice.sample([place for place in places if options.module in place[0]], options.mutants)
+    places = {module: Mutants((ROOT / module).read_text()).found for module in ROOMS}
+    share = options.mutants / sum(map(len, places.values()))
     scratch = Path(tempfile.mkdtemp())
     tree = shutil.copytree(ROOT, scratch / "tree", ignore=shutil.ignore_patterns(".git", ".venv", "build", "site"))
     counts: Counter = Counter()
     results = (options.out / f"mutants-{options.seed}.jsonl").open("a")
-    for module, number, line, before, after in chosen:
-        source = (ROOT / module).read_text()
-        tests = sorted((t for t, reach in known["lines"].items() if line in reach.get(module, ())), key=seconds.get)
-        tests = tests or sorted((t for t, reach in known["lines"].items() if module in reach), key=seconds.get)[:150]
-        (tree / module).write_text(Mutants.written(source, number))
+    for module in (module for module in ROOMS if options.module in module):
+        known = learn(module, options.out / f"{Path(module).stem}.json")
+        source, seconds = (ROOT / module).read_text(), known["seconds"]
+        dice = random.Random(f"{options.seed} {module}")
+        for number, line, before, after in dice.sample(places[module], max(8, round(share * len(places[module])))):
+            tests = [test for test, lines in known["lines"].items() if line in lines]
+            # what runs as the module is imported is everyone's
+            tests = sorted(tests or [test for test, lines in known["lines"].items() if lines], key=seconds.__getitem__)
+            (tree / module).write_text(Mutants.written(source, number))
 
-        def run(tests=tests) -> int:
-            import pytest
+            def run(tests=tests) -> int:
+                import pytest
 
-            os.chdir(tree)
-            sys.path.insert(0, str(tree))
-            return int(pytest.main([*OPTIONS, "-x", *tests]))
+                os.chdir(tree)
+                sys.path.insert(0, str(tree))
+                return int(pytest.main([*OPTIONS, "-x", *tests]))
 
-        began = time.monotonic()
-        killed = in_child(run, 60 + 4 * sum(seconds[t] for t in tests)) != 0 if tests else False
-        (tree / module).write_text(source)
-        counts[module, killed] += 1
-        row = {"module": module, "line": line, "before": before, "after": after, "killed": killed}
-        row |= {"tests": len(tests), "seconds": round(time.monotonic() - began, 1)}
-        results.write(json.dumps(row) + "\n")
-        results.flush()
-        print(json.dumps(row), flush=True)
+            began = time.monotonic()
+            killed = in_child(run, 120 + 4 * sum(seconds[test] for test in tests)) != 0
+            (tree / module).write_text(source)
+            counts[module, killed] += 1
+            row = {"module": module, "line": line, "before": before, "after": after, "killed": killed}
+            row |= {"tests": len(tests), "seconds": round(time.monotonic() - began, 1)}
+            results.write(json.dumps(row) + "\n")
+            results.flush()
+            print(json.dumps(row), flush=True)
     shutil.rmtree(scratch)
-    for module in MODULES:
-        killed, survived = counts[module, True], counts[module, False]
-        print(f"| {module} | {killed + survived} | {killed} |")
+    tried = {module: (counts[module, True], counts[module, True] + counts[module, False]) for module in places}
+    rows = [[f"`{module}`", str(len(places[module])), str(all_), str(k)] for module, (k, all_) in tried.items() if all_]
+    table = markdown(["module", "places", "tried", "noticed"], rows)
+    print(table)
+    if options.write:
+        write(DOCS / "damaged.md", "mutants", table)
 
 
 def warm() -> None:

@@ -1,4 +1,4 @@
-"""Files that were damaged or written by something else: ``python -m tests.faults.damaged [--tries N] [--kind rows]``.
+"""Files that were damaged or written by something else: ``python -m tests.faults.damaged [--tries N] [--kind rows] [--write]``.
 
 Each try damages a sound file or folder at random, by bits, by bytes, by whole values of its JSON, or by whole files,
 and reads it as a user would. It must be refused by an EmmechError within ten seconds of work, or be read as what the
@@ -46,6 +46,7 @@ from emmech.run.run import Run
 from tests.conftest import make_rows, make_tiny
 from tests.evaluation.conftest import completion
 from tests.sweeps.conftest import SEVERAL, random_run
+from tests.tables import DOCS, markdown, write
 
 LIMIT = 10  # seconds of the processor
 ODD = [
@@ -83,6 +84,16 @@ VALUES = [
     [[]],
 ]
 VALUES += [10**400, ["x"] * 3, {"x": 1}, [None], "9" * 5000]
+
+
+ENDS = {  # how a try ends, and its column in the table
+    "refused": "refused",
+    "read": "read as the files say",
+    "wrong": "read as something else",
+    "another exception": "other exceptions",
+    "over ten seconds": "over 10 s",
+    "unbounded message": "messages over 4000 characters",
+}
 
 
 class TooLong(BaseException):
@@ -415,15 +426,16 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", default="", help="a part of the kind's name")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/damaged.md")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = [kind for kind in KINDS if options.kind in kind]
-    print("| input | tries | refused | read as the files say | wrong | other exceptions | over 10 s |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    kinds, rows = [kind for kind in KINDS if options.kind in kind], []
     for kind in kinds:
         counts = tries(kind, options.tries // len(kinds), options.seed)
-        ends = ("refused", "read", "wrong", "another exception", "over ten seconds", "unbounded message")
-        print(f"| {kind} | {counts.total()} | {' | '.join(str(counts[end]) for end in ends)} |", flush=True)
+        rows.append([kind, str(counts.total()), *(str(counts[end]) for end in ENDS)])
+        print(" | ".join(rows[-1]), flush=True)
+    if options.write:
+        write(DOCS / "damaged.md", "damaged", markdown(["input", "tries", *ENDS.values()], rows))
 
 
 if __name__ == "__main__":
