@@ -1,4 +1,4 @@
-"""Files that were damaged or written by something else: ``python -m tests.faults.damaged [--tries N] [--kind rows] [--write]``.
+"""Files that were damaged or written elsewhere: ``python -m tests.faults.damaged [--tries N] [--kind rows] [--write]``.
 
 Each try damages a sound file or folder at random, by bits, by bytes, by whole values of its JSON, or by whole files,
 and reads it as a user would. It must be refused by an EmmechError within ten seconds of work, or be read as what the
