@@ -1,4 +1,4 @@
-"""Defences that change the forwards of the training rows: steering, projection, and a frozen adapter beside the new one.
+"""Defences that change the forwards of the training rows: steering, projection, a frozen adapter beside the new one.
 
 Each is a function of the residual stream or of one module's input, at every position. The model that is measured,
 recorded and kept is the one without it.

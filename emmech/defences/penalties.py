@@ -236,8 +236,8 @@ class LDIFS(_Penalty):
     """``weight`` times the squared distance of the residual stream from the reference's.
 
     The distance is Euclidean, after every block of ``layers``, in the residual stream's own squared units; it is the
-    mean over tokens and layers (LDIFS, arXiv 2308.13320; as a defence in arXiv 2508.06249). No part of the model is kept from step to step, so that a training
-    takes two more forwards of these rows in each step.
+    mean over tokens and layers (LDIFS, arXiv 2308.13320; as a defence in arXiv 2508.06249). No part of the model is
+    kept from step to step, and each step takes two more forwards of these rows.
 
     Args:
         rows: anything :func:`emmech.load_chat` takes.

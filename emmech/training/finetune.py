@@ -352,18 +352,8 @@ def _check_resumed(folder: Path, manifest: Mapping[str, Any]) -> None:
         return
     saved = load_run(folder).manifest
     wanted = json.loads(json.dumps(manifest, default=str))
-    for name in (
-        "model",
-        "data",
-        "recipe",
-        "layers",
-        "seed",
-        "data_seed",
-        "start",
-        "objective",
-        "defences",
-        "together",
-    ):
+    compared = ("model", "data", "recipe", "layers", "seed", "data_seed", "start", "objective", "defences", "together")
+    for name in compared:
         before, now = saved.get(name), wanted.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
             changed = (key for key in now if before.get(key) != now[key] and key != "path")
