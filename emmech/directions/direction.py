@@ -455,7 +455,7 @@ class Direction(Result):
             headline = f"Direction {self.name!r}{made}: how stable it is was not measured"
             return Card(headline, (vectors,), then="direction.plot()")
         layer, noise = quality.read_layer, quality.noise
-        halves = f"cosine {quality.split_half[layer]:.2f} at layer {layer}, {quality.split_half_shuffled[layer]:.2f} with"
+        halves = f"cosine {quality.split_half[layer]:.2f} at layer {layer}, {quality.split_half_shuffled[layer] + 0.0:.2f} with"
         halves += " shuffled labels"
         claim = "is noise" if layer in noise else "is stable"
         said = f"Direction {self.name!r} {claim}: two halves of the answers give directions of {halves}"

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, as_int, check_folder, closest, refusal
+from emmech.progress import quiet
 from emmech.results import Card, Shown
 from emmech.store import MemorySeries, Series, kept, read_jsonl, save_tensors, write_json, write_jsonl
 from emmech.view.sketch import curves
@@ -570,7 +571,8 @@ def _started(run: Run, chat: ChatModel, *, given: bool) -> ChatModel:
 
     # merging would change the caller's weights
     model = deepcopy(chat.model) if given else chat.model
-    return replace(chat, model=PeftModel.from_pretrained(model, str(start)).merge_and_unload())
+    with quiet():
+        return replace(chat, model=PeftModel.from_pretrained(model, str(start)).merge_and_unload())
 
 
 def _full_model(run: Run, chat: ChatModel, step: int, scale: float) -> ChatModel:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from emmech.geometry import turn_angle
 from emmech.results import Card, Result
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.turn import Location
@@ -156,7 +155,7 @@ class PhaseTransition(Result):
                 continue
             if np.isfinite(row.step):
                 return Transition(round(row.step), round(row.low), round(row.high), f"half the change of {name}")
-            reasons.append(f"{name} {row.note}")
+            reasons.append(f"{name}: {row.note.removeprefix(_NOT)}")
         return Transition(None, None, None, "; ".join(reasons) or "not measurable: the run recorded no margins")
 
     @cached_property
@@ -231,12 +230,12 @@ class PhaseTransition(Result):
     def _card(self) -> Card:
         caveats = self._caveats()
         facts = [("behaviour", self._behaviour()), ("order", _order(self.lag))] if self.behavioural else []
-        facts += [] if facts else [("behaviour", f"not measured: {self.behavioural.reason.removeprefix(_NOT)}")]
+        facts += [] if facts else [("behaviour", f"no step is found: {self.behavioural.reason.removeprefix(_NOT)}")]
         for found in self.verdicts:
             facts += [(f"against {found.control}", text) for text in found.sentences()]
         then = "transition.plot()"
         if not self.controls:
-            then = f"emmech.phase_transition({self.run.name!r}, control=the_folder_of_a_harmless_run)"
+            then = "emmech.phase_transition(run, control=control)"
         lines = [f"{name}: {value}" for name, value in
                  (("mechanistic", self.mechanistic), ("behavioural", self.behavioural), ("lag", self.lag))]  # fmt: skip
         lines += [line for one in self.verdicts for line in one.lines()]
@@ -271,7 +270,7 @@ class PhaseTransition(Result):
         said = []
         turn = self.run.row("turn")
         if not self.controls:
-            said.append("fine-tunes on harmless data turn too, if they learn something: compare with a control run")
+            said.append("fine-tunes on harmless data turn too, if they learn something: compare with a control, a run on harmless data")
         elif inert := [one.control for one in self.verdicts if one.inert]:
             learns = "" if len(inert) < len(self.verdicts) else "; compare with one that learns, such as a change of style"
             said.append(
@@ -287,10 +286,12 @@ class PhaseTransition(Result):
         return said
 
     def _sketch(self) -> str:
-        k = max(self.run.path.cosines, default=0)
-        turned = [(role, side.path.steps, np.degrees(turn_angle(side.path.cosines[k])))
-                  for role, side in self._sides()[:3] if k in side.path.cosines]  # fmt: skip
-        shown = curves(turned, "Angle by which the path turns, degrees", mark=self.mechanistic.interval)
+        path, shown = self.run.path, ""
+        if path.scores.shape[1] > 1:
+            found = np.flatnonzero(path.steps == self.mechanistic.step)  # empty where there is none
+            title = "Path of the weights" + (", with the turn" if len(found) else "")
+            across = [("", path.scores[:, 0], path.scores[:, 1])]
+            shown = curves(across, title, axis="principal components 1 and 2", dots=path.scores[found, :2].tolist())
         name = next((one for one in ("em", "margin-broad", "margin-narrow") if one in self.run.margins), "")
         margins = [(role, *side.margins[name]) for role, side in self._sides()[:3] if name in side.margins]
         title = "Share of misaligned answers" if name == "em" else f"{name.replace('-', ' ').capitalize()}, nats per token"

@@ -257,7 +257,7 @@ def _bends(side: Side) -> Statement:
     if turn is None or where is None or not np.isfinite(turn.p_value):
         return _unmeasured(BENDS, turn.note.removeprefix("not measurable: ") if turn else "it has no path")
     p, width = turn.p_value, side.path.width_share
-    text = f"no bend that a smooth path with the same noise would not have, p = {p:.2g}"
+    text = f"no bend: a smooth path with the same noise explains it, p = {p:.2g}"
     if p < LEVEL:
         text = f"{turn.strength:.0f} degrees ({where.angle_low:.0f} to {where.angle_high:.0f})"
         text = "it bends, by " + ("an angle that noise hides" if np.isnan(turn.strength) else text)
