@@ -111,16 +111,18 @@ def _kinds() -> tuple[type, type]:
             super().__init__(*args, file=io.StringIO(), **options)
 
         def display(self, msg: str | None = None, pos: int | None = None) -> Any:
-            from IPython.display import HTML, display
+            from IPython.display import display
 
             if msg == "" and self._handle is None:
                 return
             self._tell()
-            shown = HTML("" if msg == "" else self._line())
+            line = "" if msg == "" else self._line()
+            shown = {"text/html": f"<div><progress {self._share()}></progress> {escape(line)}</div>" if line else ""}
+            shown["text/plain"] = line
             if self._handle is None:
-                self._handle = display(shown, display_id=True)
+                self._handle = display(shown, raw=True, display_id=True)
             else:
-                self._handle.update(shown)
+                self._handle.update(shown, raw=True)
 
         def _line(self) -> str:
             now = self.format_dict
@@ -129,8 +131,9 @@ def _kinds() -> tuple[type, type]:
             if self.total and rate:
                 parts.append(f"{self.format_interval((self.total - self.n) / rate)} left")
             parts += [now["postfix"]] if now["postfix"] else []
-            share = f'value="{self.n}" max="{self.total}"' if self.total else ""
-            said = escape(f"{str(self.desc).strip(': ')}: {', '.join(parts)}")
-            return f'<div><progress {share} style="width: 160px"></progress> {said}</div>'
+            return f"{str(self.desc).strip(': ')}: {', '.join(parts)}"
+
+        def _share(self) -> str:
+            return f'value="{self.n}" max="{self.total}"' if self.total else ""
 
     return Bar, Cell

@@ -272,8 +272,7 @@ def test_rows_on_disk_are_plain_json(tmp_path):
     [
         ([], {}, "nothing to answer"),
         ([[]], {}, "nothing to answer"),
-        ("hello", {}, "list of messages"),
-        (["hello"], {}, "list of messages"),
+        ([{"role": "user", "content": "hello"}], {}, "list of messages"),
         ([[*PROMPTS[0], {"role": "assistant", "content": "w1"}]], {}, "last user turn"),
         (PROMPTS, {"samples": 0}, "samples=0"),
         (PROMPTS, {"max_new_tokens": 0}, "max_new_tokens"),
