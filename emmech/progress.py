@@ -107,8 +107,8 @@ def _kinds() -> tuple[type, type]:
         monitor_interval = 0  # a thread that refreshes idle bars would write into another cell
         _handle: Any = None
 
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, file=io.StringIO(), **options)
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options, file=io.StringIO())
 
         def display(self, msg: str | None = None, pos: int | None = None) -> Any:
             from IPython.display import display

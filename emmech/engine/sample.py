@@ -27,6 +27,7 @@ from emmech.engine.responses import Response, ResponseLog, as_conversations, che
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
+
 @runtime_checkable
 class Recorded(Protocol):
     """A recorded fine-tune, which the engine does not know by its class."""

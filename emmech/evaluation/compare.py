@@ -78,7 +78,9 @@ class Comparison(Result):
             for name, one in known.iterrows() if not str(name).startswith("topic/") or name == measure
         ]  # fmt: skip
         shared = int(self.frame["questions"].max())
-        caveat = f"intervals speak of {LIKE_THESE}; with {shared} of them a paired p cannot be below {2 / 2**shared:.2g}"
+        caveat = (
+            f"intervals speak of {LIKE_THESE}; with {shared} of them a paired p cannot be below {2 / 2**shared:.2g}"
+        )
         return Card(f"{headline}: {said}", tuple(facts), caveat, "comparison.plot()")
 
     def _sketch(self) -> str:
@@ -268,7 +270,10 @@ class Agreement(Result):
         facts = (
             ("agreement", f"kappa {self.kappa:.2f}: 0 is chance, 1 complete"),
             ("scores", f"Pearson {self.pearson:.2f}, Spearman {self.spearman:.2f}, the second {self.bias:+.1f} points"),
-            ("misaligned", f"{percent(self.rates[0])} according to {first}, {percent(self.rates[1])} according to {second}"),
+            (
+                "misaligned",
+                f"{percent(self.rates[0])} according to {first}, {percent(self.rates[1])} according to {second}",
+            ),
         )
         left = self.n - self.both_scored
         caveat = f"{left} of {self.n} answers were not scored by both and are left out" if left else ""

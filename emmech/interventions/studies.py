@@ -282,7 +282,7 @@ class Study(Result):
             said = "no change can be told from zero; the largest" if open_ else "the largest change"
             headline = f"{self.title}: {said} of {outcome} {beyond} is {change}, at {_setting(row)}"
             if len(found) > 1:
-                notes.append(f"the largest of {len(found)} changes was picked, and its interval does not allow for that")
+                notes.append(f"it is the largest of {len(found)} changes, which its interval does not allow for")
         facts = []
         for _, row in found.head(_FACTS).iterrows():
             value = within(row["value"], row["low"], row["high"])

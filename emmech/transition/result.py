@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 
 _NOT = "not measurable: "
+_MEASURED = {
+    "em": "the share of misaligned answers", "narrow": "the share of misaligned answers in its own domain",
+    "margin-broad": "the margin of misaligned answers", "margin-narrow": "the margin in its own domain",
+}  # fmt: skip
 COLUMNS = ("kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model", "note")
 
 
@@ -259,20 +263,21 @@ class PhaseTransition(Result):
         return f"No turn is found in {name}: {alike}"
 
     def _behaviour(self) -> str:
-        found = self.behavioural.interval
-        assert found is not None
-        kind = self.behavioural.reason.removeprefix("half the change of ")
-        measured = {"em": "misaligned answers", "narrow": "misaligned answers in its own domain"}.get(kind, kind)
-        return f"half of the change of {measured} is reached at step {found[0]} (95 % interval {found[1]} to {found[2]})"
+        found = self.behavioural
+        kind = found.reason.removeprefix("half the change of ")
+        span = f"(95 % interval {found.low} to {found.high})"
+        return f"half of the change of {_MEASURED.get(kind, kind)} is reached at step {found.step} {span}"
 
     def _caveats(self) -> list[str]:
         """What must be known before the headline is relied on, the weightiest first."""
         said = []
         turn = self.run.row("turn")
         if not self.controls:
-            said.append("fine-tunes on harmless data turn too, if they learn something: compare with a control, a run on harmless data")
+            control = "compare with a control, a run on harmless data"
+            said.append(f"fine-tunes on harmless data turn too, if they learn something: {control}")
         elif inert := [one.control for one in self.verdicts if one.inert]:
-            learns = "" if len(inert) < len(self.verdicts) else "; compare with one that learns, such as a change of style"
+            every = len(inert) == len(self.verdicts)
+            learns = "; compare with one that learns, such as a change of style" if every else ""
             said.append(
                 f"{' and '.join(map(str, inert))} learned nothing (its held-out loss did not fall), so it shows that "
                 f"the run learned something, not that this is misalignment{learns}"
@@ -294,7 +299,7 @@ class PhaseTransition(Result):
             shown = curves(across, title, axis="principal components 1 and 2", dots=path.scores[found, :2].tolist())
         name = next((one for one in ("em", "margin-broad", "margin-narrow") if one in self.run.margins), "")
         margins = [(role, *side.margins[name]) for role, side in self._sides()[:3] if name in side.margins]
-        title = "Share of misaligned answers" if name == "em" else f"{name.replace('-', ' ').capitalize()}, nats per token"
+        title = f"{name.replace('-', ' ').capitalize()}, nats per token" if name != "em" else "Misaligned answers"
         return shown + curves(margins, title, mark=self.behavioural.interval, percent=name == "em")
 
     def _table(self) -> pd.DataFrame:
@@ -308,7 +313,9 @@ def _order(lag: Lag) -> str:
     span = f"(95 % interval {lag.low:+.0f} to {lag.high:+.0f})"
     if lag.low <= 0 <= lag.high:
         return f"which comes first is not decided: behaviour minus turn is {lag.steps:+.0f} steps {span}"
-    first = "the weights turn before the behaviour changes" if lag.low > 0 else "the behaviour changes before the weights"
+    first = (
+        "the weights turn before the behaviour changes" if lag.low > 0 else "the behaviour changes before the weights"
+    )
     return f"{first}, by {abs(lag.steps):.0f} steps {span}"
 
 
@@ -364,6 +371,6 @@ class PooledTransition(Result):
         return Card(f"{runs}: {found.bends.text}", tuple(facts), found.note, "transition.to_frame()", details)
 
     def _sketch(self) -> str:
-        steps = ((pair.run.name, pair.mechanistic) for pair in self.pairs[:12])
-        rows = [(name, *map(float, one.interval)) for name, one in steps if one.interval]
+        steps = [(pair.run.name, pair.mechanistic.interval) for pair in self.pairs[:12]]
+        rows = [(name, float(at[0]), float(at[1]), float(at[2])) for name, at in steps if at is not None]
         return intervals(rows, "Step of the turn, by seed")

@@ -158,10 +158,7 @@ def _axes(
     (x0, wide), (y0, high) = (
         (float(one.min()), float(np.ptp(one)) or max(abs(float(one.min())), 1.0)) for one in (x, y)
     )
-    return (
-        lambda at: left + (at - x0) / wide * (right - left),
-        lambda at: bottom - (at - y0) / high * (bottom - top),
-    )
+    return (lambda at: left + (at - x0) / wide * (right - left), lambda at: bottom - (at - y0) / high * (bottom - top))
 
 
 def _rules(values: np.ndarray, y: Callable[[float], float], left: float, right: float, *, percent: bool) -> list[str]:
@@ -174,7 +171,7 @@ def _rules(values: np.ndarray, y: Callable[[float], float], left: float, right: 
 
 
 def _ticks(values: np.ndarray) -> list[float]:
-    """Two to five round numbers within the range of some values.
+    """Three to seven round numbers within the range of some values.
 
     Example:
         >>> _ticks(np.array([0.0, 250.0])), _ticks(np.array([-0.43, 0.19]))
@@ -183,11 +180,12 @@ def _ticks(values: np.ndarray) -> list[float]:
     low, high = float(values.min()), float(values.max())
     if high <= low:
         return [low]
-    rough = (high - low) / 3
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * one for one in (1, 2, 5, 10) if unit * one >= rough * 0.75)
-    first = math.ceil(low / step - 1e-9)
-    return [round(at * step, 12) + 0.0 for at in range(first, math.floor(high / step + 1e-9) + 1)]
+    unit = 10.0 ** math.floor(math.log10(high - low))
+    for step in (unit, unit / 2, unit / 5, unit / 10):
+        within = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        if len(within) > 2:
+            break
+    return [at * step + 0.0 for at in within]
 
 
 def _number(value: float, percent: bool) -> str:
