@@ -135,8 +135,9 @@ class DirectionBySteps(Result):
         known = [str(column) for column in self.frame if self.frame[column].notna().sum() > 1]
         kind = min((column.split(" ")[0] for column in known), default="")  # cosines, where there are any
         mine = [column for column in known if column.startswith(kind)][:4]
-        lines = [(column.removeprefix(f"{kind} "), self.frame.index, self.frame[column]) for column in mine]
-        return curves(lines, kind.capitalize(), level=0.0)
+        named = [column.removeprefix(f"{kind} ") if len(mine) > 1 else "" for column in mine]
+        lines = [(name, self.frame.index, self.frame[column]) for name, column in zip(named, mine, strict=True)]
+        return curves(lines, kind.capitalize() if len(mine) > 1 else mine[0].capitalize() if mine else "", level=0.0)
 
     def _table(self) -> pd.DataFrame:
         return self.frame.iloc[:: max(1, len(self.frame) // 20)]

@@ -257,7 +257,7 @@ class PhaseTransition(Result):
             span = f"95 % interval {where[1]} to {where[2]}, p = {turn.p_value:.2g}"
             return f"Yes, {name} turns: the path of its weights bends{angle} at step {where[0]} ({span})"
         if turn.p_value < LEVEL:
-            share = f"{self.run.path.width_share:.0%} of its path"
+            share = f"{100 * self.run.path.width_share:.0f} % of its path"
             return f"{name} bends, but at no single step: the bend takes {share} (p = {turn.p_value:.2g})"
         alike = f"a smooth path with the same noise can bend as much (p = {turn.p_value:.2g})"
         return f"No turn is found in {name}: {alike}"

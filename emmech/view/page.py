@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _EDGE = f"1px solid {faint(GREY, 0.5)}"
 _CARD = f"font: 14px/1.5 {html.escape(FONT)}; border: {_EDGE}; border-radius: 6px; padding: 12px 14px; max-width: 900px"
-_FACT = "display: grid; grid-template-columns: minmax(90px, 20%) 1fr; gap: 0 12px; margin-bottom: 3px"
+_FACT = "display: grid; grid-template-columns: minmax(90px, 24%) 1fr; gap: 0 12px; margin-bottom: 3px"
 _ROW = "display: flex; flex-wrap: wrap; gap: 8px; margin-top: 8px"
 _NAME = "opacity: 0.75; overflow-wrap: anywhere"
 _CAVEAT = f"border-left: 3px solid {CYCLE[4]}; padding-left: 10px; margin-top: 8px; white-space: pre-wrap"

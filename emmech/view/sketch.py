@@ -155,10 +155,14 @@ def _axes(
     x: np.ndarray, y: np.ndarray, left: float, right: float, top: float, bottom: float
 ) -> tuple[Callable[[float], float], Callable[[float], float]]:
     """Maps from values to pixels."""
-    (x0, wide), (y0, high) = (
-        (float(one.min()), float(np.ptp(one)) or max(abs(float(one.min())), 1.0)) for one in (x, y)
-    )
+    (x0, wide), (y0, high) = (_span(one) for one in (x, y))
     return (lambda at: left + (at - x0) / wide * (right - left), lambda at: bottom - (at - y0) / high * (bottom - top))
+
+
+def _span(values: np.ndarray) -> tuple[float, float]:
+    """The least value and the range; one value alone comes to the middle of a range of its own size."""
+    least, wide = float(values.min()), float(np.ptp(values))
+    return (least, wide) if wide else (least - max(abs(least), 1.0) / 2, max(abs(least), 1.0))
 
 
 def _rules(values: np.ndarray, y: Callable[[float], float], left: float, right: float, *, percent: bool) -> list[str]:
@@ -171,7 +175,7 @@ def _rules(values: np.ndarray, y: Callable[[float], float], left: float, right: 
 
 
 def _ticks(values: np.ndarray) -> list[float]:
-    """Three to seven round numbers within the range of some values.
+    """Three to six round numbers within the range of some values.
 
     Example:
         >>> _ticks(np.array([0.0, 250.0])), _ticks(np.array([-0.43, 0.19]))
@@ -181,7 +185,7 @@ def _ticks(values: np.ndarray) -> list[float]:
     if high <= low:
         return [low]
     unit = 10.0 ** math.floor(math.log10(high - low))
-    for step in (unit, unit / 2, unit / 5, unit / 10):
+    for step in (5 * unit, 2 * unit, unit, unit / 2, unit / 5, unit / 10):
         within = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
         if len(within) > 2:
             break
