@@ -29,7 +29,7 @@ LIGHT = "--ink: #1c2430; --soft: #5b6675; --line: #dfe4ea; --paper: #ffffff; --s
 DARK = "--ink: #e4e8ee; --soft: #9aa4b1; --line: #343c48; --paper: #14181e; --shade: #1d232c; --alarm: #ff8a80;"
 PAGE = f"""
 :root {{ color-scheme: light dark; {LIGHT} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {DARK} }} }}
 """
 
 
@@ -79,10 +79,11 @@ def finish(figure: go.Figure, title: str, *, note: str = "", height: int = 420, 
         font=dict(family=FONT, size=13, color=GREY), paper_bgcolor=clear, plot_bgcolor=clear, colorway=CYCLE,
         colorscale=dict(sequential=SEQUENTIAL, diverging=DIVERGING), hoverlabel_align="left", xaxis=axis, yaxis=axis,
     )  # fmt: skip
+    down = 14 + 11 * max(len(lines) - 1, 0)
     heading = dict(text="<br>".join(lines), font_size=16, subtitle=dict(text=note, font_size=12))
     figure.update_layout(
         template=go.layout.Template(layout=common), height=height,
-        title=dict(**heading, x=0.01, y=1 - 14 / height, yref="container", yanchor="top"),
+        title=dict(**heading, x=0.01, y=1 - down / height, yref="container", yanchor="top"),
         margin=dict(t=top, b=100 if below else 64, l=64, r=24),
         legend=dict(orientation="h", x=0, xanchor="left", y=-58 / max(height - top - 100, 100), yanchor="top"),
     ).update_layout(**layout)  # fmt: skip
