@@ -67,16 +67,16 @@ def write_report(
     folders = [*([run.path] if run.path else []), *map(Path, results)]
     notes = _complete(run, folders) if full else {}
     others = [as_run("report on the run", one, name="control") for one in controls]
+    given = "".join(f" --control {shlex.quote(str(one.path or one.name))}" for one in others)
     sections = [
         manifest_section(run),
-        *_said("Does it turn, and when?", lambda: [transition_section(_transition(run, others), where)]),
+        *_said("Does it turn, and when?", lambda: _transition(run, others, f"emmech transition {where}{given}")),
         *_phase_diagrams(run, _saved(Sweep, folders), where, notes.get("sweep", "")),
         *_directions(run, folders, where, notes.get("direction", "")),
         *_interventions(_saved(Study, folders), where, notes.get("study", "")),
         *_said("Evaluations", lambda: _evaluations(stored_evaluations(run), where, notes.get("evaluation", ""))),
         *_realignment(run, folders, where),
     ]
-    given = "".join(f" --control {shlex.quote(str(one.path or one.name))}" for one in others)
     lead = f"{len(run.steps)} recorded steps" + (
         f", with {', '.join(one.name for one in others)} as control" if others else ""
     )
@@ -96,22 +96,19 @@ def manifest_section(run: Run) -> Section:
     return Section("What was trained", table=table, figure=figure, shown=run, command=command)
 
 
-def transition_section(found: PhaseTransition, run: str = "RUN") -> Section:
+def transition_section(found: PhaseTransition, command: str) -> Section:
     """What is said of the turn, with and without a control."""
     words = ""
     if not found.controls:
         words = "No control was given. Adapters of harmless fine-tunes bend too, so that a turn says little about "
-        words += f"misalignment until it is compared: emmech report {run} --control OTHER, a run of the same seed on "
-        words += "harmless data."
-    given = "".join(f" --control {shlex.quote(one.name)}" for one in found.controls)
-    command = f"emmech transition {run}{given}"
+        words += "misalignment until it is compared with a run of the same seed on harmless data: --control OTHER."
     return Section("Does it turn, and when?", words, figure=found.plot(), shown=found, command=command)
 
 
-def _transition(run: Run, controls: Sequence[Run]) -> PhaseTransition:
+def _transition(run: Run, controls: Sequence[Run], command: str) -> list[Section]:
     found = phase_transition(run, control={one.name: one for one in controls} or None)
     assert isinstance(found, PhaseTransition)  # several runs alone are pooled
-    return found
+    return [transition_section(found, command)]
 
 
 def _said(heading: str, make: Callable[[], list[Section]]) -> list[Section]:
@@ -135,7 +132,7 @@ def _phase_diagrams(run: Run, found: Mapping[Path, Sweep], where: str, note: str
     if not mine:
         command = f"emmech sweep {where} --scales 0.5,1,2,5 --measure broad --out {where}/sweep"
         return _missing(heading, "No sweep over steps and scales", command, note)
-    sections = []
+    sections: list[Section] = []
     for path, one in mine.items():
         axes = {f"{axis}s": ",".join(f"{v:g}" for v in sorted(set(one.variants[axis]))) for axis in ("step", "scale")}
         measure = one.measures[0].removeprefix("margin_")
@@ -149,7 +146,7 @@ def _directions(run: Run, folders: Sequence[Path], where: str, note: str) -> lis
     heading = "Directions"
     saved = dict(_saved_directions(folders))
     named = {f"{one.name} ({path.stem})" if path.stem not in one.name else one.name: one for path, one in saved.items()}
-    sections = []
+    sections: list[Section] = []
     for path, one in saved.items():
         command = f"emmech direction {where} --out {shlex.quote(str(path))}"
         sections.append(Section("" if sections else heading, figure=one.plot(), shown=one, command=command))
@@ -180,7 +177,7 @@ def _interventions(found: Mapping[Path, Study], where: str, note: str) -> list[S
         command += f"direction = emmech.Direction.load({where + '/misalignment.safetensors'!r})\n"
         command += f"emmech.interventions.ablation_table(run, direction).save({where + '/ablation'!r})"
         return _missing(heading, "No study of steering or ablation", command, note)
-    sections = []
+    sections: list[Section] = []
     for path, one in found.items():
         for outcome in dict.fromkeys(one.frame["outcome"]):
             first = outcome == one.frame["outcome"].iloc[0]
@@ -200,8 +197,8 @@ def _evaluations(found: Sequence[Evaluation], where: str, note: str) -> list[Sec
     rates = {f"{at}. {one.name}, {one.meta.get('questions')}": one.rates() for at, one in enumerate(found, start=1)}
     table = pd.DataFrame.from_dict({name: _row(rate) for name, rate in rates.items()}, orient="index")
     last = found[-1]
-    asked = shlex.quote(str(last.meta.get("questions")))
-    command = f"emmech evaluate {where} --questions {asked} --step {last.meta.get('step')}"
+    asked = " ".join(f"--questions {shlex.quote(name)}" for name in str(last.meta.get("questions")).split("+"))
+    command = f"emmech evaluate {where} {asked} --step {last.meta.get('step')} --samples {last.meta.get('samples')}"
     sections = [Section(heading, "Per cent, with 95 % intervals.", table=table)]
     path = _by_step(found)
     if path["step"].nunique() > 2:
@@ -246,20 +243,17 @@ def _realignment(run: Run, folders: Sequence[Path], where: str) -> list[Section]
         return [Section(heading, words)]
     if not again:
         return _missing(heading, "No further fine-tune of this run", f"emmech realign {where} ai-optimism", "")
-    sections = []
+    sections: list[Section] = []
     for one in again:
         columns = {"margin_broad": "Broad margin", "margin_narrow": "Narrow margin", "loss": "Loss"}
         shared = {key: name for key, name in columns.items() if key in one.metrics and key in run.metrics}
-        figure = (
-            metrics_by_step({run.name: run.metrics, one.name: one.metrics}, shared, "Before and after")
-            if shared
-            else None
-        )
-        words = f"{one.name} goes on from step {one.manifest['start'].get('step')} of this run, on "
-        words += f"{one.manifest.get('data', {}).get('name') or 'other data'}; its step 0 is that step."
+        metrics = {run.name: run.metrics, one.name: one.metrics}
+        figure = metrics_by_step(metrics, shared, "Before and after") if shared else None
+        step, data = one.manifest["start"].get("step"), one.manifest.get("data", {}).get("name") or "DATA"
+        words = f"{one.name} goes on from step {step} of this run, on {data}; its step 0 is that step."
         rates = {f"{item.name}, {item.meta.get('questions')}": _row(item.rates()) for item in stored_evaluations(one)}
         table = pd.DataFrame.from_dict(rates, orient="index") if rates else None
-        command = f"emmech realign {where} --out {shlex.quote(str(one.path))}"
+        command = f"emmech realign {where} {shlex.quote(data)} --step {step} --out {shlex.quote(str(one.path))}"
         sections.append(Section("" if sections else heading, words, table=table, figure=figure, command=command))
     return sections
 

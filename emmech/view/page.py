@@ -124,7 +124,7 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
         if section.code:
             parts.append(f"<pre>{html.escape(section.code)}</pre>")
         if section.shown is not None:
-            parts.append(section.shown._repr_html_())
+            parts.append(section.shown._repr_html_(sketch=section.figure is None))
         if section.table is not None:
             table = section.table.rename_axis(index=None)  # a named index would take a header row of its own
             shown = table.to_html(border=0, float_format=lambda value: f"{value:.3g}", na_rep="")

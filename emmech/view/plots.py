@@ -100,11 +100,13 @@ def cosines_by_layer(pairs: pd.DataFrame, floor: float) -> Any:
     named = sorted(np.argsort(-np.nan_to_num(ranked), kind="stable")[:_MOST].tolist())
     for index, ((first, second), row) in enumerate(pairs.iterrows()):
         hue, width = (colour(named.index(index)), 2) if index in named else (faint(GREY, 0.7), 1)
-        line(figure, row.index, row, f"{first} and {second}", hue, legend=index in named, width=width)
+        legend = index in named and len(pairs) > 1
+        line(figure, row.index, row, f"{first} and {second}", hue, legend=legend, width=width)
     figure.add_hrect(-2 * floor, 2 * floor, fillcolor=faint(GREY, 0.25), line_width=0, layer="below")
+    title = "Cosines by layer" if len(pairs) > 1 else "Cosine of {} and {} by layer".format(*pairs.index[0])
     rest = f"; thin: the {len(pairs) - _MOST} other pairs" if len(pairs) > _MOST else ""
     return finish(
-        figure, "Cosines by layer", note=_RANDOM + rest, xaxis_title=_LAYER,
+        figure, title, note=_RANDOM + rest, xaxis_title=_LAYER,
         yaxis={"title": "cosine", "range": [-1.05, 1.05]},
     )  # fmt: skip
 
