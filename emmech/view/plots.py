@@ -519,7 +519,7 @@ def by_panel(
     shown = [name for name in axes if any(curve.panel == name for curve in curves)]
     runs = list(dict.fromkeys(curve.run for curve in curves))
     by_run = by_run or len(runs) > 1
-    figure = panels([axes[name][0] for name in shown], columns=columns, horizontal_spacing=0.09 * 2 / columns)
+    figure = panels([axes[name][0] for name in shown], columns=columns, horizontal_spacing=0.22 / columns)
     place = {name: (1 + index // columns, 1 + index % columns) for index, name in enumerate(shown)}
     labels = {name: list(dict.fromkeys(one.label for one in curves if one.panel == name)) for name in shown}
     named: set[str] = set()
