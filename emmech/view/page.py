@@ -40,7 +40,7 @@ tbody th { border-bottom-width: 1px; white-space: nowrap; }
 nav { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 15px; }
 a { color: inherit; text-underline-offset: 3px; }
 .made { color: var(--soft); font-size: 13px; margin: 4px 0 22px; white-space: pre-wrap; overflow-wrap: anywhere; }
-.answers td { white-space: pre-wrap; overflow-wrap: anywhere; }
+td { white-space: pre-wrap; overflow-wrap: break-word; }
 .plotly-graph-div { margin-top: 14px; }
 @media print { nav { display: none } h2, h3 { break-after: avoid } pre, tr, .plotly-graph-div { break-inside: avoid }
   main { max-width: none; padding: 0 } details::details-content { content-visibility: visible; block-size: auto } }
@@ -128,8 +128,7 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
         if section.table is not None:
             table = section.table.rename_axis(index=None)  # a named index would take a header row of its own
             shown = table.to_html(border=0, float_format=lambda value: f"{value:.3g}", na_rep="")
-            kind = "wide answers" if "answer" in table else "wide"
-            parts.append(f'<div class="{kind}">{shown}</div>')
+            parts.append(f'<div class="wide">{shown}</div>')
         if section.figure is not None:
             how: dict[str, Any] = {"config": {"displaylogo": False, "responsive": True}, "full_html": False}
             parts.append(section.figure.to_html(include_plotlyjs=not scripted, **how))
