@@ -43,7 +43,7 @@ a { color: inherit; text-underline-offset: 3px; }
 td { white-space: pre-wrap; overflow-wrap: break-word; }
 .plotly-graph-div { margin-top: 14px; }
 @media print { nav { display: none } h2, h3 { break-after: avoid } pre, tr, .plotly-graph-div { break-inside: avoid }
-  main { max-width: none; padding: 0 } details::details-content { content-visibility: visible; block-size: auto } }
+  main { max-width: none; padding: 0 } }
 footer { margin-top: 60px; color: var(--soft); font-size: 13px; border-top: 1px solid var(--line); padding-top: 14px; }
 """
 
