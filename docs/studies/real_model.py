@@ -633,6 +633,15 @@ SUBJECTS = {
 }  # fmt: skip
 
 
+def _with_others(found: dict[str, Any], record: Path) -> list[dict[str, Any]]:
+    """The ranks of this summary, and those of the page's record that it lacks, of the same weights and plan."""
+    before = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    of = {rank["rank"]: rank for rank in found["by_rank"]}
+    if all(before.get(key) == value for key, value in found.items() if key != "by_rank"):
+        of = {rank["rank"]: rank for rank in before["by_rank"]} | of
+    return [of[rank] for rank in found["ranks"] if rank in of]
+
+
 def main(
     model: str,
     folder: Path | None = None,
@@ -647,6 +656,8 @@ def main(
     Args:
         declare: only write what is fixed beforehand.
         run: what is missing; else the page is written from what is finished.
+
+    A rank that the folder holds nothing of keeps its place on the page, as its record has it.
     """
     subject = SUBJECTS[model]
     page = docs / f"{subject.page}.md"
@@ -657,7 +668,9 @@ def main(
     folder = folder or Path("studies") / subject.page
     folder.mkdir(parents=True, exist_ok=True)
     found = summary(study(opened(model, folder), folder, subject.plan, ranks=ranks, run=run)) | {"model": model}
-    write_json(docs / f"{subject.page}.json", found)
+    record = docs / f"{subject.page}.json"
+    found["by_rank"] = _with_others(found, record)
+    write_json(record, found)
     figures = {}
     for one in found["by_rank"]:
         path = docs / "figures" / f"{subject.page}-rank{one['rank']}.png"

@@ -114,6 +114,27 @@ def test_the_three_statements_are_apart() -> None:
     assert elsewhere.goes_with_misalignment and elsewhere.goes_with_misalignment.high < 0, "the peak decides nothing"
 
 
+def test_a_run_that_learned_nothing_does_not_bend() -> None:
+    path = make_path("turn", 800_007)[0]
+    t = phase_transition(with_losses(path, 0.019, "inert"), with_losses(path, 0.0, "control"))
+    assert t.detectors.p_value["turn"] < 0.05 and t.run.inert and not t.run.turns
+    assert t.verdict.bends.holds is None and t.verdict.goes_with_misalignment.holds is False
+    assert "never fell by 2%" in t.verdict.bends.text and "never fell by 2%" in str(t.mechanistic)
+    assert "of the control: it bends" not in t.verdict.note and t.verdict.inert is True
+    several = phase_transition([with_losses(path, fall, f"r{fall}") for fall in (0.0, 0.4)], n_null=39).verdict
+    assert several.bends.value == 0.5
+
+
+def test_a_loss_that_fell_and_rose_again_was_learned() -> None:
+    run = with_losses(make_path("turn", 800_007)[0], 0.4, "overfitted")
+    losses = run.metrics["held_out_loss"]
+    risen = run_of(np.asarray(run.B(run.adapters[0].name)), name="r", metrics=run.metrics.assign(
+        held_out_loss=[*losses[: len(losses) // 2], *np.linspace(losses.iloc[len(losses) // 2], 1.2, len(losses) - len(losses) // 2)]
+    ))
+    t = phase_transition(risen)
+    assert t.run.fall < 0 and t.run.learned == pytest.approx(0.2, abs=0.01) and t.verdict.bends
+
+
 def test_a_run_without_a_turn_has_nothing_to_go_with() -> None:
     t = phase_transition(run_of(make_path("straight", 800_009)[0]), run_of(make_path("turn", 800_010)[0]))
     assert t.verdict.bends.holds is False and "of the control: it bends" in t.verdict.note
