@@ -152,7 +152,7 @@ def bootstrap_t(events: Array, n: Array) -> tuple[Array, Array]:
 
 
 def between(events: Array, n: Array) -> tuple[Array, ...]:
-    """Of logit-t: rate, each question's part of its error, effective questions, variance between them, least variance."""
+    """Of logit-t: rate, each question's part of its error, effective questions, variance between them, the least."""
     total, rate = n.sum(1), (events.sum(1) + 0.5) / (n.sum(1) + 1)
     questions = total**2 / (n**2).sum(1)
     parts = (events - rate[:, None] * n) / total[:, None]

@@ -128,9 +128,16 @@ def test_a_run_that_learned_nothing_does_not_bend() -> None:
 def test_a_loss_that_fell_and_rose_again_was_learned() -> None:
     run = with_losses(make_path("turn", 800_007)[0], 0.4, "overfitted")
     losses = run.metrics["held_out_loss"]
-    risen = run_of(np.asarray(run.B(run.adapters[0].name)), name="r", metrics=run.metrics.assign(
-        held_out_loss=[*losses[: len(losses) // 2], *np.linspace(losses.iloc[len(losses) // 2], 1.2, len(losses) - len(losses) // 2)]
-    ))
+    risen = run_of(
+        np.asarray(run.B(run.adapters[0].name)),
+        name="r",
+        metrics=run.metrics.assign(
+            held_out_loss=[
+                *losses[: len(losses) // 2],
+                *np.linspace(losses.iloc[len(losses) // 2], 1.2, len(losses) - len(losses) // 2),
+            ]
+        ),
+    )
     t = phase_transition(risen)
     assert t.run.fall < 0 and t.run.learned == pytest.approx(0.2, abs=0.01) and t.verdict.bends
 
