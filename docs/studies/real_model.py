@@ -612,12 +612,13 @@ def picture(drawn: Any, path: Path, scratch: Path) -> bool:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is studied: its title, the page's name, what is said of its prompt, and its plan."""
+    """A model that is studied: its title, the page's name, what is said of its prompt, its plan, and of its rates."""
 
     title: str
     page: str
     prompt: str
     plan: Plan
+    rates: str = ""
 
 
 SUBJECTS = {
@@ -677,5 +678,6 @@ def main(
         path.parent.mkdir(parents=True, exist_ok=True)
         if picture(figure(one, f"{subject.title}, rank {one['rank']}"), path, folder):
             figures[one["rank"]] = f"figures/{path.name}"
-    page.write_text(f"{said}\n\n{report(found, figures)}\n", encoding="utf-8")
+    parts = [said, report(found, figures), *([fill(subject.rates, 120)] if subject.rates else [])]
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page

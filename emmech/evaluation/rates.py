@@ -301,8 +301,8 @@ def doubtful_end(
 
     Where few questions hold most of what is rare, a sample of questions may hold none of those, and nothing in the rows
     shows that. So the end is in doubt where at most two questions (domains, templates) have three or more of the rarer
-    outcome. In simulations with four or eight questions the interval then missed the truth on that side in 4 to 7 %, and
-    two thirds of all such misses were of this kind (docs/rates-coverage.md).
+    outcome. In simulations with four or eight questions the interval then missed the truth on that side in 4 to 7 %,
+    and two thirds of all such misses were of this kind (docs/rates-coverage.md).
 
     Example:
         >>> doubtful_end(np.array([4, 1, 0, 0, 0, 0, 1, 0]), np.full(8, 50))

@@ -187,15 +187,15 @@ def flip_interval(values: Float[np.ndarray, " pairs"]) -> tuple[float, float]:
     if 2 / 2 ** len(values) >= LEVEL:
         return -np.inf, np.inf
     mean, reach = float(values.mean()), float(np.ptp(values)) + 1e-12
-    ends = []
+    rejected, ends = sign_flip_p(values) < LEVEL, []
     for side in (-1.0, 1.0):
         inside, outside = 0.0, 1.0
         for _ in range(24):  # bisection to the seventh digit
             middle = (inside + outside) / 2
             kept = sign_flip_p(values - mean - side * middle * reach) >= LEVEL
             inside, outside = (middle, outside) if kept else (inside, middle)
-        end = mean + side * outside * reach
-        ends.append(0.0 if abs(end) < 1e-6 * reach else end)
+        end = mean + side * (inside if rejected else outside) * reach
+        ends.append(0.0 if abs(end) < 1e-6 * reach and not rejected else end)  # an interval holds zero or does not
     return ends[0], ends[1]
 
 

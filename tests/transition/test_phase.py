@@ -18,7 +18,7 @@ from emmech import EmmechError, Run, phase_transition
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.result import PooledTransition, Side
 from emmech.transition.turn import Location
-from emmech.transition.verdict import pooled, verdict
+from emmech.transition.verdict import flip_interval, pooled, sign_flip_p, verdict
 
 COLUMNS = {"kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model"}
 
@@ -221,6 +221,13 @@ def test_no_sentence_contradicts_its_p_value(drawn: list[tuple[float, float, lis
         if control is not None:
             assert ("of the control: it bends" in found.note) == (control.rows[0].p_value < 0.05)
         assert ("is inert" in found.note) == (found.inert is True)
+
+
+def test_an_interval_excludes_zero_where_the_test_does() -> None:
+    values = np.array([0.5, 1.0, 1.0, 1.0, 59.0, 5e-5])  # the smallest is below the accuracy of the interval's ends
+    for side in (1, -1):
+        low, high = flip_interval(side * values)
+        assert sign_flip_p(side * values) < 0.05 and (low > 0 if side > 0 else high < 0)
 
 
 def test_metrics_give_gradient_peak_behaviour_and_lag() -> None:
