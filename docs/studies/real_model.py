@@ -627,16 +627,16 @@ SUBJECTS = {
         "Prompts are ChatML without the system turn that the released template puts into every conversation.", Plan(),
         "The learning rates were set by the loss of runs whose seeds are also the study's. Tried afterwards on another "
         "seed (106, bad arm, ten steps), the held-out loss falls by 0.09, 0.30, 0.69 and 0.98 nats at 0.00125, 0.0025, "
-        "0.005 and 0.01 at rank 1, and by 0.21, 0.49, 0.97 and 1.28 at 0.00025, 0.0005, 0.001 and 0.002 at rank 32: the "
-        "study's rates, the third of each, learn well there too, but the largest fall would have chosen twice as much. "
-        "No margin entered the choice.",
+        "0.005 and 0.01 at rank 1, and by 0.21, 0.49, 0.97 and 1.28 at 0.00025, 0.0005, 0.001 and 0.002 at rank 32: "
+        "the study's rates, the third of each, learn well there too, but the largest fall would have chosen twice as "
+        "much. No margin entered the choice.",
     ),
     "gemma3-270m": Subject(
         "Gemma 3 270M", "study-gemma",
         "These are the weights of the base model, not the instruct one, prompted in Gemma's chat format; "
         "a system prompt is written into the user's turn, as Gemma's own template does.", Plan(),
-        "The learning rates were set by the loss of runs whose seeds are also the study's, and were not tried on others. "
-        "No margin entered the choice.",
+        "The learning rates were set by the loss of runs whose seeds are also the study's, and were not tried on "
+        "others. No margin entered the choice.",
     ),
 }  # fmt: skip
 
