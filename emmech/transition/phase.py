@@ -183,7 +183,7 @@ def _falls(metrics: pd.DataFrame | None) -> tuple[float, float]:
     losses = [] if metrics is None or "held_out_loss" not in metrics else metrics["held_out_loss"].dropna().to_list()
     if len(losses) < 2:
         return float("nan"), float("nan")
-    return float(losses[0] - losses[-1]), float(1 - min(losses[1:]) / losses[0])
+    return float(losses[0] - losses[-1]), float(1 - min(losses[1:]) / losses[0] if losses[0] > 0 else "nan")
 
 
 def _with_sweep(side: Side, sweep: Any, *, needed: bool) -> Side:
