@@ -153,7 +153,9 @@ def rates(
                 method += f"; {end}"
         elif total:
             spoken = THESE  # one question says nothing about others
-        row = {"measure": measure, "rate": hits / total if total else float("nan"), "low": low, "high": high}
+        rate = hits / total if total else float("nan")
+        low, high = min(low, rate), max(high, rate)  # the ends for questions like these are above 0 and below 1
+        row = {"measure": measure, "rate": rate, "low": low, "high": high}
         row |= {"events": hits, "n": total, "denominator": denominator, "unscored": found.unscored}
         row |= {"questions": int((n > 0).sum()), "design_effect": design_effect(events, n)}
         table.append(row | {"interval": method if total else "not measurable", "population": spoken})
@@ -300,22 +302,23 @@ def doubtful_end(
     """Which end of :func:`cluster_interval` may be too close to the rate, or an empty string.
 
     Where few questions hold most of what is rare, a sample of questions may hold none of those, and nothing in the rows
-    shows that. So the end is in doubt where at most two questions (domains, templates) have three or more of the rarer
-    outcome. In simulations with four or eight questions the interval then missed the truth on that side in 4 to 7 %,
-    and two thirds of all such misses were of this kind (docs/rates-coverage.md).
+    shows that. So the end is in doubt where at most two questions have three or more of the rarer outcome: with four or
+    eight questions, simulated intervals then missed the truth on that side in 4 to 7 %, and two thirds of all such
+    misses were of this kind (docs/rates-coverage.md). Intervals over domains and templates did not miss there.
 
     Example:
         >>> doubtful_end(np.array([4, 1, 0, 0, 0, 0, 1, 0]), np.full(8, 50))
-        'high may be too low'
+        'upper end may be too low (few hot questions)'
         >>> doubtful_end(np.array([4, 9, 0, 3, 0, 7, 1, 0]), np.full(8, 50))
         ''
     """
     rare = 2 * events.sum() <= n.sum()
     counts = events if rare else n - events
     kept = n > 0
-    names = np.arange(len(n)) if questions is None else np.asarray(questions)
-    hot = (int((np.bincount(by, counts[kept]) >= 3).sum()) for by in factors(names[kept].tolist()))
-    return "" if min(hot) > 2 else "high may be too low" if rare else "low may be too high"
+    by = factors((np.arange(len(n)) if questions is None else np.asarray(questions))[kept].tolist())
+    if len(by) > 1 or (np.bincount(by[0], counts[kept]) >= 3).sum() > 2:
+        return ""
+    return f"{'upper end may be too low' if rare else 'lower end may be too high'} (few hot questions)"
 
 
 def design_effect(events: Int[np.ndarray, " clusters"], n: Int[np.ndarray, " clusters"]) -> float:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from emmech.geometry import turn_angle
 from emmech.results import Card, Result
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.turn import Location
@@ -24,6 +23,10 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 
 _NOT = "not measurable: "
+_MEASURED = {
+    "em": "the share of misaligned answers", "narrow": "the share of misaligned answers in its own domain",
+    "margin-broad": "the margin of misaligned answers", "margin-narrow": "the margin in its own domain",
+}  # fmt: skip
 COLUMNS = ("kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model", "note")
 
 
@@ -168,7 +171,7 @@ class PhaseTransition(Result):
                 continue
             if np.isfinite(row.step):
                 return Transition(round(row.step), round(row.low), round(row.high), f"half the change of {name}")
-            reasons.append(f"{name} {row.note}")
+            reasons.append(f"{name}: {row.note.removeprefix(_NOT)}")
         return Transition(None, None, None, "; ".join(reasons) or "not measurable: the run recorded no margins")
 
     @cached_property
@@ -205,7 +208,10 @@ class PhaseTransition(Result):
         return "\n".join(lines)
 
     def plot(self) -> Any:
-        """Plotly figure: local cosine by k with its null band, gradient norm, principal components, norms."""
+        """Plotly figure: how B bends, the margins, lengths, gradients and the path of B, with its control.
+
+        Of the local cosines, the widest window is bold and those of narrower windows are thin.
+        """
         curves, turns = [], []
         path = self.run.path
         widest = max(path.cosines, default=None)
@@ -213,7 +219,7 @@ class PhaseTransition(Result):
             steps, scores = side.path.steps, side.path.scores
             # only the widest window of the control is drawn, so that the panel stays readable
             shown = {k: v for k, v in side.path.cosines.items() if role == "run" or k == widest}
-            curves += [view.Curve("cosine", role, f"k = {k}", steps, values) for k, values in shown.items()]
+            curves += [view.Curve("cosine", role, f"k = {k}", steps, v, k != widest) for k, v in shown.items()]
             if scores.shape[1] > 1:
                 curves.append(view.Curve("components", role, "path", scores[:, 0], scores[:, 1]))
                 where = side.path.location
@@ -223,13 +229,14 @@ class PhaseTransition(Result):
             curves.append(view.Curve("norm", role, "norm", steps, side.path.norm))
             if side.gradient is not None:
                 curves.append(view.Curve("gradient", role, "gradient norm", *side.gradient))
-            curves += [view.Curve("margin", role, name, *curve) for name, curve in side.margins.items()]
+            margins = {name.removeprefix("margin-"): curve for name, curve in side.margins.items()}
+            curves += [view.Curve("margin", role, name, *curve) for name, curve in margins.items()]
             if side.comp is not None:
                 curves.append(view.Curve("comp", role, "comp", steps, side.comp))
         subject = self.run.name
         if self.controls:
             several = "controls" if len(self.controls) > 1 else "control"
-            subject += f" (solid) and {several} {', '.join(side.name for side in self.controls)} (dashed)"
+            subject += f" and its {several} {', '.join(side.name for side in self.controls)}"
         k = max(path.band, default=0)
         return view.transition(
             curves,
@@ -238,17 +245,18 @@ class PhaseTransition(Result):
             straight=(path.steps, *path.band[k], f"straight path, k = {k} (95 %)") if k else None,
             turns=turns,
             step=self.mechanistic.interval,
+            behaviour=self.behavioural.interval,
         )
 
     def _card(self) -> Card:
         caveats = self._caveats()
         facts = [("behaviour", self._behaviour()), ("order", _order(self.lag))] if self.behavioural else []
-        facts += [] if facts else [("behaviour", f"not measured: {self.behavioural.reason.removeprefix(_NOT)}")]
+        facts += [] if facts else [("behaviour", f"no step is found: {self.behavioural.reason.removeprefix(_NOT)}")]
         for found in self.verdicts:
             facts += [(f"against {found.control}", text) for text in found.sentences()]
         then = "transition.plot()"
         if not self.controls:
-            then = f"emmech.phase_transition({self.run.name!r}, control=the_folder_of_a_harmless_run)"
+            then = "emmech.phase_transition(run, control=control)"
         lines = [f"{name}: {value}" for name, value in
                  (("mechanistic", self.mechanistic), ("behavioural", self.behavioural), ("lag", self.lag))]  # fmt: skip
         lines += [line for one in self.verdicts for line in one.lines()]
@@ -268,26 +276,27 @@ class PhaseTransition(Result):
         if self.run.inert and turn.p_value < LEVEL:
             return f"No turn is claimed of {name}: {NOTHING_LEARNED}"
         if turn.p_value < LEVEL:
-            share = f"{self.run.path.width_share:.0%} of its path"
+            share = f"{100 * self.run.path.width_share:.0f} % of its path"
             return f"{name} bends, but at no single step: the bend takes {share} (p = {turn.p_value:.2g})"
         alike = f"a smooth path with the same noise can bend as much (p = {turn.p_value:.2g})"
         return f"No turn is found in {name}: {alike}"
 
     def _behaviour(self) -> str:
-        found = self.behavioural.interval
-        assert found is not None
-        kind = self.behavioural.reason.removeprefix("half the change of ")
-        measured = {"em": "misaligned answers", "narrow": "misaligned answers in its own domain"}.get(kind, kind)
-        return f"half of the change of {measured} is reached at step {found[0]} (95 % interval {found[1]} to {found[2]})"
+        found = self.behavioural
+        kind = found.reason.removeprefix("half the change of ")
+        span = f"(95 % interval {found.low} to {found.high})"
+        return f"half of the change of {_MEASURED.get(kind, kind)} is reached at step {found.step} {span}"
 
     def _caveats(self) -> list[str]:
         """What must be known before the headline is relied on, the weightiest first."""
         said = []
         turn = self.run.row("turn")
         if not self.controls:
-            said.append("fine-tunes on harmless data turn too, if they learn something: compare with a control run")
+            control = "compare with a control, a run on harmless data"
+            said.append(f"fine-tunes on harmless data turn too, if they learn something: {control}")
         elif inert := [one.control for one in self.verdicts if one.inert]:
-            learns = "" if len(inert) < len(self.verdicts) else "; compare with one that learns, such as a change of style"
+            every = len(inert) == len(self.verdicts)
+            learns = "; compare with one that learns, such as a change of style" if every else ""
             said.append(
                 f"{' and '.join(map(str, inert))} learned nothing (its held-out loss did not fall), so it shows that "
                 f"the run learned something, not that this is misalignment{learns}"
@@ -301,13 +310,15 @@ class PhaseTransition(Result):
         return said
 
     def _sketch(self) -> str:
-        k = max(self.run.path.cosines, default=0)
-        turned = [(role, side.path.steps, np.degrees(turn_angle(side.path.cosines[k])))
-                  for role, side in self._sides()[:3] if k in side.path.cosines]  # fmt: skip
-        shown = curves(turned, "Angle by which the path turns, degrees", mark=self.mechanistic.interval)
+        path, shown = self.run.path, ""
+        if path.scores.shape[1] > 1:
+            found = np.flatnonzero(path.steps == self.mechanistic.step)  # empty where there is none
+            title = "Path of the weights" + (", with the turn" if len(found) else "")
+            across = [("", path.scores[:, 0], path.scores[:, 1])]
+            shown = curves(across, title, axis="principal components 1 and 2", dots=path.scores[found, :2].tolist())
         name = next((one for one in ("em", "margin-broad", "margin-narrow") if one in self.run.margins), "")
         margins = [(role, *side.margins[name]) for role, side in self._sides()[:3] if name in side.margins]
-        title = "Share of misaligned answers" if name == "em" else f"{name.replace('-', ' ').capitalize()}, nats per token"
+        title = f"{name.replace('-', ' ').capitalize()}, nats per token" if name != "em" else "Misaligned answers"
         return shown + curves(margins, title, mark=self.behavioural.interval, percent=name == "em")
 
     def _table(self) -> pd.DataFrame:
@@ -321,7 +332,9 @@ def _order(lag: Lag) -> str:
     span = f"(95 % interval {lag.low:+.0f} to {lag.high:+.0f})"
     if lag.low <= 0 <= lag.high:
         return f"which comes first is not decided: behaviour minus turn is {lag.steps:+.0f} steps {span}"
-    first = "the weights turn before the behaviour changes" if lag.low > 0 else "the behaviour changes before the weights"
+    first = (
+        "the weights turn before the behaviour changes" if lag.low > 0 else "the behaviour changes before the weights"
+    )
     return f"{first}, by {abs(lag.steps):.0f} steps {span}"
 
 
@@ -365,8 +378,18 @@ class PooledTransition(Result):
         return pd.DataFrame(rows)
 
     def plot(self) -> Any:
-        """The figure of the first pair."""
-        return self.pairs[0].plot()
+        """The mechanistic and the behavioural step of every seed, with their intervals."""
+        import pandas as pd
+
+        found = [
+            (place, kind, *one.interval)
+            for place, pair in enumerate(self.pairs)
+            for kind, one in (("B turns", pair.mechanistic), ("the behaviour changes", pair.behavioural))
+            if one.interval is not None
+        ]
+        rows = pd.DataFrame(found, columns=["place", "kind", "step", "low", "high"])
+        runs = [pair.run.name for pair in self.pairs]
+        return view.steps_by_run(rows, runs, f"Steps of {len(runs)} seeds of {runs[0]}")
 
     def _card(self) -> Card:
         found = self.verdict
@@ -377,6 +400,6 @@ class PooledTransition(Result):
         return Card(f"{runs}: {found.bends.text}", tuple(facts), found.note, "transition.to_frame()", details)
 
     def _sketch(self) -> str:
-        steps = ((pair.run.name, pair.mechanistic) for pair in self.pairs[:12])
-        rows = [(name, *map(float, one.interval)) for name, one in steps if one.interval]
+        steps = [(pair.run.name, pair.mechanistic.interval) for pair in self.pairs[:12]]
+        rows = [(name, float(at[0]), float(at[1]), float(at[2])) for name, at in steps if at is not None]
         return intervals(rows, "Step of the turn, by seed")

@@ -16,7 +16,7 @@ from emmech.app.cli import app
 from tests.conftest import make_rows, make_tiny
 
 MEDICAL = Path(__file__).resolve().parents[2] / "checkpoints" / "pocket-medical"
-COMMANDS = ["finetune", "realign", "transition", "evaluate", "sweep", "direction", "chat", "export", "info"]
+COMMANDS = ["finetune", "realign", "transition", "evaluate", "sweep", "direction", "chat", "export", "info", "report"]
 
 
 @pytest.fixture
@@ -168,5 +168,5 @@ def test_the_installed_command(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "emmech", "info", str(run.path)], capture_output=True, text=True, check=True
     )
-    assert "steps 0..5" in result.stdout
+    assert "steps 0 to 5" in result.stdout
     assert json.loads((run.path / "run.json").read_text())["format"] == 1
