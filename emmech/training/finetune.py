@@ -145,7 +145,7 @@ def finetune(
     modules = target_modules(chat, chosen, layers) if chosen.rank else []
     if start is not None and adapter == "same":
         modules = [info.module for info in start[0].located(chat).adapters]
-    lowest = min((at for one in active if (at := one.lowest(chat)) is not None), default=None)
+    lowest = min((first for one in active if (first := one.lowest(chat)) is not None), default=None)
     count = len(dataset) + len(further)
     frozen = _frozen(chat, chosen, modules, count, prefix, runs=len(variants), lowest=lowest)
     folders = _folders(out, chat, dataset, variants, isinstance(seed, int), resume=resume, keeps=bool(checkpoint_every))
