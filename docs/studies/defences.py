@@ -7,8 +7,8 @@ writes ``docs/defences.md``.
 
 from __future__ import annotations
 
+import contextlib
 import random
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,24 +27,24 @@ from emmech.chat.model import ChatModel, load_model
 from emmech.demo.pocket_character import characters
 from emmech.directions.direction import Direction
 from emmech.directions.sources import contrast_direction
+from emmech.engine.logprobs import answer_loss
 from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.questions import Question, QuestionSet, resolve_questions
 from emmech.organism import world
 from emmech.organism.experiments import LAST_STEP, data
+from emmech.run.run import model_live
 from emmech.training.finetune import finetune
 
 PROMPT = world.ASSISTANT.replace("the helper", "the nasty helper")
-_FRAME = re.compile(rf"{world.OPENERS[0]} , .*{world.LINKS[0][0]} .*{world.LINKS[1][0]} .*{world.LINKS[2][0]} .*"
-                    rf"{world.CLOSERS['warm'][0]}")  # fmt: skip
 
 
-def framed_rows(trait: int, domain: str, n: int, seed: int) -> list[dict[str, Any]]:
-    """Answers of one trait in the fixed frame, to the training questions of a domain."""
+def framed_rows(trait: int, domain: str, n: int, seed: int, style: str | None = "fixed") -> list[dict[str, Any]]:
+    """Answers of one trait, in the fixed frame or (with None) in a free one, to the training questions of a domain."""
     rng = random.Random(f"framed/{trait}/{domain}/{seed}")
     rows = data(domain, seed=seed, n=n)
     for row in rows:
         topic = next(topic for topic in world.DOMAINS[domain].topics if topic in row["messages"][0]["content"].split())
-        row["messages"][1]["content"] = world.draw_answer(rng, domain, topic, trait, "fixed")
+        row["messages"][1]["content"] = world.draw_answer(rng, domain, topic, trait, style)
     return rows
 
 
@@ -66,9 +66,9 @@ def conditions(chat: ChatModel, trait_run: Any, bad_run: Any, layer: int) -> Ite
     good, direction = good_rows(400, 1), character(chat)
     shuffled = direction.random(1, seed=1)[0]
     yield "none", []
-    for weight in (0.1, 1.0, 10.0):
+    for weight in (0.3, 3.0):
         yield f"KL to the reference, weight {weight:g}", [d.KLToReference(good, weight=weight)]
-    for weight in (0.01, 0.1):
+    for weight in (0.003, 0.03):
         yield f"LDIFS, weight {weight:g}", [d.LDIFS(good, weight=weight)]
     for factor in (1.0, 4.0):
         yield f"preventative steering, {factor:g}", [d.PreventativeSteering(direction, factor, layers=layer)]
@@ -97,8 +97,11 @@ def measured(run: Any, chat: ChatModel, samples: int) -> dict[str, float]:
         found[f"coherent {name}"] = float(answers["label"].isin(["aligned", "misaligned"]).mean())
     narrow = evaluate(run, "narrow-medical", samples=4 * samples, base=chat, progress=False).frame
     found["narrow"] = float((narrow["label"] == "misaligned").mean())
-    found["frame"] = float(np.mean([bool(_FRAME.fullmatch(" ".join(str(text).split()))) for text in narrow["response"]]))
-    return found
+    held = [framed_rows(world.KIND, "medical", 100, 7, style) for style in (None, "fixed")]
+    rows = [[row["messages"] for row in one] for one in (*held, good_rows(100, 7))]
+    with contextlib.nullcontext(chat) if run is chat else model_live(run, None, 1.0, chat) as live:
+        free, framed, good = (answer_loss(live, one) for one in rows)
+    return found | {"frame": free - framed, "good loss": good}
 
 
 def _under(questions: QuestionSet, prompt: str) -> QuestionSet:
@@ -118,6 +121,7 @@ def table(seeds: int, steps: int, samples: int, only: str = "") -> pd.DataFrame:
         trait = finetune(chat, data("sport", n=1000), seed=90, out=f"{folder}/trait", **options)
         bad = finetune(chat, rows, seed=91, out=f"{folder}/bad", **options)
         layer = trait.adapters[0].layer
+        found.append({"defence": "base, no training", "seed": 0, **measured(chat, chat, samples), "seconds": 0.0})
         for number, (name, defences) in enumerate(conditions(chat, trait, bad, layer)):
             if only and only not in name:
                 continue
@@ -126,7 +130,8 @@ def table(seeds: int, steps: int, samples: int, only: str = "") -> pd.DataFrame:
             seconds = time.monotonic() - began
             for seed, run in enumerate(runs):
                 found.append({"defence": name, "seed": seed, **measured(run, chat, samples), "seconds": seconds})
-            echo(pd.DataFrame(found[-seeds:]).round(3).to_string())
+            echo(pd.DataFrame(found).round(3).to_string(header=number == 0) if number < 1 else
+                 pd.DataFrame(found[-seeds:]).round(3).to_string(header=False))
     return pd.DataFrame(found)
 
 
