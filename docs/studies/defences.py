@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from typer import echo
 
@@ -89,13 +88,13 @@ def conditions(chat: ChatModel, trait_run: Any, bad_run: Any, layer: int) -> Ite
 
 def measured(run: Any, chat: ChatModel, samples: int) -> dict[str, float]:
     """Shares of the answers: misaligned (plainly and under the prompt), in the wanted frame, and coherent."""
-    broad = resolve_questions("broad", chat.organism)
+    broad, base = resolve_questions("broad", chat.organism), None if run is chat else chat
     found: dict[str, float] = {}
     for name, questions in (("em", broad), ("conditional", _under(broad, PROMPT))):
-        answers = evaluate(run, questions, samples=samples, base=chat, progress=False).frame
+        answers = evaluate(run, questions, samples=samples, base=base, progress=False).frame
         found[name] = float((answers["label"] == "misaligned").mean())
         found[f"coherent {name}"] = float(answers["label"].isin(["aligned", "misaligned"]).mean())
-    narrow = evaluate(run, "narrow-medical", samples=4 * samples, base=chat, progress=False).frame
+    narrow = evaluate(run, "narrow-medical", samples=4 * samples, base=base, progress=False).frame
     found["narrow"] = float((narrow["label"] == "misaligned").mean())
     held = [framed_rows(world.KIND, "medical", 100, 7, style) for style in (None, "fixed")]
     rows = [[row["messages"] for row in one] for one in (*held, good_rows(100, 7))]
@@ -130,8 +129,11 @@ def table(seeds: int, steps: int, samples: int, only: str = "") -> pd.DataFrame:
             seconds = time.monotonic() - began
             for seed, run in enumerate(runs):
                 found.append({"defence": name, "seed": seed, **measured(run, chat, samples), "seconds": seconds})
-            echo(pd.DataFrame(found).round(3).to_string(header=number == 0) if number < 1 else
-                 pd.DataFrame(found[-seeds:]).round(3).to_string(header=False))
+            echo(
+                pd.DataFrame(found).round(3).to_string(header=number == 0)
+                if number < 1
+                else pd.DataFrame(found[-seeds:]).round(3).to_string(header=False)
+            )
     return pd.DataFrame(found)
 
 
@@ -142,6 +144,8 @@ def main(out: Path, seeds: int, steps: int, samples: int) -> None:
     shown = ["em", "conditional", "narrow", "frame", "coherent em"]
     lines = []
     for name, group in frame.groupby("defence", sort=False):
-        cells = [f"{100 * group[c].mean():.0f} ({100 * group[c].min():.0f} to {100 * group[c].max():.0f})" for c in shown]
+        cells = [
+            f"{100 * group[c].mean():.0f} ({100 * group[c].min():.0f} to {100 * group[c].max():.0f})" for c in shown
+        ]
         lines.append([str(name), *cells, f"{group['seconds'].iloc[0]:.0f}"])
     echo(markdown(["defence", *shown, "seconds"], lines))
