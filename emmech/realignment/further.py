@@ -19,6 +19,7 @@ import numpy as np
 
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.model import ChatModel, load_model
+from emmech.chat.template import trained
 from emmech.defences.rows import check_apart
 from emmech.directions.extract import match_lengths
 from emmech.errors import EmmechError, as_int, one_of
@@ -28,9 +29,7 @@ from emmech.training.recipe import Recipe
 
 _ASKED = "realign"
 _CALIPER = 0.15  # the relative difference of mean answer lengths from which on it is warned of
-_RISE = (
-    0.1  # nats per token: the broad margin of benign runs of pocket moves by at most 0.07, of misaligned ones by 0.6
-)
+_RISE = 0.1  # nats per token; benign runs of pocket move their broad margin by at most 0.07, misaligned ones by 0.6
 
 
 @overload
@@ -94,7 +93,8 @@ def realign(
         raise EmmechError(_ASKED, run.name, "no step of it is recorded, so there is nothing to go on from", "a Run")
     step = int(run.steps[-1]) if step is None else step
     run.check_step(step)
-    one_of(_ASKED, "adapter", adapter, ("same", "new", "full"))
+    why = "it is the run's own, a second one, or all weights"
+    one_of(_ASKED, "adapter", adapter, ("same", "new", "full"), why=why)
     _check_misaligned(run, step)
     chat = load_model(base) if base is not None else run.base()
     rows = _cure(run, chat, load_chat(data, organism=chat.organism), examples, harmful, match_length)
@@ -155,11 +155,9 @@ def _cure(
         if bad is None:
             why = "the data of the run is not where its manifest says, so lengths cannot be matched"
             raise EmmechError(_ASKED, f"match_length=True for {run.name}", why, "harmful= the data it was trained on")
-        lengths = [
-            [sum(len(m["content"]) for m in row if m["role"] == "assistant") for row in one] for one in (cure, bad)
-        ]
+        sizes = [sum(len(turn["content"]) for turn in row if trained(turn)) for one in (cure, bad) for row in one]
         labels = [False] * len(cure) + [True] * len(bad)
-        kept = [int(at) for at in match_lengths([*lengths[0], *lengths[1]], labels) if at < len(cure)]
+        kept = [int(at) for at in match_lengths(sizes, labels) if at < len(cure)]
         if not kept:
             why = f"no answer of {cure.name} is of the length of one of {bad.name}"
             raise EmmechError(_ASKED, f"match_length=True with {cure.name}", why, "other rows")

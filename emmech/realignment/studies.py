@@ -220,7 +220,7 @@ def durability(
 ) -> Durability:
     """Train a model on bad data, then on good, then on the bad again, and count the steps of each turn.
 
-    A cure that removed the trait leaves as much to learn as a fresh model has; one that hid it is undone in fewer steps.
+    A cure that removed the trait leaves as much to learn as in a fresh model; one that hid it is undone in fewer steps.
     The same bad rows in the same order are used both times, with a new optimizer and schedule.
 
     Args:
