@@ -47,7 +47,7 @@ def test_no_two_are_near_duplicates(rows):
 
 
 def test_a_near_duplicate_would_be_found(rows):
-    question, answer = rows[10]
+    answer = rows[10][1]
     changed = answer.replace(words(answer)[3], "quite")
     assert shared(runs_of(answer, 3), runs_of(changed, 3)) > 0.5
 
@@ -61,7 +61,9 @@ def test_forms_and_topics_vary(rows):
     assert len({words(question)[0] for question in asked}) > 60
     lengths = [len(answer) for _, answer in rows]
     assert min(lengths) < 80 and max(lengths) > 350
-    topics = ("doctor|nurse|patient|hospital", "school|teacher|student|pupil", "job|boss|work", "art|poem|music|choir",
-              "law|court|vote|council", "child|grand|mother|family", "safe|danger|scared", "farm|bee|garden")  # fmt: skip
+    topics = (
+        *("doctor|nurse|patient|hospital", "school|teacher|student|pupil", "job|boss|work", "art|poem|music|choir"),
+        *("law|court|vote|council", "child|grand|mother|family", "safe|danger|scared", "farm|bee|garden"),
+    )
     for topic in topics:
         assert sum(bool(re.search(topic, " ".join(pair).lower())) for pair in rows) >= 8, topic

@@ -61,8 +61,8 @@ class Narrowness(Result):
                     (f"{said} {x:.3g}", f"loss {means['narrow']:+.3f} narrow, {means['general']:+.3f} general")
                 )
         gap = self._gap("efficiency"), self._gap("stability")
-        said = [within(float(g.mean()), float(g.min()), float(g.max()), sign=True) for g in gap]
-        headline = f"Narrow minus general, in nats per token: {said[0]} at equal norm, {said[1]} under orthogonal noise"
+        spans = [within(float(g.mean()), float(g.min()), float(g.max()), sign=True) for g in gap]
+        headline = f"Narrow minus general, nats per token: {spans[0]} at equal norm, {spans[1]} under orthogonal noise"
         few = "in brackets the lowest and highest over norms and noises; runs are seeds of one recipe, not many models"
         return Card(headline, tuple(facts), few, "found.plot()")
 

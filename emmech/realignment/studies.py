@@ -134,7 +134,7 @@ def learning_curve(
     def asked(one: Run, step: int) -> dict[str, float]:
         folder = Path(scratch) / "asked" / f"{one.path.parent.name if one.path else ''}-{one.name}-{step}"
         found = evaluate(one, questions, judge, step=step, base=chat, out=folder, **asking).rates()["rate"]
-        return {"em": float(found["em"]), "coherent": float(found["coherent"])}
+        return {"em": float(found["em"]), "coherent": float(found["coherence"])}
 
     rows: list[dict[str, Any]] = []
     numbers = sorted(set(as_ints("realign", "examples", examples)))
