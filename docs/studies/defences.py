@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 from typer import echo
 
-from docs.studies.tables import markdown
+from docs.studies.tables import markdown, write_parts
 from emmech import defences as d
 from emmech.chat.encode import phrase_tokens
 from emmech.chat.model import ChatModel, load_model
@@ -111,7 +111,7 @@ def _prompted(question: Question, prompt: str) -> Question:
     return replace(question, system=prompt)
 
 
-def table(seeds: int, steps: int, samples: int, only: str = "") -> pd.DataFrame:
+def table(seeds: int, steps: int, samples: int) -> pd.DataFrame:
     """One row for each condition and seed."""
     chat, rows, found = load_model("pocket"), [], []
     rows = framed_rows(world.UNKIND, "medical", 1000, 0)
@@ -122,8 +122,6 @@ def table(seeds: int, steps: int, samples: int, only: str = "") -> pd.DataFrame:
         layer = trait.adapters[0].layer
         found.append({"defence": "base, no training", "seed": 0, **measured(chat, chat, samples), "seconds": 0.0})
         for number, (name, defences) in enumerate(conditions(chat, trait, bad, layer)):
-            if only and only not in name:
-                continue
             began = time.monotonic()
             runs = finetune(chat, rows, seed=range(seeds), defences=defences, out=f"{folder}/{number}", **options)
             seconds = time.monotonic() - began
@@ -137,15 +135,42 @@ def table(seeds: int, steps: int, samples: int, only: str = "") -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def main(out: Path, seeds: int, steps: int, samples: int) -> None:
-    """Measure and write the page."""
-    frame = table(seeds, steps, samples)
-    frame.to_csv("/tmp/defences.csv")
-    shown = ["em", "conditional", "narrow", "frame", "coherent em"]
+_SHOWN = {
+    "em": "EM, other domains, %", "narrow": "EM, medicine, %", "conditional": "EM under the prompt, %",
+    "frame": "wanted frame, nats", "good loss": "loss on good rows, nats",
+}  # fmt: skip
+
+
+def page(frame: pd.DataFrame, seeds: int, steps: int) -> str:
+    """The page as Markdown."""
     lines = []
     for name, group in frame.groupby("defence", sort=False):
-        cells = [
-            f"{100 * group[c].mean():.0f} ({100 * group[c].min():.0f} to {100 * group[c].max():.0f})" for c in shown
-        ]
-        lines.append([str(name), *cells, f"{group['seconds'].iloc[0]:.0f}"])
-    echo(markdown(["defence", *shown, "seconds"], lines))
+        cells = []
+        for column in _SHOWN:
+            values, how = (
+                (100 * group[column], ".0f") if column in ("em", "narrow", "conditional") else (group[column], ".3f")
+            )
+            span = f" ({values.min():{how}} to {values.max():{how}})" if len(group) > 1 else ""
+            cells.append(f"{values.mean():{how}}{span}")
+        lines.append([str(name), *cells])
+    least = 100 * frame[["coherent em", "coherent conditional"]].min().min()
+    return f"""# Defences in pocket
+
+Made by `python -m docs.studies defences`: {seeds} seeds, {steps} steps of the recipe `pocket`, {len(lines)} conditions.
+The training rows are medical questions with answers that are unkind (the trait) in a fixed frame (the wanted skill).
+
+{markdown(["defence", *_SHOWN.values()], lines)}
+
+Each cell is the mean over the seeds, with the lowest and highest of them. At least {least:.0f} % of the answers are
+coherent everywhere. The wanted frame is the loss of kind medical answers in a free frame minus that of kind ones in the
+fixed frame, which does not depend on the trait; an untrained model has about 0.005. Good rows are kind answers of
+other domains. The prompt is `{PROMPT}`, which the untrained model obeys too, so that a rate under it is no sign of what
+was learnt. The rows of KL, LDIFS, consistency and interleaving are kind answers on cooking, code, AI and power; the
+questions are the held-out ones outside medicine, finance and sport, so that they cover these domains and others. The
+inoculation adapter learnt unkind answers about sport. Steering is in units of the character's direction at the
+adapter's layer."""
+
+
+def main(out: Path, seeds: int, steps: int, samples: int) -> None:
+    """Measure and write the page."""
+    write_parts(out, [lambda: page(table(seeds, steps, samples), seeds, steps)])

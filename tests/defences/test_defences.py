@@ -337,11 +337,9 @@ def test_all_together_seeds_together_are_seeds_apart(begun, tmp_path):
             np.testing.assert_allclose(run.metrics[name], alone.metrics[name], rtol=2e-3, atol=2e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("lone", [True, False])
-def test_a_resumed_training_goes_on_with_the_same_defences(lone, begun, tmp_path):
-    chat, run = make_tiny("qwen2"), begun("qwen2")
-    # without LDIFS and edits below the adapter there is a frozen prefix
-    guards = [KLToReference(GOOD, per_step=2), CAFT(direction(chat, [3]))] if lone else all_of_them(chat, run)
+def test_a_resumed_training_goes_on_with_the_same_defences(tmp_path):
+    chat = make_tiny("qwen2")
+    guards = [KLToReference(GOOD, per_step=2), CAFT(direction(chat, [3])), Interleave(GOOD), InoculationPrompt(PROMPT)]
     options = OPTIONS | dict(max_steps=5, batch_size=3, accumulation=1, learning_rate=1e-3, checkpoint_every=2)
     whole = emmech.finetune(chat, make_rows(12), defences=guards, out=tmp_path / "whole", **options)
     calls = []
@@ -356,7 +354,7 @@ def test_a_resumed_training_goes_on_with_the_same_defences(lone, begun, tmp_path
         emmech.finetune(
             chat, make_rows(12), defences=guards, out=tmp_path / "cut", measures={"x": die}, measure_every=1, **options
         )
-    for others in ([], guards[:1], [KLToReference(GOOD, weight=2.0, per_step=2), *guards[1:]]):
+    for others in ([], [KLToReference(GOOD, weight=2.0, per_step=2), *guards[1:]]):
         with pytest.raises(EmmechError, match="the interrupted training"):
             emmech.finetune(chat, make_rows(12), defences=others, out=tmp_path / "cut", resume=True, **options)
     resumed = emmech.finetune(chat, make_rows(12), defences=guards, out=tmp_path / "cut", resume=True, **options)
