@@ -67,7 +67,7 @@ def conditions(chat: ChatModel, trait_run: Any, bad_run: Any, layer: int) -> Ite
     yield "none", []
     for weight in (0.3, 3.0):
         yield f"KL to the reference, weight {weight:g}", [d.KLToReference(good, weight=weight)]
-    for weight in (0.003, 0.03):
+    for weight in (0.00003, 0.0003):
         yield f"LDIFS, weight {weight:g}", [d.LDIFS(good, weight=weight)]
     for factor in (1.0, 4.0):
         yield f"preventative steering, {factor:g}", [d.PreventativeSteering(direction, factor, layers=layer)]
