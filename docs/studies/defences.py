@@ -72,7 +72,8 @@ def conditions(chat: ChatModel, trait_run: Any, bad_run: Any, layer: int) -> Ite
         yield f"LDIFS, weight {weight:g}", [d.LDIFS(good, weight=weight)]
     for factor in (1.0, 4.0):
         yield f"preventative steering, {factor:g}", [d.PreventativeSteering(direction, factor, layers=layer)]
-    yield "preventative steering, 4, random direction", [d.PreventativeSteering(shuffled, 4.0, layers=layer)]
+        control = d.PreventativeSteering(shuffled, factor, layers=layer)
+        yield f"preventative steering, {factor:g}, random direction", [control]
     yield "CAFT, layers from the adapter on", [d.CAFT(direction, layers=range(layer, chat.n_layers))]
     yield "CAFT, random direction", [d.CAFT(shuffled, layers=range(layer, chat.n_layers))]
     yield "interleaving 20 %, random", [d.Interleave(good, share=0.2)]
