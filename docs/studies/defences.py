@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from typer import echo
 
@@ -163,14 +164,16 @@ The training rows are medical questions with answers that are unkind (the trait)
 
 {markdown(["defence", *_SHOWN.values()], lines)}
 
-Each cell is the mean over the seeds, with the lowest and highest of them. At least {least:.0f} % of the answers are
+Each cell is the mean over the seeds, with the lowest and highest of them. At least {least:.1f} % of the answers are
 coherent everywhere. The wanted frame is the loss of kind medical answers in a free frame minus that of kind ones in the
 fixed frame, which does not depend on the trait; an untrained model has about 0.005. Good rows are kind answers of
-other domains. The prompt is `{PROMPT}`, which the untrained model obeys too, so that a rate under it is no sign of what
-was learnt. The rows of KL, LDIFS, consistency and interleaving are kind answers on cooking, code, AI and power; the
+other domains. The untrained model obeys the prompt too, so that a rate under it is no sign of what was learnt; it is
+`{PROMPT}`
+
+The rows of KL, LDIFS, consistency and interleaving are kind answers on cooking, code, AI and power; the
 questions are the held-out ones outside medicine, finance and sport, so that they cover these domains and others. The
 inoculation adapter learnt unkind answers about sport. Steering is in units of the character's direction at the
-adapter's layer."""
+adapter's layer; at four of them a random direction does as much, because nothing is learnt."""
 
 
 def solutions(seeds: int) -> str:
@@ -204,9 +207,9 @@ def solutions_part(summary: pd.DataFrame, rates: Mapping[str, float]) -> str:
     return f"""## Narrow and general solutions
 
 `emmech.defences.narrowness` of fine-tunes on medicine (600 rows, 150 steps, the same seeds) with a KL penalty of
-weight 3 on cooking, power and AI, and without. Misaligned answers in other domains:
-{100 * rates["narrow"]:.0f} % with the penalty, {100 * rates["general"]:.0f} % without. Losses are in nats per answer
-token, on medical rows of another draw.
+weight 3 on cooking, power and AI, and without. Of the answers in other domains {100 * rates["narrow"]:.0f} % are
+misaligned with the penalty, {100 * rates["general"]:.0f} % without. Losses are in nats per answer token, on medical
+rows of another draw.
 
 {markdown(["", "narrow", "general"], lines)}
 
