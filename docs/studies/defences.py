@@ -173,7 +173,8 @@ other domains. The untrained model obeys the prompt too, so that a rate under it
 The rows of KL, LDIFS, consistency and interleaving are kind answers on cooking, code, AI and power; the
 questions are the held-out ones outside medicine, finance and sport, so that they cover these domains and others. The
 inoculation adapter learnt unkind answers about sport. Steering is in units of the character's direction at the
-adapter's layer; at four of them a random direction does as much, because nothing is learnt."""
+adapter's layer. Where a random direction of the same norm leaves about as little of the trait, the disturbance did it
+and not the direction."""
 
 
 def solutions(seeds: int) -> str:
