@@ -84,7 +84,9 @@ def _everyday(app, docname, source):
     if docname == "reference":
         stub = (HERE.parent / "emmech" / "__init__.pyi").read_text(encoding="utf-8")
         names = re.findall(r"^from emmech\.\S+ import \w+ as (\w+)$", stub, re.MULTILINE)
-        source[0] = source[0].replace("EVERYDAY", "\n".join(f"   emmech.{name}" for name in sorted(names, key=str.lower)))
+        source[0] = source[0].replace(
+            "EVERYDAY", "\n".join(f"   emmech.{name}" for name in sorted(names, key=str.lower))
+        )
 
 
 def setup(app):

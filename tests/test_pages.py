@@ -12,7 +12,12 @@ import emmech
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = ["gotchas.md", "concepts.md", *sorted(path.relative_to(DOCS).as_posix() for path in DOCS.glob("howto/*.md"))]
+PAGES = [
+    "try.md",
+    "gotchas.md",
+    "concepts.md",
+    *sorted(path.relative_to(DOCS).as_posix() for path in DOCS.glob("howto/*.md")),
+]
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -36,6 +41,13 @@ def test_the_page_runs(page, tmp_path, monkeypatch):
                 exec(made, names)
         elif not kind:
             exec(made, names)
+    if page == "try.md":  # what it promises
+        found, panel = names["found"], names["panel"]
+        assert (found.mechanistic.step, found.mechanistic.low, found.mechanistic.high) == (61, 50, 82)
+        assert (found.behavioural.step, found.behavioural.low, found.behavioural.high) == (51, 47, 55)
+        changed, random = panel.result().tail(2).itertuples()
+        assert changed.em > 0.8 and changed.coherent > 0.98 and random.em < 0.05
+        panel.close()
 
 
 SHAPES = {  # of Qwen2.5-7B-Instruct and Qwen2.5-14B-Instruct
