@@ -1,4 +1,4 @@
-"""The how-to guides, the concepts and the gotchas run; what a page calls refused is refused; its arithmetic is right."""
+"""The pages that teach run; what a page calls refused is refused; its arithmetic is right."""
 
 from __future__ import annotations
 
@@ -51,8 +51,10 @@ def test_the_page_runs(page, tmp_path, monkeypatch):
 
 
 SHAPES = {  # of Qwen2.5-7B-Instruct and Qwen2.5-14B-Instruct
-    "7B": {"hidden_size": 3584, "num_hidden_layers": 28, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4},
-    "14B": {"hidden_size": 5120, "num_hidden_layers": 48, "intermediate_size": 13824, "num_attention_heads": 40, "num_key_value_heads": 8},
+    "7B": {"hidden_size": 3584, "num_hidden_layers": 28, "intermediate_size": 18944, "num_attention_heads": 28,
+           "num_key_value_heads": 4},
+    "14B": {"hidden_size": 5120, "num_hidden_layers": 48, "intermediate_size": 13824, "num_attention_heads": 40,
+            "num_key_value_heads": 8},
 }  # fmt: skip
 
 

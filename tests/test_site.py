@@ -52,8 +52,13 @@ def test_no_page_loads_anything_from_elsewhere(site):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
 @pytest.mark.parametrize(
     ("typed", "wanted"),
-    [("finetune", "emmech.finetune"), ("phase_transition", "emmech.phase_transition"), ("from_peft", "emmech.Run.from_peft"), ("gguf", "Load a GGUF file")],
-)  # fmt: skip
+    [
+        ("finetune", "emmech.finetune"),
+        ("phase_transition", "emmech.phase_transition"),
+        ("from_peft", "emmech.Run.from_peft"),
+        ("gguf", "Load a GGUF file"),
+    ],
+)
 def test_the_search_finds_it_among_the_first_results(site, typed, wanted):
     sync_api = pytest.importorskip("playwright.sync_api")
 

@@ -1,7 +1,7 @@
 """Draw what an interval means: ten questions of fifty answers, and the two intervals of their rate.
 
-``python docs/drawings/interval.py`` writes ``docs/drawings/interval.svg``. The rates are drawn at random for the picture;
-the intervals are those of ``Evaluation.rates``.
+``python docs/drawings/interval.py`` writes ``docs/drawings/interval.svg``. The rates are drawn at random for the
+picture; the intervals are those of ``Evaluation.rates``.
 """
 
 from pathlib import Path
@@ -44,8 +44,7 @@ for population, dot, line, y in shown:
     parts.append(f'<text class="small" x="{x(em["high"]) + 14:.1f}" y="{y + 5}">{said}</text>')
 parts.append('<path class="line" d="M200 264 H720"/>')
 for tick in (0, 0.25, 0.5, 0.75, 1):
-    parts.append(
-        f'<path class="line" d="M{x(tick):.0f} 264 v6"/><text class="small middle" x="{x(tick):.0f}" y="286">{tick:.0%}</text>'
-    )
+    parts.append(f'<path class="line" d="M{x(tick):.0f} 264 v6"/>')
+    parts.append(f'<text class="small middle" x="{x(tick):.0f}" y="286">{tick:.0%}</text>')
 parts.append("</svg>\n")
 Path(__file__).with_suffix(".svg").write_text("\n".join(parts), encoding="utf-8")
