@@ -76,7 +76,9 @@ class Comparison(Result):
             for name, one in known.iterrows()
         ]  # fmt: skip
         shared = int(self.frame["questions"].max())
-        caveat = f"intervals speak of {LIKE_THESE}; with {shared} of them a paired p cannot be below {2 / 2**shared:.2g}"
+        caveat = (
+            f"intervals speak of {LIKE_THESE}; with {shared} of them a paired p cannot be below {2 / 2**shared:.2g}"
+        )
         return Card(f"{headline}: {said}", tuple(facts), caveat, "comparison.plot()")
 
     def _sketch(self) -> str:

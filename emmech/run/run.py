@@ -429,7 +429,9 @@ class Run(Shown):
         for column in ("loss", "held_out_loss", "margin_narrow", "margin_broad"):
             series = self.metrics[column].dropna() if column in self.metrics else ()
             if len(series):
-                facts.append((column.replace("_", " "), f"{series.iloc[0]:.3g} -> {series.iloc[-1]:.3g} nats per token"))
+                facts.append(
+                    (column.replace("_", " "), f"{series.iloc[0]:.3g} -> {series.iloc[-1]:.3g} nats per token")
+                )
         known = [*getattr(self._trajectory, "damaged", ()), *self._damaged_lines]
         caveat = f"damaged: {', '.join(path.name for path in known)}; the rest can be read" if known else ""
         if not known and self.manifest.get("status", "complete") != "complete":
@@ -441,7 +443,9 @@ class Run(Shown):
         shown = [name for name in ("margin_broad", "margin_narrow") if name in self.metrics]
         title = "Margin of misaligned answers" if shown else "Loss"
         shown = shown or [name for name in ("loss", "held_out_loss") if name in self.metrics]
-        lines = [(name.removeprefix("margin_").replace("_", " "), self.metrics.index, self.metrics[name]) for name in shown]
+        lines = [
+            (name.removeprefix("margin_").replace("_", " "), self.metrics.index, self.metrics[name]) for name in shown
+        ]
         return curves(lines, f"{title}, nats per token", level=0.0 if "Margin" in title else None)
 
     def _table(self) -> pd.DataFrame:

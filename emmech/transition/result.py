@@ -264,7 +264,9 @@ class PhaseTransition(Result):
         assert found is not None
         kind = self.behavioural.reason.removeprefix("half the change of ")
         measured = {"em": "misaligned answers", "narrow": "misaligned answers in its own domain"}.get(kind, kind)
-        return f"half of the change of {measured} is reached at step {found[0]} (95 % interval {found[1]} to {found[2]})"
+        return (
+            f"half of the change of {measured} is reached at step {found[0]} (95 % interval {found[1]} to {found[2]})"
+        )
 
     def _caveats(self) -> list[str]:
         """What must be known before the headline is relied on, the weightiest first."""
@@ -273,7 +275,9 @@ class PhaseTransition(Result):
         if not self.controls:
             said.append("fine-tunes on harmless data turn too, if they learn something: compare with a control run")
         elif inert := [one.control for one in self.verdicts if one.inert]:
-            learns = "" if len(inert) < len(self.verdicts) else "; compare with one that learns, such as a change of style"
+            learns = (
+                "" if len(inert) < len(self.verdicts) else "; compare with one that learns, such as a change of style"
+            )
             said.append(
                 f"{' and '.join(map(str, inert))} learned nothing (its held-out loss did not fall), so it shows that "
                 f"the run learned something, not that this is misalignment{learns}"
@@ -293,7 +297,9 @@ class PhaseTransition(Result):
         shown = curves(turned, "Angle by which the path turns, degrees", mark=self.mechanistic.interval)
         name = next((one for one in ("em", "margin-broad", "margin-narrow") if one in self.run.margins), "")
         margins = [(role, *side.margins[name]) for role, side in self._sides()[:3] if name in side.margins]
-        title = "Share of misaligned answers" if name == "em" else f"{name.replace('-', ' ').capitalize()}, nats per token"
+        title = (
+            "Share of misaligned answers" if name == "em" else f"{name.replace('-', ' ').capitalize()}, nats per token"
+        )
         return shown + curves(margins, title, mark=self.behavioural.interval, percent=name == "em")
 
     def _table(self) -> pd.DataFrame:
@@ -307,7 +313,9 @@ def _order(lag: Lag) -> str:
     span = f"(95 % interval {lag.low:+.0f} to {lag.high:+.0f})"
     if lag.low <= 0 <= lag.high:
         return f"which comes first is not decided: behaviour minus turn is {lag.steps:+.0f} steps {span}"
-    first = "the weights turn before the behaviour changes" if lag.low > 0 else "the behaviour changes before the weights"
+    first = (
+        "the weights turn before the behaviour changes" if lag.low > 0 else "the behaviour changes before the weights"
+    )
     return f"{first}, by {abs(lag.steps):.0f} steps {span}"
 
 

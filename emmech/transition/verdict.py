@@ -292,7 +292,9 @@ def _goes_with(run: Side, control: Side | None) -> Statement:
         text += ", and its control has " + ("one as well" if sharp else "one") if is_sharp(control) else (
             ", and its control has none" if sharp else ", nor has its control one"
         )  # fmt: skip
-    text += f" (not tested in a single run); the turn takes {run.path.width_share:.0%} of the path and is {gap[0]:+.0f} "
+    text += (
+        f" (not tested in a single run); the turn takes {run.path.width_share:.0%} of the path and is {gap[0]:+.0f} "
+    )
     text += f"steps from the peak of the gradient ({gap[1]:+.0f} to {gap[2]:+.0f})"
     return Statement(GOES, None if control is None else sharp and not is_sharp(control), *gap, float("nan"), text)
 

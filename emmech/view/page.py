@@ -18,7 +18,9 @@ _EDGE = f"1px solid {faint(GREY, 0.5)}"
 _CARD = f"font: 14px/1.5 {html.escape(FONT)}; border: {_EDGE}; border-radius: 6px; padding: 12px 14px; max-width: 900px"
 _FACT = "display: grid; grid-template-columns: minmax(90px, 20%) 1fr; gap: 0 12px; margin-bottom: 3px"
 _CAVEAT = f"border-left: 3px solid {CYCLE[4]}; padding-left: 10px; margin-top: 8px; white-space: pre-wrap"
-_TEXT = "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 8px 0; background: none"
+_TEXT = (
+    "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 8px 0; background: none"
+)
 _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; font-size: 16px; line-height: 1.55; background: var(--paper); color: var(--ink); }
@@ -69,7 +71,9 @@ def card(
         for name, text in named
     )
     parts += [f'<div style="margin-top: 8px">{rows}</div>'] if rows else []
-    parts += [f'<div style="display: flex; flex-wrap: wrap; gap: 8px; margin-top: 8px">{sketch}</div>'] if sketch else []
+    parts += (
+        [f'<div style="display: flex; flex-wrap: wrap; gap: 8px; margin-top: 8px">{sketch}</div>'] if sketch else []
+    )
     parts += [f'<div style="{_CAVEAT}">{html.escape(caveat)}</div>'] if caveat else []
     parts += [f'<div style="margin-top: 8px">Next: <code>{html.escape(then)}</code></div>'] if then else []
     parts += [body] if body else []

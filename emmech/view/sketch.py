@@ -157,10 +157,7 @@ def _axes(
     (x0, wide), (y0, high) = (
         (float(one.min()), float(np.ptp(one)) or max(abs(float(one.min())), 1.0)) for one in (x, y)
     )
-    return (
-        lambda at: left + (at - x0) / wide * (right - left),
-        lambda at: bottom - (at - y0) / high * (bottom - top),
-    )
+    return (lambda at: left + (at - x0) / wide * (right - left), lambda at: bottom - (at - y0) / high * (bottom - top))
 
 
 def _rules(values: np.ndarray, y: Callable[[float], float], left: float, right: float, *, percent: bool) -> list[str]:
