@@ -27,6 +27,7 @@ autodoc_member_order = "bysource"
 autosummary_generate = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+nb_output_stderr = "remove"  # warnings of other libraries
 nb_execution_mode = "off"  # notebooks keep their outputs, and tests run them
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # a widget is shown as the static copy that its cell keeps
 nb_mime_priority_overrides = [("html", "text/html", 0)]
