@@ -35,7 +35,7 @@ def line(path: np.ndarray) -> str:
 
 
 parts = ['<svg viewBox="0 0 780 320" role="img" aria-label="The path of B: straight at first, then it turns.">']
-parts.append(f'<path class="line dashed" d="{line(paths["control"])}"/><path class="orange" d="{line(paths["run"])}"/>')
+parts.append(f'<path class="blue dashed" d="{line(paths["control"])}"/><path class="orange" d="{line(paths["run"])}"/>')
 at = {int(step): index for index, step in enumerate(run.steps)}
 for step in (0, 30, turn.step, 100, 150, 250):
     x, y = place(paths["run"][at[step]])
