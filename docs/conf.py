@@ -49,9 +49,7 @@ def _tutorials():
     import plotly.io
     from plotly.offline import get_plotlyjs
 
-    script = HERE / "_static" / "plotly.min.js"
-    if not script.exists():
-        script.write_text(get_plotlyjs(), encoding="utf-8")
+    (HERE / "_static" / "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
     folder = HERE / "tutorials"
     for old in folder.glob("*.ipynb"):
         old.unlink()
