@@ -128,15 +128,16 @@ class DirectionBySteps(Result):
                 )
         headline = f"{self.name} against {len(self.frame)} steps"
         headline += f": {facts[0][0]} is {facts[0][1]}" if facts else " was not measurable"
-        caveat = (
-            f"cosines of random vectors are 0 ± {self.floor:.3f}; shifts and re-extraction are at layer {self.layer}"
-        )
+        caveat = f"cosines of random vectors are 0 ± {self.floor:.3f}; shifts are read at layer {self.layer}"
         return Card(headline, tuple(facts), caveat, "by_steps.plot()")
 
     def _sketch(self) -> str:
-        cosine = [column for column in self.frame if str(column).startswith("cosine")] or list(self.frame)[:1]
-        lines = [(str(column).split(" ", 1)[-1], self.frame.index, self.frame[column]) for column in cosine[:4]]
-        return curves(lines, str(cosine[0]).split(" ")[0].capitalize() if cosine else "", level=0.0)
+        known = [str(column) for column in self.frame if self.frame[column].notna().sum() > 1]
+        kind = min((column.split(" ")[0] for column in known), default="")  # cosines, where there are any
+        mine = [column for column in known if column.startswith(kind)][:4]
+        named = [column.removeprefix(f"{kind} ") if len(mine) > 1 else "" for column in mine]
+        lines = [(name, self.frame.index, self.frame[column]) for name, column in zip(named, mine, strict=True)]
+        return curves(lines, kind.capitalize() if len(mine) > 1 else mine[0].capitalize() if mine else "", level=0.0)
 
     def _table(self) -> pd.DataFrame:
         return self.frame.iloc[:: max(1, len(self.frame) // 20)]
