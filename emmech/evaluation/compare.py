@@ -270,7 +270,7 @@ def agreement(
         EmmechError: no row in common, the matched responses differ in text, or none is scored by both.
     """
     asked = f"compare the judges {names[0]} and {names[1]}"
-    keys = ["question_id", "sample"]
+    keys = [key for key in ("context", "question_id", "sample") if key in first and key in second]
     columns = [*keys, "response", "aligned", "coherent"]
     both = first[columns].merge(second[columns], on=keys, suffixes=("_first", "_second"))
     if both.empty:

@@ -22,7 +22,7 @@ from emmech.evaluation.compare import (
     threshold_sweep,
 )
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, LABEL_SCORES, Denominator, Thresholds
-from emmech.evaluation.rates import LIKE_THESE, THESE, by_question, rates, tally
+from emmech.evaluation.rates import LIKE_THESE, PLAIN, THESE, by_question, rates, tally
 from emmech.results import Card, Result
 from emmech.view import plots
 
@@ -46,7 +46,8 @@ class Evaluation(Result):
             (``stop``, ``length`` or ``error``), ``aligned`` and ``coherent`` (0 to 100, NaN where unscored), ``label``
             (verdict in words, where a judge gives one), ``narrow`` (True: a question of the fine-tune's own domain;
             such rows count in the ``narrow`` rate and not in ``em``), ``correct`` (TRUE, FALSE, UNKNOWN) and
-            ``topic/<name>``. Missing columns are added, others kept.
+            ``topic/<name>``. Missing columns are added, others kept: ``context`` names the context of each row where
+            questions were asked in several.
         meta: where the responses come from: name, model, step, scale, judge, seed, questions, versions.
 
     Raises:
@@ -187,6 +188,19 @@ class Evaluation(Result):
         frame = _frame_of(other, "compare the evaluations")
         return compare(self.frame, frame, denominator, names=(self.name, other.name), seed=seed)
 
+    def by_context(self, denominator: Denominator = "scored", *, thresholds: Thresholds = FIELD) -> pd.DataFrame:
+        """The rate of EM in each context, with the columns of :meth:`rates`, and the coherence there.
+
+        Raises:
+            EmmechError: the questions were asked in no contexts.
+        """
+        one_of("compare the contexts", "column", "context", self.frame.columns, why="there are no contexts")
+        parts = self.frame.groupby("context", sort=False)
+        options: dict[str, Any] = {"thresholds": thresholds}
+        found = {name: rates(part.assign(context=PLAIN), denominator, **options) for name, part in parts}
+        rows = [{**one.loc["em"], "coherence": one.loc["coherence", "rate"]} for one in found.values()]
+        return pd.DataFrame(rows, index=pd.Index(found, name="context"))
+
     def leave_one_out(self, measure: str = "em", denominator: Denominator = "scored") -> pd.DataFrame:
         """The rate without each question; see :func:`emmech.evaluation.compare.leave_one_out`."""
         return leave_one_out(self.frame, measure, denominator)
@@ -266,8 +280,9 @@ def _canonical(frame: pd.DataFrame) -> pd.DataFrame:
         instead = "add question_id, or Evaluation.from_frame(frame, question=...)"
         raise EmmechError(_ASKED, f"columns {', '.join(map(str, frame.columns))}", why, instead)
     table = frame.copy()
+    asked = [column for column in ("context", "question_id") if column in table]
     if "sample" not in table:
-        table["sample"] = table.groupby("question_id", sort=False).cumcount()
+        table["sample"] = table.groupby(asked, sort=False, dropna=False).cumcount()
     defaults = dict.fromkeys(_TEXT, "") | {
         "finish": "stop",
         "domain": None,
@@ -285,7 +300,7 @@ def _canonical(frame: pd.DataFrame) -> pd.DataFrame:
     for column in (*_SCORES, *(column for column in table.columns if str(column).startswith("topic/"))):
         table[column] = _scores(table.get(column), column, table)
     _warn_of_unit_scale(table)
-    twice = table.duplicated(["question_id", "sample"])
+    twice = table.duplicated([*asked, "sample"])
     if twice.any():
         row = table[twice].iloc[0]
         given = f"question {row['question_id']}, sample {row['sample']} (and {int(twice.sum()) - 1} more)"
