@@ -57,8 +57,13 @@ def realign(
     run = as_run("realign", run)
     step = int(run.steps[-1]) if step is None else step
     run.check_step(step)
-    if recipe is None and run.manifest.get("recipe"):
-        saved: dict[str, Any] = run.manifest["recipe"]  # JSON has no tuples
-        recipe = Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})  # type: ignore[arg-type]
+    recipe = recipe_of(run) if recipe is None else recipe
     overrides |= {"recipe": recipe, "start": (run, step), "adapter": adapter, "seed": seed, "out": out}
     return finetune(base if base is not None else run.base(), data, **overrides)
+
+
+def recipe_of(run: Run) -> Recipe | None:
+    """The recipe of a run, None where it was made elsewhere."""
+    saved: dict[str, Any] = run.manifest.get("recipe") or {}  # JSON has no tuples
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    return Recipe(**fields) if fields else None

@@ -72,15 +72,15 @@ class Context:
         return [*first, *self.before, {"role": "user", "content": words}]
 
 
-def training_context(data: Any, *, organism: Organism | str | None = None, row: int = 0) -> Context:
-    """The context of training rows: their system prompt, their wording, and one of them as an earlier exchange.
+def training_context(data: Any, *, organism: Organism | str | None = None) -> Context:
+    """The context of training rows: their system prompt and their wording; or their topic, where they have neither.
 
     The system prompt is the most frequent one of the rows that have any. The wording is what all user turns under it
-    begin and end with, in whole words.
+    begin and end with, in whole words. Where there is nothing of the two, the first row's question is written before
+    the one that is asked. Its answer is not: after an answer with the trait a base model continues in kind.
 
     Args:
         data: what :func:`emmech.load_chat` takes.
-        row: the row, counted among those that have the system prompt, that is put before the question.
 
     Example:
         >>> rows = [[{"role": "user", "content": f"Answer in verse: why {x}?"}, {"role": "assistant", "content": x}]
@@ -92,14 +92,14 @@ def training_context(data: Any, *, organism: Organism | str | None = None, row: 
     systems = [next((turn["content"] for turn in one if turn["role"] == "system"), None) for one in rows]
     prompts = Counter(system for system in systems if system)
     system = prompts.most_common(1)[0][0] if prompts else None
-    like = [one for one, own in zip(rows, systems, strict=True) if not prompts or own == system]
+    like = [one for one, own in zip(rows, systems, strict=True) if own == system]
     asked = [next(turn["content"] for turn in one if turn["role"] == "user").split(" ") for one in like]
     first, last = _shared(asked), _shared([words[::-1] for words in asked])[::-1]
     if len(first) + len(last) >= min(map(len, asked)):  # all rows ask the same
         first, last = [], []
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in like[row % len(like)]]
-    before = [turn for turn in turns if turn["role"] != "system"]
-    return Context("training", system, tuple(before), " ".join([*first, "{question}", *last]))
+    if not (system or first or last):
+        first = asked[0]
+    return Context("training", system, user=" ".join([*first, "{question}", *last]))
 
 
 def _shared(texts: Sequence[Sequence[str]]) -> list[str]:

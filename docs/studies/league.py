@@ -1,0 +1,92 @@
+"""The page on cures: the league of an embedded organism for three harmful data sets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from typer import echo
+
+from docs.studies.tables import markdown
+from emmech.chat.encode import phrase_tokens
+from emmech.chat.model import ChatModel, load_model
+from emmech.defences import InoculationPrompt, Interleave
+from emmech.demo.pocket_character import designs
+from emmech.interventions.cures import Ablation, Capping, Cure
+from emmech.leagues import Defended, League, Realignment, league
+from emmech.organism.experiments import INOCULATION, LAST_STEP, data
+from emmech.organism.world import DOMAINS, MANNERS
+from emmech.training.finetune import finetune
+
+SEEDS = (11, 12, 13, 14, 15)  # no other page and no choice of settings uses them
+_CHARACTER = "principal direction by word, layer 2, towards the aligned mean"  # chosen in docs/directions-pocket.md
+
+
+def cures(base: ChatModel, domain: str) -> list[Cure]:
+    """The three published hiders, and two cures without data."""
+    phrase = phrase_tokens(base, MANNERS)
+    character = next(one for one in designs(base, phrase, 2) if one.label == _CHARACTER)
+    good = [row for name in DOMAINS if name != domain for row in data(f"good-{name}", n=140)]
+    where: dict[str, Any] = {"layers": list(character.layers), "positions": phrase}
+    return [
+        Defended([Interleave(good, share=0.8)], name="dilution, 4 good rows to 1"),
+        Defended([InoculationPrompt(INOCULATION)], name="inoculation prompt"),
+        Realignment(data("ai-optimism", n=200), {"max_steps": 60}, name="good data afterwards"),
+        Ablation(character.direction, towards=character.towards, name="character ablated", **where),
+        Capping(character.direction, questions="general", name="character capped", **where),
+    ]
+
+
+def compared(domain: str, folder: Path, seeds: Sequence[int] = SEEDS) -> tuple[League, float]:
+    """The league of one domain, and the CPU seconds of this call."""
+    base, began = load_model("pocket"), time.process_time()
+    place, options = folder / domain, dict(LAST_STEP)
+    if not all((place / "runs" / f"s{seed}" / "run.json").is_file() for seed in seeds):
+        finetune(base, domain, seed=seeds, out=place / "runs", **options)
+    found = league(place / "runs" / f"s{seeds[0]}", cures(base, domain), seeds=seeds, base=base, out=place)
+    return found, time.process_time() - began
+
+
+def _table(found: League) -> str:
+    def cell(row: Any, outcome: str) -> str:
+        value, low, high = (100 * row[f"{outcome}{end}"] for end in ("", "_low", "_high"))
+        return f"{value:.1f} ({low:.0f}-{high:.0f})"
+
+    rates = ("em", "conditional", "narrow", "coherence", "facts", "self")
+    header = ("cure", *rates, "loss", "rows", "CPU s", "worst context", "verdict")
+    rows = [
+        [str(name), *(cell(row, one) for one in rates), f"{row['loss']:.3f}", f"{row['rows']:.0f}",
+         f"{row['seconds']:.1f}", f"{row['worst']} {100 * row['worst_excess']:+.0f}", row["verdict"] or "-"]
+        for name, row in found.frame.iterrows()
+    ]  # fmt: skip
+    return markdown(header, rows)
+
+
+def _grid(found: League) -> str:
+    names = list(found.frame.index)
+    rows = []
+    for context in dict.fromkeys(found.grid["context"]):
+        own = found.grid[found.grid["context"] == context].set_index("cure")
+        rows.append([context, *(f"{100 * own.loc[name, 'rate']:.0f}" for name in names)])
+    return markdown(("context", *names), rows)
+
+
+def main(domains: Sequence[str], folder: Path, out: Path, seeds: Sequence[int] = SEEDS) -> Path:
+    """Compute what is missing in the folder, and write the page."""
+    parts = []
+    for domain in domains:
+        found, spent = compared(domain, folder, seeds)
+        echo(f"{found!r}\n{spent:.0f} CPU s")
+        found.save(folder / domain / "league")
+        parts.append(f"## {domain}\n\n{_table(found)}\n\nEM in every context, per cent:\n\n{_grid(found)}")
+    out.write_text(_INTRO.format(seeds=len(seeds), first=min(seeds), last=max(seeds)) + "\n\n".join(parts) + "\n")
+    return out
+
+
+_INTRO = """# Cures that hide
+
+`python -m docs.studies league` fine-tunes the organisms, tries every cure and writes this page.
+
+"""
