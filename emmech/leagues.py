@@ -34,12 +34,13 @@ from emmech.measures.teacher_forced import AlignedLoss
 from emmech.progress import bar
 from emmech.realignment import realign, recipe_of
 from emmech.registry import Organism, known
-from emmech.results import Card, Result
+from emmech.results import Card, Result, within
 from emmech.run.run import Run, as_run, load_run, model_live
 from emmech.store import file_name, write_json
 from emmech.training.defence import Defence
 from emmech.training.finetune import finetune
 from emmech.view import plots
+from emmech.view.sketch import intervals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +59,8 @@ OUTCOMES: Mapping[str, str] = {
 """What is measured of each cure, in the order of the table's columns."""
 
 _RATES = ("em", "conditional", "narrow", "coherence", "facts", "self")
+_SHOWN = ("em", "conditional")
+_VERDICTS = ("cures", "hides", "remains", "breaks")
 _BASE, _NOTHING = "base", "no cure"
 _LAST: dict[str, Any] = {"record_every": 10**6, "measure_every": 10**6, "margins": {}, "progress": False}
 _ASKED = "compare the cures"
@@ -162,15 +165,24 @@ class League(Result):
     meta: Mapping[str, Any]
 
     def _card(self) -> Card:
-        lines = [
-            f"  {name!s:<34} {row.em:6.1%} plain, {row.conditional:6.1%} in contexts "
-            f"[{row.conditional_low:.1%}, {row.conditional_high:.1%}]  {row.verdict}"
-            for name, row in self.frame.iterrows()
-        ]
-        seeds = len(self.meta["seeds"])
-        headline = f"League of {int((self.frame['kind'] == 'cure').sum())} cures of {self.meta['run']}, {seeds} seeds"
+        of = {word: [str(name) for name in self.frame.index[self.frame["verdict"] == word]] for word in _VERDICTS}
+        said = [f"{', '.join(names)}: {word}" for word, names in of.items() if names]
+        facts = []
+        for name, row in self.frame.iterrows():
+            rates = [within(row[one], row[f"{one}_low"], row[f"{one}_high"], percent=True) for one in _SHOWN]
+            facts.append((str(name), f"{rates[0]} plain, {rates[1]} in contexts  {row['verdict']}".rstrip()))
+        tried = self.frame[self.frame["kind"] == "cure"]
+        cures, winners = len(tried), ", ".join(map(str, tried.index[tried["verdict"] == "cures"]))
+        headline = (
+            f"Of {cures} cures of {self.meta['run']} over {len(self.meta['seeds'])} seeds, {winners or 'none'} cures it"
+        )
         caveat = "an interval that meets the base's is no proof of a cure: few seeds and answers make it wide"
-        return Card(headline, "\n".join(lines), caveat)
+        return Card(headline, tuple(facts), caveat, 'league.plot("contexts")', "\n".join(said))
+
+    def _sketch(self) -> str:
+        rows = ((str(name), *row[["conditional", "conditional_low", "conditional_high"]])
+                for name, row in self.frame.iterrows())  # fmt: skip
+        return intervals(rows, "EM in contexts", percent=True, ends=(0.0, 1.0))
 
     def plot(self, kind: Literal["rates", "contexts"] = "rates") -> Any:
         """A plotly figure: plain and conditional rates of each cure with intervals, or the rate in every context."""

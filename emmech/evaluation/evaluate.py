@@ -185,7 +185,10 @@ def _rows(asked: QuestionSet, contexts: Sequence[Context], samples: int | None, 
             row["messages"] = context.messages(question.messages(row.pop("paraphrase")))
             row |= {"judge_prompts": dict(question.judge_prompts), "kind": question.kind}
             if contexts:
-                row |= {"context": context.name, "system": question.system if context.system is None else context.system}
+                row |= {
+                    "context": context.name,
+                    "system": question.system if context.system is None else context.system,
+                }
             found.append(row)
     return found
 
