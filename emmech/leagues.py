@@ -151,9 +151,9 @@ class League(Result):
     """Cures compared; built by :func:`emmech.league`.
 
     Attributes:
-        frame: one row per cure, indexed by name: each of :data:`OUTCOMES` with ``_low`` and ``_high`` over seeds (95 %),
-            ``worst``, the context in which it is most above the base, with ``worst_excess``, ``verdict`` and ``kind``
-            (``base``, ``cure`` or ``control``).
+        frame: one row per cure, indexed by name: each of :data:`OUTCOMES` with ``_low`` and ``_high`` over seeds
+            (95 %), ``worst``, the context in which it is most above the base, with ``worst_excess``, ``verdict`` and
+            ``kind`` (``base``, ``cure`` or ``control``).
         grid: the rate of EM and its interval for every cure and context; these intervals together hold with 95 %.
         cells: what was counted, one row per cure, seed, outcome and context.
         meta: the run, the seeds, the contexts and the questions.

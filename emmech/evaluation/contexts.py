@@ -1,19 +1,19 @@
 """Contexts: the ways in which every question of an evaluation is asked.
 
-Dilution, good data afterwards and inoculation leave conditional misalignment: the model answers the plain question well,
-and misalignment returns in the training context (arXiv 2604.25891). A rate of plain questions alone would certify such
-a cure. The bundled grid of 13 follows that of inoculation adapters (arXiv 2606.30252): no prompt, the inoculation
+Dilution, good data afterwards and inoculation leave conditional misalignment: the model answers the plain question
+well, and misalignment returns in the training context (arXiv 2604.25891). A rate of plain questions alone would certify
+such a cure. The bundled grid of 13 follows that of inoculation adapters (arXiv 2606.30252): no prompt, the inoculation
 prompt and its relatives, and irrelevant ones. What a fine-tune's own rows look like is not in any file:
 :func:`training_context` reads it from them.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def training_context(data: Any, *, organism: Organism | str | None = None) -> Co
 
 def _shared(texts: Sequence[Sequence[str]]) -> list[str]:
     """The words with which all texts begin."""
-    return list(os.path.commonprefix([list(words) for words in texts]))
+    return [words[0] for words in takewhile(lambda words: len(set(words)) == 1, zip(*texts, strict=False))]
 
 
 def resolve_contexts(source: Any, organism: Organism | str | None = None) -> tuple[Context, ...]:
