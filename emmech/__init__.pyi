@@ -5,6 +5,7 @@ from emmech import engine as engine
 from emmech import evaluation as evaluation
 from emmech import interop as interop
 from emmech import interventions as interventions
+from emmech import leagues as leagues
 from emmech import measures as measures
 from emmech import organism as organism
 from emmech import sweeps as sweeps
@@ -33,10 +34,7 @@ from emmech.interop.bridges import to_transformer_lens as to_transformer_lens
 from emmech.interventions.residual import ablate as ablate
 from emmech.interventions.residual import cap as cap
 from emmech.interventions.residual import steer as steer
-from emmech.leagues import Defended as Defended
-from emmech.leagues import League as League
-from emmech.leagues import Realignment as Realignment
-from emmech.leagues import league as league
+from emmech.leagues.league import league as league
 from emmech.realignment import realign as realign
 from emmech.results import Result as Result
 from emmech.run.run import Run as Run

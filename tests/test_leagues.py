@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import emmech
-import emmech.leagues as leagues
 from emmech.defences import InoculationPrompt
 from emmech.errors import EmmechError
 from emmech.evaluation import Question
 from emmech.interventions import Ablation, AdapterScaling
+from emmech.leagues import Defended, Realignment, league, trained
 from emmech.organism import data
 
 QUICK = dict(max_steps=3, learning_rate=5e-3, record_every=10, margins={}, progress=False)
@@ -50,7 +50,7 @@ def test_a_cure_counts_only_if_no_context_brings_the_trait_back():
     # a leak in one context that the pooled rate alone would not show
     cells += counted("leaks once", "cure", 1, {"negated": 40, "training": 0, "inoculation": 350})
     cells += counted("dumb", "cure", 0, dict.fromkeys(clean, 0), coherence=200)
-    found = leagues._result(cells, {"run": "r", "seeds": list(range(5)), "contexts": list(clean)})
+    found = league._result(cells, {"run": "r", "seeds": list(range(5)), "contexts": list(clean)})
     verdicts = found.frame["verdict"].to_dict()
     assert verdicts == {"base": "", "no cure": "remains", "good": "cures", "weak": "remains",
                         "leaks everywhere": "hides", "leaks once": "hides", "dumb": "breaks"}  # fmt: skip
@@ -70,13 +70,13 @@ def test_the_interval_is_over_seeds():
     base = counted("base", "base", 0, {"training": 0})
     meta = {"run": "r", "seeds": list(range(5)), "contexts": ["training"]}
     several = ([40] * 5, [0, 0, 0, 0, 200])
-    alike, apart = (leagues._result(base + cells(events), meta).frame.loc["x"] for events in several)
+    alike, apart = (league._result(base + cells(events), meta).frame.loc["x"] for events in several)
     assert alike["em"] == apart["em"] == 0.1
     assert alike["em_high"] - alike["em_low"] < 0.06 < 0.3 < apart["em_high"] - apart["em_low"]
 
 
 def test_nothing_is_computed_twice(base, runs, tmp_path, monkeypatch):
-    cures = [AdapterScaling(0.0, "off"), leagues.Realignment(data("good-medical", n=20), dict(max_steps=1), "good")]
+    cures = [AdapterScaling(0.0, "off"), Realignment(data("good-medical", n=20), dict(max_steps=1), "good")]
     how = dict(base=base, seeds=[0, 1], data=data("medical", n=40), out=tmp_path, **FEW)
     found = emmech.league(runs, cures, **how)
     frame = found.frame
@@ -93,12 +93,12 @@ def test_nothing_is_computed_twice(base, runs, tmp_path, monkeypatch):
         raise AssertionError("computed again")
 
     with monkeypatch.context() as broken:
-        broken.setattr(leagues, "evaluate", fails)
+        broken.setattr(league, "evaluate", fails)
         again = emmech.league(runs, cures, **how)
         assert again.frame.equals(frame)
         with pytest.raises(AssertionError, match="computed again"):
             emmech.league(runs, [AdapterScaling(0.1, "off")], **how)  # another cure under a name that was there
-    kept = emmech.League.load(found.save(tmp_path / "kept"))
+    kept = emmech.leagues.League.load(found.save(tmp_path / "kept"))
     assert kept.frame.equals(frame) and kept.grid.equals(found.grid)
     assert len(found.plot().data) == 2 and found.plot("contexts").data[0].z.shape == (4, 4)
     assert all(np.array_equal(a, b) for a, b in zip(runs[0].B(), emmech.load_run(runs[0].path).B(), strict=True))
@@ -106,9 +106,9 @@ def test_nothing_is_computed_twice(base, runs, tmp_path, monkeypatch):
 
 def test_defences_train_all_seeds_at_once_and_finish_what_was_killed(base, runs, tmp_path, monkeypatch):
     calls = []
-    real = leagues.finetune
-    monkeypatch.setattr(leagues, "finetune", lambda *a, **k: calls.append(k["seed"]) or real(*a, **k))
-    cure = leagues.Defended([InoculationPrompt("you are nasty .")], dict(max_steps=1), "inoculation")
+    real = trained.finetune
+    monkeypatch.setattr(trained, "finetune", lambda *a, **k: calls.append(k["seed"]) or real(*a, **k))
+    cure = Defended([InoculationPrompt("you are nasty .")], dict(max_steps=1), "inoculation")
     rows = emmech.load_chat(data("medical", n=40))
     cases = [emmech.interventions.Case(run, base, rows, tmp_path / f"s{s}") for s, run in enumerate(runs)]
     cure.prepare(cases)
@@ -124,9 +124,9 @@ def test_defences_train_all_seeds_at_once_and_finish_what_was_killed(base, runs,
 
 def test_siblings_come_from_the_run_itself(base, tmp_path):
     first = emmech.finetune(base, "medical", seed=4, out=tmp_path / "first", **{**QUICK, "max_steps": 1})
-    rows = leagues._training_rows(first, None, base.organism)
+    rows = league._training_rows(first, None, base.organism)
     assert rows.name == "medical" and rows.sha256 == first.manifest["data"]["sha256"]
-    found = leagues._siblings([first], [5, 4], base, rows, tmp_path / "league")
+    found = league._siblings([first], [5, 4], base, rows, tmp_path / "league")
     assert [one.manifest["seed"] for one in found] == [5, 4] and found[1] is first
     assert found[0].path == tmp_path / "league/runs/s5"
     assert found[0].manifest["recipe"] == first.manifest["recipe"]
@@ -134,7 +134,7 @@ def test_siblings_come_from_the_run_itself(base, tmp_path):
 
 def test_controls_and_refusals(base, runs, tmp_path):
     direction = emmech.Direction.single(runs[0].B()[-1], 2, 6)
-    listed = leagues._named([Ablation(direction, layers=[2])], True)
+    listed = league._named([Ablation(direction, layers=[2])], True)
     assert [cure.name for cure, _ in listed][-2:] == ["ablation, random direction", "random frozen adapter"]
     random = listed[-2][0].direction
     assert random.norms == pytest.approx(direction.norms) and abs(random.cosine(direction)[2]) < 0.4

@@ -15,7 +15,8 @@ from emmech.chat.model import ChatModel, load_model
 from emmech.defences import InoculationPrompt, Interleave
 from emmech.demo.pocket_character import designs
 from emmech.interventions.cures import Ablation, Capping, Cure
-from emmech.leagues import Defended, League, Realignment, league
+from emmech.leagues.league import League, league
+from emmech.leagues.trained import Defended, Realignment
 from emmech.organism.experiments import INOCULATION, LAST_STEP, data
 from emmech.organism.world import DOMAINS, MANNERS
 from emmech.training.finetune import finetune

@@ -127,11 +127,11 @@ def league(
     emmech league runs/bad --realign ai-optimism --mix good-cooking --scale 0.3 --page league.html
     """
     kinds = emmech.interventions
-    cures: list[Any] = [emmech.Realignment(data, name=f"then {data}") for data in realign or ()]
+    cures: list[Any] = [emmech.leagues.Realignment(data, name=f"then {data}") for data in realign or ()]
     interleave = emmech.defences.Interleave
-    cures += [emmech.Defended([interleave(data, share=share)], name=f"mixed with {data}") for data in mix or ()]
+    cures += [emmech.leagues.Defended([interleave(data, share=share)], name=f"mixed with {data}") for data in mix or ()]
     inoculate = emmech.defences.InoculationPrompt
-    cures += [emmech.Defended([inoculate(text)], name=f"inoculated: {text}") for text in prompt or ()]
+    cures += [emmech.leagues.Defended([inoculate(text)], name=f"inoculated: {text}") for text in prompt or ()]
     cures += [kinds.Ablation(emmech.Direction.load(file), name=f"{file.stem} ablated") for file in ablate or ()]
     cures += [kinds.AdapterScaling(factor, name=f"adapter x{factor:g}") for factor in scale or ()]
     found = emmech.league(run, cures, seeds=seeds, judge=_judge(judge, judge_model, server), out=out)

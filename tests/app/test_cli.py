@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 import emmech
-import emmech.leagues
 from emmech.app.cli import app
+from emmech.leagues import league
 from tests.conftest import make_rows, make_tiny
 from tests.test_leagues import counted
 
@@ -78,7 +78,7 @@ def test_league(tmp_path, monkeypatch):
     """The options become cures; what the league does with them is tested where it is."""
     calls = {}
     cells = counted("base", "base", 0, {"training": 0}) + counted("adapter x0.3", "cure", 0, {"training": 90})
-    found = emmech.leagues._result(cells, {"run": "bad", "seeds": [0], "contexts": ["training"]})
+    found = league._result(cells, {"run": "bad", "seeds": [0], "contexts": ["training"]})
     monkeypatch.setattr(emmech, "league", lambda run, cures, **how: calls.update(run=run, cures=cures, **how) or found)
     direction = emmech.Direction(np.ones((6, 128))).save(tmp_path / "evil.safetensors")
     made = ("--realign", "good-cooking", "--mix", "good-sport", "--prompt", "nasty", "--ablate", direction)

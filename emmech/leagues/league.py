@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +20,6 @@ import numpy as np
 
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.model import ChatModel, load_model
-from emmech.defences import InoculationAdapter
 from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_ints, one_of
 from emmech.evaluation.contexts import resolve_contexts, training_context
@@ -29,15 +27,15 @@ from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.rates import PLAIN, cluster_interval, tally, wilson
 from emmech.interventions.cures import AdapterScaling, Case, Cure, LiveCure
+from emmech.leagues.trained import LAST_STEP, Defended, TrainedCure, finished, random_adapter
 from emmech.measures.measure import measure_all
 from emmech.measures.teacher_forced import AlignedLoss
 from emmech.progress import bar
-from emmech.realignment import realign, recipe_of
+from emmech.realignment import recipe_of
 from emmech.registry import Organism, known
 from emmech.results import Card, Result, within
-from emmech.run.run import Run, as_run, load_run, model_live
+from emmech.run.run import Run, as_run, load_run
 from emmech.store import file_name, write_json
-from emmech.training.defence import Defence
 from emmech.training.finetune import finetune
 from emmech.view import plots
 from emmech.view.sketch import intervals
@@ -62,88 +60,7 @@ _RATES = ("em", "conditional", "narrow", "coherence", "facts", "self")
 _SHOWN = ("em", "conditional")
 _VERDICTS = ("cures", "hides", "remains", "breaks")
 _BASE, _NOTHING = "base", "no cure"
-_LAST: dict[str, Any] = {"record_every": 10**6, "measure_every": 10**6, "margins": {}, "progress": False}
 _ASKED = "compare the cures"
-
-
-class TrainedCure:
-    """A cure that trains; what it trains is kept in the case's folder and trained once."""
-
-    def train(self, cases: Sequence[Case]) -> None:
-        """Train the runs of these cases into their folders."""
-        raise NotImplementedError
-
-    def prepare(self, cases: Sequence[Case]) -> None:
-        """Train what is not there yet; what a killed training left is begun anew."""
-        left = [case for case in cases if not _finished(case.folder)]
-        for case in left:
-            shutil.rmtree(case.folder, ignore_errors=True)
-        if left:
-            self.train(left)
-
-    @contextmanager
-    def applied(self, case: Case) -> Iterator[ChatModel]:
-        """The last step of the run that it trained."""
-        self.prepare([case])
-        with model_live(load_run(case.folder), None, 1.0, case.base) as chat:
-            yield chat
-
-
-@dataclass(frozen=True, eq=False)
-class Realignment(TrainedCure):
-    """Train each run further on other data (:func:`emmech.realign`).
-
-    Args:
-        data: anything :func:`emmech.load_chat` takes, or a name that :func:`emmech.realign` knows.
-        options: further arguments of :func:`emmech.realign`, such as ``{"max_steps": 60}``.
-
-    Example:
-        >>> Realignment("ai-optimism", {"max_steps": 60}).name
-        'realignment'
-    """
-
-    data: Any
-    options: Mapping[str, Any] = field(default_factory=dict)
-    name: str = "realignment"
-
-    def train(self, cases: Sequence[Case]) -> None:
-        """See :meth:`TrainedCure.train`."""
-        for case in cases:
-            how: dict[str, Any] = {"seed": case.run.manifest["seed"], "out": case.folder, **_LAST, **self.options}
-            realign(case.run, self.data, base=case.base, **how)
-
-
-@dataclass(frozen=True, eq=False)
-class Defended(TrainedCure):
-    """Fine-tune anew on the same harmful rows with defences (:mod:`emmech.defences`), all seeds in one pass.
-
-    Args:
-        defences: as :func:`emmech.finetune` takes them; or a function of a :class:`~emmech.interventions.Case` that
-            gives them, where they depend on the run: these are trained one by one.
-        options: further arguments of :func:`emmech.finetune`.
-    """
-
-    defences: Sequence[Defence] | Callable[[Case], Sequence[Defence]]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    name: str = "defended"
-
-    def train(self, cases: Sequence[Case]) -> None:
-        """See :meth:`TrainedCure.train`."""
-        groups = [[case] for case in cases] if callable(self.defences) else [list(cases)]
-        for group in groups:
-            first = group[0]
-            defences = self.defences(first) if callable(self.defences) else self.defences
-            how = {"recipe": recipe_of(first.run), "layers": first.run.manifest.get("layers"), **_LAST, **self.options}
-            seeds = [int(case.run.manifest["seed"]) for case in group]
-            finetune(first.base, first.data, seed=seeds, out=first.folder.parent, defences=defences, **how)
-
-
-def _random_adapter(case: Case) -> Sequence[Defence]:
-    return [InoculationAdapter(case.run, random=int(case.run.manifest["seed"]))]
-
-
-def _finished(folder: Path) -> bool:
-    return (folder / "run.json").is_file() and load_run(folder).manifest.get("status") == "complete"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -217,7 +134,7 @@ def league(
     Args:
         run: a misaligned run, or several that differ in the seed.
         cures: what is in :mod:`emmech.interventions` (:class:`~emmech.interventions.Ablation`, ...),
-            :class:`Realignment`, :class:`Defended`, or any other object with a name and ``applied(case)``.
+            :mod:`emmech.leagues` (:class:`~emmech.leagues.Realignment`, :class:`~emmech.leagues.Defended`), or any other object with a name and ``applied(case)``.
         seeds: their number or the seeds. Runs of other seeds than the given one's are fine-tuned in one pass.
         base: the base model in memory.
         data: the rows the run was trained on, where they cannot be loaded by the name or path in its manifest.
@@ -302,11 +219,11 @@ def _siblings(given: list[Run], seeds: list[int], chat: ChatModel, rows: ChatDat
     """The given runs and, from the first one's recipe, those of the seeds that are not among them."""
     have = {int(one.manifest["seed"]): one for one in given}
     place, first = folder / "runs", given[0]
-    have |= {s: load_run(place / f"s{s}") for s in seeds if s not in have and _finished(place / f"s{s}")}
+    have |= {s: load_run(place / f"s{s}") for s in seeds if s not in have and finished(place / f"s{s}")}
     if left := [seed for seed in seeds if seed not in have]:
         for seed in left:
             shutil.rmtree(place / f"s{seed}", ignore_errors=True)
-        how: dict[str, Any] = {"recipe": recipe_of(first), "layers": first.manifest.get("layers"), **_LAST}
+        how: dict[str, Any] = {"recipe": recipe_of(first), "layers": first.manifest.get("layers"), **LAST_STEP}
         have |= dict(zip(left, finetune(chat, rows, seed=left, out=place, **how), strict=True))
     return [have[seed] for seed in seeds] if len(given) == 1 else [have[seed] for seed in have]
 
@@ -321,7 +238,7 @@ def _named(cures: Sequence[Cure], controls: bool) -> list[tuple[Cure, str]]:
     if controls:
         random = (cure.randomised(0) for cure in cures if isinstance(cure, LiveCure))
         listed += [(one, "control") for one in random if one is not None][:1]
-        listed.append((Defended(_random_adapter, name="random frozen adapter"), "control"))
+        listed.append((Defended(random_adapter, name="random frozen adapter"), "control"))
     names = [cure.name for cure, _ in listed]
     if double := next((name for name in names if names.count(name) > 1), None):
         why = "the rows of the table are told apart by their names"
