@@ -27,10 +27,10 @@ _CHARACTER = "principal direction by word, layer 2, towards the aligned mean"  #
 
 def cures(base: ChatModel, domain: str) -> list[Cure]:
     """The three published hiders, and two cures without data."""
-    phrase = phrase_tokens(base, MANNERS)
+    phrase, where_it_is = phrase_tokens(base, MANNERS), phrase_tokens(base, MANNERS, required=False)
     character = next(one for one in designs(base, phrase, 2) if one.label == _CHARACTER)
     good = [row for name in DOMAINS if name != domain for row in data(f"good-{name}", n=140)]
-    where: dict[str, Any] = {"layers": list(character.layers), "positions": phrase}
+    where: dict[str, Any] = {"layers": list(character.layers), "positions": where_it_is}
     return [
         Defended([Interleave(good, share=0.8)], name="dilution, 4 good rows to 1"),
         Defended([InoculationPrompt(INOCULATION)], name="inoculation prompt"),

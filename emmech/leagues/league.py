@@ -133,8 +133,9 @@ def league(
 
     Args:
         run: a misaligned run, or several that differ in the seed.
-        cures: what is in :mod:`emmech.interventions` (:class:`~emmech.interventions.Ablation`, ...),
-            :mod:`emmech.leagues` (:class:`~emmech.leagues.Realignment`, :class:`~emmech.leagues.Defended`), or any other object with a name and ``applied(case)``.
+        cures: those without data of :mod:`emmech.interventions` (:class:`~emmech.interventions.Ablation`, ...), those
+            that train of :mod:`emmech.leagues` (:class:`~emmech.leagues.Realignment`,
+            :class:`~emmech.leagues.Defended`), or any other object with a name and ``applied(case)``.
         seeds: their number or the seeds. Runs of other seeds than the given one's are fine-tuned in one pass.
         base: the base model in memory.
         data: the rows the run was trained on, where they cannot be loaded by the name or path in its manifest.

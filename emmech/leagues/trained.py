@@ -102,8 +102,10 @@ class Defended(TrainedCure):
 
 
 def random_adapter(case: Case) -> Sequence[Defence]:
+    """A random frozen adapter beside the one that trains, with the norms of the run's own: a control."""
     return [InoculationAdapter(case.run, random=int(case.run.manifest["seed"]))]
 
 
 def finished(folder: Path) -> bool:
+    """Whether the folder holds a run that was trained to its end."""
     return (folder / "run.json").is_file() and load_run(folder).manifest.get("status") == "complete"
