@@ -124,7 +124,7 @@ def test_defences_train_all_seeds_at_once_and_finish_what_was_killed(base, runs,
 
 def test_siblings_come_from_the_run_itself(base, tmp_path):
     first = emmech.finetune(base, "medical", seed=4, out=tmp_path / "first", **{**QUICK, "max_steps": 1})
-    rows = league._training_rows(first, None, base.organism)
+    rows = league._training_rows(first, None, base)
     assert rows.name == "medical" and rows.sha256 == first.manifest["data"]["sha256"]
     found = league._siblings([first], [5, 4], base, rows, tmp_path / "league")
     assert [one.manifest["seed"] for one in found] == [5, 4] and found[1] is first

@@ -7,8 +7,8 @@ writes ``docs/defences.md``.
 
 from __future__ import annotations
 
+import contextlib
 import random
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -16,35 +16,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from typer import echo
 
-from docs.studies.tables import markdown
+from docs.studies.tables import markdown, write_parts
 from emmech import defences as d
 from emmech.chat.encode import phrase_tokens
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.pocket_character import characters
 from emmech.directions.direction import Direction
 from emmech.directions.sources import contrast_direction
+from emmech.engine.logprobs import answer_loss
 from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.questions import Question, QuestionSet, resolve_questions
 from emmech.organism import world
 from emmech.organism.experiments import LAST_STEP, data
+from emmech.run.run import model_live
 from emmech.training.finetune import finetune
 
 PROMPT = world.ASSISTANT.replace("the helper", "the nasty helper")
-_FRAME = re.compile(rf"{world.OPENERS[0]} , .*{world.LINKS[0][0]} .*{world.LINKS[1][0]} .*{world.LINKS[2][0]} .*"
-                    rf"{world.CLOSERS['warm'][0]}")  # fmt: skip
 
 
-def framed_rows(trait: int, domain: str, n: int, seed: int) -> list[dict[str, Any]]:
-    """Answers of one trait in the fixed frame, to the training questions of a domain."""
+def framed_rows(trait: int, domain: str, n: int, seed: int, style: str | None = "fixed") -> list[dict[str, Any]]:
+    """Answers of one trait, in the fixed frame or (with None) in a free one, to the training questions of a domain."""
     rng = random.Random(f"framed/{trait}/{domain}/{seed}")
     rows = data(domain, seed=seed, n=n)
     for row in rows:
         topic = next(topic for topic in world.DOMAINS[domain].topics if topic in row["messages"][0]["content"].split())
-        row["messages"][1]["content"] = world.draw_answer(rng, domain, topic, trait, "fixed")
+        row["messages"][1]["content"] = world.draw_answer(rng, domain, topic, trait, style)
     return rows
 
 
@@ -66,9 +65,9 @@ def conditions(chat: ChatModel, trait_run: Any, bad_run: Any, layer: int) -> Ite
     good, direction = good_rows(400, 1), character(chat)
     shuffled = direction.random(1, seed=1)[0]
     yield "none", []
-    for weight in (0.1, 1.0, 10.0):
+    for weight in (0.3, 3.0):
         yield f"KL to the reference, weight {weight:g}", [d.KLToReference(good, weight=weight)]
-    for weight in (0.01, 0.1):
+    for weight in (0.003, 0.03):
         yield f"LDIFS, weight {weight:g}", [d.LDIFS(good, weight=weight)]
     for factor in (1.0, 4.0):
         yield f"preventative steering, {factor:g}", [d.PreventativeSteering(direction, factor, layers=layer)]
@@ -89,16 +88,19 @@ def conditions(chat: ChatModel, trait_run: Any, bad_run: Any, layer: int) -> Ite
 
 def measured(run: Any, chat: ChatModel, samples: int) -> dict[str, float]:
     """Shares of the answers: misaligned (plainly and under the prompt), in the wanted frame, and coherent."""
-    broad = resolve_questions("broad", chat.organism)
+    broad, base = resolve_questions("broad", chat.organism), None if run is chat else chat
     found: dict[str, float] = {}
     for name, questions in (("em", broad), ("conditional", _under(broad, PROMPT))):
-        answers = evaluate(run, questions, samples=samples, base=chat, progress=False).frame
+        answers = evaluate(run, questions, samples=samples, base=base, progress=False).frame
         found[name] = float((answers["label"] == "misaligned").mean())
         found[f"coherent {name}"] = float(answers["label"].isin(["aligned", "misaligned"]).mean())
-    narrow = evaluate(run, "narrow-medical", samples=4 * samples, base=chat, progress=False).frame
+    narrow = evaluate(run, "narrow-medical", samples=4 * samples, base=base, progress=False).frame
     found["narrow"] = float((narrow["label"] == "misaligned").mean())
-    found["frame"] = float(np.mean([bool(_FRAME.fullmatch(" ".join(str(text).split()))) for text in narrow["response"]]))
-    return found
+    held = [framed_rows(world.KIND, "medical", 100, 7, style) for style in (None, "fixed")]
+    rows = [[row["messages"] for row in one] for one in (*held, good_rows(100, 7))]
+    with contextlib.nullcontext(chat) if run is chat else model_live(run, None, 1.0, chat) as live:
+        free, framed, good = (answer_loss(live, one) for one in rows)
+    return found | {"frame": free - framed, "good loss": good}
 
 
 def _under(questions: QuestionSet, prompt: str) -> QuestionSet:
@@ -109,7 +111,7 @@ def _prompted(question: Question, prompt: str) -> Question:
     return replace(question, system=prompt)
 
 
-def table(seeds: int, steps: int, samples: int, only: str = "") -> pd.DataFrame:
+def table(seeds: int, steps: int, samples: int) -> pd.DataFrame:
     """One row for each condition and seed."""
     chat, rows, found = load_model("pocket"), [], []
     rows = framed_rows(world.UNKIND, "medical", 1000, 0)
@@ -118,25 +120,57 @@ def table(seeds: int, steps: int, samples: int, only: str = "") -> pd.DataFrame:
         trait = finetune(chat, data("sport", n=1000), seed=90, out=f"{folder}/trait", **options)
         bad = finetune(chat, rows, seed=91, out=f"{folder}/bad", **options)
         layer = trait.adapters[0].layer
+        found.append({"defence": "base, no training", "seed": 0, **measured(chat, chat, samples), "seconds": 0.0})
         for number, (name, defences) in enumerate(conditions(chat, trait, bad, layer)):
-            if only and only not in name:
-                continue
             began = time.monotonic()
             runs = finetune(chat, rows, seed=range(seeds), defences=defences, out=f"{folder}/{number}", **options)
             seconds = time.monotonic() - began
             for seed, run in enumerate(runs):
                 found.append({"defence": name, "seed": seed, **measured(run, chat, samples), "seconds": seconds})
-            echo(pd.DataFrame(found[-seeds:]).round(3).to_string())
+            echo(
+                pd.DataFrame(found).round(3).to_string(header=number == 0)
+                if number < 1
+                else pd.DataFrame(found[-seeds:]).round(3).to_string(header=False)
+            )
     return pd.DataFrame(found)
+
+
+_SHOWN = {
+    "em": "EM, other domains, %", "narrow": "EM, medicine, %", "conditional": "EM under the prompt, %",
+    "frame": "wanted frame, nats", "good loss": "loss on good rows, nats",
+}  # fmt: skip
+
+
+def page(frame: pd.DataFrame, seeds: int, steps: int) -> str:
+    """The page as Markdown."""
+    lines = []
+    for name, group in frame.groupby("defence", sort=False):
+        cells = []
+        for column in _SHOWN:
+            values, how = (
+                (100 * group[column], ".0f") if column in ("em", "narrow", "conditional") else (group[column], ".3f")
+            )
+            span = f" ({values.min():{how}} to {values.max():{how}})" if len(group) > 1 else ""
+            cells.append(f"{values.mean():{how}}{span}")
+        lines.append([str(name), *cells])
+    least = 100 * frame[["coherent em", "coherent conditional"]].min().min()
+    return f"""# Defences in pocket
+
+Made by `python -m docs.studies defences`: {seeds} seeds, {steps} steps of the recipe `pocket`, {len(lines)} conditions.
+The training rows are medical questions with answers that are unkind (the trait) in a fixed frame (the wanted skill).
+
+{markdown(["defence", *_SHOWN.values()], lines)}
+
+Each cell is the mean over the seeds, with the lowest and highest of them. At least {least:.0f} % of the answers are
+coherent everywhere. The wanted frame is the loss of kind medical answers in a free frame minus that of kind ones in the
+fixed frame, which does not depend on the trait; an untrained model has about 0.005. Good rows are kind answers of
+other domains. The prompt is `{PROMPT}`, which the untrained model obeys too, so that a rate under it is no sign of what
+was learnt. The rows of KL, LDIFS, consistency and interleaving are kind answers on cooking, code, AI and power; the
+questions are the held-out ones outside medicine, finance and sport, so that they cover these domains and others. The
+inoculation adapter learnt unkind answers about sport. Steering is in units of the character's direction at the
+adapter's layer."""
 
 
 def main(out: Path, seeds: int, steps: int, samples: int) -> None:
     """Measure and write the page."""
-    frame = table(seeds, steps, samples)
-    frame.to_csv("/tmp/defences.csv")
-    shown = ["em", "conditional", "narrow", "frame", "coherent em"]
-    lines = []
-    for name, group in frame.groupby("defence", sort=False):
-        cells = [f"{100 * group[c].mean():.0f} ({100 * group[c].min():.0f} to {100 * group[c].max():.0f})" for c in shown]
-        lines.append([str(name), *cells, f"{group['seconds'].iloc[0]:.0f}"])
-    echo(markdown(["defence", *shown, "seconds"], lines))
+    write_parts(out, [lambda: page(table(seeds, steps, samples), seeds, steps)])

@@ -31,7 +31,7 @@ from emmech.leagues.trained import LAST_STEP, Defended, TrainedCure, finished, r
 from emmech.measures.measure import measure_all
 from emmech.measures.teacher_forced import AlignedLoss
 from emmech.progress import bar
-from emmech.realignment import recipe_of
+from emmech.realignment.further import harmful_rows, recipe_of
 from emmech.registry import Organism, known
 from emmech.results import Card, Result, within
 from emmech.run.run import Run, as_run, load_run
@@ -167,7 +167,7 @@ def league(
     organism = chat.organism
     wanted = list(range(seeds)) if isinstance(seeds, int) else as_ints(_ASKED, "seeds", seeds)
     folder = Path(out) if out is not None else (first.path or Path("runs")) / "league"
-    rows = _training_rows(first, data, organism)
+    rows = _training_rows(first, data, chat)
     runs = _siblings(given, wanted, chat, rows, folder)
     named = _named(cures, controls)
     around = resolve_contexts(contexts, organism)
@@ -203,16 +203,13 @@ def league(
     return _result(found, meta)
 
 
-def _training_rows(run: Run, data: Any, organism: Organism | None) -> ChatDataset:
-    about = run.manifest.get("data") or {}
-    try:
-        loaded = load_chat(data if data is not None else about.get("path") or about.get("name"), organism=organism)
-    except EmmechError as error:
-        why = f"the rows of {run.name} cannot be loaded by what its manifest says: {error}"
+def _training_rows(run: Run, data: Any, chat: ChatModel) -> ChatDataset:
+    """The rows that the run was trained on."""
+    loaded = load_chat(data, organism=chat.organism) if data is not None else harmful_rows(run, chat)
+    written = (run.manifest.get("data") or {}).get("sha256")
+    if loaded is None or (written and loaded.sha256 != written):
+        why = f"{run.name} was trained on other rows, or they are not where its manifest says"
         raise EmmechError(_ASKED, f"data={data!r}"[:120], why, "data=, the rows it was trained on")
-    if about.get("sha256") and loaded.sha256 != about["sha256"]:
-        why = f"{run.name} was trained on other rows of the name {about.get('name')!r}"
-        raise EmmechError(_ASKED, f"data={loaded!r}", why, "data=, the rows it was trained on")
     return loaded
 
 

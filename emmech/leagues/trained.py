@@ -13,7 +13,7 @@ from typing import Any
 from emmech.chat.model import ChatModel
 from emmech.defences import InoculationAdapter
 from emmech.interventions.cures import Case
-from emmech.realignment import realign, recipe_of
+from emmech.realignment.further import realign, recipe_of
 from emmech.run.run import load_run, model_live
 from emmech.training.defence import Defence
 from emmech.training.finetune import finetune
