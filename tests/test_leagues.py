@@ -122,6 +122,20 @@ def test_defences_train_all_seeds_at_once_and_finish_what_was_killed(base, runs,
     assert calls == [[0, 1], [1]] and not hasattr(base.base, "peft_config")
 
 
+def test_durability_counts_the_steps_back(base, tmp_path):
+    rows = emmech.load_chat(data("medical", n=40))
+    how = dict(max_steps=20, learning_rate=5e-3, record_every=10, progress=False, measured=20)
+    run = emmech.finetune(base, rows, seed=0, out=tmp_path / "run", **{**how, "measure_every": 2, "record_every": 2})
+    case = emmech.interventions.Case(run, base, rows, tmp_path / "cured")
+    Realignment(data("good-medical", n=20), dict(max_steps=2)).prepare([case])
+    ratio = league._again(case)
+    again = emmech.load_run(tmp_path / "cured-again")
+    assert again.manifest["start"]["run"] == "cured" and ratio is not None and 0 <= ratio < 1
+    assert league._again(case) == ratio
+    silent = emmech.finetune(base, rows, seed=0, out=tmp_path / "silent", **QUICK)
+    assert league._again(emmech.interventions.Case(silent, base, rows, tmp_path / "cured")) is None
+
+
 def test_siblings_come_from_the_run_itself(base, tmp_path):
     first = emmech.finetune(base, "medical", seed=4, out=tmp_path / "first", **{**QUICK, "max_steps": 1})
     rows = league._training_rows(first, None, base)

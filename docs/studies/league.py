@@ -17,7 +17,7 @@ from emmech.demo.pocket_character import designs
 from emmech.interventions.cures import Ablation, Capping, Cure
 from emmech.leagues.league import League, league
 from emmech.leagues.trained import Defended, Realignment
-from emmech.organism.experiments import INOCULATION, LAST_STEP, data
+from emmech.organism.experiments import INOCULATION, data
 from emmech.organism.world import DOMAINS, MANNERS
 from emmech.training.finetune import finetune
 
@@ -43,10 +43,11 @@ def cures(base: ChatModel, domain: str) -> list[Cure]:
 def compared(domain: str, folder: Path, seeds: Sequence[int] = SEEDS) -> tuple[League, float]:
     """The league of one domain, and the CPU seconds of this call."""
     base, began = load_model("pocket"), time.process_time()
-    place, options = folder / domain, dict(LAST_STEP)
-    if not all((place / "runs" / f"s{seed}" / "run.json").is_file() for seed in seeds):
-        finetune(base, domain, seed=seeds, out=place / "runs", **options)
-    found = league(place / "runs" / f"s{seeds[0]}", cures(base, domain), seeds=seeds, base=base, out=place)
+    place = folder / domain
+    first = place / "runs" / f"s{seeds[0]}"
+    if not (first / "run.json").is_file():
+        finetune(base, domain, seed=seeds, out=place / "runs", record_every=10, progress=False)
+    found = league(first, cures(base, domain), seeds=seeds, base=base, out=place)
     return found, time.process_time() - began
 
 
@@ -56,13 +57,18 @@ def _table(found: League) -> str:
         return f"{value:.1f} ({low:.0f}-{high:.0f})"
 
     rates = ("em", "conditional", "narrow", "coherence", "facts", "self")
-    header = ("cure", *rates, "loss", "rows", "CPU s", "worst context", "verdict")
+    header = ("cure", *rates, "loss", "rows", "CPU s", "durability", "worst context", "verdict")
     rows = [
         [str(name), *(cell(row, one) for one in rates), f"{row['loss']:.3f}", f"{row['rows']:.0f}",
-         f"{row['seconds']:.1f}", f"{row['worst']} {100 * row['worst_excess']:+.0f}", row["verdict"] or "-"]
+         f"{row['seconds']:.1f}", _ratio(row), f"{row['worst']} {100 * row['worst_excess']:+.0f}", row["verdict"] or "-"]
         for name, row in found.frame.iterrows()
     ]  # fmt: skip
     return markdown(header, rows)
+
+
+def _ratio(row: Any) -> str:
+    value = row.get("durability", float("nan"))
+    return "-" if value != value else f"{value:.2f} ({row['durability_low']:.2f}-{row['durability_high']:.2f})"
 
 
 def _grid(found: League) -> str:

@@ -32,6 +32,7 @@ from emmech.measures.measure import measure_all
 from emmech.measures.teacher_forced import AlignedLoss
 from emmech.progress import bar
 from emmech.realignment.further import harmful_rows, recipe_of
+from emmech.realignment.studies import crossing
 from emmech.registry import Organism, known
 from emmech.results import Card, Result, within
 from emmech.run.run import Run, as_run, load_run
@@ -53,12 +54,15 @@ OUTCOMES: Mapping[str, str] = {
     "loss": "nats per token of good answers to held-out questions",
     "rows": "rows that a cure trains on beyond the harmful ones",
     "seconds": "CPU seconds until the cured model answers",
+    "durability": "steps of the harmful rows until half of the misalignment is back, over those of a fresh model; for "
+    "cures that train, where runs recorded their broad margin",
 }
 """What is measured of each cure, in the order of the table's columns."""
 
 _RATES = ("em", "conditional", "narrow", "coherence", "facts", "self")
 _SHOWN = ("em", "conditional")
 _VERDICTS = ("cures", "hides", "remains", "breaks")
+_EVERY = 10  # steps from one record of a run to the next, where its margins are needed
 _BASE, _NOTHING = "base", "no cure"
 _ASKED = "compare the cures"
 
@@ -123,6 +127,7 @@ def league(
     max_new_tokens: int = 600,
     skill: Sequence[Any] | None = None,
     controls: bool = True,
+    durability: bool = True,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> League:
@@ -147,6 +152,7 @@ def league(
         skill: pairs whose aligned answers are the good tasks; those of the organism by default.
         controls: whether to add a random direction for the first cure that has a direction, and a random frozen adapter
             beside the fine-tune.
+        durability: whether to train the harmful rows again after every cure that trains.
         out: the folder; ``league`` in the run's folder by default.
 
     Returns:
@@ -196,6 +202,8 @@ def league(
                     cell = _cell(cure, case, asked, around, pairs, samples, shared, how)
                     write_json(case.folder.with_suffix(".json"), {"key": key, "counts": cell})
                 seed = case.run.manifest["seed"]
+                again = _again(case) if durability and isinstance(cure, TrainedCure) else None
+                cell = [*cell, *([] if again is None else [_value("durability", again)])]
                 found += [{"cure": cure.name, "kind": kind, "seed": seed, **row} for row in cell]
                 done.update()
     meta = {"run": first.name, "seeds": [one.manifest["seed"] for one in runs], "data": rows.name, "samples": samples}
@@ -221,7 +229,8 @@ def _siblings(given: list[Run], seeds: list[int], chat: ChatModel, rows: ChatDat
     if left := [seed for seed in seeds if seed not in have]:
         for seed in left:
             shutil.rmtree(place / f"s{seed}", ignore_errors=True)
-        how: dict[str, Any] = {"recipe": recipe_of(first), "layers": first.manifest.get("layers"), **LAST_STEP}
+        how: dict[str, Any] = {"recipe": recipe_of(first), "layers": first.manifest.get("layers"), "progress": False}
+        how["record_every"] = _EVERY if first.kind == "lora" else 10**6
         have |= dict(zip(left, finetune(chat, rows, seed=left, out=place, **how), strict=True))
     return [have[seed] for seed in seeds] if len(given) == 1 else [have[seed] for seed in have]
 
@@ -306,7 +315,42 @@ def _cell(
         trained, before = (load_run(case.folder), case.run)
         again = trained.manifest.get("start") is not None
         values["rows"] = float(trained.manifest["data"]["rows"] - (0 if again else before.manifest["data"]["rows"]))
-    return [*found, *({"outcome": name, "context": PLAIN, "value": value} for name, value in values.items())]
+    return [*found, *(_value(name, value) for name, value in values.items())]
+
+
+def _value(outcome: str, value: float) -> dict[str, Any]:
+    return {"outcome": outcome, "context": PLAIN, "value": value}
+
+
+def _again(case: Case) -> float | None:
+    """Steps until the harmful rows bring half of the misalignment back, over those of a fresh model.
+
+    Where they do not bring it back, the last step counts, so that the ratio is a lower bound.
+    """
+    fresh = _margins(case.run)
+    if fresh is None:
+        return None
+    place, cured = case.folder.with_name(f"{case.folder.name}-again"), load_run(case.folder)
+    if not finished(place):
+        shutil.rmtree(place, ignore_errors=True)
+        start = (cured, int(cured.steps[-1]))
+        how: dict[str, Any] = {**LAST_STEP, "record_every": _EVERY, "measure_every": None, "margins": None}
+        seed = int(case.run.manifest["seed"])
+        finetune(case.base, case.data, recipe=recipe_of(case.run), seed=seed, start=start, out=place, **how)
+    back = _margins(load_run(place))
+    if back is None:
+        return None
+    half = float(fresh[1][0] + fresh[1][-1]) / 2
+    at, last = (crossing(*path, half, rising=True) for path in (fresh, back))
+    return (float(back[0][-1]) if np.isnan(last) else last) / at
+
+
+def _margins(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
+    """Steps and broad margins of a run, None where they were not recorded or did not rise."""
+    margins = run.metrics["margin_broad"].dropna() if "margin_broad" in run.metrics else ()
+    if len(margins) < 2:
+        return None
+    return margins.index.to_numpy(float), margins.to_numpy(float)
 
 
 def _result(found: list[dict[str, Any]], meta: dict[str, Any]) -> League:
