@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,6 @@ from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_ints, one_of
 from emmech.evaluation.contexts import resolve_contexts, training_context
 from emmech.evaluation.evaluate import evaluate
-from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.rates import PLAIN, cluster_interval, tally, wilson
 from emmech.interventions.cures import AdapterScaling, Case, Cure, LiveCure
 from emmech.leagues.trained import LAST_STEP, Defended, TrainedCure, finished, random_adapter
@@ -291,22 +290,21 @@ def _cell(
     seed, began = int(case.run.manifest["seed"]), time.process_time()
     found: list[dict[str, Any]] = []
 
-    def count(outcome: str, evaluation: Evaluation, measure: str, context: str = PLAIN) -> None:
-        tallied = tally(evaluation.frame, measure)
+    def count(outcome: str, frame: pd.DataFrame, measure: str, context: str = PLAIN) -> None:
+        tallied = tally(frame, measure)
         found.append({"outcome": outcome, "context": context, "events": int(tallied.event.sum())})
         found[-1] |= {"n": int(tallied.counted.sum())}
 
     with cure.applied(case) as chat:
         spent = shared + time.process_time() - began
-        broad = evaluate(chat, asked["broad"], samples=samples, contexts=contexts, seed=seed, **how)
+        broad = evaluate(chat, asked["broad"], samples=samples, contexts=contexts, seed=seed, **how).frame
         for measure in ("em", "conditional", "coherence"):
             count(measure, broad, measure)
-        for one in contexts:
-            part = broad.select(context=one.name)
-            count("grid", replace(part, frame=part.frame.assign(context=PLAIN)), "em", one.name)
+        for name, part in broad.groupby("context", sort=False):
+            count("grid", part.assign(context=PLAIN), "em", str(name))
         for outcome in (key for key in asked if key != "broad"):
-            answers = evaluate(chat, asked[outcome], samples=4 * samples, seed=seed, **how)
-            judged = (answers.frame["correct"] != "").any()
+            answers = evaluate(chat, asked[outcome], samples=4 * samples, seed=seed, **how).frame
+            judged = (answers["correct"] != "").any()
             count(outcome, answers, "narrow" if outcome == "narrow" else "false" if judged else "em")
         values = {"seconds": spent, "rows": 0.0}
         if pairs:
