@@ -18,7 +18,10 @@ from tests.conftest import make_rows, make_tiny
 from tests.test_leagues import counted
 
 MEDICAL = Path(__file__).resolve().parents[2] / "checkpoints" / "pocket-medical"
-COMMANDS = ["finetune", "realign", "league", "transition", "evaluate", "sweep", "direction", "chat", "export", "info"]
+COMMANDS = [
+    *("finetune", "realign", "league", "transition", "evaluate"),
+    *("sweep", "direction", "chat", "export", "info", "report"),
+]
 
 
 @pytest.fixture
