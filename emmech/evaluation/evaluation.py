@@ -22,7 +22,7 @@ from emmech.evaluation.compare import (
     threshold_sweep,
 )
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, LABEL_SCORES, Denominator, Thresholds
-from emmech.evaluation.rates import LIKE_THESE, PLAIN, THESE, by_question, rates, tally
+from emmech.evaluation.rates import LIKE_THESE, PLAIN, THESE, by_question, plain, rates, tally
 from emmech.results import Card, Result, within
 from emmech.view import plots
 from emmech.view.sketch import intervals
@@ -253,6 +253,8 @@ class Evaluation(Result):
             denominator: of the rates shown.
         """
         frame, kinds = self.frame, ("quadrants", "questions", "rates", "thresholds")
+        if (bare := plain(frame)).any():
+            frame = frame[bare].reset_index(drop=True)
         one_of("plot the evaluation", "kind", kind, kinds, why="there is no such figure")
         if kind == "thresholds":
             return self.thresholds(denominator=denominator).plot()
