@@ -49,10 +49,11 @@ def test_a_cure_counts_only_if_no_context_brings_the_trait_back():
     cells += counted("leaks everywhere", "cure", 1, dict.fromkeys(clean, 300))
     # a leak in one context that the pooled rate alone would not show
     cells += counted("leaks once", "cure", 1, {"negated": 40, "training": 0, "inoculation": 350})
+    cells += counted("weak and leaks", "cure", 60, {"negated": 160, "training": 0, "inoculation": 390})
     cells += counted("dumb", "cure", 0, dict.fromkeys(clean, 0), coherence=200)
     found = league._result(cells, {"run": "r", "seeds": list(range(5)), "contexts": list(clean)})
     verdicts = found.frame["verdict"].to_dict()
-    assert verdicts == {"base": "", "no cure": "remains", "good": "cures", "weak": "remains",
+    assert verdicts == {"base": "", "no cure": "remains", "good": "cures", "weak": "remains", "weak and leaks": "remains and hides",
                         "leaks everywhere": "hides", "leaks once": "hides", "dumb": "breaks"}  # fmt: skip
     once = found.frame.loc["leaks once"]
     assert once["worst"] == "negated" and once["worst_excess"] == pytest.approx(39 / 400)

@@ -128,10 +128,11 @@ questions. `rows` are those that a cure needs beyond the harmful ones, `CPU s` w
 the number of steps of the harmful rows until half of the misalignment is back, over that of a fresh model: below 1
 the cure left the trait close by. It is measured of cures that train.
 
-The verdict of a cure: it *breaks* where fewer answers are coherent than the base's, the trait *remains* where plain
-EM is above the base's, the cure *hides* it where plain EM meets the base's interval and EM over the contexts or in
-one of them does not (the intervals of the {contexts} contexts hold together with 95 %), and it *cures* otherwise.
-Meeting an interval is no proof: with few seeds it is wide. The controls are the ablation of a random direction and a
-random frozen adapter beside the fine-tune.
+The verdict of a cure: it *breaks* where fewer answers are coherent than the base's; the trait *remains* where plain
+EM is above the base's, and *hides* as well where some context leaves more beyond the base than the plain questions
+do; the cure *hides* it where plain EM meets the base's interval and EM over the contexts or in one of them does not
+(the intervals of the {contexts} contexts hold together with 95 %); otherwise it *cures*. Meeting an interval is no
+proof: with few seeds it is wide. The controls are the ablation of a random direction and a random frozen adapter
+beside the fine-tune.
 
 """

@@ -60,7 +60,7 @@ OUTCOMES: Mapping[str, str] = {
 
 _RATES = ("em", "conditional", "narrow", "coherence", "facts", "self")
 _SHOWN = ("em", "conditional")
-_VERDICTS = ("cures", "hides", "remains", "breaks")
+_VERDICTS = ("cures", "hides", "remains and hides", "remains", "breaks")
 _EVERY = 10  # steps from one record of a run to the next, where its margins are needed
 _BASE, _NOTHING = "base", "no cure"
 _ASKED = "compare the cures"
@@ -156,7 +156,8 @@ def league(
 
     Returns:
         the league. A cure's ``verdict`` is ``breaks`` (fewer coherent answers than the base), ``remains`` (more plain
-        EM), ``hides`` (no more plain EM, but more over the contexts or in one of them), or ``cures``.
+        EM), ``remains and hides`` (and in some context more is left beyond the base than plainly), ``hides`` (no more
+        plain EM, but more over the contexts or in one of them), or ``cures``.
 
     Raises:
         EmmechError: no cure, two of one name, or data that is not that of the run.
@@ -369,21 +370,22 @@ def _result(found: list[dict[str, Any]], meta: dict[str, Any]) -> League:
     frame, table = pd.DataFrame(rows).set_index("cure"), pd.DataFrame(grid)
     of_base = table[table["cure"] == _BASE].set_index("context")
     for name in frame.index:
-        own = table[table["cure"] == name].set_index("context")
-        excess = own["rate"] - of_base["rate"]
-        leaks = own["low"] > of_base["high"]
-        worst = (excess[leaks] if leaks.any() else excess).idxmax()
+        own, row, base = table[table["cure"] == name].set_index("context"), frame.loc[name], frame.loc[_BASE]
+        excess, leak = own["rate"] - of_base["rate"], own["low"] - of_base["high"]
+        worst = (excess[leak > 0] if (leak > 0).any() else excess).idxmax()
         frame.loc[name, ["worst", "worst_excess"]] = [worst, float(excess[worst])]
-        frame.loc[name, "verdict"] = "" if name == _BASE else _verdict(frame.loc[name], frame.loc[_BASE], leaks.any())
+        frame.loc[name, "verdict"] = "" if name == _BASE else _verdict(row, base, leak)
     return League(frame, table, cells, meta)
 
 
-def _verdict(own: Any, base: Any, leaks: bool) -> str:
+def _verdict(own: Any, base: Any, leak: pd.Series) -> str:
+    """What may be said of a cure; ``leak`` is by how much each context's interval is above the base's."""
     if own["coherence_high"] < base["coherence_low"]:
         return "breaks"
     if own["em_low"] > base["em_high"]:
-        return "remains"
-    return "hides" if leaks or own["conditional_low"] > base["conditional_high"] else "cures"
+        plain = own["em_high"] - base["em_low"]
+        return "remains and hides" if (leak > plain).any() else "remains"
+    return "hides" if (leak > 0).any() or own["conditional_low"] > base["conditional_high"] else "cures"
 
 
 def _interval(part: pd.DataFrame, confidence: float = 0.95) -> tuple[float, float, float]:
