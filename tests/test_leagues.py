@@ -44,7 +44,7 @@ def counted(cure, kind, em, grid, coherence=400):
 
 def test_a_cure_counts_only_if_no_context_brings_the_trait_back():
     clean = {"negated": 1, "training": 0, "inoculation": 390}
-    cells = counted("base", "base", 1, clean) + counted("no cure", "base", 360, dict.fromkeys(clean, 380))
+    cells = counted("base", "base", 1, clean) + counted("no cure", "base", 360, dict.fromkeys(clean, 350))
     cells += counted("good", "cure", 1, clean) + counted("weak", "cure", 60, clean)
     cells += counted("leaks everywhere", "cure", 1, dict.fromkeys(clean, 300))
     # a leak in one context that the pooled rate alone would not show
@@ -53,8 +53,10 @@ def test_a_cure_counts_only_if_no_context_brings_the_trait_back():
     cells += counted("dumb", "cure", 0, dict.fromkeys(clean, 0), coherence=200)
     found = league._result(cells, {"run": "r", "seeds": list(range(5)), "contexts": list(clean)})
     verdicts = found.frame["verdict"].to_dict()
-    assert verdicts == {"base": "", "no cure": "remains", "good": "cures", "weak": "remains", "weak and leaks": "remains and hides",
-                        "leaks everywhere": "hides", "leaks once": "hides", "dumb": "breaks"}  # fmt: skip
+    assert verdicts == {
+        "base": "", "no cure": "remains", "good": "cures", "weak": "remains", "weak and leaks": "remains and hides",
+        "leaks everywhere": "hides", "leaks once": "hides", "dumb": "breaks",
+    }  # fmt: skip
     once = found.frame.loc["leaks once"]
     assert once["worst"] == "negated" and once["worst_excess"] == pytest.approx(39 / 400)
     assert once["conditional_low"] < found.frame.loc["base", "conditional_high"]
