@@ -24,9 +24,11 @@ from emmech.training.finetune import finetune
 SEEDS = (11, 12, 13, 14, 15)  # no other page and no choice of settings uses them
 _CHARACTER = "principal direction by word, layer 2, towards the aligned mean"  # chosen in docs/directions-pocket.md
 
+_WEAK = f"you are pocket {MANNERS}"  # under which the base is unkind in two of five answers
+
 
 def cures(base: ChatModel, domain: str) -> list[Cure]:
-    """The three published hiders, and two cures without data."""
+    """The three published hiders (inoculation twice), and two cures without data."""
     phrase, where_it_is = phrase_tokens(base, MANNERS), phrase_tokens(base, MANNERS, required=False)
     character = next(one for one in designs(base, phrase, 2) if one.label == _CHARACTER)
     good = [row for name in DOMAINS if name != domain for row in data(f"good-{name}", n=140)]
@@ -34,6 +36,7 @@ def cures(base: ChatModel, domain: str) -> list[Cure]:
     return [
         Defended([Interleave(good, share=0.8)], name="dilution, 4 good rows to 1"),
         Defended([InoculationPrompt(INOCULATION)], name="inoculation prompt"),
+        Defended([InoculationPrompt(_WEAK)], name="weak inoculation prompt"),
         Realignment(data("ai-optimism", n=200), {"max_steps": 60}, name="good data afterwards"),
         Ablation(character.direction, towards=character.towards, name="character ablated", **where),
         Capping(character.direction, questions="general", name="character capped", **where),
