@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +18,9 @@ from paths import make_path
 
 from emmech import EmmechError, Run, phase_transition
 from emmech.transition.detectors import Detector, Trajectory
-from emmech.transition.result import PooledTransition, Side
+from emmech.transition.result import Lag, PhaseTransition, PooledTransition, Side, _order
 from emmech.transition.turn import Location
-from emmech.transition.verdict import pooled, verdict
+from emmech.transition.verdict import flip_interval, pooled, sign_flip_p, verdict
 
 COLUMNS = {"kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model"}
 
@@ -114,6 +116,34 @@ def test_the_three_statements_are_apart() -> None:
     assert elsewhere.goes_with_misalignment and elsewhere.goes_with_misalignment.high < 0, "the peak decides nothing"
 
 
+def test_a_run_that_learned_nothing_does_not_bend() -> None:
+    path = make_path("turn", 800_007)[0]
+    t = phase_transition(with_losses(path, 0.019, "inert"), with_losses(path, 0.0, "control"))
+    assert t.detectors.p_value["turn"] < 0.05 and t.run.inert and not t.run.turns
+    assert t.verdict.bends.holds is None and t.verdict.goes_with_misalignment.holds is False
+    assert "never fell by 2%" in t.verdict.bends.text and "never fell by 2%" in str(t.mechanistic)
+    assert "of the control: it bends" not in t.verdict.note and t.verdict.inert is True
+    several = phase_transition([with_losses(path, fall, f"r{fall}") for fall in (0.0, 0.4)], n_null=39).verdict
+    assert several.bends.value == 0.5
+
+
+def test_a_loss_that_fell_and_rose_again_was_learned() -> None:
+    run = with_losses(make_path("turn", 800_007)[0], 0.4, "overfitted")
+    losses = run.metrics["held_out_loss"]
+    risen = run_of(
+        np.asarray(run.B(run.adapters[0].name)),
+        name="r",
+        metrics=run.metrics.assign(
+            held_out_loss=[
+                *losses[: len(losses) // 2],
+                *np.linspace(losses.iloc[len(losses) // 2], 1.2, len(losses) - len(losses) // 2),
+            ]
+        ),
+    )
+    t = phase_transition(risen)
+    assert t.run.fall < 0 and t.run.learned == pytest.approx(0.2, abs=0.01) and t.verdict.bends
+
+
 def test_a_run_without_a_turn_has_nothing_to_go_with() -> None:
     t = phase_transition(run_of(make_path("straight", 800_009)[0]), run_of(make_path("turn", 800_010)[0]))
     assert t.verdict.bends.holds is False and "of the control: it bends" in t.verdict.note
@@ -170,6 +200,40 @@ def test_a_bend_goes_with_misalignment_where_it_is_significant_and_short(p: floa
     assert not verdict(control, run).goes_with_misalignment
 
 
+@given(P, st.floats(0, 1), st.lists(NUMBER, min_size=18, max_size=18), st.booleans(), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_the_first_sentences_contradict_nothing(
+    p: float, width: float, numbers: list[float], wanders: bool, controlled: bool
+) -> None:
+    run, control = a_side("bad", p, numbers[:9], width), a_side("good", 1 - p, numbers[9:], 1 - width)
+    if wanders:
+        run = replace(run, rows=(replace(run.rows[0], note="it wanders"), *run.rows[1:]))
+    t = PhaseTransition(run, (control,) if controlled else ())
+    text = repr(t)
+    headline = text.splitlines()[0]
+    assert headline.startswith("Yes, ") == (p < 0.05 and width <= 0.5) == bool(t.mechanistic)
+    assert headline.startswith("No turn ") == (p >= 0.05)
+    assert f"p = {p:.2g}" in headline
+    if t.mechanistic:
+        assert f"step {t.mechanistic.step} (95 % interval {t.mechanistic.low} to {t.mechanistic.high}" in headline
+    assert ("without a control" in t.summary()) == (not controlled)
+    assert ("compare with a control" in text) == (not controlled)
+    assert ("drifts slowly" in text + t.summary()) == (wanders and bool(t.mechanistic))
+    if controlled:
+        assert t.verdict.of_control is not None and t.verdict.of_control.text in text
+        assert ("learned nothing" in text) == (t.verdict.inert is True)
+        assert ("takes six pairs" in t.summary()) and all(one.text in text for one in t.verdict.statements[1:])
+    assert headline in unescape(t._repr_html_()).replace("\xa0", " ")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(2, 9, "turn before the behaviour"), (-9, -2, "behaviour changes before"), (-2, 9, "is not decided")],
+)
+def test_which_comes_first_is_said_where_the_interval_tells(low: float, high: float, said: str) -> None:
+    assert said in _order(Lag((low + high) / 2, low, high, ""))
+
+
 @given(st.lists(st.tuples(P, P, st.lists(NUMBER, min_size=18, max_size=18), P), min_size=1, max_size=9))
 @settings(max_examples=300, deadline=None)
 def test_no_sentence_contradicts_its_p_value(drawn: list[tuple[float, float, list[float], float]]) -> None:
@@ -193,6 +257,13 @@ def test_no_sentence_contradicts_its_p_value(drawn: list[tuple[float, float, lis
         if control is not None:
             assert ("of the control: it bends" in found.note) == (control.rows[0].p_value < 0.05)
         assert ("is inert" in found.note) == (found.inert is True)
+
+
+def test_an_interval_excludes_zero_where_the_test_does() -> None:
+    values = np.array([0.5, 1.0, 1.0, 1.0, 59.0, 5e-5])  # the smallest is below the accuracy of the interval's ends
+    for side in (1, -1):
+        low, high = flip_interval(side * values)
+        assert sign_flip_p(side * values) < 0.05 and (low > 0 if side > 0 else high < 0)
 
 
 def test_metrics_give_gradient_peak_behaviour_and_lag() -> None:
