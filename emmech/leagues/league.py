@@ -346,7 +346,9 @@ def _again(case: Case) -> float | None:
 
 def _margins(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
     """Steps and broad margins of a run, None where they were not recorded or did not rise."""
-    margins = run.metrics["margin_broad"].dropna() if "margin_broad" in run.metrics else ()
+    if "margin_broad" not in run.metrics:
+        return None
+    margins = run.metrics["margin_broad"].dropna()
     if len(margins) < 2:
         return None
     return margins.index.to_numpy(float), margins.to_numpy(float)
