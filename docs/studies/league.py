@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,20 +84,26 @@ def _grid(found: League) -> str:
     return markdown(("context", *names), rows)
 
 
+def page(leagues: Mapping[str, League]) -> str:
+    """The page on these leagues, by domain."""
+    first = next(iter(leagues.values()))
+    parts = [
+        f"## {domain}\n\n{_table(found)}\n\nEM in every context, per cent:\n\n{_grid(found)}"
+        for domain, found in leagues.items()
+    ]
+    seeds, contexts = first.meta["seeds"], len(first.meta["contexts"])
+    intro = _INTRO.format(seeds=len(seeds), first=min(seeds), last=max(seeds), contexts=contexts)
+    return intro + "\n\n".join(parts) + "\n"
+
+
 def main(domains: Sequence[str], folder: Path, out: Path, seeds: Sequence[int] = SEEDS) -> Path:
     """Compute what is missing in the folder, and write the page."""
-    parts, contexts = [], 0
+    leagues = {}
     for domain in domains:
-        found, spent = compared(domain, folder, seeds)
-        echo(f"{found!r}\n{spent:.0f} CPU s")
-        found.save(folder / domain / "league")
-        contexts = len(found.meta["contexts"])
-        parts.append(f"## {domain}\n\n{_table(found)}\n\nEM in every context, per cent:\n\n{_grid(found)}")
-    out.write_text(
-        _INTRO.format(seeds=len(seeds), first=min(seeds), last=max(seeds), contexts=contexts)
-        + "\n\n".join(parts)
-        + "\n"
-    )
+        leagues[domain], spent = compared(domain, folder, seeds)
+        echo(f"{leagues[domain]!r}\n{spent:.0f} CPU s")
+        leagues[domain].save(folder / domain / "league")
+    out.write_text(page(leagues), encoding="utf-8")
     return out
 
 

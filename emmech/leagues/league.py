@@ -59,8 +59,6 @@ OUTCOMES: Mapping[str, str] = {
 """What is measured of each cure, in the order of the table's columns."""
 
 _RATES = ("em", "conditional", "narrow", "coherence", "facts", "self")
-_SHOWN = ("em", "conditional")
-_VERDICTS = ("cures", "hides", "remains and hides", "remains", "breaks")
 _EVERY = 10  # steps from one record of a run to the next, where its margins are needed
 _BASE, _NOTHING = "base", "no cure"
 _ASKED = "compare the cures"
@@ -85,19 +83,17 @@ class League(Result):
     meta: Mapping[str, Any]
 
     def _card(self) -> Card:
-        of = {word: [str(name) for name in self.frame.index[self.frame["verdict"] == word]] for word in _VERDICTS}
-        said = [f"{', '.join(names)}: {word}" for word, names in of.items() if names]
         facts = []
         for name, row in self.frame.iterrows():
-            rates = [within(row[one], row[f"{one}_low"], row[f"{one}_high"], percent=True) for one in _SHOWN]
-            facts.append((str(name), f"{rates[0]} plain, {rates[1]} in contexts  {row['verdict']}".rstrip()))
+            plain, around = (
+                within(row[one], row[f"{one}_low"], row[f"{one}_high"], percent=True) for one in ("em", "conditional")
+            )
+            facts.append((str(name), f"{plain} plain, {around} in contexts; {row['verdict'] or 'to compare with'}"))
         tried = self.frame[self.frame["kind"] == "cure"]
-        cures, winners = len(tried), ", ".join(map(str, tried.index[tried["verdict"] == "cures"]))
-        headline = (
-            f"Of {cures} cures of {self.meta['run']} over {len(self.meta['seeds'])} seeds, {winners or 'none'} cures it"
-        )
+        winners, seeds = ", ".join(map(str, tried.index[tried["verdict"] == "cures"])), len(self.meta["seeds"])
+        headline = f"Of {len(tried)} cures of {self.meta['run']} over {seeds} seeds, {winners or 'none'} cures it"
         caveat = "an interval that meets the base's is no proof of a cure: few seeds and answers make it wide"
-        return Card(headline, tuple(facts), caveat, 'league.plot("contexts")', "\n".join(said))
+        return Card(headline, tuple(facts), caveat, 'league.plot("contexts")')
 
     def _sketch(self) -> str:
         rows = ((str(name), *row[["conditional", "conditional_low", "conditional_high"]])
