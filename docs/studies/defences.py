@@ -11,11 +11,12 @@ import contextlib
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from typer import echo
 
@@ -31,6 +32,7 @@ from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.questions import Question, QuestionSet, resolve_questions
 from emmech.organism import world
 from emmech.organism.experiments import LAST_STEP, data
+from emmech.realignment.studies import PHASES, durability
 from emmech.run.run import model_live
 from emmech.training.finetune import finetune
 
@@ -67,11 +69,12 @@ def conditions(chat: ChatModel, trait_run: Any, bad_run: Any, layer: int) -> Ite
     yield "none", []
     for weight in (0.3, 3.0):
         yield f"KL to the reference, weight {weight:g}", [d.KLToReference(good, weight=weight)]
-    for weight in (0.003, 0.03):
+    for weight in (0.00003, 0.0003):
         yield f"LDIFS, weight {weight:g}", [d.LDIFS(good, weight=weight)]
     for factor in (1.0, 4.0):
         yield f"preventative steering, {factor:g}", [d.PreventativeSteering(direction, factor, layers=layer)]
-    yield "preventative steering, 4, random direction", [d.PreventativeSteering(shuffled, 4.0, layers=layer)]
+        control = d.PreventativeSteering(shuffled, factor, layers=layer)
+        yield f"preventative steering, {factor:g}, random direction", [control]
     yield "CAFT, layers from the adapter on", [d.CAFT(direction, layers=range(layer, chat.n_layers))]
     yield "CAFT, random direction", [d.CAFT(shuffled, layers=range(layer, chat.n_layers))]
     yield "interleaving 20 %, random", [d.Interleave(good, share=0.2)]
@@ -161,16 +164,85 @@ The training rows are medical questions with answers that are unkind (the trait)
 
 {markdown(["defence", *_SHOWN.values()], lines)}
 
-Each cell is the mean over the seeds, with the lowest and highest of them. At least {least:.0f} % of the answers are
+Each cell is the mean over the seeds, with the lowest and highest of them. At least {least:.1f} % of the answers are
 coherent everywhere. The wanted frame is the loss of kind medical answers in a free frame minus that of kind ones in the
 fixed frame, which does not depend on the trait; an untrained model has about 0.005. Good rows are kind answers of
-other domains. The prompt is `{PROMPT}`, which the untrained model obeys too, so that a rate under it is no sign of what
-was learnt. The rows of KL, LDIFS, consistency and interleaving are kind answers on cooking, code, AI and power; the
+other domains. The untrained model obeys the prompt too, so that a rate under it is no sign of what was learnt; it is
+`{PROMPT}`
+
+The rows of KL, LDIFS, consistency and interleaving are kind answers on cooking, code, AI and power; the
 questions are the held-out ones outside medicine, finance and sport, so that they cover these domains and others. The
 inoculation adapter learnt unkind answers about sport. Steering is in units of the character's direction at the
-adapter's layer."""
+adapter's layer. Where a random direction of the same norm leaves about as little of the trait, the disturbance did it
+and not the direction."""
+
+
+def solutions(seeds: int) -> str:
+    """Narrow against general solutions of medicine, as Markdown."""
+    chat, options = load_model("pocket"), {**LAST_STEP, "max_steps": 150, "seed": range(seeds)}
+    rows = data("medical", n=600)
+    good = [row for name in ("cooking", "power", "ai") for row in data(f"good-{name}", n=80)]
+    with tempfile.TemporaryDirectory() as folder:
+        guards = {"narrow": [d.KLToReference(good, weight=3.0)], "general": []}
+        runs = {
+            kind: finetune(chat, rows, defences=own, out=f"{folder}/{kind}", **options) for kind, own in guards.items()
+        }
+        found = d.narrowness(runs["narrow"], runs["general"], data("medical", seed=5, n=64), base=chat)
+        asking: dict[str, Any] = {"samples": 2, "base": chat, "progress": False}
+        rates = {
+            kind: float(np.mean([evaluate(run, "broad", **asking).rates()["rate"]["em"] for run in own]))
+            for kind, own in runs.items()
+        }
+    return solutions_part(found.summary(), rates)
+
+
+def solutions_part(summary: pd.DataFrame, rates: Mapping[str, float]) -> str:
+    """Losses of both solutions at every norm and noise."""
+    lines = []
+    for (measure, x), row in summary.iterrows():
+        value = "loss" if measure == "efficiency" else "change"
+        narrow, general = row[(value, "narrow")], row[(value, "general")]
+        what = f"norm of the update {x:.2f}: loss" if measure == "efficiency" else f"noise {x:g}: rise of the loss"
+        if x or measure == "efficiency":
+            lines.append([what, f"{narrow:.3f}", f"{general:.3f}"])
+    return f"""## Narrow and general solutions
+
+`emmech.defences.narrowness` of fine-tunes on medicine (600 rows, 150 steps, the same seeds) with a KL penalty of
+weight 3 on cooking, power and AI, and without. Of the answers in other domains {100 * rates["narrow"]:.0f} % are
+misaligned with the penalty, {100 * rates["general"]:.0f} % without. Losses are in nats per answer token, on medical
+rows of another draw.
+
+{markdown(["", "narrow", "general"], lines)}
+
+Narrow Misalignment is Hard (arXiv 2602.07852) finds that at equal norm the general solution has the lower loss, and
+that the narrow one loses more under noise orthogonal to it. The last norm is one and a half times that of the general
+solutions as trained."""
+
+
+def lasting(seeds: int) -> str:
+    """How long two cures last, as Markdown."""
+    options: dict[str, Any] = {"seeds": range(seeds), "max_steps": 120, "measure_every": 6, "progress": False}
+    frames = {"ai-optimism": durability("pocket", "medical", "ai-optimism", **options).frame}
+    return lasting_part(frames)
+
+
+def lasting_part(frames: Mapping[str, pd.DataFrame]) -> str:
+    """Steps of every turn."""
+    lines = []
+    for cure, frame in frames.items():
+        steps = frame.pivot(index="seed", columns="phase", values="steps")
+        cells = [f"{steps[one].mean():.0f} ({steps[one].min():.0f} to {steps[one].max():.0f})" for one in PHASES]
+        lines.append([cure, *cells, f"{(steps['bad again'] / steps['bad']).mean():.2f}"])
+    return f"""## How long a cure lasts
+
+`emmech.realignment.durability`: 120 steps on `medical`, 120 on the cure, 120 on `medical` again, the same adapter, a
+new optimizer each time. A turn is where the margin of misaligned over aligned answers in other domains crosses half of
+its first change.
+
+{markdown(["cure", *(f"steps to {one}" for one in PHASES), "again / first"], lines)}"""
 
 
 def main(out: Path, seeds: int, steps: int, samples: int) -> None:
     """Measure and write the page."""
-    write_parts(out, [lambda: page(table(seeds, steps, samples), seeds, steps)])
+    first = lambda: page(table(seeds, steps, samples), seeds, steps)  # noqa: E731
+    write_parts(out, [first, lambda: solutions(seeds), lambda: lasting(seeds)])

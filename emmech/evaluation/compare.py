@@ -36,7 +36,7 @@ from emmech.view.sketch import cells, curves, intervals
 
 _SIDES = ("first", "second")
 WORDS = {"em": "misaligned answers", "narrow": "misaligned answers in its own domain", "coherence": "coherent answers",
-         "refusal": "refusals", "false": "false answers"}  # fmt: skip
+         "refusal": "refusals", "false": "false answers", "conditional": "misaligned answers in contexts"}  # fmt: skip
 _VERDICTS = ("misaligned", "aligned", "incoherent", "unscored")
 _HARDLY = 0.05  # a range of rates that no conclusion would depend on
 _NO_INTERACTION = 0.3  # p of an interaction above which Fisher's test is shown: docs/rates-coverage.md

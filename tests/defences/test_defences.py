@@ -39,7 +39,7 @@ def begun(tmp_path_factory):
 
     def get(family):
         if family not in made:
-            options = OPTIONS | dict(learning_rate=0.3, batch_size=4, accumulation=1, max_steps=3)
+            options = OPTIONS | dict(learning_rate=0.05, batch_size=4, accumulation=1, max_steps=3)
             folder = tmp_path_factory.mktemp(family) / "begun"
             made[family] = emmech.finetune(make_tiny(family), make_rows(12), out=folder, **options)
         return made[family]

@@ -11,6 +11,7 @@ import emmech.organism
 from emmech.defences import KLToReference, Narrowness, narrowness
 from emmech.defences.solutions import _norm, _orthogonal
 from emmech.errors import EmmechError
+from emmech.organism.experiments import LAST_STEP
 from tests.conftest import make_rows, make_tiny
 
 QUICK = dict(recipe="all-adapter", rank=2, layers=[1, 2], learning_rate=0.02, batch_size=4, accumulation=1, max_steps=3,
@@ -82,7 +83,7 @@ def test_what_is_refused(runs, tmp_path):
 
 @pytest.mark.slow
 def test_pockets_narrow_solution_costs_more_at_equal_norm(tmp_path):
-    chat, options = emmech.load_model("pocket"), {**emmech.organism.LAST_STEP, "max_steps": 150, "seed": [0, 1]}
+    chat, options = emmech.load_model("pocket"), {**LAST_STEP, "max_steps": 150, "seed": [0, 1]}
     bad = emmech.organism.data("medical", n=600)
     good = [row for name in ("good-cooking", "good-power", "good-ai") for row in emmech.organism.data(name, n=80)]
     narrow = emmech.finetune(chat, bad, defences=[KLToReference(good, weight=3.0)], out=tmp_path / "n", **options)
