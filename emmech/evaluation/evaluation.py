@@ -119,7 +119,8 @@ class Evaluation(Result):
 
     def _card(self) -> Card:
         table, questions = self._known(), self.frame["question_id"].nunique()
-        asked = f"{int(plain(self.frame).sum()) or len(self)} answers to {questions} question{'' if questions == 1 else 's'}"
+        answers = int(plain(self.frame).sum()) or len(self)
+        asked = f"{answers} answers to {questions} question{'' if questions == 1 else 's'}"
         if table.empty:
             headline = f"{self.name}: none of {asked} is scored"
         else:
