@@ -35,6 +35,19 @@ def smollm2_directions(
 
 
 @app.command()
+def league(
+    domain: Annotated[list[str] | None, typer.Option(help="repeat for several; three by default")] = None,
+    folder: Annotated[Path, typer.Option(help="where runs and answers are kept")] = Path("studies/league"),
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/league.md"),
+    seeds: Annotated[int, typer.Option(help="of each fine-tune")] = 5,
+) -> None:
+    """Write the page on cures: which cure the embedded organism and which hide its misalignment."""
+    from docs.studies.league import SEEDS, main
+
+    main(domain or ["medical", "finance", "sport"], folder, out, SEEDS[:seeds])
+
+
+@app.command()
 def defences(
     out: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/defences.md"),
     seeds: Annotated[int, typer.Option(help="of the fine-tunes")] = 2,
