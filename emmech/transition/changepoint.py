@@ -131,11 +131,11 @@ def find_kink(
     # single precision is enough for null paths, and twice as fast
     single = (weights @ around, innovations, known, noisy)
     path, innovations, mean, noisy = (x.astype(np.float32) for x in single)
-    size = np.float32(np.sqrt(granted / m))
+    spread = np.float32(np.sqrt(granted / m))
     signs = (rng.choice(np.array([-1, 1], np.float32), (n, 1)) for _ in range(n_null))
     flipped = (largest(path + noisy @ (sign * innovations))[0] for sign in signs)
     draws = (rng.standard_normal((n, known.shape[1]), dtype=np.float32) for _ in range(n_null))
-    gaussian = (largest(mean + size * (noisy @ z))[0] for z in draws)
+    gaussian = (largest(mean + spread * (noisy @ z))[0] for z in draws)
     p, name = max((upper_tail(observed, gaussian), GAUSSIAN), (upper_tail(observed, flipped), FLIPPED))
     return Kink(p, name, observed)
 
