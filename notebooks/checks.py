@@ -74,7 +74,9 @@ def _local_cosine(answer: Any) -> str:
     given, right = np.asarray(answer(path, k), float), local_cosine(path, k)
     inside = slice(k, len(path) - k)
     if given.shape != right.shape:
-        return f"It returns the shape {given.shape} for a path of {path.shape}; one value a step, {right.shape}, is due."
+        return (
+            f"It returns the shape {given.shape} for a path of {path.shape}; one value a step, {right.shape}, is due."
+        )
     if np.allclose(given[inside], -right[inside]):
         return "The sign is the other way round: from v_t, one vector goes back and the other goes ahead."
     if not np.allclose(given[inside], right[inside]):
@@ -128,25 +130,35 @@ def _cure(answer: Any) -> str:
 QUESTIONS: dict[int, Question] = {
     1: Question(
         "In this order: of the scored answers, of the coherent ones, of all.",
-        ("f0d5b81feac5", "b22af3432859", "8ee5d6777978"), step=0.002,
+        ("f0d5b81feac5", "b22af3432859", "8ee5d6777978"),
+        step=0.002,
     ),
     2: Question(
         "The width of an interval is high minus low; take the row `em` of each.",
-        "49d98d9e88c6", step=0.1, mistakes={"64788f677ca5": "It is the other way round."},
+        "49d98d9e88c6",
+        step=0.1,
+        mistakes={"64788f677ca5": "It is the other way round."},
     ),
     3: Question("Of which answers can an alignment score be taken seriously? Look at the coherence.", "c8833e7f6425"),
     4: Question("", try_out=_local_cosine),
     5: Question(
         "From the point t, which vector is the way back, and which the way ahead? On a straight path they are opposite.",
-        ("defbb70fdaea", "fca685244d9f", "c5b8c2cdc7c2"), step=0.02,
+        ("defbb70fdaea", "fca685244d9f", "c5b8c2cdc7c2"),
+        step=0.02,
     ),
     6: Question(
         "Of each walk the maximum over its steps (without the NaN), and of the 200 maxima the 95 % quantile.",
-        "7b10c97db993", step=0.03,
+        "7b10c97db993",
+        step=0.03,
     ),
     7: Question("What did the control have to learn? What would it have shown otherwise?", "867f22d9fd5c"),
     8: Question("", try_out=_direction),
     9: Question("", try_out=_random_like),
     10: Question("", try_out=_cure),
     11: Question("What else writes along B at that layer, and what is left of the adapter?", "37b6505d58a4"),
+    12: Question(
+        "Evaluate the run under each prompt, and the base model as well.",
+        "1f7d9e4e84e7",
+        mistakes={"cfd7ea28c0c3": "The base model does that, too."},
+    ),
 }

@@ -39,7 +39,9 @@ def _text(value):
 
 def _said(outputs):
     texts = [_text(one.get("text", "")) for one in outputs]
-    texts += [_text(value) for one in outputs for mime, value in one.get("data", {}).items() if mime.startswith("text/")]
+    texts += [
+        _text(value) for one in outputs for mime, value in one.get("data", {}).items() if mime.startswith("text/")
+    ]
     return "\n".join(texts)
 
 
@@ -147,6 +149,7 @@ def test_the_solutions_are_right():
         (9, lambda v, rng: rng.standard_normal(len(v)) * 3.0, "sqrt(d)"),
         (9, lambda v, rng: v, "still close to v"),
         (11, "b", "writes"),
+        (12, "b", "base model does that"),
     ],
 )
 def test_a_wrong_answer_gets_a_hint_and_no_solution(number, answer, hint, capsys):
