@@ -1,4 +1,5 @@
 from emmech import chat as chat
+from emmech import defences as defences
 from emmech import directions as directions
 from emmech import engine as engine
 from emmech import evaluation as evaluation

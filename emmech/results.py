@@ -28,11 +28,21 @@ _ARRAYS = "arrays.safetensors"
 
 
 class Card(NamedTuple):
-    """The summary of a result: one sentence, the number with its interval, and the caveat that matters most."""
+    """What is said of a result, as text and as HTML alike.
+
+    Args:
+        headline: what was found, one sentence in plain words.
+        facts: the numbers with their intervals, each with its name.
+        caveat: what a reader must know before relying on them.
+        then: the line of code that would be called next.
+        details: more text, which a notebook shows folded.
+    """
 
     headline: str
-    number: str = ""
+    facts: tuple[tuple[str, str], ...] = ()
     caveat: str = ""
+    then: str = ""
+    details: str = ""
 
 
 class Shown(ABC):
@@ -49,15 +59,43 @@ class Shown(ABC):
     @abstractmethod
     def _card(self) -> Card: ...
 
+    def _sketch(self) -> str:
+        """A small drawing for the card, of :mod:`emmech.view.sketch`."""
+        return ""
+
     def _table(self) -> pd.DataFrame:
         """The table that is folded in the card: the findings, unless they are too long to read."""
         return self.to_frame()
 
+    def _body(self) -> str:
+        """More HTML for the card, escaped."""
+        return ""
+
     def __repr__(self) -> str:
-        return "\n".join(filter(None, self._card()))
+        said = self._card()
+        width = max((len(name) for name, _ in said.facts), default=0)
+        lines = [said.headline]
+        for at, (name, text) in enumerate(said.facts):
+            lines.append(f"  {'' if at and said.facts[at - 1][0] == name else name:<{width}}  {text}")
+        lines += [f"  Note: {said.caveat}"] if said.caveat else []
+        lines += [f"  Next: {said.then}"] if said.then else []
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return card(*self._card(), table=self._table())
+        return card(*self._card(), sketch=self._sketch(), table=self._table(), body=self._body())
+
+
+def within(value: float, low: float, high: float, *, percent: bool = False, sign: bool = False) -> str:
+    """A number with its 95 % interval in words.
+
+    Example:
+        >>> within(0.985, 0.929, 0.996, percent=True), within(0.02, -0.01, 0.05, sign=True)
+        ('98.5 % (92.9 to 99.6 %)', '+0.02 (-0.01 to +0.05)')
+    """
+    how = ("+" if sign else "") + (".1f" if percent else ".3g")
+    shown = [format(100 * one if percent else one, how) for one in (value, low, high)]
+    unit = " %" if percent else ""
+    return f"{shown[0]}{unit}" + (f" ({shown[1]} to {shown[2]}{unit})" if math.isfinite(low + high) else "")
 
 
 class Result(Shown):

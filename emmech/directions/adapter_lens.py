@@ -25,7 +25,6 @@ from emmech.errors import EmmechError, check_texts
 from emmech.progress import bar
 from emmech.results import Card, Result
 from emmech.run.run import Run, opened
-from emmech.view.page import card
 from emmech.view.plots import scalar_histogram, shaded_text
 
 if TYPE_CHECKING:
@@ -120,16 +119,20 @@ class AdapterScalars(Result):
         return self.adapters.index(adapter) if isinstance(adapter, str) else adapter
 
     def _card(self) -> Card:
-        lines = [
-            f"  {name}: mean {v.mean():.3g}, sd {v.std():.3g}, range {v.min():.3g} to {v.max():.3g}; "
-            f"writes {write:.3g} per unit"
+        at = int(np.nanargmax(np.abs(self.values).max(1)))
+        column = int(np.abs(self.values[at]).argmax())
+        texts = len(np.unique(self.text))
+        headline = f"{self.adapters[column]} acts most on the token {self.tokens[at]!r} (A·x = {self.values[at, column]:.3g})"
+        headline += f" among {len(self.tokens)} tokens of {texts} text{'' if texts == 1 else 's'}"
+        facts = [
+            (name, f"A·x of mean {v.mean():.3g}, range {v.min():.3g} to {v.max():.3g}; writes {write:.3g} per unit")
             for name, v, write in zip(self.adapters, self.values.T, self.writes, strict=True)
         ]
-        head = f"AdapterScalars: {len(self.tokens)} tokens of {len(np.unique(self.text))} texts"
-        return Card(head, "\n".join(lines))
+        caveat = "A and B could both change sign, and the model would be the same: compare signs within one adapter only"
+        return Card(headline, tuple(facts), caveat, "lens.top_tokens()")
 
-    def _repr_html_(self) -> str:
-        return card(*self._card(), table=self.to_frame(), body=self.heatmap())
+    def _body(self) -> str:
+        return f'<div style="margin-top: 8px">{self.heatmap()}</div>'
 
 
 def adapter_lens(model: Any, texts: Sequence[Any], *, batch_size: int = 8, progress: bool = True) -> AdapterScalars:

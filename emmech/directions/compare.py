@@ -16,6 +16,7 @@ from emmech.errors import EmmechError, as_int, as_ints, refusal
 from emmech.results import Card, Result
 from emmech.run.run import as_run
 from emmech.view.plots import by_step, cosine_matrix, cosines_by_layer
+from emmech.view.sketch import curves
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,8 +55,20 @@ class Cosines(Result):
         return cosines_by_layer(self.to_frame(), self.floor) if layer is None else cosine_matrix(self.at(layer), layer)
 
     def _card(self) -> Card:
-        head = f"Cosines of {len(self.names)} directions (random vectors: 0 +- {self.floor:.3f})"
-        return Card(head, self.to_frame().to_string(float_format="%.2f"))
+        pairs, floor = self.to_frame(), f"random vectors have 0 ± {self.floor:.2f}"
+        spans = {pair: (float(row.min()), float(row.max())) for pair, row in pairs.iterrows() if row.notna().any()}
+        facts = [(f"{a} and {b}", f"{low:.2f} to {high:.2f} over layers") for (a, b), (low, high) in spans.items()]
+        if not spans:
+            return Card(f"No two of {len(self.names)} directions are known at the same layer")
+        (first, second), (low, high) = max(spans.items(), key=lambda item: max(map(abs, item[1])))
+        near = f"{first} and {second} are the most alike" if len(spans) > 1 else f"{first} and {second} are compared"
+        headline = f"{near}: their cosine is {low:.2f} to {high:.2f} over layers, where {floor}"
+        caveat = "two directions of the same kind of answers share their words and length too: a cosine is not yet a cause"
+        return Card(headline, tuple(facts[:8]), caveat, f"cosines.plot(layer={self.values.shape[-1] // 2})")
+
+    def _sketch(self) -> str:
+        lines = [(f"{a}, {b}", row.index, row) for (a, b), row in self.to_frame().head(6).iterrows()]
+        return curves(lines, "Cosine by layer", axis="layer", level=0.0)
 
 
 def cosines(directions: Mapping[str, Direction]) -> Cosines:
@@ -103,9 +116,24 @@ class DirectionBySteps(Result):
         return by_step(self.frame, self.floor, f"{self.name} against training steps (layer {self.layer})")
 
     def _card(self) -> Card:
-        shown = self.frame.iloc[:: max(1, len(self.frame) // 8)].to_string(float_format="%.3f")
-        head = f"{self.name} against {len(self.frame)} steps, layer {self.layer}"
-        return Card(f"{head}, random cosine 0 +- {self.floor:.3f}", shown)
+        facts = []
+        for column in self.frame:
+            known = self.frame[column].dropna()
+            if len(known):
+                at = known.abs().idxmax()
+                facts.append((str(column), f"largest {known[at]:.2f} at step {at}, {known.iloc[-1]:.2f} at the last step"))
+        headline = f"{self.name} against {len(self.frame)} steps"
+        headline += f": {facts[0][0]} is {facts[0][1]}" if facts else " was not measurable"
+        caveat = f"cosines of random vectors are 0 ± {self.floor:.3f}; shifts and re-extraction are at layer {self.layer}"
+        return Card(headline, tuple(facts), caveat, "by_steps.plot()")
+
+    def _sketch(self) -> str:
+        cosine = [column for column in self.frame if str(column).startswith("cosine")] or list(self.frame)[:1]
+        lines = [(str(column).split(" ", 1)[-1], self.frame.index, self.frame[column]) for column in cosine[:4]]
+        return curves(lines, str(cosine[0]).split(" ")[0].capitalize() if cosine else "", level=0.0)
+
+    def _table(self) -> pd.DataFrame:
+        return self.frame.iloc[:: max(1, len(self.frame) // 20)]
 
 
 def direction_by_steps(

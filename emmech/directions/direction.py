@@ -23,6 +23,7 @@ from emmech.errors import EmmechError, as_floats, as_int, refusal
 from emmech.results import Card, Result
 from emmech.store import kept, save_tensors
 from emmech.view.plots import by_layer
+from emmech.view.sketch import curves
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,24 +108,24 @@ class Quality:
         """Layers at which halves of the answers agree no better than with shuffled labels, to two random floors."""
         return tuple(np.flatnonzero(self.split_half < self.split_half_shuffled + 2 * self.random_floor).tolist())
 
-    def __repr__(self) -> str:
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """Each measure in words, with its name."""
         layer = self.read_layer
         counts = [f"{n} {name} answers ({self.tokens.get(name, 0)} tokens)" for name, n in self.answers.items()]
         neighbours = np.nanmean(np.diagonal(self.agreement, 1)) if len(self.agreement) > 1 else 1.0
-        lines = [
-            f"  from             {', '.join(counts)}",
-            f"  split-half       {self.split_half[layer]:.3f} at layer {layer} "
-            f"({np.nanmin(self.split_half):.3f} to {np.nanmax(self.split_half):.3f}); "
-            f"labels shuffled {self.split_half_shuffled[layer]:.3f}, random {self.random_floor:.3f}",
-            f"  norm             {self.norm_over_shuffled[layer]:.1f} times that of shuffled labels",
-            f"  lexical share    {self.lexical_share[layer]:.2f} at layer {layer}; "
-            f"bag of words alone has AUC {self.bag_of_words_auc:.2f}",
-            f"  layers agree     {neighbours:.2f} (mean cosine of neighbouring layers)",
-            f"  promotes         {' '.join(map(repr, self.promotes[:8]))}",
-            f"  suppresses       {' '.join(map(repr, self.suppresses[:8]))}",
-            *(f"  note             {note}" for note in self.notes),
-        ]
-        return "\n".join(lines)
+        over = f"over layers {np.nanmin(self.split_half):.2f} to {np.nanmax(self.split_half):.2f}"
+        return (
+            ("made from", ", ".join(counts)),
+            ("split-half", f"{self.split_half[layer]:.3f} at layer {layer}, {over}; random {self.random_floor:.3f}"),
+            ("norm", f"{self.norm_over_shuffled[layer]:.1f} times that of shuffled labels"),
+            ("lexical share", f"{self.lexical_share[layer]:.2f}; word counts alone have AUC {self.bag_of_words_auc:.2f}"),
+            ("layers agree", f"{neighbours:.2f}, the mean cosine of neighbouring layers"),
+            ("promotes", " ".join(map(repr, self.promotes[:8]))),
+            ("suppresses", " ".join(map(repr, self.suppresses[:8]))),
+        )
+
+    def __repr__(self) -> str:
+        return "\n".join(f"  {name:<16} {text}" for name, text in (*self.facts(), *(("note", n) for n in self.notes)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -447,8 +448,33 @@ class Direction(Result):
         norms = self.norms[list(self.layers)] if self.layers else np.zeros(1)
         span = f"norm {norms[0]:.3g}" if len(norms) == 1 else f"norms {norms[0]:.3g} to {norms[-1]:.3g}"
         where = f", known at {_listed(self.layers)}" if 0 < len(self.layers) < self.n_layers else ""
-        first = f"Direction({self.name!r}, layers={self.n_layers}, d_model={self.d_model}, {span}{where})"
-        return Card(first, "" if self.quality is None else str(self.quality))
+        vectors = ("vectors", f"layers={self.n_layers}, d_model={self.d_model}, {span}{where}")
+        if (quality := self.quality) is None:
+            method = self.source.get("method")
+            made = f" ({method})" if method else ""
+            headline = f"Direction {self.name!r}{made}: how stable it is was not measured"
+            return Card(headline, (vectors,), then="direction.plot()")
+        layer, noise = quality.read_layer, quality.noise
+        halves = f"cosine {quality.split_half[layer]:.2f} at layer {layer}, {quality.split_half_shuffled[layer]:.2f} with"
+        halves += " shuffled labels"
+        claim = "is noise" if layer in noise else "is stable"
+        said = f"Direction {self.name!r} {claim}: two halves of the answers give directions of {halves}"
+        caveats = list(quality.notes)
+        if noise and layer not in noise:
+            caveats.insert(0, f"it is noise at {_listed(noise)}")
+        if quality.lexical_share[layer] > 0.5:
+            caveats.insert(0, "most of it is vocabulary: the two kinds of answers use different words")
+        caveats.append("a stable direction need not be a cause: compare steering with it to random directions")
+        then = f"emmech.interventions.dose_response(run, direction, [-2, -1, 1, 2], layers={layer})"
+        return Card(said, (*quality.facts(), vectors), "; ".join(caveats), then)
+
+    def _sketch(self) -> str:
+        layers, quality = range(self.n_layers), self.quality
+        if quality is None:
+            return curves([("", layers, self.norms)], "Norm by layer", axis="layer")
+        lines = [("halves", layers, quality.split_half), ("shuffled", layers, quality.split_half_shuffled),
+                 ("lexical share", layers, quality.lexical_share)]  # fmt: skip
+        return curves(lines, "Cosine of two halves by layer", axis="layer")
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -173,8 +173,8 @@ def target_logprobs(
         return _sliced_logprobs(chat, hidden, wanted, len(head.weight))
     logits = unembed(chat, hidden).float()
     if wanted.shape[1] == 1:
-        return -nn.functional.cross_entropy(logits, wanted[:, 0], reduction="none")[:, None]
-    return logits.gather(1, wanted) - logits.logsumexp(-1, keepdim=True)
+        return -nn.functional.cross_entropy(logits, wanted[:, 0].to(logits.device), reduction="none")[:, None]
+    return logits.gather(1, wanted.to(logits.device)) - logits.logsumexp(-1, keepdim=True)
 
 
 @torch.no_grad()

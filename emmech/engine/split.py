@@ -28,7 +28,7 @@ from emmech.chat.model import ChatModel
 from emmech.engine.adapters import ReadWrite, StackedAdapters
 from emmech.engine.attention import detached, plain_past
 from emmech.engine.blocks import Blocks, Places
-from emmech.engine.logprobs import pad, padded, target_logprobs, unembed
+from emmech.engine.logprobs import pad, padded, target_logprobs
 from emmech.engine.modules import Hook, adding, evaluating, hooked
 from emmech.errors import EmmechError
 from emmech.store import kept, made_folder
@@ -241,11 +241,12 @@ class RowForwards:
     """Forward passes of rows, each under the adapters of its run.
 
     Args:
+        chat: the model with the adapters on it.
         rows: all rows that will be asked for.
     """
 
-    def __init__(self, rows: Encoded) -> None:
-        self.rows = rows
+    def __init__(self, chat: ChatModel, rows: Encoded) -> None:
+        self.rows, self._chat = rows, chat
         # for each row, the number of answer tokens that its first tokens predict
         self._answers = [np.cumsum(np.asarray(own) != IGNORED) - (own[0] != IGNORED) for own in rows.labels]
 
@@ -258,6 +259,16 @@ class RowForwards:
 
         With gradients enabled, call ``backward`` on the result of each batch before the next, and continue to the end:
         the common part of the rows runs once and passes its gradients on last.
+        """
+        for hidden, targets, places in self.hidden(asked):
+            yield -target_logprobs(self._chat, hidden, targets[:, None])[:, 0], places
+
+    def hidden(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The same batches before the unembedding, to be used in the same way.
+
+        Yields:
+            hidden states after the final norm where an answer token is predicted ``[places, d_model]``, row by row;
+            those tokens ``[places]``; and the index in ``asked`` of each place.
         """
         raise NotImplementedError
 
@@ -278,18 +289,17 @@ class Forwards(RowForwards):
     def __init__(
         self, chat: ChatModel, rows: Encoded, adapters: StackedAdapters, frozen: Frozen | None, folder: Path
     ) -> None:
-        super().__init__(rows)
+        super().__init__(chat, rows)
         self._adapters, self._device = adapters, chat.device
         self.trunk = _fitting(chat, rows, frozen, folder)
-        self._chat = chat
         self._at_once = _BATCH_TOKENS.get(chat.device.type, _BATCH_TOKENS["cuda"])
 
     def close(self) -> None:
         """Delete the kept states."""
         self.trunk.close()
 
-    def nll(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """See :meth:`RowForwards.nll`."""
+    def hidden(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """See :meth:`RowForwards.hidden`."""
         device, stem = self._device, self.trunk.stem
         present = sorted({one.run for one in asked})
         runs_of_past = torch.tensor(present, device=device)
@@ -308,7 +318,7 @@ class Forwards(RowForwards):
                 rows, writer = [one.row for one in members], self._writer(runs, own)
                 hidden = self.trunk.hidden(rows, own, read, writer, past, sequences)
             places = torch.tensor(batch, device=device).repeat_interleave(read.sum(1))
-            yield -target_logprobs(self._chat, hidden, targets[read][:, None])[:, 0], places
+            yield hidden, targets[read], places
         if cuts:
             torch.autograd.backward([made for _, made in cuts], [leaf.grad for leaf, _ in cuts])
 
@@ -587,11 +597,11 @@ class ModelForwards(RowForwards):
     """
 
     def __init__(self, chat: ChatModel, rows: Encoded, adapters: StackedAdapters | None, batch_size: int) -> None:
-        super().__init__(rows)
-        self._chat, self._adapters, self._batch_size = chat, adapters, batch_size
+        super().__init__(chat, rows)
+        self._adapters, self._batch_size = adapters, batch_size
 
-    def nll(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """See :meth:`RowForwards.nll`."""
+    def hidden(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """See :meth:`RowForwards.hidden`."""
         chat = self._chat
         # rows of similar length share a batch, so that little of it is padding
         order = sorted(range(len(asked)), key=lambda i: asked[i].tokens)
@@ -605,6 +615,5 @@ class ModelForwards(RowForwards):
             with self._adapters.rows_of(runs) if self._adapters else contextlib.nullcontext():
                 hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             read = targets != IGNORED
-            logits = unembed(chat, hidden[:, :-1][read]).float()
             places = torch.tensor(batch, device=chat.device).repeat_interleave(read.sum(1))
-            yield torch.nn.functional.cross_entropy(logits, targets[read].to(logits.device), reduction="none"), places
+            yield hidden[:, :-1][read], targets[read], places

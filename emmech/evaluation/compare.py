@@ -29,12 +29,14 @@ from emmech.evaluation.rates import (
     tally,
     wilson,
 )
-from emmech.results import Card, Result
-from emmech.transition.verdict import sign_flip_p
+from emmech.results import Card, Result, within
+from emmech.transition.verdict import LEVEL, sign_flip_p
 from emmech.view import plots
+from emmech.view.sketch import cells, curves, intervals
 
 _SIDES = ("first", "second")
 _VERDICTS = ("misaligned", "aligned", "incoherent", "unscored")
+_HARDLY = 0.05  # a range of rates that no conclusion would depend on
 _NO_INTERACTION = 0.3  # p of an interaction above which Fisher's test is shown: docs/rates-coverage.md
 
 
@@ -57,20 +59,29 @@ class Comparison(Result):
     questions: pd.DataFrame
 
     def _card(self) -> Card:
-        lines = [
-            f"  {measure!s:<12} {row['rate_first']:7.1%} -> {row['rate_second']:7.1%}   "
-            f"{row['difference']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]   "
-            f"p paired {row['p_paired']:.3g}, "
-            + (f"Fisher {row['p_fisher']:.3g}" if np.isfinite(row["p_fisher"]) else "no Fisher: questions interact")
-            for measure, row in self.frame.iterrows()
-            if np.isfinite(row["difference"])
-        ]
+        known = self.frame[np.isfinite(self.frame["difference"])]
+        first, second = self.names
+        if known.empty:
+            return Card(f"{second} and {first} have no scored answer to the same question")
+        measure, row = str(known.index[0]), known.iloc[0]
+        change = within(*(100 * row[["difference", "low", "high"]]), sign=True)
+        decided = row["p_paired"] < LEVEL and (row["low"] > 0 or row["high"] < 0)
+        said = f"{row['rate_second']:.1%} against {row['rate_first']:.1%}, {change} points"
+        claim = f"{second} has {'more' if row['difference'] > 0 else 'less'} {measure} than {first}"
+        headline = claim if decided else f"It is not decided whether {second} differs from {first} in {measure}"
+        facts = [
+            (str(name), f"{one['rate_first']:.1%} -> {one['rate_second']:.1%}, "
+             f"{within(*(100 * one[['difference', 'low', 'high']]), sign=True)} points, paired p = {one['p_paired']:.3g}, "
+             + (f"Fisher {one['p_fisher']:.3g}" if np.isfinite(one["p_fisher"]) else "no Fisher: questions interact"))
+            for name, one in known.iterrows()
+        ]  # fmt: skip
         shared = int(self.frame["questions"].max())
-        caveat = (
-            f"  intervals speak of {LIKE_THESE}; with {shared} of them a paired p cannot be below {2 / 2**shared:.2g}"
-        )
-        head = f"Comparison of {self.names[1]} with {self.names[0]} ({self.frame['denominator'].iloc[0]} rows)"
-        return Card(head, "\n".join(lines), caveat)
+        caveat = f"intervals speak of {LIKE_THESE}; with {shared} of them a paired p cannot be below {2 / 2**shared:.2g}"
+        return Card(f"{headline}: {said}", tuple(facts), caveat, "comparison.plot()")
+
+    def _sketch(self) -> str:
+        rows = ((str(name), row["difference"], row["low"], row["high"]) for name, row in self.frame.iterrows())
+        return intervals(rows, "Change of the rate", percent=True, zero=True)
 
     def plot(self, measure: str = "em") -> Any:
         """Each question's rate in the two evaluations, joined by a line; a plotly figure."""
@@ -244,12 +255,21 @@ class Agreement(Result):
     by_question: pd.DataFrame
 
     def _card(self) -> Card:
-        return Card(
-            f"Agreement of {self.names[0]} and {self.names[1]} on {self.both_scored} of {self.n} responses: "
-            f"kappa {self.kappa:.2f}, Pearson {self.pearson:.2f}, Spearman {self.spearman:.2f}, "
-            f"EM {self.rates[0]:.1%} against {self.rates[1]:.1%}, bias {self.bias:+.1f} points",
-            self.confusion.to_string(),
+        scored = [verdict for verdict in _VERDICTS if verdict != "unscored"]
+        same = sum(int(self.confusion.loc[verdict, verdict]) for verdict in scored) / self.both_scored
+        first, second = self.names
+        headline = f"{first} and {second} give the same verdict on {same:.1%} of {self.both_scored} answers"
+        facts = (
+            ("agreement", f"kappa {self.kappa:.2f}: 0 is chance, 1 complete"),
+            ("scores", f"Pearson {self.pearson:.2f}, Spearman {self.spearman:.2f}, the second {self.bias:+.1f} points"),
+            ("misaligned", f"{self.rates[0]:.1%} according to {first}, {self.rates[1]:.1%} according to {second}"),
         )
+        left = self.n - self.both_scored
+        caveat = f"{left} of {self.n} answers were not scored by both and are left out" if left else ""
+        return Card(headline, facts, caveat, "agreement.by_question")
+
+    def _sketch(self) -> str:
+        return cells(self.confusion, "Number of answers", axes=self.names, written="{:.0f}")
 
     def to_frame(self) -> pd.DataFrame:
         """The figures by question."""
@@ -395,10 +415,17 @@ class ThresholdSweep(Result):
     def _card(self) -> Card:
         rates = self.frame.to_numpy()
         rates = rates[np.isfinite(rates)]
-        said = f"{rates.min():.1%} to {rates.max():.1%}" if len(rates) else "not measurable"
+        what = f"{self.measure} of {self.name or 'the answers'}"
+        if not len(rates):
+            return Card(f"{what} is not measurable: no response has both scores")
+        said = f"{rates.min():.1%} to {rates.max():.1%} of {self.denominator} rows"
         grid = f"{len(self.frame)} x {self.frame.shape[1]} thresholds"
-        what = f"{self.measure} of {self.name}, " if self.name else f"{self.measure} of "
-        return Card(f"ThresholdSweep({what}{self.denominator} rows: {said} over {grid})")
+        claim = "hardly depends" if np.ptp(rates) < _HARDLY else "depends"
+        return Card(f"{what} {claim} on the thresholds: {said} over {grid}", then="thresholds.plot()")
+
+    def _sketch(self) -> str:
+        lines = [(f"coherent > {column:g}", self.frame.index, self.frame[column]) for column in self.frame]
+        return curves(lines, "Rate by threshold", axis="misaligned below", percent=True)
 
     def plot(self) -> Any:
         """The rate against the alignment threshold, one line per coherence threshold; a plotly figure."""

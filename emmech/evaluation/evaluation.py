@@ -23,8 +23,9 @@ from emmech.evaluation.compare import (
 )
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, LABEL_SCORES, Denominator, Thresholds
 from emmech.evaluation.rates import LIKE_THESE, THESE, by_question, rates, tally
-from emmech.results import Card, Result
+from emmech.results import Card, Result, within
 from emmech.view import plots
+from emmech.view.sketch import intervals
 
 _LABELS = ("", *LABEL_SCORES, "refusal", "code")
 _CORRECT = ("", "TRUE", "FALSE", "UNKNOWN")
@@ -115,16 +116,31 @@ class Evaluation(Result):
         return len(self.frame)
 
     def _card(self) -> Card:
-        lines = [
-            f"  {measure!s:<10} {row['rate']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]  "
-            f"n = {row['n']} {row['denominator']}, {row['unscored']} unscored"
-            for measure, row in self.rates().iterrows()
-            if row["n"] and not str(measure).startswith("topic/")
-        ]
-        questions = self.frame["question_id"].nunique()
-        headline = f"Evaluation of {self.name}: {len(self)} responses to {questions} questions"
-        spoken = [f"intervals speak of {LIKE_THESE if questions > 1 else THESE}"] if lines else []
-        return Card(headline, "\n".join(lines), "\n".join(f"  {note}" for note in (*spoken, *self._notes)))
+        table, questions = self._known(), self.frame["question_id"].nunique()
+        asked = f"{len(self)} answers of {self.name} to {questions} question{'' if questions == 1 else 's'}"
+        if table.empty:
+            headline = f"None of the {asked} is scored"
+        else:
+            first, row = str(table.index[0]), table.iloc[0]
+            what = "are misaligned and coherent" if first == "em" else f"count as {first}"
+            rate = within(row["rate"], row["low"], row["high"], percent=True)
+            headline = f"Of the {asked}, {rate.replace(' (', f' {what} (95 % interval ')}"
+        facts = [
+            (str(name), f"{within(row['rate'], row['low'], row['high'], percent=True)}, "
+             f"n = {row['n']} {row['denominator']}, {row['unscored']} unscored")
+            for name, row in table.iterrows()
+        ]  # fmt: skip
+        spoken = [f"intervals speak of {LIKE_THESE if questions > 1 else THESE}"] if facts else []
+        then = 'evaluation.plot("questions")' if facts else "emmech.evaluation.plan_judging(evaluation)"
+        return Card(headline, tuple(facts), "; ".join((*self._notes, *spoken)), then)
+
+    def _known(self) -> pd.DataFrame:
+        table = self.rates()
+        return table[(table["n"] > 0) & ~table.index.astype(str).str.startswith("topic/")]
+
+    def _sketch(self) -> str:
+        rows = ((str(name), row["rate"], row["low"], row["high"]) for name, row in self._known().iterrows())
+        return intervals(rows, "Share of answers", percent=True, ends=(0.0, 1.0))
 
     def _table(self) -> pd.DataFrame:
         return self.rates()

@@ -12,7 +12,6 @@ verdicts. ``docs/studies/screening_fit.py`` fits both and says how.
 
 from __future__ import annotations
 
-import html
 import importlib.util
 import json
 import re
@@ -27,6 +26,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from emmech.errors import EmmechError
+from emmech.view.page import card
 
 if TYPE_CHECKING:
     import scipy.sparse as sparse
@@ -291,7 +291,7 @@ class ScreeningRate:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return f"<p>{html.escape(str(self))}</p>{self.by_question.to_html(float_format='%.3f')}"
+        return card(str(self), table=self.by_question)
 
     def to_frame(self) -> pd.DataFrame:
         """Mean probability by question with the error measured for that question."""

@@ -39,9 +39,10 @@ from emmech.measures.choose import as_measures
 from emmech.measures.measure import Items, Measure, measure_all
 from emmech.measures.teacher_forced import AlignedLoss, Margin
 from emmech.progress import bar
-from emmech.results import Card, Result
+from emmech.results import Card, Result, within
 from emmech.run.run import Run, opened
 from emmech.view.plots import study
+from emmech.view.sketch import intervals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +52,7 @@ _LAYERS = "name the layers"
 _IDENTITY = ("condition", "organism", "layer", "coefficient", "model", "outcome")
 _SHOWN = ("value", "low", "high", "n", "change", "beyond_random", "beyond_random_low", "beyond_random_high",
           "beyond_base", "beyond_base_low", "beyond_base_high", "gap", "gap_low", "gap_high")  # fmt: skip
+_FACTS = 6  # conditions that a card writes out
 
 
 @dataclass(frozen=True)
@@ -268,10 +270,59 @@ class Study(Result):
         return study(self.frame[self.frame["outcome"] == outcome], outcome, self.title)
 
     def _card(self) -> Card:
-        return Card(self.title, self.summary().to_string(float_format="%.3g"), "\n".join(self.notes))
+        outcome, found, contrast = self._findings()
+        beyond = "beyond random directions" if contrast == "beyond_random" else "against the untouched model"
+        notes = list(self.notes)
+        if found.empty:
+            headline = f"{self.title}: {len(self.summary(outcome))} conditions measured by {outcome}"
+        else:
+            row = found.loc[found[contrast].abs().idxmax()]
+            change = within(row[contrast], row[f"{contrast}_low"], row[f"{contrast}_high"], sign=True)
+            open_ = row[f"{contrast}_low"] <= 0 <= row[f"{contrast}_high"]
+            said = "no change is told from zero; the largest" if open_ else "the largest change"
+            headline = f"{self.title}: {said} of {outcome} {beyond} is {change}, {_setting(row)}"
+            if len(found) > 1:
+                notes.append(f"it is the largest of {len(found)}, and its interval is that of one")
+        facts = []
+        for _, row in found.head(_FACTS).iterrows():
+            value = within(row["value"], row["low"], row["high"])
+            change = within(row[contrast], row[f"{contrast}_low"], row[f"{contrast}_high"], sign=True)
+            facts.append((_setting(row), f"{outcome} {value}, {change} {beyond}"))
+        if len(found) > _FACTS:
+            facts.append(("and", f"{len(found) - _FACTS} more conditions in study.summary()"))
+        return Card(headline, tuple(facts), "; ".join(notes), "study.plot()")
+
+    def _findings(self) -> tuple[str, pd.DataFrame, str]:
+        """The outcome that matters most, the conditions that change it, and the contrast that says by how much."""
+        names = list(dict.fromkeys(self.frame["outcome"]))
+        outcome = next((name for name in ("em", "margin_broad") if name in names), names[0])
+        rows = self.frame[(self.frame["outcome"] == outcome) & ~self.frame["kind"].isin(("random", "untouched"))]
+        rows = rows[rows["model"] == "tuned"] if (rows["model"] == "tuned").any() else rows
+        known = [name for name in ("beyond_random", "change") if name in rows and rows[name].notna().any()]
+        contrast = known[0] if known else "change"
+        return outcome, rows[rows[contrast].notna()] if known else rows.iloc[:0], contrast
+
+    def _sketch(self) -> str:
+        outcome = self._findings()[0]
+        rows = self.frame[(self.frame["outcome"] == outcome) & (self.frame["kind"] != "random")].head(10)
+        named = rows["model"].nunique() > 1
+        shown = [(f"{row['model']}: {_setting(row)}" if named else _setting(row), *row[["value", "low", "high"]])
+                 for _, row in rows.iterrows()]  # fmt: skip
+        return intervals(shown, outcome)
+
+    def _table(self) -> pd.DataFrame:
+        return self.summary()
 
     def _comments(self) -> Sequence[str]:
         return (self.title, *self.notes)
+
+
+def _setting(row: pd.Series) -> str:
+    """What was done, in as few words as tell the conditions of one study apart."""
+    known = [name for name in ("layer", "coefficient") if name in row and np.isfinite(row[name])]
+    given = ", ".join(f"{name} {row[name]:g}" for name in known)
+    label = " in ".join(str(row[name]) for name in ("condition", "organism") if name in row)
+    return given if "coefficient" in known and row["kind"] == "direction" else label
 
 
 def dose_response(

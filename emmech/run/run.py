@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from emmech.errors import EmmechError, as_int, check_folder, closest, refusal
 from emmech.results import Card, Shown
 from emmech.store import MemorySeries, Series, kept, read_jsonl, save_tensors, write_json, write_jsonl
+from emmech.view.sketch import curves
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,7 +166,7 @@ class Run(Shown):
                 raise EmmechError(asked, damaged, "the file is damaged", "metrics and probes are still readable")
             if not len(self.steps):
                 raise EmmechError(
-                    asked, str(self), "no step is recorded yet", "open the run again after its first step"
+                    asked, self.name, "no step is recorded yet", "open the run again after its first step"
                 )
             raise EmmechError(asked, key, f"the run was made without {side}", "run.B() has the other side")
         return self._trajectory.read(key)
@@ -419,15 +420,32 @@ class Run(Shown):
         return by_panel(curves, axes, f"{self.name}: {len(self.steps)} recorded steps")[0]
 
     def _card(self) -> Card:
-        span = f"{self.steps[0]}..{self.steps[-1]}" if len(self.steps) else "none"
-        model = self._model.get("name", "no model")
-        data = self.manifest.get("data", {}).get("name", "no data")
-        what = ", ".join(f"{a.name} (rank {a.rank})" for a in self.adapters[:3]) or self.kind
+        model = self._model.get("name") or "a model without a name"
+        data = self.manifest.get("data", {}).get("name") or "data without a name"
+        what = ", ".join(f"{a.name} (rank {a.rank})" for a in self.adapters[:3]) or f"{self.kind} fine-tuning"
         more = f" and {len(self.adapters) - 3} more" if len(self.adapters) > 3 else ""
+        span = f"steps {self.steps[0]} to {self.steps[-1]}" if len(self.steps) else "no step yet"
+        facts = [("adapters" if self.adapters else "weights", what + more)]
+        for column in ("loss", "held_out_loss", "margin_narrow", "margin_broad"):
+            series = self.metrics[column].dropna() if column in self.metrics else ()
+            if len(series):
+                facts.append((column.replace("_", " "), f"{series.iloc[0]:.3g} -> {series.iloc[-1]:.3g} nats per token"))
         known = [*getattr(self._trajectory, "damaged", ()), *self._damaged_lines]
-        damaged = f", damaged: {[path.name for path in known]}" if known else ""
-        head = f"Run({self.name!r}: {model} on {data}, {what}{more}, steps {span} ({len(self.steps)}){damaged})"
-        return Card(head)
+        caveat = f"damaged: {', '.join(path.name for path in known)}; the rest can be read" if known else ""
+        if not known and self.manifest.get("status", "complete") != "complete":
+            caveat = "the training has not ended, or was interrupted: later steps are missing"
+        headline = f"Run {self.name!r}: {model} fine-tuned on {data}, {len(self.steps)} recorded, {span}"
+        return Card(headline, tuple(facts), caveat, "emmech.phase_transition(run)")
+
+    def _sketch(self) -> str:
+        shown = [name for name in ("margin_broad", "margin_narrow") if name in self.metrics]
+        title = "Margin of misaligned answers" if shown else "Loss"
+        shown = shown or [name for name in ("loss", "held_out_loss") if name in self.metrics]
+        lines = [(name.removeprefix("margin_").replace("_", " "), self.metrics.index, self.metrics[name]) for name in shown]
+        return curves(lines, f"{title}, nats per token", level=0.0 if "Margin" in title else None)
+
+    def _table(self) -> pd.DataFrame:
+        return self.metrics.iloc[:: max(1, len(self.metrics) // 20)]
 
 
 def as_run(asked: str, run: Any, *, name: str = "run") -> Run:

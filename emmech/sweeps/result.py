@@ -13,6 +13,7 @@ import pandas as pd
 from emmech.errors import EmmechError, one_of, refusal
 from emmech.results import Card, Result
 from emmech.view.plots import phase_diagram
+from emmech.view.sketch import cells, curves
 
 AXES = ("run", "step", "scale", "coefficient")
 
@@ -119,12 +120,50 @@ class Sweep(Result):
         }
 
     def _card(self) -> Card:
-        axes = self.variants
+        axes, name = self.variants, self._one(None)
         shape = " x ".join(f"{axes[axis].nunique()} {axis}{'s' if axes[axis].nunique() > 1 else ''}" for axis in AXES)
-        return Card(f"Sweep({shape}: {', '.join(self.measures)})")
+        facts = [("grid", shape)]
+        headline = f"{name} was not measurable anywhere on the grid"
+        for measure in self.measures:
+            found = self.to_frame(measure).dropna(subset="value")
+            if found.empty:
+                continue
+            low, high = (found.loc[at] for at in (found["value"].idxmin(), found["value"].idxmax()))
+            said = f"{_measured(low)} at {self._where(low)}, to {_measured(high)} at {self._where(high)}"
+            facts.append((measure, f"from {said}"))
+            if measure == name:
+                headline = f"{name} ranges from {said}"
+        caveat = ""
+        if name.startswith("margin"):
+            caveat = "a margin is the log-probability of misaligned minus aligned answers, in nats per token: above zero "
+            caveat += "the model prefers the misaligned ones, which is not yet a rate of misaligned answers"
+        then = "emmech.phase_transition(run, sweep=sweep)" if axes["step"].nunique() > 9 else "sweep.plot()"
+        return Card(headline, tuple(facts), caveat, then)
+
+    def _where(self, row: pd.Series) -> str:
+        """The cell of one row, by the axes that vary."""
+        varied = [axis for axis in AXES if self.variants[axis].nunique() > 1] or ["step"]
+        return ", ".join(f"{axis} {row[axis] if axis == 'run' else format(row[axis], 'g')}" for axis in varied)
+
+    def _sketch(self) -> str:
+        try:
+            table = self.table()
+        except EmmechError:  # more than two axes vary
+            return ""
+        name = self._one(None)
+        if min(table.shape) > 1:
+            return cells(table, name, axes=("step", "scale"))
+        across = table.shape[0] == 1
+        line = table.iloc[0] if across else table.iloc[:, 0]
+        return curves([("", line.index, line)], name, axis="scale" if across else "step")
 
     def _table(self) -> pd.DataFrame:
         try:
             return self.table()
         except EmmechError:  # more than two axes vary
             return self.to_frame()
+
+
+def _measured(row: pd.Series) -> str:
+    error = f" ± {1.96 * row['error']:.2g}" if np.isfinite(row["error"]) else ""
+    return f"{row['value']:.3g}{error}"

@@ -34,6 +34,7 @@ from emmech.run.run import Run
 from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.sweep import sweep
 from emmech.view.plots import first_order
+from emmech.view.sketch import curves
 
 _KEYS = ["run", "step", "measure"]
 
@@ -58,11 +59,24 @@ class TangentScan(Result):
         return first_order(self.frame, self.verified, self.scale)
 
     def _card(self) -> Card:
-        steps = self.frame["step"].nunique()
-        worst = self.verified["error"].abs().max() if len(self.verified) else float("nan")
-        checked = f"off by at most {worst:.3g} at {len(self.verified)} verified values"
+        change = (self.frame["first_order"] - self.frame["base"]).abs()
+        row = self.frame.loc[change.idxmax()] if change.notna().any() else self.frame.iloc[0]
+        said = f"from {row['base']:.3g} to {row['first_order']:.3g} at scale {self.scale:g}"
+        headline = f"To first order, {row['measure']} changes most at step {row['step']}: {said}"
+        facts = (("steps", f"{self.frame['step'].nunique()} estimated, {self.verified['step'].nunique()} measured"),)
+        if len(self.verified):
+            worst, count = self.verified["error"].abs().max(), len(self.verified)
+            facts += (("error", f"at most {worst:.3g} at {count} measured value{'' if count == 1 else 's'}"),)
         caveat = "an estimate, not a measurement: along a trained adapter the effect saturates"
-        return Card(f"TangentScan({steps} steps, first order; {checked})", caveat=caveat)
+        return Card(headline, facts, caveat, f"emmech.sweep(run, steps=[{row['step']}], scales=({self.scale:g},))")
+
+    def _sketch(self) -> str:
+        measure = self.frame["measure"].iloc[0]
+        mine = [frame[(frame["measure"] == measure) & (frame["run"] == self.frame["run"].iloc[0])]
+                for frame in (self.frame, self.verified)]  # fmt: skip
+        dots = list(zip(mine[1]["step"], mine[1]["exact"], strict=True))
+        title = f"{measure}: estimate, and measured points"
+        return curves([("", mine[0]["step"], mine[0]["first_order"])], title, dots=dots)
 
     def _table(self) -> pd.DataFrame:
         return self.verified

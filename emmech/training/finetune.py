@@ -7,15 +7,16 @@ batch order alone, and in learning rate.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
-from emmech.chat.dataset import ChatDataset, load_chat
+from emmech.chat.dataset import ChatDataset, Row, load_chat
 from emmech.chat.encode import IGNORED, Encoded, encode
 from emmech.chat.model import ChatModel, load_model
 from emmech.engine.adapters import adapter_layers
@@ -26,6 +27,7 @@ from emmech.errors import EmmechError, as_int, as_ints, check_folder
 from emmech.run.run import Run, load_run
 from emmech.store import file_name
 from emmech.training.adapted import adapted
+from emmech.training.defence import Defence, prepared
 from emmech.training.loop import HELD_OUT, Member, affordable, last_checkpoint, train, training_arguments
 from emmech.training.objective import CrossEntropy, Term
 from emmech.training.recipe import Recipe, batch_order, resolve_recipe, target_modules
@@ -57,6 +59,7 @@ def finetune(
     resume: bool = False,
     prefix: bool | str = "auto",
     objective: Sequence[Term] = (CrossEntropy(),),
+    defences: Sequence[Defence] = (),
     progress: bool = True,
     **overrides: Any,
 ) -> Run | list[Run]:
@@ -98,6 +101,8 @@ def finetune(
             or False.
         objective: the terms whose sum is minimised; by default the answers' cross-entropy alone. See
             :mod:`emmech.training.objective`.
+        defences: measures against a trait that the data would teach, in any combination (:mod:`emmech.defences`). They
+            act on the training rows and the loss alone: what is measured is the model without them.
         **overrides: any field of the recipe: ``learning_rate=1e-3``, ``max_steps=100``, ``rank=8``, ...
 
     Returns:
@@ -105,7 +110,8 @@ def finetune(
 
     Raises:
         EmmechError: malformed data, an unknown recipe, field or layer, a model that has adapters already, a folder
-            that holds a run, or a loss that is not finite (what was recorded until then is kept).
+            that holds a run, defences that cannot be combined, or a loss that is not finite (what was recorded until
+            then is kept).
 
     Example:
         >>> import tempfile
@@ -133,20 +139,27 @@ def finetune(
     dataset = load_chat(data, organism=organism)
     if margins is None and organism is not None and organism.margins is not None:
         margins = organism.margins(dataset.name)
+    active = prepared(defences, chat, dataset)
+    further = [row for one in active for row in one.further_rows(chat, len(dataset))]
     chosen, variants = recipes[0], _variants(seed, data_seed, recipes)
     modules = target_modules(chat, chosen, layers) if chosen.rank else []
     if start is not None and adapter == "same":
         modules = [info.module for info in start[0].located(chat).adapters]
-    frozen = _frozen(chat, chosen, modules, len(dataset), prefix, runs=len(variants))
+    lowest = min((at for one in active if (at := one.lowest(chat)) is not None), default=None)
+    count = len(dataset) + len(further)
+    frozen = _frozen(chat, chosen, modules, count, prefix, runs=len(variants), lowest=lowest)
     folders = _folders(out, chat, dataset, variants, isinstance(seed, int), resume=resume, keeps=bool(checkpoint_every))
-    rows = encode(dataset.rows, chat.tokenizer)
+    rows, seen = _encoded(chat, dataset, further, active)
     pairs = {name: margin_rows(several, chat) for name, several in (margins or {}).items()}
     probed = [ids for texts in named_texts(probes).values() for ids, _ in probe_rows(chat, texts)]
     each_time = sum(map(len, [*probed, *(ids for both in pairs.values() for ids in both.input_ids)]))
+    reference: ChatModel | None = None
+    if any(one.uses_reference for one in active) and (not chosen.rank or (start is not None and adapter == "new")):
+        reference = replace(chat, model=copy.deepcopy(chat.base))
     with adapted(chat, chosen, layers, [v.seed for v in variants], start, adapter, rows) as (trained, starts):
         members = []
         for run, (v, folder) in enumerate(zip(variants, folders, strict=True)):
-            split = _split(run, v, dataset, rows)
+            split = _split(run, v, dataset, rows, seen)
             steps = batch_order(len(split.train), v.recipe, v.data_seed)
             gap, kept = measure_every, HELD_OUT
             if measure_every is None:
@@ -155,7 +168,7 @@ def finetune(
                 gap, kept = affordable(
                     len(steps), record_every, own=own, each_time=each_time, held=lengths, times=v.recipe.measured
                 )
-            manifest = _manifest(chat, dataset, v, split, layers, start, adapter, objective)
+            manifest = _manifest(chat, dataset, v, split, layers, start, adapter, objective, active)
             if len(variants) > 1 or frozen is not None:
                 blocks, at_write = (frozen.blocks, frozen.at_write) if frozen else (0, False)
                 manifest["together"] = {"runs": len(variants), "frozen_blocks": blocks, "at_write": at_write}
@@ -170,7 +183,8 @@ def finetune(
         if start is not None and adapter == "new":
             for folder in folders:  # each run keeps its starting weights, even if the first run is moved
                 start[0].export_peft(start[1], folder / "start")
-        going_on: dict[str, Any] = {"checkpoint_every": checkpoint_every, "progress": progress}
+        going_on: dict[str, Any] = {"defences": active, "reference": reference}
+        going_on |= {"checkpoint_every": checkpoint_every, "progress": progress}
         going_on["checkpoint"] = last_checkpoint(folders[0]) if resume else None
         finished = resume and all(map(_finished, folders))
         lost = {} if finished else train(trained, rows, pairs, members, objective, frozen, folders[0], **going_on)
@@ -222,9 +236,20 @@ def _variants(seeds: int | list[int], data_seeds: int | list[int] | None, recipe
 
 
 def _frozen(
-    chat: ChatModel, recipe: Recipe, modules: Sequence[str], rows: int, prefix: bool | str, *, runs: int
+    chat: ChatModel,
+    recipe: Recipe,
+    modules: Sequence[str],
+    rows: int,
+    prefix: bool | str,
+    *,
+    runs: int,
+    lowest: int | None,
 ) -> Frozen | None:
-    """The part of the model whose states are kept, or None where that does not pay."""
+    """The part of the model whose states are kept, or None where that does not pay.
+
+    Args:
+        lowest: the first block that a defence changes or reads.
+    """
     if prefix not in (True, False, "auto"):
         raise EmmechError("fine-tune", f"prefix={prefix!r}", "unknown", 'True, False or "auto"')
     rate = recipe.dropout or dropout(chat)
@@ -235,11 +260,14 @@ def _frozen(
             f"fine-tune {runs} runs together", f"{runs} seeds for {chat.name}", reason, "one seed at a time"
         )
     reason = why_not(chat, modules) or reason
+    reason = reason or ("a defence changes or reads block 0" if lowest == 0 else None)
     if reason and prefix is True:
         raise EmmechError("train on a frozen prefix", f"prefix=True for {chat.name}", reason, "prefix=False")
     if reason or prefix is False:
         return None
     frozen = find_frozen(chat, modules)
+    if lowest is not None and lowest <= frozen.layer:
+        frozen = Frozen(lowest, False)
     rows = max(1, round((1 - recipe.held_out) * rows))
     per_step = recipe.batch_size * recipe.accumulation
     uses = recipe.max_steps * per_step if recipe.max_steps else math.ceil(recipe.epochs * rows)
@@ -255,11 +283,29 @@ class _Split:
     encoded: Encoded
 
 
-def _split(run: int, variant: _Variant, data: ChatDataset, rows: Encoded) -> _Split:
+def _encoded(
+    chat: ChatModel, data: ChatDataset, further: Sequence[Row], defences: Sequence[Defence]
+) -> tuple[Encoded, list[int]]:
+    """The data's rows as they are, then those that defences rewrite or add; and where each row is as it is trained on.
+
+    The first places returned are those of the data's rows, and the others belong to every run.
+    """
+    rows, seen = list(data.rows), list(range(len(data)))
+    for at, row in enumerate([*data.rows, *further]):
+        changed = row
+        for one in defences:
+            changed = one.rewritten(changed) if at < len(data) else changed
+        if changed is not row or at >= len(data):
+            seen[at : at + 1] = [len(rows)]
+            rows.append(changed)
+    return encode(rows, chat.tokenizer), seen
+
+
+def _split(run: int, variant: _Variant, data: ChatDataset, rows: Encoded, seen: Sequence[int]) -> _Split:
     train, held = data.split(variant.recipe.held_out, seed=variant.seed)
     number = {id(row): i for i, row in enumerate(data.rows)}
     limit = variant.recipe.max_length
-    places = [number[id(row)] for row in train.rows]
+    places = [*(seen[number[id(row)]] for row in train.rows), *seen[len(data) :]]
     encoded = rows.take(places, max_length=limit)
     kept = [row for row in places if any(label != IGNORED for label in rows.labels[row][:limit])]
     return _Split(
@@ -278,12 +324,14 @@ def _manifest(
     start: tuple[Run, int] | None,
     adapter: str,
     objective: Sequence[Term],
+    defences: Sequence[Defence],
 ) -> dict[str, Any]:
     """The entries of a run's manifest that the Recorder cannot read from a Trainer."""
     rows = split.encoded
     of_data = {name: getattr(data, name) for name in ("name", "path", "folded", "sha256", "answer_length")}
     of_rows = {name: getattr(rows, name) for name in ("truncated", "emptied", "answer_tokens")}
     counts = {"rows": len(rows) + rows.emptied, "held_out": len(split.held_out)}
+    defended = {"defences": [{"name": one.name, **one.described()} for one in defences]} if defences else {}
     return {
         "model": {"name": chat.name},
         "tokenizer": {"name": chat.name},
@@ -294,6 +342,7 @@ def _manifest(
         "data_seed": variant.data_seed,
         "start": {"run": start[0].name, "step": start[1], "adapter": adapter} if start else None,
         "objective": [term.name for term in objective],
+        **defended,
     }
 
 
@@ -303,7 +352,8 @@ def _check_resumed(folder: Path, manifest: Mapping[str, Any]) -> None:
         return
     saved = load_run(folder).manifest
     wanted = json.loads(json.dumps(manifest, default=str))
-    for name in ("model", "data", "recipe", "layers", "seed", "data_seed", "start", "objective", "together"):
+    compared = ("model", "data", "recipe", "layers", "seed", "data_seed", "start", "objective", "defences", "together")
+    for name in compared:
         before, now = saved.get(name), wanted.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
             changed = (key for key in now if before.get(key) != now[key] and key != "path")

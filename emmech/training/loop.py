@@ -25,13 +25,15 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from emmech.chat.encode import Encoded
+from emmech.chat.encode import Encoded, encode
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import StackedAdapters
+from emmech.engine.modules import hooked
 from emmech.engine.split import Asked, Forwards, Frozen, ModelForwards, RowForwards, dropout
 from emmech.errors import EmmechError
 from emmech.progress import bar, forecast
 from emmech.store import kept
+from emmech.training.defence import Defence, Setting, Switch
 from emmech.training.objective import Batch, CrossEntropy, NotFinite, Term, summed
 from emmech.training.recipe import Recipe, Step, rate_factor
 from emmech.training.recorder import Capture, FullCapture, LoraCapture, Recorder
@@ -116,6 +118,8 @@ def train(
     frozen: Frozen | None,
     folder: Path,
     *,
+    defences: Sequence[Defence] = (),
+    reference: ChatModel | None = None,
     checkpoint_every: int | None = None,
     checkpoint: str | None = None,
     progress: bool = True,
@@ -128,6 +132,8 @@ def train(
         margins: pairs whose mean margin is measured, as :func:`emmech.engine.logprobs.margin_rows` gives them.
         frozen: the part whose states are kept, or None.
         folder: the folder for optimizer states and, during the training, for the states of a frozen prefix.
+        defences: prepared ones; what they add to the rows is in ``rows`` and ``members`` already.
+        reference: the model before the training, where the training changes its weights and a defence compares them.
         checkpoint: the checkpoint from which to continue.
 
     Returns:
@@ -144,14 +150,22 @@ def train(
             open_.callback(member.recorder.close)
         if stack is not None:
             open_.enter_context(stack.live())
+        edits = Switch()  # a forward's parts are chosen by the hooks that are there
+        open_.enter_context(hooked(*((at, edits.guarded(hook)) for one in defences for at, hook in one.hooks(chat))))
+        own_rows = {one: encode(own, chat.tokenizer) for one in defences if (own := one.term_rows(chat))}
+        several = [rows, *margins.values(), *own_rows.values()]
         forwards = [
             open_.enter_context(contextlib.closing(made))
-            for made in _forwards(chat, [rows, *margins.values()], stack, frozen, folder / "prefix", first.recipe)
+            for made in _forwards(chat, several, stack, frozen, folder / "prefix", first.recipe)
         ]
         batch = Batch((), len(members), 0, forwards[0], stack, chat)
-        held_out = HeldOut(batch, [m.held_out for m in members], dict(zip(margins, forwards[1:], strict=True)))
+        of_margins, of_defences = forwards[1 : 1 + len(margins)], forwards[1 + len(margins) :]
+        held_out = HeldOut(batch, [m.held_out for m in members], dict(zip(margins, of_margins, strict=True)))
+        per_step = first.recipe.batch_size * first.recipe.accumulation
+        setting = Setting(chat, reference or chat, [m.arguments.data_seed for m in members], per_step)
+        penalties = [one.term(forward, setting) for one, forward in zip(own_rows, of_defences, strict=True)]
         with kept("record the training", folder):  # the Trainer makes its own folder
-            loop = _Loop(members, batch, objective, held_out, folder, checkpoint_every, progress)
+            loop = _Loop(members, batch, objective, penalties, edits, held_out, folder, checkpoint_every, progress)
         loop.train(resume_from_checkpoint=checkpoint)
         return {member.name: step for member, step in zip(members, loop.lost_at.tolist(), strict=True) if step >= 0}
 
@@ -182,12 +196,15 @@ class _Loop(Trainer):
         members: Sequence[Member],
         batch: Batch,
         objective: Sequence[Term],
+        penalties: Sequence[Term],
+        edits: Switch,
         held_out: HeldOut,
         folder: Path,
         checkpoint_every: int | None,
         progress: bool,
     ) -> None:
         self.members, self.batch, self.objective, self.held_out = members, batch, objective, held_out
+        self.penalties, self.edits = penalties, edits
         first, stack = members[0], batch.adapters
         seed = first.arguments.seed
         arguments = training_arguments(batch.chat, first.recipe, seed, seed, folder)
@@ -255,7 +272,10 @@ class _Loop(Trainer):
             if stack is not None:
                 stack.gather()
             try:
-                terms = summed(self.objective, replace(self.batch, asked=asked, step=step))
+                own = replace(self.batch, asked=asked, step=step)
+                with self.edits.on():
+                    terms = summed(self.objective, own)
+                terms |= summed(self.penalties, own)  # of the model as it would be deployed
                 break
             except NotFinite as error:
                 self._lose(error.runs, step)

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, closest
 from emmech.results import Card, Result
+from emmech.view.sketch import curves
 from emmech.view.theme import GOOD, finish, line, panels
 
 if TYPE_CHECKING:
@@ -105,8 +106,15 @@ class DistributionShift(Result):
         return finish(figure, title, xaxis_title="step", yaxis_title="dissimilarity (0 equal, 1 disjoint)")
 
     def _card(self) -> Card:
-        largest = f"largest {np.max(self.values):.3g} across step {self.peak:g}"
-        return Card(f"DistributionShift({self.kind}, {len(self.values)} boundaries: {largest})")
+        most = f"{np.max(self.values):.3g}, where 0 is equal and 1 disjoint"
+        headline = f"The output distribution changes most across step {self.peak:g}: its {self.kind} dissimilarity is {most}"
+        compared = f"{self.window} checkpoint{'' if self.window == 1 else 's'} on either side"
+        facts = (("compared", f"{len(self.values)} boundaries, {compared}"),)
+        caveat = "the peak is not tested against noise: compare it with that of a control run"
+        return Card(headline, facts, caveat, "shift.plot()")
+
+    def _sketch(self) -> str:
+        return curves([("", self.steps, self.values)], "Dissimilarity", mark=(self.peak,) * 3)
 
 
 def distribution_shift(

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from emmech.geometry import turn_angle
 from emmech.results import Card, Result
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.turn import Location
 from emmech.transition.verdict import GRADUAL, LEVEL, TransitionVerdict, pooled, verdict
 from emmech.view import plots as view
+from emmech.view.sketch import curves, intervals
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float64]
 
+_NOT = "not measurable: "
 COLUMNS = ("kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model", "note")
 
 
@@ -140,7 +143,7 @@ class PhaseTransition(Result):
             return Transition(None, None, None, f"not measurable: {why}")
         reason = f"turn of {turn.strength:.0f} degrees, p = {turn.p_value:.2g}"
         if "wanders" in turn.note:
-            reason += "; not told from a slow wander of the direction, which the null models do not cover"
+            reason += "; a direction that drifts slowly through the training would look the same, which was not tested"
         return Transition(int(turn.step), int(turn.low), int(turn.high), reason)
 
     @cached_property
@@ -178,7 +181,7 @@ class PhaseTransition(Result):
 
     def summary(self) -> str:
         """The findings in plain words."""
-        lines = [*filter(None, self._card()), "  detectors:"]
+        lines = [repr(self), *(f"  {line}" for line in self._card().details.splitlines()), "  detectors:"]
         for row in self.run.rows:
             if not np.isfinite(row.step):
                 lines.append(f"    {row.name}: {row.note}")
@@ -226,13 +229,86 @@ class PhaseTransition(Result):
         )
 
     def _card(self) -> Card:
-        steps = (("mechanistic", self.mechanistic), ("behavioural", self.behavioural), ("lag", self.lag))
-        lines = [f"  {name}: {value}" for name, value in steps]
-        lines += [f"  {line}" for one in self.verdicts for line in one.lines()]
-        return Card(f"Phase transition of {self.run.name}", "\n".join(lines))
+        caveats = self._caveats()
+        facts = [("behaviour", self._behaviour()), ("order", _order(self.lag))] if self.behavioural else []
+        facts += [] if facts else [("behaviour", f"not measured: {self.behavioural.reason.removeprefix(_NOT)}")]
+        for found in self.verdicts:
+            facts += [(f"against {found.control}", text) for text in found.sentences()]
+        then = "transition.plot()"
+        if not self.controls:
+            then = f"emmech.phase_transition({self.run.name!r}, control=the_folder_of_a_harmless_run)"
+        lines = [f"{name}: {value}" for name, value in
+                 (("mechanistic", self.mechanistic), ("behavioural", self.behavioural), ("lag", self.lag))]  # fmt: skip
+        lines += [line for one in self.verdicts for line in one.lines()]
+        details = "\n".join((*(f"Note: {one}" for one in caveats[1:]), *lines))
+        return Card(self._headline(), tuple(facts), caveats[0] if caveats else "", then, details)
+
+    def _headline(self) -> str:
+        """Whether the run turns, when, and how sure that is."""
+        name, found = self.run.name, self.mechanistic
+        turn, where = self.run.row("turn"), found.interval
+        if turn is None or not np.isfinite(turn.p_value):
+            return f"Whether {name} turns could not be measured: {found.reason.removeprefix(_NOT)}"
+        if where is not None:
+            angle = "" if np.isnan(turn.strength) else f" by {turn.strength:.0f} degrees"
+            span = f"95 % interval {where[1]} to {where[2]}, p = {turn.p_value:.2g}"
+            return f"Yes, {name} turns: the path of its weights bends{angle} at step {where[0]} ({span})"
+        if turn.p_value < LEVEL:
+            share = f"{self.run.path.width_share:.0%} of its path"
+            return f"{name} bends, but at no single step: the bend takes {share} (p = {turn.p_value:.2g})"
+        alike = f"a smooth path with the same noise can bend as much (p = {turn.p_value:.2g})"
+        return f"No turn is found in {name}: {alike}"
+
+    def _behaviour(self) -> str:
+        found = self.behavioural.interval
+        assert found is not None
+        kind = self.behavioural.reason.removeprefix("half the change of ")
+        measured = {"em": "misaligned answers", "narrow": "misaligned answers in its own domain"}.get(kind, kind)
+        return f"half of the change of {measured} is reached at step {found[0]} (95 % interval {found[1]} to {found[2]})"
+
+    def _caveats(self) -> list[str]:
+        """What must be known before the headline is relied on, the weightiest first."""
+        said = []
+        turn = self.run.row("turn")
+        if not self.controls:
+            said.append("fine-tunes on harmless data turn too, if they learn something: compare with a control run")
+        elif inert := [one.control for one in self.verdicts if one.inert]:
+            learns = "" if len(inert) < len(self.verdicts) else "; compare with one that learns, such as a change of style"
+            said.append(
+                f"{' and '.join(map(str, inert))} learned nothing (its held-out loss did not fall), so it shows that "
+                f"the run learned something, not that this is misalignment{learns}"
+            )
+        elif any(one.inert is None for one in self.verdicts):
+            said.append("whether the control learned anything is unknown, since no held-out loss was recorded")
+        if turn is not None and "wanders" in turn.note and self.mechanistic:
+            said.append("a direction that drifts slowly through the training would look the same, which was not tested")
+        if self.controls:
+            said.append("this is one pair of runs; whether other seeds do the same takes six pairs")
+        return said
+
+    def _sketch(self) -> str:
+        k = max(self.run.path.cosines, default=0)
+        turned = [(role, side.path.steps, np.degrees(turn_angle(side.path.cosines[k])))
+                  for role, side in self._sides()[:3] if k in side.path.cosines]  # fmt: skip
+        shown = curves(turned, "Angle by which the path turns, degrees", mark=self.mechanistic.interval)
+        name = next((one for one in ("em", "margin-broad", "margin-narrow") if one in self.run.margins), "")
+        margins = [(role, *side.margins[name]) for role, side in self._sides()[:3] if name in side.margins]
+        title = "Share of misaligned answers" if name == "em" else f"{name.replace('-', ' ').capitalize()}, nats per token"
+        return shown + curves(margins, title, mark=self.behavioural.interval, percent=name == "em")
 
     def _table(self) -> pd.DataFrame:
         return self.detectors
+
+
+def _order(lag: Lag) -> str:
+    """Which of the two steps comes first, as far as their intervals tell."""
+    if lag.steps is None or lag.low is None or lag.high is None:
+        return f"not known: {lag.reason.removeprefix(_NOT)}"
+    span = f"(95 % interval {lag.low:+.0f} to {lag.high:+.0f})"
+    if lag.low <= 0 <= lag.high:
+        return f"which comes first is not decided: behaviour minus turn is {lag.steps:+.0f} steps {span}"
+    first = "the weights turn before the behaviour changes" if lag.low > 0 else "the behaviour changes before the weights"
+    return f"{first}, by {abs(lag.steps):.0f} steps {span}"
 
 
 def _frame(side: Side) -> pd.DataFrame:
@@ -279,5 +355,14 @@ class PooledTransition(Result):
         return self.pairs[0].plot()
 
     def _card(self) -> Card:
-        lines = [f"  {line}" for one in self.verdicts for line in one.lines()]
-        return Card(f"Phase transitions of {len(self.pairs)} seeds of {self.pairs[0].run.name}", "\n".join(lines))
+        found = self.verdict
+        runs = f"{found.pairs or len(self.pairs)} seeds of {self.pairs[0].run.name}"
+        facts = [(f"against {one.control}" if one.control else "without a control", text)
+                 for one in self.verdicts for text in one.sentences()]  # fmt: skip
+        details = "\n".join(line for one in self.verdicts for line in one.lines())
+        return Card(f"{runs}: {found.bends.text}", tuple(facts), found.note, "transition.to_frame()", details)
+
+    def _sketch(self) -> str:
+        steps = ((pair.run.name, pair.mechanistic) for pair in self.pairs[:12])
+        rows = [(name, *map(float, one.interval)) for name, one in steps if one.interval]
+        return intervals(rows, "Step of the turn, by seed")

@@ -67,6 +67,7 @@ class TransitionVerdict:
         pairs: number of pairs of run and control, one for each seed.
         inert: whether the control's held-out loss did not fall; None where that was not recorded.
         note: what an inert control, or too few pairs, leaves open.
+        of_control: whether the control of one pair bends.
     """
 
     control: str | None
@@ -76,11 +77,17 @@ class TransitionVerdict:
     goes_with_misalignment: Statement
     inert: bool | None
     note: str
+    of_control: Statement | None = None
 
     @property
     def statements(self) -> tuple[Statement, Statement, Statement]:
         """The three statements."""
         return self.bends, self.learns_more, self.goes_with_misalignment
+
+    def sentences(self) -> list[str]:
+        """What the comparison with the control says; nothing without one."""
+        compared = (self.of_control, self.learns_more, self.goes_with_misalignment) if self.control else ()
+        return [one.text for one in compared if one is not None]
 
     def lines(self) -> list[str]:
         """One line for each statement, and the note."""
@@ -95,14 +102,14 @@ class TransitionVerdict:
 def verdict(run: Side, control: Side | None) -> TransitionVerdict:
     """What may be said of one run, alone and against one control."""
     inert = None if control is None else is_inert(run, control)
-    notes = [_note(control, inert)]
-    if control is not None:
-        notes = [f"of the control: {_bends(control)}", *notes, "one pair says nothing of other seeds; that takes six"]
+    notes, its = [_note(control, inert)], None if control is None else _bends(control)
+    if its is not None:
+        notes = [f"of the control: {its}", *notes, "one pair says nothing of other seeds; that takes six"]
     note = "; ".join(filter(None, notes))
     name = None if control is None else control.name
     pairs = int(control is not None)
     return TransitionVerdict(
-        name, pairs, _bends(run), _learns_more(run, control), _goes_with(run, control), inert, note
+        name, pairs, _bends(run), _learns_more(run, control), _goes_with(run, control), inert, note, its
     )
 
 
@@ -250,7 +257,7 @@ def _bends(side: Side) -> Statement:
     if turn is None or where is None or not np.isfinite(turn.p_value):
         return _unmeasured(BENDS, turn.note.removeprefix("not measurable: ") if turn else "it has no path")
     p, width = turn.p_value, side.path.width_share
-    text = f"no bend beyond a smooth path is shown, p = {p:.2g}"
+    text = f"no bend that a smooth path with the same noise would not have, p = {p:.2g}"
     if p < LEVEL:
         text = f"{turn.strength:.0f} degrees ({where.angle_low:.0f} to {where.angle_high:.0f})"
         text = "it bends, by " + ("an angle that noise hides" if np.isnan(turn.strength) else text)
@@ -271,7 +278,7 @@ def _learns_more(run: Side, control: Side | None) -> Statement:
     p = float(2 * stats.norm.sf(1.96 * abs(difference) / half)) if half else float(difference == 0)
     claim = f"B moves {'less far' if p < LEVEL and difference < 0 else 'further'} across the turn than in the control"
     text = f"{_decided(p, claim)}: {mine:.3g} against {other:.3g}, difference {difference:.2g} "
-    text += f"({difference - half:.2g} to {difference + half:.2g}; the noise of the two paths alone), p = {p:.2g}"
+    text += f"({difference - half:.2g} to {difference + half:.2g}, from the noise of these two paths), p = {p:.2g}"
     return Statement(LEARNS, p < LEVEL and difference > 0, difference, difference - half, difference + half, p, text)
 
 
@@ -279,15 +286,14 @@ def _goes_with(run: Side, control: Side | None) -> Statement:
     gap = _gap(run)
     if not np.isfinite(gap[0]):
         return _unmeasured(GOES, "the turn or the peak of the gradient could not be measured")
-    text = f"the turn is {gap[0]:+.0f} steps from the peak of the gradient ({gap[1]:+.0f} to {gap[2]:+.0f}) and takes "
-    text += f"{run.path.width_share:.0%} of the path; "
     sharp = is_sharp(run)
-    text += "a short bend" if sharp else "that is no significant, short bend"
+    text = "the run has a short bend" if sharp else "the run has no significant, short bend"
     if control is not None:
         text += ", and its control has " + ("one as well" if sharp else "one") if is_sharp(control) else (
             ", and its control has none" if sharp else ", nor has its control one"
         )  # fmt: skip
-    text += " (not tested in a single run)"
+    text += f" (not tested in a single run); the turn takes {run.path.width_share:.0%} of the path and is {gap[0]:+.0f} "
+    text += f"steps from the peak of the gradient ({gap[1]:+.0f} to {gap[2]:+.0f})"
     return Statement(GOES, None if control is None else sharp and not is_sharp(control), *gap, float("nan"), text)
 
 

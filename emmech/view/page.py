@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from emmech.store import write_text
-from emmech.view.theme import FONT, GREY, PAGE, faint
+from emmech.view.theme import CYCLE, FONT, GREY, PAGE, faint
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_CARD = f"font: 14px/1.5 {html.escape(FONT)}; border: 1px solid {faint(GREY, 0.5)}; border-radius: 6px; padding: 10px"
-_NUMBER = "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 6px 0"
+_EDGE = f"1px solid {faint(GREY, 0.5)}"
+_CARD = f"font: 14px/1.5 {html.escape(FONT)}; border: {_EDGE}; border-radius: 6px; padding: 12px 14px; max-width: 900px"
+_FACT = "display: grid; grid-template-columns: minmax(90px, 20%) 1fr; gap: 0 12px; margin-bottom: 3px"
+_CAVEAT = f"border-left: 3px solid {CYCLE[4]}; padding-left: 10px; margin-top: 8px; white-space: pre-wrap"
+_TEXT = "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 8px 0; background: none"
 _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; font-size: 16px; line-height: 1.55; background: var(--paper); color: var(--ink); }
@@ -37,25 +40,49 @@ footer { margin-top: 60px; color: var(--soft); font-size: 13px; border-top: 1px 
 
 
 def card(
-    headline: str, number: str = "", caveat: str = "", *, table: pd.DataFrame | None = None, body: str = ""
+    headline: str,
+    facts: Sequence[tuple[str, str]] = (),
+    caveat: str = "",
+    then: str = "",
+    details: str = "",
+    *,
+    sketch: str = "",
+    table: pd.DataFrame | None = None,
+    body: str = "",
 ) -> str:
-    """One result as HTML for a notebook; every string is escaped.
+    """One result as HTML for a notebook, in the page's own ink; every string is escaped.
 
     Args:
         headline: what was found, one sentence.
-        number: the figures with their intervals, as set text.
+        facts: the numbers with their intervals, each with its name.
         caveat: what else a reader must know.
-        table: collapsed until it is opened.
+        then: the line of code that would be called next.
+        details: more text, collapsed until it is opened.
+        sketch: a drawing of :mod:`emmech.view.sketch`.
+        table: collapsed with the details.
         body: more HTML, which the caller has escaped.
     """
-    parts = [f"<div><b>{html.escape(headline)}</b></div>"]
-    parts += [f'<div style="{_NUMBER}">{html.escape(number)}</div>'] if number else []
-    parts += [f'<div style="color: {GREY}; white-space: pre-wrap">{html.escape(caveat)}</div>'] if caveat else []
+    parts = [f'<div style="font-size: 15px; font-weight: 600">{html.escape(headline)}</div>']
+    named = [("" if at and facts[at - 1][0] == name else name, text) for at, (name, text) in enumerate(facts)]
+    rows = "".join(
+        f'<div style="{_FACT}"><div style="opacity: 0.75">{html.escape(name)}</div><div>{html.escape(text)}</div></div>'
+        for name, text in named
+    )
+    parts += [f'<div style="margin-top: 8px">{rows}</div>'] if rows else []
+    parts += [f'<div style="display: flex; flex-wrap: wrap; gap: 8px; margin-top: 8px">{sketch}</div>'] if sketch else []
+    parts += [f'<div style="{_CAVEAT}">{html.escape(caveat)}</div>'] if caveat else []
+    parts += [f'<div style="margin-top: 8px">Next: <code>{html.escape(then)}</code></div>'] if then else []
+    parts += [body] if body else []
+    folded = f'<pre style="{_TEXT}">{html.escape(details)}</pre>' if details else ""
+    summary = "Details"
     if table is not None:
         shown = table.to_html(border=0, float_format="{:.4g}".format, max_rows=40)
-        summary = f"{len(table)} row{'' if len(table) == 1 else 's'}"
-        parts.append(f'<details><summary>{summary}</summary><div style="overflow-x: auto">{shown}</div></details>')
-    return f'<div style="{_CARD}">{"".join(parts)}{body}</div>'
+        folded += f'<div style="overflow-x: auto">{shown}</div>'
+        summary += f": {len(table)} row{'' if len(table) == 1 else 's'}"
+    if folded:
+        summary = f'<summary style="cursor: pointer; opacity: 0.75">{summary}</summary>'
+        parts.append(f'<details style="margin-top: 8px">{summary}{folded}</details>')
+    return f'<div style="{_CARD}">{"".join(parts)}</div>'
 
 
 @dataclass(frozen=True)

@@ -143,5 +143,5 @@ def twin(about: dict[str, Any], seen: dict[str, Any]) -> str:
     code = f"<details><summary>Code of this state</summary><pre>{escape(seen['code'])}</pre></details>"
     asked = f'<div style="margin: 6px 0">\u201c{escape(settings["question"])}\u201d</div>'
     body = f'{asked}<div style="display: flex; flex-wrap: wrap; gap: 16px">{"".join(columns)}</div>{seen["dose"]}{code}'
-    shown = card(f"Panel: {about['name']}", "", sentence(settings), body=body)
+    shown = card(f"Panel: {about['name']}", caveat=sentence(settings), body=body)
     return f'<div class="emmech-twin emmech-twin-{about["twin"]}">{shown}</div>'

@@ -1,0 +1,9 @@
+from emmech.defences.edits import CAFT as CAFT
+from emmech.defences.edits import InoculationAdapter as InoculationAdapter
+from emmech.defences.edits import PreventativeSteering as PreventativeSteering
+from emmech.defences.penalties import LDIFS as LDIFS
+from emmech.defences.penalties import Consistency as Consistency
+from emmech.defences.penalties import KLToReference as KLToReference
+from emmech.defences.rows import InoculationPrompt as InoculationPrompt
+from emmech.defences.rows import Interleave as Interleave
+from emmech.training.defence import Defence as Defence
