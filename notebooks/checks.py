@@ -31,17 +31,36 @@ class Question:
     try_out: Callable[[Any], str] | None = None
 
 
-def check(number: int, answer: object) -> None:
+class _NotAnswered(Exception):
+    pass
+
+
+def check(number: int, answer: Any) -> None:
     """Say whether the answer to a question is right."""
-    if answer is ...:
-        print(f"question {number}: not answered yet")
-        return
     question = QUESTIONS[number]
     try:
-        wrong = question.try_out(answer) if question.try_out else _compared(number, question, answer)
+        if answer is ... or (isinstance(answer, list) and ... in answer):
+            raise _NotAnswered
+        given = _answered(answer) if callable(answer) else answer
+        wrong = question.try_out(given) if question.try_out else _compared(number, question, given)
+    except _NotAnswered:
+        print(f"question {number}: not answered yet")
+        return
     except Exception as error:  # a learner's function may fail in any way
         wrong = f"it stops with {type(error).__name__}: {error}"
     print(f"question {number}: " + (f"not yet. {wrong}" if wrong else "right"))
+
+
+def _answered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which counts as not answered where it still returns ``...``."""
+
+    def tried(*given: Any) -> Any:
+        found = function(*given)
+        if found is ...:
+            raise _NotAnswered
+        return found
+
+    return tried
 
 
 def _compared(number: int, question: Question, answer: Any) -> str:
@@ -95,11 +114,11 @@ def _direction(answer: Any) -> str:
     given = np.asarray(answer(unkind, kind), float)
     right = unkind.mean(0) - kind.mean(0)
     if given.shape != right.shape:
-        return f"It returns the shape {given.shape}; a direction has one entry for each of the {right.shape[0]} dimensions."
+        return f"It returns the shape {given.shape}; a direction has one entry for each dimension, {right.shape}."
     if np.allclose(given, -right):
         return "Misaligned minus aligned, not the other way round."
     if np.allclose(given, right / np.linalg.norm(right)):
-        return "Keep the norm: without it nobody knows what a coefficient of 1 means."
+        return "Keep the norm: a coefficient of 1 has no meaning without it."
     return "" if np.allclose(given, right) else "It is the difference of the two means, over texts."
 
 
@@ -142,7 +161,7 @@ QUESTIONS: dict[int, Question] = {
     3: Question("Of which answers can an alignment score be taken seriously? Look at the coherence.", "c8833e7f6425"),
     4: Question("", try_out=_local_cosine),
     5: Question(
-        "From the point t, which vector is the way back, and which the way ahead? On a straight path they are opposite.",
+        "From the point t, which vector is the way back, and which the way ahead? On a straight path, are they alike?",
         ("defbb70fdaea", "fca685244d9f", "c5b8c2cdc7c2"),
         step=0.02,
     ),

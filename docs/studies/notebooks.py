@@ -20,7 +20,7 @@ from typer import echo
 from docs.studies.panel_picture import CHROMIUM, ROOT
 
 FOLDER = ROOT / "notebooks"
-LIVE, STILL = "application/vnd.plotly.v1+json", "image/png"
+LIVE, STILL = "application/vnd.plotly.v1+json", "image/svg+xml"
 QUIET = {"EMMECH_PROGRESS": "0", "PLOTLY_RENDERER": "plotly_mimetype", "HF_HUB_OFFLINE": "1"}
 
 
@@ -46,7 +46,7 @@ def execute(path: Path, replaced: Mapping[str, str] | None = None, *, timeout: i
         try:
             NotebookClient(
                 book, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}},
-                record_timing=False, store_widget_state=False,
+                record_timing=False, store_widget_state=False, coalesce_streams=True,
             ).execute()  # fmt: skip
         finally:
             for name, value in before.items():
@@ -54,23 +54,23 @@ def execute(path: Path, replaced: Mapping[str, str] | None = None, *, timeout: i
     return book
 
 
-def stills(figures: Sequence[Mapping[str, Any]], *, width: int = 860, scale: float = 1.5) -> list[str]:
-    """A PNG of each plotly figure in base64, drawn on a page that is as wide as a notebook."""
+def stills(figures: Sequence[Mapping[str, Any]], *, width: int = 860) -> list[str]:
+    """An SVG of each plotly figure, drawn on a page that is as wide as a notebook."""
     import plotly
     from playwright.sync_api import sync_playwright
 
     script = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-    draw = """async ([figure, width, scale]) => {
+    draw = """async ([figure, width]) => {
         const height = figure.layout.height || 420;
         const layout = {...figure.layout, width, height, paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff"};
-        const url = await Plotly.toImage({data: figure.data, layout}, {format: "png", width, height, scale});
-        return url.split(",")[1];
+        const url = await Plotly.toImage({data: figure.data, layout}, {format: "svg", width, height});
+        return decodeURIComponent(url.slice(url.indexOf(",") + 1));
     }"""
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()
         page.add_script_tag(path=script)
-        drawn = [page.evaluate(draw, [figure, width, scale]) for figure in figures]
+        drawn = [page.evaluate(draw, [figure, width]) for figure in figures]
         browser.close()
     return drawn
 

@@ -161,7 +161,9 @@ def test_a_wrong_answer_gets_a_hint_and_no_solution(number, answer, hint, capsys
 
 def test_right_answers_are_right_and_empty_ones_are_not_judged(capsys):
     checks = _checks()
-    for number, answer in ((1, [1 / 6, 0.2, 0.15]), (2, 7.3), (3, " B"), (5, (-1.0, 0, 1)), (6, 0.27), (4, ...)):
+    for number, answer in ((1, [1 / 6, 0.2, 0.15]), (2, 7.3), (3, " B"), (5, (-1.0, 0, 1)), (6, 0.27)):
+        checks.check(number, answer)
+    for number, answer in ((3, ...), (1, [0.1, ..., 0.2]), (4, lambda path, k: ...)):
         checks.check(number, answer)
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[1] for line in said] == ["right"] * 5 + ["not answered yet"]
+    assert [line.split(": ")[1] for line in said] == ["right"] * 5 + ["not answered yet"] * 3
