@@ -21,6 +21,7 @@ from docs.studies.panel_picture import CHROMIUM, ROOT
 
 FOLDER = ROOT / "notebooks"
 LIVE, STILL = "application/vnd.plotly.v1+json", "image/svg+xml"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 QUIET = {"EMMECH_PROGRESS": "0", "PLOTLY_RENDERER": "plotly_mimetype", "HF_HUB_OFFLINE": "1"}
 
 
@@ -85,6 +86,10 @@ def main(names: Sequence[str] = ()) -> None:
         began = time.monotonic()
         book = execute(path)
         seconds = time.monotonic() - began
+        for cell in (
+            one for one in book.cells if one.cell_type == "code"
+        ):  # a widget is dead without its kernel; what it displays beside itself stays
+            cell.outputs = [one for one in cell.get("outputs", []) if WIDGET not in one.get("data", {})]
         data = [output.data for cell in book.cells for output in cell.get("outputs", []) if "data" in output]
         live = [one for one in data if LIVE in one]
         for one, picture in zip(live, stills([one[LIVE] for one in live]), strict=True):
