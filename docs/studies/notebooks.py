@@ -86,11 +86,10 @@ def main(names: Sequence[str] = ()) -> None:
         began = time.monotonic()
         book = execute(path)
         seconds = time.monotonic() - began
-        for cell in (
-            one for one in book.cells if one.cell_type == "code"
-        ):  # a widget is dead without its kernel; what it displays beside itself stays
-            cell.outputs = [one for one in cell.get("outputs", []) if WIDGET not in one.get("data", {})]
-        data = [output.data for cell in book.cells for output in cell.get("outputs", []) if "data" in output]
+        cells = [cell for cell in book.cells if cell.cell_type == "code"]
+        for cell in cells:  # a widget is dead without its kernel; what it displays beside itself stays
+            cell.outputs = [one for one in cell.outputs if WIDGET not in one.get("data", {})]
+        data = [output.data for cell in cells for output in cell.outputs if "data" in output]
         live = [one for one in data if LIVE in one]
         for one, picture in zip(live, stills([one[LIVE] for one in live]), strict=True):
             one[STILL] = picture
