@@ -18,13 +18,13 @@ FOLDER = ROOT / "notebooks"
 BOOKS = sorted(FOLDER.glob("*.ipynb"))
 # what the outputs of each must say, in the kept file and after an execution
 SAID = {
-    "01-tour": ("bits",),
-    "02-transition": ("inert",),
-    "03-directions": ("degenerate", "beyond random"),
-    "04-realignment": ("",),
-    "05-your-model": ("not measurable",),
+    "01-tour": ("% misaligned answers (95 % interval", "Panel: pocket-medical"),
+    "02-transition": ("learned nothing", "random walk"),
+    "03-directions": ("degenerate", "EM beyond random"),
+    "04-realignment": ("then AI optimism", "conditional", "inoculation prompt"),
+    "05-your-model": ("bad - control", "No turn is found"),
     "06-bridges": ("good-medical", "indirect"),
-    "homework": ("not answered yet",),
+    "homework": ("question 12: not answered yet",),
 }
 books = pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 
