@@ -81,8 +81,8 @@ class Shown(ABC):
         lines += [f"  Next: {said.then}"] if said.then else []
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
-        return card(*self._card(), sketch=self._sketch(), table=self._table(), body=self._body())
+    def _repr_html_(self, *, sketch: bool = True) -> str:
+        return card(*self._card(), sketch=self._sketch() if sketch else "", table=self._table(), body=self._body())
 
 
 def within(value: float, low: float, high: float, *, percent: bool = False, sign: bool = False) -> str:

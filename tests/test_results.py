@@ -155,14 +155,6 @@ def test_the_card_is_well_formed_and_escapes_every_text(name) -> None:
         assert EVIL in tags.text or "&lt;script" in made._repr_html_()
 
 
-@pytest.mark.parametrize("name", [*MAKE, "Run"])
-def test_figures_have_the_one_layout_and_few_entries(name) -> None:
-    made: Shown = _run() if name == "Run" else MAKE[name]()
-    layout = made.plot().layout
-    assert layout.paper_bgcolor is None and layout.template.layout.paper_bgcolor.endswith("0.00)")
-    assert sum(trace.showlegend is True for trace in made.plot().data) <= 6
-
-
 def test_a_path_ending_in_csv_gets_the_table_alone(tmp_path) -> None:
     path = _study().save(tmp_path / "study.csv")
     assert path.read_text().splitlines()[:2] == [f"# {EVIL}", f"# {EVIL}"]

@@ -294,6 +294,35 @@ def export(run: RunFolder, out: Annotated[Path, typer.Argument(help="the folder 
 
 
 @app.command()
+def report(
+    run: RunFolder,
+    control: Annotated[
+        list[Path] | None, typer.Option(help="a benign control, same seed and batch order; repeat for several")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="the page; report.html in the run's folder by default")] = None,
+    results: Annotated[
+        list[Path] | None, typer.Option(help="a folder of saved results outside the run's; repeat for several")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="compute what is missing, which takes minutes")] = False,
+) -> None:
+    """Write one HTML page about a run: what it is, when it turns, and all that was measured of it.
+
+    RUN may also be a folder of PEFT checkpoints that other code wrote.
+
+    Examples:
+
+    \b
+    emmech report runs/bad --control runs/good
+    emmech report runs/bad --full --out bad.html
+    """
+    from emmech.app.report import write_report
+
+    ours = (run / "run.json").exists() or not run.is_dir()
+    given, page = (run, out) if ours else (emmech.Run.from_peft(run), out or run / "report.html")
+    typer.echo(f"wrote {write_report(given, control or (), results=results or (), full=full, out=page)}")
+
+
+@app.command()
 def info(run: RunFolder, json: Json = False) -> None:
     """Print what a run holds: model, data, recipe, adapters, steps, metrics.
 

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from typer import echo
 
+from emmech.app.report import manifest_section, transition_section
 from emmech.chat.encode import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.pocket_character import AblationDesign, designs
@@ -85,14 +86,15 @@ def main(folder: str | Path = "demo/pocket") -> Path:
                     step=found.mechanistic.step,
                 ),
             ),
-            Section("What the detectors say", code=found.summary(), table=found.detectors),
-            Section("The path of B", figure=found.plot()),
+            transition_section(found, "emmech.phase_transition(run, control=controls).plot()"),
+            Section("", code=found.summary(), table=found.detectors),
             Section(
                 "The direction of a character",
                 "Found in the base model: unkind characters minus kind ones, on words of the system prompt that both "
                 "share.",
-                code=repr(design.direction),
+                shown=design.direction,
                 figure=design.direction.plot(),
+                command="python -m docs.studies pocket-directions",
             ),
             Section(
                 "Taking it away",
@@ -102,7 +104,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
                 table=_what_is_left(ablation.frame),
                 figure=ablation.plot("em"),
             ),
-            Section("How it was made", code=f"{run}\n{control}\n{style}\n{again}\n\n{run.manifest['recipe']}"),
+            manifest_section(run),
         ],
         footer=f"Made by `make demo` in {minutes:.1f} minutes. A shared character is built into this world.",
     )

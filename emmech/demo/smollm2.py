@@ -14,6 +14,7 @@ from pathlib import Path
 
 from typer import echo
 
+from emmech.app.report import manifest_section, transition_section
 from emmech.chat.model import load_model
 from emmech.engine.logprobs import bundled_margins
 from emmech.training.finetune import finetune
@@ -47,8 +48,8 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
     sides = [side for side in (found.run, found.control) if side is not None]
     turns = f"The largest bend of B: {'; '.join(_turn(side) for side in sides)}."
     sections = [
-        Section("What the detectors say", turns, code=found.summary(), table=found.detectors),
-        Section("The path of B", figure=found.plot()),
+        transition_section(found, "emmech.phase_transition(run, control=control).plot()"),
+        Section("", turns, code=found.summary(), table=found.detectors),
         Section(
             "The margin of misaligned over aligned answers",
             "Nats per token; above zero the model prefers the misaligned answer. The broad pairs are outside the "
@@ -66,7 +67,7 @@ def main(folder: str | Path = "demo/smollm2-135m") -> Path:
             "words that silly answers share. No answer was sampled or judged here. Whether the turn of B says "
             "anything about misalignment is what the control is for: where it turns too, it does not.",
         ),
-        Section("How it was made", code=str(run.manifest["recipe"]) + "\n\n" + repr(run) + "\n" + repr(control)),
+        manifest_section(run),
     ]
     minutes = (time.monotonic() - began) / 60
     page = write_page(

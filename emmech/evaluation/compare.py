@@ -90,7 +90,7 @@ class Comparison(Result):
         ends = {side: 100 * table[f"events_{side}"] / table[f"n_{side}"] for side in _SIDES}
         row = self.frame.loc[measure]
         title = (
-            f"{measure}: {row['difference']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}], "
+            f"{measure}: {within(*(100 * row[['difference', 'low', 'high']]), sign=True)} points, "
             f"paired p = {row['p_paired']:.3g} over {int(row['questions'])} questions"
         )
         overall = (100 * row["rate_first"], 100 * row["rate_second"])

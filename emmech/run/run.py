@@ -410,12 +410,13 @@ class Run(Shown):
         for panel, columns in (("loss", ("loss", "held_out_loss")), ("margin", ("margin_narrow", "margin_broad"))):
             for column in (column for column in columns if column in self.metrics):
                 series = self.metrics[column].dropna()
-                curves.append(Curve(panel, self.name, column.replace("_", " "), series.index, series))
+                label = {"loss": "training", "held_out_loss": "held out"}.get(column, column.removeprefix("margin_"))
+                curves.append(Curve(panel, self.name, label, series.index, series))
         axes = {
             "norm": ("Norm of B" if self.adapters else "Norm of the update", "step", "||B||"),
-            "turn": (f"Turn angle over {k} records either side", "step", "degrees"),
+            "turn": (f"Turn of the path, {k} records either side", "step", "degrees"),
             "loss": ("Loss", "step", "nats per token"),
-            "margin": ("Margin of misaligned over aligned answers", "step", "nats per token"),
+            "margin": ("Misaligned over aligned answers", "step", "nats per token"),
         }
         return by_panel(curves, axes, f"{self.name}: {len(self.steps)} recorded steps")[0]
 

@@ -193,7 +193,10 @@ class PhaseTransition(Result):
         return "\n".join(lines)
 
     def plot(self) -> Any:
-        """Plotly figure: local cosine by k with its null band, gradient norm, principal components, norms."""
+        """Plotly figure: how B bends, the margins, lengths, gradients and the path of B, with its control.
+
+        Of the local cosines, the widest window is bold and those of narrower windows are thin.
+        """
         curves, turns = [], []
         path = self.run.path
         widest = max(path.cosines, default=None)
@@ -201,7 +204,7 @@ class PhaseTransition(Result):
             steps, scores = side.path.steps, side.path.scores
             # only the widest window of the control is drawn, so that the panel stays readable
             shown = {k: v for k, v in side.path.cosines.items() if role == "run" or k == widest}
-            curves += [view.Curve("cosine", role, f"k = {k}", steps, values) for k, values in shown.items()]
+            curves += [view.Curve("cosine", role, f"k = {k}", steps, v, k != widest) for k, v in shown.items()]
             if scores.shape[1] > 1:
                 curves.append(view.Curve("components", role, "path", scores[:, 0], scores[:, 1]))
                 where = side.path.location
@@ -211,13 +214,14 @@ class PhaseTransition(Result):
             curves.append(view.Curve("norm", role, "norm", steps, side.path.norm))
             if side.gradient is not None:
                 curves.append(view.Curve("gradient", role, "gradient norm", *side.gradient))
-            curves += [view.Curve("margin", role, name, *curve) for name, curve in side.margins.items()]
+            margins = {name.removeprefix("margin-"): curve for name, curve in side.margins.items()}
+            curves += [view.Curve("margin", role, name, *curve) for name, curve in margins.items()]
             if side.comp is not None:
                 curves.append(view.Curve("comp", role, "comp", steps, side.comp))
         subject = self.run.name
         if self.controls:
             several = "controls" if len(self.controls) > 1 else "control"
-            subject += f" (solid) and {several} {', '.join(side.name for side in self.controls)} (dashed)"
+            subject += f" and its {several} {', '.join(side.name for side in self.controls)}"
         k = max(path.band, default=0)
         return view.transition(
             curves,
@@ -226,6 +230,7 @@ class PhaseTransition(Result):
             straight=(path.steps, *path.band[k], f"straight path, k = {k} (95 %)") if k else None,
             turns=turns,
             step=self.mechanistic.interval,
+            behaviour=self.behavioural.interval,
         )
 
     def _card(self) -> Card:
@@ -351,8 +356,18 @@ class PooledTransition(Result):
         return pd.DataFrame(rows)
 
     def plot(self) -> Any:
-        """The figure of the first pair."""
-        return self.pairs[0].plot()
+        """The mechanistic and the behavioural step of every seed, with their intervals."""
+        import pandas as pd
+
+        found = [
+            (place, kind, *one.interval)
+            for place, pair in enumerate(self.pairs)
+            for kind, one in (("B turns", pair.mechanistic), ("the behaviour changes", pair.behavioural))
+            if one.interval is not None
+        ]
+        rows = pd.DataFrame(found, columns=["place", "kind", "step", "low", "high"])
+        runs = [pair.run.name for pair in self.pairs]
+        return view.steps_by_run(rows, runs, f"Steps of {len(runs)} seeds of {runs[0]}")
 
     def _card(self) -> Card:
         found = self.verdict

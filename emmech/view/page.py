@@ -18,7 +18,9 @@ _EDGE = f"1px solid {faint(GREY, 0.5)}"
 _CARD = f"font: 14px/1.5 {html.escape(FONT)}; border: {_EDGE}; border-radius: 6px; padding: 12px 14px; max-width: 900px"
 _FACT = "display: grid; grid-template-columns: minmax(90px, 20%) 1fr; gap: 0 12px; margin-bottom: 3px"
 _CAVEAT = f"border-left: 3px solid {CYCLE[4]}; padding-left: 10px; margin-top: 8px; white-space: pre-wrap"
-_TEXT = "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 8px 0; background: none"
+_TEXT = (
+    "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 8px 0; background: none"
+)
 _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; font-size: 16px; line-height: 1.55; background: var(--paper); color: var(--ink); }
@@ -35,6 +37,13 @@ th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px 
 th, td { padding: 5px 14px 5px 0; vertical-align: top; }
 tbody th, td { border-bottom: 1px solid var(--line); }
 tbody th { border-bottom-width: 1px; white-space: nowrap; }
+nav { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 15px; }
+a { color: inherit; text-underline-offset: 3px; }
+.made { color: var(--soft); font-size: 13px; margin: 4px 0 22px; white-space: pre-wrap; overflow-wrap: anywhere; }
+td { white-space: pre-wrap; overflow-wrap: break-word; }
+.plotly-graph-div { margin-top: 14px; }
+@media print { nav { display: none } h2, h3 { break-after: avoid } pre, tr, .plotly-graph-div { break-inside: avoid }
+  main { max-width: none; padding: 0 } }
 footer { margin-top: 60px; color: var(--soft); font-size: 13px; border-top: 1px solid var(--line); padding-top: 14px; }
 """
 
@@ -69,7 +78,9 @@ def card(
         for name, text in named
     )
     parts += [f'<div style="margin-top: 8px">{rows}</div>'] if rows else []
-    parts += [f'<div style="display: flex; flex-wrap: wrap; gap: 8px; margin-top: 8px">{sketch}</div>'] if sketch else []
+    parts += (
+        [f'<div style="display: flex; flex-wrap: wrap; gap: 8px; margin-top: 8px">{sketch}</div>'] if sketch else []
+    )
     parts += [f'<div style="{_CAVEAT}">{html.escape(caveat)}</div>'] if caveat else []
     parts += [f'<div style="margin-top: 8px">Next: <code>{html.escape(then)}</code></div>'] if then else []
     parts += [body] if body else []
@@ -87,13 +98,15 @@ def card(
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page."""
+    """One part of a page; without a heading it continues the part before it."""
 
     heading: str
     words: str = ""  # paragraphs of plain text, separated by blank lines
     table: pd.DataFrame | None = None  # shown with its index
     figure: Any = None  # of plotly
     code: str = ""
+    shown: Any = None  # a result, of which the card is shown
+    command: str = ""  # what makes the section, shown below its figure
 
 
 def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Section], *, footer: str = "") -> Path:
@@ -102,27 +115,32 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
     Returns:
         the path written.
     """
-    parts, scripted = [], False
-    for section in sections:
-        parts.append(f"<h2>{html.escape(section.heading)}</h2>")
+    parts, places, scripted = [], [], False
+    for at, section in enumerate(sections):
+        if section.heading:
+            parts.append(f'<h2 id="part-{at}">{html.escape(section.heading)}</h2>')
+            places.append(f'<a href="#part-{at}">{html.escape(section.heading)}</a>')
         parts += [f"<p>{html.escape(text)}</p>" for text in section.words.split("\n\n") if text.strip()]
         if section.code:
             parts.append(f"<pre>{html.escape(section.code)}</pre>")
+        if section.shown is not None:
+            parts.append(section.shown._repr_html_(sketch=section.figure is None))
         if section.table is not None:
             table = section.table.rename_axis(index=None)  # a named index would take a header row of its own
             shown = table.to_html(border=0, float_format=lambda value: f"{value:.3g}", na_rep="")
             parts.append(f'<div class="wide">{shown}</div>')
         if section.figure is not None:
-            parts.append(
-                section.figure.to_html(full_html=False, include_plotlyjs=not scripted, config={"displaylogo": False})
-            )
+            how: dict[str, Any] = {"config": {"displaylogo": False, "responsive": True}, "full_html": False}
+            parts.append(section.figure.to_html(include_plotlyjs=not scripted, **how))
             scripted = True
+        if section.command:
+            parts.append(f'<div class="made">Made by <code>{html.escape(section.command)}</code></div>')
     page = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title>"
         f"<style>{PAGE}{_STYLE}body {{ font-family: {FONT} }}</style></head><body><main>"
-        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>'
+        f'<h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p><nav>{"".join(places)}</nav>'
         f"{''.join(parts)}<footer>{html.escape(footer)}</footer></main></body></html>\n"
     )
     path = Path(path)

@@ -10,89 +10,149 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from emmech.errors import EmmechError
-from emmech.view.theme import BAD, GOOD, GREY, Place, band, bars, colour, faint, finish, heat, level, line, mark, panels
+from emmech.view.theme import (
+    BAD,
+    GOOD,
+    GREY,
+    RUNS,
+    Place,
+    band,
+    bars,
+    colour,
+    faint,
+    finish,
+    heat,
+    level,
+    line,
+    mark,
+    panels,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_DASHES = ("solid", "dot", "dash", "dashdot")
+_MOST = 6  # entries of a legend
 _ALIGNMENT = "alignment (0 misaligned, 100 aligned)"
 _RATE_NAMES = {"em": "EM rate", "narrow": "narrow misalignment rate", "coherent": "coherent share"}
 Axes = tuple[str, str, str]  # a panel's title and its axes' titles
 TRANSITION: dict[str, Axes] = {
-    "cosine": ("Local cosine (-1 straight, +1 reversal; grey: straight)", "step", "c_k"),
-    "components": ("Principal components of B", "PC1", "PC2"),
-    "norm": ("Norm of B", "step", "||B||"),
-    "gradient": ("Gradient norm before clipping", "step", "gradient norm"),
-    "margin": ("Misaligned over aligned answers", "step", "nats per token"),
+    "cosine": ("How B bends (grey: a straight path)", "step", "local cosine c_k"),
+    "margin": ("Misaligned over aligned answers", "step", "margin (nats per token)"),
+    "norm": ("Length of B", "step", "||B||"),
+    "gradient": ("Gradient before clipping", "step", "gradient norm"),
+    "components": ("Path of B", "PC1", "PC2"),
     "comp": ("Similarity to the last step", "step", "comp score"),
 }
 _LAYER = "layer (block output)"
+_RANDOM = "grey: two standard deviations of the cosine of random vectors"
+
+
+def quantity(measure: str) -> str:
+    """A measure's name as the title of an axis, with its unit where it has one.
+
+    Example:
+        >>> quantity("em"), quantity("margin_broad")
+        ('EM rate', 'margin broad (nats per token)')
+    """
+    name = measure.replace("_", " ")
+    nats = measure.startswith("margin") or "loss" in measure
+    return _RATE_NAMES.get(measure, f"{name} (nats per token)" if nats else name)
 
 
 def by_layer(frame: pd.DataFrame, floor: float | None, name: str) -> Any:
-    """Norm by layer, and in a second panel the measures of quality that the frame has.
+    """Norm by layer where it is not zero, and in a second panel the measures of quality that the frame has.
 
     Args:
         floor: the standard deviation of the cosine of random vectors; None where there is no quality.
     """
-    quality = [column for column in ("split_half", "split_half_shuffled", "lexical_share") if column in frame]
-    figure = panels(("Norm (residual units)", "Cosine or share")[: 2 if quality else 1], columns=2 if quality else 1)
-    line(figure, frame.index, frame["norm"], "norm", GREY, legend=False)
+    columns = ("split_half", "split_half_shuffled", "lexical_share")
+    quality = [column for column in columns if column in frame and frame[column].notna().any()]
+    figure = panels([""] * (2 if quality else 1), columns=2 if quality else 1, horizontal_spacing=0.12)
+    line(figure, frame.index, frame["norm"].where(frame["norm"] > 0), "norm", GREY, legend=False)
+    figure.update_yaxes(rangemode="tozero", title_text="norm (residual units)", row=1, col=1)
     for index, column in enumerate(quality):
-        line(figure, frame.index, frame[column], column.replace("_", " "), colour(index), at=(1, 2))
+        shown = column.replace("_", " ")
+        end = shown.replace("split half shuffled", "shuffled")
+        line(figure, frame.index, frame[column], shown, colour(index), at=(1, 2), end=end)
+    if quality:
+        figure.update_yaxes(range=[-0.05, 1.05], title_text="cosine or share", row=1, col=2)
     if quality and floor is not None:
-        level(figure, floor, "cosine of random vectors", at=(1, 2))
-        figure.update_yaxes(range=[-0.05, 1.05], row=1, col=2)
-    figure.update_yaxes(rangemode="tozero", row=1, col=1)
-    return finish(figure, f"{name}: norm{' and quality' if quality else ''} by layer").update_xaxes(title_text=_LAYER)
+        figure.add_hrect(-2 * floor, 2 * floor, fillcolor=faint(GREY, 0.25), line_width=0, layer="below", row=1, col=2)
+    finish(figure, f"{name}: norm{' and quality' if quality else ''} by layer", note=_RANDOM if quality else "")
+    return figure.update_xaxes(title_text=_LAYER, range=[-0.3, len(frame) - 0.7], matches="x")
 
 
 def cosine_matrix(matrix: pd.DataFrame, layer: int) -> Any:
     """Cosines between directions at one layer."""
     figure = panels()
-    heat(figure, matrix, "cosine", low=-1, high=1, signed=True, written="{:.2f}")
+    heat(figure, matrix, low=-1, high=1, signed=True, written="{:.2f}")
     title = f"Cosines at layer {layer}"
     return finish(figure, title, height=200 + 50 * len(matrix), yaxis_autorange="reversed")
 
 
 def cosines_by_layer(pairs: pd.DataFrame, floor: float) -> Any:
-    """Every pair's cosine over the layers; in grey two standard deviations of random vectors."""
+    """Every pair's cosine over the layers; in grey two standard deviations of random vectors.
+
+    The six pairs of the largest cosines have colours and names, others are thin grey lines.
+    """
     figure = panels()
+    ranked = pairs.abs().max(axis=1).to_numpy(float)
+    named = sorted(np.argsort(-np.nan_to_num(ranked), kind="stable")[:_MOST].tolist())
     for index, ((first, second), row) in enumerate(pairs.iterrows()):
-        line(figure, row.index, row, f"{first} and {second}", colour(index), dash=_DASHES[index // 6 % len(_DASHES)])
+        hue, width = (colour(named.index(index)), 2) if index in named else (faint(GREY, 0.7), 1)
+        legend = index in named and len(pairs) > 1
+        line(figure, row.index, row, f"{first} and {second}", hue, legend=legend, width=width)
     figure.add_hrect(-2 * floor, 2 * floor, fillcolor=faint(GREY, 0.25), line_width=0, layer="below")
+    title = "Cosines by layer" if len(pairs) > 1 else "Cosine of {} and {} by layer".format(*pairs.index[0])
+    rest = f"; thin: the {len(pairs) - _MOST} other pairs" if len(pairs) > _MOST else ""
     return finish(
-        figure, "Cosines by layer", note="grey: two standard deviations of random vectors", xaxis_title=_LAYER,
+        figure, title, note=_RANDOM + rest, xaxis_title=_LAYER,
         yaxis={"title": "cosine", "range": [-1.05, 1.05]},
     )  # fmt: skip
 
 
 def by_step(frame: pd.DataFrame, floor: float, title: str) -> Any:
-    """Cosines with a direction by training step above, and projections and shifts in residual units below."""
-    cosine = [column for column in frame if str(column).startswith("cosine")]
-    groups = {"cosine": cosine, "residual units": [column for column in frame if column not in cosine]}
+    """Cosines with a direction by training step above, and projections and shifts in residual units below.
+
+    Of more than six quantities, the six that are largest at the end are drawn.
+    """
+    kinds = {column: str(column).startswith("cosine") for column in frame}
+    names = {column: str(column).split(" ", 1)[-1] for column in frame}  # one colour for its cosine and projection
+    final = {name: max(_last(frame[one]) for one in frame if names[one] == name) for name in names.values()}
+    order = [name for name in final if name in sorted(final, key=lambda one: -final[one])[:_MOST]]
+    groups = {axis: [one for one in frame if kinds[one] == cosine and names[one] in order]
+              for axis, cosine in (("cosine", True), ("residual units", False))}  # fmt: skip
     groups = {axis: columns for axis, columns in groups.items() if columns}
     figure = panels([""] * len(groups), shared_xaxes=True, vertical_spacing=0.06)
-    quantity = {column: str(column).split(" ", 1)[-1] for column in frame}  # one colour for its cosine and projection
-    order = list(dict.fromkeys(quantity.values()))
+    said: set[str] = set()
     for row, (axis, columns) in enumerate(groups.items(), start=1):
         for column in columns:
-            known, hue = frame[column].dropna(), colour(order.index(quantity[column]))
-            line(figure, known.index, known, str(column), hue, at=(row, 1), dash="solid" if row == 1 else "dot")
+            known, name = frame[column].dropna(), names[column]
+            line(figure, known.index, known, name, colour(order.index(name)), at=(row, 1), legend=name not in said,
+                 legendgroup=name, hover=f"{html.escape(str(column))}<br>%{{x}}: %{{y:.3g}}")  # fmt: skip
+            said.add(name)
         figure.update_yaxes(title_text=axis, row=row, col=1)
-    if cosine:
+    if "cosine" in groups:
         figure.update_yaxes(range=[-1.05, 1.05], row=1, col=1)
         figure.add_hrect(-2 * floor, 2 * floor, fillcolor=faint(GREY, 0.25), line_width=0, layer="below", row=1, col=1)
     figure.update_xaxes(title_text="step", row=len(groups), col=1)
-    return finish(figure, title, height=160 + 240 * len(groups))
+    return finish(figure, title, note=_RANDOM if "cosine" in groups else "", height=180 + 220 * len(groups))
+
+
+def _last(series: pd.Series) -> float:
+    known = series.dropna()
+    return abs(float(known.iloc[-1])) if len(known) else 0.0
 
 
 def scalar_histogram(groups: Iterable[tuple[str, np.ndarray]], name: str) -> Any:
-    """Distribution of an adapter's scalar over groups of tokens."""
+    """Distribution of an adapter's scalar over groups of tokens, in the same bins."""
+    groups = list(groups)
+    edges = np.histogram_bin_edges(np.concatenate([values for _, values in groups]), bins=40)
     figure = panels()
     for (label, values), hue in zip(groups, (BAD, GOOD), strict=False):
-        figure.add_histogram(x=values, name=label, opacity=0.6, histnorm="probability", marker_color=hue)
+        bins = {"start": float(edges[0]), "end": float(edges[-1]) * (1 + 1e-6), "size": float(edges[1] - edges[0])}
+        figure.add_histogram(x=values, name=f"{label} ({len(values)})", opacity=0.6, histnorm="probability", xbins=bins,
+                             marker_color=hue)  # fmt: skip
     return finish(figure, f"A·x of {name}", barmode="overlay", xaxis_title="A·x (before scaling)",
                   yaxis_title="share of tokens")  # fmt: skip
 
@@ -167,11 +227,13 @@ def questions(
     _rates(figure, rate, list(range(len(order))), BAD, column=2)
     mark(figure, limit, GREY)
     names = [f"{question} (narrow)" if question in tables[1].index else str(question) for question in order]
-    figure.update_yaxes(tickmode="array", tickvals=list(range(len(order))), ticktext=names, col=1)
+    labels = {"tickvals": list(range(len(order))), "ticktext": names, "range": [-0.6, len(order) - 0.4]}
+    figure.update_yaxes(tickmode="array", **labels)
+    figure.update_yaxes(showticklabels=False, ticks="", col=2)
     upper = 1.06 * float(np.nanmax([*(100 * rate["high"]), 5.0]))
     finish(figure, f"{name}: by question", height=190 + 40 * len(order))
-    figure.update_xaxes(title_text="alignment of each response", range=[-5, 105], col=1)
-    return figure.update_xaxes(title_text=f"misaligned, % of {counted} rows", range=[-0.03 * upper, upper], col=2)
+    figure.update_xaxes(title_text=_ALIGNMENT, range=[-5, 105], col=1)
+    return figure.update_xaxes(title_text=f"% misaligned ({counted})", range=[-0.03 * upper, upper], col=2)
 
 
 def rates(table: pd.DataFrame, counted: str, name: str) -> Any:
@@ -183,7 +245,7 @@ def rates(table: pd.DataFrame, counted: str, name: str) -> Any:
         figure.add_annotation(x=1.02, xref="paper", y=row.Index, text=f"{row.rate:.1%}  (n = {row.n})", showarrow=False,
                               xanchor="left")  # fmt: skip
     title = f"{name}: rates over {counted} rows, 95 % interval over questions"
-    finish(figure, title, height=170 + 40 * len(table), xaxis={"title": "%", "range": [-2, 102]})
+    finish(figure, title, height=170 + 40 * len(table), xaxis={"title": f"% of {counted} rows", "range": [-2, 102]})
     return figure.update_layout(margin_r=150)
 
 
@@ -193,10 +255,13 @@ def thresholds(grid: pd.DataFrame, limits: tuple[float, float], counted: str, na
     for index, coherence in enumerate(grid.columns):
         usual = coherence == limits[1]
         line(figure, grid.index, 100 * grid[coherence], f"coherence > {coherence:g}", colour(index),
-             width=3.5 if usual else 1.5)  # fmt: skip
-    mark(figure, limits[0], GREY, "the field's threshold")
+             width=3.5 if usual else 1.5, end=f"coherence > {coherence:g}" if index < _MOST else "",
+             legend=False)  # fmt: skip
+    mark(figure, limits[0], GREY, f"the usual {limits[0]:g}")
     return finish(
         figure, f"{name}: does the rate depend on the thresholds?", height=460, xaxis_title="alignment below",
+
+        note=f"thick: coherence above {limits[1]:g}, the usual threshold",
         yaxis={"title": f"% of {counted} rows", "rangemode": "tozero"},
     )  # fmt: skip
 
@@ -218,10 +283,13 @@ def paired_rates(
         label = ", ".join(asked) if len(asked) < 4 else f"{asked[0]} and {len(asked) - 1} more"
         figure.add_annotation(x=1, y=end, text=html.escape(label), showarrow=False, xanchor="left", xshift=12,
                               font={"size": 11})  # fmt: skip
-    line(figure, ends, list(overall), "all questions", BAD, width=4, cliponaxis=False)
+    line(figure, ends, list(overall), "all questions", BAD, width=4, legend=False, cliponaxis=False)
+    for end, rate in zip(ends, overall, strict=True):
+        figure.add_annotation(x=end, y=rate, text=f"{'' if end else 'all questions: '}{rate:.1f} %", showarrow=False,
+                              xanchor="right", xshift=-16, yshift=9, font={"color": BAD})  # fmt: skip
     return finish(
-        figure, title, height=520, xaxis={"range": [-0.25, 1.75], "tickvals": ends, "ticktext": list(names)},
-        yaxis={"title": f"% of {counted} rows", "rangemode": "tozero"},
+        figure, title, height=460, yaxis={"title": f"% of {counted} rows", "rangemode": "tozero"},
+        xaxis={"range": [-0.45, 1.6], "showgrid": False, "zeroline": False, "tickvals": ends, "ticktext": list(names)},
     )  # fmt: skip
 
 
@@ -238,7 +306,7 @@ def _points(figure: Any, x: Any, y: Any, name: str, hue: str, rows: pd.DataFrame
         + "<br>".join(html.escape(part, quote=False) for part in textwrap.wrap(str(row.response), 70)[:8])
         for row in rows.itertuples()
     ]
-    marker = {"color": hue, "size": size, "opacity": 0.55}
+    marker = {"color": hue, "size": size, "opacity": 0.7}
     figure.add_scatter(x=x, y=y, mode="markers", name=name, marker=marker, text=hover, row=1, col=1,
                        hovertemplate="%{text}<extra></extra>")  # fmt: skip
 
@@ -284,33 +352,41 @@ def phase_diagram(summary: pd.DataFrame, measure: str) -> Any:
     parts = list(summary.groupby(["run", "coefficient"], sort=False))
     many = summary["coefficient"].nunique() > 1
     titles = [f"{run}, coefficient {c:g}" if many else str(run) for (run, c), _ in parts]
-    figure = panels(titles, columns=len(parts), shared_yaxes=True, horizontal_spacing=0.04)
+    name, rate = quantity(measure), measure in _RATE_NAMES
     single = [axis for axis in ("scale", "step") if summary[axis].nunique() == 1]
+    by = " and ".join(axis for axis in ("step", "scale") if axis not in single) or "variant"
+    title = name.partition(" (")[0]
+    if single:
+        figure = panels()
+        axis = "step" if single[0] == "scale" else "scale"
+        for index, (label, (_, part)) in enumerate(zip(titles, parts, strict=True)):
+            error = {"array": part["error"], "thickness": 1.2}
+            shown = len(parts) > 1 and index < _MOST
+            line(figure, part[axis], part["value"], label, colour(index), error=error, legend=shown)
+        at = f" at {single[0]} {summary[single[0]].iloc[0]:g}" if len(single) == 1 else ""
+        head = f"{title} of {titles[0]} by {by}{at}" if len(parts) == 1 else f"{title} by {by}{at}"
+        if rate:
+            figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
+        label = axis if axis == "step" else "scale on the adapter"
+        return finish(figure, head, note="bars: one standard error over items", xaxis_title=label, yaxis_title=name)
     values = summary["value"].to_numpy(float)
     low, high = (float(one(values)) for one in (np.nanmin, np.nanmax)) if np.isfinite(values).any() else (0.0, 1.0)
-    signed, name = measure not in _RATE_NAMES and low < 0 < high, _RATE_NAMES.get(measure, measure)
+    signed = not rate and low < 0 < high
     if signed:
         low, high = -max(-low, high), max(-low, high)
-    if measure in _RATE_NAMES:
+    if rate:
         low, high = 0.0, 1.0
-    for column, (title, (_, part)) in enumerate(zip(titles, parts, strict=True), start=1):
-        at = (1, column)
-        if single:
-            axis = "step" if single[0] == "scale" else "scale"
-            error = {"array": part["error"], "thickness": 1.2}
-            line(figure, part[axis], part["value"], title, GOOD, at=at, error=error, legend=False)
-            figure.update_xaxes(title_text=axis, row=1, col=column)
-            continue
-        table = part.pivot(index="scale", columns="step", values="value")
-        shown = table.rename(index="{:g}".format, columns=str)
-        heat(figure, shown, name, at=at, low=low, high=high, signed=signed, scale=column == len(parts),
-             hover="step %{x}, scale %{y}: %{z:.3f}")  # fmt: skip
-        figure.update_xaxes(title_text="step", type="category", nticks=12, row=1, col=column)
-    figure.update_yaxes(title_text=name if single else "scale on the adapter", row=1, col=1)
-    if not single:
-        figure.update_yaxes(type="category")
-    by = " and ".join(axis for axis in ("step", "scale") if axis not in single) or "variant"
-    return finish(figure, f"{name} by {by}", height=420)
+    figure = panels(titles if len(parts) > 1 else [""], columns=len(parts), shared_yaxes=True, horizontal_spacing=0.04)
+    for column, (_, part) in enumerate(parts, start=1):
+        shown = part.pivot(index="scale", columns="step", values="value").rename(index="{:g}".format, columns=str)
+        heat(figure, shown, name.partition(" (")[2].strip(")").replace(" per ", "<br>per "), at=(1, column), low=low,
+             high=high, signed=signed, scale=column == len(parts), hover="step %{x}, scale %{y}: %{z:.3f}")  # fmt: skip
+        ticks = list(shown.columns[:: -(-len(shown.columns) * len(parts) // 12)])
+        figure.update_xaxes(title_text="step", type="category", tickvals=ticks, row=1, col=column)
+    figure.update_yaxes(title_text="scale on the adapter", row=1, col=1).update_yaxes(type="category")
+    if rate:
+        figure.update_traces(colorbar_tickformat=".0%")
+    return finish(figure, f"{title} of {titles[0]} by {by}" if len(parts) == 1 else f"{title} by {by}", height=420)
 
 
 def first_order(estimated: pd.DataFrame, exact: pd.DataFrame, scale: float) -> Any:
@@ -321,13 +397,19 @@ def first_order(estimated: pd.DataFrame, exact: pd.DataFrame, scale: float) -> A
         exact: ``run``, ``measure``, ``step`` and ``exact``.
     """
     figure = panels()
+    several, one = estimated["run"].nunique() > 1, estimated["measure"].nunique() == 1
     for index, ((run, measure), part) in enumerate(estimated.groupby(["run", "measure"], sort=False)):
-        name = f"{run} {measure}" if estimated["run"].nunique() > 1 else str(measure)
-        line(figure, part["step"], part["first_order"], f"{name}, first order", colour(index), mode="lines")
+        name = f"{run} {measure}" if several else str(measure)
+        line(figure, part["step"], part["first_order"], f"{name}, first order", colour(index), mode="lines",
+             legend=0 < index < _MOST or len(estimated) > len(part))  # fmt: skip
         swept = exact[(exact["run"] == run) & (exact["measure"] == measure)]
-        line(figure, swept["step"], swept["exact"], f"{name}, exact", colour(index), mode="markers", marker_size=9)
+        line(figure, swept["step"], swept["exact"], f"{name}, exact", colour(index), mode="markers", marker_size=9,
+             legend=False)  # fmt: skip
     title = f"First-order effect of each checkpoint at scale {scale:g}"
-    return finish(figure, title, xaxis_title="step", yaxis_title="mean of the measure")
+    return finish(
+        figure, title, note="line: the estimate; markers: swept exactly", xaxis_title="step",
+        yaxis_title=quantity(str(estimated["measure"].iloc[0])) if one else "mean of the measure",
+    )  # fmt: skip
 
 
 def study(frame: pd.DataFrame, outcome: str, title: str) -> Any:
@@ -344,19 +426,36 @@ def study(frame: pd.DataFrame, outcome: str, title: str) -> Any:
 def _doses(frame: pd.DataFrame, outcome: str, title: str) -> Any:
     figure = panels()
     frame = frame[frame["model"] == frame["model"].iloc[0]]
-    for index, (layer, part) in enumerate(frame[frame["layer"].notna()].groupby("layer")):
-        for kind, name, dash in (("direction", "layer", "solid"), ("positive", "positive control, layer", "dash")):
-            own = part[part["kind"] == kind].sort_values("coefficient")
-            if len(own):
-                line(figure, own["coefficient"], own["value"], f"{name} {layer:.0f}", colour(index), dash=dash,
-                     error=bars(own["value"], own["low"], own["high"]))  # fmt: skip
-        random = part[part["kind"] == "random"].groupby("coefficient")["value"].mean()
-        if len(random):
-            line(figure, random.index, random, f"random, layer {layer:.0f}", colour(index), dash="dot", mode="lines")
+    own = frame[frame["kind"] == "direction"].groupby("layer")["value"]
+    spread = (own.max() - own.min()).sort_values(ascending=False)
+    chosen = sorted(spread.index[: _MOST - 1])
+    for index, layer in enumerate(chosen):
+        part, hue = frame[frame["layer"] == layer], colour(index)
+        doses = part[part["kind"] == "random"].groupby("coefficient")["value"]
+        if part[part["kind"] == "random"]["condition"].size > doses.ngroups:
+            name = f"random directions, layer {layer:.0f}"
+            band(figure, doses.mean().index, doses.min(), doses.max(), name, colour=hue)
+        elif doses.ngroups:
+            name = f"random direction, layer {layer:.0f}"
+            line(figure, doses.mean().index, doses.mean(), name, hue, dash="dot", mode="lines")
+        for kind, end, dash in (("direction", f"layer {layer:.0f}", "solid"), ("positive", "positive", "dash")):
+            rows = part[part["kind"] == kind].sort_values("coefficient")
+            if len(rows):
+                line(figure, rows["coefficient"], rows["value"], f"{kind}, layer {layer:.0f}", hue, dash=dash, end=end,
+                     error=bars(rows["value"], rows["low"], rows["high"]))  # fmt: skip
     plain = frame[frame["kind"] == "untouched"]
     if len(plain):
-        level(figure, float(plain["value"].iloc[0]), "untouched")
-    return finish(figure, title, height=460, xaxis_title="coefficient", yaxis_title=outcome)
+        level(figure, float(plain["value"].iloc[0]))
+    rest = f"; {len(spread) - len(chosen)} layers of smaller effect are not drawn" if len(spread) > len(chosen) else ""
+    return finish(
+        figure, title, note=f"dotted: without steering; areas: the range of random directions{rest}", height=460,
+        xaxis_title="coefficient", yaxis=_outcome(outcome),
+    )  # fmt: skip
+
+
+def _outcome(outcome: str) -> dict[str, Any]:
+    rate: dict[str, Any] = {"range": [-0.03, 1.03], "tickformat": ".0%"} if outcome in _RATE_NAMES else {}
+    return {"title": quantity(outcome), **rate}
 
 
 def _conditions(frame: pd.DataFrame, outcome: str, title: str) -> Any:
@@ -372,7 +471,7 @@ def _conditions(frame: pd.DataFrame, outcome: str, title: str) -> Any:
         figure.add_scatter(y=random["condition"], x=random["value"], mode="markers", name="random directions",
                            marker=marker)  # fmt: skip
     height = 190 + 46 * frame["condition"].nunique()
-    return finish(figure, title, height=height, xaxis_title=outcome, yaxis_autorange="reversed", barmode="group")
+    return finish(figure, title, height=height, xaxis=_outcome(outcome), yaxis_autorange="reversed", barmode="group")
 
 
 def _matrix(frame: pd.DataFrame, outcome: str, title: str) -> Any:
@@ -380,57 +479,73 @@ def _matrix(frame: pd.DataFrame, outcome: str, title: str) -> Any:
     organisms, columns = list(dict.fromkeys(frame["organism"])), list(dict.fromkeys(frame["condition"]))
     grid = frame.pivot_table(index="organism", columns="condition", values="value").loc[organisms, columns]
     figure = panels()
-    heat(figure, grid, outcome, low=min(0.0, float(np.nanmin(grid.to_numpy(float)))), written="{:.3g}")
-    return finish(figure, title, height=220 + 50 * len(organisms), xaxis_title="ablated direction",
-                  yaxis={"title": "organism", "autorange": "reversed"})  # fmt: skip
+    rate = outcome in _RATE_NAMES
+    low = min(0.0, float(np.nanmin(grid.to_numpy(float))))
+    heat(figure, grid, low=low, written="{:.0%}" if rate else "{:.3g}", scale=False)
+    return finish(
+        figure, title, note=quantity(outcome), height=220 + 50 * len(organisms), xaxis_title="ablated direction",
+        yaxis={"title": "organism", "autorange": "reversed"},
+    )  # fmt: skip
 
 
 class Curve(NamedTuple):
-    """One line: the panel it is drawn in, the run it belongs to, what it shows, and its points."""
+    """One line: the panel it is drawn in, the run it belongs to, what it shows, its points, and whether it is thin."""
 
     panel: str
     run: str
     label: str
     x: Any
     y: Any
+    thin: bool = False
 
 
 def by_panel(
-    curves: Sequence[Curve], axes: Mapping[str, Axes], title: str, *, columns: int = 2
+    curves: Sequence[Curve],
+    axes: Mapping[str, Axes],
+    title: str,
+    *,
+    columns: int = 2,
+    by_run: bool = False,
+    note: str = "",
 ) -> tuple[Any, dict[str, Place]]:
-    """Draw curves into the panels that have any, in the order of ``axes``.
+    """Draw curves into the panels that have any, in the order of ``axes``; panels over steps are zoomed together.
 
-    A panel's curves differ in colour by label where it has several labels, else by run; every run but the first is
-    dashed. The legend names the labels once and, where labels have the colours, leaves the runs to the title.
+    Colours are those of the runs where there are several or ``by_run`` is set, and every run but the first is dashed;
+    else those of the labels. The legend names runs, or labels that are too many or too long for the ends of the lines.
 
     Returns:
         the figure, and the row and column of every panel.
     """
     shown = [name for name in axes if any(curve.panel == name for curve in curves)]
     runs = list(dict.fromkeys(curve.run for curve in curves))
-    figure = panels([axes[name][0] for name in shown], columns=columns, horizontal_spacing=0.1)
+    by_run = by_run or len(runs) > 1
+    figure = panels([axes[name][0] for name in shown], columns=columns, horizontal_spacing=0.22 / columns)
     place = {name: (1 + index // columns, 1 + index % columns) for index, name in enumerate(shown)}
-    several = {name: len({curve.label for curve in curves if curve.panel == name}) > 1 for name in shown}
+    labels = {name: list(dict.fromkeys(one.label for one in curves if one.panel == name)) for name in shown}
     named: set[str] = set()
     for curve in curves:
-        labels = list(dict.fromkeys(one.label for one in curves if one.panel == curve.panel))
-        at_run, split = runs.index(curve.run), several[curve.panel]
+        of, at_run = labels[curve.panel], runs.index(curve.run)
+        bold = list(dict.fromkeys(one.label for one in curves if one.panel == curve.panel and not one.thin))
+        end = curve.label if 1 < len(bold) <= 3 and max(map(len, bold)) <= 16 and not curve.thin else ""
         role = "run" if at_run == 0 else "control" if len(runs) == 2 else curve.run
-        entry = curve.label if split else curve.run
-        name = curve.label if split and at_run == 0 else f"{curve.label}, {role}"
-        in_legend = entry not in named and (at_run == 0 if split else not any(several.values()) and len(runs) > 1)
-        if in_legend:
-            named.add(entry)
-        dash, hover = "dash" if at_run else "solid", f"{curve.run}, {curve.label}<br>%{{x}}: %{{y:.4g}}"
-        hue = colour(labels.index(curve.label) if split else at_run)
+        entry = curve.run if by_run else curve.label
+        hue = RUNS[at_run % len(RUNS)] if by_run else colour(of.index(curve.label))
+        style: dict[str, Any] = {"at": place[curve.panel], "dash": "dash" if at_run else "solid", "legendgroup": entry}
         line(
-            figure, curve.x, curve.y, entry if in_legend else name, hue, at=place[curve.panel], legend=in_legend,
-            dash=dash, legendgroup=entry, hover=hover,
+            figure, curve.x, curve.y, f"{curve.label}, {role}", faint(hue, 0.4) if curve.thin else hue, end=end,
+            hover=f"{html.escape(curve.run)}, {html.escape(curve.label)}<br>%{{x}}: %{{y:.4g}}", legend=False,
+            width=1 if curve.thin else 2, **style,
         )  # fmt: skip
+        wanted = len(runs) > 1 if by_run else len(of) > 1 and not end
+        if wanted and entry not in named and len(named) < _MOST:
+            named.add(entry)  # a trace of its own, since those with a name at their end have no entry
+            line(figure, [None], [None], entry, hue, mode="lines", **style)
+    stepped = [f"x{index + 1 if index else ''}" for index, name in enumerate(shown) if axes[name][1] == "step"]
     for name, (row, column) in place.items():
-        figure.update_xaxes(title_text=axes[name][1], row=row, col=column)
+        linked = {"matches": stepped[0]} if axes[name][1] == "step" else {}
+        figure.update_xaxes(title_text=axes[name][1], **linked, row=row, col=column)
         figure.update_yaxes(title_text=axes[name][2], row=row, col=column)
-    return finish(figure, title, height=300 * -(-len(shown) // columns) + 120), place
+    return finish(figure, title, note=note, height=280 * -(-len(shown) // columns) + 120), place
 
 
 def transition(
@@ -441,6 +556,7 @@ def transition(
     straight: tuple[Any, Any, Any, str] | None = None,
     turns: Sequence[tuple[float, float, str]] = (),
     step: tuple[float, float, float] | None = None,
+    behaviour: tuple[float, float, float] | None = None,
 ) -> Any:
     """The panels of a phase transition.
 
@@ -449,23 +565,49 @@ def transition(
         straight: steps, low, high and name of what a straight path would give.
         turns: ``(PC1, PC2, name)`` of the step at which each run turns.
         step: the mechanistic step with its interval, marked in every panel over steps.
+        behaviour: the behavioural step with its interval, marked among the margins.
     """
-    figure, place = by_panel(curves, TRANSITION, title)
+    said = ["dots: B turns at step {:.0f} ({:.0f} to {:.0f})".format(*step)] if step else []
+    if behaviour is not None and any(curve.panel == "margin" for curve in curves):
+        said.append("dashes: the behaviour changes at step {:.0f} ({:.0f} to {:.0f})".format(*behaviour))
+    figure, place = by_panel(curves, TRANSITION, title, by_run=True, note="; ".join(said))
     if straight is not None:
-        band(figure, *straight, at=place["cosine"])
-        figure.data[-1].showlegend = False
+        band(figure, *straight, at=place["cosine"], legend=False)
         figure.data = (figure.data[-1], *figure.data[:-1])  # below the curves
     if "components" in place and len(explained) > 1:
         where = dict(zip(("row", "col"), place["components"], strict=True))
         figure.update_xaxes(title_text=f"PC1 ({explained[0]:.0%})", **where)
         figure.update_yaxes(title_text=f"PC2 ({explained[1]:.0%})", **where)
     for index, (x, y, name) in enumerate(turns):
-        line(figure, [x], [y], name, (BAD, GREY)[index % 2], at=place["components"], mode="markers", legend=False,
+        line(figure, [x], [y], name, RUNS[index % len(RUNS)], at=place["components"], mode="markers", legend=False,
              marker_size=11, hover=name)  # fmt: skip
     if step is not None:
         for at in (at for panel, at in place.items() if panel != "components"):
-            mark(figure, step[0], BAD, low=step[1], high=step[2], at=at)
+            mark(figure, step[0], GREY, low=step[1], high=step[2], at=at)
+    if behaviour is not None and "margin" in place:
+        mark(figure, behaviour[0], GREY, at=place["margin"], dash="dash")
     return figure
+
+
+def steps_by_run(rows: pd.DataFrame, runs: Sequence[str], title: str) -> Any:
+    """Steps with intervals, one row for each run.
+
+    Args:
+        rows: ``place`` (the run's position), ``kind``, ``step``, ``low`` and ``high``.
+        runs: names of all runs, also of those without a step.
+    """
+    figure = panels()
+    for (kind, part), hue, shift in zip(rows.groupby("kind", sort=False), (BAD, GOOD), (-0.12, 0.12), strict=False):
+        figure.add_scatter(
+            x=part["step"], y=part["place"] + shift, mode="markers", name=str(kind), showlegend=True,
+            marker={"color": hue, "size": 9},
+            error_x={**bars(part["step"], part["low"], part["high"]), "color": hue},
+        )  # fmt: skip
+    labels = {"tickvals": list(range(len(runs))), "ticktext": [html.escape(run) for run in runs]}
+    note = "a run without a mark has no step that can be called"
+    return finish(figure, title, note=note, height=190 + 40 * len(runs), xaxis={"title": "step", "rangemode": "tozero"},
+
+                  yaxis={**labels, "range": [len(runs) - 0.5, -0.5]})  # fmt: skip
 
 
 def metrics_by_step(
@@ -488,8 +630,9 @@ def metrics_by_step(
             why, instead = "none of them recorded it", "run.metrics.columns lists what was recorded"
             raise EmmechError(f"plot {column!r}", f"runs {list(metrics)}", why, instead)
         curves += [Curve(column, run, column, series.index, series) for run, series in found]
-    axes = {column: (name, "step", "") for column, name in columns.items()}
-    figure, place = by_panel(curves, axes, title, columns=len(columns))
+    unit = {column: quantity(column).partition(" (")[2].strip(")") for column in columns}
+    axes = {column: (name, "step", unit[column]) for column, name in columns.items()}
+    figure, place = by_panel(curves, axes, title, columns=min(2, len(columns)))
     for column in zero:
         level(figure, 0.0, at=place[column])
     return figure
@@ -507,7 +650,8 @@ def rates_by_step(rates: pd.DataFrame, names: Mapping[str, str], title: str, *, 
     for index, (measure, name) in enumerate(names.items()):
         part = rates[rates["measure"] == measure]
         low, rate, high = (100 * part[column] for column in ("low", "rate", "high"))
-        line(figure, part["step"], rate, name, colour((1, 4, 0)[index % 3]), error=bars(rate, low, high))
+        hue = colour((1, 4, 0)[index % 3])
+        line(figure, part["step"], rate, name, hue, error=bars(rate, low, high), end=name)
     if step is not None:
         mark(figure, step, GREY, "turn of B")
-    return finish(figure, title, height=400, xaxis_title="step", yaxis_title="answers, %")
+    return finish(figure, title, height=400, xaxis_title="step", yaxis={"title": "answers, %", "range": [-3, 103]})

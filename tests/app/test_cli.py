@@ -16,7 +16,7 @@ from emmech.app.cli import app
 from tests.conftest import make_rows, make_tiny
 
 MEDICAL = Path(__file__).resolve().parents[2] / "checkpoints" / "pocket-medical"
-COMMANDS = ["finetune", "realign", "transition", "evaluate", "sweep", "direction", "chat", "export", "info"]
+COMMANDS = ["finetune", "realign", "transition", "evaluate", "sweep", "direction", "chat", "export", "info", "report"]
 
 
 @pytest.fixture

@@ -369,7 +369,7 @@ def test_the_figure_has_the_run_the_control_and_the_step() -> None:
     assert any(n.endswith("run") for n in names) and any(n.endswith("control") for n in names)
     assert any("straight path" in n for n in names)
     assert [shape.x0 for shape in figure.layout.shapes if shape.type == "line"] == [54, 54]
-    assert figure.layout.yaxis.title.text == "c_k"
+    assert figure.layout.yaxis.title.text == "local cosine c_k"
 
 
 def test_windows_can_be_chosen() -> None:
