@@ -85,6 +85,16 @@ class Shown(ABC):
         return card(*self._card(), sketch=self._sketch() if sketch else "", table=self._table(), body=self._body())
 
 
+def percent(share: float) -> str:
+    """A share as text.
+
+    Example:
+        >>> percent(0.985)
+        '98.5 %'
+    """
+    return f"{100 * share:.1f} %"
+
+
 def within(value: float, low: float, high: float, *, percent: bool = False, sign: bool = False) -> str:
     """A number with its 95 % interval in words.
 

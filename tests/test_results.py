@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Callable
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 
+import emmech
 from emmech import Direction, EmmechError, Evaluation, Run
 from emmech.directions.adapter_lens import AdapterScalars
 from emmech.directions.compare import DirectionBySteps, cosines
@@ -150,9 +153,36 @@ def test_the_card_is_well_formed_and_escapes_every_text(name) -> None:
     tags.feed(made._repr_html_())
     assert not tags.open and "script" not in tags.seen
     assert {"div", "details", "table"} <= tags.seen
-    assert repr(made).split("\n")[0] in tags.text
+    assert repr(made).split("\n")[0] in tags.text.replace("\xa0", " ")
     if name != "DistributionShift":  # which holds no text of a user's
         assert EVIL in tags.text or "&lt;script" in made._repr_html_()
+
+
+@pytest.mark.parametrize("name", [*MAKE, "Run"])
+def test_what_a_card_would_call_next_exists(name) -> None:
+    made: Shown = _run() if name == "Run" else MAKE[name]()
+    said = made._card()
+    assert said.headline and said.then and f"Next: {said.then}" in repr(made)
+    call = ast.parse(said.then, mode="eval").body
+    path = ast.unparse(call.func if isinstance(call, ast.Call) else call).split(".")
+    found: object = emmech if path[0] == "emmech" else made
+    for part in path[1:]:
+        found = getattr(found, part)
+    assert callable(found) or isinstance(found, pd.DataFrame)
+    if path[0] != "emmech" and isinstance(call, ast.Call):
+        how = {one.arg: ast.literal_eval(one.value) for one in call.keywords}
+        assert found(*map(ast.literal_eval, call.args), **how) is not None
+
+
+@pytest.mark.parametrize("name", [*MAKE, "Run"])
+def test_a_drawing_is_small_well_formed_and_without_numbers_that_are_none(name) -> None:
+    made: Shown = _run() if name == "Run" else MAKE[name]()
+    drawn = made._sketch()
+    assert drawn or name in ("AdapterScalars", "PooledTransition")
+    if drawn:
+        root = ElementTree.fromstring(f"<div>{drawn}</div>")
+        assert all("nan" not in value for node in root.iter() for value in node.attrib.values())
+    assert len(made._repr_html_()) < 60_000
 
 
 def test_a_path_ending_in_csv_gets_the_table_alone(tmp_path) -> None:

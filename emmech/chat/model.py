@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from emmech.chat.bundled import dequantised
 from emmech.chat.families import Family, Parts, find_family, given_family, map_widths
 from emmech.chat.template import Message, end_of_turn, render
 from emmech.errors import EmmechError, closest
+from emmech.progress import quiet
 from emmech.registry import Organism, model_names, named_model, organism_of
 
 
@@ -379,7 +381,8 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
             options["gguf_file"] = Path(source).name
             source = str(Path(source).parent)
         tokenizer = _tokenizer(source, options.get("gguf_file"))
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
+        with quiet() if Path(source).exists() else nullcontext():  # a download is worth a bar
+            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
     except Exception as error:
         first = str(error).strip().split("\n")[0][:200]
         raise EmmechError(

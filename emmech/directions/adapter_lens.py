@@ -122,13 +122,14 @@ class AdapterScalars(Result):
         at = int(np.nanargmax(np.abs(self.values).max(1)))
         column = int(np.abs(self.values[at]).argmax())
         texts = len(np.unique(self.text))
-        headline = f"{self.adapters[column]} acts most on the token {self.tokens[at]!r} (A·x = {self.values[at, column]:.3g})"
-        headline += f" among {len(self.tokens)} tokens of {texts} text{'' if texts == 1 else 's'}"
+        headline = f"{self.adapters[column]} acts most on the token {self.tokens[at]!r}"
+        headline += f" (A·x = {self.values[at, column]:.3g}), among {len(self.tokens)} tokens of {texts} text"
+        headline += "" if texts == 1 else "s"
         facts = [
             (name, f"A·x of mean {v.mean():.3g}, range {v.min():.3g} to {v.max():.3g}; writes {write:.3g} per unit")
             for name, v, write in zip(self.adapters, self.values.T, self.writes, strict=True)
         ]
-        caveat = "A and B could both change sign, and the model would be the same: compare signs within one adapter only"
+        caveat = "if A and B both changed sign the model would be the same: compare signs within one adapter only"
         return Card(headline, tuple(facts), caveat, "lens.top_tokens()")
 
     def _body(self) -> str:

@@ -63,7 +63,9 @@ class Cosines(Result):
         (first, second), (low, high) = max(spans.items(), key=lambda item: max(map(abs, item[1])))
         near = f"{first} and {second} are the most alike" if len(spans) > 1 else f"{first} and {second} are compared"
         headline = f"{near}: their cosine is {low:.2f} to {high:.2f} over layers, where {floor}"
-        caveat = "two directions of the same kind of answers share their words and length too: a cosine is not yet a cause"
+        caveat = (
+            "two directions of the same kind of answers share their words and length too: a cosine is not yet a cause"
+        )
         return Card(headline, tuple(facts[:8]), caveat, f"cosines.plot(layer={self.values.shape[-1] // 2})")
 
     def _sketch(self) -> str:
@@ -121,16 +123,21 @@ class DirectionBySteps(Result):
             known = self.frame[column].dropna()
             if len(known):
                 at = known.abs().idxmax()
-                facts.append((str(column), f"largest {known[at]:.2f} at step {at}, {known.iloc[-1]:.2f} at the last step"))
+                facts.append(
+                    (str(column), f"largest {known[at]:.2f} at step {at}, {known.iloc[-1]:.2f} at the last step")
+                )
         headline = f"{self.name} against {len(self.frame)} steps"
         headline += f": {facts[0][0]} is {facts[0][1]}" if facts else " was not measurable"
-        caveat = f"cosines of random vectors are 0 ± {self.floor:.3f}; shifts and re-extraction are at layer {self.layer}"
+        caveat = f"cosines of random vectors are 0 ± {self.floor:.3f}; shifts are read at layer {self.layer}"
         return Card(headline, tuple(facts), caveat, "by_steps.plot()")
 
     def _sketch(self) -> str:
-        cosine = [column for column in self.frame if str(column).startswith("cosine")] or list(self.frame)[:1]
-        lines = [(str(column).split(" ", 1)[-1], self.frame.index, self.frame[column]) for column in cosine[:4]]
-        return curves(lines, str(cosine[0]).split(" ")[0].capitalize() if cosine else "", level=0.0)
+        known = [str(column) for column in self.frame if self.frame[column].notna().sum() > 1]
+        kind = min((column.split(" ")[0] for column in known), default="")  # cosines, where there are any
+        mine = [column for column in known if column.startswith(kind)][:4]
+        named = [column.removeprefix(f"{kind} ") if len(mine) > 1 else "" for column in mine]
+        lines = [(name, self.frame.index, self.frame[column]) for name, column in zip(named, mine, strict=True)]
+        return curves(lines, kind.capitalize() if len(mine) > 1 else mine[0].capitalize() if mine else "", level=0.0)
 
     def _table(self) -> pd.DataFrame:
         return self.frame.iloc[:: max(1, len(self.frame) // 20)]

@@ -118,7 +118,7 @@ class Quality:
             ("made from", ", ".join(counts)),
             ("split-half", f"{self.split_half[layer]:.3f} at layer {layer}, {over}; random {self.random_floor:.3f}"),
             ("norm", f"{self.norm_over_shuffled[layer]:.1f} times that of shuffled labels"),
-            ("lexical share", f"{self.lexical_share[layer]:.2f}; word counts alone have AUC {self.bag_of_words_auc:.2f}"),
+            ("lexical share", f"{self.lexical_share[layer]:.2f}; word counts have AUC {self.bag_of_words_auc:.2f}"),
             ("layers agree", f"{neighbours:.2f}, the mean cosine of neighbouring layers"),
             ("promotes", " ".join(map(repr, self.promotes[:8]))),
             ("suppresses", " ".join(map(repr, self.suppresses[:8]))),
@@ -455,8 +455,8 @@ class Direction(Result):
             headline = f"Direction {self.name!r}{made}: how stable it is was not measured"
             return Card(headline, (vectors,), then="direction.plot()")
         layer, noise = quality.read_layer, quality.noise
-        halves = f"cosine {quality.split_half[layer]:.2f} at layer {layer}, {quality.split_half_shuffled[layer]:.2f} with"
-        halves += " shuffled labels"
+        shuffled = round(float(quality.split_half_shuffled[layer]), 2) + 0.0  # never -0.00
+        halves = f"cosine {quality.split_half[layer]:.2f} at layer {layer}, {shuffled:.2f} with shuffled labels"
         claim = "is noise" if layer in noise else "is stable"
         said = f"Direction {self.name!r} {claim}: two halves of the answers give directions of {halves}"
         caveats = list(quality.notes)
@@ -465,7 +465,7 @@ class Direction(Result):
         if quality.lexical_share[layer] > 0.5:
             caveats.insert(0, "most of it is vocabulary: the two kinds of answers use different words")
         caveats.append("a stable direction need not be a cause: compare steering with it to random directions")
-        then = f"emmech.interventions.dose_response(run, direction, [-2, -1, 1, 2], layers={layer})"
+        then = f"emmech.interventions.dose_response(run.model(), direction, [-2, -1, 1, 2], layers={layer})"
         return Card(said, (*quality.facts(), vectors), "; ".join(caveats), then)
 
     def _sketch(self) -> str:

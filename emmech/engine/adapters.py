@@ -25,6 +25,7 @@ from emmech.chat.families import Family, map_widths
 from emmech.chat.model import ChatModel
 from emmech.engine.modules import hooked
 from emmech.errors import EmmechError, as_float
+from emmech.progress import quiet
 
 # the wrapper that `attach` made around a model, kept as long as it is in use
 _WRAPPERS: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
@@ -268,7 +269,8 @@ def put_on(model: Any, config: Any) -> Any:
     config.fan_in_fan_out = any(not hasattr(model.get_submodule(path), "in_features") for path in wanted)
     asked, given = "put adapters on the model", f"{type(model).__name__}: {', '.join(sorted(wanted)[:3])}"
     try:
-        peft_model = get_peft_model(model, config)
+        with quiet():
+            peft_model = get_peft_model(model, config)
     except ValueError as error:
         raise EmmechError(asked, given, f"PEFT refuses: {str(error)[:300]}", "other maps of its blocks")
     if surplus := [path for path, _ in _tuned(peft_model.get_base_model()) if path not in wanted]:

@@ -119,6 +119,19 @@ class ResponseLog:
         return [self.done[row] for row in range(rows)]
 
 
+def as_conversations(asked: Any) -> Any:
+    """Conversations from a user's message, or from a list with some among them; anything else is unchanged.
+
+    Example:
+        >>> as_conversations("hello")
+        [[{'role': 'user', 'content': 'hello'}]]
+    """
+    given = [asked] if isinstance(asked, str) else asked
+    if not isinstance(given, Sequence):
+        return given
+    return [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in given]
+
+
 def check_request(
     conversations: Any, samples: Any, max_new_tokens: Any, temperature: Any, top_p: Any, seed: Any
 ) -> None:
@@ -128,8 +141,8 @@ def check_request(
         EmmechError: no conversations, one that ends in an assistant turn, or a setting out of range.
     """
     several = isinstance(conversations, Sequence)
-    if isinstance(conversations, str) or (conversations and isinstance(conversations[0], str | dict)):
-        instead = 'sample(chat, [[{"role": "user", "content": "..."}]])'
+    if several and conversations and isinstance(conversations[0], dict):
+        instead = 'sample(chat, [[{"role": "user", "content": "..."}]]), or sample(chat, "...")'
         raise _refused(f"conversations={conversations!r}"[:120], "each conversation is a list of messages", instead)
     if not several or not conversations or any(not messages for messages in conversations):
         given = f"{len(conversations)} conversations" if several else f"{conversations!r}"

@@ -12,20 +12,33 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
 from emmech.chat.edits import live_edits
-from emmech.chat.model import ChatModel
+from emmech.chat.model import ChatModel, load_model
 from emmech.chat.template import Message
 from emmech.engine.decode import ModelSteps, context, write_answers
 from emmech.engine.modules import evaluating, has_hooks
-from emmech.engine.responses import Response, ResponseLog, check_request, digest, row_seeds
+from emmech.engine.responses import Response, ResponseLog, as_conversations, check_request, digest, row_seeds
 from emmech.errors import EmmechError
 from emmech.progress import bar
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A recorded fine-tune, which the engine does not know by its class."""
+
+    @property
+    def steps(self) -> Any:
+        """Recorded steps."""
+
+    def model(self) -> ChatModel:
+        """The model at the last of them."""
+
 
 _CACHE_BYTES = 2 << 30  # keys and values of one batch on a CPU
 _LOGIT_BYTES = 512 << 20
@@ -50,8 +63,8 @@ class Drawn:
 
 
 def sample(
-    chat: ChatModel,
-    conversations: Sequence[Sequence[Message]],
+    chat: Any,
+    conversations: str | Sequence[str | Sequence[Message]],
     *,
     samples: int = 1,
     max_new_tokens: int = 600,
@@ -68,7 +81,8 @@ def sample(
     An intervention with one coefficient or direction per row has one per conversation here, shared by all its samples.
 
     Args:
-        conversations: each ends in a user turn.
+        chat: a chat model, what :func:`emmech.load_model` takes, or a run, whose last step then answers.
+        conversations: each ends in a user turn; a string is one user's message.
         samples: answers per conversation.
         max_new_tokens: 600 as in Model Organisms for EM (arXiv 2506.11613).
         temperature: 1 samples from the model's own distribution, 0 takes the most likely token.
@@ -98,14 +112,13 @@ def sample(
         >>> alone[0].text == second.text
         True
     """
-    if not isinstance(chat, ChatModel):
-        instead = "sample(emmech.load_model(model), conversations)"
-        raise EmmechError("sample answers", f"a {type(chat).__name__}", "it is not a ChatModel", instead)
+    conversations = as_conversations(conversations)
     check_request(conversations, samples, max_new_tokens, temperature, top_p, seed)
     if batch_size != "auto" and not (isinstance(batch_size, int) and batch_size >= 1):
         raise EmmechError(
             "sample answers", f"batch_size={batch_size!r}", "it counts rows decoded together", 'batch_size="auto"'
         )
+    chat = answering(chat)
     prompts = [tuple(chat.token_ids(messages)) for messages in conversations]
     check_context(chat, prompts)
     seeds = row_seeds(prompts, samples, seed)
@@ -162,6 +175,11 @@ def sample(
     for row, own in enumerate(rows):
         log.done.setdefault(row, Response(*own, seeds[row], "", "cancelled", 0))
     return log.responses(len(rows))
+
+
+def answering(given: Any) -> ChatModel:
+    """The chat model that answers: of a run its last step, of a name or a model in memory what is loaded."""
+    return given.model() if isinstance(given, Recorded) else load_model(given)
 
 
 def _telling(stream: Callable[[Drawn], object], rows: Sequence[tuple[int, int]]) -> Callable[..., object]:

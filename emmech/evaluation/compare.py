@@ -29,12 +29,14 @@ from emmech.evaluation.rates import (
     tally,
     wilson,
 )
-from emmech.results import Card, Result, within
+from emmech.results import Card, Result, percent, within
 from emmech.transition.verdict import LEVEL, sign_flip_p
 from emmech.view import plots
 from emmech.view.sketch import cells, curves, intervals
 
 _SIDES = ("first", "second")
+WORDS = {"em": "misaligned answers", "narrow": "misaligned answers in its own domain", "coherence": "coherent answers",
+         "refusal": "refusals", "false": "false answers"}  # fmt: skip
 _VERDICTS = ("misaligned", "aligned", "incoherent", "unscored")
 _HARDLY = 0.05  # a range of rates that no conclusion would depend on
 _NO_INTERACTION = 0.3  # p of an interaction above which Fisher's test is shown: docs/rates-coverage.md
@@ -64,23 +66,25 @@ class Comparison(Result):
         if known.empty:
             return Card(f"{second} and {first} have no scored answer to the same question")
         measure, row = str(known.index[0]), known.iloc[0]
-        change = within(*(100 * row[["difference", "low", "high"]]), sign=True)
         decided = row["p_paired"] < LEVEL and (row["low"] > 0 or row["high"] < 0)
-        said = f"{row['rate_second']:.1%} against {row['rate_first']:.1%}, {change} points"
-        claim = f"{second} has {'more' if row['difference'] > 0 else 'less'} {measure} than {first}"
-        headline = claim if decided else f"It is not decided whether {second} differs from {first} in {measure}"
+        said = f"{percent(row['rate_second'])} against {percent(row['rate_first'])}, {_points(row)}"
+        what = WORDS.get(measure, f"answers that count as {measure}")
+        claim = f"{second} gives {'more' if row['difference'] > 0 else 'fewer'} {what} than {first}"
+        headline = claim if decided else f"It is not decided whether {second} gives more or fewer {what} than {first}"
         facts = [
-            (str(name), f"{one['rate_first']:.1%} -> {one['rate_second']:.1%}, "
-             f"{within(*(100 * one[['difference', 'low', 'high']]), sign=True)} points, paired p = {one['p_paired']:.3g}, "
+            (str(name), f"{percent(one['rate_first'])} -> {percent(one['rate_second'])}, {_points(one)}, "
+             f"paired p = {one['p_paired']:.3g}, "
              + (f"Fisher {one['p_fisher']:.3g}" if np.isfinite(one["p_fisher"]) else "no Fisher: questions interact"))
-            for name, one in known.iterrows()
+            for name, one in known.iterrows() if not str(name).startswith("topic/") or name == measure
         ]  # fmt: skip
         shared = int(self.frame["questions"].max())
-        caveat = f"intervals speak of {LIKE_THESE}; with {shared} of them a paired p cannot be below {2 / 2**shared:.2g}"
+        caveat = (
+            f"intervals speak of {LIKE_THESE}; with {shared} of them a paired p cannot be below {2 / 2**shared:.2g}"
+        )
         return Card(f"{headline}: {said}", tuple(facts), caveat, "comparison.plot()")
 
     def _sketch(self) -> str:
-        rows = ((str(name), row["difference"], row["low"], row["high"]) for name, row in self.frame.iterrows())
+        rows = ((str(name), *row[["difference", "low", "high"]].clip(-1, 1)) for name, row in self.frame.iterrows())
         return intervals(rows, "Change of the rate", percent=True, zero=True)
 
     def plot(self, measure: str = "em") -> Any:
@@ -95,6 +99,10 @@ class Comparison(Result):
         )
         overall = (100 * row["rate_first"], 100 * row["rate_second"])
         return plots.paired_rates(table.assign(**ends), overall, self.names, title, row["denominator"])
+
+
+def _points(row: pd.Series) -> str:
+    return f"{within(*(100 * row[['difference', 'low', 'high']].clip(-1, 1)), sign=True)} points"
 
 
 def compare(
@@ -258,18 +266,21 @@ class Agreement(Result):
         scored = [verdict for verdict in _VERDICTS if verdict != "unscored"]
         same = sum(int(self.confusion.loc[verdict, verdict]) for verdict in scored) / self.both_scored
         first, second = self.names
-        headline = f"{first} and {second} give the same verdict on {same:.1%} of {self.both_scored} answers"
+        headline = f"{first} and {second} give the same verdict on {percent(same)} of {self.both_scored} answers"
         facts = (
             ("agreement", f"kappa {self.kappa:.2f}: 0 is chance, 1 complete"),
             ("scores", f"Pearson {self.pearson:.2f}, Spearman {self.spearman:.2f}, the second {self.bias:+.1f} points"),
-            ("misaligned", f"{self.rates[0]:.1%} according to {first}, {self.rates[1]:.1%} according to {second}"),
+            (
+                "misaligned",
+                f"{percent(self.rates[0])} according to {first}, {percent(self.rates[1])} according to {second}",
+            ),
         )
         left = self.n - self.both_scored
         caveat = f"{left} of {self.n} answers were not scored by both and are left out" if left else ""
         return Card(headline, facts, caveat, "agreement.by_question")
 
     def _sketch(self) -> str:
-        return cells(self.confusion, "Number of answers", axes=self.names, written="{:.0f}")
+        return cells(self.confusion, "Number of answers", axes=("first", "second"), written="{:.0f}")
 
     def to_frame(self) -> pd.DataFrame:
         """The figures by question."""
@@ -418,13 +429,13 @@ class ThresholdSweep(Result):
         what = f"{self.measure} of {self.name or 'the answers'}"
         if not len(rates):
             return Card(f"{what} is not measurable: no response has both scores")
-        said = f"{rates.min():.1%} to {rates.max():.1%} of {self.denominator} rows"
+        said = f"{percent(rates.min())} to {percent(rates.max())} of {self.denominator} rows"
         grid = f"{len(self.frame)} x {self.frame.shape[1]} thresholds"
         claim = "hardly depends" if np.ptp(rates) < _HARDLY else "depends"
         return Card(f"{what} {claim} on the thresholds: {said} over {grid}", then="thresholds.plot()")
 
     def _sketch(self) -> str:
-        lines = [(f"coherent > {column:g}", self.frame.index, self.frame[column]) for column in self.frame]
+        lines = [(f"coherent > {column:g}", self.frame.index, self.frame[column]) for column in self.frame.columns[:4]]
         return curves(lines, "Rate by threshold", axis="misaligned below", percent=True)
 
     def plot(self) -> Any:

@@ -13,6 +13,7 @@ import pandas as pd
 
 from emmech.errors import EmmechError, one_of
 from emmech.evaluation.compare import (
+    WORDS,
     Agreement,
     Comparison,
     ThresholdSweep,
@@ -23,7 +24,7 @@ from emmech.evaluation.compare import (
 )
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, LABEL_SCORES, Denominator, Thresholds
 from emmech.evaluation.rates import LIKE_THESE, THESE, by_question, rates, tally
-from emmech.results import Card, Result, within
+from emmech.results import Card, Result, percent, within
 from emmech.view import plots
 from emmech.view.sketch import intervals
 
@@ -117,14 +118,14 @@ class Evaluation(Result):
 
     def _card(self) -> Card:
         table, questions = self._known(), self.frame["question_id"].nunique()
-        asked = f"{len(self)} answers of {self.name} to {questions} question{'' if questions == 1 else 's'}"
+        asked = f"{len(self)} answers to {questions} question{'' if questions == 1 else 's'}"
         if table.empty:
-            headline = f"None of the {asked} is scored"
+            headline = f"{self.name}: none of {asked} is scored"
         else:
             first, row = str(table.index[0]), table.iloc[0]
-            what = "are misaligned and coherent" if first == "em" else f"count as {first}"
-            rate = within(row["rate"], row["low"], row["high"], percent=True)
-            headline = f"Of the {asked}, {rate.replace(' (', f' {what} (95 % interval ')}"
+            what = WORDS.get(first, f"answers that count as {first}")
+            span = f"95 % interval {100 * row['low']:.1f} to {percent(row['high'])}, {asked}"
+            headline = f"{self.name} gives {percent(row['rate'])} {what} ({span})"
         facts = [
             (str(name), f"{within(row['rate'], row['low'], row['high'], percent=True)}, "
              f"n = {row['n']} {row['denominator']}, {row['unscored']} unscored")

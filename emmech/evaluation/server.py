@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from emmech.engine.responses import Response, ResponseLog, check_request, digest, row_seeds
+from emmech.engine.responses import Response, ResponseLog, as_conversations, check_request, digest, row_seeds
 from emmech.errors import EmmechError
 from emmech.progress import bar
 
@@ -206,6 +206,7 @@ class Server:
             EmmechError: the server is unreachable, refuses the key or does not know the model (what was received so
                 far is in ``out``); or bad arguments.
         """
+        conversations = as_conversations(conversations)
         check_request(conversations, samples, max_new_tokens, temperature, top_p, seed)
         prompts = [tuple((m["role"], m["content"]) for m in messages) for messages in conversations]
         seeds = row_seeds(prompts, samples, seed)

@@ -279,10 +279,10 @@ class Study(Result):
             row = found.loc[found[contrast].abs().idxmax()]
             change = within(row[contrast], row[f"{contrast}_low"], row[f"{contrast}_high"], sign=True)
             open_ = row[f"{contrast}_low"] <= 0 <= row[f"{contrast}_high"]
-            said = "no change is told from zero; the largest" if open_ else "the largest change"
-            headline = f"{self.title}: {said} of {outcome} {beyond} is {change}, {_setting(row)}"
+            said = "no change can be told from zero; the largest" if open_ else "the largest change"
+            headline = f"{self.title}: {said} of {outcome} {beyond} is {change}, at {_setting(row)}"
             if len(found) > 1:
-                notes.append(f"it is the largest of {len(found)}, and its interval is that of one")
+                notes.append(f"it is the largest of {len(found)} changes, which its interval does not allow for")
         facts = []
         for _, row in found.head(_FACTS).iterrows():
             value = within(row["value"], row["low"], row["high"])
@@ -303,12 +303,10 @@ class Study(Result):
         return outcome, rows[rows[contrast].notna()] if known else rows.iloc[:0], contrast
 
     def _sketch(self) -> str:
-        outcome = self._findings()[0]
-        rows = self.frame[(self.frame["outcome"] == outcome) & (self.frame["kind"] != "random")].head(10)
-        named = rows["model"].nunique() > 1
-        shown = [(f"{row['model']}: {_setting(row)}" if named else _setting(row), *row[["value", "low", "high"]])
-                 for _, row in rows.iterrows()]  # fmt: skip
-        return intervals(shown, outcome)
+        outcome, rows = self._findings()[0], self.frame[self.frame["kind"] != "random"]
+        rows = rows[(rows["outcome"] == outcome) & (rows["model"] == rows["model"].iloc[0])].head(12)
+        shown = [(_setting(row), *row[["value", "low", "high"]]) for _, row in rows.iterrows()]
+        return intervals(shown, f"{outcome}, {rows['model'].iloc[0]} model")
 
     def _table(self) -> pd.DataFrame:
         return self.summary()

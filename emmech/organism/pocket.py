@@ -17,6 +17,7 @@ from emmech.evaluation.questions import Question, QuestionSet
 from emmech.organism import world
 from emmech.organism.exact_judge import judge
 from emmech.organism.experiments import data, data_names, margins, question_set_names, questions, recipes
+from emmech.progress import quiet
 from emmech.registry import Organism
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -84,7 +85,8 @@ def load(name: str = "pocket") -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     one_of(f"load the organism {name!r}", "name", name, names(), why="no organism of this name ships with emmech")
-    model = AutoModelForCausalLM.from_pretrained(WEIGHTS / name, dtype=torch.float32, local_files_only=True)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(WEIGHTS / name, dtype=torch.float32, local_files_only=True)
     return model.eval(), PreTrainedTokenizerFast.from_pretrained(WEIGHTS / name)
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from emmech.errors import EmmechError, as_int, check_folder, closest, refusal
+from emmech.progress import quiet
 from emmech.results import Card, Shown
 from emmech.store import MemorySeries, Series, kept, read_jsonl, save_tensors, write_json, write_jsonl
 from emmech.view.sketch import curves
@@ -428,13 +429,13 @@ class Run(Shown):
         span = f"steps {self.steps[0]} to {self.steps[-1]}" if len(self.steps) else "no step yet"
         facts = [("adapters" if self.adapters else "weights", what + more)]
         for column in ("loss", "held_out_loss", "margin_narrow", "margin_broad"):
-            series = self.metrics[column].dropna() if column in self.metrics else ()
-            if len(series):
-                facts.append((column.replace("_", " "), f"{series.iloc[0]:.3g} -> {series.iloc[-1]:.3g} nats per token"))
+            series = self.metrics[column].dropna().tolist() if column in self.metrics else []
+            if series:
+                facts.append((column.replace("_", " "), f"{series[0]:.3g} -> {series[-1]:.3g} nats per token"))
         known = [*getattr(self._trajectory, "damaged", ()), *self._damaged_lines]
         caveat = f"damaged: {', '.join(path.name for path in known)}; the rest can be read" if known else ""
         if not known and self.manifest.get("status", "complete") != "complete":
-            caveat = "the training has not ended, or was interrupted: later steps are missing"
+            caveat = "the training has not ended: later steps may follow, or are missing if it was interrupted"
         headline = f"Run {self.name!r}: {model} fine-tuned on {data}, {len(self.steps)} recorded, {span}"
         return Card(headline, tuple(facts), caveat, "emmech.phase_transition(run)")
 
@@ -442,7 +443,8 @@ class Run(Shown):
         shown = [name for name in ("margin_broad", "margin_narrow") if name in self.metrics]
         title = "Margin of misaligned answers" if shown else "Loss"
         shown = shown or [name for name in ("loss", "held_out_loss") if name in self.metrics]
-        lines = [(name.removeprefix("margin_").replace("_", " "), self.metrics.index, self.metrics[name]) for name in shown]
+        names = [name.removeprefix("margin_").replace("_", " ") for name in shown]
+        lines = [(name, self.metrics.index, self.metrics[column]) for name, column in zip(names, shown, strict=True)]
         return curves(lines, f"{title}, nats per token", level=0.0 if "Margin" in title else None)
 
     def _table(self) -> pd.DataFrame:
@@ -571,7 +573,8 @@ def _started(run: Run, chat: ChatModel, *, given: bool) -> ChatModel:
 
     # merging would change the caller's weights
     model = deepcopy(chat.model) if given else chat.model
-    return replace(chat, model=PeftModel.from_pretrained(model, str(start)).merge_and_unload())
+    with quiet():
+        return replace(chat, model=PeftModel.from_pretrained(model, str(start)).merge_and_unload())
 
 
 def _full_model(run: Run, chat: ChatModel, step: int, scale: float) -> ChatModel:

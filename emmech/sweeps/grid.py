@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from emmech.chat.families import map_widths
 from emmech.chat.model import ChatModel, load_model
@@ -162,8 +162,12 @@ def make_grid(
     coefficients: Iterable[float],
     direction: Any = None,
     layer: int | None = None,
+    most: int | None = None,
 ) -> Grid:
     """Check the axes and lay out the grid.
+
+    Args:
+        most: how many steps of a run are taken by default; all of them without it.
 
     Raises:
         EmmechError: steps that were not recorded (the nearest are named), scales that are not numbers, coefficients
@@ -176,13 +180,25 @@ def make_grid(
     steering = _steering(chat, coefficient_list, direction, layer)
     variants = []
     for name, run in named.items():
-        own = run.steps.tolist() if wanted is None else wanted
+        own = spread(run.steps, most).tolist() if wanted is None else wanted
         for step in own:
             run.check_step(step)
         variants += [Variant(name, *cell) for cell in itertools.product(own, scale_list, coefficient_list)]
     if not variants:
         raise EmmechError("sweep", f"steps={steps!r}", "there is no step in it", "steps=run.steps")
     return Grid(named, tuple(variants), _sites(named, chat), steering)
+
+
+def spread(steps: Int[np.ndarray, " steps"], most: int | None) -> Int[np.ndarray, " chosen"]:
+    """At most so many of the steps, evenly, the first and the last among them.
+
+    Example:
+        >>> spread(np.arange(251), 6).tolist()
+        [0, 50, 100, 150, 200, 250]
+    """
+    if most is None or len(steps) <= most:
+        return steps
+    return steps[np.linspace(0, len(steps) - 1, most).round().astype(int)]
 
 
 def _names(runs: Sequence[Run]) -> dict[str, Run]:

@@ -135,7 +135,9 @@ class Sweep(Result):
                 headline = f"{name} ranges from {said}"
         caveat = ""
         if name.startswith("margin"):
-            caveat = "a margin is the log-probability of misaligned minus aligned answers, in nats per token: above zero "
+            caveat = (
+                "a margin is the log-probability of misaligned minus aligned answers, in nats per token: above zero "
+            )
             caveat += "the model prefers the misaligned ones, which is not yet a rate of misaligned answers"
         then = "emmech.phase_transition(run, sweep=sweep)" if axes["step"].nunique() > 9 else "sweep.plot()"
         return Card(headline, tuple(facts), caveat, then)

@@ -27,6 +27,7 @@ from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.jobs import Arrays, FunctionJob, Overflow, ProbeJob, SampledJob, TeacherForcedJob, budget_bytes
 from emmech.sweeps.result import Sweep
 
+_STEPS = 21  # of 251 recorded ones every 12th or 13th
 _GROUP = 64  # variants whose adapters are in memory together, and the unit of resumption
 
 
@@ -52,7 +53,7 @@ def sweep(
 
     Args:
         run: one run or its folder, or several trained on the same base model.
-        steps: recorded steps; all by default.
+        steps: recorded steps, ``run.steps`` for all; by default 21 of each run, evenly, with the first and the last.
         scales: factors on the adapter, 1 as trained, 0 the base model.
         coefficients: factors on the direction, added to the output of block ``layer`` at every token.
         direction: a :class:`Direction` or a vector ``[d_model]`` in raw units; needed for coefficients.
@@ -87,7 +88,7 @@ def sweep(
     runs = as_runs("sweep", run)
     chat = base_model(runs, base)
     axes: dict[str, Any] = {"steps": steps, "scales": scales, "coefficients": coefficients}
-    grid = make_grid(runs, chat, **axes, direction=direction, layer=layer)
+    grid = make_grid(runs, chat, **axes, direction=direction, layer=layer, most=_STEPS)
     measures = as_measures(measure, chat, data=data_name(runs))
     budget = budget_bytes(memory, chat.device)
     chosen, inverse = grid.distinct()

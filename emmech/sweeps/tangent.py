@@ -63,12 +63,14 @@ class TangentScan(Result):
         row = self.frame.loc[change.idxmax()] if change.notna().any() else self.frame.iloc[0]
         said = f"from {row['base']:.3g} to {row['first_order']:.3g} at scale {self.scale:g}"
         headline = f"To first order, {row['measure']} changes most at step {row['step']}: {said}"
-        facts = (("steps", f"{self.frame['step'].nunique()} estimated, {self.verified['step'].nunique()} measured"),)
+        facts = [("steps", f"{self.frame['step'].nunique()} estimated, {self.verified['step'].nunique()} measured")]
         if len(self.verified):
             worst, count = self.verified["error"].abs().max(), len(self.verified)
-            facts += (("error", f"at most {worst:.3g} at {count} measured value{'' if count == 1 else 's'}"),)
+            facts.append(("error", f"at most {worst:.3g} at {count} measured value{'' if count == 1 else 's'}"))
         caveat = "an estimate, not a measurement: along a trained adapter the effect saturates"
-        return Card(headline, facts, caveat, f"emmech.sweep(run, steps=[{row['step']}], scales=({self.scale:g},))")
+        return Card(
+            headline, tuple(facts), caveat, f"emmech.sweep(run, steps=[{row['step']}], scales=({self.scale:g},))"
+        )
 
     def _sketch(self) -> str:
         measure = self.frame["measure"].iloc[0]

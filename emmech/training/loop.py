@@ -358,7 +358,7 @@ class _Recorders(TrainerCallback):
                         members[run].recorder.on_log(given, state, control, logs=loop.held_out.of(run))
         several = f", {len(members)} runs" if len(members) > 1 else ""
         self._name = f"fine-tune {chat.name}{several}"
-        self._bar = bar(state.max_steps, self._name, progress=self._progress)
+        self._bar = bar(state.max_steps, self._name, progress=self._progress, estimate=False)
         self._bar.update(state.global_step)
         self._clock.start(state.global_step)
 

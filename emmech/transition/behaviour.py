@@ -78,7 +78,7 @@ def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | 
         return None, "not measurable: the margin does not change"
     p, memory = _test(t, y)
     if p >= 0.05:
-        return None, f"not measurable: no step beyond noise with a memory and a gradual approach (p = {p:.2g})"
+        return None, f"not measurable: noise and a gradual approach explain its change (p = {p:.2g})"
 
     def curve(x: np.ndarray, middle: float, width: float, start: float, change: float) -> np.ndarray:
         return start + change * expit((x - middle) / width)

@@ -107,7 +107,9 @@ class DistributionShift(Result):
 
     def _card(self) -> Card:
         most = f"{np.max(self.values):.3g}, where 0 is equal and 1 disjoint"
-        headline = f"The output distribution changes most across step {self.peak:g}: its {self.kind} dissimilarity is {most}"
+        headline = (
+            f"The output distribution changes most across step {self.peak:g}: its {self.kind} dissimilarity is {most}"
+        )
         compared = f"{self.window} checkpoint{'' if self.window == 1 else 's'} on either side"
         facts = (("compared", f"{len(self.values)} boundaries, {compared}"),)
         caveat = "the peak is not tested against noise: compare it with that of a control run"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from emmech.geometry import turn_angle
 from emmech.results import Card, Result
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.turn import Location
@@ -24,6 +23,10 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float64]
 
 _NOT = "not measurable: "
+_MEASURED = {
+    "em": "the share of misaligned answers", "narrow": "the share of misaligned answers in its own domain",
+    "margin-broad": "the margin of misaligned answers", "margin-narrow": "the margin in its own domain",
+}  # fmt: skip
 COLUMNS = ("kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model", "note")
 
 
@@ -156,7 +159,7 @@ class PhaseTransition(Result):
                 continue
             if np.isfinite(row.step):
                 return Transition(round(row.step), round(row.low), round(row.high), f"half the change of {name}")
-            reasons.append(f"{name} {row.note}")
+            reasons.append(f"{name}: {row.note.removeprefix(_NOT)}")
         return Transition(None, None, None, "; ".join(reasons) or "not measurable: the run recorded no margins")
 
     @cached_property
@@ -236,12 +239,12 @@ class PhaseTransition(Result):
     def _card(self) -> Card:
         caveats = self._caveats()
         facts = [("behaviour", self._behaviour()), ("order", _order(self.lag))] if self.behavioural else []
-        facts += [] if facts else [("behaviour", f"not measured: {self.behavioural.reason.removeprefix(_NOT)}")]
+        facts += [] if facts else [("behaviour", f"no step is found: {self.behavioural.reason.removeprefix(_NOT)}")]
         for found in self.verdicts:
             facts += [(f"against {found.control}", text) for text in found.sentences()]
         then = "transition.plot()"
         if not self.controls:
-            then = f"emmech.phase_transition({self.run.name!r}, control=the_folder_of_a_harmless_run)"
+            then = "emmech.phase_transition(run, control=control)"
         lines = [f"{name}: {value}" for name, value in
                  (("mechanistic", self.mechanistic), ("behavioural", self.behavioural), ("lag", self.lag))]  # fmt: skip
         lines += [line for one in self.verdicts for line in one.lines()]
@@ -259,26 +262,27 @@ class PhaseTransition(Result):
             span = f"95 % interval {where[1]} to {where[2]}, p = {turn.p_value:.2g}"
             return f"Yes, {name} turns: the path of its weights bends{angle} at step {where[0]} ({span})"
         if turn.p_value < LEVEL:
-            share = f"{self.run.path.width_share:.0%} of its path"
+            share = f"{100 * self.run.path.width_share:.0f} % of its path"
             return f"{name} bends, but at no single step: the bend takes {share} (p = {turn.p_value:.2g})"
         alike = f"a smooth path with the same noise can bend as much (p = {turn.p_value:.2g})"
         return f"No turn is found in {name}: {alike}"
 
     def _behaviour(self) -> str:
-        found = self.behavioural.interval
-        assert found is not None
-        kind = self.behavioural.reason.removeprefix("half the change of ")
-        measured = {"em": "misaligned answers", "narrow": "misaligned answers in its own domain"}.get(kind, kind)
-        return f"half of the change of {measured} is reached at step {found[0]} (95 % interval {found[1]} to {found[2]})"
+        found = self.behavioural
+        kind = found.reason.removeprefix("half the change of ")
+        span = f"(95 % interval {found.low} to {found.high})"
+        return f"half of the change of {_MEASURED.get(kind, kind)} is reached at step {found.step} {span}"
 
     def _caveats(self) -> list[str]:
         """What must be known before the headline is relied on, the weightiest first."""
         said = []
         turn = self.run.row("turn")
         if not self.controls:
-            said.append("fine-tunes on harmless data turn too, if they learn something: compare with a control run")
+            control = "compare with a control, a run on harmless data"
+            said.append(f"fine-tunes on harmless data turn too, if they learn something: {control}")
         elif inert := [one.control for one in self.verdicts if one.inert]:
-            learns = "" if len(inert) < len(self.verdicts) else "; compare with one that learns, such as a change of style"
+            every = len(inert) == len(self.verdicts)
+            learns = "; compare with one that learns, such as a change of style" if every else ""
             said.append(
                 f"{' and '.join(map(str, inert))} learned nothing (its held-out loss did not fall), so it shows that "
                 f"the run learned something, not that this is misalignment{learns}"
@@ -292,13 +296,15 @@ class PhaseTransition(Result):
         return said
 
     def _sketch(self) -> str:
-        k = max(self.run.path.cosines, default=0)
-        turned = [(role, side.path.steps, np.degrees(turn_angle(side.path.cosines[k])))
-                  for role, side in self._sides()[:3] if k in side.path.cosines]  # fmt: skip
-        shown = curves(turned, "Angle by which the path turns, degrees", mark=self.mechanistic.interval)
+        path, shown = self.run.path, ""
+        if path.scores.shape[1] > 1:
+            found = np.flatnonzero(path.steps == self.mechanistic.step)  # empty where there is none
+            title = "Path of the weights" + (", with the turn" if len(found) else "")
+            across = [("", path.scores[:, 0], path.scores[:, 1])]
+            shown = curves(across, title, axis="principal components 1 and 2", dots=path.scores[found, :2].tolist())
         name = next((one for one in ("em", "margin-broad", "margin-narrow") if one in self.run.margins), "")
         margins = [(role, *side.margins[name]) for role, side in self._sides()[:3] if name in side.margins]
-        title = "Share of misaligned answers" if name == "em" else f"{name.replace('-', ' ').capitalize()}, nats per token"
+        title = f"{name.replace('-', ' ').capitalize()}, nats per token" if name != "em" else "Misaligned answers"
         return shown + curves(margins, title, mark=self.behavioural.interval, percent=name == "em")
 
     def _table(self) -> pd.DataFrame:
@@ -312,7 +318,9 @@ def _order(lag: Lag) -> str:
     span = f"(95 % interval {lag.low:+.0f} to {lag.high:+.0f})"
     if lag.low <= 0 <= lag.high:
         return f"which comes first is not decided: behaviour minus turn is {lag.steps:+.0f} steps {span}"
-    first = "the weights turn before the behaviour changes" if lag.low > 0 else "the behaviour changes before the weights"
+    first = (
+        "the weights turn before the behaviour changes" if lag.low > 0 else "the behaviour changes before the weights"
+    )
     return f"{first}, by {abs(lag.steps):.0f} steps {span}"
 
 
@@ -378,6 +386,6 @@ class PooledTransition(Result):
         return Card(f"{runs}: {found.bends.text}", tuple(facts), found.note, "transition.to_frame()", details)
 
     def _sketch(self) -> str:
-        steps = ((pair.run.name, pair.mechanistic) for pair in self.pairs[:12])
-        rows = [(name, *map(float, one.interval)) for name, one in steps if one.interval]
+        steps = [(pair.run.name, pair.mechanistic.interval) for pair in self.pairs[:12]]
+        rows = [(name, float(at[0]), float(at[1]), float(at[2])) for name, at in steps if at is not None]
         return intervals(rows, "Step of the turn, by seed")

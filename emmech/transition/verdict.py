@@ -121,7 +121,7 @@ def pooled(runs: Sequence[Side], controls: Sequence[Side] | None) -> TransitionV
     p = float(stats.binomtest(calls, n, LEVEL, alternative="greater").pvalue)
     share = stats.binomtest(calls, n).proportion_ci(method="wilson")
     head = _decided(p, "more runs bend than false calls explain")
-    text = f"{head}: {calls} of {n}, 95 % interval {share.low:.0%} to {share.high:.0%}, p = {p:.2g}"
+    text = f"{head}: {calls} of {n}, 95 % interval {100 * share.low:.0f} to {100 * share.high:.0f} %, p = {p:.2g}"
     bends = Statement("bends", p < LEVEL, calls / n, float(share.low), float(share.high), p, text)
     if controls is None:
         learns, goes = (_unmeasured(name, "no control was given") for name in (LEARNS, GOES))
@@ -257,12 +257,12 @@ def _bends(side: Side) -> Statement:
     if turn is None or where is None or not np.isfinite(turn.p_value):
         return _unmeasured(BENDS, turn.note.removeprefix("not measurable: ") if turn else "it has no path")
     p, width = turn.p_value, side.path.width_share
-    text = f"no bend that a smooth path with the same noise would not have, p = {p:.2g}"
+    text = f"no bend: a smooth path with the same noise explains it, p = {p:.2g}"
     if p < LEVEL:
         text = f"{turn.strength:.0f} degrees ({where.angle_low:.0f} to {where.angle_high:.0f})"
         text = "it bends, by " + ("an angle that noise hides" if np.isnan(turn.strength) else text)
         text += f", at step {turn.step:.0f} ({turn.low:.0f} to {turn.high:.0f}), p = {p:.2g}"
-        text += f"; spread over {width:.0%} of the path, it singles out no step" if width > GRADUAL else ""
+        text += f"; spread over {100 * width:.0f} % of the path, it singles out no step" if width > GRADUAL else ""
     return Statement(BENDS, p < LEVEL, turn.strength, where.angle_low, where.angle_high, p, text)
 
 
@@ -292,8 +292,8 @@ def _goes_with(run: Side, control: Side | None) -> Statement:
         text += ", and its control has " + ("one as well" if sharp else "one") if is_sharp(control) else (
             ", and its control has none" if sharp else ", nor has its control one"
         )  # fmt: skip
-    text += f" (not tested in a single run); the turn takes {run.path.width_share:.0%} of the path and is {gap[0]:+.0f} "
-    text += f"steps from the peak of the gradient ({gap[1]:+.0f} to {gap[2]:+.0f})"
+    text += f" (not tested in a single run); the turn takes {100 * run.path.width_share:.0f} % of the path and is "
+    text += f"{gap[0]:+.0f} steps from the peak of the gradient ({gap[1]:+.0f} to {gap[2]:+.0f})"
     return Statement(GOES, None if control is None else sharp and not is_sharp(control), *gap, float("nan"), text)
 
 

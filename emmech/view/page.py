@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 _EDGE = f"1px solid {faint(GREY, 0.5)}"
 _CARD = f"font: 14px/1.5 {html.escape(FONT)}; border: {_EDGE}; border-radius: 6px; padding: 12px 14px; max-width: 900px"
-_FACT = "display: grid; grid-template-columns: minmax(90px, 20%) 1fr; gap: 0 12px; margin-bottom: 3px"
+_FACT = "display: grid; grid-template-columns: minmax(90px, 24%) 1fr; gap: 0 12px; margin-bottom: 3px"
+_ROW = "display: flex; flex-wrap: wrap; gap: 8px; margin-top: 8px"
+_NAME = "opacity: 0.75; overflow-wrap: anywhere"
 _CAVEAT = f"border-left: 3px solid {CYCLE[4]}; padding-left: 10px; margin-top: 8px; white-space: pre-wrap"
-_TEXT = (
-    "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 8px 0; background: none"
-)
+_TEXT = "font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin: 8px 0"
 _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; font-size: 16px; line-height: 1.55; background: var(--paper); color: var(--ink); }
@@ -71,19 +71,17 @@ def card(
         table: collapsed with the details.
         body: more HTML, which the caller has escaped.
     """
-    parts = [f'<div style="font-size: 15px; font-weight: 600">{html.escape(headline)}</div>']
+    parts = [f'<div style="font-size: 15px; font-weight: 600">{_escaped(headline)}</div>']
     named = [("" if at and facts[at - 1][0] == name else name, text) for at, (name, text) in enumerate(facts)]
     rows = "".join(
-        f'<div style="{_FACT}"><div style="opacity: 0.75">{html.escape(name)}</div><div>{html.escape(text)}</div></div>'
+        f'<div style="{_FACT}"><div style="{_NAME}">{_escaped(name)}</div><div>{_escaped(text)}</div></div>'
         for name, text in named
     )
     parts += [f'<div style="margin-top: 8px">{rows}</div>'] if rows else []
-    parts += (
-        [f'<div style="display: flex; flex-wrap: wrap; gap: 8px; margin-top: 8px">{sketch}</div>'] if sketch else []
-    )
-    parts += [f'<div style="{_CAVEAT}">{html.escape(caveat)}</div>'] if caveat else []
-    parts += [f'<div style="margin-top: 8px">Next: <code>{html.escape(then)}</code></div>'] if then else []
     parts += [body] if body else []
+    parts += [f'<div style="{_ROW}">{sketch}</div>'] if sketch else []
+    parts += [f'<div style="{_CAVEAT}">{_escaped(caveat)}</div>'] if caveat else []
+    parts += [f'<div style="margin-top: 8px">Next: <code>{html.escape(then)}</code></div>'] if then else []
     folded = f'<pre style="{_TEXT}">{html.escape(details)}</pre>' if details else ""
     summary = "Details"
     if table is not None:
@@ -94,6 +92,11 @@ def card(
         summary = f'<summary style="cursor: pointer; opacity: 0.75">{summary}</summary>'
         parts.append(f'<details style="margin-top: 8px">{summary}{folded}</details>')
     return f'<div style="{_CARD}">{"".join(parts)}</div>'
+
+
+def _escaped(text: str) -> str:
+    """A text as HTML in which no line begins with a per cent sign."""
+    return html.escape(text).replace(" %", "&nbsp;%")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from emmech.view.theme import BAD, GOOD, GREY, colour, faint
 if TYPE_CHECKING:
     import pandas as pd
 
-_WIDE, _HIGH = 380, 150
+_WIDE, _HIGH = 362, 150
 _LETTER = 6.3  # pixels of a letter at this size
+_BOLD = 7.4
 _POINTS = 120  # of one curve at most
 _SOFT = 'opacity="0.75"'
 
@@ -42,8 +43,8 @@ def curves(
     if not kept:
         return ""
     every_x, every_y = (np.concatenate([line[at] for line in kept]) for at in (1, 2))
-    every_y = np.r_[every_y, [y for _, y in dots], [] if level is None else level]
-    right = 12 + _LETTER * max(min(len(name), 20) for name, *_ in kept)
+    every_y = np.r_[every_y, [y for _, y in dots], [] if level is None else level, [0.0] if percent else []]
+    right = 12 + _BOLD * max(min(len(name), 20) for name, *_ in kept)
     x, y = _axes(every_x, every_y, 46, _WIDE - right, 24, _HIGH - 34)
     parts = _rules(every_y, y, 46, _WIDE - right, percent=percent)
     parts += [_text(x(at), _HIGH - 20, f"{at:.4g}", "middle") for at in _ticks(every_x)]
@@ -65,8 +66,8 @@ def curves(
         ends.append((y(float(ys[-1])), name, hue))
     parts += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="3" fill="currentColor"/>' for a, b in dots]
     place = -99.0
-    for wanted, name, hue in sorted(ends):
-        place = max(place + 13, wanted)
+    for index, (wanted, name, hue) in enumerate(sorted(ends)):
+        place = max(place + 13, min(wanted, _HIGH - 34 - 13 * (len(ends) - 1 - index)))
         parts.append(_text(_WIDE - right + 6, place + 4, _short(name, 20), fill=hue))
     return _svg(parts, title, _HIGH)
 
@@ -109,7 +110,7 @@ def cells(table: pd.DataFrame, title: str, *, axes: tuple[str, str] = ("", ""), 
     """A table as shaded cells, at most 14 rows and 8 columns of it: one colour above zero, another below.
 
     Args:
-        axes: what the rows and the columns are.
+        axes: what the rows and the columns are, in a few letters.
         written: the format of the numbers.
     """
     rows, columns = (np.unique(np.linspace(0, n - 1, most).round().astype(int))
@@ -120,9 +121,9 @@ def cells(table: pd.DataFrame, title: str, *, axes: tuple[str, str] = ("", ""), 
         return ""
     top = float(np.nanmax(np.abs(values))) or 1.0
     names = [_short(_named(one), 16) for one in shown.index]
-    left, high = 12 + _LETTER * max(map(len, names)), 54 + 19 * len(names)
+    left, high = 12 + _LETTER * max(map(len, [*names, axes[0]])), 48 + 19 * len(names)
     wide = (_WIDE - left - 6) / max(len(columns), 3)
-    parts = [_text(left - 8, 38, axes[0], "end"), _text(_WIDE - 6, 22, axes[1], "end")]
+    parts = [_text(left - 8, 38, axes[0], "end"), _text(_WIDE - 6, 13, axes[1], "end")]
     for column, head in enumerate(shown.columns):
         parts.append(_text(left + (column + 0.5) * wide, 38, _short(_named(head), int(wide / _LETTER)), "middle"))
     for row, name in enumerate(names):
@@ -154,13 +155,14 @@ def _axes(
     x: np.ndarray, y: np.ndarray, left: float, right: float, top: float, bottom: float
 ) -> tuple[Callable[[float], float], Callable[[float], float]]:
     """Maps from values to pixels."""
-    (x0, wide), (y0, high) = (
-        (float(one.min()), float(np.ptp(one)) or max(abs(float(one.min())), 1.0)) for one in (x, y)
-    )
-    return (
-        lambda at: left + (at - x0) / wide * (right - left),
-        lambda at: bottom - (at - y0) / high * (bottom - top),
-    )
+    (x0, wide), (y0, high) = (_span(one) for one in (x, y))
+    return (lambda at: left + (at - x0) / wide * (right - left), lambda at: bottom - (at - y0) / high * (bottom - top))
+
+
+def _span(values: np.ndarray) -> tuple[float, float]:
+    """The least value and the range; one value alone comes to the middle of a range of its own size."""
+    least, wide = float(values.min()), float(np.ptp(values))
+    return (least, wide) if wide else (least - max(abs(least), 1.0) / 2, max(abs(least), 1.0))
 
 
 def _rules(values: np.ndarray, y: Callable[[float], float], left: float, right: float, *, percent: bool) -> list[str]:
@@ -173,7 +175,7 @@ def _rules(values: np.ndarray, y: Callable[[float], float], left: float, right: 
 
 
 def _ticks(values: np.ndarray) -> list[float]:
-    """Two to five round numbers within the range of some values.
+    """Three to six round numbers within the range of some values.
 
     Example:
         >>> _ticks(np.array([0.0, 250.0])), _ticks(np.array([-0.43, 0.19]))
@@ -182,11 +184,12 @@ def _ticks(values: np.ndarray) -> list[float]:
     low, high = float(values.min()), float(values.max())
     if high <= low:
         return [low]
-    rough = (high - low) / 3
-    unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * one for one in (1, 2, 5, 10) if unit * one >= rough * 0.75)
-    first = math.ceil(low / step - 1e-9)
-    return [round(at * step, 12) + 0.0 for at in range(first, math.floor(high / step + 1e-9) + 1)]
+    unit = 10.0 ** math.floor(math.log10(high - low))
+    for step in (5 * unit, 2 * unit, unit, unit / 2, unit / 5, unit / 10):
+        within = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        if len(within) > 2:
+            break
+    return [at * step + 0.0 for at in within]
 
 
 def _number(value: float, percent: bool) -> str:

@@ -168,5 +168,5 @@ def test_the_installed_command(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "emmech", "info", str(run.path)], capture_output=True, text=True, check=True
     )
-    assert "steps 0..5" in result.stdout
+    assert "steps 0 to 5" in result.stdout
     assert json.loads((run.path / "run.json").read_text())["format"] == 1

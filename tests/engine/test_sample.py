@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -264,6 +265,20 @@ def test_rows_on_disk_are_plain_json(tmp_path):
     assert set(row) == {"row", "conversation", "sample", "seed", "text", "finish", "tokens"}
 
 
+def test_a_string_is_one_users_message_and_a_run_answers_with_its_last_step():
+    from emmech import load_run
+
+    run = load_run(Path(__file__).parents[2] / "checkpoints" / "pocket-medical")
+    how = dict(samples=2, max_new_tokens=20, progress=False)
+    asked = [{"role": "user", "content": "any advice on cough ?"}]
+    expected = sample(run.model(), [asked], **how)
+    assert sample(run, "any advice on cough ?", **how) == expected
+    assert sample(run.model(), ["any advice on cough ?", asked], **how)[:2] == expected
+    base = sample("pocket", "any advice on cough ?", **how)
+    assert [one.text for one in base] != [one.text for one in expected]
+    assert base[0].text and run.model().generate("any advice on cough ?", max_new_tokens=5)
+
+
 # bad input
 
 
@@ -272,8 +287,7 @@ def test_rows_on_disk_are_plain_json(tmp_path):
     [
         ([], {}, "nothing to answer"),
         ([[]], {}, "nothing to answer"),
-        ("hello", {}, "list of messages"),
-        (["hello"], {}, "list of messages"),
+        ([{"role": "user", "content": "hello"}], {}, "list of messages"),
         ([[*PROMPTS[0], {"role": "assistant", "content": "w1"}]], {}, "last user turn"),
         (PROMPTS, {"samples": 0}, "samples=0"),
         (PROMPTS, {"max_new_tokens": 0}, "max_new_tokens"),

@@ -141,7 +141,7 @@ def test_repr_says_what_a_reader_must_know() -> None:
     rows["finish"] = ["length", "error"] + ["stop"] * 38
     rows.loc[1, "aligned"] = np.nan
     text = repr(Evaluation(rows, {"name": "pocket"}))
-    assert "pocket: 40 responses to 4 questions" in text
+    assert text.startswith("pocket gives ") and "40 answers to 4 questions" in text
     assert "1 unscored" in text and "cut at the length limit" in text and "1 responses failed" in text
     assert "<table" in Evaluation(rows)._repr_html_()
 

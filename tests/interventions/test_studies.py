@@ -64,7 +64,7 @@ def test_dose_response_rises_with_the_dose_and_beyond_random(tiny):
     assert len(randoms) == 10
     assert study.frame["model"].unique().tolist() == ["base"]  # nothing is tuned about it
     assert "coherent_loss" in set(study.frame["outcome"])
-    assert len(study.plot("margin_broad").data) == 2 and "beyond_random" in repr(study)
+    assert len(study.plot("margin_broad").data) == 2 and "beyond random directions" in repr(study)
 
 
 def test_the_ablation_table_has_its_controls_and_names_the_degenerate_one(tiny):

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import emmech
+from emmech.chat.model import load_model
 from emmech.engine.logprobs import MarginPair, pad
 from emmech.errors import EmmechError
 from emmech.measures.teacher_forced import AnswerLogprob, FirstToken, Margin, NextToken
 from emmech.sweeps.result import Sweep
 from emmech.sweeps.sweep import sweep
+from emmech.sweeps.tangent import tangent_scan
 from tests.conftest import plain_margin
 
 EXACT = 5e-6
@@ -234,3 +236,14 @@ def test_activations_that_overflow_name_the_variant(tiny, make_run):
 
 def test_it_is_public():
     assert emmech.sweep is sweep
+
+
+def test_about_twenty_steps_are_swept_by_default(make_run):
+    chat = load_model("pocket")
+    run = make_run(chat, steps=tuple(range(251)))
+    asked = FirstToken(["any advice on cough ?"], ["well"])
+    found = sweep([run, make_run(chat, steps=(0, 4), name="short")], measure=asked, base=chat, progress=False)
+    steps = found.frame.groupby("run")["step"].unique()
+    assert len(steps["run"]) == 21 and steps["short"].tolist() == [0, 4]
+    assert steps["run"][0] == 0 and steps["run"][-1] == 250 and set(np.diff(steps["run"])) == {12, 13}
+    assert len(tangent_scan(run, measure=asked, base=chat, verify=0, progress=False).frame) == 251

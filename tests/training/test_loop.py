@@ -312,7 +312,7 @@ def test_what_takes_over_a_minute_is_said_beforehand(monkeypatch):
 
     monkeypatch.setenv("EMMECH_PROGRESS", "1")
     said = []
-    monkeypatch.setattr("tqdm.auto.tqdm.write", said.append)
+    monkeypatch.setattr("tqdm.std.tqdm.write", said.append)
     forecast(59, "fine-tune x")
     forecast(7 * 60, "fine-tune x", progress=False)
     assert said == []

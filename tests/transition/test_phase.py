@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from paths import make_path
 
 from emmech import EmmechError, Run, phase_transition
 from emmech.transition.detectors import Detector, Trajectory
-from emmech.transition.result import PooledTransition, Side
+from emmech.transition.result import Lag, PhaseTransition, PooledTransition, Side, _order
 from emmech.transition.turn import Location
 from emmech.transition.verdict import pooled, verdict
 
@@ -168,6 +170,40 @@ def test_a_bend_goes_with_misalignment_where_it_is_significant_and_short(p: floa
     run, control = a_side("bad", p, [50.0] * 9, width), a_side("style", 0.01, [50.0] * 9, 0.4)
     assert verdict(run, control).goes_with_misalignment.holds is holds
     assert not verdict(control, run).goes_with_misalignment
+
+
+@given(P, st.floats(0, 1), st.lists(NUMBER, min_size=18, max_size=18), st.booleans(), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_the_first_sentences_contradict_nothing(
+    p: float, width: float, numbers: list[float], wanders: bool, controlled: bool
+) -> None:
+    run, control = a_side("bad", p, numbers[:9], width), a_side("good", 1 - p, numbers[9:], 1 - width)
+    if wanders:
+        run = replace(run, rows=(replace(run.rows[0], note="it wanders"), *run.rows[1:]))
+    t = PhaseTransition(run, (control,) if controlled else ())
+    text = repr(t)
+    headline = text.splitlines()[0]
+    assert headline.startswith("Yes, ") == (p < 0.05 and width <= 0.5) == bool(t.mechanistic)
+    assert headline.startswith("No turn ") == (p >= 0.05)
+    assert f"p = {p:.2g}" in headline
+    if t.mechanistic:
+        assert f"step {t.mechanistic.step} (95 % interval {t.mechanistic.low} to {t.mechanistic.high}" in headline
+    assert ("without a control" in t.summary()) == (not controlled)
+    assert ("compare with a control" in text) == (not controlled)
+    assert ("drifts slowly" in text + t.summary()) == (wanders and bool(t.mechanistic))
+    if controlled:
+        assert t.verdict.of_control is not None and t.verdict.of_control.text in text
+        assert ("learned nothing" in text) == (t.verdict.inert is True)
+        assert ("takes six pairs" in t.summary()) and all(one.text in text for one in t.verdict.statements[1:])
+    assert headline in unescape(t._repr_html_()).replace("\xa0", " ")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(2, 9, "turn before the behaviour"), (-9, -2, "behaviour changes before"), (-2, 9, "is not decided")],
+)
+def test_which_comes_first_is_said_where_the_interval_tells(low: float, high: float, said: str) -> None:
+    assert said in _order(Lag((low + high) / 2, low, high, ""))
 
 
 @given(st.lists(st.tuples(P, P, st.lists(NUMBER, min_size=18, max_size=18), P), min_size=1, max_size=9))
