@@ -132,6 +132,8 @@ class Evaluation(Result):
             for name, row in table.iterrows()
         ]  # fmt: skip
         spoken = [f"intervals speak of {LIKE_THESE if questions > 1 else THESE}"] if facts else []
+        if facts and (doubt := str(table["interval"].iloc[0]).partition("; ")[2]):
+            spoken.append(f"the {doubt}")
         then = 'evaluation.plot("questions")' if facts else "emmech.evaluation.plan_judging(evaluation)"
         return Card(headline, tuple(facts), "; ".join((*self._notes, *spoken)), then)
 
