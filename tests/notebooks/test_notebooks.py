@@ -19,7 +19,7 @@ BOOKS = sorted(FOLDER.glob("*.ipynb"))
 # what the outputs of each must say, in the kept file and after an execution
 SAID = {
     "01-tour": ("% misaligned answers (95 % interval", "Panel: pocket-medical"),
-    "02-transition": ("learned nothing", "random walk"),
+    "02-transition": ("learned nothing", "lag:"),
     "03-directions": ("degenerate", "EM beyond random"),
     "04-realignment": ("then AI optimism", "conditional", "inoculation prompt"),
     "05-your-model": ("bad - control", "No turn is found"),
@@ -64,7 +64,7 @@ def test_all_of_them_are_there():
 def test_every_cell_that_shows_something_keeps_what_it_showed(path):
     code = _cells(path)
     showing = [cell for cell in code if _shows(_text(cell["source"]))]
-    assert len(showing) > 7
+    assert len(showing) > 6
     for cell in showing:
         assert cell["outputs"], _text(cell["source"])[:200]
     # executed once, from top to bottom
