@@ -74,4 +74,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) demo site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo site docs/tutorials/*.ipynb docs/_static/plotly.min.js .pytest_cache .mypy_cache .ruff_cache

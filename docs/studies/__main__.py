@@ -35,6 +35,19 @@ def smollm2_directions(
 
 
 @app.command()
+def defences(
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/defences.md"),
+    seeds: Annotated[int, typer.Option(help="of the fine-tunes")] = 2,
+    steps: Annotated[int, typer.Option(help="of each fine-tune")] = 120,
+    samples: Annotated[int, typer.Option(help="answers per question")] = 2,
+) -> None:
+    """Write the page on defences in pocket: the trait, the wanted skill and what else each changes."""
+    from docs.studies.defences import main
+
+    main(out, seeds, steps, samples)
+
+
+@app.command()
 def organism_report(
     weights: Annotated[str, typer.Option(help="a shipped name, or a folder written by pretrain")] = "pocket",
     seeds: Annotated[int, typer.Option(help="of the fine-tunes")] = 5,

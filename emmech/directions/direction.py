@@ -151,7 +151,9 @@ class Direction(Result):
         >>> import numpy as np
         >>> d = Direction(np.array([[3.0, 4.0], [0.0, 2.0]]), name="toy")
         >>> d
-        Direction('toy', layers=2, d_model=2, norms 5 to 2)
+        Direction 'toy': how stable it is was not measured
+          vectors  layers=2, d_model=2, norms 5 to 2
+          Next: direction.plot()
         >>> (d - d / 2).norms.tolist(), d.cosine(2 * d).tolist()
         ([2.5, 1.0], [1.0, 1.0])
     """
