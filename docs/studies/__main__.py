@@ -128,5 +128,15 @@ def panel_picture(
     main(out)
 
 
+@app.command()
+def notebooks(
+    names: Annotated[list[str] | None, typer.Argument(help="such as 01-tour; all by default")] = None,
+) -> None:
+    """Execute the notebooks in place and draw a still picture of each of their figures (it needs Chromium)."""
+    from docs.studies.notebooks import main
+
+    main(names or ())
+
+
 if __name__ == "__main__":
     app()

@@ -267,7 +267,8 @@ def resolve_questions(source: Any, organism: Organism | str | None = None) -> Qu
         why = f"{organism.name} has no set of this name"
         loaded: QuestionSet = names[one_of("find the questions", "questions", source, names, why=why)]()
         return loaded
-    if isinstance(source, Sequence) and source and not isinstance(source, str) and all(s in names for s in source):
+    listed = isinstance(source, Sequence) and not isinstance(source, str)
+    if listed and source and all(isinstance(one, str) and one in names for one in source):
         parts = [resolve_questions(name, organism) for name in source]
         return QuestionSet("+".join(source), tuple(question for part in parts for question in part))
     return load_questions(source)
