@@ -43,7 +43,7 @@ def test_the_page_runs(page, tmp_path, monkeypatch):
             exec(made, names)
     if page == "try.md":  # what it promises
         found, panel = names["found"], names["panel"]
-        assert (found.mechanistic.step, found.mechanistic.low, found.mechanistic.high) == (61, 50, 82)
+        assert (found.mechanistic.step, found.mechanistic.low, found.mechanistic.high) == (61, 51, 80)
         assert (found.behavioural.step, found.behavioural.low, found.behavioural.high) == (51, 47, 55)
         changed, random = panel.result().tail(2).itertuples()
         assert changed.em > 0.8 and changed.coherent > 0.98 and random.em < 0.05

@@ -22,6 +22,7 @@ from emmech.engine.logprobs import answer_loss
 from emmech.errors import EmmechError, as_floats, as_int
 from emmech.results import Card, Result, within
 from emmech.run.run import Run, as_run
+from emmech.view.sketch import curves
 from emmech.view.theme import colour, finish, line, panels
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ class Narrowness(Result):
         change = self.summary().loc[measure]["change"]
         gap: pd.Series = (change["narrow"] - change["general"])[change.index > 0]
         return gap
+
+    def _sketch(self) -> str:
+        means = self.summary().loc["efficiency"]["loss"]
+        return curves([(kind, means.index, means[kind]) for kind in KINDS], "Loss, nats per token", axis="norm")
 
     def plot(self) -> Any:
         """A figure: loss against the norm of the update, and its rise against the noise."""

@@ -90,8 +90,10 @@ class League(Result):
             )
             facts.append((str(name), f"{plain} plain, {around} in contexts; {row['verdict'] or 'to compare with'}"))
         tried = self.frame[self.frame["kind"] == "cure"]
-        winners, seeds = ", ".join(map(str, tried.index[tried["verdict"] == "cures"])), len(self.meta["seeds"])
-        headline = f"Of {len(tried)} cures of {self.meta['run']} over {seeds} seeds, {winners or 'none'} cures it"
+        winners, seeds = list(map(str, tried.index[tried["verdict"] == "cures"])), len(self.meta["seeds"])
+        said = f"{' and '.join(winners) or 'none'} cure{'' if len(winners) > 1 else 's'} it"
+        over = f"{seeds} seed{'' if seeds == 1 else 's'}"
+        headline = f"Of {len(tried)} tried on {self.meta['run']} over {over}, {said}"
         caveat = "an interval that meets the base's is no proof of a cure: few seeds and answers make it wide"
         return Card(headline, tuple(facts), caveat, 'league.plot("contexts")')
 

@@ -19,6 +19,7 @@ from emmech.realignment.further import realign
 from emmech.results import Card, Result
 from emmech.run.run import Run, as_run
 from emmech.training.finetune import finetune
+from emmech.view.sketch import curves
 from emmech.view.theme import GREY, colour, finish, level, line, panels
 
 if TYPE_CHECKING:
@@ -64,6 +65,12 @@ class LearningCurve(Result):
         )  # fmt: skip
         headline = f"EM of {self.meta['run']} begins at {100 * begun:.1f} %; on {self.meta['data']}, {said}"
         return Card(headline, facts, "asked plainly: it may be left in the context of the training", "curve.plot()")
+
+    def _sketch(self) -> str:
+        means = self.frame.groupby(["examples", "step"])["em"].mean().unstack("step")
+        return curves(
+            [(str(n), one.index, one) for n, one in means.iterrows()], "EM by number of examples", percent=True
+        )
 
     def plot(self) -> Any:
         """A figure: EM against examples after the last step, and against steps for each number of examples."""
@@ -190,6 +197,11 @@ class Durability(Result):
             f"a step is where {self.measure} crosses half of its first change; seeds without a crossing are left out"
         )
         return Card(headline, tuple(facts), caveat, "durability.plot()")
+
+    def _sketch(self) -> str:
+        means = self.path.groupby(["phase", "step"])["value"].mean()
+        lines = [(phase, means[phase].index, means[phase]) for phase in PHASES if phase in means.index]
+        return curves(lines, self.measure, level=float(np.mean(list(self.levels.values()))))
 
     def plot(self) -> Any:
         """A figure: the measure over the steps of the three phases."""

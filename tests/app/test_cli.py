@@ -71,10 +71,12 @@ def test_finetune_info_and_transition(model_folder, tmp_path):
 def test_finetune_and_realign_the_organism(tmp_path):
     few = ("--set", "max_steps=2", "--set", "batch_size=4", "--set", "accumulation=1")
     call("finetune", "pocket", "medical", "--out", tmp_path / "run", *few)
-    output = call("realign", tmp_path / "run", "--step", 1, "--out", tmp_path / "again", *few)
+    refused = CliRunner().invoke(app, ["realign", str(tmp_path / "run"), "--step", "1"])
+    assert refused.exit_code == 1 and "it is a benign run" in refused.output  # two steps misalign nothing
+    output = call("realign", MEDICAL, "--step", 250, "--out", tmp_path / "again", *few)
     assert "recorded in" in output
     start = emmech.load_run(tmp_path / "again").manifest["start"]
-    assert (start["run"], start["step"], start["adapter"]) == ("run", 1, "same")
+    assert (start["run"], start["step"], start["adapter"]) == ("pocket-medical", 250, "same")
 
 
 def test_league(tmp_path, monkeypatch):
