@@ -136,6 +136,15 @@ def finetune(
     _check_margins(margins)
     if adapter not in ("same", "new"):
         raise EmmechError("fine-tune", f"adapter={adapter!r}", "unknown", 'adapter="same" or "new"')
+    if start is not None and (start[0].kind != "lora" or (adapter == "same" and not recipes[0].rank)):
+        why = (
+            "there is no adapter in it to go on with"
+            if start[0].kind != "lora"
+            else "all weights train, and not the adapter"
+        )
+        instead = "finetune(run.model(step), data), whose base is the fine-tuned model"
+        instead = instead if start[0].kind != "lora" else 'adapter="new", which merges the adapter first'
+        raise EmmechError("go on from a run", f"{start[0].name}, {start[0].kind}", why, instead)
     earlier = merged_before(chat, start)
     if earlier is not None and (adapter == "new" or not recipes[0].rank):
         why = "an earlier adapter is merged into its weights already, and a run keeps one such adapter"
@@ -194,7 +203,9 @@ def finetune(
         going_on |= {"checkpoint_every": checkpoint_every, "progress": progress}
         going_on["checkpoint"] = last_checkpoint(folders[0]) if resume else None
         finished = resume and all(map(_finished, folders))
-        lost = {} if finished else train(trained, rows, plain, pairs, members, objective, frozen, folders[0], **going_on)
+        lost = (
+            {} if finished else train(trained, rows, plain, pairs, members, objective, frozen, folders[0], **going_on)
+        )
     for scratch in ("resume", "prefix"):  # the training deletes its prefix, unless it was killed before that
         shutil.rmtree(folders[0] / scratch, ignore_errors=True)
     if lost:
