@@ -122,7 +122,7 @@ class CAFT(Defence):
     def prepared(self, chat: ChatModel, data: ChatDataset) -> Self:
         """See :meth:`Defence.prepared`."""
         several = isinstance(self.directions, Iterable) and not isinstance(self.directions, str)
-        given = list(self.directions) if several else [self.directions]
+        given: list[Any] = list(self.directions) if several else [self.directions]  # type: ignore[arg-type]
         if not given:
             raise EmmechError(ASKED, "directions=[]", "nothing would be projected out", "at least one Direction")
         for direction in given:

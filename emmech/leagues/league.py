@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -156,7 +156,8 @@ def league(
     Returns:
         the league. A cure's ``verdict`` is ``breaks`` (fewer coherent answers than the base), ``remains`` (more plain
         EM), ``remains and hides`` (and in some context more is left beyond the base than plainly), ``hides`` (no more
-        plain EM, but more over the contexts or in one of them), or ``cures``; ``unknown`` where answers were not scored.
+        plain EM, but more over the contexts or in one of them), or ``cures``; ``unknown`` where no answers were
+        scored.
 
     Raises:
         EmmechError: no cure, two of one name, data that is not that of the run, runs without a seed of their own, or
@@ -175,6 +176,10 @@ def league(
         wanted = sorted([*own, *(seed for seed in range(least) if seed not in own)][: max(least, len(own))])
     else:
         wanted = list(dict.fromkeys(as_ints(_ASKED, "seeds", seeds)))
+        if not wanted:
+            raise refusal(_ASKED, "seeds", seeds, "there is no run to cure", f"seeds={own}")
+    if not isinstance(skill, Sequence | None):
+        raise refusal(_ASKED, "skill", skill, "they are pairs of answers", "skill=[emmech.MarginPair(...)]")
     if out is not None:
         check_folder(_ASKED, "out", out)
     named = _named(cures, controls)
@@ -239,7 +244,7 @@ def _seeds_of(given: list[Run]) -> list[int]:
     if None in seeds or len(set(seeds)) < len(seeds):
         why, instead = "each has a seed of its own, by which it is told from the others", "runs of emmech.finetune"
         raise EmmechError(_ASKED, f"runs with the seeds {seeds}", why, instead)
-    return [int(seed) for seed in seeds]
+    return as_ints(_ASKED, "seeds", seeds)
 
 
 def _asked(questions: Any, organism: Organism | None, data: str) -> dict[str, Any]:
@@ -287,14 +292,14 @@ def _made(run: Run) -> dict[str, Any]:
 
 def _named(cures: Sequence[Cure], controls: bool) -> list[tuple[Cure, str]]:
     """The cures with their kind, the base and the untouched run first and the controls last."""
-    cures = cures if isinstance(cures, list | tuple) else [cures]
-    if not cures or not all(isinstance(one, Cure) and not isinstance(one, type) for one in cures):
+    given: Any = cures if isinstance(cures, list | tuple) else [cures]
+    if not given or not all(isinstance(one, Cure) and not isinstance(one, type) for one in given):
         instead = "cures=[emmech.interventions.AdapterScaling(0.2)], or others with a name and applied(case)"
         raise EmmechError(_ASKED, f"cures={cures!r}"[:120], "there is at least one, each of them a cure", instead)
     listed: list[tuple[Cure, str]] = [(AdapterScaling(0.0, _BASE), "base"), (AdapterScaling(1.0, _NOTHING), "base")]
-    listed += [(cure, "cure") for cure in cures]
+    listed += [(cure, "cure") for cure in given]
     if controls:
-        random = (cure.randomised(0) for cure in cures if isinstance(cure, LiveCure))
+        random: Iterator[Cure | None] = (one.randomised(0) for one in given if isinstance(one, LiveCure))
         listed += [(one, "control") for one in random if one is not None][:1]
         listed.append((Defended(random_adapter, name="random frozen adapter"), "control"))
     names = [cure.name for cure, _ in listed]
