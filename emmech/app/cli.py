@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import emmech
-from emmech.app.commands import new_app, read_numbers, read_settings
+from emmech.app.commands import by_name, new_app, read_numbers, read_settings
 from emmech.errors import EmmechError
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ def realign(
     run: RunFolder,
     data: Annotated[str, typer.Argument(help="what to train on")] = "ai-optimism",
     step: Step = None,
-    adapter: Annotated[str, typer.Option(help="same: train it further; new: merge it, train another; full: all weights")] = "same",
+    adapter: Annotated[
+        str, typer.Option(help="same: train it further; new: merge it, train another; full: all weights")
+    ] = "same",
     out: Out = None,
     recipe: RecipeName = None,
     seed: Seed = 0,
@@ -156,7 +158,7 @@ def transition(
     emmech transition runs/bad --control runs/good --control runs/style --page transition.html
     emmech transition runs/bad --json
     """
-    found = emmech.phase_transition(run, control={one.name: one for one in control or ()})
+    found = emmech.phase_transition(run, control=by_name({str(one): one for one in control or ()}))
     _show(found.detectors.drop(columns=["high_means"]), json, found.summary())
     lead = f"{run.name} with {', '.join(one.name for one in control)} as control" if control else run.name
     _write_page(page, "Phase transition", lead, found.summary(), found.detectors, found)
@@ -208,6 +210,9 @@ def sweep(
     layer: Annotated[int | None, typer.Option(help="where to steer")] = None,
     measure: Annotated[str, typer.Option(help="margin, or its part narrow or broad; or em, sampled")] = "margin",
     questions: Questions = None,
+    judge: Judge = None,
+    judge_model: JudgeModel = None,
+    server: Server = None,
     samples: Annotated[int, typer.Option(help="answers per question, for em")] = 10,
     out: Annotated[Path | None, typer.Option(help="folder of the result; an interrupted sweep goes on there")] = None,
     page: Page = None,
@@ -222,7 +227,8 @@ def sweep(
     emmech sweep runs/bad --measure em --samples 4 --out sweeps/bad --page sweep.html
     """
     kinds: dict[str, Any] = {kind: emmech.measures.Margin(kind) for kind in ("narrow", "broad")}
-    kinds["em"] = emmech.measures.Sampled(questions=tuple(questions or ["first-plot"]), samples=samples)
+    judged = _judge(judge, judge_model, server)
+    kinds["em"] = emmech.measures.Sampled(tuple(questions or ["first-plot"]), judged, samples=samples)
     grid = {"scales": read_numbers("scales", scales, float)}
     grid |= {"steps": read_numbers("steps", steps), "coefficients": read_numbers("coefficients", coefficients, float)}
     added = emmech.Direction.load(direction) if direction is not None else None

@@ -441,7 +441,7 @@ class Run(Shown):
         caveat = f"damaged: {', '.join(path.name for path in known)}; the rest can be read" if known else ""
         if not known and self.manifest.get("status", "complete") != "complete":
             caveat = "the training has not ended: later steps may follow, or are missing if it was interrupted"
-        headline = f"Run {self.name!r}: {model} fine-tuned on {data}, {len(self.steps)} recorded, {span}"
+        headline = f"Run {self.name!r}: {model} fine-tuned on {data}, {len(self.steps)} records, {span}"
         return Card(headline, tuple(facts), caveat, "emmech.phase_transition(run)")
 
     def _sketch(self) -> str:
