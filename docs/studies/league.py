@@ -113,8 +113,8 @@ def main(domains: Sequence[str], folder: Path, out: Path, seeds: Sequence[int] =
     return out
 
 
-_DURABILITY = """`durability` is the number of steps of the harmful rows until half of the misalignment is back, over that
-of a fresh model, for cures that train: below 1 something was left."""
+_DURABILITY = """`durability` is the number of steps of the harmful rows until half of the misalignment is back, over
+that of a fresh model, for cures that train: below 1 something was left."""
 _NO_DURABILITY = """How long a cure lasts was not measured here; [Defences in
 pocket](defences.md#how-long-a-cure-lasts) has it for one."""
 
