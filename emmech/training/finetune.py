@@ -194,7 +194,9 @@ def finetune(
         going_on |= {"checkpoint_every": checkpoint_every, "progress": progress}
         going_on["checkpoint"] = last_checkpoint(folders[0]) if resume else None
         finished = resume and all(map(_finished, folders))
-        lost = {} if finished else train(trained, rows, plain, pairs, members, objective, frozen, folders[0], **going_on)
+        lost = (
+            {} if finished else train(trained, rows, plain, pairs, members, objective, frozen, folders[0], **going_on)
+        )
     for scratch in ("resume", "prefix"):  # the training deletes its prefix, unless it was killed before that
         shutil.rmtree(folders[0] / scratch, ignore_errors=True)
     if lost:
