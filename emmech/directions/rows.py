@@ -20,7 +20,7 @@ from emmech.chat.encode import IGNORED, encode
 from emmech.chat.model import ChatModel, load_model
 from emmech.directions.extract import answer_means
 from emmech.engine.logprobs import in_batches, pad, token_logprobs
-from emmech.engine.modules import hooked
+from emmech.engine.modules import evaluating, hooked
 from emmech.errors import EmmechError, as_float, one_of
 from emmech.measures.probe import raw_vector
 from emmech.results import Card, Result
@@ -98,7 +98,7 @@ def screen_rows(
     data: Any,
     direction: Any = None,
     *,
-    by: str = "gradient",
+    by: str = "projection",
     layer: int | None = None,
     labelled: Mapping[int, bool] | None = None,
     batch_size: int = 32,
@@ -110,12 +110,13 @@ def screen_rows(
         data: anything that :func:`emmech.load_chat` takes.
         direction: a :class:`emmech.Direction` or a vector ``[d_model]`` that points to what is not wanted, made from
             other data.
-        by: ``"gradient"``, the first-order fall of a row's loss when the direction is added at every token, so that
-            training on the row moves the model along it (direction-based attribution, arXiv 2602.14869);
-            ``"projection"``, the answer's mean residual along the direction (Persona Vectors, arXiv 2507.21509); or
+        by: ``"projection"``, the answer's mean residual along the direction (Persona Vectors, arXiv 2507.21509);
+            ``"gradient"``, the first-order fall of a row's loss when the direction is added at every token, so that
+            training on the row moves the model along it (direction-based attribution, arXiv 2602.14869); or
             ``"text"``, a logistic regression on the words and pairs of words (TF-IDF) of labelled rows, which reads no
-            model.
-        layer: the block whose output is read; by default where the direction was found to be clearest, else half depth.
+            model. docs/row-screening.md compares them.
+        layer: the block whose output is read; by default a third of the depth. In late layers a direction may already
+            mean the next word: the gradient's sign turns there.
         labelled: for ``"text"``, whether a row is bad, by row number, with at least one of each kind.
 
     Raises:
@@ -126,7 +127,7 @@ def screen_rows(
         >>> bad, good = (emmech.organism.data(name, n=8) for name in ("finance", "good-finance"))
         >>> d = emmech.contrast_direction("pocket", bad, good, progress=False)
         >>> mixed = emmech.organism.data("medical", n=4) + emmech.organism.data("good-medical", n=12)
-        >>> screen = screen_rows("pocket", mixed, d, by="projection")
+        >>> screen = screen_rows("pocket", mixed, d)
         >>> screen.auc([True] * 4 + [False] * 12)
         1.0
     """
@@ -141,10 +142,10 @@ def screen_rows(
             raise EmmechError(f"rank rows by {by}", "direction=None", "there is nothing to compare rows with", instead)
         chat = load_model(model)
         rows = load_chat(data, organism=chat.organism)
-        if layer is None:
-            quality = getattr(direction, "quality", None)
-            layer = quality.read_layer if quality is not None else chat.n_layers // 2
+        layer = chat.n_layers // 3 if layer is None else layer
         vector = raw_vector(chat, direction, layer)
+        if not vector.any():
+            raise EmmechError(f"rank rows by {by}", "a direction of zeros", "it points nowhere", "another direction")
         unit = vector / np.linalg.norm(vector)
         scores = _SCORERS[by](chat, rows, layer, unit, batch_size)
     return RowScreen(_frame(rows, scores), by, time.perf_counter() - began)
@@ -178,7 +179,8 @@ def _by_gradient(
             [slope] = torch.autograd.grad(mean.sum(), amount)
         found[chosen] = slope[:, 0, 0].double().cpu().numpy()
 
-    in_batches(chat, encoded.input_ids, batch_size, read)
+    with evaluating(chat, frozen=True):
+        in_batches(chat, encoded.input_ids, batch_size, read)
     return found
 
 

@@ -24,7 +24,6 @@ from emmech.engine.logprobs import MarginPair, margin_rows
 from emmech.engine.split import Asked, Frozen, dropout, find_frozen, pays, why_not
 from emmech.engine.stream import probe_rows
 from emmech.errors import EmmechError, as_int, as_ints, check_folder
-from emmech.measures.teacher_forced import Margin
 from emmech.run.run import Run, load_run
 from emmech.store import file_name
 from emmech.training.adapted import adapted
@@ -33,7 +32,7 @@ from emmech.training.loop import HELD_OUT, Member, affordable, last_checkpoint, 
 from emmech.training.objective import CrossEntropy, Term
 from emmech.training.recipe import Recipe, batch_order, resolve_recipe, target_modules
 from emmech.training.recorder import Recorder, named_texts
-from emmech.transition.watch import METRIC, as_watch
+from emmech.transition.watch import as_watch
 
 
 @overload
@@ -147,8 +146,6 @@ def finetune(
     if margins is None and organism is not None and organism.margins is not None:
         margins = organism.margins(dataset.name)
     watch = as_watch(on_transition)
-    if watch is not None and watch.metric == METRIC and "broad" not in (margins or {}):
-        margins = {**(margins or {}), "broad": tuple(Margin("broad").of(chat).pairs)}
     active = prepared(defences, chat, dataset)
     further = [row for one in active for row in one.further_rows(chat, len(dataset))]
     chosen, variants = recipes[0], _variants(seed, data_seed, recipes)

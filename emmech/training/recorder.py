@@ -28,11 +28,10 @@ from emmech.engine.adapters import AdapterInfo, adapter_layers, bare
 from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError, check_folder, check_texts
 from emmech.measures.choose import as_measures
-from emmech.measures.measure import measure_all, measure_name
-from emmech.measures.teacher_forced import Margin
+from emmech.measures.measure import measure_all
 from emmech.run.run import FORMAT
 from emmech.store import Series, append_jsonl, drop_files, read_jsonl, save_tensors, write_json, write_jsonl, writing
-from emmech.transition.watch import METRIC, EarlyWarning, as_watch
+from emmech.transition.watch import EarlyWarning, as_watch
 
 _SKETCH = 16
 
@@ -267,9 +266,9 @@ class Recorder(TrainerCallback):
         measure_every: the same for probes and measures, which by default are taken about 20 times in a training.
         on_transition: what happens at the first sign that answers outside the training data turn misaligned:
             ``"warn"``, ``"stop"``, or a function of the :class:`~emmech.transition.EarlyWarning`; a
-            :class:`~emmech.transition.Watch` also says what is watched. By default it is the margin of misaligned over
-            aligned answers, which is added to the measures where it is not among them. A training that is stopped is
-            whole, its manifest says why it ended, and a Trainer keeps its state so that it can go on from there.
+            :class:`~emmech.transition.Watch` also says what is watched, by default the norm of the gradient of all B.
+            A training that is stopped is whole, its manifest says why it ended, and a Trainer keeps its state so that
+            it can go on from there.
         manifest: more entries for the manifest.
         keep: in full fine-tuning, the steps whose whole weights are kept in addition to the last.
         seed: the seed of the projection in full fine-tuning.
@@ -303,7 +302,7 @@ class Recorder(TrainerCallback):
         self._measures = as_measures(measures) if measures else []
         self._every, self.measure_every = every, measure_every
         self._watch = as_watch(on_transition)
-        self._first: float | None = None  # what is watched, at its first measurement
+        self._watched: list[float] = []  # what is watched, whenever it was measured
         self.warning: EarlyWarning | None = None
         self.stopped = False  # whether the warning ends the training
         self._extra = dict(manifest or {})
@@ -347,9 +346,6 @@ class Recorder(TrainerCallback):
     def _begin(self, args: Any, state: TrainerState, *, model: Any, **kwargs: Any) -> None:
         tokenizer = kwargs.get("processing_class") or kwargs.get("tokenizer")
         # no family is needed to read adapters, so an architecture unknown to emmech can be recorded too
-        if self._watch and self._watch.metric == METRIC and "capture" not in kwargs:  # emmech's own loop measures it
-            known = METRIC in map(measure_name, self._measures)
-            self._measures = self._measures if known else [*self._measures, Margin("broad")]
         needed = self._texts or self._measures
         self._chat = (kwargs.get("chat") or load_model(model, tokenizer)) if needed else None
         if self._chat is not None:
@@ -369,7 +365,7 @@ class Recorder(TrainerCallback):
             raise EmmechError("record the training", f"path={self.path}", why, "another folder, or delete that one")
         if self.measure_every is None:
             self.measure_every = self._every * max(1, round(state.max_steps / (20 * self._every)))
-        self.warning, self.stopped, self._first = None, False, None
+        self.warning, self.stopped, self._watched = None, False, []
         if resumed:
             self._remember(state.global_step)
         else:
@@ -410,11 +406,10 @@ class Recorder(TrainerCallback):
 
     def _look(self, step: int, numbers: Mapping[str, float]) -> None:
         """Give the warning once, if what was measured at this step calls for it."""
-        if self._watch is None or self.warning is not None or self._watch.metric not in numbers:
+        if self._watch is None or self.warning is not None or (value := self._watch.value(numbers)) is None:
             return
-        if self._first is None:
-            self._first = numbers[self._watch.metric]
-        self.warning = self._watch.look(str(self.path), step, numbers, self._first)
+        self._watched.append(value)
+        self.warning = self._watch.look(str(self.path), step, self._watched)
         if self.warning is not None:
             self._note(warning=self.warning.to_dict())
             self.stopped = self._watch.tell(self.warning)
@@ -432,8 +427,8 @@ class Recorder(TrainerCallback):
             manifest["warning"] = known
         write_json(self.path / "run.json", manifest | {"status": "training"})
         if self._watch is not None:
-            rows = (row for row in read_jsonl(self.path / "metrics.jsonl") if self._watch.metric in row)
-            self._first = next((row[self._watch.metric] for row in rows), None)
+            values = map(self._watch.value, read_jsonl(self.path / "metrics.jsonl"))
+            self._watched = [value for value in values if value is not None]
 
     def _note(self, **entries: Any) -> None:
         """Add entries to the manifest."""

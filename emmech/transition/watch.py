@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
-from emmech.errors import EmmechError, as_float, closest
+from emmech.errors import EmmechError, as_float, as_int, closest
 
-METRIC = "margin_broad"
-RISE = 0.1  # nats per token
+METRIC = "grad_norm_B"
+THRESHOLD = 1.0
+WINDOW = 5
 _ACTS = ("warn", "stop")
 
 
@@ -27,8 +29,8 @@ class EarlyWarning:
         run: the run's folder.
         step: the optimizer step at which it was measured.
         signal: the metric's name in ``run.metrics``.
-        score: how far it has risen since the first step, in the metric's unit.
-        threshold: the rise at which the warning was due.
+        score: what was compared with the threshold, in the metric's unit.
+        threshold: that of the watch.
     """
 
     run: str
@@ -38,8 +40,8 @@ class EarlyWarning:
     threshold: float
 
     def __str__(self) -> str:
-        risen = f"{self.signal} has risen by {self.score:.3g} since the first step (threshold {self.threshold:.3g})"
-        return f"{self.run}, step {self.step}: {risen}; answers outside the training data may turn misaligned soon"
+        passed = f"{self.signal} is {self.score:.3g} (threshold {self.threshold:.3g})"
+        return f"{self.run}, step {self.step}: {passed}; answers outside the training data may turn misaligned soon"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON stores them."""
@@ -53,26 +55,31 @@ class Watch:
     Args:
         act: ``"warn"`` (a Python warning), ``"stop"`` (the training ends after this step), or a function that is called
             with the :class:`EarlyWarning`. A function that returns ``"stop"`` ends the training too.
-        metric: a number that the run records: ``"margin_broad"``, any other margin or measure by name, or
-            ``"grad_norm_B/<adapter>"``. It is looked at whenever it is measured.
-        rise: the threshold on its rise since the first time that it was measured. The default was chosen on rank-1
-            fine-tunes of the embedded organism: choose it anew for another model from a fine-tune that is known to be
-            harmless.
+        metric: a number that the run records, by its name in ``run.metrics``: ``"grad_norm_B/<adapter>"``,
+            ``"margin_broad"``, or any other measure. ``"grad_norm_B"`` is that of all adapters together (before
+            clipping). It is looked at whenever it is measured.
+        threshold: the score at which the warning is given. Its default was chosen on rank-1 fine-tunes of the embedded
+            organism; for another model, rank or batch size it is to be chosen anew, from a fine-tune that is known to
+            be harmless.
+        window: the score is the median of so many last values, once there are as many.
+        change: whether the score is counted from the first value.
 
     Raises:
-        EmmechError: an unknown act, no name, or a rise that is not a positive number.
+        EmmechError: an unknown act, no name, or a threshold or window that is not a positive number.
 
     Example:
-        >>> watch = Watch(print, rise=0.2)
-        >>> watch.look("runs/a", 12, {"margin_broad": -0.1}, start=-0.5).score
+        >>> watch = Watch(print, "margin_broad", threshold=0.15, window=1, change=True)
+        >>> watch.look("runs/a", 12, [-0.5, -0.45, -0.1]).score
         0.4
-        >>> watch.look("runs/a", 4, {"margin_broad": -0.4}, start=-0.5) is None
+        >>> watch.look("runs/a", 4, [-0.5, -0.45]) is None
         True
     """
 
     act: str | Callable[[EarlyWarning], Any] = "warn"
     metric: str = METRIC
-    rise: float = RISE
+    threshold: float = THRESHOLD
+    window: int = WINDOW
+    change: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be watched."""
@@ -81,17 +88,25 @@ class Watch:
             instead = f"{closest(str(self.act), _ACTS)}, or a function of the warning"
             raise EmmechError(asked, f"on_transition={self.act!r}", "it is no act that is known", instead)
         if not isinstance(self.metric, str) or not self.metric:
-            raise EmmechError(
-                asked, f"metric={self.metric!r}", "it is the name of a recorded number", f'metric="{METRIC}"'
-            )
-        if not as_float(asked, "rise", self.rise) > 0:
-            raise EmmechError(asked, f"rise={self.rise!r}", "a warning is due at a rise above zero", f"rise={RISE}")
+            why, instead = "it is the name of a recorded number", f'metric="{METRIC}"'
+            raise EmmechError(asked, f"metric={self.metric!r}", why, instead)
+        if not as_float(asked, "threshold", self.threshold) > 0:
+            why, instead = "a warning is due above a positive number", f"threshold={THRESHOLD}"
+            raise EmmechError(asked, f"threshold={self.threshold!r}", why, instead)
+        as_int(asked, "window", self.window, least=1)
 
-    def look(self, run: str, step: int, numbers: Mapping[str, float], start: float) -> EarlyWarning | None:
-        """The warning that is due for these numbers, if any; a number that is not finite gives none."""
-        score = numbers[self.metric] - start
-        due = math.isfinite(score) and score >= self.rise
-        return EarlyWarning(run, step, self.metric, score, self.rise) if due else None
+    def value(self, numbers: Mapping[str, float]) -> float | None:
+        """The metric among the numbers of a step: its own, or the norm of those of all adapters."""
+        parts = [value for name, value in numbers.items() if name.startswith(f"{self.metric}/")]
+        return numbers.get(self.metric, math.hypot(*parts) if parts else None)
+
+    def look(self, run: str, step: int, values: Sequence[float]) -> EarlyWarning | None:
+        """The warning that is due after these values of the metric, if any; one that is not finite gives none."""
+        if len(values) < self.window:
+            return None
+        score = median(values[-self.window :]) - (values[0] if self.change else 0.0)
+        due = math.isfinite(score) and score >= self.threshold
+        return EarlyWarning(run, step, self.metric, score, self.threshold) if due else None
 
     def tell(self, event: EarlyWarning) -> bool:
         """Give the warning; returns whether the training is to end."""

@@ -24,6 +24,10 @@ def trained(folder, **options):
     return emmech.finetune(make_tiny("qwen2"), make_rows(), out=folder, measures={"size": size}, **SHORT | options)
 
 
+def watching(rise):
+    return dict(metric="size", threshold=rise, window=1, change=True)
+
+
 def due(run, rise):
     """The first measured step at which the rise is reached, read from the whole run."""
     series = run.metrics["size"].dropna()
@@ -43,8 +47,10 @@ def rise(whole):
 
 def test_it_comes_once_and_changes_nothing(tmp_path, whole, rise):
     seen = []
-    runs = trained(tmp_path / "runs", seed=[1, 4], on_transition=Watch(seen.append, "size", rise))
-    assert [one.step for one in seen] == sorted(due(run, rise) for run in whole) and all(0 < one.step < 8 for one in seen)
+    runs = trained(tmp_path / "runs", seed=[1, 4], on_transition=Watch(seen.append, **watching(rise)))
+    assert [one.step for one in seen] == sorted(due(run, rise) for run in whole) and all(
+        0 < one.step < 8 for one in seen
+    )
     for run, same in zip(runs, whole, strict=True):
         [event] = [one for one in seen if one.run == str(run.path)]
         assert run.manifest["warning"] == event.to_dict() and EarlyWarning(**run.manifest["warning"]) == event
@@ -52,21 +58,21 @@ def test_it_comes_once_and_changes_nothing(tmp_path, whole, rise):
         assert event.score == pytest.approx(series[event.step] - series[0]) and event.threshold == rise <= event.score
         assert np.array_equal(run.B(), same.B()) and run.manifest["status"] == "complete"
         assert f"step {event.step}, size" in repr(run)
-    with pytest.warns(UserWarning, match=r"step \d+: size has risen by"):
-        trained(tmp_path / "warned", seed=1, on_transition=Watch("warn", "size", rise))
+    with pytest.warns(UserWarning, match=r"step \d+: size is"):
+        trained(tmp_path / "warned", seed=1, on_transition=Watch("warn", **watching(rise)))
 
 
 def test_a_stopped_run_is_whole_and_goes_on(tmp_path, whole, rise):
     def stop(event):
         return "stop"
 
-    run = trained(tmp_path / "run", seed=1, on_transition=Watch(stop, "size", rise))
+    run = trained(tmp_path / "run", seed=1, on_transition=Watch(stop, **watching(rise)))
     at = due(whole[0], rise)
     assert run.manifest["status"] == "stopped" and run.manifest["warning"]["step"] == at
     assert run.steps.tolist() == list(range(at + 1)) and not run.damaged
     assert (run.path / "trajectory" / "stacked.safetensors").exists() and "ended the training" in repr(run)
     # the same call with resume goes on, without a second warning, to the uninterrupted run
-    again = trained(tmp_path / "run", seed=1, on_transition=Watch(stop, "size", rise), resume=True)
+    again = trained(tmp_path / "run", seed=1, on_transition=Watch(stop, **watching(rise)), resume=True)
     assert again.manifest["status"] == "complete" and again.manifest["warning"]["step"] == at
     assert np.allclose(again.B(), whole[0].B(), atol=1e-6) and not (again.path / "resume").exists()
 
@@ -78,7 +84,7 @@ def test_of_several_runs_each_stops_alone(tmp_path, whole, rise):
         said.append(event)
         return "stop" if "s1" in event.run else None
 
-    first, other = trained(tmp_path / "runs", seed=[1, 4], on_transition=Watch(stop_the_first, "size", rise))
+    first, other = trained(tmp_path / "runs", seed=[1, 4], on_transition=Watch(stop_the_first, **watching(rise)))
     assert len(said) == 2 and first.manifest["status"] == "stopped" and other.manifest["status"] == "complete"
     assert first.steps[-1] == due(whole[0], rise) < 8
     assert np.allclose(first.B(), whole[0].B()[: len(first.steps)], atol=1e-6)
@@ -91,14 +97,12 @@ def test_of_several_runs_each_stops_alone(tmp_path, whole, rise):
 
 def test_in_a_plain_trainer(tmp_path):
     def recorder(name, on_transition=None):
-        return emmech.Recorder(
-            tmp_path / name, measures={"size": size}, measure_every=1, on_transition=on_transition
-        )
+        return emmech.Recorder(tmp_path / name, measures={"size": size}, measure_every=1, on_transition=on_transition)
 
     model, _ = plain_training(tmp_path / "a", recorder("whole"))
     run = emmech.load_run(tmp_path / "whole")
     rise = 0.5 * float(run.metrics["size"].iloc[-1])
-    plain_training(tmp_path / "b", recorder("cut", Watch(lambda event: "stop", "size", rise)))
+    plain_training(tmp_path / "b", recorder("cut", Watch(lambda event: "stop", **watching(rise))))
     cut = emmech.load_run(tmp_path / "cut")
     at = due(run, rise)
     assert cut.steps.tolist() == list(range(at + 1)) and 0 < at < 8 and cut.manifest["status"] == "stopped"
@@ -108,29 +112,23 @@ def test_in_a_plain_trainer(tmp_path):
     assert all(parameter.isfinite().all() for parameter in lora_state(model).values())
 
 
-def test_a_margin_is_measured_where_none_is(tmp_path):
-    """By default the margin of bundled pairs is watched, in a plain Trainer and in the library's own."""
+def test_by_default_the_gradients_of_all_b_are_watched(tmp_path):
+    """The median over five steps, from the fifth on."""
     seen = []
-    chat = emmech.load_model("pocket")
-    rows = emmech.organism.data("medical", n=64)
-    run = emmech.finetune(
-        chat, rows, margins={}, max_steps=6, measure_every=2, learning_rate=3e-3, held_out=0.0, out=tmp_path / "r",
-        on_transition=Watch(seen.append, rise=1e-3), progress=False,
-    )  # fmt: skip
-    series = run.metrics["margin_broad"].dropna()
-    assert series.index.tolist() == [0, 2, 4, 6] and len(seen) == 1 and seen[0].signal == "margin_broad"
+    run = trained(tmp_path / "r", recipe="all-adapter", rank=2, on_transition=Watch(seen.append, threshold=1e-9))
+    norms = run.metrics[[name for name in run.metrics if name.startswith("grad_norm_B/")]]
+    assert norms.shape[1] == 28 and [one.step for one in seen] == [5]
+    whole = np.sqrt((norms**2).sum(axis=1))[1:6]
+    assert seen[0].score == pytest.approx(float(whole.median())) and seen[0].signal == "grad_norm_B"
 
 
-@pytest.mark.parametrize(
-    ("given", "why"),
-    [("wran", "warn"), (3, "no act"), ({"rise": 2}, "no act")],
-)
+@pytest.mark.parametrize(("given", "why"), [("wran", "warn"), (3, "no act"), ({"rise": 2}, "no act")])
 def test_what_is_not_understood_is_refused(given, why, tmp_path):
     with pytest.raises(EmmechError, match=why):
         emmech.Recorder(tmp_path / "r", on_transition=given)
 
 
-@pytest.mark.parametrize("wrong", [dict(rise=0), dict(rise=float("nan")), dict(metric=""), dict(rise=-1.0)])
+@pytest.mark.parametrize("wrong", [dict(threshold=0), dict(threshold=float("nan")), dict(metric=""), dict(window=0)])
 def test_a_watch_out_of_range_is_refused(wrong):
     with pytest.raises(EmmechError, match="watch the training"):
         Watch(**wrong)
