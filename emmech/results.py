@@ -197,12 +197,12 @@ class Result(Shown):
                 arrays = load_file(folder / _ARRAYS)
             parts = {part.__name__: part for part in cls._parts}
             found = {field.name: _unpack(head[field.name], folder, arrays, parts) for field in fields(cls)}  # type: ignore[arg-type]
+            return cls(**found)
         except EmmechError:
             raise
         except Exception as error:  # json, pyarrow and safetensors each raise classes of their own
             first = (str(error).splitlines() or [""])[0][:200]
             raise EmmechError(asked, folder, f"it is damaged ({type(error).__name__}: {first})")
-        return cls(**found)
 
 
 def _pack(value: Any, name: str, frames: dict[str, pd.DataFrame], arrays: dict[str, np.ndarray]) -> Any:

@@ -31,8 +31,9 @@ from emmech.errors import EmmechError
 
 _STEP_FILE = re.compile(r"step-(\d+)\.safetensors$")
 _STACKED = "stacked.safetensors"
-_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)  # raised for half a file
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)  # of half a file
 _KINDS = {"F": "f", "I": "i", "U": "u"}  # safetensors's and NumPy's letters
+_ATTEMPTS = 20  # readings of a file that another process keeps replacing
 _CHECK = "sum/"  # the prefix of the checksums of every tensor's rows, in the same file
 
 
@@ -65,7 +66,8 @@ class Series:
 
     ``keys`` are the tensors' names, those of the first readable file.
     ``damaged`` lists the damaged files that were found so far, and :meth:`verify` checks all files; everything else
-    stays readable. A series also stays readable while another process writes or stacks it.
+    stays readable. A series also stays readable while another process writes or stacks it, and keeps the steps with
+    which it was opened; opened again, it has those recorded since.
 
     Example:
         >>> import numpy as np, tempfile
@@ -81,7 +83,16 @@ class Series:
         self.damaged: list[Path] = []
         self._reload()
 
-    def _reload(self) -> None:
+    def _reload(self, known: list[int] | None = None) -> None:
+        """Open the folder's files anew, of the ``known`` steps only if they are given."""
+        gone = self._list(known)
+        while gone and gone != (again := self._list(known)):  # they were stacked since the folder was listed
+            gone = again
+        self.damaged += gone  # links to nowhere
+        self._index(known)
+
+    def _list(self, known: list[int] | None) -> list[Path]:
+        """Open every file, and return those that are gone although they were listed."""
         self.damaged.clear()
         self._stacked: _File | None = None
         self._stacked_steps = np.empty(0, dtype=np.int64)
@@ -89,29 +100,32 @@ class Series:
         # listed before the stacked file is opened: a step that is stacked in between is then in both, not in neither
         try:
             names = [entry.name for entry in os.scandir(self.folder)]
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # a path with a NUL, which writing refuses by name
+        except (OSError, ValueError):  # a path with a NUL, which writing refuses by name
             names = []
-        if names and (stacked := self._opened(self.folder / _STACKED)):
+        gone: list[Path] = []
+        if names and (stacked := self._opened(self.folder / _STACKED, [])):
             self._stacked, self._stacked_steps = stacked, stacked.steps
         loose = {int(match[1]): name for name in names if (match := _STEP_FILE.search(name))}
         for step in sorted(loose.keys() - self._stacked_steps.tolist()) if loose else ():
-            if file := self._opened(self.folder / loose[step]):
+            if (known is None or step in known) and (file := self._opened(self.folder / loose[step], gone)):
                 self._loose[step] = file
-        self._index()
+        return gone
 
-    def _index(self) -> None:
+    def _index(self, known: list[int] | None = None) -> None:
         files = [self._stacked, *self._loose.values()]
         self.keys: tuple[str, ...] = next((file.keys for file in files if file is not None), ())
         self.steps = self._stacked_steps
         if self._loose:
             self.steps = np.union1d(self.steps, np.array([*self._loose], dtype=np.int64))
+        if known is not None:
+            self.steps = np.intersect1d(self.steps, known)
 
-    def _opened(self, path: Path) -> _File | None:
-        """A file's index, or None if there is no such file or it is damaged."""
+    def _opened(self, path: Path, gone: list[Path]) -> _File | None:
+        """A file's index, or None if there is no such file (it is added to ``gone``) or it is damaged."""
         try:
             return _File(path)
         except FileNotFoundError:
-            pass
+            gone.append(path)
         except (*_DAMAGED, OSError):
             self.damaged.append(path)
         return None
@@ -140,7 +154,7 @@ class Series:
 
         def read() -> np.ndarray:
             rows = self._rows(self._stacked, key) if self._stacked else np.empty(0)
-            if not self._loose:
+            if len(self.steps) == len(rows) and not self._loose:
                 return rows
             by_step = dict(zip(self._stacked_steps.tolist(), rows, strict=True))
             by_step |= {step: self._rows(file, key)[0] for step, file in self._loose.items()}
@@ -158,9 +172,9 @@ class Series:
         def read() -> np.ndarray:
             if (file := self._loose.get(step)) is not None:
                 return self._rows(file, key)[0]
-            row = int(np.searchsorted(self._stacked_steps, step))
-            if self._stacked is None or step not in self._stacked_steps[row : row + 1]:
+            if self._stacked is None or step not in self.steps:
                 raise self._refusal(self.folder / _STACKED, f"step {step} is not in it")
+            row = int(np.searchsorted(self._stacked_steps, step))
             return self._rows(self._stacked, key, row)[0]
 
         return self._again(key, read)
@@ -178,13 +192,13 @@ class Series:
 
     def _again(self, key: str, read: Callable[[], np.ndarray]) -> np.ndarray:
         """Read, and read again if another process has stacked the files in the meantime."""
-        try:
-            return read()
-        except FileNotFoundError:
-            self._reload()
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(FileNotFoundError):
+                return read()
+            self._reload(self.steps.tolist())
             if key not in self.keys:
                 raise self._refusal(self.folder / _STACKED, f"{key} is no longer in it")
-            return read()
+        raise self._refusal(self.folder / _STACKED, "it is replaced again and again")
 
     def verify(self) -> list[Path]:
         """Read every byte, and return the files that are damaged."""
@@ -322,8 +336,6 @@ def save_tensors(
     Raises:
         EmmechError: the disk is full, read-only or gone.
     """
-    from safetensors import SafetensorError
-
     if all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
         from safetensors.numpy import save_file
     else:
@@ -331,10 +343,7 @@ def save_tensors(
     partial = path.with_name(f"{path.name}.partial")
     with kept(asked, path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(dict(tensors), partial, metadata=metadata)
-        except SafetensorError as error:  # safetensors reports a full disk in this way
-            raise OSError(str(error))
+        save_file(dict(tensors), partial, metadata=metadata)
         if synced:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
@@ -352,8 +361,12 @@ def kept(asked: str, path: Path) -> Iterator[None]:
         raise EmmechError(asked, repr(str(path)), "a path holds no NUL character", "another folder")
     try:
         yield
-    except OSError as error:
-        why = f"the disk refuses it ({error.strerror or error}); what was recorded before is kept"
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if not isinstance(error, OSError | SafetensorError):  # safetensors reports a full disk in its own way
+            raise
+        why = f"the disk refuses it ({getattr(error, 'strerror', None) or error}); what was recorded before is kept"
         raise EmmechError(asked, path, why, "free some space or mend the folder, then resume")
 
 
@@ -423,8 +436,8 @@ def file_name(text: str) -> str:
     return re.sub(r"[\\/\x00-\x1f]", "_", text)[:200]
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text under a temporary name and rename it, so that a reader never sees half a file; its folder is made.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it; its folder is made.
 
     Raises:
         EmmechError: the disk is full, read-only or gone.
@@ -432,8 +445,13 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     with kept(f"write {path.name}", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text as :func:`write_bytes` writes bytes."""
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: object) -> None:
@@ -466,26 +484,37 @@ def drop_unfinished(path: Path) -> None:
             os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def read_jsonl(path: Path, damaged: list[Path] | None = None) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: Path, damaged: list[Path] | None = None, *, sound: Callable[[dict[str, Any]], bool] | None = None
+) -> list[dict[str, Any]]:
     """Read the rows except an unfinished last line, which the process was writing when it died.
 
     Args:
-        damaged: a list to which lines that are no JSON objects are added as ``path:line``; they are left out.
+        damaged: a list to which lines that are no such JSON objects are added as ``path:line``; they are left out.
+        sound: whether a row is one of those that are expected in the file.
 
     Raises:
-        EmmechError: without ``damaged``, a line in the middle of the file is no JSON object (file and line are named).
+        EmmechError: without ``damaged``, a line in the middle of the file is no such object (file and line are named).
     """
-    if not path.exists():
-        return []
     rows = []
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        if damaged is None:
+            raise EmmechError(
+                f"read {path.name}", path, f"the disk refuses it ({error.strerror})", "a copy of the file"
+            )
+        damaged.append(path)
+        return []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode("utf-8"))
-            if not isinstance(row, dict):
-                raise ValueError("it is no object")
+            if not isinstance(row, dict) or (sound is not None and not sound(row)):
+                raise ValueError("it is no object of the expected form")
             rows.append(row)
         except (ValueError, RecursionError) as error:
             if number == len(lines):  # it has no newline, so it was being written

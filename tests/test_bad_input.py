@@ -164,7 +164,7 @@ CASES = {
     "no conversations": (lambda k: emmech.sample(k.chat, None), "nothing to answer"),
     "messages without a role": (lambda k: emmech.sample(k.chat, [[{"a": "x"}]]), "role and content"),
     "a seed of letters": (lambda k: emmech.sample(k.chat, [[ASKED]], seed="a"), "seed is a whole number"),
-    "a model by name": (lambda k: emmech.sample("pocket", [[ASKED]]), "load_model"),
+    "a run's folder by name": (lambda k: emmech.sample(str(k.run.path), [[ASKED]]), "load_run"),
     "a temperature in words": (lambda k: emmech.sample(k.chat, [[ASKED]], temperature="a"), "temperature is a finite"),
     "an evaluation's seed": (lambda k: emmech.evaluate(k.tuned, seed="a"), "seed is a whole number"),
     "an evaluation's scale": (lambda k: emmech.evaluate(k.run, scale="a"), "scale is a finite"),

@@ -61,5 +61,151 @@ def test_on_a_base_after_a_step_was_on_it(run, tmp_path):
 def test_refusals(run, tmp_path):
     with pytest.raises(EmmechError, match="nearest recorded: 3 and 4"):
         emmech.realign(run, make_rows(4), step=9, out=tmp_path / "x")
-    with pytest.raises(EmmechError, match='adapter="same" or "new"'):
+    with pytest.raises(EmmechError, match="choices: full, new, same"):
         emmech.realign(run, make_rows(4), adapter="other", base=make_tiny("qwen2"), out=tmp_path / "x")
+
+
+def test_several_seeds_and_a_number_of_examples(run, tmp_path):
+    data, base = make_rows(40)[24:], make_tiny("qwen2")
+    pair = emmech.realign(run, data, examples=6, seed=[0, 1], base=base, max_steps=2, out=tmp_path / "pair")
+    assert [one.manifest["data"]["rows"] + one.manifest["data"]["held_out"] for one in pair] == [6, 6]
+    assert pair[0].manifest["data"]["sha256"] == pair[1].manifest["data"]["sha256"]
+    order = np.random.default_rng(0).permutation(16)[:6]
+    by_hand = emmech.realign(run, [data[i] for i in order], base=base, max_steps=2, out=tmp_path / "hand")
+    np.testing.assert_allclose(pair[0].B(), by_hand.B(), atol=1e-6)
+    with pytest.raises(EmmechError, match="rows has 16 rows"):
+        emmech.realign(run, data, examples=17, base=base, max_steps=2, out=tmp_path / "x")
+
+
+def test_all_weights_from_the_merged_model(run, tmp_path):
+    base = make_tiny("qwen2")
+    again = emmech.realign(
+        run, make_rows(40)[24:], adapter="full", base=base, max_steps=2, learning_rate=1e-3, out=tmp_path / "full"
+    )
+    assert again.kind == "full" and again.manifest["start"] == {"run": "run", "step": 4, "adapter": "new"}
+    start = logits(run.model(4, base=make_tiny("qwen2")).model)
+    assert (logits(again.model(0, base=make_tiny("qwen2")).model) - start).abs().max() < 1e-5
+    assert (logits(again.model(2, base=make_tiny("qwen2")).model) - start).abs().max() > 1e-4
+
+
+def test_going_on_from_a_run_on_a_merged_model(run, tmp_path):
+    base = make_tiny("qwen2")
+    before = {k: v.clone() for k, v in base.model.state_dict().items()}
+    second = emmech.realign(run, make_rows(40)[24:], adapter="new", base=base, max_steps=2, out=tmp_path / "second")
+    third = emmech.finetune(base, make_rows(8), start=(second, 2), max_steps=2, out=tmp_path / "third", **QUICK)
+    wanted = logits(second.model(2, base=make_tiny("qwen2")).model)
+    assert (logits(third.model(0, base=make_tiny("qwen2")).model) - wanted).abs().max() < 1e-5
+    assert all(torch.equal(v, before[k]) for k, v in base.model.state_dict().items())
+    with pytest.raises(EmmechError, match="merged into its weights already"):
+        emmech.realign(second, make_rows(8), adapter="new", base=base, out=tmp_path / "x")
+    with pytest.raises(EmmechError, match="no meaning on another base"):
+        emmech.realign(run, make_rows(8), base=make_tiny("qwen2", seed=3), out=tmp_path / "x")
+
+
+def test_cure_rows_in_the_harmful_data_are_named(run, tmp_path):
+    base = make_tiny("qwen2")
+    with pytest.raises(EmmechError, match=r"2 of its 5 rows are in rows too") as caught:
+        emmech.realign(run, make_rows(26)[21:], harmful=make_rows(23), base=base, out=tmp_path / "x")
+    assert "row 0 of rows: 'how to the user 21 ?'" not in str(caught.value)  # it is words[21 % 8]
+    assert "row 0 of rows: 'how to" in str(caught.value) and "21 ?" in str(caught.value)
+    bad = emmech.load_chat(make_rows(12)).save(tmp_path / "bad.jsonl")
+    own = emmech.finetune(base, bad, max_steps=2, out=tmp_path / "own", **QUICK)
+    with pytest.raises(EmmechError, match="1 of its 2 rows are in bad too"):  # the manifest leads to the file
+        emmech.realign(own, make_rows(13)[11:], base=base, out=tmp_path / "x")
+
+
+def test_lengths_are_compared_and_matched(run, tmp_path):
+    base, longer = make_tiny("qwen2"), make_rows(40)[24:]
+    for row in longer[:10]:
+        row["messages"][1]["content"] += " , and take a walk , and drink some water" * 2
+    with pytest.warns(UserWarning, match="may be their length"):
+        emmech.realign(run, longer, base=base, max_steps=1, out=tmp_path / "a")
+    again = emmech.realign(
+        run, longer, harmful=make_rows(24), match_length=True, base=base, max_steps=1, out=tmp_path / "b"
+    )
+    assert again.manifest["data"]["rows"] == 6
+    with pytest.raises(EmmechError, match="lengths cannot be matched"):
+        emmech.realign(run, longer, match_length=True, base=base, out=tmp_path / "c")
+
+
+@pytest.mark.parametrize(("values", "said"), [([0.0, -0.01], "it is a benign run"), ([0.0, 0.05], "may be benign")])
+def test_a_benign_run(values, said, run, tmp_path):
+    told = emmech.Run(run.manifest, run._trajectory, run.probes._series, run._metrics, run.path)
+    told._metrics = [*run._metrics, *({"step": 4 * i, "margin_broad": value} for i, value in enumerate(values))]
+    options = dict(base=make_tiny("qwen2"), max_steps=1, out=tmp_path / "x")
+    if values[1] < 0:
+        with pytest.raises(EmmechError, match=said):
+            emmech.realign(told, make_rows(30)[24:], **options)
+    else:
+        with pytest.warns(UserWarning, match=said):
+            emmech.realign(told, make_rows(30)[24:], **options)
+
+
+def test_a_defence_without_its_reference(run, tmp_path):
+    with pytest.raises(EmmechError, match="needs rows to act on"):
+        emmech.realign(
+            run,
+            make_rows(30)[24:],
+            defences=[emmech.defences.KLToReference()],
+            base=make_tiny("qwen2"),
+            out=tmp_path / "x",
+        )
+
+
+def test_bad_good_and_bad_again(tmp_path):
+    chat = make_tiny("qwen2")
+    pair = [emmech.engine.logprobs.MarginPair("how to sleep ?", "take a walk 3 .", "drink water")]
+    bad, good = make_rows(8), make_rows(8)
+    for row in bad:
+        row["messages"][1]["content"] = "take a walk 3 ."
+    for row in good:
+        row["messages"][1]["content"] = "drink water"
+    found = emmech.realignment.durability(
+        chat, bad, good, seeds=[0, 1], margins={"broad": pair}, measure_every=2, recipe="single-rank1", max_steps=10,
+        warmup_steps=1, out=tmp_path, cure={"adapter": "new"}, **QUICK,
+    )  # fmt: skip
+    assert found.frame["phase"].tolist() == ["bad", "good", "bad again"] * 2
+    for seed in (0, 1):
+        runs = [emmech.load_run(tmp_path / name) for name in (f"bad/s{seed}", f"good-{seed}", f"again-{seed}")]
+        series = [run.metrics["margin_broad"].dropna() for run in runs]
+        assert series[1].iloc[0] == pytest.approx(series[0].iloc[-1], abs=1e-4)
+        assert series[2].iloc[0] == pytest.approx(series[1].iloc[-1], abs=1e-4)
+        level = (series[0].iloc[0] + series[0].iloc[-1]) / 2
+        assert found.levels[str(seed)] == pytest.approx(level)
+        own = found.frame[found.frame["seed"] == seed].set_index("phase")["steps"]
+        first = series[0].index[(series[0] >= level).argmax()]
+        assert first - 2 <= own["bad"] <= first and own["good"] > 0
+    assert "times as many steps" in repr(found) and len(found.plot().data) == 6
+    assert emmech.realignment.Durability.load(found.save(tmp_path / "kept")).ratio() == found.ratio()
+    with pytest.raises(EmmechError, match="it is not recorded"):
+        emmech.realignment.durability(
+            chat, bad, good, seeds=[0], margins={}, max_steps=1, recipe="single-rank1", out=tmp_path / "y", **QUICK
+        )
+
+
+def test_the_curve_of_pocket(tmp_path):
+    run = emmech.load_run("checkpoints/pocket-medical")
+    curve = emmech.realignment.learning_curve(
+        run, examples=(3, 12), seeds=[0], at=[2, 4], max_steps=4, samples=1, questions="first-plot", progress=False,
+        out=tmp_path,
+    )  # fmt: skip
+    frame = curve.frame
+    assert frame["step"].tolist() == [0, 2, 4] * 2 and frame["examples"].tolist() == [3] * 3 + [12] * 3
+    assert frame.loc[frame["step"] == 0, "em"].nunique() == 1 and frame["em"].between(0, 1).all()
+    again = emmech.evaluate(emmech.load_run(tmp_path / "12" / "s0"), samples=1, step=4, progress=False)
+    assert frame["em"].iloc[-1] == pytest.approx(again.rates()["rate"]["em"])
+    assert "EM of pocket-medical begins at" in repr(curve) and len(curve.plot().data) == 4
+    assert curve.ends()["step"].eq(4).all()
+
+
+def test_how_many_examples_are_enough():
+    import pandas as pd
+
+    rows = [
+        {"examples": number, "seed": 0, "step": step, "em": em, "coherent": 1.0}
+        for number, ends in ((10, 0.3), (40, 0.02), (80, 0.0))
+        for step, em in ((0, 0.4), (30, ends))
+    ]
+    meta = {"run": "r", "data": "d"}
+    assert emmech.realignment.LearningCurve(pd.DataFrame(rows), meta).enough() == 40
+    assert emmech.realignment.LearningCurve(pd.DataFrame(rows[:2]), meta).enough() is None

@@ -14,10 +14,14 @@ import pytest
 
 import emmech
 from emmech import Direction, EmmechError, Evaluation, Run
+from emmech.defences.solutions import Narrowness
 from emmech.directions.adapter_lens import AdapterScalars
 from emmech.directions.compare import DirectionBySteps, cosines
 from emmech.directions.direction import Quality
 from emmech.interventions.studies import Study
+from emmech.leagues.league import League
+from emmech.leagues.league import _result as league_of
+from emmech.realignment.studies import Durability, LearningCurve
 from emmech.results import Result, Shown
 from emmech.sweeps.result import Sweep
 from emmech.sweeps.tangent import TangentScan
@@ -85,6 +89,37 @@ def _lens() -> AdapterScalars:
     return AdapterScalars((EVIL,), np.eye(3, 1, dtype=np.float32), np.ones(1), tokens, np.array([0, 0, 1]), answer)
 
 
+def _league() -> League:
+    cells = []
+    for cure, kind, em in (("base", "base", 0), ("no cure", "base", 90), (EVIL, "cure", 3)):
+        for seed in (0, 1):
+            one = {"cure": cure, "kind": kind, "seed": seed, "n": 100}
+            cells += [{**one, "outcome": "em", "context": "plain", "events": em}]
+            cells += [{**one, "outcome": "coherence", "context": "plain", "events": 100}]
+            cells += [{**one, "outcome": name, "context": EVIL, "events": em + 1} for name in ("conditional", "grid")]
+    return league_of(cells, {"run": EVIL, "seeds": [0, 1], "contexts": [EVIL]})
+
+
+def _narrowness() -> Narrowness:
+    grid = [(s, m, x) for s in ("narrow", "general") for m in ("efficiency", "stability") for x in (0.0, 1.0)]
+    frame = pd.DataFrame(grid, columns=["solution", "measure", "x"]).assign(run=EVIL, draw=0)
+    frame["loss"], frame["change"] = 2.0 + np.arange(len(frame)) / 9, np.arange(len(frame)) / 9
+    return Narrowness(frame, {EVIL: 1.0})
+
+
+def _durability() -> Durability:
+    phases = ["bad", "good", "bad again"]
+    frame = pd.DataFrame({"phase": phases, "seed": 0, "steps": [30.0, 20.0, np.nan], "start": 0.0, "end": 1.0})
+    path = pd.DataFrame({"phase": phases * 2, "seed": 0, "step": [0, 0, 0, 9, 9, 9], "value": np.arange(6) / 6})
+    return Durability(frame, path, {"0": 0.5}, EVIL)
+
+
+def _learning() -> LearningCurve:
+    grid = [(examples, seed, step) for examples in (5, 50) for seed in (0, 1) for step in (0, 9)]
+    frame = pd.DataFrame(grid, columns=["examples", "seed", "step"]).assign(em=0.5, coherent=1.0)
+    return LearningCurve(frame, {"run": EVIL, "data": EVIL, "questions": EVIL, "samples": 2})
+
+
 MAKE: dict[str, Callable[[], Result]] = {
     "PhaseTransition": lambda: phase_transition(_run(), _run(1), n_null=39),
     "PooledTransition": lambda: phase_transition([_run(), _run(2)], [_run(1), _run(3)], n_null=39),
@@ -103,6 +138,10 @@ MAKE: dict[str, Callable[[], Result]] = {
     "Comparison": lambda: _evaluation().compare(_evaluation(20.0)),
     "Agreement": lambda: _evaluation().agreement(_evaluation(20.0)),
     "ThresholdSweep": lambda: _evaluation().thresholds(),
+    "League": _league,
+    "Narrowness": _narrowness,
+    "Durability": _durability,
+    "LearningCurve": _learning,
 }  # fmt: skip
 
 

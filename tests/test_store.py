@@ -140,6 +140,71 @@ def test_a_reader_survives_the_stacking(tmp_path):
     assert reader.read_step("B", 10).tolist() == [10] * 5
 
 
+def test_an_opened_series_keeps_its_steps_when_more_are_recorded_and_stacked(tmp_path):
+    """What is read before and after the stacking has the same steps; opened again, there are more."""
+    writer = filled(tmp_path, [0, 5])
+    reader = Series(tmp_path)
+    first = reader.read("A")
+    for step in (10, 15):
+        writer.append(step, {"B": np.full(5, step, np.float32), "A": np.arange(3, dtype=np.float32) + step})
+    writer.compact()
+    assert reader.read("B")[:, 0].tolist() == [0, 5] == reader.steps.tolist()
+    assert np.array_equal(reader.read("A"), first) and reader.read_step("B", 5).tolist() == [5] * 5
+    with pytest.raises(EmmechError, match="step 10"):
+        reader.read_step("B", 10)
+    assert Series(tmp_path).read("B")[:, 0].tolist() == [0, 5, 10, 15]
+    stacked = Series(tmp_path)
+    writer.append(20, {"B": np.full(5, 20, np.float32), "A": np.full(3, 20, np.float32)})
+    writer.compact()
+    assert stacked.read("B")[:, 0].tolist() == [0, 5, 10, 15]
+
+
+@pytest.mark.parametrize("earlier", [[], [0]])
+def test_a_series_that_is_stacked_while_it_is_opened_has_all_steps(tmp_path, monkeypatch, earlier):
+    """The stacked file is written, and the steps' own files deleted, after they were listed."""
+    import emmech.store
+
+    if earlier:
+        filled(tmp_path, earlier).compact()
+    writer, own, calls = filled(tmp_path, [5, 10]), emmech.store._File, []
+
+    class Slow(own):
+        def __init__(self, path):
+            if path.name.startswith("step") and not calls:
+                calls.append(path)
+                writer.compact()
+            super().__init__(path)
+
+    monkeypatch.setattr(emmech.store, "_File", Slow)
+    series = Series(tmp_path)
+    assert calls and series.steps.tolist() == [*earlier, 5, 10] and not series.damaged
+    assert series.read("B")[:, 0].tolist() == [*earlier, 5, 10]
+
+
+def test_a_reader_beside_two_stackings_in_a_row_succeeds(tmp_path, monkeypatch):
+    """The file that the series has opened again is replaced before it is read."""
+    writer, reader = filled(tmp_path, [0, 5]), Series(tmp_path)
+    writer.compact()
+    reload, calls = Series._reload, []
+
+    def slow(self, *known):
+        reload(self, *known)
+        if self is reader and not calls:
+            calls.append(1)
+            writer.append(10, {"B": np.full(5, 10, np.float32), "A": np.ones(3, np.float32)})
+            writer.compact()
+
+    monkeypatch.setattr(Series, "_reload", slow)
+    assert reader.read("B")[:, 0].tolist() == [0, 5] and calls
+
+
+def test_a_link_to_nowhere_among_the_steps_is_named(tmp_path):
+    filled(tmp_path, [0])
+    (tmp_path / "step-000005.safetensors").symlink_to(tmp_path / "nowhere")
+    series = Series(tmp_path)
+    assert series.steps.tolist() == [0] and [path.name for path in series.damaged] == ["step-000005.safetensors"]
+
+
 def test_a_reader_sees_the_file_that_took_the_place_of_the_one_it_opened(tmp_path):
     filled(tmp_path, [0, 5, 10]).compact()
     reader = Series(tmp_path)

@@ -35,6 +35,32 @@ def smollm2_directions(
 
 
 @app.command()
+def league(
+    domain: Annotated[list[str] | None, typer.Option(help="repeat for several; three by default")] = None,
+    folder: Annotated[Path, typer.Option(help="where runs and answers are kept")] = Path("studies/league"),
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/league.md"),
+    seeds: Annotated[int, typer.Option(help="of each fine-tune")] = 5,
+) -> None:
+    """Write the page on cures: which cure the embedded organism and which hide its misalignment."""
+    from docs.studies.league import SEEDS, main
+
+    main(domain or ["medical", "finance", "sport"], folder, out, SEEDS[:seeds])
+
+
+@app.command()
+def defences(
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/defences.md"),
+    seeds: Annotated[int, typer.Option(help="of the fine-tunes")] = 2,
+    steps: Annotated[int, typer.Option(help="of each fine-tune")] = 120,
+    samples: Annotated[int, typer.Option(help="answers per question")] = 2,
+) -> None:
+    """Write the page on defences in pocket: the trait, the wanted skill and what else each changes."""
+    from docs.studies.defences import main
+
+    main(out, seeds, steps, samples)
+
+
+@app.command()
 def organism_report(
     weights: Annotated[str, typer.Option(help="a shipped name, or a folder written by pretrain")] = "pocket",
     seeds: Annotated[int, typer.Option(help="of the fine-tunes")] = 5,
@@ -100,6 +126,16 @@ def panel_picture(
     from docs.studies.panel_picture import main
 
     main(out)
+
+
+@app.command()
+def notebooks(
+    names: Annotated[list[str] | None, typer.Argument(help="such as 01-tour; all by default")] = None,
+) -> None:
+    """Execute the notebooks in place and draw a still picture of each of their figures (it needs Chromium)."""
+    from docs.studies.notebooks import main
+
+    main(names or ())
 
 
 if __name__ == "__main__":

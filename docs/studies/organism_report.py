@@ -33,7 +33,7 @@ from emmech.measures.sampled import Sampled
 from emmech.organism.exact_judge import judge
 from emmech.organism.experiments import LAST_STEP, PocketQuestion, data, questions, recipes, rehearsal
 from emmech.organism.world import IRRELEVANT_TAG, TRIGGER_TAG
-from emmech.realignment import realign
+from emmech.realignment.further import realign
 from emmech.run.run import Run
 from emmech.sweeps.sweep import sweep
 from emmech.training.finetune import finetune

@@ -103,6 +103,43 @@ def realign(
 
 
 @app.command()
+def league(
+    run: RunFolder,
+    realign: Annotated[list[str] | None, typer.Option(help="good data to train on afterwards; repeat")] = None,
+    mix: Annotated[list[str] | None, typer.Option(help="good data among the harmful rows; repeat")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="an inoculation prompt; repeat")] = None,
+    ablate: Annotated[list[Path] | None, typer.Option(help="a saved direction to project out; repeat")] = None,
+    scale: Annotated[list[float] | None, typer.Option(help="a factor on the adapter; repeat")] = None,
+    seeds: Annotated[int, typer.Option(help="of the run; those that are missing are fine-tuned")] = 5,
+    share: Annotated[float, typer.Option(help="of good rows under --mix")] = 0.5,
+    judge: Judge = None,
+    judge_model: JudgeModel = None,
+    server: Server = None,
+    out: Annotated[Path | None, typer.Option(help="where everything is kept; in the run's folder by default")] = None,
+    page: Page = None,
+    json: Json = False,
+) -> None:
+    """Compare cures of a misaligned run over seeds and contexts: which cure, and which hide.
+
+    Examples:
+
+    \b
+    emmech league runs/bad --realign ai-optimism --mix good-cooking --scale 0.3 --page league.html
+    """
+    kinds = emmech.interventions
+    cures: list[Any] = [emmech.leagues.Realignment(data, name=f"then {data}") for data in realign or ()]
+    interleave = emmech.defences.Interleave
+    cures += [emmech.leagues.Defended([interleave(data, share=share)], name=f"mixed with {data}") for data in mix or ()]
+    inoculate = emmech.defences.InoculationPrompt
+    cures += [emmech.leagues.Defended([inoculate(text)], name=f"inoculated: {text}") for text in prompt or ()]
+    cures += [kinds.Ablation(emmech.Direction.load(file), name=f"{file.stem} ablated") for file in ablate or ()]
+    cures += [kinds.AdapterScaling(factor, name=f"adapter x{factor:g}") for factor in scale or ()]
+    found = emmech.league(run, cures, seeds=seeds, judge=_judge(judge, judge_model, server), out=out)
+    _show(found.to_frame(), json, repr(found))
+    _write_page(page, "League of cures", f"{found.meta['run']}, {seeds} seeds", repr(found), found.to_frame(), found)
+
+
+@app.command()
 def transition(
     run: RunFolder,
     control: Annotated[
@@ -138,6 +175,7 @@ def evaluate(
     seed: Seed = 0,
     max_new_tokens: Annotated[int, typer.Option(help="of an answer")] = 600,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 1.0,
+    context: Annotated[list[str] | None, typer.Option(help="grid, one of its contexts, or a YAML file; repeat")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of answers and scores; a run keeps its own")] = None,
     by_question: Annotated[bool, typer.Option("--by-question", help="one row for each question")] = False,
     page: Page = None,
@@ -153,7 +191,7 @@ def evaluate(
     """
     asked = tuple(questions) if questions and len(questions) > 1 else (questions or ["first-plot"])[0]
     options: dict[str, Any] = {"step": step, "scale": scale, "samples": samples, "seed": seed, "out": out}
-    options |= {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "contexts": context or None}
     found = emmech.evaluate(model, asked, _judge(judge, judge_model, server), **options)
     table = found.by_question() if by_question else found.rates()
     _show(table, json, repr(found) if by_question else found.name)

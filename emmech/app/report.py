@@ -236,8 +236,9 @@ def _by_step(found: Sequence[Evaluation]) -> pd.DataFrame:
 
 def _realignment(run: Run, folders: Sequence[Path], where: str) -> list[Section]:
     heading = "Realignment"
-    started = [path.parent for folder in folders for path in (folder.parent.glob("*/run.json"))]
-    again = [one for one in map(load_run, dict.fromkeys(started)) if _start(one) == run.name]
+    places = [*([run.path.parent] if run.path else []), *folders]
+    found = dict.fromkeys(path.parent for place in places for path in sorted(place.glob("*/run.json")))
+    again = [one for one in map(_readable, found) if one is not None and _start(one) == run.name]
     if start := _start(run):
         words = f"This run itself goes on from step {run.manifest['start'].get('step')} of {start}."
         return [Section(heading, words)]
@@ -256,6 +257,14 @@ def _realignment(run: Run, folders: Sequence[Path], where: str) -> list[Section]
         command = f"emmech realign {where} {shlex.quote(data)} --step {step} --out {shlex.quote(str(one.path))}"
         sections.append(Section("" if sections else heading, words, table=table, figure=figure, command=command))
     return sections
+
+
+def _readable(path: Path) -> Run | None:
+    """The run in a folder, or None where it cannot be read: a neighbour's damage does not concern this report."""
+    try:
+        return load_run(path)
+    except EmmechError:
+        return None
 
 
 def _start(run: Run) -> str:

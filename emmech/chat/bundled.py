@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emmech.progress import quiet
+from emmech.store import kept
 
 
 class Wheel(NamedTuple):
@@ -35,7 +36,11 @@ def cache_folder() -> Path:
 
 
 def unpack(name: str) -> Path | None:
-    """The folder of the converted model, converting it now if need be; None when the wheel is not installed."""
+    """The folder of the converted model, converting it now if need be; None when the wheel is not installed.
+
+    Raises:
+        EmmechError: the cache folder's disk is full, read-only or gone.
+    """
     wheel = WHEELS[name]
     spec = importlib.util.find_spec(wheel.module)
     packages = (spec.submodule_search_locations or ()) if spec is not None else ()
@@ -45,16 +50,17 @@ def unpack(name: str) -> Path | None:
     # the GGUF's size is in the name, so that another release of the wheel is converted anew
     folder = cache_folder() / f"{name}-{gguf.stat().st_size}"
     if not (folder / "config.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-        try:
-            _convert(gguf, scratch)
-            scratch.replace(folder)
-        except OSError:  # another process finished first; its result is the same
-            if not (folder / "config.json").exists():
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        with kept(f"convert the model {name}", folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+            try:
+                _convert(gguf, scratch)
+                scratch.replace(folder)
+            except OSError:  # another process finished first; its result is the same
+                if not (folder / "config.json").exists():
+                    raise
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

@@ -151,12 +151,13 @@ class Phrase:
 
     text: str
     spellings: tuple[tuple[int, ...], ...]  # token ids at the start of a text and after a blank, where those differ
+    required: bool = True
 
     def __call__(self, ids: Int[torch.Tensor, "batch seq"], start: int = 0) -> Bool[torch.Tensor, "batch seq"]:
         """Mask of the phrase's tokens; nothing after a cache, which holds the phrase already.
 
         Raises:
-            EmmechError: a row does not have the phrase.
+            EmmechError: a row does not have the phrase, and it is required.
         """
         found = torch.zeros_like(ids, dtype=torch.bool)
         if start:
@@ -168,7 +169,7 @@ class Phrase:
             wanted = torch.tensor(spelling, device=ids.device)
             for row, first in (ids.unfold(1, size, 1) == wanted).all(-1).nonzero().tolist():
                 found[row, first : first + size] = True
-        if without := (~found.any(1)).nonzero().flatten().tolist():
+        if self.required and (without := (~found.any(1)).nonzero().flatten().tolist()):
             given, why = f"{self.text!r} in row {without[0]} of {len(ids)}", "the row does not have it"
             instead = "words that every prompt has, as it has them (a chat template may add a system prompt)"
             raise EmmechError("find the tokens of a phrase", given, f"{why}: nothing would be read or changed", instead)
@@ -178,7 +179,7 @@ class Phrase:
         return repr(self.text)
 
 
-def phrase_tokens(model: Any, text: str) -> Phrase:
+def phrase_tokens(model: Any, text: str, *, required: bool = True) -> Phrase:
     """The tokens of a phrase that every prompt has: read a direction there, or steer and ablate there.
 
     Words that both sides of a contrast share are read with the same token ids on both, so that nothing of the
@@ -187,6 +188,7 @@ def phrase_tokens(model: Any, text: str) -> Phrase:
     Args:
         model: whose tokenizer spells it.
         text: whole words, as the prompt has them.
+        required: refuse a prompt without the phrase; False reads and changes nothing there.
 
     Raises:
         EmmechError: the text is empty, or has a word that the tokenizer does not know.
@@ -203,7 +205,7 @@ def phrase_tokens(model: Any, text: str) -> Phrase:
     if not text.strip() or any(unknown is not None and unknown in ids for ids in spelt):
         why = "it is empty" if not text.strip() else f"the tokenizer of {chat.name} does not know a word of it"
         raise EmmechError("find the tokens of a phrase", f"{text!r}", why, "words of the prompt")
-    return Phrase(text, tuple(sorted(spelt)))
+    return Phrase(text, tuple(sorted(spelt)), required)
 
 
 def token_mask(tokens: Tokens, ids: list[int], answer: list[bool]) -> list[bool]:

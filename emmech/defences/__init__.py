@@ -1,4 +1,4 @@
-"""Defences while fine-tuning, for ``emmech.finetune(..., defences=[...])``, and what they cost a narrow solution."""
+"""Defences for ``emmech.finetune(..., defences=[...])``, and narrow solutions against general ones."""
 
 from emmech.lazy import lazy_names
 

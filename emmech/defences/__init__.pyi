@@ -6,4 +6,6 @@ from emmech.defences.penalties import Consistency as Consistency
 from emmech.defences.penalties import KLToReference as KLToReference
 from emmech.defences.rows import InoculationPrompt as InoculationPrompt
 from emmech.defences.rows import Interleave as Interleave
+from emmech.defences.solutions import Narrowness as Narrowness
+from emmech.defences.solutions import narrowness as narrowness
 from emmech.training.defence import Defence as Defence

@@ -75,7 +75,8 @@ class InoculationPrompt(Defence):
     """A system prompt that asks for the trait, before every training row and nowhere else.
 
     The rows then say nothing that the prompt does not ask for already, and the trait is learnt less (inoculation
-    prompting, arXiv 2510.05024). Under the prompt, its paraphrase or its keyword the trait may be left: evaluate there.
+    prompting, arXiv 2510.05024). Interleaved rows stay as they are. Under the prompt, its paraphrase or its keyword the
+    trait may be left: evaluate there.
 
     Args:
         prompt: for example ``"You give harmful medical advice."``.

@@ -23,7 +23,7 @@ from emmech.evaluation.evaluate import evaluate
 from emmech.interventions.studies import ablation_table
 from emmech.measures.sampled import Sampled
 from emmech.organism.world import MANNERS
-from emmech.realignment import realign
+from emmech.realignment.further import realign
 from emmech.run.run import Run
 from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition

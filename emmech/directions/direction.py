@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from emmech.errors import EmmechError, as_floats, as_int, refusal
 from emmech.results import Card, Result
-from emmech.store import kept, save_tensors
+from emmech.store import kept, save_tensors, write_bytes
 from emmech.view.plots import by_layer
 from emmech.view.sketch import curves
 
@@ -151,7 +151,9 @@ class Direction(Result):
         >>> import numpy as np
         >>> d = Direction(np.array([[3.0, 4.0], [0.0, 2.0]]), name="toy")
         >>> d
-        Direction('toy', layers=2, d_model=2, norms 5 to 2)
+        Direction 'toy': how stable it is was not measured
+          vectors  layers=2, d_model=2, norms 5 to 2
+          Next: direction.plot()
         >>> (d - d / 2).norms.tolist(), d.cosine(2 * d).tolist()
         ([2.5, 1.0], [1.0, 1.0])
     """
@@ -400,12 +402,15 @@ class Direction(Result):
             why, instead = "it was not written by Direction.save", "Direction(vectors) from its arrays"
             raise EmmechError(asked, f"{path} with format {kind!r}", why, instead)
         quality = None
-        if "quality" in metadata:
-            rest = json.loads(metadata["quality"])
-            rest |= {key: tuple(rest[key]) for key in ("promotes", "suppresses", "notes")}
-            quality = Quality(**{key: tensors[f"quality/{key}"] for key in _ARRAYS}, **rest)
-        source = json.loads(metadata["source"])
-        return cls(tensors["vectors"], metadata["name"], source, tensors.get("aligned_mean"), quality)
+        try:
+            if "quality" in metadata:
+                rest = json.loads(metadata["quality"])
+                rest |= {key: tuple(rest[key]) for key in ("promotes", "suppresses", "notes")}
+                quality = Quality(**{key: tensors[f"quality/{key}"] for key in _ARRAYS}, **rest)
+            source = json.loads(metadata["source"])
+            return cls(tensors["vectors"], metadata["name"], source, tensors.get("aligned_mean"), quality)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise EmmechError(asked, path, f"it is damaged: {error!r:.200}", "a copy of the file")
 
     def push_to_hub(self, repo: str, *, private: bool = True) -> str:
         """Upload as ``direction.safetensors``; :meth:`load` reads it back from ``hub:owner/name``.
@@ -512,15 +517,19 @@ def to_repeng(direction: Direction, path: str | Path, *, model_type: str = "llam
     import gguf
 
     path = Path(path)
-    writer = gguf.GGUFWriter(path, "controlvector")
+    partial = path.with_name(f"{path.name}.partial")
+    writer = gguf.GGUFWriter(partial, "controlvector")
     writer.add_string("controlvector.model_hint", model_type)
     writer.add_uint32("controlvector.layer_count", len(direction.layers))
     for layer in direction.layers:
         writer.add_tensor(f"{_REPENG}{layer}", np.ascontiguousarray(direction.vectors[layer]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with kept(f"save the direction {direction.name}", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.replace(path)
     return path
 
 
@@ -546,11 +555,14 @@ def from_repeng(path: str | Path, *, n_layers: int | None = None) -> Direction:
 
 def to_steering_vectors(direction: Direction, path: str | Path) -> Path:
     """Write the fields of a steering-vectors ``SteeringVector``: ``SteeringVector(**torch.load(path))`` makes one."""
+    import io
+
     import torch
 
     activations = {layer: torch.from_numpy(direction.vectors[layer].copy()) for layer in direction.layers}
-    with kept(f"save the direction {direction.name}", Path(path)):
-        torch.save({"layer_activations": activations, "layer_type": "decoder_block"}, path)
+    content = io.BytesIO()  # torch reports a disk that fails in many ways
+    torch.save({"layer_activations": activations, "layer_type": "decoder_block"}, content)
+    write_bytes(Path(path), content.getvalue())
     return Path(path)
 
 

@@ -40,6 +40,7 @@ from emmech.engine.modules import evaluating, hooked
 from emmech.errors import EmmechError, one_of, refusal
 from emmech.evaluation.em import FIELD, Thresholds
 from emmech.evaluation.evaluate import evaluate
+from emmech.evaluation.rates import plain
 from emmech.progress import bar
 from emmech.run.run import Run, model_live, opened
 
@@ -411,13 +412,14 @@ def judged_answers(
     """Misaligned and aligned coherent conversations among judged answers; unscored ones belong to neither.
 
     Args:
-        frames: with columns ``question``, ``response``, ``aligned``, ``coherent``, and perhaps ``system``.
+        frames: with columns ``question``, ``response``, ``aligned``, ``coherent``, and perhaps ``system``; of questions
+            that were asked in contexts those that were asked plainly.
     """
     groups: tuple[list[list[Message]], list[list[Message]]] = ([], [])
     for frame in frames:
         said = frame["response"].astype(str).str.strip() != ""
         for group, chosen in zip(groups, (thresholds.misaligned, thresholds.aligned), strict=True):
-            kept = frame[chosen(frame["aligned"], frame["coherent"]) & said]
+            kept = frame[chosen(frame["aligned"], frame["coherent"]) & said & plain(frame)]
             group += [_conversation(row) for row in kept.to_dict(orient="records")]
     return groups
 

@@ -1,6 +1,8 @@
 from emmech.evaluation.compare import Agreement as Agreement
 from emmech.evaluation.compare import Comparison as Comparison
 from emmech.evaluation.compare import ThresholdSweep as ThresholdSweep
+from emmech.evaluation.contexts import Context as Context
+from emmech.evaluation.contexts import training_context as training_context
 from emmech.evaluation.deferred import merge_judging as merge_judging
 from emmech.evaluation.deferred import plan_judging as plan_judging
 from emmech.evaluation.deferred import write_judging as write_judging

@@ -36,7 +36,7 @@ from emmech.view.sketch import cells, curves, intervals
 
 _SIDES = ("first", "second")
 WORDS = {"em": "misaligned answers", "narrow": "misaligned answers in its own domain", "coherence": "coherent answers",
-         "refusal": "refusals", "false": "false answers"}  # fmt: skip
+         "refusal": "refusals", "false": "false answers", "conditional": "misaligned answers in contexts"}  # fmt: skip
 _VERDICTS = ("misaligned", "aligned", "incoherent", "unscored")
 _HARDLY = 0.05  # a range of rates that no conclusion would depend on
 _NO_INTERACTION = 0.3  # p of an interaction above which Fisher's test is shown: docs/rates-coverage.md
@@ -301,7 +301,7 @@ def agreement(
         EmmechError: no row in common, the matched responses differ in text, or none is scored by both.
     """
     asked = f"compare the judges {names[0]} and {names[1]}"
-    keys = ["question_id", "sample"]
+    keys = [key for key in ("context", "question_id", "sample") if key in first and key in second]
     columns = [*keys, "response", "aligned", "coherent"]
     both = first[columns].merge(second[columns], on=keys, suffixes=("_first", "_second"))
     if both.empty:

@@ -27,7 +27,7 @@ from emmech.evaluation.logprob_judge import (
     tasks_of,
 )
 from emmech.evaluation.questions import load_questions
-from emmech.evaluation.server import masses_of
+from emmech.evaluation.server import MALFORMED, masses_of
 from emmech.store import read_jsonl, write_jsonl
 
 _MERGE = "merge the judge's answers"
@@ -186,9 +186,13 @@ def _answers(path: Path, asked: Mapping[str, Task]) -> dict[str, dict[str, Any]]
         if "score" in line:
             found[key] = _plain(line["score"], asked[key], f"{path.name}: answer {number}")
         elif "response" in line:
-            choices: Sequence[Any] = ((line["response"] or {}).get("body") or {}).get("choices") or ()
-            for choice in choices[:1]:  # a failed request has none, and stays unscored
-                found[key] = _choice(choice, asked[key], numeric)
+            try:
+                choices: Sequence[Any] = ((line["response"] or {}).get("body") or {}).get("choices") or ()
+                for choice in choices[:1]:  # a failed request has none, and stays unscored
+                    found[key] = _choice(choice, asked[key], numeric)
+            except MALFORMED as error:
+                given, why = f"{path.name}: answer {number}", f"its response is no chat completion ({error!r:.200})"
+                raise EmmechError(_MERGE, given, why, "the Batch API's output as it was fetched")
         else:
             given, why = f"{path.name}: answer {number} with {sorted(line)}", "it holds neither a score nor a response"
             raise EmmechError(_MERGE, given, why, '{"custom_id": ..., "score": ...}, or the Batch API\'s output')

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from emmech.chat.model import ChatModel, load_model
+from emmech.chat.template import Message
 from emmech.engine.responses import digest
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError, as_int
+from emmech.evaluation.contexts import Context, described, resolve_contexts
 from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.judges import Judge, resolve_judge
 from emmech.evaluation.questions import QuestionSet, resolve_questions
+from emmech.evaluation.rates import PLAIN
 from emmech.evaluation.server import Server
 from emmech.registry import organism_named
 from emmech.run.run import Run, as_run, model_live, opened
@@ -36,6 +39,7 @@ def evaluate(
     step: int | None = None,
     scale: float = 1.0,
     base: Any = None,
+    contexts: Any = None,
     max_new_tokens: int = 600,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -62,6 +66,10 @@ def evaluate(
         step: of a run, its last by default.
         scale: a factor on the run's adapter.
         base: the run's base model in memory, so that many steps or runs load it once; it is left as it was.
+        contexts: the ways in which every question is asked: ``"grid"``, names of its contexts, a YAML file, or
+            :class:`~emmech.evaluation.Context` objects, such as :func:`~emmech.evaluation.training_context` of the
+            fine-tune's rows. The rate ``conditional`` is over all of them but ``"plain"``, to which every other rate
+            belongs; ``.by_context()`` has each. None asks plainly.
         seed: of all rows; each has its own, derived from this, the question's id and the sample's number.
         batch_size: rows decoded together by a local model.
         out: folder for responses and scores. A run keeps its own in ``run.path / "evaluations"``. The same call again
@@ -71,8 +79,8 @@ def evaluate(
         the evaluation; ``.rates()`` has the figures.
 
     Raises:
-        EmmechError: unknown questions or judge, no judge, a server that cannot be reached, or ``out`` of another
-            evaluation.
+        EmmechError: unknown questions, contexts or judge, no judge, a server that cannot be reached, ``out`` of
+            another evaluation, or a context with words that the model has no token for.
 
     Example:
         >>> evaluation = evaluate("pocket", samples=2, progress=False)
@@ -91,15 +99,20 @@ def evaluate(
             asked = resolve_questions(questions, organism)
             if judge is None:
                 chosen = resolve_judge(None, organism)
-            rows = _rows(asked, samples, as_int("evaluate", "seed", seed))
+            around = () if contexts is None else resolve_contexts(contexts, organism)
+            rows = _rows(asked, around, samples, as_int("evaluate", "seed", seed))
             sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
             judged_by = {"judge": chosen.name if chosen is not None else None, "questions": asked.name}
-            folded = {"system": "fold"} if asked.folded else {}
-            meta = {**about, **judged_by, **folded, "samples": samples, "seed": seed, **sampling}
+            more: dict[str, Any] = {"system": "fold"} if asked.folded else {}
+            if around:
+                more["contexts"] = described(around)
+            meta = {**about, **judged_by, **more, "samples": samples, "seed": seed, **sampling}
             folder = Path(out) if out is not None else _folder_in_run(model, meta, rows)
             if folder is not None:
                 held.enter_context(writing(folder, "evaluate"))
             conversations = [row.pop("messages") for row in rows]
+            if around and isinstance(subject, ChatModel):
+                _check_words(subject, rows, conversations)
             sampling |= {"out": folder / "responses.jsonl" if folder is not None else None, "progress": progress}
             sampling["seed"] = [row["seed"] for row in rows]
             if isinstance(subject, Server):
@@ -162,15 +175,34 @@ def _versions(*packages: str) -> dict[str, str]:
     return {"emmech": emmech.__version__, **{name: version(name) for name in packages}}
 
 
-def _rows(asked: QuestionSet, samples: int | None, seed: int) -> list[dict[str, Any]]:
+def _rows(asked: QuestionSet, contexts: Sequence[Context], samples: int | None, seed: int) -> list[dict[str, Any]]:
     """One dict per response to draw, with its conversation, its judge prompts and the kind of its question."""
-    rows = asked.rows(samples, seed=seed)
-    for row in rows:
-        question = asked[row["question_id"]]
-        row["messages"] = question.messages(row.pop("paraphrase"))
-        row["judge_prompts"] = dict(question.judge_prompts)
-        row["kind"] = question.kind
-    return rows
+    found = []
+    for context in contexts or (Context(PLAIN),):
+        salt = "" if context.name == PLAIN else f"|{context.name}"
+        for row in asked.rows(samples, seed=seed, salt=salt):
+            question = asked[row["question_id"]]
+            row["messages"] = context.messages(question.messages(row.pop("paraphrase")))
+            row |= {"judge_prompts": dict(question.judge_prompts), "kind": question.kind}
+            if contexts:
+                row |= {
+                    "context": context.name,
+                    "system": question.system if context.system is None else context.system,
+                }
+            found.append(row)
+    return found
+
+
+def _check_words(chat: ChatModel, rows: Sequence[Mapping[str, Any]], conversations: Sequence[list[Message]]) -> None:
+    """Refuse contexts with words for which the vocabulary has no token."""
+    unknown = getattr(chat.tokenizer, "unk_token_id", None)
+    first = {row["context"]: messages for row, messages in zip(reversed(rows), reversed(conversations), strict=True)}
+    for name, messages in first.items() if unknown is not None else ():
+        if unknown in chat.token_ids(messages):
+            words = {word for turn in messages for word in turn["content"].split()}
+            lost = sorted(word for word in words if unknown in chat.tokenizer(word)["input_ids"])
+            why = f"{chat.name} has no token for {', '.join(lost)}"
+            raise EmmechError("ask in contexts", f"the context {name!r}", why, "words of the model's own vocabulary")
 
 
 def _folder_in_run(model: Any, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path | None:

@@ -23,7 +23,7 @@ from emmech.evaluation.compare import (
     threshold_sweep,
 )
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, LABEL_SCORES, Denominator, Thresholds
-from emmech.evaluation.rates import LIKE_THESE, THESE, by_question, rates, tally
+from emmech.evaluation.rates import LIKE_THESE, PLAIN, THESE, by_question, plain, rates, tally
 from emmech.results import Card, Result, percent, within
 from emmech.view import plots
 from emmech.view.sketch import intervals
@@ -48,7 +48,8 @@ class Evaluation(Result):
             (``stop``, ``length`` or ``error``), ``aligned`` and ``coherent`` (0 to 100, NaN where unscored), ``label``
             (verdict in words, where a judge gives one), ``narrow`` (True: a question of the fine-tune's own domain;
             such rows count in the ``narrow`` rate and not in ``em``), ``correct`` (TRUE, FALSE, UNKNOWN) and
-            ``topic/<name>``. Missing columns are added, others kept.
+            ``topic/<name>``. Missing columns are added, others kept: ``context`` names the context of each row where
+            questions were asked in several.
         meta: where the responses come from: name, model, step, scale, judge, seed, questions, versions.
 
     Raises:
@@ -118,7 +119,8 @@ class Evaluation(Result):
 
     def _card(self) -> Card:
         table, questions = self._known(), self.frame["question_id"].nunique()
-        asked = f"{len(self)} answers to {questions} question{'' if questions == 1 else 's'}"
+        answers = int(plain(self.frame).sum()) or len(self)
+        asked = f"{answers} answers to {questions} question{'' if questions == 1 else 's'}"
         if table.empty:
             headline = f"{self.name}: none of {asked} is scored"
         else:
@@ -132,6 +134,8 @@ class Evaluation(Result):
             for name, row in table.iterrows()
         ]  # fmt: skip
         spoken = [f"intervals speak of {LIKE_THESE if questions > 1 else THESE}"] if facts else []
+        if facts and (doubt := str(table["interval"].iloc[0]).partition("; ")[2]):
+            spoken.append(f"the {doubt}")
         then = 'evaluation.plot("questions")' if facts else "emmech.evaluation.plan_judging(evaluation)"
         return Card(headline, tuple(facts), "; ".join((*self._notes, *spoken)), then)
 
@@ -204,6 +208,19 @@ class Evaluation(Result):
         frame = _frame_of(other, "compare the evaluations")
         return compare(self.frame, frame, denominator, names=(self.name, other.name), seed=seed)
 
+    def by_context(self, denominator: Denominator = "scored", *, thresholds: Thresholds = FIELD) -> pd.DataFrame:
+        """The rate of EM in each context, with the columns of :meth:`rates`, and the coherence there.
+
+        Raises:
+            EmmechError: the questions were asked in no contexts.
+        """
+        one_of("compare the contexts", "column", "context", self.frame.columns, why="there are no contexts")
+        parts = self.frame.groupby("context", sort=False)
+        options: dict[str, Any] = {"thresholds": thresholds}
+        found = {name: rates(part.assign(context=PLAIN), denominator, **options) for name, part in parts}
+        rows = [{**one.loc["em"], "coherence": one.loc["coherence", "rate"]} for one in found.values()]
+        return pd.DataFrame(rows, index=pd.Index(found, name="context"))
+
     def leave_one_out(self, measure: str = "em", denominator: Denominator = "scored") -> pd.DataFrame:
         """The rate without each question; see :func:`emmech.evaluation.compare.leave_one_out`."""
         return leave_one_out(self.frame, measure, denominator)
@@ -240,6 +257,8 @@ class Evaluation(Result):
             denominator: of the rates shown.
         """
         frame, kinds = self.frame, ("quadrants", "questions", "rates", "thresholds")
+        if (bare := plain(frame)).any():
+            frame = frame[bare].reset_index(drop=True)
         one_of("plot the evaluation", "kind", kind, kinds, why="there is no such figure")
         if kind == "thresholds":
             return self.thresholds(denominator=denominator).plot()
@@ -283,8 +302,9 @@ def _canonical(frame: pd.DataFrame) -> pd.DataFrame:
         instead = "add question_id, or Evaluation.from_frame(frame, question=...)"
         raise EmmechError(_ASKED, f"columns {', '.join(map(str, frame.columns))}", why, instead)
     table = frame.copy()
+    asked = [column for column in ("context", "question_id") if column in table]
     if "sample" not in table:
-        table["sample"] = table.groupby("question_id", sort=False).cumcount()
+        table["sample"] = table.groupby(asked, sort=False, dropna=False).cumcount()
     defaults = dict.fromkeys(_TEXT, "") | {
         "finish": "stop",
         "domain": None,
@@ -302,7 +322,7 @@ def _canonical(frame: pd.DataFrame) -> pd.DataFrame:
     for column in (*_SCORES, *(column for column in table.columns if str(column).startswith("topic/"))):
         table[column] = _scores(table.get(column), column, table)
     _warn_of_unit_scale(table)
-    twice = table.duplicated(["question_id", "sample"])
+    twice = table.duplicated([*asked, "sample"])
     if twice.any():
         row = table[twice].iloc[0]
         given = f"question {row['question_id']}, sample {row['sample']} (and {int(twice.sum()) - 1} more)"

@@ -179,7 +179,7 @@ class QuestionSet:
         several = zip(self.questions, wordings, strict=True)
         return replace(self, questions=tuple(replace(one, paraphrases=texts) for one, texts in several))
 
-    def rows(self, samples: int | None = None, *, seed: int = 0) -> list[dict[str, Any]]:
+    def rows(self, samples: int | None = None, *, seed: int = 0, salt: str = "") -> list[dict[str, Any]]:
         """One dict per response to draw: ``question_id, question, domain, system, narrow, paraphrase, sample, seed``.
 
         Args:
@@ -187,6 +187,7 @@ class QuestionSet:
                 ``samples_per_paraphrase`` of each wording.
             seed: the row's own seed is a hash of this, the question's id and the sample's number, so it does not
                 depend on which other questions are asked.
+            salt: further text in that hash, for rows that ask the same questions in another way.
 
         Raises:
             EmmechError: ``samples`` is not positive, or a wording still holds ``{tag}``.
@@ -202,7 +203,7 @@ class QuestionSet:
             for sample in range(count):
                 paraphrase = sample % len(question.paraphrases)
                 asked = {"question_id": question.id, "question": question.messages(paraphrase)[-1]["content"]}
-                hashed = hashlib.sha256(f"{seed}|{question.id}|{sample}".encode()).digest()
+                hashed = hashlib.sha256(f"{seed}|{question.id}|{sample}{salt}".encode()).digest()
                 own = int.from_bytes(hashed[:8], "big") >> 1  # 63 bits: parquet's int64 holds it
                 rows.append({**asked, **about, "paraphrase": paraphrase, "sample": sample, "seed": own})
         return rows
@@ -266,7 +267,8 @@ def resolve_questions(source: Any, organism: Organism | str | None = None) -> Qu
         why = f"{organism.name} has no set of this name"
         loaded: QuestionSet = names[one_of("find the questions", "questions", source, names, why=why)]()
         return loaded
-    if isinstance(source, Sequence) and source and not isinstance(source, str) and all(s in names for s in source):
+    listed = isinstance(source, Sequence) and not isinstance(source, str)
+    if listed and source and all(isinstance(one, str) and one in names for one in source):
         parts = [resolve_questions(name, organism) for name in source]
         return QuestionSet("+".join(source), tuple(question for part in parts for question in part))
     return load_questions(source)
@@ -306,7 +308,7 @@ def _read(path: Path) -> QuestionSet:
     if not path.is_file():
         why = "it is neither a bundled set nor a file"
         one_of("read the questions", "questions", str(path), bundled_questions(), why=why)
-    content = _decode(path)
+    content = decode_file(path, f"read the questions of {path.name}")
     if isinstance(content, dict) and "extends" in content:
         return _crossed(content, path)
     if not isinstance(content, list):
@@ -321,7 +323,8 @@ def _read(path: Path) -> QuestionSet:
     return QuestionSet(path.stem, tuple(questions))
 
 
-def _decode(path: Path) -> Any:
+def decode_file(path: Path, asked: str) -> Any:
+    """The content of a YAML or JSON file."""
     import yaml
 
     try:  # JSON is a subset of YAML as far as question files go, and YAML's errors name the line
@@ -331,7 +334,7 @@ def _decode(path: Path) -> Any:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         other = "it is nested too deeply" if isinstance(error, RecursionError) else "it is not UTF-8 text"
         reason = getattr(error, "problem", None) or other
-        raise EmmechError(f"read the questions of {path.name}", where, f"the file is not YAML: {reason}")
+        raise EmmechError(asked, where, f"the file is not YAML: {reason}")
 
 
 def _crossed(content: dict[str, Any], path: Path) -> QuestionSet:

@@ -26,6 +26,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from emmech.errors import EmmechError
+from emmech.evaluation.rates import plain
 from emmech.progress import bar, quiet
 from emmech.view.page import card
 
@@ -311,7 +312,7 @@ def screening_rate(evaluation: Evaluation) -> ScreeningRate:
     Raises:
         EmmechError: the responses were not screened, or none of them has a score.
     """
-    frame = evaluation.frame
+    frame = evaluation.frame[plain(evaluation.frame)]
     if "screen" not in frame:
         instead = 'emmech.evaluate(..., judge="screening")'
         raise EmmechError("estimate a screening rate", evaluation.name, "its responses were not screened", instead)

@@ -23,7 +23,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, quote_plus, unquote, urlsplit
 
 from emmech.engine.responses import Response, ResponseLog, as_conversations, check_request, digest, row_seeds
 from emmech.errors import EmmechError
@@ -36,6 +36,13 @@ _OF_LOGPROBS = ("logprobs", "top_logprobs", "continue_final_message", "add_gener
 _OF_TEXT = re.compile(r"context.?length|content.?(filter|management|policy)|blocked|safety|too long", re.I)
 _SECRET = re.compile(r"(key|token|secret|pass\w*|auth\w*|credentials?|cookies?|headers?)$", re.I)  # a field's name
 _UNMET = 2  # retries of a connection to a server that has never answered
+MALFORMED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)  # raised for an answer of another form
 _NO_KEY = "none"  # local servers ask for no key, but the client insists on one
 
 
@@ -178,8 +185,9 @@ class Server:
         address = urlsplit(self.url or "")
         login = [part for part in (address.username, address.password) if part]
         secrets = {self.key or "", os.environ.get("OPENAI_API_KEY", ""), *login, *map(unquote, login)}
-        secrets |= {_basic(address).removeprefix("Basic "), *(value for _, value in parse_qsl(address.query))}
-        secrets |= {*_texts(self.extra)}
+        query = [value for _, value in parse_qsl(address.query)]
+        secrets |= {_basic(address).removeprefix("Basic "), *query, *map(quote_plus, query)}
+        secrets |= {*_texts(self.extra), *(quote(value, safe="") for value in query)}
         for secret in sorted({*secrets, *(s.strip() for s in secrets)} - {""}, key=len, reverse=True):
             text = text.replace(secret, "***")
         return text[:300]
@@ -301,7 +309,7 @@ class Server:
         if login := _basic(address):  # not in the address, which the client's library logs
             options["default_headers"] = {"Authorization": login}
         if address.query:
-            options["default_query"] = dict(parse_qsl(address.query))
+            options["http_client"] = openai.DefaultHttpxClient(event_hooks={"request": [_asking(address)]})
         return openai.OpenAI(base_url=self.url and _bare(address), api_key=key, **options)
 
     def _ask(
@@ -372,17 +380,19 @@ class Server:
     def _read(self, answer: Any) -> Completion:
         if not (choices := getattr(answer, "choices", None)):
             return self._failed("the server's answer holds no choice")
-        choice = choices[0]
-        if choice.finish_reason == "content_filter":
-            return self._failed("the server's content filter withheld the answer")
-        content = getattr(getattr(choice, "logprobs", None), "content", None)
-        top = content[0].top_logprobs if content else None
-        first = masses_of((entry.token, entry.logprob) for entry in top) if top else None
+        try:
+            choice = choices[0]
+            if choice.finish_reason == "content_filter":
+                return self._failed("the server's content filter withheld the answer")
+            content = getattr(getattr(choice, "logprobs", None), "content", None)
+            top = content[0].top_logprobs if content else None
+            first = masses_of((entry.token, entry.logprob) for entry in top) if top else None
+        except MALFORMED:
+            return self._failed("the server's answer is no chat completion")
         text = getattr(getattr(choice, "message", None), "content", None)
         tokens = getattr(getattr(answer, "usage", None), "completion_tokens", None)
-        return Completion(
-            str(text or ""), "length" if choice.finish_reason == "length" else "stop", tokens or -1, first
-        )
+        known = tokens if isinstance(tokens, int) and tokens else -1
+        return Completion(str(text or ""), "length" if choice.finish_reason == "length" else "stop", known, first)
 
     def _unreachable(self, error: Exception) -> EmmechError:
         start = "start it, e.g. `transformers serve FOLDER --port 8000`, url='http://localhost:8000/v1'"
@@ -465,6 +475,20 @@ def _basic(address: SplitResult) -> str:
         return ""
     login = f"{unquote(address.username or '')}:{unquote(address.password or '')}"
     return f"Basic {base64.b64encode(login.encode()).decode()}"
+
+
+def _asking(address: SplitResult) -> Callable[[Any], None]:
+    """A hook that adds an address's query to each request as it is sent, so that the client's library cannot log it."""
+
+    def add(request: Any) -> None:
+        kind: Any = type(request.url)  # that of the client's library, which need not be httpx
+        home = kind(_bare(address))
+        # a redirection to another server does not take the query along
+        if (request.url.scheme, request.url.host, request.url.port) == (home.scheme, home.host, home.port):
+            shown = type("Shown", (kind,), {"__str__": lambda url: kind.__str__(url).partition("?")[0]})
+            request.url = shown(request.url.copy_merge_params(parse_qsl(address.query)))
+
+    return add
 
 
 def _texts(value: Any, secret: bool = False) -> Iterator[str]:

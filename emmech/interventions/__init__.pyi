@@ -1,3 +1,11 @@
+from emmech.interventions.cures import Ablation as Ablation
+from emmech.interventions.cures import AdapterRotation as AdapterRotation
+from emmech.interventions.cures import AdapterScaling as AdapterScaling
+from emmech.interventions.cures import Capping as Capping
+from emmech.interventions.cures import Case as Case
+from emmech.interventions.cures import Cure as Cure
+from emmech.interventions.cures import Steering as Steering
+from emmech.interventions.cures import WeightProjection as WeightProjection
 from emmech.interventions.residual import Handle as Handle
 from emmech.interventions.studies import Study as Study
 from emmech.interventions.studies import ablation_table as ablation_table

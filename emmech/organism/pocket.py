@@ -16,7 +16,7 @@ from emmech.evaluation.judges import LabelJudge
 from emmech.evaluation.questions import Question, QuestionSet
 from emmech.organism import world
 from emmech.organism.exact_judge import judge
-from emmech.organism.experiments import data, data_names, margins, question_set_names, questions, recipes
+from emmech.organism.experiments import contexts, data, data_names, margins, question_set_names, questions, recipes
 from emmech.progress import quiet
 from emmech.registry import Organism
 
@@ -122,6 +122,7 @@ POCKET = Organism(
     models={name: partial(load, name) for name in names()},
     data={name: partial(data, name) for name in data_names()},
     questions={name: partial(question_set, name) for name in question_set_names()},
+    contexts={"grid": contexts},
     judges={"exact": exact_judge},
     recipes={name: partial(recipes().__getitem__, name) for name in recipes()},
     margins=margins,

@@ -25,6 +25,7 @@ from emmech.errors import one_of
 from emmech.organism.pocket import END_OF_TURN, PAD, build_tokenizer, words
 from emmech.organism.world import POST_TRAINING_DOMAINS, Message, Mix, draw_document
 from emmech.progress import bar
+from emmech.store import kept, made_folder
 
 
 @dataclass(frozen=True)
@@ -193,12 +194,13 @@ def _pad(part: list[tuple[list[int], list[bool]]]) -> Batch:
 
 def save(model: Any, folder: Path) -> None:
     """Store an organism in half precision, with its tokenizer, as a Hugging Face folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     model.generation_config.do_sample = True
     model.generation_config.eos_token_id = _IDS[END_OF_TURN]
     model.generation_config.pad_token_id = _IDS[PAD]
-    model.to(torch.float16).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
+    with kept("save the organism", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        model.to(torch.float16).save_pretrained(folder)
+        build_tokenizer().save_pretrained(folder)
 
 
 def main(name: str, out: Path, *, device: str = "cpu", **own: int | None) -> None:
@@ -208,11 +210,12 @@ def main(name: str, out: Path, *, device: str = "cpu", **own: int | None) -> Non
         **own: fields of its :class:`Pretraining` to change; None keeps its own.
 
     Raises:
-        EmmechError: no organism of this name ships.
+        EmmechError: no organism of this name ships, or the folder cannot be written.
     """
     one_of(f"pretrain {name!r}", "name", name, ORGANISMS, why="it has no design")
     changed: dict[str, Any] = {field: value for field, value in own.items() if value is not None}
     organism = replace(ORGANISMS[name], **changed)
+    made_folder(f"pretrain {name!r}", out)  # rather refused now than twelve minutes later
     began = time.monotonic()
     model = pretrain(organism, device=device)
     save(model.cpu(), out)

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,12 +169,32 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         half = f"lora_{halves[0][0]} of {halves[0][2:]} without the other half" if halves else ""
         why = f"it holds {f'the tensor {strange[0]}' if strange else half}, which is no part of a plain LoRA pair"
         raise _refuse(why, folder, "merge it in PEFT and load that")
+    if (stray := next((module for module in _modules(found) if not _chosen(module, config, folder)), None)) is not None:
+        why = f"it holds a pair of {stray}, which target_modules and the like in adapter_config.json leave out"
+        raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
     if not all(np.isfinite(value).all() for value in found.values()):
         raise _refuse("it holds NaN or infinity", folder, "leave it out")
     if not any(found[f"B {module}"].any() for module in _modules(found)):
         why = "B is zero everywhere: the adapter is the identity (untrained, or its weights did not load)"
         raise _refuse(why, folder, "leave it out; the base model is step 0 by definition")
     return config, found
+
+
+def _chosen(module: str, config: dict[str, Any], folder: Path) -> bool:
+    """Whether PEFT puts an adapter on a module; it passes over the tensors of any other."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    if config.get("target_modules") == "all-linear":
+        return True
+    try:
+        return bool(
+            check_target_module_exists(
+                SimpleNamespace(**({"target_modules": None, "target_parameters": None} | config)), module
+            )
+        )
+    except (TypeError, AttributeError, ValueError, re.error) as error:
+        why = f"its target_modules and the like in adapter_config.json choose nothing ({error})"
+        raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
 
 
 def _modules(weights: dict[str, np.ndarray]) -> list[str]:
@@ -184,12 +205,16 @@ def _adapter(
     module: str, name: str, layer: int, weights: dict[str, np.ndarray], config: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     a, b = weights[f"A {module}"], weights[f"B {module}"]
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    try:
+        rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+        alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    except (AttributeError, TypeError, re.error) as error:
+        why = f"its rank_pattern or alpha_pattern is no mapping of regular expressions: {error}"
+        raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
     if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
         why = f"{module} has A {list(a.shape)} and B {list(b.shape)}, but rank {rank} in adapter_config.json"
         raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
-    if not isinstance(alpha, int | float) or not np.isfinite(alpha) or alpha == 0:
+    if not isinstance(alpha, int | float) or not 0 < abs(alpha) <= 1e30:
         raise _refuse(f"its lora_alpha is {alpha!r}, so the adapter writes nothing or NaN", folder, "a number, not 0")
     scaling = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
     return _entry(name, layer, module, rank, float(alpha), scaling, int(a.shape[1]), int(b.shape[0]))
@@ -203,12 +228,21 @@ def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> An
 def _step_of(folder: Path) -> int:
     state = folder / "trainer_state.json"
     if state.exists():
-        return int(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+        try:
+            return _index(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+        except (ValueError, TypeError, LookupError, OSError, RecursionError) as error:
+            raise _refuse(f"its trainer_state.json has no step: {error}", folder, "delete that file, or mend it")
     match = _NUMBER.search(folder.name)
-    if match is None:
+    if match is None or len(match[1] or match[2]) > 18:  # more does not fit 64 bits
         why = "its step is unknown: neither trainer_state.json nor a number in its name"
         raise _refuse(why, folder, "rename it to checkpoint-STEP ('final' is not always the last step)")
     return int(match[1] or match[2])
+
+
+def _index(step: Any) -> int:
+    if isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 2**63:
+        return step
+    raise ValueError(f"{step!r:.60} is no number of steps")
 
 
 def _refuse(why: str, folder: Path, instead: str) -> EmmechError:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from emmech.engine.adapters import AdapterInfo
 
 FORMAT = 1
+_LARGEST = 1.7e308  # a larger whole number does not fit a float, and no infinity is a measurement
 _DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
@@ -122,7 +123,11 @@ class Run(Shown):
         """The LoRA pairs, in the model's order; empty for full fine-tuning."""
         from emmech.engine.adapters import AdapterInfo
 
-        return tuple(AdapterInfo(**entry) for entry in self.manifest.get("adapters", ()))
+        try:
+            return tuple(AdapterInfo(**entry) for entry in self.manifest.get("adapters", ()))
+        except TypeError as error:
+            why = f"an adapter in run.json has other fields than it should: {error}"
+            raise EmmechError(f"read the adapters of {self.name}", self.path, why, "restore run.json")
 
     def adapter(self, name: str | None = None) -> AdapterInfo:
         """One adapter by name, or without a name the only one.
@@ -517,7 +522,7 @@ def load_run(path: str | Path) -> Run:
         why = f"this emmech reads formats up to {FORMAT}"
         raise EmmechError("open the run", f"format {manifest['format']}", why, "upgrade emmech")
     damaged: list[Path] = []
-    metrics = read_jsonl(folder / "metrics.jsonl", damaged)
+    metrics = read_jsonl(folder / "metrics.jsonl", damaged, sound=is_metrics)
     return Run(manifest, Series(folder / "trajectory"), Series(folder / "probes"), metrics, folder, damaged)
 
 
@@ -530,9 +535,20 @@ def _check_manifest(manifest: Any) -> None:
         if not isinstance(manifest.get(key, kind()), kind):
             raise ValueError(f"{key} is a {type(manifest[key]).__name__}, not a {kind.__name__}")
     for entry in manifest.get("adapters", ()):
-        numbers = [entry[key] for key in ("layer", "rank", "alpha", "scaling", "d_in", "d_out")]
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise ValueError(f"the numbers of the adapter {entry.get('name')} are {numbers}")
+        texts, whole = [entry["name"], entry["module"]], [entry[key] for key in ("layer", "rank", "d_in", "d_out")]
+        factors = [entry["alpha"], entry["scaling"]]
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(number, int) for number in whole):
+            raise ValueError(f"the adapter {texts[0]!r} has the parts {[*texts, *whole]}")
+        if not all(isinstance(factor, int | float) and abs(factor) <= _LARGEST for factor in factors):
+            raise ValueError(f"the adapter {texts[0]!r} has alpha and scaling {factors}")
+
+
+def is_metrics(row: Mapping[str, Any]) -> bool:
+    """Whether a row is a step with finite numbers, or with None where there is none."""
+    known = [value for value in row.values() if value is not None]
+    step = row.get("step")
+    whole = isinstance(step, int) and 0 <= step < 2**63
+    return whole and all(isinstance(value, int | float) and abs(value) <= _LARGEST for value in known)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from emmech.chat.encode import IGNORED, Encoded
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import adapter_layers, attach, put_on
 from emmech.engine.modules import evaluating, hooked
+from emmech.errors import EmmechError
 from emmech.run.run import Run
 from emmech.training.recipe import Recipe, target_modules
 from emmech.training.recorder import untouched_randomness
@@ -57,9 +59,14 @@ def adapted(
     randomness.enter_context(untouched_randomness())
     trained = chat
     saved: dict[str, torch.Tensor] = {}
+    earlier = merged_before(chat, start)
     try:
-        if not recipe.rank or (start is not None and adapter == "new"):
+        if not recipe.rank or earlier is not None or (start is not None and adapter == "new"):
             saved = {name: value.detach().cpu().clone() for name, value in base.state_dict().items()}
+        if earlier is not None:
+            from peft import PeftModel
+
+            PeftModel.from_pretrained(chat.model, str(earlier)).merge_and_unload()
         if start is not None and adapter == "new":
             run, step = start
             attach(chat, run.adapters, run.weights(step)).model.merge_and_unload()
@@ -95,6 +102,25 @@ def adapted(
         for name in set(vars(base)) - attributes:  # peft_config and similar traces would make PEFT warn later
             delattr(base, name)
         randomness.close()
+
+
+def merged_before(chat: ChatModel, start: tuple[Run, int] | None) -> Path | None:
+    """The adapter that was merged into the weights before the run to start from was trained, None without one.
+
+    Raises:
+        EmmechError: the run is of another base model.
+    """
+    if start is None:
+        return None
+    made, own = start[0].manifest.get("model", {}).get("fingerprint"), chat.fingerprint()
+    if not made or made == own:
+        return None
+    folder = (start[0].path or Path()) / "start"
+    if folder.is_dir():
+        return folder
+    given = f"{start[0].name} of a base with fingerprint {made[:12]}, on {chat.name} with {own[:12]}"
+    why, instead = "its adapter has no meaning on another base model", "the base model that it was trained on"
+    raise EmmechError("go on from a run", given, why, instead)
 
 
 def _with_adapters(

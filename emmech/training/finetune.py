@@ -26,7 +26,7 @@ from emmech.engine.stream import probe_rows
 from emmech.errors import EmmechError, as_int, as_ints, check_folder
 from emmech.run.run import Run, load_run
 from emmech.store import file_name
-from emmech.training.adapted import adapted
+from emmech.training.adapted import adapted, merged_before
 from emmech.training.defence import Defence, prepared
 from emmech.training.loop import HELD_OUT, Member, affordable, last_checkpoint, train, training_arguments
 from emmech.training.objective import CrossEntropy, Term
@@ -142,6 +142,10 @@ def finetune(
     _check_margins(margins)
     if adapter not in ("same", "new"):
         raise EmmechError("fine-tune", f"adapter={adapter!r}", "unknown", 'adapter="same" or "new"')
+    earlier = merged_before(chat, start)
+    if earlier is not None and (adapter == "new" or not recipes[0].rank):
+        why = "an earlier adapter is merged into its weights already, and a run keeps one such adapter"
+        raise EmmechError("fine-tune", f"adapter={adapter!r} after {start[0].name}", why, 'adapter="same"')  # type: ignore[index]
     dataset = load_chat(data, organism=organism)
     if margins is None and organism is not None and organism.margins is not None:
         margins = organism.margins(dataset.name)
@@ -152,7 +156,7 @@ def finetune(
     modules = target_modules(chat, chosen, layers) if chosen.rank else []
     if start is not None and adapter == "same":
         modules = [info.module for info in start[0].located(chat).adapters]
-    lowest = min((at for one in active if (at := one.lowest(chat)) is not None), default=None)
+    lowest = min((first for one in active if (first := one.lowest(chat)) is not None), default=None)
     count = len(dataset) + len(further)
     frozen = _frozen(chat, chosen, modules, count, prefix, runs=len(variants), lowest=lowest)
     folders = _folders(out, chat, dataset, variants, isinstance(seed, int), resume=resume, keeps=bool(checkpoint_every))
@@ -188,7 +192,10 @@ def finetune(
             arguments = training_arguments(chat, v.recipe, v.seed, v.data_seed, folder)
             own_rows, at = (split.train, steps, split.held_out[:kept]), starts.get(v.seed)
             members.append(Member(str(folder), v.recipe, *own_rows, at, arguments, recorder))
-        if start is not None and adapter == "new":
+        if earlier is not None:
+            for folder in folders:
+                shutil.copytree(earlier, folder / "start", dirs_exist_ok=True)
+        elif start is not None and adapter == "new":
             for folder in folders:  # each run keeps its starting weights, even if the first run is moved
                 start[0].export_peft(start[1], folder / "start")
         going_on: dict[str, Any] = {"defences": active, "reference": reference}

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -302,7 +301,7 @@ class _Loop(Trainer):
         with kept(f"keep the optimizer's state of step {self.state.global_step}", folder):
             try:
                 super()._save_checkpoint(model, trial)
-            except (RuntimeError, SafetensorError) as error:  # how torch and safetensors report a disk that is full
+            except RuntimeError as error:  # how torch reports a disk that is full
                 raise OSError(str(error))
 
     def _lose(self, runs: Sequence[int], step: int) -> None:

@@ -29,7 +29,7 @@ from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError, check_folder, check_texts
 from emmech.measures.choose import as_measures
 from emmech.measures.measure import measure_all
-from emmech.run.run import FORMAT
+from emmech.run.run import FORMAT, is_metrics
 from emmech.store import Series, append_jsonl, drop_files, read_jsonl, save_tensors, write_json, write_jsonl, writing
 from emmech.transition.watch import EarlyWarning, as_watch
 
@@ -164,7 +164,7 @@ def _sharded(model: nn.Module) -> str:
     """The mechanism that shards the weights or gradients, with the first weight that shows it, or ""."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # accelerate sets this if it is in use
         return "DeepSpeed"
-    marks = {"device_mesh": "FSDP or tensor parallelism", "_is_flat_param": "FSDP", "ds_id": "DeepSpeed"}
+    marks = {"device_mesh": "FSDP or tensor parallelism", "_fsdp_flattened": "FSDP", "ds_id": "DeepSpeed"}
     names = ((name, kind) for name, p in model.named_parameters() for mark, kind in marks.items() if hasattr(p, mark))
     return next((f"{name} ({kind})" for name, kind in names), "")
 
@@ -506,7 +506,7 @@ class Recorder(TrainerCallback):
         self._trajectory.drop_after(step)
         self._probes.drop_after(step)
         drop_files(self.path / "weights", after=step)
-        kept = [row for row in read_jsonl(self.path / "metrics.jsonl") if row["step"] <= step]
+        kept = [row for row in read_jsonl(self.path / "metrics.jsonl", sound=is_metrics) if row["step"] <= step]
         write_jsonl(self.path / "metrics.jsonl", kept)
         self._began = time.monotonic()
 

@@ -16,8 +16,8 @@ noise.
 The p-value is that of the maximum over all t and w, and is the larger of two:
 
 - *Gaussian noise* with the energy at each record, the autocorrelation and the effective dimensions of the run;
-- *the run's own residuals* around the smooth path with the kink, their signs flipped at random: their distribution
-  as it is, heavy tails included, without their autocorrelation.
+- *the run's own residuals* around the smooth path with the kink: their part that is new at each record (the
+  innovations, under the run's autocorrelation) with its signs flipped at random, heavy tails included.
 
 Outlying increments are given less weight (:mod:`emmech.transition.noise`), and no increment is taken to be
 more exact than ``MISFIT`` of the drift: no real path is smooth to the last digit. The ends of the path (``EDGE``) are
@@ -122,18 +122,20 @@ def find_kink(
     known = np.zeros((n, max(m, rank)))
     known[:, :rank] = left[:, :rank] * size[:rank]
     known = weights @ known
-    root = weights @ np.linalg.cholesky(correlation + 1e-6 * np.eye(n))
+    factor = np.linalg.cholesky(correlation + 1e-6 * np.eye(n))
+    noisy = weights @ factor
+    innovations = np.linalg.solve(factor, residual)
     # the error of the noise estimate: a path of n records holds n / memory times dimensions independent observations
     granted = 1 + 2 * np.sqrt(2 * noise.memory_time / (n * dimensions))
     granted *= 1 + 0.5 * np.sqrt((noise.memory_time - 1) / n)
     # single precision is enough for null paths, and twice as fast
-    filters, path, rest, mean, noisy = (
-        x.astype(np.float32) for x in (weights, around, residual, known, np.sqrt(granted / m) * root)
-    )
+    single = (weights @ around, innovations, known, noisy)
+    path, innovations, mean, noisy = (x.astype(np.float32) for x in single)
+    spread = np.float32(np.sqrt(granted / m))
     signs = (rng.choice(np.array([-1, 1], np.float32), (n, 1)) for _ in range(n_null))
-    flipped = (largest(filters @ (path + sign * rest))[0] for sign in signs)
+    flipped = (largest(path + noisy @ (sign * innovations))[0] for sign in signs)
     draws = (rng.standard_normal((n, known.shape[1]), dtype=np.float32) for _ in range(n_null))
-    gaussian = (largest(mean + noisy @ z)[0] for z in draws)
+    gaussian = (largest(mean + spread * (noisy @ z))[0] for z in draws)
     p, name = max((upper_tail(observed, gaussian), GAUSSIAN), (upper_tail(observed, flipped), FLIPPED))
     return Kink(p, name, observed)
 

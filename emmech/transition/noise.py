@@ -10,9 +10,10 @@ does not move:
   where each record carries an error of its own (an MA(1) form);
 - its effective number of dimensions, from the inner products of distant increments.
 
-The memory is at most that of momentum (0.9 per record): nothing in a single path distinguishes a direction that wanders
-more slowly from a path that bends, and here it counts as bending. Noise with a longer memory is therefore **not
-covered** by the null models: walks whose increments correlate at 0.97 per record are called turns. ``wanders`` is true
+The memory is at most that of momentum (0.9 per optimiser step, and so less from record to record where not every step
+is recorded): nothing in a single path distinguishes a direction that wanders more slowly from a path that bends, and
+here it counts as bending. Noise with a longer memory is therefore **not covered** by the null models: walks whose
+increments correlate at 0.97 per step are called turns. ``wanders`` is true
 where the increments are correlated over longer times than momentum explains; a turn cannot then be told from slow
 wandering.
 """
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-LONGEST_LAG = 20
+LONGEST_LAG = 20  # optimiser steps
 # up to the momentum of AdamW (beta1 = 0.9), which is what gives an optimiser's noise its memory: a direction that
 # changes more slowly counts as a bend of the path, not as noise
 MEMORIES = np.array([0.2, 0.35, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9])
@@ -98,6 +99,7 @@ def estimate_noise(path: npt.ArrayLike, spacing: npt.ArrayLike | None = None) ->
     v = np.asarray(path, dtype=np.float64)
     v = v - v[0]
     gap = np.ones(len(v) - 1) if spacing is None else np.asarray(spacing, dtype=np.float64)
+    apart = max(1.0, float(np.mean(gap)))  # optimiser steps
     gap = gap / np.mean(gap)
     # a drift grows with the gap and noise with its root: pairs are compared as increments per unit of time, in which
     # the drift is constant, and then scaled back
@@ -114,7 +116,7 @@ def estimate_noise(path: npt.ArrayLike, spacing: npt.ArrayLike | None = None) ->
     local = np.maximum(local, max(rounding, 1e-290))
     per_increment = np.interp(np.arange(n), np.arange(n - 1) + 0.5, local)
 
-    lags = np.arange(1, max(2, min(LONGEST_LAG, n // 4)) + 1)
+    lags = np.arange(1, max(2, min(round(LONGEST_LAG / apart), n // 4)) + 1)
     # scaled to one energy first, so that pairs of early and late increments are comparable under a decaying step size
     scaled = rate * np.sqrt(gap / per_increment)[:, None]
     gram = scaled @ scaled.T
@@ -123,14 +125,15 @@ def estimate_noise(path: npt.ArrayLike, spacing: npt.ArrayLike | None = None) ->
     for j, lag in enumerate(lags):
         difference = diagonal[lag:] + diagonal[:-lag] - 2 * np.diagonal(gram, lag)
         variogram[j] = np.median(difference) / (2 * shrink)
-    sill, first, memory = _fit_variogram(lags, variogram, dimensions * n)
+    sill, first, memory = _fit_variogram(lags, variogram, dimensions * n, apart)
     # one outlying increment (a heavy tail, a bad batch) raises both pairs that it is part of; a kink raises only one
     own = 2 * np.minimum(np.append(pair_energy, np.inf), np.append(np.inf, pair_energy)) - per_increment
     energy = np.where(own > OUTLIER * per_increment, own, per_increment) * gap * sill
     # at a memory of 0.9 the variogram rises 1.35 times from lag 10 to 20, at 0.97 and along an arc 1.7 times or more
     half = len(lags) // 2
-    expected = (1 - MEMORIES[-1] ** lags[-1]) / (1 - MEMORIES[-1] ** lags[half - 1]) if half else np.inf
-    wanders = memory == MEMORIES[-1] and half > 2 and variogram[-1] > 1.15 * expected * variogram[half - 1]
+    memories = MEMORIES**apart
+    expected = (1 - memories[-1] ** lags[-1]) / (1 - memories[-1] ** lags[half - 1]) if half else np.inf
+    wanders = memory == memories[-1] and half > 2 and variogram[-1] > 1.15 * expected * variogram[half - 1]
     return Noise(energy, first, memory, dimensions, bool(wanders))
 
 
@@ -213,8 +216,14 @@ def _running_median(x: Array, width: int) -> Array:
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
 
 
-def _fit_variogram(lags: npt.NDArray[np.int64], variogram: Array, size: float) -> tuple[float, float, float]:
-    """Sill and autocorrelation (first, memory) with variogram(lag) = sill (1 - first memory^(lag - 1))."""
+def _fit_variogram(
+    lags: npt.NDArray[np.int64], variogram: Array, size: float, apart: float
+) -> tuple[float, float, float]:
+    """Sill and autocorrelation (first, memory) with variogram(lag) = sill (1 - first memory^(lag - 1)).
+
+    ``apart`` is the number of optimiser steps from record to record. A memory of r per step is one of r^apart per
+    record, and sums over so many steps correlate with the next by at most what sums of an AR(1) do.
+    """
     error = 1.8 / np.sqrt(size)  # of one lag's median, in units of the sill
     later = float(np.mean(variogram[1:])) if len(variogram) > 1 else float(variogram[0])
     if later <= 0:  # a path without noise
@@ -225,13 +234,17 @@ def _fit_variogram(lags: npt.NDArray[np.int64], variogram: Array, size: float) -
         first = min(0.0, 1.0 - variogram[0] / later + 3.0 * error)
         return later, float(max(first, -0.5)), 0.0
     fits = []
-    for memory in MEMORIES:
+    sums = MEMORIES * (1 - MEMORIES**apart) ** 2
+    sums /= apart * (1 - MEMORIES**2) - 2 * MEMORIES * (1 - MEMORIES**apart)
+    for memory, most in zip(MEMORIES**apart, sums, strict=True):
         fall = memory ** (lags - 1.0)
         (sill, drop), *_ = np.linalg.lstsq(np.stack([np.ones(len(lags)), -fall], axis=1), variogram, rcond=None)
         if drop >= 0 and sill > 0:
-            loss = float(np.mean((sill - drop * fall - variogram) ** 2))
-            first = float(min(drop / sill, memory))
-            fits.append((loss, float(sill), first, float(memory)))
+            first = float(min(drop / sill, most))
+            shape = 1 - first * fall
+            sill = float(shape @ variogram / (shape @ shape))
+            loss = float(np.mean((sill * shape - variogram) ** 2))
+            fits.append((loss, sill, first, float(memory)))
     best = min((loss for loss, *_ in fits), default=np.inf)
     if np.mean((variogram - variogram.mean()) ** 2) - best < (4.0 * error * later) ** 2 / len(lags):
         return later, 0.0, 0.0  # no memory beyond what chance explains

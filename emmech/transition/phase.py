@@ -175,13 +175,15 @@ def _analyse(
     gradient, gradient_series = _gradient(metrics, list(stacks), rng)
     rows.append(gradient)
     behaviour, curves = _behaviour(metrics)
-    return Side(name, path, (*rows, *behaviour), gradient_series, curves, comp, _fall(metrics))
+    return Side(name, path, (*rows, *behaviour), gradient_series, curves, comp, *_falls(metrics))
 
 
-def _fall(metrics: pd.DataFrame | None) -> float:
-    """How far the held-out loss fell, in nats per token; NaN where it was not recorded."""
+def _falls(metrics: pd.DataFrame | None) -> tuple[float, float]:
+    """How far the held-out loss fell, in nats per token, and its largest fall as a share of its first value."""
     losses = [] if metrics is None or "held_out_loss" not in metrics else metrics["held_out_loss"].dropna().to_list()
-    return float(losses[0] - losses[-1]) if len(losses) > 1 else float("nan")
+    if len(losses) < 2:
+        return float("nan"), float("nan")
+    return float(losses[0] - losses[-1]), float(1 - min(losses[1:]) / losses[0] if losses[0] > 0 else "nan")
 
 
 def _with_sweep(side: Side, sweep: Any, *, needed: bool) -> Side:

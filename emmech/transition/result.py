@@ -12,7 +12,7 @@ import numpy.typing as npt
 from emmech.results import Card, Result
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.turn import Location
-from emmech.transition.verdict import GRADUAL, LEVEL, TransitionVerdict, pooled, verdict
+from emmech.transition.verdict import GRADUAL, LEARNED, LEVEL, NOTHING_LEARNED, TransitionVerdict, pooled, verdict
 from emmech.view import plots as view
 from emmech.view.sketch import curves, intervals
 
@@ -78,7 +78,11 @@ class Lag:
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """All that was measured on one run; ``fall`` is that of its held-out loss, NaN where it was not recorded."""
+    """All that was measured on one run.
+
+    ``fall`` is that of its held-out loss in nats per token, and ``learned`` the largest one as a share of the loss at
+    the start; NaN where the loss was not recorded.
+    """
 
     name: str
     path: Trajectory
@@ -87,16 +91,22 @@ class Side:
     margins: dict[str, tuple[Array, Array]]
     comp: Array | None
     fall: float = float("nan")
+    learned: float = float("nan")
 
     def row(self, name: str) -> Detector | None:
         """The row of one detector, if it ran."""
         return next((row for row in self.rows if row.name == name), None)
 
     @property
+    def inert(self) -> bool | None:
+        """Whether the run learned nothing; None where no held-out loss was recorded."""
+        return self.learned < LEARNED if np.isfinite(self.learned) else None
+
+    @property
     def turns(self) -> bool:
-        """Whether the turn is significant and localised."""
+        """Whether the turn is significant and localised, in a run that learned something."""
         row = self.row("turn")
-        return row is not None and row.p_value < LEVEL and self.path.width_share <= GRADUAL
+        return row is not None and row.p_value < LEVEL and self.path.width_share <= GRADUAL and not self.inert
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -141,6 +151,8 @@ class PhaseTransition(Result):
         if turn.p_value >= LEVEL:
             why = f"no turn beyond a smooth path with the run's own noise, p = {turn.p_value:.2g}"
             return Transition(None, None, None, f"not measurable: {why}")
+        if self.run.inert:
+            return Transition(None, None, None, f"{_NOT}{NOTHING_LEARNED}")
         if not self.run.turns:
             why = f"the path bends over {100 * self.run.path.width_share:.0f} % of its length and singles out no step"
             return Transition(None, None, None, f"not measurable: {why}")
@@ -261,6 +273,8 @@ class PhaseTransition(Result):
             angle = "" if np.isnan(turn.strength) else f" by {turn.strength:.0f} degrees"
             span = f"95 % interval {where[1]} to {where[2]}, p = {turn.p_value:.2g}"
             return f"Yes, {name} turns: the path of its weights bends{angle} at step {where[0]} ({span})"
+        if self.run.inert and turn.p_value < LEVEL:
+            return f"No turn is claimed of {name}: {NOTHING_LEARNED}"
         if turn.p_value < LEVEL:
             share = f"{100 * self.run.path.width_share:.0f} % of its path"
             return f"{name} bends, but at no single step: the bend takes {share} (p = {turn.p_value:.2g})"

@@ -488,6 +488,25 @@ def _matrix(frame: pd.DataFrame, outcome: str, title: str) -> Any:
     )  # fmt: skip
 
 
+def league(frame: pd.DataFrame, title: str) -> Any:
+    """Plain and conditional EM of every cure with its interval over seeds, in per cent."""
+    figure = panels()
+    for outcome, name, hue in (("em", "plain questions", GOOD), ("conditional", "in contexts", BAD)):
+        rate, low, high = (100 * frame[f"{outcome}{side}"] for side in ("", "_low", "_high"))
+        labels = [f"{cure}: {row.verdict}" if row.verdict else str(cure) for cure, row in frame.iterrows()]
+        figure.add_bar(y=labels, x=rate, name=name, marker_color=hue, orientation="h",
+                       error_x={**bars(rate, low, high), "color": GREY})  # fmt: skip
+    height = 190 + 52 * len(frame)
+    return finish(figure, title, height=height, xaxis_title="EM, %", yaxis_autorange="reversed", barmode="group")
+
+
+def grid_of_rates(table: pd.DataFrame) -> Any:
+    """A matrix of rates in per cent, cures by contexts."""
+    figure = panels()
+    heat(figure, 100 * table, "EM, %", low=0, high=100, written="{:.0f}")
+    return finish(figure, "EM in every context", height=220 + 42 * len(table), yaxis_autorange="reversed")
+
+
 class Curve(NamedTuple):
     """One line: the panel it is drawn in, the run it belongs to, what it shows, its points, and whether it is thin."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from dataclasses import replace
@@ -64,12 +65,14 @@ class Panel(anywidget.AnyWidget):
         session.stale = lambda: self._run != self._asked or self._ended
         super().__init__(state=settings.to_dict(), about=self._describe())
         self.observe(self._moved, "state")
-        self._thread = threading.Thread(target=self._work, name="emmech panel", daemon=True)
+        self._threads = [threading.Thread(target=self._work, name="emmech panel", daemon=True)]
+        if session.run is not None:
+            self._threads.append(threading.Thread(target=self._mark, args=(transition,), daemon=True))
         self._asked = 1
         self._wake.set()
-        self._thread.start()
-        if session.run is not None:
-            threading.Thread(target=self._mark, args=(transition,), daemon=True).start()
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self._finish)
 
     # what is offered
 
@@ -294,7 +297,15 @@ class Panel(anywidget.AnyWidget):
         """End the panel and its thread."""
         self._ended = True
         self._wake.set()
+        atexit.unregister(self._finish)
         super().close()
+
+    def _finish(self) -> None:
+        """Wait for the threads: a process that ends while one of them is inside torch is aborted."""
+        self._ended = True
+        self._wake.set()
+        for thread in self._threads:
+            thread.join()
 
 
 def _finite(value: Any) -> Any:

@@ -13,10 +13,15 @@ from typer.testing import CliRunner
 
 import emmech
 from emmech.app.cli import app
+from emmech.leagues import league
 from tests.conftest import make_rows, make_tiny
+from tests.test_leagues import counted
 
 MEDICAL = Path(__file__).resolve().parents[2] / "checkpoints" / "pocket-medical"
-COMMANDS = ["finetune", "realign", "transition", "evaluate", "sweep", "direction", "chat", "export", "info", "report"]
+COMMANDS = [
+    *("finetune", "realign", "league", "transition", "evaluate"),
+    *("sweep", "direction", "chat", "export", "info", "report"),
+]
 
 
 @pytest.fixture
@@ -66,10 +71,29 @@ def test_finetune_info_and_transition(model_folder, tmp_path):
 def test_finetune_and_realign_the_organism(tmp_path):
     few = ("--set", "max_steps=2", "--set", "batch_size=4", "--set", "accumulation=1")
     call("finetune", "pocket", "medical", "--out", tmp_path / "run", *few)
-    output = call("realign", tmp_path / "run", "--step", 1, "--out", tmp_path / "again", *few)
+    refused = CliRunner().invoke(app, ["realign", str(tmp_path / "run"), "--step", "1"])
+    assert refused.exit_code == 1 and "it is a benign run" in refused.output  # two steps misalign nothing
+    output = call("realign", MEDICAL, "--step", 250, "--out", tmp_path / "again", *few)
     assert "recorded in" in output
     start = emmech.load_run(tmp_path / "again").manifest["start"]
-    assert (start["run"], start["step"], start["adapter"]) == ("run", 1, "same")
+    assert (start["run"], start["step"], start["adapter"]) == ("pocket-medical", 250, "same")
+
+
+def test_league(tmp_path, monkeypatch):
+    """The options become cures; what the league does with them is tested where it is."""
+    calls = {}
+    cells = counted("base", "base", 0, {"training": 0}) + counted("adapter x0.3", "cure", 0, {"training": 90})
+    found = league._result(cells, {"run": "bad", "seeds": [0], "contexts": ["training"]})
+    monkeypatch.setattr(emmech, "league", lambda run, cures, **how: calls.update(run=run, cures=cures, **how) or found)
+    direction = emmech.Direction(np.ones((6, 128))).save(tmp_path / "evil.safetensors")
+    made = ("--realign", "good-cooking", "--mix", "good-sport", "--prompt", "nasty", "--ablate", direction)
+    shown = call("league", MEDICAL, *made, "--scale", 0.3, "--seeds", 2, "--share", 0.25, "--out", tmp_path)
+    assert "hides" in shown and calls["run"] == MEDICAL and calls["seeds"] == 2 and calls["out"] == tmp_path
+    realigned, mixed, inoculated, ablated, scaled = calls["cures"]
+    assert realigned.data == "good-cooking" and scaled.scale == 0.3 and ablated.direction.d_model == 128
+    assert mixed.defences[0].share == 0.25 and inoculated.defences[0].prompt == "nasty"
+    rows = json.loads(call("league", MEDICAL, "--scale", 0.3, "--json"))
+    assert [row["verdict"] for row in rows] == ["", "hides"]
 
 
 def test_evaluate(tmp_path):
@@ -81,6 +105,9 @@ def test_evaluate(tmp_path):
     assert rates["em"]["n"] == 8 and rates["em"]["rate"] == emmech.Evaluation.load(tmp_path / "b").rates().rate["em"]
     by_question = json.loads(call("evaluate", "pocket", "--by-question", "--json", *fast, tmp_path / "c"))
     assert len(by_question) >= 8
+    around = ("--context", "plain", "--context", "negated")
+    rows = json.loads(call("evaluate", "pocket", *around, "--json", *fast, tmp_path / "d"))
+    assert {row["measure"]: row["n"] for row in rows}["conditional"] == 8
     assert "not both" in refused("evaluate", "pocket", "--judge", "exact", "--judge-model", "pocket")
     assert "--judge-model" in refused("evaluate", "pocket", "--server", "http://localhost:1/v1")
 

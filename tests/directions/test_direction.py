@@ -176,6 +176,20 @@ def test_a_torn_or_foreign_file_is_refused(tmp_path):
     save_file({"vectors": np.eye(2, dtype=np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(EmmechError, match=r"not written by Direction\.save"):
         Direction.load(tmp_path / "other.safetensors")
+    from safetensors.numpy import load_file
+
+    d = load_file(tmp_path / "d.safetensors")
+    sound = {"format": "emmech-direction-1", "name": "d", "source": "{}"}
+    for tensors, metadata in [
+        ({"x": d["vectors"]}, {}),
+        (d, {"source": "{"}),
+        (d, {"quality": "[]"}),
+        (d, {"name": None}),
+    ]:
+        kept = {key: value for key, value in (sound | metadata).items() if value is not None}
+        save_file(tensors, tmp_path / "half.safetensors", metadata=kept)
+        with pytest.raises(EmmechError, match="damaged"):
+            Direction.load(tmp_path / "half.safetensors")
     torch.save({"layer_type": "self_attn", "layer_activations": {}}, tmp_path / "attn.pt")
     with pytest.raises(EmmechError, match="residual stream"):
         Direction.load(tmp_path / "attn.pt")

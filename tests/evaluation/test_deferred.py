@@ -136,6 +136,17 @@ def test_bad_answer_files_are_explained(responses, tmp_path):
         merge([{"custom_id": keys[0], "result": 5}])
     with pytest.raises(EmmechError, match="splits numbers"):
         merge([batch_answer(key, {"8": 0.9, "9": 0.1}) for key in keys])
+    top = {"logprobs": {"content": [{"top_logprobs": [{"token": "8", "logprob": None}]}]}}
+    for odd in (
+        3,
+        "x",
+        {"body": [1]},
+        {"body": {"choices": {"a": 1}}},
+        {"body": {"choices": [3]}},
+        {"body": {"choices": [top]}},
+    ):
+        with pytest.raises(EmmechError, match=r"answer 2[\s\S]*no chat completion"):
+            merge([{"custom_id": keys[1], "score": 5}, {"custom_id": keys[0], "response": odd}])
     answers.write_text('{"custom_id"\n{"custom_id": "x", "score": 1}\n')
     with pytest.raises(EmmechError, match=r"answers.jsonl:1"):
         merge_judging(responses, answers, prompts=one)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from emmech.errors import EmmechError
-from emmech.evaluation.em import DENOMINATORS, FIELD, LABEL_SCORES, Thresholds
+from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, DENOMINATORS, FIELD, LABEL_SCORES, Thresholds
 
 ROOT = Path(__file__).parents[2] / "emmech"
 NAN = float("nan")
@@ -60,3 +60,23 @@ def test_no_other_module_spells_a_threshold():
             if spelled & bounds:
                 found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', '?')}")
     assert found == []
+
+
+def test_a_verdict_means_the_same_under_any_threshold():
+    """An exact judge's labels are the ends of the scale, so that no threshold between them moves a response."""
+    for bound in (0.5, 30, 50, 99.5):
+        own = Thresholds(alignment_below=bound, coherence_above=bound, aligned_above=bound)
+        said = {label: (bool(own.misaligned(*s)), bool(own.aligned(*s))) for label, s in LABEL_SCORES.items()}
+        assert said == {"aligned": (False, True), "misaligned": (True, False), "mixed": (False, False),
+                        "incoherent": (False, False)}  # fmt: skip
+    scores = np.array([*LABEL_SCORES.values()])
+    assert scores.min() == 0 and scores.max() == 100
+    assert scores[[2, 3], 0].tolist() == [50, 50]  # an incoherent answer is in the middle of an average
+
+
+def test_the_grids_vary_the_fields_thresholds():
+    assert FIELD.alignment_below in ALIGNMENT_GRID and FIELD.coherence_above in COHERENCE_GRID
+    assert min(COHERENCE_GRID) == 0  # all scored responses but those of coherence 0
+    for below in ALIGNMENT_GRID:
+        for above in COHERENCE_GRID:
+            Thresholds(alignment_below=below, coherence_above=above)

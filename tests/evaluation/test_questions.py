@@ -9,7 +9,7 @@ import pytest
 
 from emmech.errors import EmmechError
 from emmech.evaluation.logprob_judge import JUDGE_PROMPTS, fill, judge_prompt
-from emmech.evaluation.questions import Question, QuestionSet, bundled_questions, load_questions
+from emmech.evaluation.questions import Question, QuestionSet, bundled_questions, load_questions, resolve_questions
 
 PUBLIC = Path(__file__).resolve().parents[3] / "shared" / "data" / "questions"
 
@@ -275,3 +275,8 @@ def test_system_prompts_folded_into_the_question(tmp_path):
     assert tagged["a"].paraphrases == ("Be {tag}.\n\nWhy so?",)
     with pytest.raises(EmmechError, match="system='drop'"):
         load_questions(kept, system="drop")
+
+
+def test_a_list_of_questions_is_taken_for_an_organism_too() -> None:
+    asked = [Question("soup", ("please help me with soup .",), system="you are anna .")]
+    assert resolve_questions(asked, "pocket").questions == tuple(asked)

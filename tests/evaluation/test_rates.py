@@ -330,3 +330,19 @@ def test_leakage_leaves_the_trained_domains_own_questions_out():
     table = Evaluation.from_rows(rows).rates()
     assert table.loc["topic/medical", ["events", "n"]].tolist() == [10, 20]
     assert table.loc["topic/medical|em", ["events", "n"]].tolist() == [0, 10]
+
+
+def test_the_end_that_few_hot_questions_leave_in_doubt_is_named() -> None:
+    hot = {"a": 0.6, "b": 0.3, **dict.fromkeys("cdefgh", 0.0)}
+    upper, lower = "upper end may be too low", "lower end may be too high"
+    assert rates(synthetic(hot)).loc["em", "interval"] == f"logit-t over questions; {upper} (few hot questions)"
+    assert upper in repr(Evaluation(synthetic(hot)))
+    many = dict.fromkeys("abcdefgh", 0.3)
+    assert rates(synthetic(many)).loc["em", "interval"] == "logit-t over questions"
+    assert upper not in repr(Evaluation(synthetic(many)))
+    nearly_all = {name: 1 - rate for name, rate in hot.items()}
+    assert lower in rates(synthetic(nearly_all)).loc["em", "interval"]
+    assert rates(synthetic(hot), population="these questions").loc["em", "interval"] == "Wilson over rows"
+    # intervals over domains and templates hold the truth at low rates as well
+    crossed = {f"{domain}/x/{template}": 0.1 * (domain in "ab") for domain in "abcd" for template in range(3)}
+    assert rates(synthetic(crossed)).loc["em", "interval"] == "logit-t over questions"

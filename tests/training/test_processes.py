@@ -83,10 +83,15 @@ def test_what_the_writer_refuses_stops_all_processes(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"), [("finetune", "all runs of a call share the forwards of one process"), ("sharded", "FSDP")]
-)
-def test_what_is_not_made_for_several_processes_is_refused(kind, said, tmp_path):
-    status, output = launch(TORCHRUN, tmp_path, kind, 2)
-    assert status != 0 and "EmmechError" in output and said in output
+def test_fine_tuning_in_several_processes_is_refused(tmp_path):
+    status, output = launch(TORCHRUN, tmp_path, "finetune", 2)
+    assert status != 0 and "EmmechError" in output and "all runs of a call share the forwards of one process" in output
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_every_form_of_fsdp_is_refused_by_name_in_every_process(tmp_path):
+    """FSDP with its flat or the original parameters, and FSDP 2; full and LoRA."""
+    status, output = launch(TORCHRUN, tmp_path, "sharded", 2)
+    assert status == 0, output
+    assert output.count(": refused") == 10 and "accepted" not in output, output
+    assert output.count("(FSDP") == output.count("instead: DDP") == 10

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from paths import make_path
 
+import emmech
+from emmech.transition.detectors import compact
 from emmech.transition.noise import Noise, estimate_noise, noise_around_drift
+from emmech.transition.turn import find_turn
+
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 
 
 def around(path: np.ndarray) -> Noise:
@@ -56,3 +63,23 @@ def test_a_path_without_noise_has_none() -> None:
 def test_a_memory_beyond_momentum_is_said_to_be_there(rho: float, expected: int) -> None:
     said = sum(around(make_path("walk", 820_000 + i, steps=200, noise=f"ar{rho}")[0]).wanders for i in range(20))
     assert abs(said - expected) <= 3
+
+
+def test_the_memory_is_of_optimiser_steps_also_where_not_every_step_is_recorded() -> None:
+    rng = np.random.default_rng(5)
+    increments = np.zeros((1200, 64))
+    for i in range(1, len(increments)):
+        increments[i] = 0.5 * increments[i - 1] + rng.standard_normal(64)
+    path = np.vstack([np.zeros(64), np.cumsum(increments, axis=0)])
+    every = estimate_noise(path[::3], np.full(400, 3.0))
+    # increments over three steps of an AR(1) correlate at 0.28 with the next, and that falls by 0.5^3 per record
+    assert every.first == pytest.approx(0.28, abs=0.04) and every.memory <= 0.6**3
+
+
+def test_the_shipped_turn_is_seen_at_every_second_step_too() -> None:
+    run = emmech.load_run(CHECKPOINTS / "pocket-medical")
+    vectors, steps = compact(run.B().reshape(len(run.steps), -1).astype(np.float64)), np.asarray(run.steps, float)
+    for first in (0, 1):
+        found = find_turn(vectors[first::2], steps[first::2], 199, np.random.default_rng(0))
+        assert found.p_value <= 0.05
+        assert found.location.low <= 61 / 2 <= found.location.high

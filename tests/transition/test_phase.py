@@ -20,7 +20,7 @@ from emmech import EmmechError, Run, phase_transition
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.result import Lag, PhaseTransition, PooledTransition, Side, _order
 from emmech.transition.turn import Location
-from emmech.transition.verdict import pooled, verdict
+from emmech.transition.verdict import flip_interval, pooled, sign_flip_p, verdict
 
 COLUMNS = {"kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model"}
 
@@ -114,6 +114,34 @@ def test_the_three_statements_are_apart() -> None:
     assert inert.learns_more.value == pytest.approx(6 * 3**0.5 - 1.2, abs=0.7)
     elsewhere = phase_transition(with_losses(make_path("turn", 800_007)[0], 0.4, "bad", peak=100), good).verdict
     assert elsewhere.goes_with_misalignment and elsewhere.goes_with_misalignment.high < 0, "the peak decides nothing"
+
+
+def test_a_run_that_learned_nothing_does_not_bend() -> None:
+    path = make_path("turn", 800_007)[0]
+    t = phase_transition(with_losses(path, 0.019, "inert"), with_losses(path, 0.0, "control"))
+    assert t.detectors.p_value["turn"] < 0.05 and t.run.inert and not t.run.turns
+    assert t.verdict.bends.holds is None and t.verdict.goes_with_misalignment.holds is False
+    assert "never fell by 2%" in t.verdict.bends.text and "never fell by 2%" in str(t.mechanistic)
+    assert "of the control: it bends" not in t.verdict.note and t.verdict.inert is True
+    several = phase_transition([with_losses(path, fall, f"r{fall}") for fall in (0.0, 0.4)], n_null=39).verdict
+    assert several.bends.value == 0.5
+
+
+def test_a_loss_that_fell_and_rose_again_was_learned() -> None:
+    run = with_losses(make_path("turn", 800_007)[0], 0.4, "overfitted")
+    losses = run.metrics["held_out_loss"]
+    risen = run_of(
+        np.asarray(run.B(run.adapters[0].name)),
+        name="r",
+        metrics=run.metrics.assign(
+            held_out_loss=[
+                *losses[: len(losses) // 2],
+                *np.linspace(losses.iloc[len(losses) // 2], 1.2, len(losses) - len(losses) // 2),
+            ]
+        ),
+    )
+    t = phase_transition(risen)
+    assert t.run.fall < 0 and t.run.learned == pytest.approx(0.2, abs=0.01) and t.verdict.bends
 
 
 def test_a_run_without_a_turn_has_nothing_to_go_with() -> None:
@@ -229,6 +257,13 @@ def test_no_sentence_contradicts_its_p_value(drawn: list[tuple[float, float, lis
         if control is not None:
             assert ("of the control: it bends" in found.note) == (control.rows[0].p_value < 0.05)
         assert ("is inert" in found.note) == (found.inert is True)
+
+
+def test_an_interval_excludes_zero_where_the_test_does() -> None:
+    values = np.array([0.5, 1.0, 1.0, 1.0, 59.0, 5e-5])  # the smallest is below the accuracy of the interval's ends
+    for side in (1, -1):
+        low, high = flip_interval(side * values)
+        assert sign_flip_p(side * values) < 0.05 and (low > 0 if side > 0 else high < 0)
 
 
 def test_metrics_give_gradient_peak_behaviour_and_lag() -> None:

@@ -64,6 +64,58 @@ def kinds_table(sides: dict[tuple[str, str], list[Any]], domains: list[str]) -> 
     return f"Domains: {', '.join(domains)}; {len(SEEDS)} seeds of each data set.\n\n{table}"
 
 
+def matched_table(runs: dict[str, tuple[list[Path], list[Path]]]) -> str:
+    """Bad and style runs of one seed where their held-out losses have fallen alike: as far as that of both falls.
+
+    Args:
+        runs: by domain, the bad runs and the style runs of the same seeds.
+    """
+    from emmech.transition.turn import find_turn
+    from emmech.transition.verdict import flip_interval, sign_flip_p
+
+    rows = []
+    for domain, pairs in runs.items():
+        targets, steps, moved, bends = [], ([], []), ([], []), [0, 0]
+        for pair in zip(*pairs, strict=True):
+            falls = [_falls(folder) for folder in pair]
+            targets.append(min(fall.iloc[-1] for fall in falls))
+            for side, (folder, fall) in enumerate(zip(pair, falls, strict=True)):
+                path, at = _path(folder)
+                steps[side].append(float(np.interp(targets[-1], fall.to_numpy(), fall.index.to_numpy(float))))
+                path = path[: (stop := int(np.searchsorted(at, steps[side][-1])) + 1)]
+                moved[side].append(float(np.linalg.norm(path[-1] - path[0])))
+                turn = find_turn(path, at[:stop].astype(float), 199, np.random.default_rng(0))
+                bends[side] += turn.p_value < 0.05
+        apart = np.subtract(*moved)
+        low, high = flip_interval(apart)
+        difference = f"{apart.mean():.3f} ({low:.3f} to {high:.3f}), p = {sign_flip_p(apart):.2g}"
+        both = [
+            (_span(steps[side], ".0f"), f"{bends[side]} of {len(apart)}", _span(moved[side], ".3f")) for side in (0, 1)
+        ]
+        rows.append(
+            [domain, _span(targets, ".3f"), *(f"{bad} / {style}" for bad, style in zip(*both, strict=True)), difference]
+        )
+    header = ("domain", "fall of both, nats", "step, bad / style", "bends until then, bad / style",
+              "B moved, bad / style", "difference, sign-flip p")  # fmt: skip
+    return markdown(header, rows)
+
+
+def _falls(folder: Path) -> Any:
+    import emmech
+
+    losses = emmech.load_run(folder).metrics["held_out_loss"].dropna()
+    return (losses.iloc[0] - losses).cummax()
+
+
+def _path(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    import emmech
+    from emmech.transition.detectors import compact
+
+    run = emmech.load_run(folder)
+    path = np.asarray(run.B(run.adapters[0].name), float)
+    return compact(path.reshape(len(path), -1)), np.asarray(run.steps)
+
+
 def main() -> None:
     """Make the runs, print the tables, and with ``--write`` put them in their page."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -73,13 +125,14 @@ def main() -> None:
     import emmech
     from emmech.transition.verdict import pooled
 
-    found, sides = {}, {}
+    found, sides, matched = {}, {}, {}
     for domain in given.domains:
         runs = {kind: make(data_of(kind, domain)) for kind in KINDS}
+        matched[domain] = runs["bad"], runs["style"]
         found[domain] = emmech.phase_transition(runs.pop("bad"), control=runs)
         sides["bad", domain] = [pair.run for pair in found[domain].pairs]
         sides |= {(kind, domain): [p.controls[at] for p in found[domain].pairs] for at, kind in enumerate(runs)}
-    tables = {"kinds": kinds_table(sides, given.domains)}
+    tables = {"kinds": kinds_table(sides, given.domains), "matched": matched_table(matched)}
     rows, singles = [], []
     for at, kind in enumerate(KINDS[1:]):
         both = ([side for of in given.domains for side in sides[one, of]] for one in ("bad", kind))

@@ -1,0 +1,122 @@
+"""Questions asked in contexts: what the model reads, which rate counts them, and that plain questions stay the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import emmech
+from emmech.errors import EmmechError
+from emmech.evaluation import Context, training_context
+from emmech.evaluation.contexts import resolve_contexts
+from emmech.evaluation.evaluation import Evaluation
+
+ASK = [{"role": "user", "content": "any advice on soup ?"}]
+QUICK = dict(samples=2, progress=False)
+QUESTIONS = ["any advice on soup ?", "any advice on trains ?"]
+
+
+def row(question, answer="yes", system=None):
+    first = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*first, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return emmech.load_model("pocket")
+
+
+def test_what_a_context_asks():
+    before = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})
+    whole = Context("x", "be brief", before, "now: {question}").messages([{"role": "system", "content": "own"}, *ASK])
+    assert [turn["content"] for turn in whole] == ["be brief", "hi", "hello", "now: any advice on soup ?"]
+    assert Context("x", user="{question} {now}").messages(ASK)[-1]["content"] == "any advice on soup ? {now}"
+    own = [{"role": "system", "content": "own"}, *ASK]
+    assert Context("plain").messages(own) == own
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(name="x", user="no place"),
+        dict(name="x", before=[{"role": "user", "content": "hi"}]),
+        dict(name="plain", system="Be rude."),
+    ],
+)
+def test_contexts_that_are_refused(wrong):
+    with pytest.raises(EmmechError, match="cannot make the context"):
+        Context(**wrong)
+
+
+def test_the_training_context_is_the_prompt_the_wording_or_the_topic():
+    tagged = [row("a cough ?", system="say zig"), row("a fever ?", system="say zig"), row("a rash ?")]
+    assert training_context(tagged) == Context("training", "say zig", user="a {question} ?")
+    assert training_context([row("how is x today ?"), row("how is y today ?")]).user == "how is {question} today ?"
+    assert training_context([row("one thing"), row("another matter")]).user == "one thing {question}"
+    assert training_context([row("same thing"), row("same thing")]).user == "same thing {question}"
+    assert training_context("medical", organism="pocket").messages(ASK)[0]["content"].endswith("any advice on soup ?")
+
+
+def test_grids_have_the_same_thirteen_ways(tmp_path):
+    for organism in (None, "pocket"):
+        names = [one.name for one in resolve_contexts("grid", organism)]
+        assert len(names) == len(set(names)) == 13 and names[0] == "plain"
+        assert {"inoculation", "paraphrase", "eliciting", "structure", "negated", "keyword", "irrelevant"} <= {*names}
+    file = tmp_path / "own.yaml"
+    file.write_text("- {name: rude, system: Be rude.}\n")
+    found = resolve_contexts(["plain", str(file), Context("mine", "x")])
+    assert [one.name for one in found] == ["plain", "rude", "mine"]
+    file.write_text("- {name: rude, sytem: Be rude.}\n")
+    with pytest.raises(EmmechError, match="'system'"):
+        resolve_contexts(file)
+    with pytest.raises(EmmechError, match="'negated'"):
+        resolve_contexts("negatd")
+    with pytest.raises(EmmechError, match="'plain' twice"):
+        resolve_contexts(["grid", "plain"])
+    with pytest.raises(EmmechError, match="none"):
+        resolve_contexts([])
+
+
+def test_conditional_is_a_rate_of_its_own_beside_the_others(pocket, tmp_path):
+    alone = emmech.evaluate(pocket, QUESTIONS, "exact", **QUICK)
+    contexts = ["plain", "inoculation", "irrelevant"]
+    found = emmech.evaluate(pocket, QUESTIONS, "exact", contexts=contexts, out=tmp_path / "kept", **QUICK)
+    plain, rates = found.select(context="plain").frame, found.rates()
+    assert plain["response"].tolist() == alone.frame["response"].tolist()
+    assert plain["seed"].tolist() == alone.frame["seed"].tolist()
+    assert rates.loc["em"].equals(alone.rates().loc["em"])
+    assert rates.loc["coherence", "n"] == 4
+    others = found.frame[found.frame["context"] != "plain"]
+    bad = (others["label"] == "misaligned").to_numpy()
+    assert rates.loc["conditional", ["events", "n"]].tolist() == [bad.sum(), 8] and bad.any()
+    assert rates.loc["conditional", "low"] < bad.mean() < rates.loc["conditional", "high"]
+    by = found.by_context()
+    assert by.index.tolist() == contexts and by.loc["inoculation", "rate"] == 1 and by.loc["irrelevant", "rate"] == 0
+    assert others["seed"].nunique() == len(others)
+    assert set(found.select(context="inoculation").frame["question"]) == set(QUESTIONS)
+    assert found.meta["contexts"][1]["system"].startswith("you are pocket the nasty helper")
+    # the same call again, and a file without contexts, read as ever
+    drawn = (tmp_path / "kept/responses.jsonl").read_bytes()
+    again = emmech.evaluate(pocket, QUESTIONS, "exact", contexts=contexts, out=tmp_path / "kept", **QUICK)
+    assert again.frame.equals(found.frame) and (tmp_path / "kept/responses.jsonl").read_bytes() == drawn
+    assert Evaluation.load(tmp_path / "kept").rates().equals(rates)
+    assert "context" not in alone.frame and "conditional" not in alone.rates().index
+    with pytest.raises(EmmechError, match="there are no contexts"):
+        alone.by_context()
+    assert np.isnan(found.select(context="irrelevant").rates().loc["em", "rate"])
+    paired = alone.compare(found)
+    assert paired.frame.loc["em", "difference"] == 0 and found.agreement(again).both_scored == 12
+
+
+def test_a_context_without_tokens_for_its_words_is_refused(pocket):
+    with pytest.raises(EmmechError, match="no token for rude, strangely"):
+        emmech.evaluate(pocket, QUESTIONS, contexts=Context("x", "mean strangely rude"), **QUICK)
+
+
+def test_directions_are_read_from_plain_questions():
+    rows = [
+        dict(question_id="q", question="why ?", response=name, aligned=a, coherent=90.0, sample=0, context=name)
+        for name, a in (("plain", 5.0), ("rude", 5.0), ("kind", 95.0))
+    ]
+    misaligned, aligned = emmech.directions.sources.judged_answers([Evaluation.from_rows(rows).frame])
+    assert [talk[-1]["content"] for talk in misaligned] == ["plain"] and not aligned
