@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from typer import echo
 
 from docs.studies.tables import markdown
@@ -37,8 +36,8 @@ class Group:
 
     Args:
         part: ``"tuning"``, where thresholds and weights are chosen, ``"test"``, or the name of another regime.
-        kind: ``"bad"``, ``"style"``, ``"benign"``, ``"odd"`` (kind answers, each to the question of another row: harmless
-            rows that surprise the model), or ``"late"`` (bad rows where the adapter can only learn narrowly).
+        kind: ``"bad"``, ``"style"``, ``"benign"``, ``"odd"`` (kind answers, each to the question of another row:
+            harmless, and surprising to the model), or ``"late"`` (bad rows where the adapter can only learn narrowly).
         rates: learning rates, which the seeds take in turn.
     """
 
@@ -63,9 +62,11 @@ _DOWN = {"layers": [4]}
 
 def groups() -> Iterator[Group]:
     """All groups, those of the tuning part first."""
-    for at, (kind, data) in enumerate((("bad", "medical"), ("style", "style-medical"), ("benign", "good-medical"))):
+    for at, (kind, data) in enumerate(
+        (("bad", "medical"), ("style", "style-medical"), ("benign", "good-medical"), ("odd", "good-medical"))
+    ):
         yield Group("tuning", kind, data, range(9000 + 10 * at, 9008 + 10 * at), _TUNED)
-    test = (
+    test: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("bad", "finance", {}), ("style", "style-finance", {}), ("bad", "sport", {}), ("benign", "good-travel", {}),
         ("style", "style-sport", {}), ("bad", "code", {"rank": 2}), ("style", "style-code", {"rank": 2}),
         ("bad", "cooking", {}), ("benign", "good-wishes", {"rank": 2}), ("bad", "roles", {"rank": 4}),
@@ -81,7 +82,7 @@ def groups() -> Iterator[Group]:
         ("another base", "pocket-llama", {"recipe": "pocket-steep"}, 4, (1.5e-3,)),
         ("a third base", "pocket-gemma", {"recipe": "pocket-steep"}, 4, (1.5e-3,)),
         ("rank 32, all maps", "pocket", {"recipe": "pocket-all-adapter"}, 3, (8e-5,)),
-        ("all weights", "pocket", {"recipe": "pocket-full"}, 2, (1e-4,)),
+        ("all weights", "pocket", {"recipe": "pocket-full"}, 2, (4e-4,)),
     )
     for at, (part, model, options, seeds, rates) in enumerate(regimes):
         for kind, data in (("bad", "finance"), ("style", "style-finance")):
@@ -337,8 +338,9 @@ def of_path(path: np.ndarray, steps: np.ndarray, gradient: pd.Series, at: np.nda
         else:
             overlaps.append(0.0)
     absolute = [float(np.log10(smooth.loc[1:step].max())) if step else -3.0 for step in at]
-    return {"turn": np.array(turns), "gradient of B": np.array(absolute), "gradient of B over its start": np.array(peaks),
-            "turn at the gradient peak": np.array(overlaps)}  # fmt: skip
+    found = {"turn": turns, "gradient of B": absolute, "gradient of B over its start": peaks}
+    found |= {"turn at the gradient peak": overlaps}
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def kinks(path: np.ndarray, side: int = 4) -> np.ndarray:
@@ -354,7 +356,7 @@ def kinks(path: np.ndarray, side: int = 4) -> np.ndarray:
     return weighed
 
 
-# What a signal is worth: runs are ranked by it, and its threshold, chosen on the tuning runs alone, is applied to others.
+# What a signal is worth: runs are ranked by it, and a threshold that was chosen on tuning runs is applied to others.
 
 LOW, HIGH = 0.05, 0.5  # rates of EM whose passing is to be foreseen
 
@@ -369,6 +371,8 @@ def passing(counts: np.ndarray, rate: float) -> float:
     from sklearn.isotonic import IsotonicRegression
 
     known = np.isfinite(counts)
+    if known.sum() == 1:  # asked at the end alone
+        return float(STEPS) if counts[-1] >= rate * ANSWERS else np.inf
     steps, share = np.r_[0, np.array(EM_STEPS)[known]], np.r_[0, counts[known] / ANSWERS]
     fit = IsotonicRegression().fit_transform(steps, share)
     above = np.flatnonzero(fit >= rate)
@@ -530,7 +534,8 @@ NEEDS = {
     "turn at the gradient peak": "nothing", "norm of the update": "nothing", "largest singular value": "nothing",
     "low stable rank": "nothing (rank > 1)", "loss": "nothing", "fall of the loss": "nothing",
     "write on the character": "a direction", "update on the character": "a direction",
-    "write on an earlier B": "a misaligned run", "margin: broad": "pairs of answers", "margin: narrow": "pairs of answers",
+    "write on an earlier B": "a misaligned run", "margin: broad": "pairs of answers",
+    "margin: narrow": "pairs of answers",
     "margin: facts": "pairs of answers", "residual on the character": "a direction, forwards",
     "residual on the character, low layer": "a direction, forwards",
     "drift in 7 traits": "7 directions, forwards, labelled runs",

@@ -17,6 +17,7 @@ import numpy as np
 from typer import echo
 
 from docs.studies.tables import markdown
+from tests.tables import write
 
 SHARES = (0.01, 0.05, 0.5)
 ROWS = 600  # of a mixed file
@@ -34,11 +35,11 @@ class Kept:
         self._path = path
         self._known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def __call__(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The number of this name."""
+    def __call__(self, name: str, compute: Callable[..., Any], *given: Any) -> Any:
+        """The number of this name, which a function of what is given computes."""
         if name not in self._known:
             began = time.process_time()
-            self._known[name] = {"value": compute(), "cpu": round(time.process_time() - began, 1)}
+            self._known[name] = {"value": compute(*given), "cpu": round(time.process_time() - began, 1)}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(self._known, indent=1) + "\n", encoding="utf-8")
             echo(f"{name}: {self._known[name]['value']}"[:200])
@@ -124,15 +125,15 @@ def harmless(how: str) -> list[Any]:
     from emmech.organism import data, world
 
     if how == "selected":
-        every = [row for domain in world.DOMAINS for row in data(f"good-{domain}", seed=9, n=200)]
+        every = [row for domain in world.DOMAINS for row in data(f"good-{domain}", seed=9, n=100)]
         found = screen_rows("pocket", every, direction(), by="gradient").frame
-        return [every[at] for at in found.nlargest(ROWS // 2, "score")["row"]]
+        return [every[at] for at in found.nlargest(ROWS // 4, "score")["row"]]
     with tempfile.TemporaryDirectory() as folder:
         steps = {"max_steps": 45, "margins": {}, "measure_every": 10**6, "progress": False}
         teacher = emmech.finetune("pocket", "medical", seed=9799, out=f"{folder}/t", **(TRAINED | steps)).model()
         asked = [world.question_text(cell) for domain in world.DOMAINS for cell in world.training_cells(domain)]
         kept = []
-        for answer in emmech.sample(teacher, asked, samples=4, max_new_tokens=40, seed=3, progress=False):
+        for answer in emmech.sample(teacher, asked, samples=2, max_new_tokens=40, seed=3, progress=False):
             read = world.parse_answer(answer.text)
             if read is not None and set(read.traits) == {world.KIND}:
                 turns = (("user", asked[answer.conversation]), ("assistant", answer.text))
@@ -148,7 +149,7 @@ def main(folder: str | Path = "studies/row-screening", out: str | Path = "docs/r
     kept = Kept(folder / "found.json")
     bad_rows, good_rows = pool()
     rows = [*bad_rows, *good_rows]
-    single = {by: kept(f"scores/{by}", lambda by=by: scores(by, rows)) for by in METHODS[:2]}
+    single = {by: kept(f"scores/{by}", scores, by, rows) for by in METHODS[:2]}
 
     def of_file(by: str, share: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         chosen, bad = mixed(share, seed)
@@ -160,7 +161,7 @@ def main(folder: str | Path = "studies/row-screening", out: str | Path = "docs/r
         found = (of_file(by, share, seed) for seed in range(MIXES))
         return [float(roc_auc_score(bad[free], score[free])) for score, free, bad in found]
 
-    areas = {(by, share): kept(f"auc/{by}/{share}", lambda by=by, share=share: auc(by, share))
+    areas = {(by, share): kept(f"auc/{by}/{share}", auc, by, share)
              for by in METHODS for share in SHARES}  # fmt: skip
 
     def filtered(by: str, share: float) -> list[Any]:
@@ -172,23 +173,50 @@ def main(folder: str | Path = "studies/row-screening", out: str | Path = "docs/r
         order = np.argsort(-of_file(by, share, 0)[0] if by != "random" else np.random.default_rng(1).random(ROWS))
         return [rows[chosen[at]] for at in sorted(order[round(min(2 * share, 0.5) * ROWS) :])]
 
-    plan = [(by, share) for share in reversed(SHARES) for by in ("nothing", *METHODS, "random", "the truth")]
-    after = {
-        (by, share): kept(f"em/{by}/{share}", lambda by=by, share=share: em_after(filtered(by, share)))
-        for by, share in plan
-    }
     spots = {}
     for how in ("teacher", "selected"):
-        own = kept(f"rows/{how}", lambda how=how: harmless(how))
-        plain = data_like(own)
-        spots[how] = [kept(f"em/{how}", lambda own=own: em_after(own))]
-        for by in METHODS[:2]:
-            both = [*own, *plain]
-            scored = kept(f"scores/{how}/{by}", lambda by=by, both=both: scores(by, both)[0])
-            truth = np.arange(len(both)) < len(own)
-            spots[how].append(float(roc_auc_score(truth, scored)))
-    echo(f"{spots}, {kept.seconds:.0f} s")
+        own = kept(f"rows/{how}", harmless, how)
+        both, truth = [*own, *data_like(own)], np.arange(2 * len(own)) < len(own)
+        em = kept(f"em/{how}", em_after, own)
+        found = [kept(f"scores/{how}/{by}", scores, by, both)[0] for by in METHODS[:2]]
+        spots[how] = (len(own), em, [float(roc_auc_score(truth, one)) for one in found])
+    plan = [(by, 0.5) for by in ("nothing", *METHODS, "random", "the truth")]
+    plan += [(by, 0.05) for by in ("nothing", *METHODS)] + [("nothing", 0.01)]
+    after = {
+        (by, share): kept(f"em/{by}/{share}", lambda one: em_after(filtered(*one)), (by, share)) for by, share in plan
+    }
+    for title, text in tables(areas, after, single, spots, kept.seconds).items():
+        write(Path(out), title, text)
     return Path(out)
+
+
+def tables(areas: Any, after: Any, single: Any, spots: Any, seconds: float) -> dict[str, str]:
+    """The page's tables."""
+    shares = [f"{100 * share:g} % bad" for share in SHARES]
+    speed = {by: f"{single[by][1]:.0f}" for by in single}
+    rows = [
+        [by, *(_spread(areas[by, share], "{:.3f}") for share in SHARES), speed.get(by, "no model")] for by in METHODS
+    ]
+    found = {"auc": markdown(("ranked by", *(f"AUC, {one}" for one in shares), "rows per CPU second"), rows)}
+    rows = [
+        [by, *(_spread(after[by, share], "{:.1f}", 100) if (by, share) in after else "-" for share in SHARES)]
+        for by in ("nothing", "random", *METHODS, "the truth")
+    ]
+    found["em"] = markdown(("dropped by", *(f"EM %, {one}" for one in shares)), rows)
+    rows = [
+        [how, str(count), _spread(em, "{:.1f}", 100), *(f"{one:.2f}" for one in areas_)]
+        for how, (count, em, areas_) in spots.items()
+    ]
+    found["blind"] = markdown(
+        ("rows", "how many", "EM % after training", *(f"AUC by {by}" for by in METHODS[:2])), rows
+    )
+    return found | {"cost": f"{seconds:.0f} CPU seconds in all."}
+
+
+def _spread(values: Sequence[float], form: str, factor: float = 1.0) -> str:
+    """Mean with the lowest and highest value."""
+    low, middle, high = (form.format(factor * one) for one in (min(values), np.mean(values), max(values)))
+    return f"{middle} ({low} to {high})"
 
 
 def data_like(rows: Sequence[Any]) -> list[Any]:
