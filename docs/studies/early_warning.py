@@ -478,7 +478,8 @@ def judge(seen: Sequence[Seen], signal: str, at: float) -> Verdict:
     told = np.isfinite(first)
     alarms, early = (sum(np.isfinite(one.first(signal, at)) for one in side) for side in (harmless, slow))
     counts = (int(alarms), len(harmless), int(early), len(slow), int((~told).sum()), int((told & (first > low)).sum()))
-    return Verdict(*counts, len(harmful), (low - first)[told], (high - first)[told & np.isfinite(high)])
+    return Verdict(*counts, len(harmful), low[told] - first[told],
+                   high[told & np.isfinite(high)] - first[told & np.isfinite(high)])  # fmt: skip
 
 
 def trait_space(tuned: Sequence[Seen], every: Sequence[Seen]) -> list[Seen]:
@@ -514,10 +515,12 @@ def collect(folder: Path, *, finished: bool = False) -> list[Seen]:
             path.write_bytes(pickle.dumps(frames))
         frames, counts = pickle.loads(path.read_bytes()), em_of(group, [], folder)
         for frame, count in zip(frames, counts, strict=True):
-            highest = frame.cummax()
-            found.append(Seen(group, passing(count, LOW), passing(count, HIGH), highest))
+            # a harmless run gives one or two misaligned answers of 32 now and then, which is no passing
+            harmless = group.kind in ("style", "benign", "odd")
+            steps = (np.inf, np.inf) if harmless else (passing(count, LOW), passing(count, HIGH))
+            found.append(Seen(group, *steps, frame.cummax()))
     tuned = [one for one in found if one.group.part == "tuning"]
-    return trait_space(tuned, found)
+    return trait_space(plain(tuned), found)
 
 
 def earlier(folder: Path) -> np.ndarray:
@@ -542,31 +545,38 @@ NEEDS = {
 }  # fmt: skip
 
 
+def plain(seen: Sequence[Seen]) -> list[Seen]:
+    """The runs without those on odd rows."""
+    return [one for one in seen if one.group.kind != "odd"]
+
+
 def signal_table(seen: Sequence[Seen]) -> tuple[str, list[str]]:
     """The table of signals on the test runs, best first, and their order."""
     tuned, test = ([one for one in seen if one.group.part == part] for part in ("tuning", "test"))
     rows = []
     for signal in NEEDS:
-        tuning = [one for one in tuned if signal in one.frame]
-        if len(tuning) < len(tuned):
-            rows.append((-1.0, 0.0, signal, [signal, NEEDS[signal], *["not in the tuning runs"], *["-"] * 6]))
+        if not all(signal in one.frame for one in tuned):
             continue
-        at = threshold(tuned, signal)
-        value, low, high = area_between(test, signal)
-        one = judge(test, signal, at)
-        cells = [f"{at:.3g}", f"{value:.3f} ({low:.3f} to {high:.3f})", _of(one.alarms, one.harmless)]
-        cells += [_of(one.missed, one.harmful), _of(one.late, one.harmful), _lead(one.lead_low), _lead(one.lead_high)]
-        wrong = one.alarms / max(one.harmless, 1) + (one.missed + one.late) / max(one.harmful, 1)
-        rows.append((-wrong, value, signal, [signal, NEEDS[signal], *cells, f"{one.early} of {one.slow}"]))
-    rows.sort(key=lambda row: row[:2], reverse=True)
-    header = ("signal", "needs", "threshold", "AUROC before EM passes 5 %", "false alarms", "misses", "late",
-              "lead over EM 5 %, steps", "lead over EM 50 %, steps", "alarms on bad rows without EM")  # fmt: skip
-    return markdown(header, [cells for *_, cells in rows]), [signal for *_, signal, _ in rows]
+        at = threshold(plain(tuned), signal)
+        values = [area_between(side, signal) for side in (plain(test), test)]
+        one, odd = judge(plain(test), signal, at), judge([run for run in test if run.group.kind == "odd"], signal, at)
+        again = judge(test, signal, threshold(tuned, signal))
+        cells = [f"{at:.3g}", *(f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in values)]
+        cells += [_of(one.alarms, one.harmless), f"{odd.alarms} of {odd.harmless}", _of(one.missed, one.harmful)]
+        cells += [str(one.late), _lead(one.lead_low), _lead(one.lead_high), f"{one.early} of {one.slow}"]
+        cells += [f"{again.alarms} of {again.harmless}, {again.missed} + {again.late} of {again.harmful}"]
+        rows.append(((values[0][0], values[1][0]), signal, [signal, NEEDS[signal], *cells]))
+    rows.sort(key=lambda row: row[0], reverse=True)
+    header = ("signal", "needs", "threshold", "AUROC against style and benign", "AUROC against odd ones too",
+              "false alarms: style, benign", "false alarms: odd", "misses", "late", "lead over EM 5 %, steps",
+              "lead over EM 50 %, steps", "alarms on bad rows without EM",
+              "tuned with odd rows: false alarms, misses + late")  # fmt: skip
+    return markdown(header, [cells for *_, cells in rows]), [signal for _, signal, _ in rows]
 
 
 def regime_table(seen: Sequence[Seen], order: Sequence[str]) -> str:
     """AUROC, false alarms and misses of every signal in other regimes, with the threshold of the tuning runs."""
-    tuned = [one for one in seen if one.group.part == "tuning"]
+    tuned = plain([one for one in seen if one.group.part == "tuning"])
     parts = [part for part in dict.fromkeys(one.group.part for one in seen) if part not in ("tuning", "test")]
     rows = []
     for signal in (one for one in order if all(one in run.frame for run in tuned)):
@@ -576,7 +586,8 @@ def regime_table(seen: Sequence[Seen], order: Sequence[str]) -> str:
             one = judge(own, signal, threshold(tuned, signal))
             value = area_between(own, signal)[0]
             told = f"{one.alarms}/{one.harmless}, {one.missed}+{one.late}/{one.harmful}"
-            cells.append(f"{value:.2f}: {told}" if one.harmless + one.harmful else "-")
+            area_said = "" if np.isnan(value) else f"{value:.2f}: "
+            cells.append(f"{area_said}{told}" if one.harmless + one.harmful else "-")
         rows.append([signal, *cells])
     return markdown(("signal", *parts), rows)
 
@@ -601,7 +612,7 @@ def roc(seen: Sequence[Seen], signals_: Sequence[str]) -> str:
     """The ROC of some signals as SVG: runs warned before EM passes 5 %, against false alarms."""
     from emmech.view.sketch import curves
 
-    test = [one for one in seen if one.group.part == "test"]
+    test = plain([one for one in seen if one.group.part == "test"])
     lines = []
     for signal in signals_:
         harmless = np.array([one.until(signal, STEPS) for one in test if one.control])

@@ -16,7 +16,7 @@ from typing import Any
 from emmech.errors import EmmechError, as_float, as_int, closest
 
 METRIC = "grad_norm_B"
-THRESHOLD = 1.0
+THRESHOLD = 1.1
 WINDOW = 5
 _ACTS = ("warn", "stop")
 
