@@ -160,7 +160,7 @@ def finetune(
     count = len(dataset) + len(further)
     frozen = _frozen(chat, chosen, modules, count, prefix, runs=len(variants), lowest=lowest)
     folders = _folders(out, chat, dataset, variants, isinstance(seed, int), resume=resume, keeps=bool(checkpoint_every))
-    rows, seen = _encoded(chat, dataset, further, active)
+    rows, plain = _encoded(chat, dataset, further, active)
     pairs = {name: margin_rows(several, chat) for name, several in (margins or {}).items()}
     probed = [ids for texts in named_texts(probes).values() for ids, _ in probe_rows(chat, texts)]
     each_time = sum(map(len, [*probed, *(ids for both in pairs.values() for ids in both.input_ids)]))
@@ -170,7 +170,7 @@ def finetune(
     with adapted(chat, chosen, layers, [v.seed for v in variants], start, adapter, rows) as (trained, starts):
         members = []
         for run, (v, folder) in enumerate(zip(variants, folders, strict=True)):
-            split = _split(run, v, dataset, rows, seen)
+            split = _split(run, v, dataset, rows, plain)
             steps = batch_order(len(split.train), v.recipe, v.data_seed)
             gap, kept = measure_every, HELD_OUT
             if measure_every is None:
@@ -202,8 +202,10 @@ def finetune(
         going_on |= {"checkpoint_every": checkpoint_every, "progress": progress}
         going_on["checkpoint"] = last_checkpoint(folders[0]) if resume else None
         finished = resume and all(_finished(folder, alone=len(folders) == 1) for folder in folders)
-        lost = {} if finished else train(trained, rows, pairs, members, objective, frozen, folders[0], **going_on)
-    runs = [load_run(folder) for folder in folders if folder.is_dir()]
+        lost = (
+            {} if finished else train(trained, rows, plain, pairs, members, objective, frozen, folders[0], **going_on)
+        )
+    runs = [load_run(folder) for folder in folders]
     stopped = len(runs) == 1 and runs[0].manifest.get("status") == "stopped"  # it can go on
     for scratch in ("prefix",) if stopped else ("resume", "prefix"):  # a training that is not killed deletes its prefix
         shutil.rmtree(folders[0] / scratch, ignore_errors=True)
@@ -301,32 +303,29 @@ class _Split:
 
 def _encoded(
     chat: ChatModel, data: ChatDataset, further: Sequence[Row], defences: Sequence[Defence]
-) -> tuple[Encoded, list[int]]:
-    """The data's rows as they are, then those that defences rewrite or add; and where each row is as it is trained on.
+) -> tuple[Encoded, Encoded]:
+    """The rows as they are trained on, those that defences add last; and as they are measured, without any prompt.
 
-    The first places returned are those of the data's rows, and the others belong to every run.
+    The data's rows have the same places in both, which are one object where no defence rewrites rows.
     """
-    rows, seen = list(data.rows), list(range(len(data)))
-    for at, row in enumerate([*data.rows, *further]):
-        changed = row
-        for one in defences:
-            changed = one.rewritten(changed) if at < len(data) else changed
-        if changed is not row or at >= len(data):
-            seen[at : at + 1] = [len(rows)]
-            rows.append(changed)
-    return encode(rows, chat.tokenizer), seen
+    seen = list(data.rows)
+    for one in defences:
+        seen = [one.rewritten(row) for row in seen]
+    rows = encode([*seen, *further], chat.tokenizer)
+    as_they_are = all(row is own for row, own in zip(seen, data.rows, strict=True))
+    return rows, rows if as_they_are else encode(data.rows, chat.tokenizer)
 
 
-def _split(run: int, variant: _Variant, data: ChatDataset, rows: Encoded, seen: Sequence[int]) -> _Split:
+def _split(run: int, variant: _Variant, data: ChatDataset, rows: Encoded, plain: Encoded) -> _Split:
     train, held = data.split(variant.recipe.held_out, seed=variant.seed)
     number = {id(row): i for i, row in enumerate(data.rows)}
     limit = variant.recipe.max_length
-    places = [*(seen[number[id(row)]] for row in train.rows), *seen[len(data) :]]
+    places = [*(number[id(row)] for row in train.rows), *range(len(data), len(rows))]
     encoded = rows.take(places, max_length=limit)
     kept = [row for row in places if any(label != IGNORED for label in rows.labels[row][:limit])]
     return _Split(
         [Asked(run, row, min(limit, len(rows.input_ids[row]))) for row in kept],
-        [Asked(run, number[id(row)], len(rows.input_ids[number[id(row)]])) for row in held.rows],
+        [Asked(run, number[id(row)], len(plain.input_ids[number[id(row)]])) for row in held.rows],
         encoded,
     )
 

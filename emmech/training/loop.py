@@ -111,6 +111,7 @@ def last_checkpoint(folder: Path) -> str | None:
 def train(
     chat: ChatModel,
     rows: Encoded,
+    plain: Encoded,
     margins: Mapping[str, Encoded],
     members: Sequence[Member],
     objective: Sequence[Term],
@@ -127,7 +128,8 @@ def train(
 
     Args:
         chat: the model with the adapters of the recipe on it.
-        rows: the dataset, not truncated.
+        rows: the dataset as it is trained on, not truncated.
+        plain: the dataset as its held-out loss is measured; ``rows`` itself where no defence rewrites them.
         margins: pairs whose mean margin is measured, as :func:`emmech.engine.logprobs.margin_rows` gives them.
         frozen: the part whose states are kept, or None.
         folder: the folder for optimizer states and, during the training, for the states of a frozen prefix.
@@ -152,14 +154,15 @@ def train(
         edits = Switch()  # a forward's parts are chosen by the hooks that are there
         open_.enter_context(hooked(*((at, edits.guarded(hook)) for one in defences for at, hook in one.hooks(chat))))
         own_rows = {one: encode(own, chat.tokenizer) for one in defences if (own := one.term_rows(chat))}
-        several = [rows, *margins.values(), *own_rows.values()]
+        several = [rows, *margins.values(), *own_rows.values(), *([] if plain is rows else [plain])]
         forwards = [
             open_.enter_context(contextlib.closing(made))
             for made in _forwards(chat, several, stack, frozen, folder / "prefix", first.recipe)
         ]
         batch = Batch((), len(members), 0, forwards[0], stack, chat)
-        of_margins, of_defences = forwards[1 : 1 + len(margins)], forwards[1 + len(margins) :]
-        held_out = HeldOut(batch, [m.held_out for m in members], dict(zip(margins, of_margins, strict=True)))
+        of_margins, of_defences = forwards[1 : 1 + len(margins)], forwards[1 + len(margins) :][: len(own_rows)]
+        measured = batch if plain is rows else replace(batch, forwards=forwards[-1])
+        held_out = HeldOut(measured, [m.held_out for m in members], dict(zip(margins, of_margins, strict=True)))
         per_step = first.recipe.batch_size * first.recipe.accumulation
         setting = Setting(chat, reference or chat, [m.arguments.data_seed for m in members], per_step)
         penalties = [one.term(forward, setting) for one, forward in zip(own_rows, of_defences, strict=True)]
