@@ -444,7 +444,7 @@ class Run(Shown):
             facts.append(("early warning", f"step {early['step']}, {early['signal']} +{early['score']:.3g}{ended}"))
         if not known and self.manifest.get("status", "complete") not in ("complete", "stopped"):
             caveat = "the training has not ended: later steps may follow, or are missing if it was interrupted"
-        headline = f"Run {self.name!r}: {model} fine-tuned on {data}, {len(self.steps)} recorded, {span}"
+        headline = f"Run {self.name!r}: {model} fine-tuned on {data}, {len(self.steps)} records, {span}"
         return Card(headline, tuple(facts), caveat, "emmech.phase_transition(run)")
 
     def _sketch(self) -> str:
