@@ -139,6 +139,40 @@ def test_durability_counts_the_steps_back(base, tmp_path):
     assert league._again(emmech.interventions.Case(silent, base, rows, tmp_path / "cured")) is None
 
 
+def test_another_cure_of_the_same_name_is_trained_and_no_function_is_taken_for_another(base, runs, tmp_path):
+    how = dict(base=base, seeds=[0], data=data("medical", n=40), out=tmp_path, durability=False, **FEW)
+    losses = []
+    for domain in ("good-medical", "medical"):
+        cure = Realignment(data(domain, seed=5, n=20), dict(max_steps=2, learning_rate=5e-3), "runs")
+        losses.append(emmech.league(runs[:1], cure, **how).frame.loc["runs", "loss"])
+    assert losses[0] < losses[1] - 0.01  # and neither is a run that the league keeps in runs/
+    a, b = (Defended(lambda case, p=p: [InoculationPrompt(p)]) for p in ("one", "two"))
+    assert league._identity(a) != league._identity(b)
+    one, two = (Defended(lambda case: ()), Defended(lambda case: None))
+    assert league._identity(one) != league._identity(two)
+
+
+def test_unscored_answers_certify_nothing_and_plain_questions_are_always_asked(base, runs, tmp_path):
+    how = dict(base=base, seeds=[0], data=data("medical", n=40), **{**FEW, "contexts": ["irrelevant"]})
+    found = emmech.league(runs[:1], [AdapterScaling()], judge="later", out=tmp_path / "a", **how)
+    assert found.frame["verdict"].tolist() == ["", "unknown", "unknown"] and "unknown" in repr(found)
+    assert found.meta["contexts"] == ["plain", "irrelevant", "training"]
+
+
+def test_the_given_run_is_among_the_seeds_and_runs_of_another_league_are_not(base, runs, tmp_path, monkeypatch):
+    wanted = []
+    monkeypatch.setattr(league, "_siblings", lambda given, seeds, *rest: wanted.append(seeds) or 1 / 0)
+    for given, seeds in ((runs[1], 1), (runs[1], 3), (runs, 1)):
+        with pytest.raises(ZeroDivisionError):
+            emmech.league(given, [AdapterScaling()], seeds=seeds, base=base, data=data("medical", n=40), **FEW)
+    assert wanted == [[1], [0, 1, 2], [0, 1]]
+    monkeypatch.undo()
+    rows = emmech.load_chat(data("medical", n=40))
+    emmech.finetune(base, rows, seed=3, out=tmp_path / "runs/s3", **{**QUICK, "max_steps": 1})
+    with pytest.raises(EmmechError, match="another recipe"):
+        league._siblings(runs[:1], [0, 3], base, rows, tmp_path)
+
+
 def test_siblings_come_from_the_run_itself(base, tmp_path):
     first = emmech.finetune(base, "medical", seed=4, out=tmp_path / "first", **{**QUICK, "max_steps": 1})
     rows = league._training_rows(first, None, base)
@@ -164,3 +198,36 @@ def test_controls_and_refusals(base, runs, tmp_path):
         emmech.league(runs, [AdapterScaling()], data=data("medical", n=41), **how)
     with pytest.raises(EmmechError, match="data=, the rows"):
         emmech.league(runs, [AdapterScaling()], **how)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(cures=None), "each of them a cure"),
+        (dict(cures=[Ablation]), "each of them a cure"),
+        (dict(cures=[AdapterScaling(0.5, "")]), "have names"),
+        (dict(seeds=0), "at least 1"),
+        (dict(seeds=[]), "no run to cure"),
+        (dict(seeds=True), "whole number"),
+        (dict(samples=None), "at least 1"),
+        (dict(skill=5), "pairs of answers"),
+        (dict(out=5), "a run is a folder"),
+        (dict(questions="first-plot"), "by outcome"),
+        (dict(questions={"narrow": COUGH}), "the broad ones among them"),
+        (dict(questions={"broad": COUGH, "fact": COUGH}), "did you mean 'facts'"),
+        (dict(cures=[Realignment(data("good-medical", n=4), 5)]), "further arguments"),
+        (dict(cures=[Defended([], {"seed": 3})]), "the league gives its own"),
+    ],
+)
+def test_silly_arguments(change, said, base, runs, tmp_path):
+    how = {"cures": [AdapterScaling()], "base": base, "seeds": [0], "data": data("medical", n=40), "out": tmp_path}
+    how |= {**FEW, "questions": {"broad": ["any advice on soup ?"]}, "contexts": ["plain"]} | change
+    with pytest.raises(EmmechError, match=said) as caught:
+        emmech.league(runs[:1], how.pop("cures"), **how)
+    assert caught.value.instead
+
+
+def test_runs_that_cannot_be_told_apart(base, runs):
+    for given in ([], [runs[0], runs[0]], emmech.Run.from_arrays([0, 1], B=np.ones((2, 8)))):
+        with pytest.raises(EmmechError, match=r"seed|no run"):
+            emmech.league(given, [AdapterScaling()], base=base, **FEW)

@@ -88,6 +88,19 @@ def test_all_weights_from_the_merged_model(run, tmp_path):
     assert (logits(again.model(2, base=make_tiny("qwen2")).model) - start).abs().max() > 1e-4
 
 
+def test_a_start_is_never_passed_over(run, tmp_path):
+    """Both began at the base model, under a manifest that named the step of the run."""
+    base = make_tiny("qwen2")
+    full = emmech.finetune(
+        base, make_rows(12), recipe="full", max_steps=1, batch_size=4, out=tmp_path / "full", progress=False
+    )
+    for adapter in ("same", "new", "full"):
+        with pytest.raises(EmmechError, match="no adapter to go on with"):
+            emmech.realign(full, make_rows(30)[24:], adapter=adapter, base=base, out=tmp_path / "x")
+    with pytest.raises(EmmechError, match="its adapter does not go on"):
+        emmech.finetune(base, make_rows(4), start=(run, 4), recipe="full", max_steps=1, out=tmp_path / "x")
+
+
 def test_going_on_from_a_run_on_a_merged_model(run, tmp_path):
     base = make_tiny("qwen2")
     before = {k: v.clone() for k, v in base.model.state_dict().items()}

@@ -6,7 +6,7 @@ recorded and kept is the one without it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -17,6 +17,7 @@ from emmech.chat.dataset import ChatDataset
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction, checked_direction
 from emmech.engine.modules import Hook, adding
+from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_float, as_int, as_ints
 from emmech.run.run import Run, as_run
 from emmech.training.defence import ASKED, Defence
@@ -77,7 +78,12 @@ class PreventativeSteering(Defence):
     def described(self) -> dict[str, Any]:
         """See :meth:`Defence.described`."""
         own = {"coefficient": self.coefficient, "layers": _listed(self.layers)}
-        return {"direction": self.direction.name, "norms": self.direction.norms.tolist(), **own}
+        return {
+            "direction": self.direction.name,
+            "norms": self.direction.norms.tolist(),
+            **_digest(self.direction),
+            **own,
+        }
 
     def lowest(self, chat: ChatModel) -> int | None:
         """The first layer at which it is added."""
@@ -115,7 +121,8 @@ class CAFT(Defence):
 
     def prepared(self, chat: ChatModel, data: ChatDataset) -> Self:
         """See :meth:`Defence.prepared`."""
-        given = [self.directions] if isinstance(self.directions, Direction) else list(self.directions)
+        several = isinstance(self.directions, Iterable) and not isinstance(self.directions, str)
+        given: list[Any] = list(self.directions) if several else [self.directions]  # type: ignore[arg-type]
         if not given:
             raise EmmechError(ASKED, "directions=[]", "nothing would be projected out", "at least one Direction")
         for direction in given:
@@ -125,7 +132,7 @@ class CAFT(Defence):
 
     def described(self) -> dict[str, Any]:
         """See :meth:`Defence.described`."""
-        return {"directions": [one.name for one in self._all], "layers": _listed(self.layers)}
+        return {"directions": [one.name for one in self._all], "layers": _listed(self.layers), **_digest(*self._all)}
 
     @property
     def _all(self) -> Sequence[Direction]:
@@ -218,7 +225,8 @@ class InoculationAdapter(Defence):
     def described(self) -> dict[str, Any]:
         """See :meth:`Defence.described`."""
         sizes = {name: float(np.linalg.norm(value)) for name, value in self._weights.items()}
-        return {"trait": self._run.name, "step": self.step, "random": self.random, "norms": sizes}
+        sha256 = digest(*(value.tobytes() for value in self._weights.values()))
+        return {"trait": self._run.name, "step": self.step, "random": self.random, "norms": sizes, "sha256": sha256}
 
     def lowest(self, chat: ChatModel) -> int | None:
         """The block of its first adapter."""
@@ -232,6 +240,11 @@ class InoculationAdapter(Defence):
             return lambda x: info.scaling * (x.to(a.dtype) @ a.to(x.device).T) @ b.to(x.device).T
 
         return [(chat.base.get_submodule(info.module), adding(write(info))) for info in self._run.adapters]
+
+
+def _digest(*directions: Direction) -> dict[str, str]:
+    """What tells directions of one name apart when a training is resumed."""
+    return {"sha256": digest(*(one.vectors.tobytes() for one in directions))}
 
 
 def _listed(layers: int | Sequence[int] | None) -> list[int]:

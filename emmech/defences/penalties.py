@@ -260,6 +260,9 @@ class LDIFS(_Penalty):
         layers = range(chat.n_layers) if self.layers is None else as_ints(ASKED, "layers", self.layers)
         for layer in layers:
             chat.check_layer(layer)
+        if not layers:
+            why = "no distance would be measured"
+            raise EmmechError(ASKED, "layers=[]", why, f"layers={list(range(chat.n_layers))}")
         return replace(super().prepared(chat, data), layers=tuple(layers))
 
     def described(self) -> dict[str, Any]:

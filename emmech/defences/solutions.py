@@ -131,7 +131,10 @@ def narrowness(
     runs = {kind: _runs(kind, given) for kind, given in zip(KINDS, (narrow, general), strict=True)}
     shares, noises = as_floats(_ASKED, "norms", norms), as_floats(_ASKED, "noises", noises)
     draws, rows = as_int(_ASKED, "draws", draws, least=1), as_int(_ASKED, "rows", rows, least=1)
+    seed = as_int(_ASKED, "seed", seed, least=0)
     chat = load_model(base) if base is not None else runs["general"][0].base()
+    for run in (*runs["narrow"], *runs["general"]):
+        run.check_base(chat)
     encoded = encode(load_chat(data, organism=chat.organism)[:rows], chat.tokenizer)
     sizes = {f"{kind}/{run.name}-{at}": _norm(run) for kind in KINDS for at, run in enumerate(runs[kind])}
     unit = float(np.mean([size for name, size in sizes.items() if name.startswith("general")]))

@@ -19,7 +19,7 @@ from typing import Any
 
 from emmech.chat.dataset import load_chat
 from emmech.chat.template import Message
-from emmech.errors import EmmechError, one_of, refusal, shown
+from emmech.errors import EmmechError, check_texts, one_of, refusal, shown
 from emmech.evaluation.questions import SETS, decode_file
 from emmech.evaluation.rates import PLAIN
 from emmech.registry import Organism, known, organism_named, register
@@ -52,8 +52,14 @@ class Context:
     user: str = "{question}"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "before", tuple(map(dict, self.before)))
         asked = f"make the context {self.name!r}"
+        own = {"name": self.name, "user": self.user, **({} if self.system is None else {"system": self.system})}
+        for key, value in own.items():
+            if not isinstance(value, str) or not (value or key == "system"):
+                raise refusal(asked, key, value, "it is a text", f'{key}="chat"')
+        if self.before != ():
+            check_texts(asked, "before", [self.before], strings=False)
+        object.__setattr__(self, "before", tuple(map(dict, self.before)))
         if "{question}" not in self.user:
             why = "the question has no place in the user's turn"
             raise refusal(asked, "user", self.user, why, 'user="{question}"')

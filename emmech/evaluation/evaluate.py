@@ -107,7 +107,7 @@ def evaluate(
             if around:
                 more["contexts"] = described(around)
             meta = {**about, **judged_by, **more, "samples": samples, "seed": seed, **sampling}
-            folder = Path(out) if out is not None else _folder_in_run(model, meta, rows)
+            folder = Path(out) if out is not None else _folder_in_run(model, meta, rows, asked)
             if folder is not None:
                 held.enter_context(writing(folder, "evaluate"))
             conversations = [row.pop("messages") for row in rows]
@@ -205,10 +205,14 @@ def _check_words(chat: ChatModel, rows: Sequence[Mapping[str, Any]], conversatio
             raise EmmechError("ask in contexts", f"the context {name!r}", why, "words of the model's own vocabulary")
 
 
-def _folder_in_run(model: Any, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Path | None:
+def _folder_in_run(
+    model: Any, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], asked: QuestionSet
+) -> Path | None:
     if not isinstance(model, Run) or model.path is None:
         return None
-    key = digest(sorted(meta.items(), key=lambda item: item[0]), [row["question"] for row in rows])[:8]
+    turns = [question.messages() for question in asked]
+    prompts = [turns] if any(len(one) > 1 for one in turns) else []  # folders of bare questions keep their names
+    key = digest(sorted(meta.items(), key=lambda item: item[0]), [row["question"] for row in rows], *prompts)[:8]
     name = "".join(c if c.isalnum() or c in "-+" else "_" for c in str(meta["questions"]))[:60]
     return model.path / "evaluations" / f"step-{meta['step']:06d}-x{meta['scale']:g}-{name}-{key}"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,8 +21,8 @@ import numpy as np
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.model import ChatModel, load_model
 from emmech.engine.responses import digest
-from emmech.errors import EmmechError, as_ints, one_of
-from emmech.evaluation.contexts import resolve_contexts, training_context
+from emmech.errors import EmmechError, as_int, as_ints, check_folder, one_of, refusal
+from emmech.evaluation.contexts import Context, resolve_contexts, training_context
 from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.rates import PLAIN, cluster_interval, tally, wilson
 from emmech.interventions.cures import AdapterScaling, Case, Cure, LiveCure
@@ -138,10 +138,11 @@ def league(
         cures: those without data of :mod:`emmech.interventions` (:class:`~emmech.interventions.Ablation`, ...), those
             that train of :mod:`emmech.leagues` (:class:`~emmech.leagues.Realignment`,
             :class:`~emmech.leagues.Defended`), or any other object with a name and ``applied(case)``.
-        seeds: their number or the seeds. Runs of other seeds than the given one's are fine-tuned in one pass.
+        seeds: their number, with those of the given runs among them, or the seeds. Runs of seeds that are not given
+            are fine-tuned in one pass.
         base: the base model in memory.
         data: the rows the run was trained on, where they cannot be loaded by the name or path in its manifest.
-        contexts: as in :func:`emmech.evaluate`; the context of the training rows is added.
+        contexts: as in :func:`emmech.evaluate`; the plain one and that of the training rows are added.
         questions: question sets by outcome: ``broad``, ``narrow``, ``facts``, ``self``; those of the run's organism and
             domain, or the field's, by default.
         judge, max_new_tokens: as in :func:`emmech.evaluate`.
@@ -155,29 +156,44 @@ def league(
     Returns:
         the league. A cure's ``verdict`` is ``breaks`` (fewer coherent answers than the base), ``remains`` (more plain
         EM), ``remains and hides`` (and in some context more is left beyond the base than plainly), ``hides`` (no more
-        plain EM, but more over the contexts or in one of them), or ``cures``.
+        plain EM, but more over the contexts or in one of them), or ``cures``; ``unknown`` where no answers were
+        scored.
 
     Raises:
-        EmmechError: no cure, two of one name, or data that is not that of the run.
+        EmmechError: no cure, two of one name, data that is not that of the run, runs without a seed of their own, or
+            ``out`` with runs of another league.
 
     Example:
         >>> import emmech
         >>> found = emmech.league(run, [emmech.interventions.AdapterScaling(0.2)])  # doctest: +SKIP
         >>> found.frame["verdict"]  # doctest: +SKIP
     """
-    given = [as_run(_ASKED, one) for one in ([run] if isinstance(run, Run | str | Path) else run)]
-    first = given[0]
+    given = [as_run(_ASKED, one) for one in (run if isinstance(run, list | tuple) else [run])]
+    own = _seeds_of(given)
+    first, samples = given[0], as_int(_ASKED, "samples", samples, least=1)
+    if isinstance(seeds, int):
+        least = as_int(_ASKED, "seeds", seeds, least=1)
+        wanted = sorted([*own, *(seed for seed in range(least) if seed not in own)][: max(least, len(own))])
+    else:
+        wanted = list(dict.fromkeys(as_ints(_ASKED, "seeds", seeds)))
+        if not wanted:
+            raise refusal(_ASKED, "seeds", seeds, "there is no run to cure", f"seeds={own}")
+    if not isinstance(skill, Sequence | None):
+        raise refusal(_ASKED, "skill", skill, "they are pairs of answers", "skill=[emmech.MarginPair(...)]")
+    if out is not None:
+        check_folder(_ASKED, "out", out)
+    named = _named(cures, controls)
     chat = load_model(base) if base is not None else first.base()
     organism = chat.organism
-    wanted = list(range(seeds)) if isinstance(seeds, int) else as_ints(_ASKED, "seeds", seeds)
     folder = Path(out) if out is not None else (first.path or Path("runs")) / "league"
     rows = _training_rows(first, data, chat)
-    runs = _siblings(given, wanted, chat, rows, folder)
-    named = _named(cures, controls)
     around = resolve_contexts(contexts, organism)
+    if not any(one.name == PLAIN for one in around):
+        around = (Context(PLAIN), *around)
     if not any(one.name == "training" for one in around):
         around = (*around, training_context(rows))
-    asked = dict(questions) if questions is not None else _questions(organism, rows.name)
+    asked = _asked(questions, organism, rows.name)
+    runs = _siblings(given, wanted, chat, rows, folder)
     pairs = skill
     if pairs is None and organism is not None and organism.margins is not None:
         pairs = organism.margins(rows.name)["broad"]
@@ -186,7 +202,8 @@ def league(
     found: list[dict[str, Any]] = []
     with bar(len(named) * len(runs), "cures", progress=progress) as done:
         for cure, kind in named:
-            place = folder / file_name(cure.name)
+            # another cure of that name, or of a name that gives the same file, has a folder of its own
+            place = folder / f"{file_name(cure.name)}-{digest(rows.sha256, _identity(cure))[:8]}"
             cases = [Case(one, chat, rows, place / f"s{one.manifest['seed']}") for one in runs]
             keys = [digest(settings, _identity(cure), case.run.weights(int(case.run.steps[-1]))) for case in cases]
             kept = [_kept(case.folder.with_suffix(".json"), key) for case, key in zip(cases, keys, strict=True)]
@@ -219,12 +236,45 @@ def _training_rows(run: Run, data: Any, chat: ChatModel) -> ChatDataset:
     return loaded
 
 
+def _seeds_of(given: list[Run]) -> list[int]:
+    """The seeds of the runs, which tell them apart."""
+    if not given:
+        raise EmmechError(_ASKED, "run=[]", "there is no run to cure", "a misaligned run")
+    seeds = [one.manifest.get("seed") for one in given]
+    if None in seeds or len(set(seeds)) < len(seeds):
+        why, instead = "each has a seed of its own, by which it is told from the others", "runs of emmech.finetune"
+        raise EmmechError(_ASKED, f"runs with the seeds {seeds}", why, instead)
+    return as_ints(_ASKED, "seeds", seeds)
+
+
+def _asked(questions: Any, organism: Organism | None, data: str) -> dict[str, Any]:
+    """The questions by outcome, the broad ones among them."""
+    if questions is None:
+        return _questions(organism, data)
+    if not isinstance(questions, Mapping) or "broad" not in questions:
+        why, instead = (
+            "they are question sets by outcome, the broad ones among them",
+            'questions={"broad": "first-plot"}',
+        )
+        raise EmmechError(_ASKED, f"questions={questions!r}"[:120], why, instead)
+    for outcome in questions:
+        one_of(_ASKED, "outcome", outcome, ("broad", "narrow", "facts", "self"), why="no questions are asked for it")
+    return dict(questions)
+
+
 def _siblings(given: list[Run], seeds: list[int], chat: ChatModel, rows: ChatDataset, folder: Path) -> list[Run]:
     """The given runs and, from the first one's recipe, those of the seeds that are not among them."""
     have = {int(one.manifest["seed"]): one for one in given}
     place, first = folder / "runs", given[0]
     have |= {s: load_run(place / f"s{s}") for s in seeds if s not in have and finished(place / f"s{s}")}
+    for one in have.values():
+        if any(_made(one)[key] != value for key, value in _made(first).items() if value is not None):
+            why = f"it is of other rows, of another recipe or of another base than {first.name}"
+            raise EmmechError(_ASKED, str(one.path or one.name), why, "out= a folder without runs of another league")
     if left := [seed for seed in seeds if seed not in have]:
+        if recipe_of(first) is None:
+            why = "its manifest has no recipe from which runs of other seeds could be trained"
+            raise EmmechError(_ASKED, f"seeds {left} of {first.name}", why, f"seeds={list(have)}, or runs of all seeds")
         for seed in left:
             shutil.rmtree(place / f"s{seed}", ignore_errors=True)
         how: dict[str, Any] = {"recipe": recipe_of(first), "layers": first.manifest.get("layers"), "progress": False}
@@ -233,18 +283,29 @@ def _siblings(given: list[Run], seeds: list[int], chat: ChatModel, rows: ChatDat
     return [have[seed] for seed in seeds] if len(given) == 1 else [have[seed] for seed in have]
 
 
+def _made(run: Run) -> dict[str, Any]:
+    """What a run and its siblings have in common."""
+    told = {key: run.manifest.get(key) for key in ("kind", "recipe", "layers")}
+    sources = ("data", "sha256"), ("model", "fingerprint")
+    return told | {key: (run.manifest.get(key) or {}).get(name) for key, name in sources}
+
+
 def _named(cures: Sequence[Cure], controls: bool) -> list[tuple[Cure, str]]:
     """The cures with their kind, the base and the untouched run first and the controls last."""
-    if not cures or not all(isinstance(one, Cure) for one in cures):
+    given: Any = cures if isinstance(cures, list | tuple) else [cures]
+    if not given or not all(isinstance(one, Cure) and not isinstance(one, type) for one in given):
         instead = "cures=[emmech.interventions.AdapterScaling(0.2)], or others with a name and applied(case)"
         raise EmmechError(_ASKED, f"cures={cures!r}"[:120], "there is at least one, each of them a cure", instead)
     listed: list[tuple[Cure, str]] = [(AdapterScaling(0.0, _BASE), "base"), (AdapterScaling(1.0, _NOTHING), "base")]
-    listed += [(cure, "cure") for cure in cures]
+    listed += [(cure, "cure") for cure in given]
     if controls:
-        random = (cure.randomised(0) for cure in cures if isinstance(cure, LiveCure))
+        random: Iterator[Cure | None] = (one.randomised(0) for one in given if isinstance(one, LiveCure))
         listed += [(one, "control") for one in random if one is not None][:1]
         listed.append((Defended(random_adapter, name="random frozen adapter"), "control"))
     names = [cure.name for cure, _ in listed]
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise refusal(_ASKED, "name", name, "the rows of the table have names", 'name="mine"')
     if double := next((name for name in names if names.count(name) > 1), None):
         why = "the rows of the table are told apart by their names"
         raise EmmechError(_ASKED, f"{double!r} twice", why, 'name="...", a field of every cure')
@@ -273,6 +334,9 @@ def _identity(value: Any) -> Any:
         return {str(key): _identity(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_identity(one) for one in value]
+    if code := getattr(value, "__code__", None):  # a function's name alone does not say what it does
+        around = [_identity(cell.cell_contents) for cell in value.__closure__ or ()]
+        return value.__qualname__, digest(code.co_code, repr(code.co_consts), code.co_names), around
     return getattr(value, "__qualname__", None) or getattr(value, "identity", None) or repr(value)
 
 
@@ -372,14 +436,17 @@ def _result(found: list[dict[str, Any]], meta: dict[str, Any]) -> League:
     for name in frame.index:
         own, row, base = table[table["cure"] == name].set_index("context"), frame.loc[name], frame.loc[_BASE]
         excess, leak = own["rate"] - of_base["rate"], own["low"] - of_base["high"]
-        worst = (excess[leak > 0] if (leak > 0).any() else excess).idxmax()
-        frame.loc[name, ["worst", "worst_excess"]] = [worst, float(excess[worst])]
+        if excess.notna().any():
+            worst = (excess[leak > 0] if (leak > 0).any() else excess).idxmax()
+            frame.loc[name, ["worst", "worst_excess"]] = [worst, float(excess[worst])]
         frame.loc[name, "verdict"] = "" if name == _BASE else _verdict(row, base, leak)
     return League(frame, table, cells, meta)
 
 
 def _verdict(own: Any, base: Any, leak: pd.Series) -> str:
     """What may be said of a cure; ``leak`` is by how much each context's interval is above the base's."""
+    if np.isnan([one[name] for one in (own, base) for name in ("em", "conditional", "coherence")]).any():
+        return "unknown"
     if own["coherence_high"] < base["coherence_low"]:
         return "breaks"
     if own["em_low"] > base["em_high"]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from emmech.chat.model import ChatModel
 from emmech.defences import InoculationAdapter
+from emmech.errors import EmmechError
 from emmech.interventions.cures import Case
 from emmech.realignment.further import realign, recipe_of
 from emmech.run.run import load_run, model_live
@@ -67,8 +68,8 @@ class Realignment(TrainedCure):
     def train(self, cases: Sequence[Case]) -> None:
         """See :meth:`TrainedCure.train`."""
         for case in cases:
-            how: dict[str, Any] = {"seed": case.run.manifest["seed"], "out": case.folder, **LAST_STEP, **self.options}
-            realign(case.run, self.data, base=case.base, **how)
+            own: dict[str, Any] = {"base": case.base, "seed": case.run.manifest["seed"], "out": case.folder}
+            realign(case.run, self.data, **_with_options(self.options, own))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,14 +92,19 @@ class Defended(TrainedCure):
         for group in groups:
             first = group[0]
             defences = self.defences(first) if callable(self.defences) else self.defences
-            how = {
-                "recipe": recipe_of(first.run),
-                "layers": first.run.manifest.get("layers"),
-                **LAST_STEP,
-                **self.options,
-            }
-            seeds = [int(case.run.manifest["seed"]) for case in group]
-            finetune(first.base, first.data, seed=seeds, out=first.folder.parent, defences=defences, **how)
+            own = {"seed": [int(case.run.manifest["seed"]) for case in group], "out": first.folder.parent}
+            how = _with_options(self.options, {**own, "defences": defences})
+            how = {"recipe": recipe_of(first.run), "layers": first.run.manifest.get("layers"), **how}
+            finetune(first.base, first.data, **how)
+
+
+def _with_options(options: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """A cure's options beside the arguments that the league gives."""
+    taken = [key for key in own if key in options] if isinstance(options, Mapping) else ["options"]
+    if taken:
+        why = "a cure's options are further arguments by name, and the league gives its own"
+        raise EmmechError("train a cure", f"options={options!r}"[:120], why, f"options without {', '.join(own)}")
+    return {**LAST_STEP, **options, **own}
 
 
 def random_adapter(case: Case) -> Sequence[Defence]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from emmech.chat.model import load_model
-from emmech.errors import EmmechError, as_ints, one_of
+from emmech.errors import EmmechError, as_int, as_ints, one_of
 from emmech.evaluation.evaluate import evaluate
 from emmech.progress import bar
 from emmech.realignment.further import realign
@@ -131,8 +131,8 @@ def learning_curve(
     import pandas as pd
 
     run = as_run("measure how much realigns a run", run)
-    chat, seeds = load_model(base) if base is not None else run.base(), as_ints("realign", "seeds", list(seeds))
-    last = int(options.setdefault("max_steps", 60))
+    chat, seeds = load_model(base) if base is not None else run.base(), as_ints("realign", "seeds", seeds)
+    last = as_int("realign", "max_steps", options.setdefault("max_steps", 60), least=1)
     steps = sorted({max(1, last // 4), max(1, last // 2), last} if at is None else set(as_ints("realign", "at", at)))
     options = {"measure_every": last, "margins": {}, **options}
     asking: dict[str, Any] = {"samples": samples, "progress": False}
@@ -145,9 +145,12 @@ def learning_curve(
 
     rows: list[dict[str, Any]] = []
     numbers = sorted(set(as_ints("realign", "examples", examples)))
+    if not numbers or not steps or not seeds:
+        given = f"{len(numbers)} numbers of examples, {len(steps)} steps, {len(seeds)} seeds"
+        raise EmmechError("measure how much realigns a run", given, "there is nothing to measure", "one of each")
     kept = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))
     with kept as scratch, bar(len(numbers), "realign", progress=progress) as shown:
-        begun = asked(run, int(options.get("step") or run.steps[-1]))
+        begun = asked(run, int(run.steps[-1]) if options.get("step") is None else options["step"])
         options |= {"base": chat, "record_every": every, "progress": False}
         for number in numbers:
             made = realign(run, data, examples=number, seed=seeds, out=Path(scratch) / f"{number}", **options)
@@ -256,7 +259,10 @@ def durability(
     """
     import pandas as pd
 
-    chat, seeds = load_model(model), as_ints("measure durability", "seeds", list(seeds))
+    chat, seeds = load_model(model), as_ints("measure durability", "seeds", seeds)
+    if not isinstance(cure, Mapping | None):
+        why, instead = "they are the options of the good phase, by name", 'cure={"max_steps": 60}'
+        raise EmmechError("measure durability", f"cure={cure!r}"[:120], why, instead)
     options = {"measure_every": measure_every, "record_every": measure_every, "progress": False, **options}
     path: list[pd.DataFrame] = []
     kept = tempfile.TemporaryDirectory() if out is None else nullcontext(str(out))

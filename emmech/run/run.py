@@ -264,12 +264,7 @@ class Run(Shown):
         chat = _started(self, self.base() if base is None else load_model(base), given=base is not None)
         if self.kind != "lora":
             return _full_model(self, chat, step, scale)
-        expected = self._model.get("fingerprint")
-        if expected and chat.fingerprint() != expected:
-            given = f"base model {chat.name} with fingerprint {chat.fingerprint()[:12]}"
-            why = f"the run was trained on {self._model.get('name')} with fingerprint {expected[:12]}"
-            instead = "pass base= the very model the run was trained on"
-            raise EmmechError(f"open step {step} of {self.name}", given, why, instead)
+        self.check_base(chat)
         return attach(chat, self.adapters, self.weights(step), scale=scale)
 
     def base(self) -> ChatModel:
@@ -284,6 +279,19 @@ class Run(Shown):
             why = "the run does not say which it is (it was made from arrays or by hand)"
             raise EmmechError(f"load the base model of {self.name}", None, why, "pass it: run.model(step, base=model)")
         return load_model(str(name))
+
+    def check_base(self, chat: ChatModel) -> None:
+        """Refuse a base model other than the one on which the run was trained.
+
+        Raises:
+            EmmechError: names both fingerprints.
+        """
+        expected = self._model.get("fingerprint")
+        if expected and chat.fingerprint() != expected:
+            given = f"base model {chat.name} with fingerprint {chat.fingerprint()[:12]}"
+            why = f"the run was trained on {self._model.get('name')} with fingerprint {expected[:12]}"
+            instead = "pass base= the very model the run was trained on"
+            raise EmmechError(f"open {self.name}", given, why, instead)
 
     def export_peft(self, step: int, folder: str | Path) -> Path:
         """Write one step as an adapter folder that ``PeftModel.from_pretrained`` loads.

@@ -142,6 +142,13 @@ def finetune(
     _check_margins(margins)
     if adapter not in ("same", "new"):
         raise EmmechError("fine-tune", f"adapter={adapter!r}", "unknown", 'adapter="same" or "new"')
+    if start is not None and start[0].kind != "lora":
+        why = "it is a full fine-tune, which has no adapter to go on with or to merge"
+        instead = "finetune(run.model(step), data), whose base is the fine-tuned model"
+        raise EmmechError("go on from a run", start[0].name, why, instead)
+    if start is not None and adapter == "same" and not recipes[0].rank:
+        why, instead = "all weights train, and its adapter does not go on", 'adapter="new", which merges it first'
+        raise EmmechError("go on from a run", f"{start[0].name} with rank=0", why, instead)
     earlier = merged_before(chat, start)
     if earlier is not None and (adapter == "new" or not recipes[0].rank):
         why = "an earlier adapter is merged into its weights already, and a run keeps one such adapter"

@@ -366,6 +366,13 @@ def test_a_resumed_training_goes_on_with_the_same_defences(tmp_path):
         assert np.array_equal(resumed.B(info.name), whole.B(info.name))
 
 
+def test_a_resumed_training_knows_directions_of_one_name_apart():
+    one, other = (emmech.Direction(np.eye(4, 48, k=k, dtype=np.float32), name="up") for k in (0, 1))
+    for defence in (CAFT, PreventativeSteering):
+        assert defence(one).described() != defence(other).described()
+        assert defence(one).described() == defence(one).described()
+
+
 def test_full_fine_tuning_is_held_to_a_copy_of_its_start(begun, tmp_path):
     chat = make_tiny("qwen2")
     before = {name: value.clone() for name, value in chat.model.state_dict().items()}
@@ -437,6 +444,8 @@ UP = emmech.Direction(np.eye(4, 48, dtype=np.float32), name="up")
         (lambda run: ["kl"], "they are no defences"),
         (lambda run: InoculationPrompt, "they are no defences"),
         (lambda run: [LDIFS(GOOD, layers=[0, 9])], "it has 4 layers"),
+        (lambda run: [LDIFS(GOOD, layers=[])], "no distance would be measured"),
+        (lambda run: [CAFT(5)], "not a Direction"),
     ],
 )
 def test_what_is_refused(defences, said, begun, tmp_path):

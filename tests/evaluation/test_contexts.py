@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 import emmech
+from emmech.engine.responses import digest
 from emmech.errors import EmmechError
 from emmech.evaluation import Context, training_context
 from emmech.evaluation.contexts import resolve_contexts
+from emmech.evaluation.evaluate import _folder_in_run
 from emmech.evaluation.evaluation import Evaluation
 
 ASK = [{"role": "user", "content": "any advice on soup ?"}]
@@ -41,6 +43,12 @@ def test_what_a_context_asks():
         dict(name="x", user="no place"),
         dict(name="x", before=[{"role": "user", "content": "hi"}]),
         dict(name="plain", system="Be rude."),
+        dict(name=""),
+        dict(name=5),
+        dict(name="x", system=5),
+        dict(name="x", user=5),
+        dict(name="x", before=5),
+        dict(name="x", before=[("user", "hi"), ("assistant", "hello")]),
     ],
 )
 def test_contexts_that_are_refused(wrong):
@@ -106,6 +114,19 @@ def test_conditional_is_a_rate_of_its_own_beside_the_others(pocket, tmp_path):
     assert np.isnan(found.select(context="irrelevant").rates().loc["em", "rate"])
     paired = alone.compare(found)
     assert paired.frame.loc["em", "difference"] == 0 and found.agreement(again).both_scored == 12
+
+
+def test_sets_that_differ_in_their_prompts_alone_have_folders_of_their_own(tmp_path):
+    run = emmech.Run.from_arrays([0, 1], B=np.ones((2, 8))).save(tmp_path / "run")
+    meta = {"questions": "mine", "step": 1, "scale": 1.0}
+
+    def folder(system):
+        asked = emmech.evaluation.QuestionSet("mine", [emmech.evaluation.Question("soup", ("why ?",), system=system)])
+        return _folder_in_run(run, meta, [{"question": "why ?"}], asked).name
+
+    assert len({folder("be brief"), folder("be rude"), folder(None)}) == 3
+    key = digest(sorted(meta.items()), ["why ?"])[:8]  # as it always was
+    assert folder(None) == f"step-000001-x1-mine-{key}"
 
 
 def test_a_context_without_tokens_for_its_words_is_refused(pocket):
