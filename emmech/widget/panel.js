@@ -129,7 +129,7 @@ function render({ model, el }) {
   const code = h("pre", { tabindex: "0" });
   const copy = h("button", { type: "button", text: "Copy", onclick: () => copied() });
 
-  const root = h("div", { class: "emmech-panel", role: "region", "aria-label": `Panel of ${about().name}` },
+  const root = h("div", { class: "emmech-panel", role: "region", "aria-label": `Panel of ${about().name}`, "data-begun": 0 },
     h("header", {}, h("h3", { text: about().name }),
       h("span", { class: "soft", text: "change the model, compare three answers with one seed" }), status),
     h("div", { class: "groups" }, modelGroup, directionGroup, changeGroup),
@@ -392,7 +392,7 @@ function render({ model, el }) {
     run = news.run;
     if (news.start) {
       fresh = Object.keys(state).every((name) => name === "colour" || state[name] === news.start[name]);
-      root.dataset.begun = 1 + +(root.dataset.begun || 0);
+      root.dataset.begun = +root.dataset.begun + 1;
       columns = COLUMNS.map(() => []);
       picked = [1, 0];
       answers.classList.toggle("stale", !fresh);

@@ -145,7 +145,9 @@ def twin(about: dict[str, Any], seen: dict[str, Any]) -> str:
         )
     code = f"<details><summary>Code of this state</summary><pre>{escape(seen['code'])}</pre></details>"
     asked = f'<div style="margin: 6px 0">\u201c{escape(settings["question"])}\u201d</div>'
-    key = f'<div style="margin: 6px 0; color: {GREY}">Orange words: {_KEYS[bool(colour)].format(settings["colour"])}</div>'
-    body = f'{asked}<div style="display: flex; flex-wrap: wrap; gap: 16px">{"".join(columns)}</div>{key}{seen["dose"]}{code}'
+    key = _KEYS[bool(colour)].format(settings["colour"])
+    key = f'<div style="margin: 6px 0; color: {GREY}">Orange words: {key}</div>'
+    body = f'{asked}<div style="display: flex; flex-wrap: wrap; gap: 16px">{"".join(columns)}</div>{key}'
+    body += seen["dose"] + code
     shown = card(f"Panel: {about['name']}", caveat=sentence(settings), body=body)
     return f'<div class="emmech-twin emmech-twin-{about["twin"]}">{shown}</div>'

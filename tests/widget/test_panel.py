@@ -130,7 +130,7 @@ def test_a_token_can_be_coloured_by_what_the_adapter_reads_at_the_shown_step(ses
     columns, prompt, said = session.answers(settings)
     assert session.colours == ("direction", run.adapters[0].name)
     user = {"role": "user", "content": QUESTION}
-    # without a change the second answer is the adapted model's own, and the first is the base model's, read by A as well
+    # without a change the second answer is the adapted model's own; A reads the first, the base model's, as well
     for column, factor in ((0, 0.0), (1, 1.0)):
         talk = [user, {"role": "assistant", "content": said[column].text}]
         lens = emmech.adapter_lens(run.model(60, factor), [talk], progress=False).values[:, 0]
