@@ -445,12 +445,19 @@ function render({ model, el }) {
 
   // ---- light or dark, as the page is
 
+  const pen = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const channels = (colour) => { // red, green, blue and opacity, however the page writes its colours
+    pen.clearRect(0, 0, 1, 1);
+    pen.fillStyle = colour;
+    pen.fillRect(0, 0, 1, 1);
+    return pen.getImageData(0, 0, 1, 1).data;
+  };
   const dark = () => {
     let node = el;
     let found = null;
     while (node && !found) {
-      const parts = getComputedStyle(node).backgroundColor.match(/[\d.]+/g)?.map(Number);
-      if (parts && (parts.length < 4 || parts[3] > 0.5)) found = parts;
+      const parts = channels(getComputedStyle(node).backgroundColor);
+      if (parts[3] > 127) found = parts;
       node = node.parentElement || node.getRootNode().host;
     }
     const light = found ? 0.299 * found[0] + 0.587 * found[1] + 0.114 * found[2] : matchMedia("(prefers-color-scheme: dark)").matches ? 0 : 255;
