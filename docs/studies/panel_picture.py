@@ -146,11 +146,11 @@ def speed() -> None:
             page.wait_for_selector(".emmech-panel .word")
             moved(page, "coefficient", [0.2])
             firsts, done, cancelling = [], [], []
-            for value in range(8):
-                (first,), whole = moved(page, "coefficient", [0.3 + value / 20])
+            for _ in range(8):
+                (first,), whole = moved(page, "coefficient", [0.4])
                 firsts.append(first)
                 done.append(whole)
-                cancelling += moved(page, "coefficient", [0.31 + value / 20, 0.32 + value / 20])[0][1:]
+                cancelling += moved(page, "coefficient", [0.6, 0.8, 0.2])[0][1:]
         parts = [f"{name} {statistics.median(times):.0f} ms (fastest {min(times):.0f})" for name, times in (
             ("first words", firsts), ("after a cancelled answer", cancelling), ("all", done))]  # fmt: skip
         load = os.getloadavg()[0] / (os.cpu_count() or 1)
