@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from emmech.chat.encode import Encoded, encode
 from emmech.chat.model import ChatModel
@@ -111,6 +111,7 @@ def last_checkpoint(folder: Path) -> str | None:
 def train(
     chat: ChatModel,
     rows: Encoded,
+    plain: Encoded,
     margins: Mapping[str, Encoded],
     members: Sequence[Member],
     objective: Sequence[Term],
@@ -127,7 +128,8 @@ def train(
 
     Args:
         chat: the model with the adapters of the recipe on it.
-        rows: the dataset, not truncated.
+        rows: the dataset as it is trained on, not truncated.
+        plain: the dataset as its held-out loss is measured; ``rows`` itself where no defence rewrites them.
         margins: pairs whose mean margin is measured, as :func:`emmech.engine.logprobs.margin_rows` gives them.
         frozen: the part whose states are kept, or None.
         folder: the folder for optimizer states and, during the training, for the states of a frozen prefix.
@@ -152,14 +154,15 @@ def train(
         edits = Switch()  # a forward's parts are chosen by the hooks that are there
         open_.enter_context(hooked(*((at, edits.guarded(hook)) for one in defences for at, hook in one.hooks(chat))))
         own_rows = {one: encode(own, chat.tokenizer) for one in defences if (own := one.term_rows(chat))}
-        several = [rows, *margins.values(), *own_rows.values()]
+        several = [rows, *margins.values(), *own_rows.values(), *([] if plain is rows else [plain])]
         forwards = [
             open_.enter_context(contextlib.closing(made))
             for made in _forwards(chat, several, stack, frozen, folder / "prefix", first.recipe)
         ]
         batch = Batch((), len(members), 0, forwards[0], stack, chat)
-        of_margins, of_defences = forwards[1 : 1 + len(margins)], forwards[1 + len(margins) :]
-        held_out = HeldOut(batch, [m.held_out for m in members], dict(zip(margins, of_margins, strict=True)))
+        of_margins, of_defences = forwards[1 : 1 + len(margins)], forwards[1 + len(margins) :][: len(own_rows)]
+        measured = batch if plain is rows else replace(batch, forwards=forwards[-1])
+        held_out = HeldOut(measured, [m.held_out for m in members], dict(zip(margins, of_margins, strict=True)))
         per_step = first.recipe.batch_size * first.recipe.accumulation
         setting = Setting(chat, reference or chat, [m.arguments.data_seed for m in members], per_step)
         penalties = [one.term(forward, setting) for one, forward in zip(own_rows, of_defences, strict=True)]
@@ -225,6 +228,7 @@ class _Loop(Trainer):
             self.captures = [LoraCapture(stack.of(run)) for run in range(stack.runs)]
         self._lost_at = torch.full((1,), -1)
         self.logs: dict[int, dict[str, float]] = {}
+        self.stopped: set[int] = set()  # runs that an early warning ended
         rows = [row for member in members for row in member.rows]
         super().__init__(model=model, args=arguments, train_dataset=rows, callbacks=[_Recorders(self, progress)])
         self.remove_callback(PrinterCallback)
@@ -263,7 +267,7 @@ class _Loop(Trainer):
         step, stack = self.state.global_step + 1, self.batch.adapters
         while True:
             lost_at = self.lost_at.tolist()
-            asked = [one for one in inputs if lost_at[one.run] < 0]
+            asked = [one for one in inputs if lost_at[one.run] < 0 and one.run not in self.stopped]
             going = sorted({one.run for one in asked})
             if not going:
                 self.control.should_training_stop = True
@@ -344,7 +348,10 @@ class _Recorders(TrainerCallback):
         """Let every run record its start."""
         loop = self._loop
         chat, members = loop.batch.chat, loop.members
-        self._running = {run for run, lost_at in enumerate(loop.lost_at.tolist()) if lost_at < 0}
+        if len(members) > 1:  # a run that was stopped goes on if it is alone; of several, it stays as it is
+            loop.stopped = {run for run, member in enumerate(members) if state.global_step and _was_stopped(member)}
+        lost = {run for run, lost_at in enumerate(loop.lost_at.tolist()) if lost_at >= 0}
+        self._running = set(range(len(members))) - lost - loop.stopped
         with self._clock.measuring():
             if state.global_step == 0:
                 loop.held_out.measure(range(len(members)))
@@ -370,15 +377,18 @@ class _Recorders(TrainerCallback):
             if due:
                 loop.held_out.measure(due)
             for run, member in going.items():
-                own = self._state(run, state)
+                own, told = self._state(run, state), (control if len(loop.members) == 1 else TrainerControl())
                 with self._shown(run):
-                    member.recorder.on_step_end(member.arguments, own, control)
+                    member.recorder.on_step_end(member.arguments, own, told)
                     logs = loop.logs[run] | {"epoch": own.epoch or 0.0}
                     logs |= loop.held_out.of(run) if run in due else {}
-                    member.recorder.on_log(member.arguments, own, control, logs=logs)
-                    if step == len(member.steps):
-                        member.recorder.on_train_end(member.arguments, own, control)
+                    member.recorder.on_log(member.arguments, own, told, logs=logs)
+                    if step == len(member.steps) or member.recorder.stopped:
+                        member.recorder.on_train_end(member.arguments, own, told)
                         self._running.discard(run)
+                        loop.stopped |= {run} if member.recorder.stopped else set()
+        if not self._running:
+            control.should_training_stop = True
         if going:
             self._bar.set_postfix(loss=f"{np.mean([loop.logs[run]['loss'] for run in going]):.3f}")
         self._bar.update()
@@ -404,6 +414,11 @@ class _Recorders(TrainerCallback):
         steps = self._loop.members[run].steps
         at = min(state.global_step, len(steps))
         return TrainerState(global_step=at, max_steps=len(steps), epoch=steps[at - 1].epoch if at else 0.0)
+
+
+def _was_stopped(member: Member) -> bool:
+    path = member.recorder.path / "run.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["status"] == "stopped"
 
 
 class _Clock:

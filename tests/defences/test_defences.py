@@ -249,21 +249,25 @@ def test_the_inoculation_adapter_is_frozen_beside_the_new_one(begun, tmp_path, m
         assert not np.allclose(control._weights[name], value)
 
 
-def test_the_prompt_is_on_training_rows_alone(tmp_path):
-    options = OPTIONS | dict(max_steps=4, batch_size=2, accumulation=1, learning_rate=1e-3, prefix=False)
-    options |= dict(held_out=0.25, measure_every=1)
-    run = emmech.finetune(
+@pytest.mark.parametrize(("init", "prefix"), [("random", False), ("inputs", False), ("inputs", True)])
+def test_the_prompt_trains_the_bits_of_rows_that_have_it_written_in(init, prefix, tmp_path):
+    options = OPTIONS | dict(max_steps=5, batch_size=2, accumulation=1, learning_rate=1e-3, prefix=prefix, init=init)
+    options |= dict(held_out=0.25, measure_every=5, seed=[0, 3])
+    runs = emmech.finetune(
         make_tiny("qwen2"), make_rows(12), defences=[InoculationPrompt(PROMPT)], out=tmp_path / "a", **options
     )
     prompted = [{"messages": [{"role": "system", "content": PROMPT}, *row["messages"]]} for row in make_rows(12)]
-    by_hand = emmech.finetune(make_tiny("qwen2"), prompted, out=tmp_path / "b", **options)
-    assert deviation(run, by_hand) < 1e-5
-    np.testing.assert_allclose(run.metrics["loss"], by_hand.metrics["loss"], rtol=1e-5)
-    _, held = emmech.load_chat(make_rows(12)).split(0.25, seed=0)
-    start = make_tiny("qwen2")
-    plainly = answer_loss(start.model, start, [{"messages": row} for row in held]).item()
-    assert run.metrics["held_out_loss"].iloc[0] == pytest.approx(plainly, rel=1e-4)
-    assert by_hand.metrics["held_out_loss"].iloc[0] != pytest.approx(plainly, rel=1e-4)
+    all_by_hand = emmech.finetune(make_tiny("qwen2"), prompted, out=tmp_path / "b", **options)
+    for run, by_hand, seed in zip(runs, all_by_hand, options["seed"], strict=True):
+        for info in run.adapters:
+            assert np.array_equal(run.A(info.name), by_hand.A(info.name))
+            assert np.array_equal(run.B(info.name), by_hand.B(info.name)) and run.B(info.name)[-1].any()
+        assert run.metrics["loss"].dropna().tolist() == by_hand.metrics["loss"].dropna().tolist()
+        _, held = emmech.load_chat(make_rows(12)).split(0.25, seed=seed)
+        start = make_tiny("qwen2")
+        plainly = answer_loss(start.model, start, [{"messages": row} for row in held]).item()
+        assert run.metrics["held_out_loss"].iloc[0] == pytest.approx(plainly, rel=1e-4)
+        assert by_hand.metrics["held_out_loss"].iloc[0] != pytest.approx(plainly, rel=1e-4)
 
 
 def test_a_prompt_for_data_whose_system_turns_were_folded(tmp_path):
