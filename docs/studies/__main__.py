@@ -155,6 +155,14 @@ def panel_picture(
 
 
 @app.command()
+def panel_speed() -> None:
+    """Time moves of the panel's sliders in JupyterLab, in a headless browser."""
+    from docs.studies.panel_picture import speed
+
+    speed()
+
+
+@app.command()
 def notebooks(
     names: Annotated[list[str] | None, typer.Argument(help="such as 01-tour; all by default")] = None,
 ) -> None:
