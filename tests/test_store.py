@@ -288,3 +288,20 @@ def test_steps_are_forgotten_wherever_they_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stacked.safetensors", *kept]
     again.drop_after(-1)
     assert len(again.steps) == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_rows_of_any_number_of_bytes_are_summed_and_checked(tmp_path, width, dtype):
+    series = Series(tmp_path)
+    for step in (0, 5):
+        series.append(step, {"B": np.full(width, step + 1, dtype)})
+    series.compact()
+    opened = Series(tmp_path)
+    assert not opened.verify() and opened.read("B").dtype == dtype
+    path = tmp_path / "stacked.safetensors"
+    content = path.read_bytes()
+    value = np.full(width, 6, dtype).tobytes()
+    at = content.rindex(value)
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    assert Series(tmp_path).verify() == [path]

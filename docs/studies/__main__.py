@@ -119,6 +119,32 @@ def fit_screening(
 
 
 @app.command()
+def early_warning(
+    folder: Annotated[Path, typer.Option(help="where finished fine-tunes are kept")] = Path("studies/early-warning"),
+    worker: Annotated[int, typer.Option(help="of several processes, the number of this one")] = 0,
+    workers: Annotated[int, typer.Option(help="processes that share the work")] = 1,
+    finished: Annotated[bool, typer.Option("--finished", help="write the page from what is finished")] = False,
+) -> None:
+    """Which signal, read while a fine-tune goes on, says that emergent misalignment is coming."""
+    from docs.studies.early_warning import compute, main
+
+    if not finished:
+        compute(folder, worker, workers)
+    if workers == 1 or finished:
+        typer.echo(main(folder))
+
+
+@app.command()
+def row_screening(
+    folder: Annotated[Path, typer.Option(help="where finished numbers are kept")] = Path("studies/row-screening"),
+) -> None:
+    """Rank rows before training, and train on what is left without the most suspicious ones."""
+    from docs.studies.row_screening import main
+
+    typer.echo(main(folder))
+
+
+@app.command()
 def panel_picture(
     out: Annotated[Path, typer.Option(help="the picture to write")] = Path("docs/figures/panel.jpg"),
 ) -> None:
@@ -126,6 +152,14 @@ def panel_picture(
     from docs.studies.panel_picture import main
 
     main(out)
+
+
+@app.command()
+def panel_speed() -> None:
+    """Time moves of the panel's sliders in JupyterLab, in a headless browser."""
+    from docs.studies.panel_picture import speed
+
+    speed()
 
 
 @app.command()

@@ -1,6 +1,7 @@
-"""The panel in a real browser: JupyterLab on this machine, driven by Playwright; and its picture for the docs.
+"""The panel in a real browser: JupyterLab on this machine, driven by Playwright; its picture and its speed.
 
-``python -m docs.studies panel-picture`` opens the panel on the shipped run and writes ``docs/figures/panel.jpg``.
+``python -m docs.studies panel-picture`` opens the panel on the shipped run and writes ``docs/figures/panel.jpg``;
+``python -m docs.studies panel-speed`` times moves of its sliders.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import secrets
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,12 +26,31 @@ from typer import echo
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
-OPEN = f"""import warnings
-warnings.filterwarnings("ignore")
-import emmech
+OPEN = f"""import emmech
 run = emmech.load_run({str(ROOT / "checkpoints/pocket-medical")!r})
 panel = emmech.panel(run)
 panel"""
+OPEN_SMOLLM2 = """import emmech
+import numpy as np
+model = emmech.load_model("smollm2-135m")
+vectors = np.random.default_rng(0).standard_normal((model.n_layers, model.d_model))
+panel = emmech.panel(model, directions=emmech.Direction(vectors, "any"), layer=15, coefficient=0.1)
+panel"""
+# each move is made as soon as the first words of the answer to the last one are drawn, inside the page
+_MOVES = """async ([name, values]) => {
+  const root = document.querySelector('.emmech-panel'), firsts = [];
+  for (const value of values) {
+    const input = root.querySelector(`input[data-name=${name}]`);
+    input.value = value;
+    input.dispatchEvent(new Event('input', { bubbles: true }));
+    await new Promise((ready) => {
+      const watch = new MutationObserver(() => { if (root.dataset.first) { watch.disconnect(); ready(); } });
+      watch.observe(root, { attributes: true });
+    });
+    firsts.push(+root.dataset.first);
+  }
+  return firsts;
+}"""
 
 
 @contextmanager
@@ -104,6 +125,36 @@ def run_all(page: Any) -> None:
 def settled(page: Any) -> None:
     """Wait until the panel has computed all that it shows."""
     page.wait_for_function("document.querySelector('.emmech-panel .status')?.textContent.startsWith('done')")
+
+
+def moved(page: Any, name: str, values: list[float]) -> tuple[list[float], float]:
+    """Move a slider, each time as soon as the first words of the answer to the last move are drawn.
+
+    Returns:
+        milliseconds from each move to its first words, and from the last one to the end of its three answers.
+    """
+    firsts = page.evaluate(_MOVES, [name, values])
+    page.wait_for_function("document.querySelector('.emmech-panel').dataset.done")
+    return firsts, float(page.locator(".emmech-panel").get_attribute("data-done"))
+
+
+def speed() -> None:
+    """Time moves of the coefficient, of single ones and of ones that cancel an answer, on pocket and SmolLM2-135M."""
+    for model, cell in (("pocket", OPEN), ("SmolLM2-135M", OPEN_SMOLLM2)):
+        with notebook([cell]) as (page, _):
+            run_all(page)
+            page.wait_for_selector(".emmech-panel .word")
+            moved(page, "coefficient", [0.2])
+            firsts, done, cancelling = [], [], []
+            for _ in range(8):
+                (first,), whole = moved(page, "coefficient", [0.4])
+                firsts.append(first)
+                done.append(whole)
+                cancelling += moved(page, "coefficient", [0.6, 0.8, 0.2])[0][1:]
+        parts = [f"{name} {statistics.median(times):.0f} ms (fastest {min(times):.0f})" for name, times in (
+            ("first words", firsts), ("after a cancelled answer", cancelling), ("all", done))]  # fmt: skip
+        load = os.getloadavg()[0] / (os.cpu_count() or 1)
+        echo(f"{model}: {', '.join(parts)}; medians of {len(firsts)} moves, load per core {load:.1f}")
 
 
 def main(out: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import emmech
-from emmech.app.commands import new_app, read_numbers, read_settings
+from emmech.app.commands import by_name, new_app, read_numbers, read_settings
 from emmech.errors import EmmechError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ Seed = Annotated[int, typer.Option(help="seed of every random choice")]
 Questions = Annotated[list[str] | None, typer.Option(help="first-plot by default; a set or a file, or several")]
 Judge = Annotated[str | None, typer.Option(help="exact, screening or later; the pocket models need none")]
 JudgeModel = Annotated[str | None, typer.Option(help="a model as judge; with --server its name there")]
-Server = Annotated[str | None, typer.Option(help="of the judge: the root of an OpenAI-compatible API")]
+Server = Annotated[str | None, typer.Option(help="where the judge is served: the root of an OpenAI-compatible API")]
 Page = Annotated[Path | None, typer.Option(help="also write the figure and the table as an HTML page")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
@@ -83,7 +83,9 @@ def realign(
     run: RunFolder,
     data: Annotated[str, typer.Argument(help="what to train on")] = "ai-optimism",
     step: Step = None,
-    adapter: Annotated[str, typer.Option(help="same: train it further; new: merge it, train another")] = "same",
+    adapter: Annotated[
+        str, typer.Option(help="same: train it further; new: merge it, train another; full: all weights")
+    ] = "same",
     out: Out = None,
     recipe: RecipeName = None,
     seed: Seed = 0,
@@ -110,8 +112,8 @@ def league(
     prompt: Annotated[list[str] | None, typer.Option(help="an inoculation prompt; repeat")] = None,
     ablate: Annotated[list[Path] | None, typer.Option(help="a saved direction to project out; repeat")] = None,
     scale: Annotated[list[float] | None, typer.Option(help="a factor on the adapter; repeat")] = None,
-    seeds: Annotated[int, typer.Option(help="of the run; those that are missing are fine-tuned")] = 5,
-    share: Annotated[float, typer.Option(help="of good rows under --mix")] = 0.5,
+    seeds: Annotated[int, typer.Option(help="how many seeds; runs of those that are missing are fine-tuned")] = 5,
+    share: Annotated[float, typer.Option(help="the share of good rows under --mix")] = 0.5,
     judge: Judge = None,
     judge_model: JudgeModel = None,
     server: Server = None,
@@ -156,7 +158,7 @@ def transition(
     emmech transition runs/bad --control runs/good --control runs/style --page transition.html
     emmech transition runs/bad --json
     """
-    found = emmech.phase_transition(run, control={one.name: one for one in control or ()})
+    found = emmech.phase_transition(run, control=by_name({str(one): one for one in control or ()}))
     _show(found.detectors.drop(columns=["high_means"]), json, found.summary())
     lead = f"{run.name} with {', '.join(one.name for one in control)} as control" if control else run.name
     _write_page(page, "Phase transition", lead, found.summary(), found.detectors, found)
@@ -173,7 +175,7 @@ def evaluate(
     step: Step = None,
     scale: Scale = 1.0,
     seed: Seed = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="of an answer")] = 600,
+    max_new_tokens: Annotated[int, typer.Option(help="the longest answer")] = 600,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 1.0,
     context: Annotated[list[str] | None, typer.Option(help="grid, one of its contexts, or a YAML file; repeat")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of answers and scores; a run keeps its own")] = None,
@@ -201,13 +203,16 @@ def evaluate(
 @app.command()
 def sweep(
     runs: Annotated[list[Path], typer.Argument(help="one run's folder or several")],
-    steps: Annotated[str | None, typer.Option(help="0,50,100 or 0:300:50; all by default")] = None,
+    steps: Annotated[str | None, typer.Option(help="0,50,100 or 0:300:50; 21 evenly spread ones by default")] = None,
     scales: Annotated[str, typer.Option(help="factors on the adapter")] = "1",
     coefficients: Annotated[str, typer.Option(help="factors on --direction")] = "0",
     direction: Annotated[Path | None, typer.Option(help="a saved direction, to steer with")] = None,
     layer: Annotated[int | None, typer.Option(help="where to steer")] = None,
     measure: Annotated[str, typer.Option(help="margin, or its part narrow or broad; or em, sampled")] = "margin",
     questions: Questions = None,
+    judge: Judge = None,
+    judge_model: JudgeModel = None,
+    server: Server = None,
     samples: Annotated[int, typer.Option(help="answers per question, for em")] = 10,
     out: Annotated[Path | None, typer.Option(help="folder of the result; an interrupted sweep goes on there")] = None,
     page: Page = None,
@@ -222,7 +227,8 @@ def sweep(
     emmech sweep runs/bad --measure em --samples 4 --out sweeps/bad --page sweep.html
     """
     kinds: dict[str, Any] = {kind: emmech.measures.Margin(kind) for kind in ("narrow", "broad")}
-    kinds["em"] = emmech.measures.Sampled(questions=tuple(questions or ["first-plot"]), samples=samples)
+    judged = _judge(judge, judge_model, server)
+    kinds["em"] = emmech.measures.Sampled(tuple(questions or ["first-plot"]), judged, samples=samples)
     grid = {"scales": read_numbers("scales", scales, float)}
     grid |= {"steps": read_numbers("steps", steps), "coefficients": read_numbers("coefficients", coefficients, float)}
     added = emmech.Direction.load(direction) if direction is not None else None
@@ -278,7 +284,7 @@ def chat(
     ablate: Annotated[Path | None, typer.Option(help="a saved direction to project out, at all layers")] = None,
     positions: Annotated[str, typer.Option(help="of steering and ablation: all, answer or prompt")] = "all",
     samples: Annotated[int, typer.Option(help="answers to each question of --ask")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="of an answer")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(help="the longest answer")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 1.0,
     seed: Seed = 0,
 ) -> None:

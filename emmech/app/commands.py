@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -27,6 +28,18 @@ def new_app(name: str, help: str, **settings: Any) -> typer.Typer:
     shared: dict[str, Any] = {"cls": _Commands, "add_completion": False, "pretty_exceptions_enable": False}
     shared["context_settings"] = {"help_option_names": ["-h", "--help"]}
     return typer.Typer(name=name, help=help, **shared, **settings)
+
+
+def by_name(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs or folders under their names, or under their paths where two have one name, such as ``s0``.
+
+    Example:
+        >>> from pathlib import Path
+        >>> list(by_name({path: Path(path) for path in ("good/s0", "style/s0", "runs/bad")}))
+        ['good/s0', 'style/s0', 'bad']
+    """
+    names = [one.name for one in found.values()]
+    return {one.name if names.count(one.name) == 1 else path: one for path, one in found.items()}
 
 
 def read_numbers(name: str, text: str | None, kind: Any = int) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
+from emmech.app.commands import by_name
 from emmech.directions.compare import cosines, direction_by_steps
 from emmech.directions.direction import Direction
 from emmech.directions.sources import adapter_direction, misalignment_direction
@@ -106,7 +107,7 @@ def transition_section(found: PhaseTransition, command: str) -> Section:
 
 
 def _transition(run: Run, controls: Sequence[Run], command: str) -> list[Section]:
-    found = phase_transition(run, control={one.name: one for one in controls} or None)
+    found = phase_transition(run, control=by_name({str(one.path or one.name): one for one in controls}) or None)
     assert isinstance(found, PhaseTransition)  # several runs alone are pooled
     return [transition_section(found, command)]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -299,7 +299,7 @@ def _named(cures: Sequence[Cure], controls: bool) -> list[tuple[Cure, str]]:
     listed: list[tuple[Cure, str]] = [(AdapterScaling(0.0, _BASE), "base"), (AdapterScaling(1.0, _NOTHING), "base")]
     listed += [(cure, "cure") for cure in given]
     if controls:
-        random: Iterator[Cure | None] = (one.randomised(0) for one in given if isinstance(one, LiveCure))
+        random: list[Any] = [one.randomised(0) for one in given if isinstance(one, LiveCure)]
         listed += [(one, "control") for one in random if one is not None][:1]
         listed.append((Defended(random_adapter, name="random frozen adapter"), "control"))
     names = [cure.name for cure, _ in listed]

@@ -447,9 +447,12 @@ class Run(Shown):
                 facts.append((column.replace("_", " "), f"{series[0]:.3g} -> {series[-1]:.3g} nats per token"))
         known = [*getattr(self._trajectory, "damaged", ()), *self._damaged_lines]
         caveat = f"damaged: {', '.join(path.name for path in known)}; the rest can be read" if known else ""
-        if not known and self.manifest.get("status", "complete") != "complete":
+        if early := self.manifest.get("warning"):
+            ended = ", which ended the training" if self.manifest.get("status") == "stopped" else ""
+            facts.append(("early warning", f"step {early['step']}, {early['signal']} +{early['score']:.3g}{ended}"))
+        if not known and self.manifest.get("status", "complete") not in ("complete", "stopped"):
             caveat = "the training has not ended: later steps may follow, or are missing if it was interrupted"
-        headline = f"Run {self.name!r}: {model} fine-tuned on {data}, {len(self.steps)} recorded, {span}"
+        headline = f"Run {self.name!r}: {model} fine-tuned on {data}, {len(self.steps)} records, {span}"
         return Card(headline, tuple(facts), caveat, "emmech.phase_transition(run)")
 
     def _sketch(self) -> str:

@@ -32,6 +32,7 @@ from emmech.training.loop import HELD_OUT, Member, affordable, last_checkpoint, 
 from emmech.training.objective import CrossEntropy, Term
 from emmech.training.recipe import Recipe, batch_order, resolve_recipe, target_modules
 from emmech.training.recorder import Recorder, named_texts
+from emmech.transition.watch import as_watch
 
 
 @overload
@@ -52,6 +53,7 @@ def finetune(
     probes: Sequence[Any] | Mapping[str, Sequence[Any]] | None = None,
     margins: Mapping[str, Sequence[MarginPair]] | None = None,
     measures: Any = None,
+    on_transition: Any = None,
     tokenizer: Any = None,
     start: tuple[Run, int] | None = None,
     adapter: str = "same",
@@ -90,6 +92,10 @@ def finetune(
             organism pairs from its world are the default; ``{}`` measures none.
         measures: further measures of the model while it trains, as in :func:`emmech.sweep`: measures, or functions
             of a chat model by name, ``{"entropy": lambda chat: ...}``; their means become metrics.
+        on_transition: ``"warn"``, ``"stop"``, or a function of the :class:`~emmech.transition.EarlyWarning`, at the
+            first sign that answers outside the training data turn misaligned; a :class:`~emmech.transition.Watch` says
+            what is watched (see :class:`emmech.Recorder`). Each of several seeds has its own warning. A run that was
+            stopped goes on with ``resume=True``; one of several, with ``start=(run, step)``.
         start: a run and one of its steps from which to continue (see :func:`emmech.realign`).
         adapter: with ``start``, whether to continue training the ``"same"`` adapter, or to merge it into the weights
             and train a ``"new"`` one.
@@ -150,6 +156,7 @@ def finetune(
     dataset = load_chat(data, organism=organism)
     if margins is None and organism is not None and organism.margins is not None:
         margins = organism.margins(dataset.name)
+    watch = as_watch(on_transition)
     active = prepared(defences, chat, dataset)
     further = [row for one in active for row in one.further_rows(chat, len(dataset))]
     chosen, variants = recipes[0], _variants(seed, data_seed, recipes)
@@ -186,7 +193,8 @@ def finetune(
             if resume:
                 _check_resumed(folder, manifest | {"model": {"fingerprint": trained.fingerprint()}})
             every: dict[str, Any] = {"every": record_every, "measure_every": gap}
-            recorder = Recorder(folder, probes=probes, measures=measures, manifest=manifest, seed=v.seed, **every)
+            every |= {"on_transition": watch, "manifest": manifest, "seed": v.seed}
+            recorder = Recorder(folder, probes=probes, measures=measures, **every)
             recorder.again = resume
             arguments = training_arguments(chat, v.recipe, v.seed, v.data_seed, folder)
             own_rows, at = (split.train, steps, split.held_out[:kept]), starts.get(v.seed)
@@ -200,18 +208,19 @@ def finetune(
         going_on: dict[str, Any] = {"defences": active, "reference": reference}
         going_on |= {"checkpoint_every": checkpoint_every, "progress": progress}
         going_on["checkpoint"] = last_checkpoint(folders[0]) if resume else None
-        finished = resume and all(map(_finished, folders))
+        finished = resume and all(_finished(folder, alone=len(folders) == 1) for folder in folders)
         lost = (
             {} if finished else train(trained, rows, plain, pairs, members, objective, frozen, folders[0], **going_on)
         )
-    for scratch in ("resume", "prefix"):  # the training deletes its prefix, unless it was killed before that
+    runs = [load_run(folder) for folder in folders]
+    stopped = len(runs) == 1 and runs[0].manifest.get("status") == "stopped"  # it can go on
+    for scratch in ("prefix",) if stopped else ("resume", "prefix"):  # a training that is not killed deletes its prefix
         shutil.rmtree(folders[0] / scratch, ignore_errors=True)
     if lost:
         where = ", ".join(f"{name} at step {step}" for name, step in lost.items())
         why = "the loss is no longer finite; the steps until then are recorded, and other runs are finished"
         instead = "a smaller learning_rate; emmech.load_run(folder) has what was recorded"
         raise EmmechError(f"fine-tune {chat.name}", where, why, instead)
-    runs = [load_run(folder) for folder in folders]
     return runs[0] if isinstance(seed, int) else runs
 
 
@@ -413,14 +422,17 @@ def _folders(
         if (folder / "run.json").exists() and not resume:
             instead = "another folder, or resume=True to go on with an interrupted training"
             raise EmmechError(asked, given, "there is a run in that folder", instead)
-    if resume and not keeps and last_checkpoint(folders[0]) is None and not all(map(_finished, folders)):
+    finished = resume and all(_finished(folder, alone=alone) for folder in folders)
+    if resume and not keeps and last_checkpoint(folders[0]) is None and not finished:
         why = "it keeps no optimizer state: it was started without checkpoint_every, or died before the first"
         raise EmmechError("resume the training", f"out={str(folders[0])!r}", why, "start anew with checkpoint_every=20")
     return folders
 
 
-def _finished(folder: Path) -> bool:
-    return (folder / "run.json").exists() and load_run(folder).manifest.get("status") == "complete"
+def _finished(folder: Path, *, alone: bool) -> bool:
+    """Whether nothing is left to train; a run that was stopped goes on where it is alone."""
+    ends = ("complete",) if alone else ("complete", "stopped")
+    return (folder / "run.json").exists() and load_run(folder).manifest.get("status") in ends
 
 
 def _checked_seeds(name: str, given: Any) -> int | list[int]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from emmech.chat.encode import Encoded, encode
 from emmech.chat.model import ChatModel
@@ -228,6 +228,7 @@ class _Loop(Trainer):
             self.captures = [LoraCapture(stack.of(run)) for run in range(stack.runs)]
         self._lost_at = torch.full((1,), -1)
         self.logs: dict[int, dict[str, float]] = {}
+        self.stopped: set[int] = set()  # runs that an early warning ended
         rows = [row for member in members for row in member.rows]
         super().__init__(model=model, args=arguments, train_dataset=rows, callbacks=[_Recorders(self, progress)])
         self.remove_callback(PrinterCallback)
@@ -266,7 +267,7 @@ class _Loop(Trainer):
         step, stack = self.state.global_step + 1, self.batch.adapters
         while True:
             lost_at = self.lost_at.tolist()
-            asked = [one for one in inputs if lost_at[one.run] < 0]
+            asked = [one for one in inputs if lost_at[one.run] < 0 and one.run not in self.stopped]
             going = sorted({one.run for one in asked})
             if not going:
                 self.control.should_training_stop = True
@@ -347,7 +348,10 @@ class _Recorders(TrainerCallback):
         """Let every run record its start."""
         loop = self._loop
         chat, members = loop.batch.chat, loop.members
-        self._running = {run for run, lost_at in enumerate(loop.lost_at.tolist()) if lost_at < 0}
+        if len(members) > 1:  # a run that was stopped goes on if it is alone; of several, it stays as it is
+            loop.stopped = {run for run, member in enumerate(members) if state.global_step and _was_stopped(member)}
+        lost = {run for run, lost_at in enumerate(loop.lost_at.tolist()) if lost_at >= 0}
+        self._running = set(range(len(members))) - lost - loop.stopped
         with self._clock.measuring():
             if state.global_step == 0:
                 loop.held_out.measure(range(len(members)))
@@ -373,15 +377,18 @@ class _Recorders(TrainerCallback):
             if due:
                 loop.held_out.measure(due)
             for run, member in going.items():
-                own = self._state(run, state)
+                own, told = self._state(run, state), (control if len(loop.members) == 1 else TrainerControl())
                 with self._shown(run):
-                    member.recorder.on_step_end(member.arguments, own, control)
+                    member.recorder.on_step_end(member.arguments, own, told)
                     logs = loop.logs[run] | {"epoch": own.epoch or 0.0}
                     logs |= loop.held_out.of(run) if run in due else {}
-                    member.recorder.on_log(member.arguments, own, control, logs=logs)
-                    if step == len(member.steps):
-                        member.recorder.on_train_end(member.arguments, own, control)
+                    member.recorder.on_log(member.arguments, own, told, logs=logs)
+                    if step == len(member.steps) or member.recorder.stopped:
+                        member.recorder.on_train_end(member.arguments, own, told)
                         self._running.discard(run)
+                        loop.stopped |= {run} if member.recorder.stopped else set()
+        if not self._running:
+            control.should_training_stop = True
         if going:
             self._bar.set_postfix(loss=f"{np.mean([loop.logs[run]['loss'] for run in going]):.3f}")
         self._bar.update()
@@ -407,6 +414,11 @@ class _Recorders(TrainerCallback):
         steps = self._loop.members[run].steps
         at = min(state.global_step, len(steps))
         return TrainerState(global_step=at, max_steps=len(steps), epoch=steps[at - 1].epoch if at else 0.0)
+
+
+def _was_stopped(member: Member) -> bool:
+    path = member.recorder.path / "run.json"
+    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["status"] == "stopped"
 
 
 class _Clock:

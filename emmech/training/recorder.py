@@ -31,6 +31,7 @@ from emmech.measures.choose import as_measures
 from emmech.measures.measure import measure_all
 from emmech.run.run import FORMAT, is_metrics
 from emmech.store import Series, append_jsonl, drop_files, read_jsonl, save_tensors, write_json, write_jsonl, writing
+from emmech.transition.watch import EarlyWarning, as_watch
 
 _SKETCH = 16
 
@@ -263,6 +264,11 @@ class Recorder(TrainerCallback):
             by name, ``{"entropy": chat_model -> float}``; their means become metrics.
         every: the number of steps from one recording to the next.
         measure_every: the same for probes and measures, which by default are taken about 20 times in a training.
+        on_transition: what happens at the first sign that answers outside the training data turn misaligned:
+            ``"warn"``, ``"stop"``, or a function of the :class:`~emmech.transition.EarlyWarning`; a
+            :class:`~emmech.transition.Watch` also says what is watched, by default the norm of the gradient of all B.
+            A training that is stopped is whole, its manifest says why it ended, and a Trainer keeps its state so that
+            it can go on from there.
         manifest: more entries for the manifest.
         keep: in full fine-tuning, the steps whose whole weights are kept in addition to the last.
         seed: the seed of the projection in full fine-tuning.
@@ -282,6 +288,7 @@ class Recorder(TrainerCallback):
         measures: Any = None,
         every: int = 1,
         measure_every: int | None = None,
+        on_transition: Any = None,
         manifest: Mapping[str, Any] | None = None,
         keep: Sequence[int] = (),
         seed: int = 0,
@@ -294,6 +301,10 @@ class Recorder(TrainerCallback):
         self._texts = named_texts(probes)
         self._measures = as_measures(measures) if measures else []
         self._every, self.measure_every = every, measure_every
+        self._watch = as_watch(on_transition)
+        self._watched: list[float] = []  # what is watched, whenever it was measured
+        self.warning: EarlyWarning | None = None
+        self.stopped = False  # whether the warning ends the training
         self._extra = dict(manifest or {})
         self._keep, self._seed = tuple(keep), seed
         self._gradients: GradientNorms | None = None  # in the process that writes, while the training lasts
@@ -354,7 +365,10 @@ class Recorder(TrainerCallback):
             raise EmmechError("record the training", f"path={self.path}", why, "another folder, or delete that one")
         if self.measure_every is None:
             self.measure_every = self._every * max(1, round(state.max_steps / (20 * self._every)))
-        if not resumed:
+        self.warning, self.stopped, self._watched = None, False, []
+        if resumed:
+            self._remember(state.global_step)
+        else:
             self._write_manifest(model, tokenizer, args, state, kwargs.get("train_dataloader"))
         self._gradients = self.watch(self._capture.watched())
         if not resumed:
@@ -364,10 +378,15 @@ class Recorder(TrainerCallback):
         """Record the step that the optimizer just took, if it is one to record."""
         if late := [name for name, parameter in self._frozen if parameter.requires_grad]:
             raise _trains_too(late)
-        if self._gradients is None:  # another process writes
+        if state.global_step % self._every and state.global_step != state.max_steps:
             return
-        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+        if self._gradients is not None:  # else another process writes
             self._record(state.global_step, last=state.global_step == state.max_steps)
+        if self._watch is not None and _processes() > 1:
+            told = [self.stopped]
+            torch.distributed.broadcast_object_list(told, src=0)
+            [self.stopped] = told
+        self._stop(control)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Keep the numbers that the Trainer logs; its summary shows that the last step has been taken."""
@@ -381,6 +400,40 @@ class Recorder(TrainerCallback):
         numbers = {name: one for name, one in numbers.items() if not name.startswith(("train_", "total_flos"))}
         if numbers:
             append_jsonl(self.path / "metrics.jsonl", {"step": state.global_step, **numbers})
+            self._look(state.global_step, numbers)
+            if _processes() == 1:
+                self._stop(control)
+
+    def _look(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Give the warning once, if what was measured at this step calls for it."""
+        if self._watch is None or self.warning is not None or (value := self._watch.value(numbers)) is None:
+            return
+        self._watched.append(value)
+        self.warning = self._watch.look(str(self.path), step, self._watched)
+        if self.warning is not None:
+            self._note(warning=self.warning.to_dict())
+            self.stopped = self._watch.tell(self.warning)
+
+    def _stop(self, control: Any) -> None:
+        if self.stopped:
+            control.should_training_stop = control.should_save = True
+
+    def _remember(self, step: int) -> None:
+        """In a training that resumes at this step: the warning until then, which is not given again."""
+        manifest = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        known = manifest.pop("warning", None)
+        if known is not None and known["step"] <= step:
+            self.warning = EarlyWarning(**known)
+            manifest["warning"] = known
+        write_json(self.path / "run.json", manifest | {"status": "training"})
+        if self._watch is not None:
+            values = map(self._watch.value, read_jsonl(self.path / "metrics.jsonl"))
+            self._watched = [value for value in values if value is not None]
+
+    def _note(self, **entries: Any) -> None:
+        """Add entries to the manifest."""
+        manifest = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        write_json(self.path / "run.json", manifest | entries)
 
     def _finish(self, step: int) -> None:
         """Record the last step while the model is still in that state."""
@@ -399,9 +452,8 @@ class Recorder(TrainerCallback):
         self._finish(state.global_step)
         self._trajectory.compact()
         self._probes.compact()
-        manifest = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-        seconds = round(time.monotonic() - self._began, 2)
-        write_json(self.path / "run.json", manifest | {"status": "complete", "seconds": seconds})
+        status = "stopped" if self.stopped else "complete"
+        self._note(status=status, seconds=round(time.monotonic() - self._began, 2))
         self.close()
 
     def close(self) -> None:
@@ -426,6 +478,7 @@ class Recorder(TrainerCallback):
             scalars |= self._measure(step)
         if scalars:
             append_jsonl(self.path / "metrics.jsonl", {"step": step, **scalars})
+            self._look(step, scalars)
         if step in self._keep and isinstance(self._capture, FullCapture):
             self._save_weights(step)
 

@@ -15,3 +15,5 @@ from emmech.transition.distribution import label_distribution as label_distribut
 from emmech.transition.result import PooledTransition as PooledTransition
 from emmech.transition.verdict import Statement as Statement
 from emmech.transition.verdict import TransitionVerdict as TransitionVerdict
+from emmech.transition.watch import EarlyWarning as EarlyWarning
+from emmech.transition.watch import Watch as Watch

@@ -674,3 +674,19 @@ def rates_by_step(rates: pd.DataFrame, names: Mapping[str, str], title: str, *, 
     if step is not None:
         mark(figure, step, GREY, "turn of B")
     return finish(figure, title, height=400, xaxis_title="step", yaxis={"title": "answers, %", "range": [-3, 103]})
+
+
+def ranked(frame: pd.DataFrame, title: str, score: str) -> Any:
+    """Scores of rows from the highest to the lowest, with the answer on hover.
+
+    Args:
+        frame: ``row``, ``score`` and ``answer``.
+    """
+    ordered = frame.sort_values("score", ascending=False)
+    text = [f"row {one.row}: {html.escape(str(one.answer)[:90])}" for one in ordered.itertuples()]
+    figure = panels()
+    figure.add_scatter(
+        x=np.arange(1, len(ordered) + 1), y=ordered["score"], text=text, mode="markers", showlegend=False,
+        marker={"color": BAD, "size": 5}, hovertemplate="%{text}<br>%{y:.3g}<extra></extra>",
+    )  # fmt: skip
+    return finish(figure, title, note=score, xaxis_title="rank", yaxis_title="score")

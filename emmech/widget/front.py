@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _HERE = Path(__file__).parent
 _FLUSH = 0.03  # seconds between two messages of tokens
 _KEPT = 40  # states of the history
+_APART = ("coefficient", "question", "colour")  # settings on which a dose-response does not depend
 _DISPLAY = 4.0  # seconds that a cell waits for the first answers, so that its output contains them
 _COLOURS = {"good": GOOD, "bad": BAD, "mark": CYCLE[2], "grey": GREY, "faint-good": faint(GOOD, 0.3),
             "faint-bad": faint(BAD, 0.35), "faint-grey": faint(GREY, 0.22)}  # fmt: skip
@@ -94,6 +95,7 @@ class Panel(anywidget.AnyWidget):
             "adapted": session.adapted,
             "limit": self._samples * len(session.asked),
             "randoms": RANDOMS,
+            "colours": session.colours,
             "transition": self._transition,
         }
 
@@ -118,10 +120,22 @@ class Panel(anywidget.AnyWidget):
         if change["new"] == self._own:  # set here, for a move that is being computed
             self._own = None
             return
+        before, after = ({**state, "colour": ""} for state in (change["old"], change["new"]))
+        if before == after and change["new"].get("colour") in self._session.colours:
+            self._recolour(change["new"]["colour"])
+            return
         self._asked += 1
         self._idle.clear()
         self._answered.clear()
         self._wake.set()
+
+    def _recolour(self, colour: str) -> None:
+        """Show the same answers in other colours, while whatever is being computed goes on."""
+        self._settings = replace(self._settings, colour=colour)
+        if self._seen:
+            self._seen["settings"]["colour"] = colour
+            self._tell(code=self.code())
+            self._keep()
 
     def _work(self) -> None:
         while not self._ended:
@@ -149,6 +163,8 @@ class Panel(anywidget.AnyWidget):
         if settings.direction in session.names and settings.direction not in session._made:
             self._tell(status="reading the direction from answers ...")
         layers = session.direction(settings.direction).layers
+        # making a direction takes a while, in which the colour may have been changed
+        settings = replace(settings, colour=self.state.get("colour", settings.colour))
         if self.about["directions"].get(settings.direction) != list(layers):
             self._redescribe()
         if settings.layer not in layers and settings.direction != self._settings.direction:
@@ -165,14 +181,13 @@ class Panel(anywidget.AnyWidget):
         acting = session.acting(settings)
         self._seen = {"settings": settings.to_dict(), "columns": [[] for _ in COLUMNS], "verdict": [], "dose": "",
                       "broken": [], "prompt": [], "quality": {}, "history": list(self._entries.values())}  # fmt: skip
-        key = tuple(value for name, value in settings.to_dict().items() if name not in ("coefficient", "question"))
-        self._tell(
-            start=True, status="writing ...", error=None, sentence=sentence(settings.to_dict()), code=self.code()
-        )
+        key = tuple(value for name, value in settings.to_dict().items() if name not in _APART)
+        self._tell(start=settings.to_dict(), status="writing ...", error=None, sentence=sentence(settings.to_dict()),
+                   code=self.code())  # fmt: skip
         columns, prompt, said = session.answers(settings, self._told_tokens)
         took = time.perf_counter() - began
         self._flush()
-        shown = [[text, on, round(value, 4)] for (text, on), value in zip(acting, prompt, strict=False)]
+        shown = [[*one, [round(value, 4) for value in read]] for one, read in zip(acting, prompt, strict=True)]
         ends = [one.finish for one in said]
         self._tell(prompt=shown, ends=ends, quality=session.quality(settings), status=f"written in {took:.2f} s")
         self._seen["columns"] = [[one.packed() for one in column] for column in columns]
@@ -210,7 +225,8 @@ class Panel(anywidget.AnyWidget):
         answers = ["".join(token[0] for token in column) for column in self._seen["columns"]]
         old = self._entries.pop(settings, None)
         number = old["number"] if old else 1 + max((one["number"] for one in self._entries.values()), default=0)
-        entry = {"number": number, "state": settings.to_dict(), "answers": answers, "rates": rates}
+        state = {name: value for name, value in settings.to_dict().items() if name != "colour"}
+        entry = {"number": number, "state": state, "answers": answers, "rates": rates}
         self._entries[settings] = entry
         while len(self._entries) > _KEPT:
             self._entries.pop(next(iter(self._entries)))

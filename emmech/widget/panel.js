@@ -30,6 +30,7 @@ function render({ model, el }) {
   let run = -1;
   let columns = COLUMNS.map(() => []);
   let seen = {};
+  let fresh = true; // whether what the kernel tells is of the last move
   const measured = {}; // when the last move was made, and when its first words were drawn
 
   // ---- what is on the page
@@ -118,6 +119,9 @@ function render({ model, el }) {
 
   const dose = h("div");
   const doseNote = h("div", { class: "soft" });
+  const colour = h("select", { "aria-label": "What words are coloured by", "data-name": "colour",
+    onchange: () => recolour(colour.value) });
+  const [below, above] = [h("span"), h("span")];
   const token = h("div", { "aria-live": "polite" });
   const prompt = h("div", { class: "prompt" });
   const tries = h("div", { class: "tries" });
@@ -125,7 +129,7 @@ function render({ model, el }) {
   const code = h("pre", { tabindex: "0" });
   const copy = h("button", { type: "button", text: "Copy", onclick: () => copied() });
 
-  const root = h("div", { class: "emmech-panel", role: "region", "aria-label": `Panel of ${about().name}` },
+  const root = h("div", { class: "emmech-panel", role: "region", "aria-label": `Panel of ${about().name}`, "data-begun": 0 },
     h("header", {}, h("h3", { text: about().name }),
       h("span", { class: "soft", text: "change the model, compare three answers with one seed" }), status),
     h("div", { class: "groups" }, modelGroup, directionGroup, changeGroup),
@@ -133,11 +137,11 @@ function render({ model, el }) {
       h("datalist", { id: `${id}-presets` }, ...about().questions.map((value) => h("option", { value })))),
       h("div", { style: "display: flex; gap: 8px" }, presets, seed)),
     problem, sentence, notes, answers,
+    h("div", { class: "soft key" }, h("span", { text: "Words are coloured by" }), colour, below, h("i"), above),
     h("div", { class: "more" },
       h("div", {}, h("h5", { text: "Every coefficient at once" }), dose, doseNote),
       h("div", {}, h("h5", { text: "Token" }), token)),
-    h("details", { open: true }, h("summary", { text: "The prompt, and where the change acts" }), prompt,
-      h("div", { class: "soft key" }, h("span", { text: "away from the direction" }), h("i"), h("span", { text: "along it, against the base model’s answer" }))),
+    h("details", { open: true }, h("summary", { text: "The prompt, and where the change acts" }), prompt),
     h("details", { open: true }, h("summary", { text: "What you tried (pin two to compare)" }), tries, compared),
     h("details", {}, h("summary", { text: "Code of this state" }), code, copy));
   // JupyterLab would take the arrow keys for its cells
@@ -151,11 +155,17 @@ function render({ model, el }) {
   function move(change) {
     state = { ...state, ...change };
     measured.moved = performance.now();
+    fresh = false;
     measured.first = measured.done = null;
     root.dataset.first = root.dataset.done = "";
     answers.classList.add("stale");
     controls();
     model.set("state", state);
+    model.save_changes();
+  }
+
+  function recolour(value) {
+    model.set("state", { ...state, colour: value });
     model.save_changes();
   }
 
@@ -189,6 +199,8 @@ function render({ model, el }) {
     for (const input of root.querySelectorAll("input[type=radio]")) input.checked = state[input.dataset.name] === input.value;
     towards.classList.toggle("hidden", state.change !== "ablate" || !all.aligned.includes(state.direction));
     towards.value = state.towards;
+    fill(colour, all.colours.map((one, at) => [one, at ? `A·x of ${one}` : "projection on the direction"]), state.colour);
+    [below.textContent, above.textContent] = hue() ? ["below zero", "above zero"] : ["away from it", "along it, against the base model’s answer"];
     phrase.classList.toggle("hidden", state.positions !== "phrase");
     phrase.value = state.phrase;
     question.value = state.question;
@@ -230,20 +242,22 @@ function render({ model, el }) {
 
   // ---- answers
 
+  const hue = () => Math.max(0, about().colours.indexOf(state.colour));
   const measure = () => {
-    const base = columns[0].map((one) => one[2]);
+    const at = hue();
+    const base = at ? [] : columns[0].map((one) => one[2][at]); // A·x has a zero of its own
     const centre = base.length ? base.reduce((a, b) => a + b, 0) / base.length : 0;
-    const widest = Math.max(1e-9, ...columns.flat().map((one) => Math.abs(one[2] - centre)));
+    const widest = Math.max(1e-9, ...columns.flat().map((one) => Math.abs(one[2][at] - centre)));
     return (value) => Math.max(-1, Math.min(1, (value - centre) / widest));
   };
   const shade = (share) => `color-mix(in srgb, var(--${share > 0 ? "bad" : "good"}) ${Math.round(48 * Math.abs(share))}%, transparent)`;
 
   function draw() {
-    const share = measure();
+    const [share, at] = [measure(), hue()];
     columns.forEach((tokens, column) => {
       const { words, firsts } = cards[column];
       while (words.children.length > tokens.length) words.lastChild.remove();
-      tokens.forEach(([text, , projection], number) => {
+      tokens.forEach(([text, , readings], number) => {
         let node = words.children[number];
         if (!node) {
           node = h("span", { class: "word", role: "button", "aria-pressed": "false", onclick: () => pick(column, number) });
@@ -251,7 +265,7 @@ function render({ model, el }) {
         }
         node.classList.toggle("end", !text);
         if (node.textContent !== (text || "end")) node.textContent = text || "end";
-        node.style.background = shade(share(projection));
+        node.style.background = shade(share(readings[at]));
       });
       const first = tokens[0];
       if (first && firsts.dataset.key !== JSON.stringify(first[3])) {
@@ -262,6 +276,7 @@ function render({ model, el }) {
     });
   }
 
+  const reading = (readings) => `${hue() ? "A·x" : "projection"} ${readings[hue()].toFixed(2)}`;
   let picked = [1, 0];
   function pick(column, number) {
     picked = [column, number];
@@ -269,9 +284,9 @@ function render({ model, el }) {
     root.querySelectorAll(".word[aria-pressed=true]").forEach((node) => node.setAttribute("aria-pressed", "false"));
     if (!one) return;
     cards[column].words.children[number]?.setAttribute("aria-pressed", "true");
-    const [text, logprob, projection, best] = one;
+    const [text, logprob, readings, best] = one;
     token.replaceChildren(
-      h("div", {}, h("b", { text: text.trim() || "end of the answer" }), ` ${logprob.toFixed(2)} nats (${percent(Math.exp(logprob))}), projection ${projection.toFixed(2)}`),
+      h("div", {}, h("b", { text: text.trim() || "end of the answer" }), ` ${logprob.toFixed(2)} nats (${percent(Math.exp(logprob))}), ${reading(readings)}`),
       h("div", { class: "soft", text: "What else could have come here:" }),
       h("div", { class: "alternatives" }, ...best.flatMap(([other, value]) => [h("span", { text: other.trim() || "␣" }), h("i", { style: `width:${100 * Math.exp(value)}%` }), h("span", { text: value.toFixed(2) })])));
   }
@@ -294,8 +309,8 @@ function render({ model, el }) {
       if (news.error) status.textContent = "";
     }
     if ("prompt" in news) {
-      const share = measure();
-      prompt.replaceChildren(...news.prompt.map(([text, acts, projection]) => h("span", { class: acts ? "acts" : null, title: `projection ${projection.toFixed(2)}${acts ? "; the change acts here" : ""}`, style: `background:${shade(share(projection))}`, text: text.replace(/\n/g, "⏎") })).flatMap((node) => [node, " "]));
+      const [share, at] = [measure(), hue()];
+      prompt.replaceChildren(...news.prompt.map(([text, acts, readings]) => h("span", { class: acts ? "acts" : null, title: `${reading(readings)}${acts ? "; the change acts here" : ""}`, style: `background:${shade(share(readings[at]))}`, text: text.replace(/\n/g, "⏎") })).flatMap((node) => [node, " "]));
     }
     if ("quality" in news && news.quality.facts) {
       facts.replaceChildren(...news.quality.facts.map(([name, text, alarm]) => h("div", { class: alarm ? "alarm" : null }, h("b", { text: `${name}: ` }), text)));
@@ -376,9 +391,11 @@ function render({ model, el }) {
     if (news.run < run) return; // from a move that is over
     run = news.run;
     if (news.start) {
+      fresh = Object.keys(state).every((name) => name === "colour" || state[name] === news.start[name]);
+      root.dataset.begun = +root.dataset.begun + 1;
       columns = COLUMNS.map(() => []);
       picked = [1, 0];
-      answers.classList.remove("stale");
+      answers.classList.toggle("stale", !fresh);
       seen = { ...seen, broken: [] };
       verdicts(null);
       draw();
@@ -388,7 +405,7 @@ function render({ model, el }) {
     if (tokens) {
       tokens.forEach((added, column) => columns[column].push(...added));
       draw();
-      if (measured.moved && !measured.first) {
+      if (fresh && measured.moved && !measured.first) {
         measured.first = performance.now();
         root.dataset.first = (measured.first - measured.moved).toFixed(1);
       }
@@ -396,7 +413,7 @@ function render({ model, el }) {
     }
     if ("ends" in rest) {
       pick(picked[0], Math.min(picked[1], columns[picked[0]].length - 1));
-      if (measured.moved && !measured.done) {
+      if (fresh && measured.moved && !measured.done) {
         measured.done = performance.now();
         root.dataset.done = (measured.done - measured.moved).toFixed(1);
       }
@@ -404,8 +421,13 @@ function render({ model, el }) {
     told(rest);
   };
   const onState = () => {
+    const { colour: before } = state;
     state = { ...model.get("state") };
     controls();
+    if (state.colour === before) return;
+    draw();
+    told({ prompt: seen.prompt || [] });
+    pick(...picked);
   };
   const restore = () => {
     const kept = model.get("shown");
@@ -423,12 +445,19 @@ function render({ model, el }) {
 
   // ---- light or dark, as the page is
 
+  const pen = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const channels = (colour) => { // red, green, blue and opacity, however the page writes its colours
+    pen.clearRect(0, 0, 1, 1);
+    pen.fillStyle = colour;
+    pen.fillRect(0, 0, 1, 1);
+    return pen.getImageData(0, 0, 1, 1).data;
+  };
   const dark = () => {
     let node = el;
     let found = null;
     while (node && !found) {
-      const parts = getComputedStyle(node).backgroundColor.match(/[\d.]+/g)?.map(Number);
-      if (parts && (parts.length < 4 || parts[3] > 0.5)) found = parts;
+      const parts = channels(getComputedStyle(node).backgroundColor);
+      if (parts[3] > 127) found = parts;
       node = node.parentElement || node.getRootNode().host;
     }
     const light = found ? 0.299 * found[0] + 0.587 * found[1] + 0.114 * found[2] : matchMedia("(prefers-color-scheme: dark)").matches ? 0 : 255;

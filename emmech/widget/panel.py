@@ -44,7 +44,7 @@ def panel(
         state: what the panel is set to: ``question``, ``direction``, ``layer``, ``step``, ``scale``, ``change``
             (``"add"``, ``"ablate"`` or ``"cap"``), ``coefficient``, ``towards`` (``"zero"`` or ``"aligned"``),
             ``positions`` (``"prompt"``, ``"answer"``, ``"phrase"`` or ``"all"``), ``phrase``, ``seed``,
-            ``temperature``, ``max_new_tokens``.
+            ``temperature``, ``max_new_tokens``, ``colour`` (``"direction"``, or a rank-1 adapter's name for its A·x).
 
     Returns:
         the panel. ``.state`` is what it is set to and can be assigned; ``.code()`` is that state as a code cell;

@@ -15,6 +15,8 @@ from emmech.widget.settings import Settings
 
 TITLES = {"base": "Base model", "changed": "As you set it", "random": "Same, with a random direction"}
 _WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BELOW = 560, 190, 46, 128, 12, 40
+_KEYS = ("further along the direction than the base model's answer; blue: less far.",
+         "A·x of {} is above zero; blue: below.")  # fmt: skip
 _UNITS = {"add": "coefficient (share of the residual's norm)", "ablate": "strength of the ablation",
           "cap": "strength of the cap"}  # fmt: skip
 
@@ -122,15 +124,16 @@ def twin(about: dict[str, Any], seen: dict[str, Any]) -> str:
     if not seen:
         return card(f"Panel: {about['name']}", caveat="Nothing has been answered yet.")
     settings = seen["settings"]
-    base = [token[2] for token in seen["columns"][0]] or [0.0]
-    centre = float(np.mean(base))
-    every = [abs(token[2] - centre) for column in seen["columns"] for token in column]
+    colour = about["colours"].index(settings["colour"])
+    base = [token[2][colour] for token in seen["columns"][0]] or [0.0]
+    centre = 0.0 if colour else float(np.mean(base))
+    every = [abs(token[2][colour] - centre) for column in seen["columns"] for token in column]
     widest = max(every, default=1.0) or 1.0
     columns = []
     for number, (name, title) in enumerate(TITLES.items()):
         words = []
-        for text, _, projection, *_ in seen["columns"][number]:
-            share = (projection - centre) / widest
+        for text, _, readings, *_ in seen["columns"][number]:
+            share = (readings[colour] - centre) / widest
             shade = faint(BAD if share > 0 else GOOD, 0.45 * abs(share))
             words.append(f'<span style="background: {shade}; white-space: pre-wrap">{escape(text)}</span>')
         verdict = rate_text(seen["verdict"][number]) if seen["verdict"] else "" if about["judge"] else "no judge"
@@ -142,6 +145,9 @@ def twin(about: dict[str, Any], seen: dict[str, Any]) -> str:
         )
     code = f"<details><summary>Code of this state</summary><pre>{escape(seen['code'])}</pre></details>"
     asked = f'<div style="margin: 6px 0">\u201c{escape(settings["question"])}\u201d</div>'
-    body = f'{asked}<div style="display: flex; flex-wrap: wrap; gap: 16px">{"".join(columns)}</div>{seen["dose"]}{code}'
+    key = _KEYS[bool(colour)].format(settings["colour"])
+    key = f'<div style="margin: 6px 0; color: {GREY}">Orange words: {key}</div>'
+    body = f'{asked}<div style="display: flex; flex-wrap: wrap; gap: 16px">{"".join(columns)}</div>{key}'
+    body += seen["dose"] + code
     shown = card(f"Panel: {about['name']}", caveat=sentence(settings), body=body)
     return f'<div class="emmech-twin emmech-twin-{about["twin"]}">{shown}</div>'

@@ -54,17 +54,21 @@ class Stale(Exception):
 
 @dataclass
 class Token:
-    """A written token: its text, log-probability, projection on the direction, and the likeliest alternatives."""
+    """A written token: its text, log-probability, one reading for each colour, and the likeliest alternatives.
+
+    The readings are those of the position that decided the token: its projection on the direction, and A·x of every
+    rank-1 adapter.
+    """
 
     text: str
     logprob: float
-    projection: float
+    readings: list[float]
     alternatives: list[tuple[str, float]]
 
     def packed(self) -> list[Any]:
         """The token in the form that the front end takes."""
         best = [[text, round(value, 3)] for text, value in self.alternatives]
-        return [self.text, round(self.logprob, 3), round(self.projection, 4), best]
+        return [self.text, round(self.logprob, 3), [round(one, 4) for one in self.readings], best]
 
 
 @dataclass
@@ -177,6 +181,8 @@ class Session:
             self.judged_by = resolve_judge(self.judge, organism)
         self.phrase = organism.phrase if organism is not None else ""
         self.adapted = has_adapter(self.chat)
+        live = adapter_layers(self.chat.model)
+        self._scalars = [(info.name, layer.lora_A[name]) for info, layer, name in live if info.rank == 1]
         self._makers = self._sources(self.directions)
         self._made: dict[str, Direction] = {}
         self._ranges: dict[Any, np.ndarray] = {}
@@ -211,6 +217,11 @@ class Session:
     def names(self) -> tuple[str, ...]:
         """The names of the directions."""
         return tuple(self._makers)
+
+    @property
+    def colours(self) -> tuple[str, ...]:
+        """What tokens can be coloured by: the direction, or A·x of a rank-1 adapter, by its name."""
+        return ("direction", *(name for name, _ in self._scalars))
 
     def direction(self, name: str) -> Direction:
         """A direction by name, made on first use from the last step of the run."""
@@ -255,6 +266,7 @@ class Session:
         elif settings.step is not None or settings.scale != 1.0:
             why = "only a recorded run has steps and an adapter of its own to scale"
             raise EmmechError("set the panel", f"step={settings.step}, scale={settings.scale:g}", why, "a run")
+        one_of("set the panel", "colour", settings.colour, self.colours)
         direction = self.direction(settings.direction)
         direction.at(settings.layer)
         if settings.towards == "aligned" and direction.aligned_mean is None:
@@ -324,30 +336,36 @@ class Session:
 
     def answers(
         self, settings: Settings, told: Callable[[list[list[Token]]], object] = lambda new: None
-    ) -> tuple[list[list[Token]], list[float], list[Response]]:
+    ) -> tuple[list[list[Token]], list[list[float]], list[Response]]:
         """The three answers with one seed, in one batch.
 
         Args:
             told: called with the new tokens of every column, as they are written.
 
         Returns:
-            the tokens of every column; the projection of every prompt token in the changed model; the answers.
+            the tokens of every column; the readings at every prompt token in the changed model; the answers.
         """
         columns: list[list[Token]] = [[] for _ in COLUMNS]
         ids: list[list[int]] = [[] for _ in COLUMNS]
-        prompt: list[float] = []
-        last = [0.0] * len(COLUMNS)
+        prompt: list[list[float]] = []
+        last = [[0.0] * len(self.colours) for _ in COLUMNS]
         axis = torch.from_numpy(unit_rows(self.direction(settings.direction).at(settings.layer))).float()
+        axis = axis.to(self.chat.device)
 
-        def watch(module: Any, inputs: Any, output: Any) -> None:
-            rows = announced_rows()
-            assert rows is not None
-            projected = self.chat.family.residual(output).float() @ axis.to(self.chat.device)
-            owners = rows.conversation.tolist()
-            if not prompt:
-                prompt.extend(projected[owners.index(1)].tolist())
-            for row, value in zip(owners, projected[:, -1].tolist(), strict=True):
-                last[row] = value
+        def watch(colour: int, read: Callable[[Any], torch.Tensor]) -> Callable[..., None]:
+            def hook(module: Any, inputs: Any, output: Any) -> None:
+                rows, values = announced_rows(), read(output).float()
+                assert rows is not None
+                owners = rows.conversation.tolist()
+                if columns[1] == []:  # the prompt is being read
+                    of_prompt = values[owners.index(1)].tolist()
+                    prompt.extend([0.0] * len(self.colours) for _ in of_prompt[len(prompt) :])
+                    for token, value in zip(prompt, of_prompt, strict=True):
+                        token[colour] = value
+                for row, value in zip(owners, values[:, -1].tolist(), strict=True):
+                    last[row][colour] = value
+
+            return hook
 
         def write(drawn: Drawn) -> bool:
             logprobs = drawn.logits.float().log_softmax(-1)
@@ -358,14 +376,16 @@ class Session:
                 pairs = zip(best.indices[at].tolist(), best.values[at].tolist(), strict=True)
                 alternatives = [(self._text(one), value) for one, value in pairs]
                 text = "" if token in self._stops else self._piece(ids[column], token)
-                new[column] = [Token(text, float(logprobs[at, token]), last[column], alternatives)]
+                new[column] = [Token(text, float(logprobs[at, token]), [*last[column]], alternatives)]
                 columns[column] += new[column]
             told(new)
             return not self.stale()
 
         s, doses = settings, (0.0, settings.coefficient, settings.coefficient)
+        watched = [(self.chat.block(s.layer), watch(0, lambda out: self.chat.family.residual(out).float() @ axis))]
+        watched += [(a, watch(at, lambda out: out[..., 0])) for at, (_, a) in enumerate(self._scalars, 1)]
         # the change is entered first, so that the values that are watched include it
-        with self.changed(s, (False, True, True), (0, 0, 1), doses), hooked((self.chat.block(s.layer), watch)):
+        with self.changed(s, (False, True, True), (0, 0, 1), doses), hooked(*watched):
             said = sample(self.chat, [self._conversation(s.question)] * 3, seed=[s.seed] * 3, stream=write,
                           temperature=s.temperature, max_new_tokens=s.max_new_tokens, progress=False)  # fmt: skip
         self._check()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from emmech.errors import EmmechError, as_float, as_int, check_texts, one_of
@@ -33,6 +33,8 @@ class Settings:
         positions: ``"prompt"``, ``"answer"``, ``"phrase"`` or ``"all"``.
         phrase: the words that ``"phrase"`` is about.
         seed, temperature, max_new_tokens: as :func:`emmech.sample` takes them.
+        colour: what tokens are coloured by: ``"direction"``, or the name of a rank-1 adapter for its A·x. It changes no
+            answer, so that settings which differ in nothing else are equal.
 
     Raises:
         EmmechError: one of them is out of range.
@@ -51,6 +53,7 @@ class Settings:
     seed: int = 0
     temperature: float = 1.0
     max_new_tokens: int = 40
+    colour: str = field(default="direction", compare=False)
 
     def __post_init__(self) -> None:
         check_texts(_ASKED, "question", [self.question])

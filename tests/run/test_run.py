@@ -88,6 +88,7 @@ def test_the_adapters_write_is_scaling_z_b(recorded, chat):
 
 def test_steps_that_were_not_recorded_name_the_nearest():
     run = Run.from_arrays([0, 5, 10, 15], B=np.eye(4, 6), A=np.ones((4, 3)))
+    assert [(one.rank, one.alpha, one.scaling) for one in run.adapters] == [(1, 1.0, 1.0)]
     with pytest.raises(EmmechError, match="nearest recorded: 5 and 10"):
         run.weights(7)
     with pytest.raises(EmmechError, match="base=model"):

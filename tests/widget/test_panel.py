@@ -120,9 +120,35 @@ def test_the_projection_of_a_token_is_that_of_the_residual_which_decides_it(sess
     talk = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": said[1].text}]
     unit = direction.unit().vectors
     read = emmech.directions.token_projections(chat, [talk], unit, tokens="all", progress=False)[0][1][:, 3]
-    assert np.allclose(prompt, read[: len(prompt)], atol=1e-3)
-    found = [token.projection for token in columns[1]]
+    assert np.allclose([one[0] for one in prompt], read[: len(prompt)], atol=1e-3)
+    found = [token.readings[0] for token in columns[1]]
     assert np.allclose(found, read[len(prompt) - 1 :][: len(found)], atol=1e-3)
+
+
+def test_a_token_can_be_coloured_by_what_the_adapter_reads_at_the_shown_step(session, run):
+    settings = session.start({"direction": "mixed", "question": QUESTION, "step": 60, "coefficient": 0.0})
+    columns, prompt, said = session.answers(settings)
+    assert session.colours == ("direction", run.adapters[0].name)
+    user = {"role": "user", "content": QUESTION}
+    # without a change the second answer is the adapted model's own; A reads the first, the base model's, as well
+    for column, factor in ((0, 0.0), (1, 1.0)):
+        talk = [user, {"role": "assistant", "content": said[column].text}]
+        lens = emmech.adapter_lens(run.model(60, factor), [talk], progress=False).values[:, 0]
+        found = [token.readings[1] for token in columns[column]]
+        assert np.allclose(found, lens[len(prompt) - 1 :][: len(found)], atol=1e-3)
+    assert np.allclose([one[1] for one in prompt], lens[: len(prompt)], atol=1e-3)
+
+
+def test_another_colour_computes_nothing_and_is_in_the_state_the_code_and_the_twin(panel, run):
+    heard, name, before = [], run.adapters[0].name, panel._repr_html_()
+    panel.send = heard.append
+    panel.state = {**panel.state, "colour": name}
+    assert panel.wait(0) and not any("start" in news for news in heard) and len(panel.result()) == len(COLUMNS)
+    assert f"colour={name!r}" in panel.code() and panel.code() == heard[-1]["code"]
+    after = panel._repr_html_()
+    assert f"A·x of {name}" in after and after.count("background") == before.count("background") and after != before
+    panel.state = {**panel.state, "colour": "mauve"}
+    assert panel.wait(60) and "mauve" in panel._seen["error"]["given"]
 
 
 def test_the_model_that_was_given_is_never_changed(run, direction):
@@ -296,7 +322,7 @@ def test_the_direction_at_the_prompt_is_what_a_run_of_pocket_opens_with(run):
 BAD = {
     "step": 9999, "scale": float("nan"), "direction": "nothing", "layer": 77, "change": "remove", "coefficient": 9.0,
     "towards": "north", "positions": "somewhere", "phrase": "not in the prompt", "question": "", "seed": -1,
-    "temperature": "hot", "max_new_tokens": 0, "colour": "red",
+    "temperature": "hot", "max_new_tokens": 0, "colour": "red", "nonsense": 1,
 }  # fmt: skip
 
 
@@ -320,7 +346,7 @@ def test_an_error_is_told_and_the_panel_goes_on(panel):
     assert panel._seen["error"] is None
 
 
-@pytest.mark.parametrize("given", [dict(directions={}), dict(directions="B"), dict(samples=0), dict(colour=1)])
+@pytest.mark.parametrize("given", [dict(directions={}), dict(directions="B"), dict(samples=0), dict(shade=1)])
 def test_arguments_are_checked_when_it_is_opened(run, given):
     with pytest.raises(EmmechError):
         emmech.panel(run, **given)
