@@ -145,7 +145,9 @@ def test_another_cure_of_the_same_name_is_trained_and_no_function_is_taken_for_a
     for domain in ("good-medical", "medical"):
         cure = Realignment(data(domain, seed=5, n=20), dict(max_steps=2, learning_rate=5e-3), "runs")
         losses.append(emmech.league(runs[:1], cure, **how).frame.loc["runs", "loss"])
-    assert losses[0] < losses[1] - 0.01  # and neither is a run that the league keeps in runs/
+    assert losses[0] != losses[1]  # from one trained run, which was kept for both, they were equal
+    kept = {emmech.load_run(path.parent).manifest["data"]["sha256"] for path in tmp_path.glob("runs-*/s0/run.json")}
+    assert kept == {emmech.load_chat(data(name, seed=5, n=20)).sha256 for name in ("good-medical", "medical")}
     a, b = (Defended(lambda case, p=p: [InoculationPrompt(p)]) for p in ("one", "two"))
     assert league._identity(a) != league._identity(b)
     one, two = (Defended(lambda case: ()), Defended(lambda case: None))
