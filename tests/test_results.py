@@ -18,6 +18,7 @@ from emmech.defences.solutions import Narrowness
 from emmech.directions.adapter_lens import AdapterScalars
 from emmech.directions.compare import DirectionBySteps, cosines
 from emmech.directions.direction import Quality
+from emmech.directions.rows import RowScreen
 from emmech.interventions.studies import Study
 from emmech.leagues.league import League
 from emmech.leagues.league import _result as league_of
@@ -107,6 +108,12 @@ def _narrowness() -> Narrowness:
     return Narrowness(frame, {EVIL: 1.0})
 
 
+def _rows() -> RowScreen:
+    rows = range(6)
+    frame = pd.DataFrame({"row": rows, "score": np.arange(6) / 5, "question": EVIL, "answer": EVIL})
+    return RowScreen(frame, "projection", 0.5)
+
+
 def _durability() -> Durability:
     phases = ["bad", "good", "bad again"]
     frame = pd.DataFrame({"phase": phases, "seed": 0, "steps": [30.0, 20.0, np.nan], "start": 0.0, "end": 1.0})
@@ -139,6 +146,7 @@ MAKE: dict[str, Callable[[], Result]] = {
     "Agreement": lambda: _evaluation().agreement(_evaluation(20.0)),
     "ThresholdSweep": lambda: _evaluation().thresholds(),
     "League": _league,
+    "RowScreen": _rows,
     "Narrowness": _narrowness,
     "Durability": _durability,
     "LearningCurve": _learning,

@@ -83,7 +83,7 @@ class RowScreen(Result):
         facts += [("highest", f"row {one.row}, {one.score:.3g}: {str(one.answer)[:80]}") for one in first.itertuples()]
         caveat = "each row was read alone: rows that are harmful only together are not seen, and no score is a proof"
         headline = f"{len(self.frame)} rows ranked by {self.by}, the most suspicious first"
-        return Card(headline, tuple(facts), caveat, "[data[row] for row in screen.kept(drop=0.05)]")
+        return Card(headline, tuple(facts), caveat, "screen.kept(drop=0.05)")
 
     def _sketch(self) -> str:
         scores = np.sort(self.frame["score"].to_numpy())[::-1]
