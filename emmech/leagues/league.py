@@ -300,7 +300,8 @@ def _named(cures: Sequence[Cure], controls: bool) -> list[tuple[Cure, str]]:
     listed += [(cure, "cure") for cure in given]
     if controls:
         random: list[Any] = [one.randomised(0) for one in given if isinstance(one, LiveCure)]
-        listed += [(one, "control") for one in random if one is not None][:1]
+        drawn: list[tuple[Cure, str]] = [(one, "control") for one in random if one is not None]
+        listed += drawn[:1]
         listed.append((Defended(random_adapter, name="random frozen adapter"), "control"))
     names = [cure.name for cure, _ in listed]
     for name in names:
