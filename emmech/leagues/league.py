@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -300,7 +301,8 @@ def _named(cures: Sequence[Cure], controls: bool) -> list[tuple[Cure, str]]:
     listed += [(cure, "cure") for cure in given]
     if controls:
         random: list[Any] = [one.randomised(0) for one in given if isinstance(one, LiveCure)]
-        listed += [(one, "control") for one in random if one is not None][:1]
+        drawn: list[tuple[Cure, str]] = [(one, "control") for one in random if one is not None]
+        listed += drawn[:1]
         listed.append((Defended(random_adapter, name="random frozen adapter"), "control"))
     names = [cure.name for cure, _ in listed]
     for name in names:
@@ -334,9 +336,12 @@ def _identity(value: Any) -> Any:
         return {str(key): _identity(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_identity(one) for one in value]
-    if code := getattr(value, "__code__", None):  # a function's name alone does not say what it does
-        around = [_identity(cell.cell_contents) for cell in value.__closure__ or ()]
-        return value.__qualname__, digest(code.co_code, repr(code.co_consts), code.co_names), around
+    if isinstance(value, CodeType):  # its repr has an address
+        return value.co_code.hex(), value.co_names, _identity(value.co_consts)
+    if isinstance(value, FunctionType):  # the name alone does not say what it does
+        cells = [cell.cell_contents for cell in value.__closure__ or ()]
+        around = [_identity(one) for one in (*cells, *(value.__defaults__ or ())) if one is not value]
+        return value.__qualname__, _identity(value.__code__), around
     return getattr(value, "__qualname__", None) or getattr(value, "identity", None) or repr(value)
 
 
