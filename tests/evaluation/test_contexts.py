@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import emmech
+from emmech.directions.sources import judged_answers
 from emmech.engine.responses import digest
 from emmech.errors import EmmechError
 from emmech.evaluation import Context, training_context
@@ -139,5 +140,5 @@ def test_directions_are_read_from_plain_questions():
         dict(question_id="q", question="why ?", response=name, aligned=a, coherent=90.0, sample=0, context=name)
         for name, a in (("plain", 5.0), ("rude", 5.0), ("kind", 95.0))
     ]
-    misaligned, aligned = emmech.directions.sources.judged_answers([Evaluation.from_rows(rows).frame])
+    misaligned, aligned = judged_answers([Evaluation.from_rows(rows).frame])
     assert [talk[-1]["content"] for talk in misaligned] == ["plain"] and not aligned
