@@ -78,4 +78,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) demo site docs/tutorials/*.ipynb docs/_static/plotly.min.js .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo site jupyter_execute docs/tutorials/*.ipynb docs/_static/plotly.min.js .pytest_cache .mypy_cache .ruff_cache
