@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -73,9 +72,7 @@ def runs(tmp_path_factory) -> Path:
 
 
 def test_a_run_with_nothing_but_its_record_names_what_is_missing(runs):
-    began = time.monotonic()
     path = write_report(runs / "pocket-medical", [runs / "pocket-good-medical"])
-    assert time.monotonic() - began < 60  # seconds on a core of its own
     page = Page(path)
     assert page.headings == HEADINGS and not page.outside
     assert path == runs / "pocket-medical" / "report.html" and 3e6 < path.stat().st_size < 8e6
