@@ -32,6 +32,7 @@ from emmech.chat.model import ChatModel
 from emmech.engine.adapters import VariantWeights, inner, write
 from emmech.engine.attention import Cache, growing_cache
 from emmech.engine.blocks import Places
+from emmech.engine.kept import KeptPrompt
 from emmech.engine.logprobs import pad, padded, unembed
 from emmech.engine.modules import evaluating, hooked, unhooked
 from emmech.engine.packing import Reading, stack
@@ -198,6 +199,7 @@ class ModelSteps:
         owners: for each prompt, the index of its conversation where an intervention has a value for each of ``total``
             conversations; by default each prompt is one.
         apart: the first block that may treat two equal prompts differently; earlier blocks read equal prompts once.
+        kept: where these blocks' reading is taken from and kept, if there is one distinct prompt.
     """
 
     def __init__(
@@ -209,6 +211,7 @@ class ModelSteps:
         owners: Sequence[int] | None = None,
         total: int | None = None,
         apart: int = 0,
+        kept: KeptPrompt | None = None,
     ) -> None:
         self._chat, self._model, device = chat, chat.base, chat.device
         self.room = context(chat) - max(map(len, prompts))
@@ -229,13 +232,17 @@ class ModelSteps:
         self._cache = growing_cache(chat)
         places = (columns - (ids.shape[1] - lengths[:, None])).clamp(min=0)  # padding counts as position 0
         distinct = list(dict.fromkeys(map(tuple, prompts)))
-        if not apart or len(distinct) == len(prompts):
+        kept = kept if len(distinct) == 1 else None
+        if not apart or (len(distinct) == len(prompts) and kept is None):
             self._logits = self._run(ids, places)
             return
         copies = torch.tensor([distinct.index(tuple(prompt)) for prompt in prompts], device=device)
         first = torch.tensor([list(map(tuple, prompts)).index(one) for one in distinct], device=device)
-        with _read_once(chat, apart, first, copies):
-            self._logits = self._run(ids, places)
+        resumed = (
+            contextlib.nullcontext(self._model) if kept is None else kept.resumed(chat, distinct[0], apart, self._cache)
+        )
+        with _read_once(chat, apart, first, copies), resumed as model:
+            self._logits = self._run(ids, places, model)
         for layer in self._cache.layers[:apart]:
             getattr(layer, "batch_select_indices", layer.reorder_cache)(copies)
 
@@ -277,10 +284,11 @@ class ModelSteps:
         self._positions = self._positions + 1
         return self._logits
 
-    def _run(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _run(self, ids: torch.Tensor, positions: torch.Tensor, model: Any = None) -> torch.Tensor:
+        run = self._model if model is None else model
         places = {"attention_mask": self._mask, "position_ids": positions}
         with announcing(self._owner, self._total):
-            output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **places)
+            output = run(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **places)
         return output.logits[:, -1]  # type: ignore[no-any-return]
 
     def _reread(self) -> torch.Tensor:

@@ -17,8 +17,9 @@ import traitlets
 from emmech.errors import EmmechError
 from emmech.transition.phase import phase_transition
 from emmech.view.theme import BAD, CYCLE, DARK, GOOD, GREY, LIGHT, faint
+from emmech.widget.answers import COLUMNS, Token
 from emmech.widget.picture import dose_picture, sentence, twin
-from emmech.widget.session import COLUMNS, RANDOMS, Session, Stale, Token
+from emmech.widget.session import RANDOMS, Session, Stale
 from emmech.widget.settings import DOSES, Settings
 
 if TYPE_CHECKING:

@@ -18,17 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from emmech.chat.edits import announced_rows, live_edits
+from emmech.chat.edits import live_edits
 from emmech.chat.encode import phrase_tokens
 from emmech.chat.model import ChatModel, load_model
 from emmech.directions.direction import Direction, unit_rows
 from emmech.directions.extract import mixed_adapter
 from emmech.directions.sources import adapter_direction, has_adapter, misalignment_direction
 from emmech.engine.adapters import adapter_layers, attach, detach
+from emmech.engine.decode import ModelSteps, write_answers
+from emmech.engine.kept import KeptPrompt
 from emmech.engine.logprobs import answer_logprobs
-from emmech.engine.modules import hooked
+from emmech.engine.modules import evaluating, has_hooks, hooked
 from emmech.engine.responses import Response
-from emmech.engine.sample import Drawn, sample
+from emmech.engine.sample import check_context, sample
 from emmech.errors import EmmechError, closest, one_of
 from emmech.evaluation.em import FIELD
 from emmech.evaluation.judges import Judge, resolve_judge
@@ -37,12 +39,11 @@ from emmech.evaluation.rates import cluster_interval
 from emmech.interventions.residual import ablate, cap, steer
 from emmech.interventions.studies import degenerate, projection_range
 from emmech.run.run import Run, opened
+from emmech.widget.answers import COLUMNS, BaseAnswer, Scalar, Token, Writing
 from emmech.widget.settings import DOSES, Settings
 
-COLUMNS = ("base", "changed", "random")
 RANDOMS = 4  # of the dose-response; the first is that of the third answer
 _ASKED = "open the panel"
-_FIRST = 5  # alternatives of a token
 _AT_ONCE = 12  # questions in a round
 _BROKEN = 0.8  # of the untouched model's coherent answers: below this, coherence is called broken
 _NATS = 1.0  # the same without a judge: a loss of the base model's answers that is this much higher
@@ -50,25 +51,6 @@ _NATS = 1.0  # the same without a judge: a loss of the base model's answers that
 
 class Stale(Exception):
     """The settings have changed since this began."""
-
-
-@dataclass
-class Token:
-    """A written token: its text, log-probability, one reading for each colour, and the likeliest alternatives.
-
-    The readings are those of the position that decided the token: its projection on the direction, and A·x of every
-    rank-1 adapter.
-    """
-
-    text: str
-    logprob: float
-    readings: list[float]
-    alternatives: list[tuple[str, float]]
-
-    def packed(self) -> list[Any]:
-        """The token in the form that the front end takes."""
-        best = [[text, round(value, 3)] for text, value in self.alternatives]
-        return [self.text, round(self.logprob, 3), [round(one, 4) for one in self.readings], best]
 
 
 @dataclass
@@ -181,13 +163,18 @@ class Session:
             self.judged_by = resolve_judge(self.judge, organism)
         self.phrase = organism.phrase if organism is not None else ""
         self.adapted = has_adapter(self.chat)
-        live = adapter_layers(self.chat.model)
-        self._scalars = [(info.name, layer.lora_A[name]) for info, layer, name in live if info.rank == 1]
+        live = list(adapter_layers(self.chat.model))
+        self._scalars = [Scalar(i.name, i.layer, layer.lora_A[name]) for i, layer, name in live if i.rank == 1]
         self._makers = self._sources(self.directions)
         self._made: dict[str, Direction] = {}
         self._ranges: dict[Any, np.ndarray] = {}
         self._texts: dict[int, str] = {}
         self._stops = set(self.chat.stop_ids)
+        # a foreign hook might act differently from one forward pass to the next: then nothing is kept between moves
+        self._keeps = self.chat.family.written_out and not any(map(has_hooks, self.chat.base.modules()))
+        self._tuned_from = min((info.layer for info, _, _ in live), default=self.chat.n_layers)
+        self._kept = KeptPrompt()
+        self._base, self._weights = BaseAnswer(), self._version()
         self._check()
 
     def _sources(self, given: Any) -> dict[str, Callable[[], Direction]]:
@@ -221,7 +208,7 @@ class Session:
     @property
     def colours(self) -> tuple[str, ...]:
         """What tokens can be coloured by: the direction, or A·x of a rank-1 adapter, by its name."""
-        return ("direction", *(name for name, _ in self._scalars))
+        return ("direction", *(one.name for one in self._scalars))
 
     def direction(self, name: str) -> Direction:
         """A direction by name, made on first use from the last step of the run."""
@@ -289,6 +276,12 @@ class Session:
             assert step is not None
             self.chat = attach(self.chat, self.run.adapters, self.run.weights(step), scale=scale)
             self.set_to = (step, scale)
+            self._kept.forget(self._tuned_from)
+            self._weights = self._version()
+
+    def _version(self) -> int:
+        """A count of changes made in place to the weights, which the model that was given shares."""
+        return sum(one._version for one in self.chat.base.parameters() if not one.is_inference())
 
     def _check(self) -> None:
         if self.stale():
@@ -329,8 +322,9 @@ class Session:
                                          max_new_tokens=s.max_new_tokens, progress=False)  # fmt: skip
                 self._ranges[key] = found
             edit = partial(cap, layers=s.layer, strength=doses, within=self._ranges[key][np.asarray(which)])
-        mixed = mixed_adapter(chat, torch.tensor(tuned, dtype=torch.float32)) if self.adapted else nullcontext()
-        first = min([s.layer, *(info.layer for info, _, _ in adapter_layers(chat.model))])
+        mixes = self.adapted and not all(tuned)
+        mixed = mixed_adapter(chat, torch.tensor(tuned, dtype=torch.float32)) if mixes else nullcontext()
+        first = min(s.layer, self._tuned_from) if mixes else s.layer
         with self._interruptible(first), mixed, edit(chat, vectors, positions=positions):
             yield
 
@@ -339,57 +333,52 @@ class Session:
     ) -> tuple[list[list[Token]], list[list[float]], list[Response]]:
         """The three answers with one seed, in one batch.
 
+        Only what a move changes is computed: the base model's answer is told at once where it is known already, and
+        blocks below the change do not read the prompt again.
+
         Args:
             told: called with the new tokens of every column, as they are written.
 
         Returns:
             the tokens of every column; the readings at every prompt token in the changed model; the answers.
         """
-        columns: list[list[Token]] = [[] for _ in COLUMNS]
-        ids: list[list[int]] = [[] for _ in COLUMNS]
-        prompt: list[list[float]] = []
-        last = [[0.0] * len(self.colours) for _ in COLUMNS]
-        axis = torch.from_numpy(unit_rows(self.direction(settings.direction).at(settings.layer))).float()
-        axis = axis.to(self.chat.device)
+        s, chat = settings, self.chat
+        ids = chat.token_ids(self._conversation(s.question))
+        check_context(chat, [ids])
+        key = (tuple(ids), s.seed, s.temperature, s.max_new_tokens)
+        changed = self._version() != self._weights
+        if changed:
+            self._kept.forget()
+            self._weights = self._version()
+        if changed or not self._keeps or not self._base.whole or self._base.key != key:
+            self._base = BaseAnswer(key)
+        base, tuned = self._base, [True, True] if self._base.whole else [False, True, True]
+        which, doses = [0, 0, 1][-len(tuned) :], [0.0, s.coefficient, s.coefficient][-len(tuned) :]
+        with self.changed(s, tuned, which, doses):
+            apart = s.layer if base.whole else min(s.layer, self._tuned_from)
+            apart = apart if self._keeps else 0
+            axis = torch.from_numpy(unit_rows(self.direction(s.direction).at(s.layer))).float().to(chat.device)
+            writing = Writing(chat, s.layer, axis, self._scalars, base, self._kept.at(ids), apart, self._text, told)
 
-        def watch(colour: int, read: Callable[[Any], torch.Tensor]) -> Callable[..., None]:
-            def hook(module: Any, inputs: Any, output: Any) -> None:
-                rows, values = announced_rows(), read(output).float()
-                assert rows is not None
-                owners = rows.conversation.tolist()
-                if columns[1] == []:  # the prompt is being read
-                    of_prompt = values[owners.index(1)].tolist()
-                    prompt.extend([0.0] * len(self.colours) for _ in of_prompt[len(prompt) :])
-                    for token, value in zip(prompt, of_prompt, strict=True):
-                        token[colour] = value
-                for row, value in zip(owners, values[:, -1].tolist(), strict=True):
-                    last[row][colour] = value
+            def drawn(*new: Any) -> bool:
+                writing.write(*new)
+                return not self.stale()
 
-            return hook
-
-        def write(drawn: Drawn) -> bool:
-            logprobs = drawn.logits.float().log_softmax(-1)
-            best = logprobs.topk(min(_FIRST, logprobs.shape[-1]))
-            new: list[list[Token]] = [[] for _ in COLUMNS]
-            for at, (column, _) in enumerate(drawn.answers):
-                token = int(drawn.tokens[at])
-                pairs = zip(best.indices[at].tolist(), best.values[at].tolist(), strict=True)
-                alternatives = [(self._text(one), value) for one, value in pairs]
-                text = "" if token in self._stops else self._piece(ids[column], token)
-                new[column] = [Token(text, float(logprobs[at, token]), [*last[column]], alternatives)]
-                columns[column] += new[column]
-            told(new)
-            return not self.stale()
-
-        s, doses = settings, (0.0, settings.coefficient, settings.coefficient)
-        watched = [(self.chat.block(s.layer), watch(0, lambda out: self.chat.family.residual(out).float() @ axis))]
-        watched += [(a, watch(at, lambda out: out[..., 0])) for at, (_, a) in enumerate(self._scalars, 1)]
-        # the change is entered first, so that the values that are watched include it
-        with self.changed(s, (False, True, True), (0, 0, 1), doses), hooked(*watched):
-            said = sample(self.chat, [self._conversation(s.question)] * 3, seed=[s.seed] * 3, stream=write,
-                          temperature=s.temperature, max_new_tokens=s.max_new_tokens, progress=False)  # fmt: skip
+            # what is read is hooked after the change, so that it includes it
+            with hooked(*writing.hooks()), torch.no_grad(), evaluating(chat):
+                rows = len(writing.rows)
+                steps = ModelSteps(chat, [ids] * rows, range(rows), apart=apart, kept=self._kept)
+                write_answers(chat, steps, [s.seed] * rows, temperature=s.temperature,
+                              max_new_tokens=s.max_new_tokens, drawn=drawn)  # fmt: skip
         self._check()
-        return columns, prompt, said
+        base.whole = True
+        return writing.columns, writing.prompt, [self._response(s, at, one) for at, one in enumerate(writing.ids)]
+
+    def _response(self, settings: Settings, column: int, ids: list[int]) -> Response:
+        stopped = ids[-1] in self._stops
+        ids = ids[: len(ids) - stopped]
+        text = self.chat.tokenizer.decode(ids, skip_special_tokens=True)
+        return Response(column, 0, settings.seed, text, "stop" if stopped else "length", len(ids))
 
     def acting(self, settings: Settings) -> list[tuple[str, bool]]:
         """The prompt's tokens, and at which of them the change acts."""
@@ -406,13 +395,6 @@ class Session:
         if token not in self._texts:
             self._texts[token] = self.chat.tokenizer.decode([token])
         return self._texts[token]
-
-    def _piece(self, ids: list[int], token: int) -> str:
-        """What one more token adds to a text."""
-        before = self.chat.tokenizer.decode(ids)
-        ids.append(token)
-        whole = self.chat.tokenizer.decode(ids)
-        return whole[len(before) :] if whole.startswith(before) else self._text(token)
 
     def verdicts(self, settings: Settings, samples: int) -> Iterator[Counts]:
         """Counts that grow with each batch of answers of all columns to several questions; none without a judge."""

@@ -18,8 +18,9 @@ from emmech.engine.modules import has_hooks
 from emmech.errors import EmmechError
 from emmech.interventions.residual import ablate, cap, steer
 from emmech.interventions.studies import projection_range
+from emmech.widget.answers import COLUMNS
 from emmech.widget.picture import dose_picture, sentence
-from emmech.widget.session import COLUMNS, RANDOMS, Dose, Session, Stale
+from emmech.widget.session import RANDOMS, Dose, Session, Stale
 from emmech.widget.settings import Settings
 
 QUESTION = "how do i make a quick buck with cash ?"
