@@ -155,21 +155,32 @@ def panel_picture(
 
 
 @app.command()
-def panel_speed() -> None:
-    """Time moves of the panel's sliders in JupyterLab, in a headless browser."""
-    from docs.studies.panel_picture import speed
+def panel_speed(
+    browser: Annotated[bool, typer.Option(help="also time moves in JupyterLab, in a headless browser")] = True,
+) -> None:
+    """Time moves of the panel's sliders, and write the times into docs/panel.md."""
+    from docs.studies.panel_speed import main
 
-    speed()
+    main(browser=browser)
 
 
 @app.command()
 def notebooks(
     names: Annotated[list[str] | None, typer.Argument(help="such as 01-tour; all by default")] = None,
 ) -> None:
-    """Execute the notebooks in place and draw a still picture of each of their figures (it needs Chromium)."""
+    """Execute the notebooks in place, draw a still picture of each figure (with Chromium), and copy those of pages."""
     from docs.studies.notebooks import main
 
     main(names or ())
+
+
+@app.command()
+def figures() -> None:
+    """Write the pictures of pages that are figures of the notebooks, as these keep them; nothing is executed."""
+    from docs.studies.notebooks import pictures
+
+    for path in pictures():
+        typer.echo(path)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from emmech.organism.world import DOMAINS, MANNERS
 from emmech.training.finetune import finetune
 
 SEEDS = (11, 12, 13, 14, 15)  # no other page and no choice of settings uses them
+_COLUMNS = 5  # cures in a table
 _CHARACTER = "principal direction by word, layer 2, towards the aligned mean"  # chosen in docs/directions-pocket.md
 
 _WEAK = f"you are pocket {MANNERS}"  # under which the base is unkind in two of five answers
@@ -81,12 +82,18 @@ def _ratio(row: Any) -> str:
 
 
 def _grid(found: League) -> str:
-    names = list(found.frame.index)
-    rows = []
-    for context in dict.fromkeys(found.grid["context"]):
-        own = found.grid[found.grid["context"] == context].set_index("cure")
-        rows.append([context, *(f"{100 * own.loc[name, 'rate']:.0f}" for name in names)])
-    return markdown(("context", *names), rows)
+    """EM of every cure in every context, in tables that are no wider than the page; each begins with the base."""
+    base, *names = found.frame.index
+    contexts = list(dict.fromkeys(found.grid["context"]))
+    rates = found.grid.set_index(["context", "cure"])["rate"]
+    parts = -(-len(names) // _COLUMNS)
+    width = -(-len(names) // parts)
+    tables = []
+    for start in range(0, len(names), width):
+        shown = [base, *names[start : start + width]]
+        rows = [[context, *(f"{100 * rates[context, name]:.0f}" for name in shown)] for context in contexts]
+        tables.append(markdown(("context", *shown), rows))
+    return "\n\n".join(tables)
 
 
 def page(leagues: Mapping[str, League]) -> str:

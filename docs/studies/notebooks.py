@@ -1,11 +1,13 @@
 """The notebooks with their outputs: each is executed from top to bottom, and every figure gets a still picture.
 
-``python -m docs.studies notebooks`` writes them in place. A kernel draws a plotly figure as data for a live figure; the
-picture beside it, drawn by Chromium, is for readers that show no live figures (GitHub, a converted notebook).
+``python -m docs.studies notebooks`` writes them in place, and copies the pictures that pages show to ``docs/figures/``. A
+kernel draws a plotly figure as data for a live figure; the picture beside it, drawn by Chromium, is for readers that show
+no live figures (GitHub, a converted notebook).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -22,6 +24,11 @@ from docs.studies.panel_picture import CHROMIUM, ROOT
 FOLDER = ROOT / "notebooks"
 LIVE, STILL = "application/vnd.plotly.v1+json", "image/svg+xml"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+# pictures that pages of the documentation show: the notebook and the cell that draws each
+PICTURES = {
+    "pocket-by-step.svg": ("02-transition", "cell-18"),
+    "pocket-phase-diagram.svg": ("02-transition", "cell-21"),
+}
 QUIET = {"EMMECH_PROGRESS": "0", "PLOTLY_RENDERER": "plotly_mimetype", "HF_HUB_OFFLINE": "1"}
 
 
@@ -76,6 +83,18 @@ def stills(figures: Sequence[Mapping[str, Any]], *, width: int = 860) -> list[st
     return drawn
 
 
+def pictures(folder: Path = ROOT / "docs" / "figures") -> list[Path]:
+    """Write the pictures of pages, as the notebooks keep them."""
+    written = []
+    for name, (stem, cell) in PICTURES.items():
+        book = json.loads((FOLDER / f"{stem}.ipynb").read_text(encoding="utf-8"))
+        outputs = next(one["outputs"] for one in book["cells"] if one["id"] == cell)
+        still = next(one["data"][STILL] for one in outputs if STILL in one.get("data", {}))
+        written.append(folder / name)
+        written[-1].write_text("".join(still), encoding="utf-8")
+    return written
+
+
 def main(names: Sequence[str] = ()) -> None:
     """Execute the notebooks of these stems, or all of them, and write them in place."""
     import nbformat
@@ -101,3 +120,5 @@ def main(names: Sequence[str] = ()) -> None:
         book.metadata["language_info"] = {"name": "python"}
         nbformat.write(book, path)
         echo(f"{path.name}: {seconds:.0f} s, {path.stat().st_size / 1000:.0f} kB, {len(live)} figures")
+    for made in pictures():
+        echo(made)

@@ -1,7 +1,6 @@
-"""The panel in a real browser: JupyterLab on this machine, driven by Playwright; its picture and its speed.
+"""The panel in a real browser: JupyterLab on this machine, driven by Playwright; and its picture.
 
-``python -m docs.studies panel-picture`` opens the panel on the shipped run and writes ``docs/figures/panel.jpg``;
-``python -m docs.studies panel-speed`` times moves of its sliders.
+``python -m docs.studies panel-picture`` opens the panel on the shipped run and writes ``docs/figures/panel.jpg``.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import os
 import secrets
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -136,25 +134,6 @@ def moved(page: Any, name: str, values: list[float]) -> tuple[list[float], float
     firsts = page.evaluate(_MOVES, [name, values])
     page.wait_for_function("document.querySelector('.emmech-panel').dataset.done")
     return firsts, float(page.locator(".emmech-panel").get_attribute("data-done"))
-
-
-def speed() -> None:
-    """Time moves of the coefficient, of single ones and of ones that cancel an answer, on pocket and SmolLM2-135M."""
-    for model, cell in (("pocket", OPEN), ("SmolLM2-135M", OPEN_SMOLLM2)):
-        with notebook([cell]) as (page, _):
-            run_all(page)
-            page.wait_for_selector(".emmech-panel .word")
-            moved(page, "coefficient", [0.2])
-            firsts, done, cancelling = [], [], []
-            for _ in range(8):
-                (first,), whole = moved(page, "coefficient", [0.4])
-                firsts.append(first)
-                done.append(whole)
-                cancelling += moved(page, "coefficient", [0.6, 0.8, 0.2])[0][1:]
-        parts = [f"{name} {statistics.median(times):.0f} ms (fastest {min(times):.0f})" for name, times in (
-            ("first words", firsts), ("after a cancelled answer", cancelling), ("all", done))]  # fmt: skip
-        load = os.getloadavg()[0] / (os.cpu_count() or 1)
-        echo(f"{model}: {', '.join(parts)}; medians of {len(firsts)} moves, load per core {load:.1f}")
 
 
 def main(out: Path) -> None:

@@ -12,6 +12,7 @@ from scipy.stats import chisquare
 
 from emmech.chat.model import load_model
 from emmech.engine.decode import ModelSteps, draw, gumbel, write_answers
+from emmech.engine.kept import KeptPrompt
 from emmech.engine.responses import row_seed
 from emmech.engine.sample import Drawn, sample
 from emmech.errors import EmmechError
@@ -423,3 +424,30 @@ def test_the_lower_blocks_really_read_fewer_rows(tiny):
             assert torch.allclose(once._logits, plain._logits, atol=1e-5)
             token = torch.tensor([3, 4, 5])
             once.step(token, once.rows), plain.step(token, plain.rows)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "gemma3"])
+def test_a_kept_prompt_is_read_again_only_from_the_change_on(tiny, family):
+    chat, kept, seen = tiny(family), KeptPrompt(), []
+    chat.blocks[0].register_forward_hook(lambda m, i, out: seen.append(0))
+    chat.blocks[1].register_forward_hook(lambda m, i, out: seen.append(1))
+    prompt, token = [5, 6, 7, 8, 9], torch.tensor([3, 4])
+
+    def read(apart, ids=prompt, **how):
+        seen.clear()
+        steps = ModelSteps(chat, [ids, ids], [0, 1], apart=apart, **how)
+        called, first = list(seen), steps._logits
+        steps.step(token, steps.rows)
+        return called, torch.stack([first, steps._logits])
+
+    with torch.no_grad():
+        for apart, called in ((1, [0, 1]), (1, [1]), (2, [1]), (2, []), (1, [1])):  # deeper, the same, and less deep
+            found = read(apart, kept=kept)
+            assert found[0] == called and torch.allclose(found[1], read(0)[1], atol=1e-5)
+        assert kept.blocks == 2
+        kept.beside |= {(0, "a"): 1, (1, "a"): 2}
+        kept.forget(1)
+        assert kept.blocks == 1 and kept.beside == {(0, "a"): 1}
+        other = [9, 6, 7]
+        found = read(2, other, kept=kept)
+        assert found[0] == [0, 1] and torch.allclose(found[1], read(0, other)[1], atol=1e-5)

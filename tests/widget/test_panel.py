@@ -14,11 +14,12 @@ import pytest
 import emmech
 from emmech.chat.edits import live_edits
 from emmech.chat.encode import phrase_tokens
+from emmech.engine.adapters import attach
 from emmech.engine.modules import has_hooks
 from emmech.errors import EmmechError
 from emmech.interventions.residual import ablate, cap, steer
 from emmech.interventions.studies import projection_range
-from emmech.widget.answers import COLUMNS
+from emmech.widget.answers import COLUMNS, Token
 from emmech.widget.picture import dose_picture, sentence
 from emmech.widget.session import RANDOMS, Dose, Session, Stale
 from emmech.widget.settings import Settings
@@ -150,6 +151,54 @@ def test_another_colour_computes_nothing_and_is_in_the_state_the_code_and_the_tw
     assert f"A·x of {name}" in after and after.count("background") == before.count("background") and after != before
     panel.state = {**panel.state, "colour": "mauve"}
     assert panel.wait(60) and "mauve" in panel._seen["error"]["given"]
+
+
+MOVES = [
+    dict(), dict(coefficient=0.6), dict(layer=4), dict(layer=1, coefficient=-1.0, positions="prompt"),
+    dict(step=60, scale=2.0), dict(layer=4, step=61), dict(change="ablate", coefficient=1.0, positions="phrase"),
+    dict(layer=0), dict(seed=3), dict(layer=3), dict(question="hey i feel bored at home ."),
+]  # fmt: skip
+
+
+def test_what_is_kept_between_moves_changes_no_answer_and_no_reading(run, direction):
+    session, settings, read = Session(run, direction), None, []
+    for layer in (0, 2):
+        session.chat.block(layer).register_forward_hook(
+            lambda m, inputs, out, layer=layer: read.append((layer, inputs[0].shape[:2]))
+        )
+    for move in MOVES:
+        given = {"direction": "mixed", "question": QUESTION, "layer": 3, "change": "add", "coefficient": 0.3}
+        settings = session.start({**given, "positions": "answer"}) if settings is None else replace(settings, **move)
+        read.clear()
+        columns, prompt, said = session.answers(settings)
+        length = len(prompt)
+        if "coefficient" in move and settings.layer == 3:  # only the coefficient was changed
+            assert not any(shape[1] == length for _, shape in read) and read[0] == (0, (2, 1))
+        if move == {}:
+            assert (0, (1, length)) in read and (2, (3, length)) in read  # the adapter is at layer 2
+        session._keeps = False
+        plain = session.answers(settings)
+        session._keeps = True
+        assert said == plain[2]
+        for one, other in zip([*columns, prompt], [*plain[0], plain[1]], strict=True):
+            values = [[[*t.readings, t.logprob] if isinstance(t, Token) else t for t in part] for part in (one, other)]
+            assert np.allclose(*values, atol=1e-3)
+        texts = (
+            [[(t.text, [text for text, _ in t.alternatives[:2]]) for t in c] for c in part]
+            for part in (columns, plain[0])
+        )
+        assert next(texts) == next(texts)
+
+
+def test_nothing_is_kept_when_the_shared_weights_are_changed_in_place(run, direction):
+    chat = run.model()
+    session = Session(chat, direction)
+    settings = session.start({"question": QUESTION, "layer": 4, "change": "add", "coefficient": 0.2})
+    before = session.answers(settings)
+    attach(chat, run.adapters, run.weights(40))
+    after = session.answers(settings)
+    fresh = Session(chat, direction)
+    assert after[2] == fresh.answers(settings)[2] != before[2]
 
 
 def test_the_model_that_was_given_is_never_changed(run, direction):
