@@ -1,8 +1,8 @@
 """The notebooks with their outputs: each is executed from top to bottom, and every figure gets a still picture.
 
-``python -m docs.studies notebooks`` writes them in place, and copies the pictures that pages show to ``docs/figures/``. A
-kernel draws a plotly figure as data for a live figure; the picture beside it, drawn by Chromium, is for readers that show
-no live figures (GitHub, a converted notebook).
+``python -m docs.studies notebooks`` writes them in place, and copies the pictures that pages show to ``docs/figures/``.
+A kernel draws a plotly figure as data for a live figure; the picture beside it, drawn by Chromium, is for readers that
+show no live figures (GitHub, a converted notebook).
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ def computing() -> list[list[str]]:
     import torch
 
     import emmech
+    from emmech.widget.answers import BaseAnswer
     from emmech.widget.session import Session
 
     torch.set_num_threads(1)
@@ -57,15 +58,16 @@ def computing() -> list[list[str]]:
     }
     rows = []
     for name, (model, direction, state) in opened.items():
-        keeps, repeats = Session(model, direction), Session(model, direction)
-        repeats._keeps = False
+        keeps, forgets = Session(model, direction), Session(model, direction)
         settings = keeps.start(state)
-        for session in (keeps, repeats):
+        for session in (keeps, forgets):
             _cpu(session, settings, lambda new: None)
         pairs = []
         for number in range(MOVES):  # in turn, so that a change of the machine's speed meets both
             move = replace(settings, coefficient=0.2 + number / 50)
-            pairs.append((_cpu(repeats, move), _cpu(keeps, move)))
+            forgets._kept.forget()
+            forgets._base = BaseAnswer()
+            pairs.append((_cpu(forgets, move), _cpu(keeps, move)))
         cells = [f"{min(one):.0f} to {max(one):.0f}" for one in zip(*pairs, strict=True)]
         rows.append([name, *cells, f"{_cpu(keeps, replace(settings, coefficient=0.15), lambda new: None):.0f}"])
     return rows
