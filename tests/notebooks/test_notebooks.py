@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.studies.notebooks import LIVE, STILL, execute
+from docs.studies.notebooks import LIVE, PICTURES, STILL, execute, pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
@@ -54,6 +54,12 @@ def _shows(source: str) -> bool:
     tree = ast.parse(source)
     calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     return isinstance(tree.body[-1], ast.Expr) or bool(calls & {"print", "check"})
+
+
+def test_the_pictures_of_pages_are_those_of_the_notebooks(tmp_path):
+    made = pictures(tmp_path)
+    assert [path.name for path in made] == list(PICTURES)
+    assert all(path.read_bytes() == (ROOT / "docs" / "figures" / path.name).read_bytes() for path in made)
 
 
 def test_all_of_them_are_there():
