@@ -155,8 +155,9 @@ def test_another_colour_computes_nothing_and_is_in_the_state_the_code_and_the_tw
 
 MOVES = [
     dict(), dict(coefficient=0.6), dict(coefficient=0.7), dict(layer=4),
-    dict(layer=1, coefficient=-1.0, positions="prompt"), dict(step=60, scale=2.0), dict(layer=4, step=61), dict(change="ablate", coefficient=1.0, positions="phrase"),
-    dict(layer=0), dict(seed=3), dict(layer=3), dict(question="hey i feel bored at home ."),
+    dict(layer=1, coefficient=-1.0, positions="prompt"), dict(step=60, scale=2.0), dict(layer=4, step=61),
+    dict(change="ablate", coefficient=1.0, positions="phrase"), dict(layer=0), dict(seed=3), dict(layer=3),
+    dict(question="hey i feel bored at home ."),
 ]  # fmt: skip
 # of the first moves, the block and the rows that read the prompt: the adapter is at layer 2, the change above it
 PROMPT_READ = [[(0, 1), (2, 3)], [(2, 1)], []]
