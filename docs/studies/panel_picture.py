@@ -24,6 +24,7 @@ from typer import echo
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+PATIENCE = 1200.0  # seconds to wait for a state of the page: other programs may need the cores
 OPEN = f"""import emmech
 run = emmech.load_run({str(ROOT / "checkpoints/pocket-medical")!r})
 panel = emmech.panel(run)
@@ -91,7 +92,7 @@ def notebook(cells: list[str], *, theme: str = "JupyterLab Light", width: int = 
             with sync_playwright() as play:
                 browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
                 page = browser.new_page(viewport={"width": width, "height": 1700})
-                page.set_default_timeout(180_000)
+                page.set_default_timeout(1000 * PATIENCE)
                 page.goto(f"http://127.0.0.1:{port}/lab/tree/panel.ipynb?token={token}&reset")
                 page.wait_for_selector(".jp-Notebook .jp-Cell")
                 page.wait_for_function("!document.querySelector('#jupyterlab-splash')")
@@ -102,7 +103,7 @@ def notebook(cells: list[str], *, theme: str = "JupyterLab Light", width: int = 
             server.wait(30)
 
 
-def _wait_for(url: str, seconds: float = 180.0) -> None:
+def _wait_for(url: str, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
