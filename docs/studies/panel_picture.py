@@ -143,5 +143,6 @@ def main(out: Path) -> None:
         run_all(page)
         page.wait_for_selector(".emmech-panel .word")
         settled(page)
+        page.add_style_tag(content=".emmech-panel .status { visibility: hidden }")  # it names a time of this machine
         page.locator(".emmech-panel").screenshot(path=out, type="jpeg", quality=72)
     echo(f"{out}: {out.stat().st_size / 1000:.0f} kB")

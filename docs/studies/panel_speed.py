@@ -40,6 +40,10 @@ def _cpu(session: Any, settings: Any, told: Callable[[Any], None] = _stop) -> fl
     return 1000 * (time.process_time() - began)
 
 
+def _load() -> str:
+    return f"{os.getloadavg()[0] / (os.cpu_count() or 1):.1f}"
+
+
 def computing() -> list[list[str]]:
     """Single moves of the coefficient, with and without what is kept between moves: a row for each model."""
     import numpy as np
@@ -69,7 +73,8 @@ def computing() -> list[list[str]]:
             forgets._base = BaseAnswer()
             pairs.append((_cpu(forgets, move), _cpu(keeps, move)))
         cells = [f"{min(one):.0f} to {max(one):.0f}" for one in zip(*pairs, strict=True)]
-        rows.append([name, *cells, f"{_cpu(keeps, replace(settings, coefficient=0.15), lambda new: None):.0f}"])
+        whole = _cpu(keeps, replace(settings, coefficient=0.15), lambda new: None)
+        rows.append([name, *cells, f"{whole:.0f}", _load()])
     return rows
 
 
@@ -89,15 +94,14 @@ def in_browser() -> list[list[str]]:
                 done.append(whole)
                 cancelling += moved(page, "coefficient", [0.6, 0.8, 0.2])[0][1:]
         cells = [f"{statistics.median(one):.0f} ({min(one):.0f})" for one in (firsts, cancelling, done)]
-        rows.append([name, *cells, str(len(firsts)), f"{os.getloadavg()[0] / (os.cpu_count() or 1):.1f}"])
+        rows.append([name, *cells, str(len(firsts)), _load()])
     return rows
 
 
 def main(page: Path = PAGE, *, browser: bool = True) -> None:
     """Measure, print the tables, and write them into the page."""
-    tables = {"computing": markdown(
-        ["CPU ms", "first words, all computed", "first words, only what changed", "all words"], computing()
-    )}  # fmt: skip
+    header = ["CPU ms", "first words, all computed", "first words, only what changed", "all words", "load per core"]
+    tables = {"computing": markdown(header, computing())}
     if browser:
         header = [
             "ms, median (fastest)",
