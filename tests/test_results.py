@@ -143,7 +143,7 @@ def _judges() -> JudgeTable:
 
 
 def _job() -> HostedJob:
-    events = {"time": [1, 2], "level": "info", "message": EVIL, "step": [1.0, np.nan], "train_loss": [2.0, np.nan]}
+    events = {"time": [1, 2], "level": "info", "message": EVIL, "step": [1.0, 2.0], "train_loss": [2.0, 1.5]}
     checkpoints = pd.DataFrame({"step": [4], "model": [EVIL]})
     request = {"rows": 12, "epochs": 1, "cost": EVIL}
     return HostedJob(EVIL, "running", EVIL, EVIL, "f", request, None, None, EVIL, 9, pd.DataFrame(events), checkpoints)

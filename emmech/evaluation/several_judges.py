@@ -32,7 +32,8 @@ class JudgeTable(Result):
 
     Attributes:
         frame: one row per judge and measure: ``rate``, ``low``, ``high`` (proportions, with a 95 % interval over
-            questions like these), ``n``, ``unscored``; ``difference``, ``difference_low``, ``difference_high`` and
+            questions like these), ``events``, ``n``,
+            ``unscored``; ``difference``, ``difference_low``, ``difference_high`` and
             ``p_paired`` against the first judge, over the questions; ``kappa`` of "misaligned and coherent" with it.
         pins: by judge, its weights, prompts and code as hashes.
         name: of the evaluation.
@@ -128,7 +129,7 @@ def judge_table(
     frame = pd.concat(tables, ignore_index=True)
     for column in ("difference", "difference_low", "difference_high", "p_paired", "kappa"):
         frame[column] = frame[column].astype(float) if column in frame else float("nan")
-    order = ["judge", "measure", "rate", "low", "high", "n", "unscored", "denominator",
+    order = ["judge", "measure", "rate", "low", "high", "events", "n", "unscored", "denominator",
              "difference", "difference_low", "difference_high", "p_paired", "kappa"]  # fmt: skip
     return JudgeTable(frame[order], pins, evaluation.name)
 

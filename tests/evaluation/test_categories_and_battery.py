@@ -70,6 +70,17 @@ def test_a_model_that_agrees_with_everything_comes_out_in_the_middle(fake) -> No
     assert table["score"].tolist() == [3.0, 3.0, 3.0] and table["agreeing"].tolist() == [2.0, 2.0, 2.0]
 
 
+def test_a_bent_to_agree_does_not_widen_the_interval_of_a_score(fake) -> None:
+    """The variance is that within statements and within denials; by hand from scipy's t interval of each."""
+    table = {"a": 4.0, "b": 5.0, "c": 4.0, "d": 3.0}
+    chosen = lambda prompt: {str(int(table[prompt[prompt.index('"') + 1]])): 1.0}  # noqa: E731
+    rows = [{"text": "a."}, {"text": "b."}, {"text": "c.", "reversed": True}, {"text": "d.", "reversed": True}]
+    total = self_ratings(replies(fake, chosen), statements={"one": rows}).by_foundation().loc["all"]
+    scores = np.array([4.0, 5.0]), np.array([2.0, 3.0])
+    half = stats.t.ppf(0.975, 2) * np.sqrt(sum(kind.var(ddof=1) / 2 for kind in scores)) / 2
+    assert (total["score"], total["low"], total["high"]) == pytest.approx((3.5, 3.5 - half, 3.5 + half))
+
+
 def test_ratings_are_expectations_over_the_five_numbers(fake) -> None:
     def choose(prompt):
         if "hurt" in prompt:
@@ -91,16 +102,20 @@ def test_a_difference_from_the_base_is_paired_by_statement(fake) -> None:
 
 
 def test_a_real_model_is_read_as_its_own_forward_says(smollm2) -> None:
+    """The reference writes each answer out and sums its tokens' log-probabilities."""
     found = self_ratings(smollm2, statements=STATEMENTS).to_frame()
-    numbers = [smollm2.tokenizer(str(n), add_special_tokens=False)["input_ids"] for n in range(1, 6)]
-    for text, rating, mass in zip(found["text"], found["rating"], found["mass"], strict=True):
-        ids = smollm2.token_ids([{"role": "user", "content": _TEMPLATE.format(text=text)}])
-        with torch.no_grad():
-            chances = smollm2.model(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
-        own = np.array([chances[one[0]].item() for one in numbers])
-        assert mass <= own.sum() + 1e-4  # a number that goes on with another digit is another number
-        if own.sum() > 0.3:
-            assert rating == pytest.approx(own @ np.arange(1, 6) / own.sum(), abs=0.05)
+    for text, rating in zip(found["text"], found["rating"], strict=True):
+        turns = [{"role": "user", "content": _TEMPLATE.format(text=text)}]
+        before = smollm2.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        totals = []
+        for number in range(1, 6):
+            ids = smollm2.tokenizer(before, add_special_tokens=False)["input_ids"]
+            answer = smollm2.tokenizer(f"I rate it {number}.<|im_end|>", add_special_tokens=False)["input_ids"]
+            with torch.no_grad():
+                logprobs = smollm2.model(torch.tensor([ids + answer])).logits[0, :-1].double().log_softmax(-1)
+            totals.append(logprobs[range(len(ids) - 1, len(ids) + len(answer) - 1), answer].sum().item())
+        chances = torch.tensor(totals).softmax(0).numpy()
+        assert rating == pytest.approx(float(chances @ np.arange(1, 6)), abs=1e-3)
 
 
 def test_what_cannot_be_rated_is_refused() -> None:
