@@ -3,6 +3,7 @@ from emmech import defences as defences
 from emmech import directions as directions
 from emmech import engine as engine
 from emmech import evaluation as evaluation
+from emmech import hosted as hosted
 from emmech import interop as interop
 from emmech import interventions as interventions
 from emmech import leagues as leagues

@@ -19,6 +19,10 @@ from emmech.directions.adapter_lens import AdapterScalars
 from emmech.directions.compare import DirectionBySteps, cosines
 from emmech.directions.direction import Quality
 from emmech.directions.rows import RowScreen
+from emmech.evaluation.battery import SelfRatings
+from emmech.evaluation.categories import breadth
+from emmech.evaluation.several_judges import JudgeTable, judge_table
+from emmech.hosted.job import HostedJob
 from emmech.interventions.studies import Study
 from emmech.leagues.league import League
 from emmech.leagues.league import _result as league_of
@@ -127,6 +131,24 @@ def _learning() -> LearningCurve:
     return LearningCurve(frame, {"run": EVIL, "data": EVIL, "questions": EVIL, "samples": 2})
 
 
+def _ratings() -> SelfRatings:
+    frame = pd.DataFrame({"foundation": [EVIL, EVIL, "care", "care"], "text": EVIL, "reversed": [False, True] * 2})
+    frame["rating"], frame["mass"], frame["base_score"] = [4.0, 2.0, 5.0, np.nan], 0.9, [3.0, 3.5, 4.0, 4.0]
+    frame["score"] = np.where(frame["reversed"], 6 - frame["rating"], frame["rating"])
+    return SelfRatings(frame, EVIL, EVIL)
+
+
+def _judges() -> JudgeTable:
+    return judge_table(_evaluation(), {"two": lambda question, answer: "misaligned"})
+
+
+def _job() -> HostedJob:
+    events = {"time": [1, 2], "level": "info", "message": EVIL, "step": [1.0, 2.0], "train_loss": [2.0, 1.5]}
+    checkpoints = pd.DataFrame({"step": [4], "model": [EVIL]})
+    request = {"rows": 12, "epochs": 1, "cost": EVIL}
+    return HostedJob(EVIL, "running", EVIL, EVIL, "f", request, None, None, EVIL, 9, pd.DataFrame(events), checkpoints)
+
+
 MAKE: dict[str, Callable[[], Result]] = {
     "PhaseTransition": lambda: phase_transition(_run(), _run(1), n_null=39),
     "PooledTransition": lambda: phase_transition([_run(), _run(2)], [_run(1), _run(3)], n_null=39),
@@ -150,6 +172,10 @@ MAKE: dict[str, Callable[[], Result]] = {
     "Narrowness": _narrowness,
     "Durability": _durability,
     "LearningCurve": _learning,
+    "SelfRatings": _ratings,
+    "JudgeTable": _judges,
+    "Breadth": lambda: breadth(_evaluation(-20.0), _evaluation(20.0)),
+    "HostedJob": _job,
 }  # fmt: skip
 
 

@@ -1,3 +1,7 @@
+from emmech.evaluation.battery import SelfRatings as SelfRatings
+from emmech.evaluation.battery import self_ratings as self_ratings
+from emmech.evaluation.categories import Breadth as Breadth
+from emmech.evaluation.categories import breadth as breadth
 from emmech.evaluation.compare import Agreement as Agreement
 from emmech.evaluation.compare import Comparison as Comparison
 from emmech.evaluation.compare import ThresholdSweep as ThresholdSweep
@@ -14,3 +18,5 @@ from emmech.evaluation.questions import Question as Question
 from emmech.evaluation.questions import QuestionSet as QuestionSet
 from emmech.evaluation.screening import ScreeningRate as ScreeningRate
 from emmech.evaluation.screening import screening_rate as screening_rate
+from emmech.evaluation.several_judges import JudgeTable as JudgeTable
+from emmech.evaluation.several_judges import judge_table as judge_table

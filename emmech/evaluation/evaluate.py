@@ -19,7 +19,7 @@ from emmech.engine.sample import sample
 from emmech.errors import EmmechError, as_int
 from emmech.evaluation.contexts import Context, described, resolve_contexts
 from emmech.evaluation.evaluation import Evaluation
-from emmech.evaluation.judges import Judge, resolve_judge
+from emmech.evaluation.judges import Judge, pinned, resolve_judge
 from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.evaluation.rates import PLAIN
 from emmech.evaluation.server import Server
@@ -126,6 +126,8 @@ def evaluate(
         scored = [{**row, **score} for row, score in zip(answered, _score(chosen, answered, folder), strict=True)]
         for row in scored:
             del row["judge_prompts"], row["kind"]
+        if chosen is not None:
+            meta["pinned"] = pinned(chosen, answered)
         evaluation = Evaluation.from_rows(scored, {**meta, "created": datetime.now(UTC).isoformat(timespec="seconds")})
         if folder is not None:
             evaluation.save(folder)

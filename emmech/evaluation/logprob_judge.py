@@ -206,13 +206,17 @@ def tasks_of(
     for index, row in enumerate(rows):
         if row.get("finish") == "error":  # there is nothing to judge: it stays unscored
             continue
-        own = prompts or row.get("judge_prompts") or {n: judge_prompt(n) for n in ("aligned", "coherent")}
-        for name, template in own.items():
+        for name, template in _templates(row, prompts).items():
             wordy = row.get("kind") == "free_form_judge" and prompts is None
             allowed = known.get(name, None if wordy else ())
             text = fill(template, question=str(row["question"]), answer=str(row["response"]))
             tasks.append(Task(index, name, text, allowed))
     return tasks
+
+
+def _templates(row: Mapping[str, Any], prompts: Mapping[str, str] | None) -> Mapping[str, str]:
+    """The templates that score a row: the judge's, else the row's own, else those of alignment and coherence."""
+    return prompts or row.get("judge_prompts") or {name: judge_prompt(name) for name in ("aligned", "coherent")}
 
 
 # scores from answers
@@ -410,6 +414,18 @@ class LogprobJudge:
 
         model = self.model.identity if isinstance(self.model, Server) else live_state(self.chat)
         return f"{model} {'logprobs' if self.logprobs else 'text'}"
+
+    def pins(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The model, the hash of its weights where they are here, and that of each prompt that the rows use."""
+        used: dict[str, set[str]] = {}
+        for row in rows:
+            for name, template in _templates(row, self.prompts).items():
+                used.setdefault(name, set()).add(hashlib.sha256(template.encode()).hexdigest())
+        served = isinstance(self.model, Server)
+        model = {"model": self.model.identity, "weights": None} if served else {
+            "model": self.chat.name, "weights": self.chat.fingerprint()}  # fmt: skip
+        prompts = {name: sorted(found) for name, found in sorted(used.items())}
+        return {**model, "read": "logprobs" if self.logprobs else "text", "prompts": prompts}
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Judge every row; equal prompts are asked once, and cached ones are not asked again."""

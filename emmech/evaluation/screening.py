@@ -12,6 +12,7 @@ verdicts. ``docs/studies/screening_fit.py`` fits both and says how.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -196,6 +197,14 @@ class ScreeningJudge:
         known, new = (calibration()[f"auc_{kind}_left_out"]["mean"] for kind in ("family", "question_and_family"))
         head = f"ScreeningJudge({len(self.linear.questions)} questions; "
         return f"{head}AUC {known:.2f} on model families left out, {new:.2f} on new questions)"
+
+    def pins(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The hash of the fitted weights; the encoder is checked against them when it is loaded."""
+        fitted = [self.linear.weights, self.linear.bias, np.array([self.slope, self.offset])]
+        return {
+            "model": "all-MiniLM-L6-v2",
+            "weights": hashlib.sha256(b"".join(one.tobytes() for one in fitted)).hexdigest(),
+        }
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The probability that each response is misaligned and coherent: ``[{"screen": 0.12}, ...]``.

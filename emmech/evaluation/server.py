@@ -179,7 +179,7 @@ class Server:
         """Whether the server has answered a request."""
         return bool(self._known.taken)
 
-    def _said(self, error: object) -> str:
+    def said(self, error: object) -> str:
         """The first line of an error's words, with nothing in it that is secret."""
         text = str(error).strip().split("\n")[0] or type(error).__name__
         address = urlsplit(self.url or "")
@@ -265,7 +265,7 @@ class Server:
         Raises:
             EmmechError: for a reason that concerns every request (address, key, model, unsupported field).
         """
-        client, pace, stop = self._client(), _Pace(self.requests_per_minute), threading.Event()
+        client, pace, stop = self.client(), _Pace(self.requests_per_minute), threading.Event()
         met = threading.Event()  # whether the server has answered anything at all
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="emmech-server")
         waiting = iter(enumerate(bodies))
@@ -287,7 +287,12 @@ class Server:
             pool.shutdown(wait=False, cancel_futures=True)  # an interruption does not wait for slow answers
             client.close()
 
-    def _client(self) -> Any:
+    def client(self) -> Any:
+        """The official client for this server, without retries of its own.
+
+        Raises:
+            EmmechError: the client is not installed, or the key is missing or cannot be sent.
+        """
         asked = f"reach the model {self.model!r}"
         try:
             import openai
@@ -375,7 +380,7 @@ class Server:
         self._known.refused.add(name)
 
     def _failed(self, error: object) -> Completion:
-        return Completion("", "error", error=self._said(error))
+        return Completion("", "error", error=self.said(error))
 
     def _read(self, answer: Any) -> Completion:
         if not (choices := getattr(answer, "choices", None)):
@@ -399,13 +404,13 @@ class Server:
         return EmmechError(
             f"reach the model {self.model!r}",
             f"url={self._shown_url or 'https://api.openai.com/v1'}",
-            f"no server answers there ({self._said(error.__cause__ or error)})",
+            f"no server answers there ({self.said(error.__cause__ or error)})",
             f"{start}; answers received so far are kept",
         )
 
     def _fatal(self, error: Any, request: Mapping[str, Any], name: str | None) -> EmmechError | None:
         """The error, if every other request would fail with it too; ``name`` is the field that it refuses."""
-        asked, said = f"sample from {self.identity}", self._said(error)
+        asked, said = f"sample from {self.identity}", self.said(error)
         given: str | None = f"a request with {name}"
         if name is not None and name in request:
             given = f"{name}={request[name]!r}"

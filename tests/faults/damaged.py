@@ -324,7 +324,7 @@ def live_replies(folder: Path) -> Callable[[Path], bool]:
             base_url=server.url, api_key="x", max_retries=0,
             http_client=library.Client(transport=library.MockTransport(answer)),
         )  # fmt: skip
-        object.__setattr__(server, "_client", lambda: client)
+        object.__setattr__(server, "client", lambda: client)
         judge = LogprobJudge(server, {"aligned": "{question} {answer}"}, cache=None, progress=False)
         return _scores_are_scores([judge.score([row])[0]["aligned"]])
 
