@@ -8,6 +8,7 @@ from emmech import interventions as interventions
 from emmech import leagues as leagues
 from emmech import measures as measures
 from emmech import organism as organism
+from emmech import planning as planning
 from emmech import realignment as realignment
 from emmech import sweeps as sweeps
 from emmech import transition as transition
@@ -36,6 +37,7 @@ from emmech.interventions.residual import ablate as ablate
 from emmech.interventions.residual import cap as cap
 from emmech.interventions.residual import steer as steer
 from emmech.leagues.league import league as league
+from emmech.planning.plan import plan as plan
 from emmech.realignment.further import realign as realign
 from emmech.results import Result as Result
 from emmech.run.run import Run as Run

@@ -221,7 +221,8 @@ def pays(frozen: Frozen, *, uses: float, rows: int) -> bool:
     return frozen.blocks > 0 and uses >= _PAYS_FROM * rows
 
 
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # a larger batch exceeds a CPU core's cache and gains nothing
+# tokens that go forward together by default; a larger batch exceeds a CPU core's cache and gains nothing
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _TOKENS = 2048  # tokens per forward while the states are filled
 _STEM_FROM = 4  # a shorter common start is not worth separate keys and values
 _PADDING = 1.15  # the largest number of padded tokens per real one in a batch of rows
@@ -284,15 +285,25 @@ class Forwards(RowForwards):
         rows: all rows that will be asked for.
         frozen: the part of the model whose states are kept, or None.
         folder: a temporary folder for the states, which :meth:`close` deletes.
+        at_once: tokens in a forward; by default as many as the device runs fast.
+        checkpointing: keep the input of each block alone for the backward pass, which runs the block again.
     """
 
     def __init__(
-        self, chat: ChatModel, rows: Encoded, adapters: StackedAdapters, frozen: Frozen | None, folder: Path
+        self,
+        chat: ChatModel,
+        rows: Encoded,
+        adapters: StackedAdapters,
+        frozen: Frozen | None,
+        folder: Path,
+        *,
+        at_once: int | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__(chat, rows)
         self._adapters, self._device = adapters, chat.device
         self.trunk = _fitting(chat, rows, frozen, folder)
-        self._at_once = _BATCH_TOKENS.get(chat.device.type, _BATCH_TOKENS["cuda"])
+        self._at_once = at_once or BATCH_TOKENS.get(chat.device.type, BATCH_TOKENS["cuda"])
 
     def close(self) -> None:
         """Delete the kept states."""
