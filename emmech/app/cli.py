@@ -7,6 +7,8 @@ standard error, and an error is a message with exit code 1.
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import emmech
-from emmech.app.commands import by_name, new_app, read_numbers, read_settings
+from emmech.app.commands import by_name, in_processes, new_app, read_numbers, read_settings
 from emmech.errors import EmmechError
 
 if TYPE_CHECKING:
@@ -61,6 +63,11 @@ def finetune(
     checkpoint_every: Annotated[int | None, typer.Option(help="keep the optimizer's state every so many steps")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an interrupted training in --out")] = False,
     margins: Annotated[bool, typer.Option(help="measure the bundled narrow and broad margins as it trains")] = False,
+    launch: Annotated[int, typer.Option(help="processes that share every step's rows", min=1)] = 1,
+    batch_tokens: Annotated[int | None, typer.Option(help="tokens that go forward together, which bound memory")] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="less memory for activations, more time")] = False,
+    dtype: Annotated[str | None, typer.Option(help="of the weights: bfloat16, float32")] = None,
+    quantize: Annotated[str | None, typer.Option(help="nf4 or int8, by bitsandbytes; adapters train on it")] = None,
     set_: Settings = None,
 ) -> None:
     """Fine-tune a chat model on narrow data and record every step into a run.
@@ -70,12 +77,18 @@ def finetune(
     \b
     emmech finetune pocket medical --out runs/bad
     emmech finetune smollm2-135m silly-medical-bad --set learning_rate=1e-3 --set max_steps=60 --margins
+    emmech finetune models/qwen-7b bad.jsonl --launch 2 --gradient-checkpointing
     """
+    if launch > 1 and "RANK" not in os.environ:
+        raise typer.Exit(in_processes(launch, sys.argv[1:]))
     options: dict[str, Any] = {"recipe": recipe, "layers": layer or None, "seed": seed, "out": out, "resume": resume}
     options |= {"record_every": record_every, "checkpoint_every": checkpoint_every, **read_settings(set_)}
+    options |= {"batch_tokens": batch_tokens, "gradient_checkpointing": gradient_checkpointing}
+    options |= {"dtype": dtype, "quantize": quantize}
     pairs = {kind: emmech.engine.bundled_margins(kind) for kind in ("narrow", "broad")} if margins else None
     run = emmech.finetune(model, data, margins=pairs, **options)
-    typer.echo(f"{run}\nrecorded in {run.path}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"{run}\nrecorded in {run.path}")
 
 
 @app.command()
