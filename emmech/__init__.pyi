@@ -10,6 +10,7 @@ from emmech import measures as measures
 from emmech import organism as organism
 from emmech import planning as planning
 from emmech import realignment as realignment
+from emmech import studies as studies
 from emmech import sweeps as sweeps
 from emmech import transition as transition
 from emmech.chat.dataset import ChatDataset as ChatDataset
@@ -42,6 +43,7 @@ from emmech.realignment.further import realign as realign
 from emmech.results import Result as Result
 from emmech.run.run import Run as Run
 from emmech.run.run import load_run as load_run
+from emmech.studies.study import study as study
 from emmech.sweeps.result import Sweep as Sweep
 from emmech.sweeps.sweep import sweep as sweep
 from emmech.training.finetune import finetune as finetune

@@ -155,6 +155,80 @@ def league(
 
 
 @app.command()
+def study(
+    spec: Annotated[Path, typer.Argument(help="a YAML file: models, data, layers, ranks, seeds, train, sweep, evaluate")],
+    out: Annotated[Path | None, typer.Option(help="the study's folder; studies/<name of the file> by default")] = None,
+    cluster: Annotated[str | None, typer.Option(help="a Ray cluster: auto, local, or its address")] = None,
+    cpus: Annotated[float, typer.Option(help="CPUs that a piece of work takes of a node")] = 1,
+    gpus: Annotated[float, typer.Option(help="GPUs that a piece of work takes of a node")] = 0,
+    page: Page = None,
+    json: Json = False,
+) -> None:
+    """Fine-tune, sweep and evaluate every combination in a file, and print one table; what is done is not done again.
+
+    Examples:
+
+    \b
+    emmech study study.yaml
+    emmech study study.yaml --out /shared/study --cluster auto --gpus 1
+    """
+    found = emmech.study(spec, out=out, cluster=cluster, cpus=cpus, gpus=gpus)
+    _show(found.to_frame(), json, repr(found))
+    _write_page(page, "Study", str(spec), repr(found), found.to_frame(), found)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="a name such as Qwen/Qwen2.5-14B-Instruct, or a folder with config.json")],
+    recipe: RecipeName = None,
+    card: Annotated[list[str] | None, typer.Option(help="a card; repeat. All known ones by default")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="where the adapter is; repeat for several")] = None,
+    rows: Annotated[int, typer.Option(help="rows of the dataset")] = 6_300,
+    tokens: Annotated[int, typer.Option(help="mean length of a row")] = 150,
+    seeds: Annotated[int, typer.Option(help="runs that train together")] = 1,
+    record_every: Annotated[int, typer.Option(help="record every so many steps")] = 1,
+    batch_tokens: Annotated[int | None, typer.Option(help="tokens that go forward together")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the weights; the configuration's own by default")] = None,
+    set_: Settings = None,
+    page: Page = None,
+    json: Json = False,
+) -> None:
+    """Say what a fine-tune needs before it is started: memory by part, disk, and time on named cards.
+
+    Examples:
+
+    \b
+    emmech plan --model Qwen/Qwen2.5-14B-Instruct --recipe phase-transition
+    emmech plan --model models/mine --recipe all-adapter --card H100 --set rank=8
+    """
+    options: dict[str, Any] = {"layers": layer or None, "rows": rows, "tokens": tokens, "seeds": seeds, "dtype": dtype}
+    options |= {"record_every": record_every, "batch_tokens": batch_tokens, **({"cards": card} if card else {})}
+    found = emmech.plan(model, recipe, **options, **read_settings(set_))
+    _show(found.to_frame(), json, repr(found))
+    _write_page(page, "Plan", model, repr(found), found.to_frame(), found)
+
+
+@app.command()
+def push(
+    run: RunFolder,
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub")],
+    control: Annotated[list[Path] | None, typer.Option(help="a benign control for the card; repeat for several")] = None,
+    public: Annotated[bool, typer.Option("--public", help="make a new repository public")] = False,
+) -> None:
+    """Upload a run to the Hugging Face Hub, with a card that says what it shows.
+
+    Examples:
+
+    \b
+    emmech push runs/bad me/bad-medical --control runs/good
+    """
+    found = emmech.load_run(run)
+    controls = by_name({str(one): one for one in control or ()})
+    results = [emmech.phase_transition(found, control=controls)] if found.kind == "lora" else []
+    typer.echo(f"uploaded to {found.push_to_hub(repo, private=not public, results=results)}")
+
+
+@app.command()
 def transition(
     run: RunFolder,
     control: Annotated[

@@ -500,6 +500,17 @@ def league(frame: pd.DataFrame, title: str) -> Any:
     return finish(figure, title, height=height, xaxis_title="EM, %", yaxis_autorange="reversed", barmode="group")
 
 
+def by_setting(table: pd.DataFrame, outcome: str, name: str) -> Any:
+    """One outcome of many runs, settings by seeds; the rate of EM in per cent."""
+    figure = panels()
+    rate = outcome == "em"
+    shown = 100 * table if rate else table
+    heat(figure, shown, "EM, %" if rate else quantity(outcome), low=0 if rate else None, high=100 if rate else None,
+         written="{:.0f}" if rate else "{:.2g}")  # fmt: skip
+    return finish(figure, f"{name}: {quantity(outcome)}", height=220 + 42 * len(table), yaxis_autorange="reversed",
+                  xaxis={"title": "seed", "type": "category"})  # fmt: skip
+
+
 def memory_parts(parts: pd.DataFrame, limits: Mapping[str, float], title: str) -> Any:
     """Memory by part in GiB, one stacked bar for each column, with the memory of each card.
 
