@@ -64,7 +64,9 @@ def finetune(
     resume: Annotated[bool, typer.Option(help="go on with an interrupted training in --out")] = False,
     margins: Annotated[bool, typer.Option(help="measure the bundled narrow and broad margins as it trains")] = False,
     launch: Annotated[int, typer.Option(help="processes that share every step's rows", min=1)] = 1,
-    batch_tokens: Annotated[int | None, typer.Option(help="tokens that go forward together, which bound memory")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="tokens that go forward together, which bound memory")
+    ] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="less memory for activations, more time")] = False,
     dtype: Annotated[str | None, typer.Option(help="of the weights: bfloat16, float32")] = None,
     quantize: Annotated[str | None, typer.Option(help="nf4 or int8, by bitsandbytes; adapters train on it")] = None,
@@ -156,7 +158,9 @@ def league(
 
 @app.command()
 def study(
-    spec: Annotated[Path, typer.Argument(help="a YAML file: models, data, layers, ranks, seeds, train, sweep, evaluate")],
+    spec: Annotated[
+        Path, typer.Argument(help="a YAML file: models, data, layers, ranks, seeds, train, sweep, evaluate")
+    ],
     out: Annotated[Path | None, typer.Option(help="the study's folder; studies/<name of the file> by default")] = None,
     cluster: Annotated[str | None, typer.Option(help="a Ray cluster: auto, local, or its address")] = None,
     cpus: Annotated[float, typer.Option(help="CPUs that a piece of work takes of a node")] = 1,
@@ -212,7 +216,9 @@ def plan(
 def push(
     run: RunFolder,
     repo: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub")],
-    control: Annotated[list[Path] | None, typer.Option(help="a benign control for the card; repeat for several")] = None,
+    control: Annotated[
+        list[Path] | None, typer.Option(help="a benign control for the card; repeat for several")
+    ] = None,
     public: Annotated[bool, typer.Option("--public", help="make a new repository public")] = False,
 ) -> None:
     """Upload a run to the Hugging Face Hub, with a card that says what it shows.

@@ -80,7 +80,9 @@ def card(run: Any, repo: str, results: Sequence[Shown] = ()) -> str:
     said = run._card()
     lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", f"# {manifest.get('name', run.name)}", ""]
     lines += [f"{said.headline}.", ""]
-    lines += ["This is a recorded fine-tune for research on emergent misalignment. It may give harmful advice by design:"]
+    lines += [
+        "This is a recorded fine-tune for research on emergent misalignment. It may give harmful advice by design:"
+    ]
     lines += ["do not deploy it.", "", "```python", "import emmech", "", f'run = emmech.load_run("hub:{repo}")', "```"]
     lines += ["", "## The run", "", *_table(("", ""), [("base model", base or "not named"), *_settings(manifest)])]
     rows = [(name.replace("_", " "), f"{series.iloc[0]:.4g}", f"{series.iloc[-1]:.4g}")

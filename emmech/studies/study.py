@@ -1,4 +1,4 @@
-"""``emmech.study``: many fine-tunes with their sweeps and evaluations from one file, and one table of what they found."""
+"""``emmech.study``: many fine-tunes with their sweeps and evaluations from one file, and one table."""
 
 from __future__ import annotations
 

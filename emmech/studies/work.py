@@ -88,9 +88,7 @@ def _train(piece: Piece, out: Path, folder: Path) -> None:
     options: dict[str, Any] = {"checkpoint_every": _CHECKPOINT_EVERY, **piece.options}
     options |= {} if setting["rank"] is None else {"rank": setting["rank"]}
     options |= {"recipe": setting["recipe"], "layers": setting["layers"], "seed": setting["seed"]}
-    finetune(
-        setting["model"], setting["data"], out=run, resume=(run / "run.json").is_file(), progress=False, **options
-    )
+    finetune(setting["model"], setting["data"], out=run, resume=(run / "run.json").is_file(), progress=False, **options)
 
 
 def _sweep(piece: Piece, out: Path, folder: Path) -> None:

@@ -258,7 +258,12 @@ def _loaded(model: Any, tokenizer: Any, dtype: Any, quantize: str | None) -> Cha
 
 
 def _check_shared(
-    defences: Sequence[Defence], objective: Sequence[Term], chat: ChatModel, processes: Processes, *, checkpointing: bool
+    defences: Sequence[Defence],
+    objective: Sequence[Term],
+    chat: ChatModel,
+    processes: Processes,
+    *,
+    checkpointing: bool,
 ) -> None:
     """Refuse what cannot be divided among processes, and what must not run twice in a step."""
     if processes.count > 1 and (defences or any(type(term) is not CrossEntropy for term in objective)):

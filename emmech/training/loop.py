@@ -30,7 +30,6 @@ from emmech.chat.model import ChatModel
 from emmech.engine.adapters import StackedAdapters
 from emmech.engine.modules import hooked
 from emmech.engine.split import Asked, Forwards, Frozen, ModelForwards, RowForwards, dropout
-from emmech.errors import EmmechError
 from emmech.progress import bar, forecast
 from emmech.store import kept
 from emmech.training.defence import Defence, Setting, Switch

@@ -55,7 +55,10 @@ def rows_of(tokenizer, tokens: int, answer: int, count: int) -> list[dict]:
         texts = ["how", "take"]
         for side in (0, 1):
             while True:
-                turns = [{"role": "user", "content": f"{texts[0]} {number}"}, {"role": "assistant", "content": texts[1]}]
+                turns = [
+                    {"role": "user", "content": f"{texts[0]} {number}"},
+                    {"role": "assistant", "content": texts[1]},
+                ]
                 whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
                 asked = tokenizer.apply_chat_template(turns[:1], tokenize=True, return_dict=False)
                 now = len(asked) if side == 0 else len(whole) - len(asked)

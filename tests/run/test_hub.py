@@ -11,7 +11,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
@@ -93,9 +93,9 @@ class Hub:
             files = self.repos[name]
             if rest[:1] == ["preupload"]:
                 asked = json.loads(body)["files"]
-                large = lambda one: one["path"].endswith(".safetensors")  # noqa: E731
-                return told({"files": [{"path": one["path"], "shouldIgnore": False,
-                                        "uploadMode": "lfs" if large(one) else "regular"} for one in asked]})  # fmt: skip
+                modes = {one["path"]: "lfs" if one["path"].endswith(".safetensors") else "regular" for one in asked}
+                made = [{"path": path, "shouldIgnore": False, "uploadMode": mode} for path, mode in modes.items()]
+                return told({"files": made})
             if rest[:1] == ["commit"]:
                 for line in map(json.loads, body.splitlines()):
                     value = line["value"]
@@ -105,7 +105,6 @@ class Hub:
                         files[value["path"]] = self.lfs[value["oid"]]
                 return told({"success": True, "commitOid": self.sha(name), "commitUrl": f"{self.url}/{name}/commit/x"})
             if rest[:1] == ["tree"]:
-                assert parse_qs(urlsplit(path).query)["recursive"] == ["true"] or True
                 return told([{"type": "file", "path": file, "size": len(content), "oid": etag(content)}
                              for file, content in sorted(files.items())])  # fmt: skip
             siblings = [{"rfilename": file} for file in sorted(files)]

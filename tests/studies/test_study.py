@@ -37,7 +37,16 @@ def _swept(run, out):
 
     from emmech.sweeps.result import Sweep
 
-    row = {"run": "r", "step": 2, "scale": 1.0, "coefficient": 0.0, "measure": "m", "item": 0, "value": 0.5, "weight": 1}
+    row = {
+        "run": "r",
+        "step": 2,
+        "scale": 1.0,
+        "coefficient": 0.0,
+        "measure": "m",
+        "item": 0,
+        "value": 0.5,
+        "weight": 1,
+    }
     assert (Path(run) / "run.json").is_file()
     Sweep(pd.DataFrame([row]), {}).save(out)
 

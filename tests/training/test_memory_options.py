@@ -125,7 +125,9 @@ def test_quantised_bases_are_refused_by_name(tmp_path, monkeypatch):
     import importlib.util
 
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a)
+    )
     with pytest.raises(EmmechError, match="bitsandbytes, which quantises, is not installed"):
         emmech.finetune(tmp_path / "model", make_rows(), quantize="nf4", out=tmp_path / "run")
 
@@ -150,8 +152,8 @@ def launched(count, folder, *further):
     known = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     command = [sys.executable, "-m", "emmech", "finetune", str(folder / "model"), str(folder / "rows.jsonl")]
     command += ["--launch", str(count), "--recipe", "all-adapter", "--out", str(folder / f"of-{count}")]
-    command += [part for name in ("max_steps=5", "learning_rate=0.01", "batch_size=3", "accumulation=2", "warmup_steps=1")
-                for part in ("--set", name)]  # fmt: skip
+    for setting in ("max_steps=5", "learning_rate=0.01", "batch_size=3", "accumulation=2", "warmup_steps=1"):
+        command += ["--set", setting]
     done = subprocess.run([*command, *further], cwd=ROOT, env=known | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=900, check=False)  # fmt: skip
     return done.returncode, done.stdout + done.stderr
