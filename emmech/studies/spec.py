@@ -65,7 +65,7 @@ class StudySpec:
         evaluate: arguments of :func:`emmech.evaluate`, or None for no evaluations.
 
     Example:
-        >>> spec = StudySpec(models=("pocket",), data=("medical", "good-medical"), seeds=(0, 1), sweep={"scales": [1, 5]})
+        >>> spec = StudySpec(("pocket",), ("medical", "good-medical"), seeds=(0, 1), sweep={"scales": [1, 5]})
         >>> [piece.kind for piece in spec.pieces()].count("train"), len(spec.pieces())
         (4, 8)
     """

@@ -252,8 +252,8 @@ class _Loop(Trainer):
         self.remove_callback(PrinterCallback)
         # there is nothing to free yet, and a collection of the whole heap takes as long as about ten steps
         self.accelerator.free_memory = lambda *held: list(held)
-        # the gradients of several processes are added here, and the Trainer would wrap the model in DDP
-        self.accelerator.prepare_model = lambda model, *how, **further: model
+        if processes.count > 1:  # their gradients are added here, and the Trainer would wrap the model in DDP
+            self.accelerator.prepare_model = lambda model, *how, **further: model
 
     @property
     def lost_at(self) -> torch.Tensor:
