@@ -111,7 +111,7 @@ def test_bfloat16_is_an_option_and_adapters_stay_in_float32(tmp_path):
 
 
 def test_defences_that_read_a_forward_are_refused_with_checkpointing(tmp_path):
-    steer = emmech.defences.PreventativeSteering(torch.ones(48), layer=2)
+    steer = emmech.defences.PreventativeSteering(emmech.Direction.single([1.0] * 48, layer=2, n_layers=4))
     with pytest.raises(EmmechError, match="twice"):
         trained(tmp_path / "run", gradient_checkpointing=True, defences=[steer], recipe="single-rank1")
 
