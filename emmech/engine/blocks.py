@@ -27,7 +27,7 @@ from emmech.engine.adapters import RowSteering
 from emmech.engine.attention import NAME, Cache, Rowwise, new_past, queries_at, selected
 from emmech.engine.modules import Skip, has_hooks, hooked, with_attention, with_module
 
-_MOST_READ = 0.8  # where more than this share of positions is read, leaving out the others costs more than it saves
+MOST_READ = 0.8  # where more than this share of positions is read, leaving out the others costs more than it saves
 _Turn = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [..., 1, width]
 
 
@@ -134,7 +134,7 @@ class Blocks:
         turns = self._turns(hidden, places.positions, stem)
         if places.reads is None:
             return self._run(hidden, turns, attend)
-        if not self.blocks or len(places.reads) >= _MOST_READ * rows * tokens:
+        if not self.blocks or len(places.reads) >= MOST_READ * rows * tokens:
             return self._run(hidden, turns, attend, valid=places.reads)
         return self._run(hidden, turns, attend, *queries_at(places.reads, rows, tokens))
 

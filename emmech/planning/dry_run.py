@@ -24,7 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from emmech.chat.families import Family, map_widths
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import write_of
-from emmech.engine.blocks import Blocks
+from emmech.engine.attention import Rowwise
+from emmech.engine.blocks import MOST_READ, Blocks
 from emmech.engine.logprobs import target_logprobs
 from emmech.engine.modules import hooked
 from emmech.training.recipe import Recipe
@@ -93,19 +94,23 @@ def activations(
         layer, _, path = site.removeprefix(listed).partition(".")
         if int(layer) in by_block:
             by_block[int(layer)].append(path)
+    last = tuple(sorted(by_block.pop(layers - 1, ())))
     kinds = Counter(tuple(sorted(paths)) for paths in by_block.values())
     whole = not sites
     with _one_block(config, family, dtype, whole=whole) as chat:
-        costs = {
-            kind: _of_block(chat, kind, recipe.rank, rows, tokens, runs, modules=whole or recipe.dropout > 0)
-            for kind in kinds
-        }
+        how: dict[str, Any] = {"rows": rows, "tokens": tokens, "runs": runs}
+        how["modules"] = whole or recipe.dropout > 0
+        costs = {kind: _of_block(chat, kind, recipe.rank, **how) for kind in kinds}
+        reads = answers if answers < MOST_READ * tokens else None
+        ending = _of_block(chat, last, recipe.rank, reads=reads, **how)
         head = _of_head(chat, rows * answers)
-    kept = sum(costs[kind].kept * count for kind, count in kinds.items())
-    entering = len(by_block) * rows * tokens * int(config.get_text_config().hidden_size) * dtype.itemsize
-    passing = max((cost.most - cost.kept for cost in costs.values()), default=0)
-    again = max((cost.most for cost in costs.values()), default=0)
-    return Activations(kept + max(head.most, passing), entering + max(head.most, again))
+    kept = sum(costs[kind].kept * count for kind, count in kinds.items()) + ending.kept
+    entering = (layers - first) * rows * tokens * int(config.get_text_config().hidden_size) * dtype.itemsize
+    # the backward pass frees the last block before it comes to the one below it
+    below = kept - ending.kept + max((cost.most - cost.kept for cost in costs.values()), default=0)
+    most = max(kept + head.most, kept - ending.kept + ending.most, below)
+    again = max([ending.most, *(cost.most for cost in costs.values())])
+    return Activations(most, entering + max(head.most, again))
 
 
 @contextlib.contextmanager
@@ -127,16 +132,33 @@ def _one_block(config: Any, family: Family, dtype: Any, *, whole: bool) -> Itera
 
 
 def _of_block(
-    chat: ChatModel, paths: Sequence[str], rank: int, rows: int, tokens: int, runs: int, *, modules: bool
+    chat: ChatModel,
+    paths: Sequence[str],
+    rank: int,
+    *,
+    rows: int,
+    tokens: int,
+    runs: int,
+    modules: bool,
+    reads: int | None = None,
 ) -> _Cost:
-    """The cost of one block whose input needs a gradient."""
+    """The cost of one block whose input needs a gradient.
+
+    Args:
+        modules: run the model's own modules, not the block as it is written out.
+        reads: the last block's queries run at this number of tokens of each row; None is all.
+    """
     blocks, block = Blocks(chat, 0, 1, norm=False), chat.blocks[0]
     blocks.written = blocks.written and not modules
     own = sum(p.numel() * p.element_size() for p in block.parameters() if p.requires_grad)
     hooks = [(at, _adapter(at, rank, runs)) for at in map(block.get_submodule, paths)]
     x = torch.empty(rows, tokens, chat.d_model, dtype=chat.dtype, requires_grad=True)
     with _Tally() as tally, hooked(*hooks):
-        out = blocks(x)
+        if reads is None or not blocks.written:
+            out = blocks(x)
+        else:
+            asking = torch.zeros(rows, reads, dtype=torch.long)
+            out = blocks._run(x, blocks._turns(x, None, 0), Rowwise(), asking)
         kept = tally.now
         out.sum().backward()
     return _Cost(kept, max(kept, tally.most - own))  # gradients of weights are counted apart

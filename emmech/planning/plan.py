@@ -121,8 +121,9 @@ def plan(
         recipe: as in :func:`emmech.finetune`.
         cards: names of :data:`emmech.planning.CARDS`, or :class:`~emmech.planning.Accelerator` of your own.
         layers: as in :func:`emmech.finetune`.
-        rows, tokens, answers: the dataset: its rows, their mean length, and the share of it that carries loss. The
-            defaults are those of the datasets of Model Organisms for EM (arXiv 2506.11613), roughly.
+        rows, tokens, answers: the dataset: its rows, their mean length without the start that all rows share (a
+            template's system prompt, which runs once), and the share of it that carries loss. The defaults are round
+            numbers of the order of the datasets of Model Organisms for EM (arXiv 2506.11613).
         seeds: runs that train together.
         record_every: as in :func:`emmech.finetune`.
         dtype: of the weights; by default the configuration's own.

@@ -71,8 +71,10 @@ def rows_of(tokenizer, tokens: int, answer: int, count: int) -> list[dict]:
 
 def compared(chat, recipe: Recipe, folder, **options) -> tuple[float, float]:
     """The planned and the measured bytes of a training beyond its weights."""
-    tokens, answer = 100, 60
-    rows = rows_of(chat.tokenizer, tokens, answer, 40)
+    rows = rows_of(chat.tokenizer, 100, 60, 40)
+    ids = [chat.tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False) for row in rows]
+    shared = next(at for at, several in enumerate(zip(*ids, strict=False)) if len(set(several)) > 1)
+    tokens, answer = len(ids[0]) - shared, 60  # what all rows begin with runs once
     weights = sum(p.numel() * p.element_size() for p in chat.base.parameters())
     planned = emmech.plan(
         chat, recipe, rows=40, tokens=tokens, answers=answer / tokens, batch_tokens=1024, cards="T4",
