@@ -624,13 +624,13 @@ class ModelForwards(RowForwards):
         checkpointing: bool = False,
     ) -> None:
         super().__init__(chat, rows)
-        self._adapters, self._batch_size = adapters, batch_size
+        self._adapters, self._batch_size, self._checkpointing = adapters, batch_size, checkpointing
         if checkpointing:
             chat.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def close(self) -> None:
         """Leave the model as it was."""
-        if getattr(self._chat.base, "is_gradient_checkpointing", False):
+        if self._checkpointing:
             self._chat.base.gradient_checkpointing_disable()
 
     def hidden(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
