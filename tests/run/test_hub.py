@@ -188,7 +188,7 @@ def test_a_run_goes_to_the_hub_and_comes_back(server, run, tmp_path):
     said = client(CLIENT, server, tmp_path, run.path, "me/bad-medical")
     assert f"{server.url}/me/bad-medical" in said and "back" in said and "nobody/nothing" in said
     files = server.repos["me/bad-medical"]
-    assert set(files) == {"README.md", "run.json", "metrics.jsonl", "trajectory/trajectory.safetensors"}
+    assert set(files) == {"README.md", "run.json", "metrics.jsonl", "trajectory/stacked.safetensors"}
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
     assert f"Bearer {TOKEN}" in server.tokens  # it is sent, and is nowhere else
     assert TOKEN not in said and not any(TOKEN.encode() in content for content in files.values())

@@ -115,9 +115,9 @@ def test_a_piece_that_another_process_holds_is_left_to_it(spec, tmp_path):
 
 def test_a_piece_that_fails_is_told_and_tried_again(spec, tmp_path):
     out = tmp_path / "study"
-    bad = {**spec, "ranks": [1], "seeds": [0], "train": {**spec["train"], "modules": ["mlp.nothing"]}}
+    bad = {**spec, "ranks": [1], "seeds": [0], "layers": [[99]]}
     table = emmech.study(bad, out=out, progress=False)
-    assert table.frame["status"].tolist() == ["failed"] and "mlp.nothing" in repr(table)
+    assert table.frame["status"].tolist() == ["failed"] and "layer=99" in repr(table)
     assert table.meta["failed"] == 1 and table.meta["done"] == 0
     emmech.study(bad, out=out, progress=False)
     assert events(out)["failed", "train"] == 2
