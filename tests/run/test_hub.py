@@ -197,7 +197,10 @@ def test_a_run_goes_to_the_hub_and_comes_back(server, run, tmp_path):
     assert card.startswith("---\nlibrary_name: emmech\n") and "base_model: Qwen/Qwen2.5-0.5B-Instruct" in card
     for wanted in ('emmech.load_run("hub:me/bad-medical")', "## PhaseTransition", "| loss | 1 |", "do not deploy"):
         assert wanted in card
-    assert str(30) in card.split("## PhaseTransition")[1]  # the step at which its path turns
+    found = emmech.phase_transition(run)._card()
+    section = " ".join(card.split("## PhaseTransition")[1].split())
+    assert found.headline in section and found.facts
+    assert all(" ".join(text.split()).replace("|", "\\|") in section for _, text in found.facts)
 
 
 def test_a_refusal_of_the_hub_holds_no_token(monkeypatch, run):
