@@ -116,10 +116,11 @@ def plan(
     and every tensor that it keeps is counted. Nothing is downloaded.
 
     Args:
-        model: a usual name (Qwen2.5, Llama 3, Gemma: ``"Qwen/Qwen2.5-14B-Instruct"``), a folder with ``config.json`` or that file, a configuration of
-            transformers, or anything :func:`emmech.load_model` takes without a download.
+        model: a usual name (Qwen2.5, Llama 3, Gemma: ``"Qwen/Qwen2.5-14B-Instruct"``), a folder with ``config.json``
+            or that file, a configuration of transformers, or anything :func:`emmech.load_model` takes without a download.
         recipe: as in :func:`emmech.finetune`.
-        cards: ``"T4"``, ``"RTX 4090 24"``, ``"A100 80"``, ``"H100"``, ``"H200"``, or :class:`~emmech.planning.Accelerator` of your own.
+        cards: ``"T4"``, ``"RTX 4090 24"``, ``"A100 80"``, ``"H100"``, ``"H200"``, or your own
+            :class:`~emmech.planning.Accelerator`.
         layers: as in :func:`emmech.finetune`.
         rows, tokens, answers: the dataset: its rows, their mean length without the start that all rows share (a
             template's system prompt, which runs once), and the share of it that carries loss. The defaults are round
