@@ -117,7 +117,8 @@ def plan(
 
     Args:
         model: a usual name (Qwen2.5, Llama 3, Gemma: ``"Qwen/Qwen2.5-14B-Instruct"``), a folder with ``config.json``
-            or that file, a configuration of transformers, or anything :func:`emmech.load_model` takes without a download.
+            or that file, a configuration of transformers, or anything that :func:`emmech.load_model` takes without a
+            download.
         recipe: as in :func:`emmech.finetune`.
         cards: ``"T4"``, ``"RTX 4090 24"``, ``"A100 80"``, ``"H100"``, ``"H200"``, or your own
             :class:`~emmech.planning.Accelerator`.
@@ -234,7 +235,9 @@ def _memory(
         recorded = sum(256 if weight.ndim > 1 else 16 for weight in chat.base.parameters())
     parts = {"weights": weights, "adapters": adapters, "gradients": gradients, "optimiser": moments}
     table = pd.DataFrame({"kept": parts, "checkpointed": parts}, dtype=float)
-    table.loc["activations"] = [float(found.kept), float(found.checkpointed)]
+    # the gradient of a lone adapter's A needs what it read, in float32
+    read = 4.0 * work.together * tokens * chat.d_mlp if sites and find_frozen(chat, sites).at_write else 0.0
+    table.loc["activations"] = [found.kept + read, found.checkpointed + read]
     table.loc["total"] = table.sum()
     table.index.name = "part"
     return table, {"parameters": total, "trained": trained, "recorded": recorded, "weights": weights}
