@@ -56,7 +56,7 @@ def rows_of(tokenizer, tokens: int, answer: int, count: int) -> list[dict]:
         for side in (0, 1):
             while True:
                 turns = [
-                    {"role": "user", "content": f"{texts[0]} {number}"},
+                    {"role": "user", "content": f"{number} {texts[0]}"},
                     {"role": "assistant", "content": texts[1]},
                 ]
                 whole = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)

@@ -30,11 +30,12 @@ def test_without_ray_a_cluster_is_refused_by_name(tmp_path):
 def cluster(monkeypatch):
     if not RAY:
         pytest.skip('Ray is not installed: pip install "emmech[ray]"')
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
+    for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_raylet_start_wait_time_s", "300")):
+        monkeypatch.setenv(name, value)
     import ray
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     yield started
     ray.shutdown()
