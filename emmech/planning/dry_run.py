@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from emmech.chat.families import Family, map_widths
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import write_of
-from emmech.engine.attention import Rowwise
+from emmech.engine.attention import RUN, Rowwise
 from emmech.engine.blocks import MOST_READ, Blocks
 from emmech.engine.logprobs import target_logprobs
 from emmech.engine.modules import hooked
@@ -102,7 +102,7 @@ def activations(
         how["modules"] = whole or recipe.dropout > 0
         costs = {kind: _of_block(chat, kind, recipe.rank, **how) for kind in kinds}
         reads = answers if answers < MOST_READ * tokens else None
-        ending = _of_block(chat, last, recipe.rank, reads=reads, **how)
+        ending = _of_last_block(chat, last, recipe.rank, reads, how)
         head = _of_head(chat, rows * answers)
     kept = sum(costs[kind].kept * count for kind, count in kinds.items()) + ending.kept
     entering = (layers - first) * rows * tokens * int(config.get_text_config().hidden_size) * dtype.itemsize
@@ -162,6 +162,20 @@ def _of_block(
         kept = tally.now
         out.sum().backward()
     return _Cost(kept, max(kept, tally.most - own))  # gradients of weights are counted apart
+
+
+def _of_last_block(chat: ChatModel, paths: Sequence[str], rank: int, reads: int | None, how: dict[str, Any]) -> _Cost:
+    """The cost of the block whose queries run at the answers alone, which grows by the same amount with each of them.
+
+    Attention over more than ``RUN`` queries depends on the values of its mask, which fake tensors do not have.
+    """
+    if reads is None or reads <= RUN:
+        return _of_block(chat, paths, rank, reads=reads, **how)
+    half, whole = (_of_block(chat, paths, rank, reads=at, **how) for at in (RUN // 2, RUN))
+    further = (reads - RUN) / (RUN - RUN // 2)
+    return _Cost(
+        round(whole.kept + further * (whole.kept - half.kept)), round(whole.most + further * (whole.most - half.most))
+    )
 
 
 def _adapter(module: Any, rank: int, runs: int) -> Any:
