@@ -92,11 +92,19 @@ def compared(chat, recipe: Recipe, folder, **options) -> tuple[float, float]:
 WIDE = dict(max_steps=2, batch_size=8, accumulation=1, held_out=0.1, measured=1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_memory_is_that_of_a_tiny_training(family, tmp_path):
-    chat = make_tiny(family)
-    recipe = Recipe("tiny", depth=None, rank=2, **WIDE)
-    planned, measured = compared(chat, recipe, tmp_path / "run", prefix=False)
+@pytest.mark.parametrize(
+    ("family", "rank", "checkpointing"),
+    [
+        ("llama", 2, False),
+        pytest.param("llama", 2, True, marks=pytest.mark.slow),
+        pytest.param("gemma3", 2, False, marks=pytest.mark.slow),
+        pytest.param("llama", 0, False, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_is_that_of_a_tiny_training(family, rank, checkpointing, tmp_path):
+    recipe = Recipe("tiny", depth=None, rank=rank, learning_rate=1e-4, **WIDE)
+    options = {"prefix": False, "gradient_checkpointing": checkpointing}
+    planned, measured = compared(make_tiny(family), recipe, tmp_path / "run", **options)
     assert abs(planned - measured) <= 0.2 * measured, (planned, measured)
 
 
