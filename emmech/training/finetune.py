@@ -114,7 +114,7 @@ def finetune(
             bounds the memory of activations and changes no result: an optimizer step always has ``batch_size *
             accumulation`` rows. (Where all weights train, or with dropout, ``batch_size`` rows go forward together.)
         gradient_checkpointing: keep the input of each block alone for the backward pass, which runs the block again:
-            less memory, about a third more time, the same result.
+            less memory, more time, the same result.
         dtype, quantize: of the weights, as in :func:`emmech.load_model`; adapters train in float32. On a quantised base
             only adapters train.
         objective: the terms whose sum is minimised; by default the answers' cross-entropy alone. See
