@@ -51,71 +51,12 @@ def test_the_page_runs(page, tmp_path, monkeypatch):
         panel.close()
 
 
-SHAPES = {  # of Qwen2.5-7B-Instruct and Qwen2.5-14B-Instruct
-    "7B": {"hidden_size": 3584, "num_hidden_layers": 28, "intermediate_size": 18944, "num_attention_heads": 28,
-           "num_key_value_heads": 4},
-    "14B": {"hidden_size": 5120, "num_hidden_layers": 48, "intermediate_size": 13824, "num_attention_heads": 40,
-            "num_key_value_heads": 8},
-}  # fmt: skip
+@pytest.mark.slow
+def test_the_figures_of_large_models_are_the_planners():
+    from docs.studies.large_models import tables
 
-
-def arithmetic(shape: dict[str, int]) -> dict[str, str]:
-    """What the page on large models says of one of them, from a model without weights."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
-
-    from emmech.training.recipe import RECIPES, target_modules
-
-    vocabulary = 152_064
-    with torch.device("meta"):
-        config = Qwen2Config(**shape, vocab_size=vocabulary, tie_word_embeddings=False, dtype=torch.bfloat16)
-        chat = emmech.load_model(AutoModelForCausalLM.from_config(config))
-    n = sum(weight.numel() for weight in chat.base.parameters())
-
-    def trained(recipe):
-        maps = [chat.base.get_submodule(path) for path in target_modules(chat, RECIPES[recipe], None)]
-        return sum(RECIPES[recipe].rank * (one.in_features + one.out_features) for one in maps)
-
-    one, every, gib = trained("single-rank1"), trained("all-adapter"), 2**30
-    tokens, flops = 6_300 * 150, 3 * n
-    return {
-        "layers": f"{chat.n_layers}",
-        "d_model": f"{chat.d_model:,}",
-        "d_mlp": f"{chat.d_mlp:,}",
-        "parameters": f"{n / 1e9:.2f} billion",
-        "weights in bfloat16": f"{2 * n / gib:.1f} GiB",
-        "one token in the key-value cache": f"{chat.cache_bytes / 1024:.0f} KiB",
-        "400 answers of 700 tokens in the cache at once": f"{400 * 700 * chat.cache_bytes / gib:.1f} GiB",
-        "logits of 1,024 answer tokens, float32": f"{1024 * vocabulary * 4 / gib:.2f} GiB",
-        "trained numbers, `single-rank1`": f"{one:,}",
-        "trained numbers, `all-adapter` (rank 32)": f"{every / 1e6:.1f} million",
-        "their gradients and Adam's state in float32": f"{16 * every / gib:.1f} GiB",
-        "`phase-transition`": f"{4 * one * 792 / 1e6:.0f} MB",
-        "`all-adapter`": f"{4 * every * 397 / 1e9:.0f} GB",
-        "`all-adapter`, `record_every=10`": f"{4 * every * 40 / 1e9:.0f} GB",
-        "full": f"{8 * n / gib:.0f}",
-        "prefix": f"{tokens * 2 * chat.d_model / 1e9:.1f} GB",
-        "operations": f"{tokens * flops / 1e16:.1f}",
-        "minutes": f"{tokens * flops / 1e14 / 60:.1f}",
-        "seconds": f"{700 * 2 * n / 1e12:.0f} s",
-    }
-
-
-def test_the_arithmetic_of_large_models_is_right():
     page = (DOCS / "howto/large-models.md").read_text(encoding="utf-8")
-    small, large = (arithmetic(shape) for shape in SHAPES.values())
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
-    found = {row[0]: row[-2:] for row in rows}
-    prose = {"full", "prefix", "operations", "minutes", "seconds"}
-    assert {name: found[name] for name in small if name not in prose} == {
-        name: [small[name], large[name]] for name in small if name not in prose
-    }
-    joined = " ".join(page.split())
-    for said in (
-        f"{small['full']} GiB and {large['full']} GiB, and a copy",
-        f"{small['prefix']} for 7B and {large['prefix']} for 14B",
-        f"{small['operations']} · 10¹⁶ operations for 7B and {large['operations']} · 10¹⁶ for 14B",
-        f"that is {small['minutes']} and {large['minutes']} minutes",
-        f"at least {small['seconds']} for 7B and {large['seconds']} for 14B",
-    ):
-        assert said in joined, said
+    made = tables()
+    assert set(made) == {"memory", "disk", "cards"}
+    for name, table in made.items():
+        assert f"<!-- {name} -->\n{table}\n<!-- end -->" in page, name

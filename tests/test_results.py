@@ -26,8 +26,10 @@ from emmech.hosted.job import HostedJob
 from emmech.interventions.studies import Study
 from emmech.leagues.league import League
 from emmech.leagues.league import _result as league_of
+from emmech.planning import ResourcePlan
 from emmech.realignment.studies import Durability, LearningCurve
 from emmech.results import Result, Shown
+from emmech.studies import StudyTable
 from emmech.sweeps.result import Sweep
 from emmech.sweeps.tangent import TangentScan
 from emmech.transition.distribution import distribution_shift
@@ -92,6 +94,24 @@ def _tangent() -> TangentScan:
 def _lens() -> AdapterScalars:
     tokens, answer = (EVIL, "a", "b"), np.array([False, True, True])
     return AdapterScalars((EVIL,), np.eye(3, 1, dtype=np.float32), np.ones(1), tokens, np.array([0, 0, 1]), answer)
+
+
+def _plan() -> ResourcePlan:
+    memory = pd.DataFrame({"kept": [2e9, 3e9, 5e9], "checkpointed": [2e9, 1e9, 3e9]})
+    memory.index = pd.Index(["weights", "activations", "total"], name="part")
+    row = {"memory": 16e9, "fits": True, "fits_checkpointed": True, "answers_together": 4, "sampling_bytes": 1e9}
+    row |= {f"{one}_{side}": 30.0 for one in ("train", "evaluate", "sweep") for side in ("low", "high")}
+    row |= {f"{one}_class": "seconds" for one in ("train", "evaluate", "sweep")}
+    cards = pd.DataFrame([row], index=pd.Index([EVIL], name="card"))
+    numbers = {"parameters": 1e9, "trained": 9.0, "steps": 3.0, "rows": 8.0, "run_bytes": 1e6, "scratch_bytes": 0.0}
+    return ResourcePlan(memory, cards, numbers, {"model": EVIL, "recipe": "single-rank1", "tokens": 9})
+
+
+def _table() -> StudyTable:
+    rows = {"model": "m", "data": [EVIL, EVIL, "b", "b"], "layers": None, "rank": None, "seed": [0, 1, 0, 1]}
+    rows |= {"status": "done", "run": "r", "em": [0.1, 0.2, np.nan, 0.4], "loss": 1.0}
+    meta = {"name": EVIL, "folder": "f", "pieces": 5, "done": 4, "failed": 1, "why": EVIL}
+    return StudyTable(pd.DataFrame(rows), meta | {"by_kind": {"train": (4, 4), "sweep": (0, 1)}})
 
 
 def _league() -> League:
@@ -176,6 +196,8 @@ MAKE: dict[str, Callable[[], Result]] = {
     "JudgeTable": _judges,
     "Breadth": lambda: breadth(_evaluation(-20.0), _evaluation(20.0)),
     "HostedJob": _job,
+    "ResourcePlan": _plan,
+    "StudyTable": _table,
 }  # fmt: skip
 
 

@@ -145,6 +145,14 @@ def row_screening(
 
 
 @app.command()
+def large_models() -> None:
+    """Write the tables of the page on large models, which the planner makes."""
+    from docs.studies.large_models import main
+
+    typer.echo(main())
+
+
+@app.command()
 def panel_picture(
     out: Annotated[Path, typer.Option(help="the picture to write")] = Path("docs/figures/panel.jpg"),
 ) -> None:

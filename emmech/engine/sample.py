@@ -209,15 +209,22 @@ def live_state(chat: ChatModel) -> str:
 
 def _auto(chat: ChatModel, longest: int, max_new_tokens: int) -> int:
     """Rows per batch, as a function of the model and the device alone, so that a resumed run has the same batches."""
-    config = chat.config
     cache, logits = _CACHE_BYTES, _LOGIT_BYTES
     if chat.device.type == "cuda":
         total = torch.cuda.get_device_properties(chat.device).total_memory
         weights = sum(value.numel() * value.element_size() for value in chat.base.parameters())
         cache, logits = max(_CACHE_BYTES, (total - weights) // 2), max(_LOGIT_BYTES, (total - weights) // 8)
-    tokens = min(longest + max_new_tokens, context(chat))
+    return rows_together(chat, min(longest + max_new_tokens, context(chat)), cache=cache, logits=logits)
+
+
+def rows_together(chat: ChatModel, tokens: int, *, cache: int, logits: int) -> int:
+    """The number of answers that are decoded together, within the bytes for their cache and for their logits.
+
+    Args:
+        tokens: of the longest prompt with its answer.
+    """
     by_cache = cache // (chat.cache_bytes * tokens)
-    by_logits = logits // (5 * 4 * int(config.vocab_size))  # a draw uses five float32 arrays of that size
+    by_logits = logits // (5 * 4 * int(chat.config.vocab_size))  # a draw uses five float32 arrays of that size
     return int(max(1, min(_MOST_ROWS, by_cache, by_logits)))
 
 

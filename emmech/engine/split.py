@@ -221,7 +221,8 @@ def pays(frozen: Frozen, *, uses: float, rows: int) -> bool:
     return frozen.blocks > 0 and uses >= _PAYS_FROM * rows
 
 
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}  # a larger batch exceeds a CPU core's cache and gains nothing
+# tokens that go forward together by default; a larger batch exceeds a CPU core's cache and gains nothing
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 _TOKENS = 2048  # tokens per forward while the states are filled
 _STEM_FROM = 4  # a shorter common start is not worth separate keys and values
 _PADDING = 1.15  # the largest number of padded tokens per real one in a batch of rows
@@ -284,15 +285,25 @@ class Forwards(RowForwards):
         rows: all rows that will be asked for.
         frozen: the part of the model whose states are kept, or None.
         folder: a temporary folder for the states, which :meth:`close` deletes.
+        at_once: tokens in a forward; by default as many as the device runs fast.
+        checkpointing: keep the input of each block alone for the backward pass, which runs the block again.
     """
 
     def __init__(
-        self, chat: ChatModel, rows: Encoded, adapters: StackedAdapters, frozen: Frozen | None, folder: Path
+        self,
+        chat: ChatModel,
+        rows: Encoded,
+        adapters: StackedAdapters,
+        frozen: Frozen | None,
+        folder: Path,
+        *,
+        at_once: int | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__(chat, rows)
         self._adapters, self._device = adapters, chat.device
-        self.trunk = _fitting(chat, rows, frozen, folder)
-        self._at_once = _BATCH_TOKENS.get(chat.device.type, _BATCH_TOKENS["cuda"])
+        self.trunk = _fitting(chat, rows, frozen, folder, checkpointing=checkpointing)
+        self._at_once = at_once or BATCH_TOKENS.get(chat.device.type, BATCH_TOKENS["cuda"])
 
     def close(self) -> None:
         """Delete the kept states."""
@@ -317,10 +328,11 @@ class Forwards(RowForwards):
             with self._adapters.rows_of(runs):
                 rows, writer = [one.row for one in members], self._writer(runs, own)
                 hidden = self.trunk.hidden(rows, own, read, writer, past, sequences)
-            places = torch.tensor(batch, device=device).repeat_interleave(read.sum(1))
-            yield hidden, targets[read], places
+                places = torch.tensor(batch, device=device).repeat_interleave(read.sum(1))
+                yield hidden, targets[read], places  # a block that is run again needs these adapters, too
         if cuts:
-            torch.autograd.backward([made for _, made in cuts], [leaf.grad for leaf, _ in cuts])
+            with self._adapters.rows_of(runs_of_past):
+                torch.autograd.backward([made for _, made in cuts], [leaf.grad for leaf, _ in cuts])
 
     def _writer(self, runs: torch.Tensor, own: Sequence[int]) -> _Write | None:
         info = self._adapters.write_of
@@ -341,9 +353,12 @@ class Trunk:
         encoded: the rows.
         frozen: where to cut; with None no states are kept and everything runs each time.
         folder: a temporary folder for the states, which :meth:`close` deletes.
+        checkpointing: as in :class:`Blocks`.
     """
 
-    def __init__(self, chat: ChatModel, encoded: Encoded, frozen: Frozen | None, folder: Path) -> None:
+    def __init__(
+        self, chat: ChatModel, encoded: Encoded, frozen: Frozen | None, folder: Path, *, checkpointing: bool = False
+    ) -> None:
         self.frozen = frozen
         self._chat, self._folder = chat, folder
         self._ids, self._labels = encoded.input_ids, encoded.labels
@@ -352,7 +367,7 @@ class Trunk:
         lengths = [self.stem, *(len(ids) - self.stem for ids in encoded.input_ids)]
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
         self._lower = Lower(chat, frozen or Frozen(0, False))
-        self._upper = Blocks(chat, frozen.blocks if frozen else 0)
+        self._upper = Blocks(chat, frozen.blocks if frozen else 0, checkpointing=checkpointing)
         self._arrays: dict[str, torch.Tensor] = {}
         if frozen is not None:
             self._allocate()
@@ -532,11 +547,13 @@ class WholeTrunk:
         return whole[read]  # type: ignore[no-any-return]
 
 
-def _fitting(chat: ChatModel, rows: Encoded, frozen: Frozen | None, folder: Path) -> Trunk | WholeTrunk:
+def _fitting(
+    chat: ChatModel, rows: Encoded, frozen: Frozen | None, folder: Path, *, checkpointing: bool
+) -> Trunk | WholeTrunk:
     """The trunk with the given cut if it agrees with the model's own forward, else the model's own forward."""
     trunk: Trunk | None = None
     try:
-        trunk = Trunk(chat, rows, frozen, folder)
+        trunk = Trunk(chat, rows, frozen, folder, checkpointing=checkpointing)
         if trunk.written or trunk.deviation() <= tolerance(chat):
             return trunk
     except DOES_NOT_RUN:
@@ -594,11 +611,27 @@ class ModelForwards(RowForwards):
     Args:
         adapters: the adapters of the runs, or None in full fine-tuning.
         batch_size: rows in a forward.
+        checkpointing: keep the input of each block alone for the backward pass, which runs the block again.
     """
 
-    def __init__(self, chat: ChatModel, rows: Encoded, adapters: StackedAdapters | None, batch_size: int) -> None:
+    def __init__(
+        self,
+        chat: ChatModel,
+        rows: Encoded,
+        adapters: StackedAdapters | None,
+        batch_size: int,
+        *,
+        checkpointing: bool = False,
+    ) -> None:
         super().__init__(chat, rows)
-        self._adapters, self._batch_size = adapters, batch_size
+        self._adapters, self._batch_size, self._checkpointing = adapters, batch_size, checkpointing
+        if checkpointing:
+            chat.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        if self._checkpointing:
+            self._chat.base.gradient_checkpointing_disable()
 
     def hidden(self, asked: Sequence[Asked]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """See :meth:`RowForwards.hidden`."""
@@ -614,6 +647,6 @@ class ModelForwards(RowForwards):
             chat.base.train(torch.is_grad_enabled())
             with self._adapters.rows_of(runs) if self._adapters else contextlib.nullcontext():
                 hidden = chat.trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            read = targets != IGNORED
-            places = torch.tensor(batch, device=chat.device).repeat_interleave(read.sum(1))
-            yield hidden[:, :-1][read], targets[read], places
+                read = targets != IGNORED
+                places = torch.tensor(batch, device=chat.device).repeat_interleave(read.sum(1))
+                yield hidden[:, :-1][read], targets[read], places

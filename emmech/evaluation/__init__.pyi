@@ -14,8 +14,10 @@ from emmech.evaluation.em import Thresholds as Thresholds
 from emmech.evaluation.evaluate import stored_evaluations as stored_evaluations
 from emmech.evaluation.judges import Judge as Judge
 from emmech.evaluation.judges import LabelJudge as LabelJudge
+from emmech.evaluation.logprob_judge import LogprobJudge as LogprobJudge
 from emmech.evaluation.questions import Question as Question
 from emmech.evaluation.questions import QuestionSet as QuestionSet
+from emmech.evaluation.screening import ScreeningJudge as ScreeningJudge
 from emmech.evaluation.screening import ScreeningRate as ScreeningRate
 from emmech.evaluation.screening import screening_rate as screening_rate
 from emmech.evaluation.several_judges import JudgeTable as JudgeTable

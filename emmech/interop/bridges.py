@@ -62,7 +62,7 @@ def to_nnsight(source: Any, step: int | None = None, *, scale: float = 1.0) -> A
 
     The rank-1 scalar A·x of every token is one line of a trace::
 
-        view = emmech.to_nnsight(run)
+        view = emmech.interop.to_nnsight(run)
         with view.trace("hello"):
             scalar = view.model.layers[3].mlp.down_proj.lora_A.default.output.save()
 

@@ -327,16 +327,32 @@ class Run(Shown):
         write_json(path / "run.json", self.manifest)
         return load_run(path)
 
-    def push_to_hub(self, repo: str, *, private: bool = True) -> str:
-        """Upload the run's folder to the Hugging Face Hub; :func:`load_run` reads it back by ``hub:owner/name``."""
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repo: str, *, private: bool = True, results: Sequence[Shown] = ()) -> str:
+        """Upload the run to the Hugging Face Hub; :func:`load_run` reads it back by ``hub:owner/name``.
+
+        Files of the run's folder are uploaded and nothing else: no optimizer states, no link out of the folder, no path
+        of this machine in the manifest.
+
+        Args:
+            repo: ``"owner/name"``, which is made if it is missing.
+            private: whether a new repository is private.
+            results: what the model card shows in numbers, such as the run's
+                :class:`~emmech.transition.result.PhaseTransition` with its control, or an
+                :class:`~emmech.evaluation.evaluation.Evaluation`.
+
+        Returns:
+            the repository's address.
+
+        Raises:
+            EmmechError: the run is in memory only, a link leads out of the folder, a file holds an access token, or the
+                hub refuses.
+        """
+        from emmech.run.hub import push
 
         if self.path is None:
             instead = "run.save(folder).push_to_hub(repo)"
             raise EmmechError(f"upload {self.name}", None, "it is in memory only", instead)
-        api = HfApi()
-        api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=self.path))
+        return push(self, repo, private=private, results=results)
 
     @classmethod
     def from_arrays(
@@ -510,9 +526,9 @@ def load_run(path: str | Path) -> Run:
         EmmechError: the folder is not a run, or has a newer format.
     """
     if isinstance(path, str) and path.startswith("hub:"):
-        from huggingface_hub import snapshot_download
+        from emmech.run.hub import pull
 
-        path = snapshot_download(path.removeprefix("hub:"))
+        path = pull(path.removeprefix("hub:"))
     check_folder("open the run", "path", path)
     folder = Path(path)
     manifest_path = folder / "run.json"

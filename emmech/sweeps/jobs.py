@@ -50,6 +50,7 @@ class JobResult:
 _CPU_TOKENS = 768
 _GPU_TOKENS = 1 << 16
 _CPU_LOGIT_ROWS = 128
+GPU_SHARE = 0.6  # of the free memory of a GPU
 
 
 @dataclass(frozen=True)
@@ -439,7 +440,7 @@ def budget_bytes(memory: Any, device: torch.device) -> int:
         536870912
     """
     if memory is None:
-        return int(0.6 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _DEFAULT
+        return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else _DEFAULT
     if isinstance(memory, int | float) and memory > 0:
         return int(memory)
     match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]I?)?B?\s*", str(memory).upper())

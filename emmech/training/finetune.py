@@ -30,6 +30,7 @@ from emmech.training.adapted import adapted, merged_before
 from emmech.training.defence import Defence, prepared
 from emmech.training.loop import HELD_OUT, Member, affordable, last_checkpoint, train, training_arguments
 from emmech.training.objective import CrossEntropy, Term
+from emmech.training.processes import Processes, launched
 from emmech.training.recipe import Recipe, batch_order, resolve_recipe, target_modules
 from emmech.training.recorder import Recorder, named_texts
 from emmech.transition.watch import as_watch
@@ -60,6 +61,10 @@ def finetune(
     checkpoint_every: int | None = None,
     resume: bool = False,
     prefix: bool | str = "auto",
+    batch_tokens: int | None = None,
+    gradient_checkpointing: bool = False,
+    dtype: Any = None,
+    quantize: str | None = None,
     objective: Sequence[Term] = (CrossEntropy(),),
     defences: Sequence[Defence] = (),
     progress: bool = True,
@@ -105,6 +110,13 @@ def finetune(
         prefix: compute the blocks before the first adapter once per row and keep their states on disk while training:
             ``"auto"`` where rows are used often enough for that to pay, True (refused where it would be wrong),
             or False.
+        batch_tokens: the number of tokens that go forward together, by default 1,024 on a CPU and 16,384 on a GPU. It
+            bounds the memory of activations and changes no result: an optimizer step always has ``batch_size *
+            accumulation`` rows. (Where all weights train, or with dropout, ``batch_size`` rows go forward together.)
+        gradient_checkpointing: keep the input of each block alone for the backward pass, which runs the block again:
+            less memory, more time, the same result.
+        dtype, quantize: of the weights, as in :func:`emmech.load_model`; adapters train in float32. On a quantised base
+            only adapters train.
         objective: the terms whose sum is minimised; by default the answers' cross-entropy alone. See
             :mod:`emmech.training.objective`.
         defences: measures against a trait that the data would teach, in any combination (:mod:`emmech.defences`). They
@@ -128,7 +140,8 @@ def finetune(
     """
     seed = _checked_seeds("seed", seed)
     data_seed = None if data_seed is None else _checked_seeds("data_seed", data_seed)
-    chat = load_model(model, tokenizer)
+    chat = _loaded(model, tokenizer, dtype, quantize)
+    processes = launched(cpu=chat.device.type == "cpu")
     _refuse_adapters(chat)
     organism = chat.organism
     rates = overrides.pop("learning_rate", None)
@@ -138,6 +151,11 @@ def finetune(
     layers = None if layers is None else as_ints("fine-tune", "layers", layers)
     if checkpoint_every is not None:
         as_int("fine-tune", "checkpoint_every", checkpoint_every, least=1)
+    if batch_tokens is not None:
+        as_int("fine-tune", "batch_tokens", batch_tokens, least=1)
+    if not recipes[0].rank and getattr(chat.base, "is_quantized", False):
+        why = "its weights are quantised, and only adapters train on such weights"
+        raise EmmechError(f"fine-tune all weights of {chat.name}", "rank=0", why, "rank=1 or more, or quantize=None")
     _check_start(start)
     _check_margins(margins)
     if adapter not in ("same", "new"):
@@ -158,6 +176,7 @@ def finetune(
         margins = organism.margins(dataset.name)
     watch = as_watch(on_transition)
     active = prepared(defences, chat, dataset)
+    _check_shared(active, objective, chat, processes, checkpointing=gradient_checkpointing)
     further = [row for one in active for row in one.further_rows(chat, len(dataset))]
     chosen, variants = recipes[0], _variants(seed, data_seed, recipes)
     modules = target_modules(chat, chosen, layers) if chosen.rank else []
@@ -167,6 +186,7 @@ def finetune(
     count = len(dataset) + len(further)
     frozen = _frozen(chat, chosen, modules, count, prefix, runs=len(variants), lowest=lowest)
     folders = _folders(out, chat, dataset, variants, isinstance(seed, int), resume=resume, keeps=bool(checkpoint_every))
+    processes.wait()  # nothing is written before all processes have looked at the folders
     rows, plain = _encoded(chat, dataset, further, active)
     pairs = {name: margin_rows(several, chat) for name, several in (margins or {}).items()}
     probed = [ids for texts in named_texts(probes).values() for ids, _ in probe_rows(chat, texts)]
@@ -199,29 +219,62 @@ def finetune(
             arguments = training_arguments(chat, v.recipe, v.seed, v.data_seed, folder)
             own_rows, at = (split.train, steps, split.held_out[:kept]), starts.get(v.seed)
             members.append(Member(str(folder), v.recipe, *own_rows, at, arguments, recorder))
+        writing = folders if processes.first else []
         if earlier is not None:
-            for folder in folders:
+            for folder in writing:
                 shutil.copytree(earlier, folder / "start", dirs_exist_ok=True)
         elif start is not None and adapter == "new":
-            for folder in folders:  # each run keeps its starting weights, even if the first run is moved
+            for folder in writing:  # each run keeps its starting weights, even if the first run is moved
                 start[0].export_peft(start[1], folder / "start")
         going_on: dict[str, Any] = {"defences": active, "reference": reference}
-        going_on |= {"checkpoint_every": checkpoint_every, "progress": progress}
+        going_on |= {"checkpoint_every": checkpoint_every, "progress": progress, "processes": processes}
+        going_on |= {"batch_tokens": batch_tokens, "gradient_checkpointing": gradient_checkpointing}
         going_on["checkpoint"] = last_checkpoint(folders[0]) if resume else None
         finished = resume and all(_finished(folder, alone=len(folders) == 1) for folder in folders)
         lost = (
             {} if finished else train(trained, rows, plain, pairs, members, objective, frozen, folders[0], **going_on)
         )
+    processes.wait()
     runs = [load_run(folder) for folder in folders]
     stopped = len(runs) == 1 and runs[0].manifest.get("status") == "stopped"  # it can go on
     for scratch in ("prefix",) if stopped else ("resume", "prefix"):  # a training that is not killed deletes its prefix
-        shutil.rmtree(folders[0] / scratch, ignore_errors=True)
+        if processes.first:
+            shutil.rmtree(folders[0] / scratch, ignore_errors=True)
     if lost:
         where = ", ".join(f"{name} at step {step}" for name, step in lost.items())
         why = "the loss is no longer finite; the steps until then are recorded, and other runs are finished"
         instead = "a smaller learning_rate; emmech.load_run(folder) has what was recorded"
         raise EmmechError(f"fine-tune {chat.name}", where, why, instead)
     return runs[0] if isinstance(seed, int) else runs
+
+
+def _loaded(model: Any, tokenizer: Any, dtype: Any, quantize: str | None) -> ChatModel:
+    """The model, which is refused if it is in memory in another dtype than the one that is asked for."""
+    chat = load_model(model, tokenizer, dtype=dtype, quantize=quantize)
+    if dtype not in (None, "auto") and str(chat.dtype).removeprefix("torch.") != str(dtype).removeprefix("torch."):
+        why = f"{chat.name} is in memory already, in {str(chat.dtype).removeprefix('torch.')}"
+        raise EmmechError("fine-tune", f"dtype={dtype}", why, f"emmech.load_model(name, dtype={str(dtype)!r})")
+    return chat
+
+
+def _check_shared(
+    defences: Sequence[Defence],
+    objective: Sequence[Term],
+    chat: ChatModel,
+    processes: Processes,
+    *,
+    checkpointing: bool,
+) -> None:
+    """Refuse what cannot be divided among processes, and what must not run twice in a step."""
+    if processes.count > 1 and (defences or any(type(term) is not CrossEntropy for term in objective)):
+        given = ", ".join([*(one.name for one in defences), *(term.name for term in objective)])
+        why = "only the cross-entropy of rows is divided among processes; each would count any other term whole"
+        raise EmmechError(f"fine-tune in {processes.count} processes", given, why, "one process")
+    if checkpointing and (hooking := [one.name for one in defences if one.hooks(chat)]):
+        why = "a block that is run again would be changed or read twice"
+        raise EmmechError(
+            "fine-tune with gradient checkpointing", f"defences={hooking}", why, "gradient_checkpointing=False"
+        )
 
 
 @dataclass(frozen=True)

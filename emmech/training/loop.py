@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,11 +30,11 @@ from emmech.chat.model import ChatModel
 from emmech.engine.adapters import StackedAdapters
 from emmech.engine.modules import hooked
 from emmech.engine.split import Asked, Forwards, Frozen, ModelForwards, RowForwards, dropout
-from emmech.errors import EmmechError
 from emmech.progress import bar, forecast
 from emmech.store import kept
 from emmech.training.defence import Defence, Setting, Switch
 from emmech.training.objective import Batch, CrossEntropy, NotFinite, Term, summed
+from emmech.training.processes import Processes, SharedRows
 from emmech.training.recipe import Recipe, Step, rate_factor
 from emmech.training.recorder import Capture, FullCapture, LoraCapture, Recorder
 
@@ -61,12 +62,9 @@ class Member:
 
 
 def training_arguments(chat: ChatModel, recipe: Recipe, seed: int, data_seed: int, folder: Path) -> TrainingArguments:
-    """The Trainer's settings for a recipe.
-
-    Raises:
-        EmmechError: several processes would each train.
-    """
-    arguments = TrainingArguments(
+    """The Trainer's settings for a recipe."""
+    cpu = chat.device.type == "cpu"
+    return TrainingArguments(
         output_dir=str(folder / "resume"),
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulation,
@@ -85,16 +83,12 @@ def training_arguments(chat: ChatModel, recipe: Recipe, seed: int, data_seed: in
         report_to=[],
         seed=seed,
         data_seed=data_seed,
-        use_cpu=chat.device.type == "cpu",
+        use_cpu=cpu,
+        ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
     )
-    if arguments.world_size > 1:
-        given, why = f"{arguments.world_size} processes", "all runs of a call share the forwards of one process"
-        instead = "one process, or transformers' Trainer with callbacks=[emmech.Recorder(folder)]"
-        raise EmmechError("fine-tune", given, why, instead)
-    return arguments
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -122,6 +116,9 @@ def train(
     reference: ChatModel | None = None,
     checkpoint_every: int | None = None,
     checkpoint: str | None = None,
+    processes: Processes = Processes(),  # noqa: B008
+    batch_tokens: int | None = None,
+    gradient_checkpointing: bool = False,
     progress: bool = True,
 ) -> dict[str, int]:
     """Train all members to the end.
@@ -136,6 +133,8 @@ def train(
         defences: prepared ones; what they add to the rows is in ``rows`` and ``members`` already.
         reference: the model before the training, where the training changes its weights and a defence compares them.
         checkpoint: the checkpoint from which to continue.
+        processes: those that train together.
+        batch_tokens, gradient_checkpointing: as in :func:`emmech.finetune`.
 
     Returns:
         the runs whose loss stopped being finite, by name, and the step at which it did.
@@ -145,8 +144,9 @@ def train(
     stack = StackedAdapters(chat, starts, dropout=first.recipe.dropout) if starts else None
     if stack is not None and frozen is not None and frozen.at_write:
         stack.write_of = next(info for info in stack.infos if info.layer == frozen.layer)
+    scratch = folder / "prefix" / str(processes.rank) if processes.count > 1 else folder / "prefix"
     with contextlib.ExitStack() as open_:
-        open_.callback(shutil.rmtree, folder / "prefix", ignore_errors=True)
+        open_.callback(shutil.rmtree, scratch, ignore_errors=True)
         for member in members:
             open_.callback(member.recorder.close)
         if stack is not None:
@@ -157,17 +157,28 @@ def train(
         several = [rows, *margins.values(), *own_rows.values(), *([] if plain is rows else [plain])]
         forwards = [
             open_.enter_context(contextlib.closing(made))
-            for made in _forwards(chat, several, stack, frozen, folder / "prefix", first.recipe)
+            for made in _forwards(
+                chat,
+                several,
+                stack,
+                frozen,
+                scratch,
+                first.recipe,
+                at_once=batch_tokens,
+                checkpointing=gradient_checkpointing,
+            )
         ]
-        batch = Batch((), len(members), 0, forwards[0], stack, chat)
+        whole = Batch((), len(members), 0, forwards[0], stack, chat)
+        batch = whole if processes.count == 1 else replace(whole, forwards=SharedRows(forwards[0], processes))
         of_margins, of_defences = forwards[1 : 1 + len(margins)], forwards[1 + len(margins) :][: len(own_rows)]
-        measured = batch if plain is rows else replace(batch, forwards=forwards[-1])
+        measured = whole if plain is rows else replace(whole, forwards=forwards[-1])
         held_out = HeldOut(measured, [m.held_out for m in members], dict(zip(margins, of_margins, strict=True)))
         per_step = first.recipe.batch_size * first.recipe.accumulation
         setting = Setting(chat, reference or chat, [m.arguments.data_seed for m in members], per_step)
         penalties = [one.term(forward, setting) for one, forward in zip(own_rows, of_defences, strict=True)]
         with kept("record the training", folder):  # the Trainer makes its own folder
-            loop = _Loop(members, batch, objective, penalties, edits, held_out, folder, checkpoint_every, progress)
+            given = members, batch, objective, penalties, edits, held_out, processes
+            loop = _Loop(*given, folder, checkpoint_every, progress)
         loop.train(resume_from_checkpoint=checkpoint)
         return {member.name: step for member, step in zip(members, loop.lost_at.tolist(), strict=True) if step >= 0}
 
@@ -179,15 +190,20 @@ def _forwards(
     frozen: Frozen | None,
     scratch: Path,
     recipe: Recipe,
+    *,
+    at_once: int | None,
+    checkpointing: bool,
 ) -> Iterator[RowForwards]:
     """Forwards of several sets of rows, block by block where that agrees with the model's own forward."""
     placed = len(set(getattr(chat.base, "hf_device_map", {"": 0}).values()))
-    if stack is not None and not recipe.dropout and not dropout(chat) and placed == 1:
+    as_parts = chat.family.written_out or not checkpointing  # the model's own blocks know how to checkpoint themselves
+    if stack is not None and not recipe.dropout and not dropout(chat) and placed == 1 and as_parts:
         for number, rows in enumerate(several):
-            yield Forwards(chat, rows, stack, frozen, scratch / str(number))
+            how: dict[str, Any] = {"at_once": at_once, "checkpointing": checkpointing}
+            yield Forwards(chat, rows, stack, frozen, scratch / str(number), **how)
         return
     for rows in several:
-        yield ModelForwards(chat, rows, stack, recipe.batch_size)
+        yield ModelForwards(chat, rows, stack, recipe.batch_size, checkpointing=checkpointing)
 
 
 class _Loop(Trainer):
@@ -201,12 +217,13 @@ class _Loop(Trainer):
         penalties: Sequence[Term],
         edits: Switch,
         held_out: HeldOut,
+        processes: Processes,
         folder: Path,
         checkpoint_every: int | None,
         progress: bool,
     ) -> None:
         self.members, self.batch, self.objective, self.held_out = members, batch, objective, held_out
-        self.penalties, self.edits = penalties, edits
+        self.penalties, self.edits, self.processes = penalties, edits, processes
         first, stack = members[0], batch.adapters
         seed = first.arguments.seed
         arguments = training_arguments(batch.chat, first.recipe, seed, seed, folder)
@@ -230,10 +247,13 @@ class _Loop(Trainer):
         self.logs: dict[int, dict[str, float]] = {}
         self.stopped: set[int] = set()  # runs that an early warning ended
         rows = [row for member in members for row in member.rows]
-        super().__init__(model=model, args=arguments, train_dataset=rows, callbacks=[_Recorders(self, progress)])
+        shown = progress and processes.first
+        super().__init__(model=model, args=arguments, train_dataset=rows, callbacks=[_Recorders(self, shown)])
         self.remove_callback(PrinterCallback)
         # there is nothing to free yet, and a collection of the whole heap takes as long as about ten steps
         self.accelerator.free_memory = lambda *held: list(held)
+        if processes.count > 1:  # their gradients are added here, and the Trainer would wrap the model in DDP
+            self.accelerator.prepare_model = lambda model, *how, **further: model
 
     @property
     def lost_at(self) -> torch.Tensor:
@@ -274,14 +294,19 @@ class _Loop(Trainer):
                 return torch.zeros((), device=self.args.device)
             if stack is not None:
                 stack.gather()
+            lost: Sequence[int] = ()
             try:
                 own = replace(self.batch, asked=asked, step=step)
                 with self.edits.on():
                     terms = summed(self.objective, own)
                 terms |= summed(self.penalties, own)  # of the model as it would be deployed
-                break
             except NotFinite as error:
-                self._lose(error.runs, step)
+                lost = error.runs
+            lost = self.processes.union(lost)
+            if not lost:
+                break
+            self._lose(lost, step)
+        self._add_up(terms)
         if stack is not None:
             stack.spread(going)
         losses = torch.stack(list(terms.values())).sum(0)
@@ -298,6 +323,17 @@ class _Loop(Trainer):
                 self.logs[run] |= {f"loss/{name}": float(value[run]) for name, value in terms.items()}
             self.logs[run] |= {"grad_norm": norm, "learning_rate": self.optimizer.param_groups[run]["lr"]}
         return losses[going].mean().to(self.args.device)
+
+    def _add_up(self, terms: Mapping[str, torch.Tensor]) -> None:
+        """Add up what the processes found, each for its own rows."""
+        if self.processes.count == 1:
+            return
+        stack = self.batch.adapters
+        trained = self.own[0] if stack is None else [*stack.A.values(), *stack.B.values()]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.processes.add([*terms.values(), *(p.grad for p in trained if p.grad is not None)])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder = Path(str(self.args.output_dir))
@@ -353,7 +389,7 @@ class _Recorders(TrainerCallback):
         lost = {run for run, lost_at in enumerate(loop.lost_at.tolist()) if lost_at >= 0}
         self._running = set(range(len(members))) - lost - loop.stopped
         with self._clock.measuring():
-            if state.global_step == 0:
+            if state.global_step == 0 and loop.processes.first:
                 loop.held_out.measure(range(len(members)))
             for run in sorted(self._running):
                 own, given = self._state(run, state), members[run].arguments
@@ -374,7 +410,7 @@ class _Recorders(TrainerCallback):
         going = {run: loop.members[run] for run in sorted(self._running & loop.logs.keys())}
         due = [run for run, member in going.items() if member.recorder.measures_at(step, len(member.steps))]
         with self._clock.measuring() if due else contextlib.nullcontext():
-            if due:
+            if due and loop.processes.first:
                 loop.held_out.measure(due)
             for run, member in going.items():
                 own, told = self._state(run, state), (control if len(loop.members) == 1 else TrainerControl())
@@ -413,7 +449,8 @@ class _Recorders(TrainerCallback):
     def _state(self, run: int, state: Any) -> TrainerState:
         steps = self._loop.members[run].steps
         at = min(state.global_step, len(steps))
-        return TrainerState(global_step=at, max_steps=len(steps), epoch=steps[at - 1].epoch if at else 0.0)
+        epoch, first = steps[at - 1].epoch if at else 0.0, self._loop.processes.first
+        return TrainerState(global_step=at, max_steps=len(steps), epoch=epoch, is_world_process_zero=first)
 
 
 def _was_stopped(member: Member) -> bool:

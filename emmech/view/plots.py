@@ -500,6 +500,37 @@ def league(frame: pd.DataFrame, title: str) -> Any:
     return finish(figure, title, height=height, xaxis_title="EM, %", yaxis_autorange="reversed", barmode="group")
 
 
+def by_setting(table: pd.DataFrame, outcome: str, name: str) -> Any:
+    """One outcome of many runs, settings by seeds; the rate of EM in per cent."""
+    figure = panels()
+    rate = outcome == "em"
+    shown = 100 * table if rate else table
+    heat(figure, shown, "EM, %" if rate else quantity(outcome), low=0 if rate else None, high=100 if rate else None,
+         written="{:.0f}" if rate else "{:.2g}")  # fmt: skip
+    return finish(figure, f"{name}: {quantity(outcome)}", height=220 + 42 * len(table), yaxis_autorange="reversed",
+                  xaxis={"title": "seed", "type": "category"})  # fmt: skip
+
+
+def memory_parts(parts: pd.DataFrame, limits: Mapping[str, float], title: str) -> Any:
+    """Memory by part in GiB, one stacked bar for each column, with the memory of each card.
+
+    Args:
+        parts: one row for each part.
+        limits: the memory of the cards, in GiB.
+    """
+    figure = panels()
+    for index, (part, row) in enumerate(parts.iterrows()):
+        figure.add_bar(y=list(parts.columns), x=row, name=str(part), marker_color=colour(index), orientation="h",
+                       hovertemplate=f"{html.escape(str(part))}: %{{x:.3g}} GiB<extra></extra>")  # fmt: skip
+    heights = sorted(set(limits.values()))
+    for limit in heights:
+        names = ", ".join(name for name, own in limits.items() if own == limit)
+        figure.add_vline(limit, line={"color": GREY, "dash": "dot", "width": 1})
+        figure.add_annotation(x=limit, y=1, yref="paper", text=html.escape(names), textangle=-90, showarrow=False,
+                              xanchor="right", yanchor="top", font_size=11)  # fmt: skip
+    return finish(figure, title, height=330, xaxis_title="GiB", yaxis_autorange="reversed", barmode="stack")
+
+
 def grid_of_rates(table: pd.DataFrame) -> Any:
     """A matrix of rates in per cent, cures by contexts."""
     figure = panels()

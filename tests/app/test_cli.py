@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tests.test_leagues import counted
 
 MEDICAL = Path(__file__).resolve().parents[2] / "checkpoints" / "pocket-medical"
 COMMANDS = [
-    *("finetune", "realign", "league", "transition", "evaluate"),
+    *("finetune", "realign", "league", "study", "plan", "push", "transition", "evaluate"),
     *("sweep", "direction", "chat", "export", "info", "report"),
 ]
 
@@ -197,3 +198,32 @@ def test_the_installed_command(tmp_path):
     )
     assert "steps 0 to 5" in result.stdout
     assert json.loads((run.path / "run.json").read_text())["format"] == 1
+
+
+def test_plan_and_study(tmp_path, monkeypatch):
+    """The options arrive; what plans and studies do is tested where it is."""
+    from tests.test_results import MAKE
+
+    calls = {}
+    made = MAKE["ResourcePlan"]()
+    monkeypatch.setattr(emmech, "plan", lambda *given, **how: calls.update(given=given, **how) or made)
+    shown = call("plan", "--model", "Qwen/Qwen2.5-14B-Instruct", "--recipe", "full", "--rows", 9, "--set", "epochs=3")
+    assert "to train" in shown and calls["given"] == ("Qwen/Qwen2.5-14B-Instruct", "full")
+    assert calls["rows"] == 9 and calls["epochs"] == 3 and "cards" not in calls
+    call("plan", "--model", "x", "--card", "H100", "--card", "T4", "--json")
+    assert calls["cards"] == ["H100", "T4"]
+    table = MAKE["StudyTable"]()
+    monkeypatch.setattr(emmech, "study", lambda spec, **how: calls.update(spec=spec, **how) or table)
+    rows = json.loads(call("study", tmp_path / "s.yaml", "--out", tmp_path, "--cluster", "auto", "--gpus", 1, "--json"))
+    assert len(rows) == 4 and calls["out"] == tmp_path and calls["cluster"] == "auto" and calls["gpus"] == 1
+
+
+def test_launching_starts_torchrun_with_the_same_command(monkeypatch):
+    from emmech.app import commands
+
+    ran = []
+    ended = SimpleNamespace(returncode=3)
+    monkeypatch.setattr(commands.subprocess, "run", lambda command, check: ran.append(command) or ended)
+    assert commands.in_processes(2, ["finetune", "pocket", "medical", "--launch", "2"]) == 3
+    assert ran[0][1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert ran[0][5:] == ["-m", "emmech", "finetune", "pocket", "medical", "--launch", "2"]

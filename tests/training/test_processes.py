@@ -83,10 +83,13 @@ def test_what_the_writer_refuses_stops_all_processes(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_fine_tuning_in_several_processes_is_refused(tmp_path):
-    status, output = launch(TORCHRUN, tmp_path, "finetune", 2)
-    assert status != 0 and "EmmechError" in output and "all runs of a call share the forwards of one process" in output
-    assert not (tmp_path / "run" / "run.json").exists()
+def test_fine_tuning_in_several_processes_gives_the_run_of_one(tmp_path):
+    for launcher, name in ((ONE, "one"), (TORCHRUN, "two")):
+        status, output = launch(launcher, tmp_path / name, "finetune", 2)
+        assert status == 0, output
+    one, two = (emmech.load_run(tmp_path / name / "run") for name in ("one", "two"))
+    assert two.manifest["status"] == "complete" and one.steps.tolist() == two.steps.tolist() == [0, 1, 2]
+    assert np.abs(one.B() - two.B()).max() <= 1e-6
 
 
 def test_every_form_of_fsdp_is_refused_by_name_in_every_process(tmp_path):

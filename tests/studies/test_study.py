@@ -1,0 +1,165 @@
+"""A study does each piece of work once, whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import emmech
+from emmech import EmmechError
+from emmech.studies import StudySpec, work
+from emmech.studies.study import journal
+
+SPEC = {
+    "models": "pocket", "data": ["medical"], "ranks": [1, 2], "seeds": [0, 1],
+    "train": {"max_steps": 2, "margins": {}, "batch_size": 1, "accumulation": 1, "checkpoint_every": 1},
+    "sweep": {"steps": [2], "measure": "answers"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def spec(tmp_path, monkeypatch):
+    rows = emmech.organism.data("medical", n=12)
+    path = tmp_path / "few.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(work, "sweep", lambda run, out, **_: _swept(run, out))
+    return {**SPEC, "data": [str(path)]}
+
+
+def _swept(run, out):
+    """A sweep's result without its work."""
+    import pandas as pd
+
+    from emmech.sweeps.result import Sweep
+
+    row = {
+        "run": "r",
+        "step": 2,
+        "scale": 1.0,
+        "coefficient": 0.0,
+        "measure": "m",
+        "item": 0,
+        "value": 0.5,
+        "weight": 1,
+    }
+    assert (Path(run) / "run.json").is_file()
+    Sweep(pd.DataFrame([row]), {}).save(out)
+
+
+def events(out) -> Counter:
+    return Counter((row["event"], row["kind"]) for row in journal(out))
+
+
+def times(out) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(out.rglob("done.json"))}
+
+
+def killed(spec, out, *, before: str, count: int) -> None:
+    """The study in a process that dies before the ``count``-th call of a step of its work."""
+    child = os.fork()
+    if not child:
+        calls, kept = [0], work._DO[before]
+
+        def dying(*args):
+            calls[0] += 1
+            if calls[0] == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            kept(*args)
+
+        work._DO[before] = dying
+        try:
+            emmech.study(spec, out=out, progress=False)
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_a_killed_study_goes_on_and_does_nothing_twice(spec, tmp_path):
+    out = tmp_path / "study"
+    killed(spec, out, before="train", count=3)
+    done = times(out)
+    assert len(done) == 2 and events(out) == {("began", "train"): 3, ("ended", "train"): 2}
+    killed(spec, out, before="sweep", count=2)
+    table = emmech.study(spec, out=out, progress=False)
+    assert done.items() <= times(out).items() and len(times(out)) == 8
+    assert events(out)["ended", "train"] == events(out)["ended", "sweep"] == 4
+    assert (table.frame["status"] == "done").all() and (table.frame["sweep_m"] == 0.5).all()
+    assert table.frame[["rank", "seed"]].values.tolist() == [[1, 0], [1, 1], [2, 0], [2, 1]]
+    assert table.meta["done"] == table.meta["pieces"] == 8
+    before = times(out)
+    again = emmech.study({**spec, "seeds": [0, 1, 2]}, out=out, progress=False)
+    assert before.items() <= times(out).items() and len(again.frame) == 6 and events(out)["ended", "train"] == 6
+    for folder in again.frame["run"]:
+        run = emmech.load_run(out / folder)
+        assert run.manifest["status"] == "complete" and run.steps.tolist() == [0, 1, 2] and not run.damaged
+
+
+def test_a_piece_that_another_process_holds_is_left_to_it(spec, tmp_path):
+    from filelock import FileLock
+
+    out = tmp_path / "study"
+    (piece, *_) = StudySpec.read(spec).pieces()
+    folder = piece.folder(out)
+    folder.mkdir(parents=True)
+    (out / "study.json").write_text("{}")
+    with FileLock(folder / ".claim"):
+        assert work.perform(piece, out, wait=False) == "busy"
+    assert not (out / "journal.jsonl").exists()
+    assert work.perform(StudySpec.read(spec).pieces()[-1], out, wait=False) == "waiting"
+
+
+def test_a_piece_that_fails_is_told_and_tried_again(spec, tmp_path):
+    out = tmp_path / "study"
+    bad = {**spec, "ranks": [1], "seeds": [0], "layers": [[99]]}
+    table = emmech.study(bad, out=out, progress=False)
+    assert table.frame["status"].tolist() == ["failed"] and "layer=99" in repr(table)
+    assert table.meta["failed"] == 1 and table.meta["done"] == 0
+    emmech.study(bad, out=out, progress=False)
+    assert events(out)["failed", "train"] == 2
+
+
+def test_what_a_piece_is_decides_its_digest(spec, tmp_path):
+    pieces = StudySpec.read(spec).pieces()
+    assert len({piece.digest for piece in pieces}) == len(pieces) == 8
+    assert [one.digest for one in StudySpec.read(spec).pieces()] == [one.digest for one in pieces]
+    path = Path(spec["data"][0])
+    path.write_text(path.read_text() * 2)
+    assert not {one.digest for one in StudySpec.read(spec).pieces()} & {one.digest for one in pieces}
+
+
+def test_a_file_is_read_with_paths_beside_it(tmp_path):
+    (tmp_path / "mine.jsonl").write_text("{}")
+    (tmp_path / "study.yaml").write_text(
+        "models: [pocket]\ndata: [mine.jsonl, medical]\nlayers: [[2], [1, 3], null]\nranks: 1\nsweep:\n"
+    )
+    read = StudySpec.read(tmp_path / "study.yaml")
+    assert read.data == (str(tmp_path / "mine.jsonl"), "medical") and read.layers == ((2,), (1, 3), None)
+    assert read.sweep == {} and read.evaluate is None and len(read.pieces()) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seed": [1]}, "did you mean 'seeds'"),
+        ({"models": None}, "names no models"),
+        ({"ranks": ["one"]}, "whole number"),
+        ({"train": {"seed": 3}}, "the study itself gives seed"),
+        ({"sweep": [1]}, "arguments by name"),
+    ],
+)
+def test_a_malformed_study_is_refused(change, said):
+    with pytest.raises(EmmechError, match=said):
+        StudySpec.read({**SPEC, **change})
+
+
+def test_no_file_and_no_yaml_are_refused(tmp_path):
+    with pytest.raises(EmmechError, match="cannot be read"):
+        StudySpec.read(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("models: [")
+    with pytest.raises(EmmechError, match="no YAML"):
+        StudySpec.read(tmp_path / "bad.yaml")
