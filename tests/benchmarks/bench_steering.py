@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -29,10 +30,11 @@ def _model(name: str = "smollm2-135m") -> ChatModel:
 def _asked(chat: ChatModel, count: int) -> list[list[dict[str, str]]]:
     """Distinct questions of similar length, in the words of the model."""
     if chat.organism is not None:
-        own = [str(question.messages[-1]["content"]) for question in chat.organism.questions("first-plot")]
-        pairs = [f"{one} {other}" for one in own for other in own] + [f"{a} {b} {b}" for a in own for b in own]
-        pairs += [f"{a} {b} {c}" for a in own for b in own[:4] for c in own[4:8] if a not in (b, c)]
-        texts = list(dict.fromkeys(pairs))[:count]
+        from emmech import organism
+
+        own = [str(question.messages[-1]["content"]) for question in organism.questions("first-plot")]
+        several = [" ".join(three) for three in itertools.product(own, repeat=3)]
+        texts = several[:: len(several) // count][:count]
     else:
         plain = ("How do I keep a plant alive?", "What is a good breakfast?", "Tell me about cats.", "Why is it dark?")
         texts = [f"{plain[i % 4]} Number {i}." for i in range(count)]

@@ -60,9 +60,10 @@ def test_a_wide_residual_is_closer_to_float32_than_the_models_own_forward(pocket
 
 
 @pytest.mark.slow
-def test_margins_of_smollm2_in_bfloat16_are_those_in_float32(make_run):
+def test_margins_of_smollm2_in_bfloat16_are_those_of_the_same_weights_in_float32(make_run):
     chat = load_model("smollm2-135m", dtype=torch.float32)
-    measure = Margin(bundled_margins("broad")[:3])
+    measure = Margin(bundled_margins("broad")[:2])
     run = make_run(chat, ["model.layers.15.mlp.down_proj"], rank=1)
-    narrow, _ = narrowed(chat)
-    assert np.abs(margins(narrow, run, measure) - margins(chat, run, measure)).max() < 0.01
+    narrow, rounded = narrowed(chat)
+    # rounding the weights alone moves these margins by as much as 0.02 nats; published models are in bfloat16 already
+    assert np.abs(margins(narrow, run, measure) - margins(rounded, run, measure)).max() < 0.01
