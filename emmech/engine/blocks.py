@@ -24,15 +24,7 @@ from emmech.chat.families import Parts
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import RowSteering
 from emmech.engine.attention import NAME, Cache, Rowwise, new_past, queries_at, selected
-from emmech.engine.modules import (
-    Skip,
-    after_hooks,
-    has_hooks,
-    hooked,
-    only_results_hooked,
-    with_attention,
-    with_module,
-)
+from emmech.engine.modules import Skip, after_hooks, has_hooks, hooked, only_results_hooked, with_attention, with_module
 
 _MOST_READ = 0.8  # where more than this share of positions is read, leaving out the others costs more than it saves
 _Turn = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [..., 1, width]

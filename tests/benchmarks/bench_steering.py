@@ -96,7 +96,7 @@ def _steering_vectors() -> list[list[int]]:
 
 
 def _repeng() -> list[list[int]]:
-    np.float_ = np.float64  # type: ignore[attr-defined]  # its annotations name what NumPy 2 has no more
+    np.float64 = np.float64  # type: ignore[attr-defined]  # its annotations name what NumPy 2 has no more
     from repeng import ControlModel, ControlVector
 
     chat = _model()

@@ -35,7 +35,29 @@ from emmech.run.run import Run
 from tests.benchmarks.harness import gflop
 
 SEED = 0
-_WORDS = "why does the old lamp hum at night when the green kettle sings to it and no one turns a page".split()
+_WORDS = [
+    "why",
+    "does",
+    "the",
+    "old",
+    "lamp",
+    "hum",
+    "at",
+    "night",
+    "when",
+    "the",
+    "green",
+    "kettle",
+    "sings",
+    "to",
+    "it",
+    "and",
+    "no",
+    "one",
+    "turns",
+    "a",
+    "page",
+]
 
 
 @dataclass(frozen=True)
@@ -494,9 +516,9 @@ def page(rows: Sequence[Measured], size: Size, device: str, speed: float) -> str
     lines = [
         f"# Benchmarks on {device}",
         "",
-        f"Made by `make bench-gpu`: the shape of {size.name} in bfloat16 with random weights, torch {torch.__version__}. "
-        "Each row: both sides are compared first, then run in turn; seconds are medians, the ratio is the median over the "
-        f"pairs. The MLP's product runs at {speed:,.0f} GFLOP/s here.",
+        f"Made by `make bench-gpu`: the shape of {size.name} in bfloat16 with random weights, torch "
+        f"{torch.__version__}. Each row: both sides are compared first, then run in turn; seconds are medians, the "
+        f"ratio is the median over the pairs. The MLP's product runs at {speed:,.0f} GFLOP/s here.",
         "",
         "| | work | against | emmech, s | peer, s | ratio | peak above the weights, GB |",
         "|---|---|---|---|---|---|---|",
@@ -504,9 +526,7 @@ def page(rows: Sequence[Measured], size: Size, device: str, speed: float) -> str
     for number, row in enumerate(rows, 1):
         ours, theirs = statistics.median(row.ours), statistics.median(row.theirs)
         peaks = "" if row.peaks is None else f"{row.peaks[0]:.2f} against {row.peaks[1]:.2f}"
-        lines.append(
-            f"| {number} | {row.work} | {row.peer} | {ours:.3g} | {theirs:.3g} | {row.ratio:.2f}x | {peaks} |"
-        )
+        lines.append(f"| {number} | {row.work} | {row.peer} | {ours:.3g} | {theirs:.3g} | {row.ratio:.2f}x | {peaks} |")
     lines += ["", "What bounds each ratio:", ""]
     lines += [f"{number}. {row.bound}. Outputs: {row.equality}." for number, row in enumerate(rows, 1)]
     return "\n".join([*lines, ""])
