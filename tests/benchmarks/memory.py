@@ -149,16 +149,16 @@ def table(found: dict[str, float], weights: float) -> str:
         "# Peak memory of each call",
         "",
         f"Made by `make memory`: SmolLM2-135M in float32, whose weights take {weights:.0f} MB; one core, each call in "
-        "a process of its own. The figure is how far the resident memory rises above that of the process with the model "
-        "loaded, buffers of the allocator included.",
+        "a process of its own. The figure is how far the resident memory rises above that of the process with the "
+        "model loaded, buffers of the allocator included.",
         "",
         "| call | at the most, MB |",
         "|---|---|",
         *(f"| {work} | {peak:.0f} |" for work, peak in found.items()),
         "",
         "A sweep keeps to `memory=`, 2 GiB beside the weights unless it is given. Sampling chooses its batch so "
-        "that keys and values take at most 2 GiB on a processor. A rank-1 run of 800 steps in the shape of Qwen2.5-14B "
-        f"takes {800 * 4 * (13_824 + 5_120) / 1e6:.1f} MB by arithmetic; `tests/run/test_size.py` holds what is on disk and "
+        "that keys and values take at most 2 GiB on a processor. A rank-1 run of 800 steps in the shape of "
+        f"Qwen2.5-14B takes {800 * 4 * (13_824 + 5_120) / 1e6:.1f} MB by arithmetic; `tests/run/test_size.py` holds what is on disk and "
         "in memory to 62 MB.",
         "",
     ]
