@@ -156,9 +156,11 @@ def table(found: dict[str, float], weights: float) -> str:
         "|---|---|",
         *(f"| {work} | {peak:.0f} |" for work, peak in found.items()),
         "",
-        "A sweep keeps to `memory=`, 2 GiB beside the weights unless it is given. Sampling chooses its batch so "
-        "that keys and values take at most 2 GiB on a processor. A rank-1 run of 800 steps in the shape of "
-        f"Qwen2.5-14B takes {800 * 4 * (13_824 + 5_120) / 1e6:.1f} MB by arithmetic; `tests/run/test_size.py` holds what is on disk and "
+        "A sweep keeps to `memory=`, 2 GiB beside the weights unless it is given. Sampling chooses its batch so that "
+        "keys and values take at most 2 GiB on a processor.",
+        "",
+        "A rank-1 run of 800 steps in the shape of Qwen2.5-14B takes "
+        f"{800 * 4 * (13_824 + 5_120) / 1e6:.1f} MB by arithmetic; `tests/run/test_size.py` holds what is on disk and "
         "in memory to 62 MB.",
         "",
     ]
