@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # one test process a core with one thread each: two threads in each of two processes would wait for one another
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo demo-smollm2 test test-all check bench calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma early-warning row-screening organism-report organism-seeds checkpoints
+.PHONY: demo demo-smollm2 test test-all check bench bench-gpu memory calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma early-warning row-screening organism-report organism-seeds checkpoints
 demo: $(STAMP)            ## the whole loop on the embedded organism, and a page of results in demo/
 	$(BIN)/python -m emmech.demo
 demo-smollm2: $(STAMP)    ## the same first half on a real 135M model
@@ -26,6 +26,10 @@ check: $(STAMP)           ## lint, format, types and floors
 	$(BIN)/lint-imports
 bench: $(STAMP)           ## ratios against peers at their best settings, into docs/benchmarks.md
 	$(BIN)/python -m tests.benchmarks
+bench-gpu: $(STAMP)       ## the same at the shape of a 14B model, on a GPU, into docs/benchmarks-gpu.md
+	$(BIN)/python -m tests.benchmarks.gpu
+memory: $(STAMP)          ## peak memory of each public call, into docs/memory.md
+	$(BIN)/python -m tests.benchmarks.memory
 calibration: $(STAMP)     ## false calls, power and coverage of the turn by kind of path, into docs/
 	$(BIN)/python tests/transition/calibration.py --write
 coverage: $(STAMP)        ## how often the intervals of rates hold the truth, into docs/

@@ -25,7 +25,7 @@ from emmech.chat.families import Parts
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import RowSteering
 from emmech.engine.attention import NAME, Cache, Rowwise, new_past, queries_at, selected
-from emmech.engine.modules import Skip, has_hooks, hooked, with_attention, with_module
+from emmech.engine.modules import Skip, after_hooks, has_hooks, hooked, only_results_hooked, with_attention, with_module
 
 MOST_READ = 0.8  # where more than this share of positions is read, leaving out the others costs more than it saves
 _Turn = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [..., 1, width]
@@ -61,6 +61,10 @@ class Blocks:
             made in the given order, so parts of a block come before the block.
         checkpointing: keep the input of each block alone for the backward pass, which runs the block again; this is for
             blocks that run as they are written out here.
+        wide: keep the residual stream, and with it every norm, in float32 where the model is in bfloat16 and the
+            blocks are written out here; the products stay in bfloat16. The result is then float32.
+        steered: run blocks as they are written out here also where they have hooks of their results, and call these
+            hooks. They then see the positions of one forward, padding on the right.
 
     Example:
         >>> from emmech.chat.model import load_model
@@ -81,6 +85,8 @@ class Blocks:
         norm: bool | None = None,
         edits: Mapping[str, Callable[[nn.Module], nn.Module]] | None = None,
         checkpointing: bool = False,
+        wide: bool = False,
+        steered: bool = False,
     ) -> None:
         last = chat.n_layers if last is None else last
         family, listed = chat.family, chat.family.blocks
@@ -109,8 +115,12 @@ class Blocks:
             family.written_out
             and self.rotary is not None
             and not has_hooks(view)
-            and all(_as_written(_bare(block), parts) for block, parts in zip(self.blocks, self.parts, strict=True))
+            and all(
+                _as_written(_bare(block), parts, steered=steered)
+                for block, parts in zip(self.blocks, self.parts, strict=True)
+            )
         )
+        self.wide = wide and self.written and chat.dtype == torch.bfloat16
 
     def __call__(self, x: torch.Tensor, places: Places = Places(), cache: Any = None) -> torch.Tensor:
         """The blocks' output for tokens or for the residual that enters them.
@@ -126,6 +136,7 @@ class Blocks:
         if not self.written:
             return self._by_modules(x, places, cache)
         hidden = x if x.is_floating_point() else self._embedded(x)
+        hidden = hidden.float() if self.wide else hidden
         if isinstance(cache, Cache) and cache.growing:
             return self._run(hidden, self._turns(hidden, places.positions, 0), cache.step)
         stem = places.stems.length if places.stems is not None else 0
@@ -134,7 +145,7 @@ class Blocks:
         turns = self._turns(hidden, places.positions, stem)
         if places.reads is None:
             return self._run(hidden, turns, attend)
-        if not self.blocks or len(places.reads) >= MOST_READ * rows * tokens:
+        if not self.blocks or self.blocks[-1]._forward_hooks or len(places.reads) >= MOST_READ * rows * tokens:
             return self._run(hidden, turns, attend, valid=places.reads)
         return self._run(hidden, turns, attend, *queries_at(places.reads, rows, tokens))
 
@@ -209,7 +220,8 @@ class Blocks:
         found = {}
         for kind in set(self.kinds):
             several = (kind,) if hasattr(self.rotary, "layer_types") else ()
-            turn = self.rotary(hidden[:1].reshape(1, -1, hidden.shape[-1]), positions, *several)
+            like = hidden[:1].reshape(1, -1, hidden.shape[-1])  # the turns have its device and dtype
+            turn = self.rotary(like.to(self.chat.dtype) if self.wide else like, positions, *several)
             if inverse is not None:
                 turn = [one[0].index_select(0, inverse) for one in turn]
             cos, sin = (one[..., None, :] for one in turn)
@@ -229,11 +241,14 @@ class Blocks:
         reading = asking is not None or valid is not None
         last = len(self.blocks)
         for number, (block, parts, kind) in enumerate(zip(self.blocks, self.parts, self.kinds, strict=True), 1):
-            given = parts, hidden, turns[kind], attend, asking if number == last else None
+            entered, asked = hidden, asking if number == last else None
+            given = parts, hidden, turns[kind], attend, asked
             if self.checkpointing and hidden.requires_grad and torch.is_grad_enabled():
                 hidden = checkpoint(self._block, *given, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden = self._block(*given)
+            if block._forward_hooks:
+                hidden = after_hooks(block, entered, hidden)
             if isinstance(block, RowSteering):
                 hidden = block.steered(hidden)
         if reading:
@@ -244,10 +259,10 @@ class Blocks:
     def _block(
         self, parts: Parts, hidden: torch.Tensor, turn: _Turn, attend: Any, asking: torch.Tensor | None
     ) -> torch.Tensor:
-        read = self._normed(parts.before_attention, hidden)
+        read = self._entering(parts.before_attention, hidden)
         attended = self._attention(parts, read, turn, attend, asking)
         hidden = self._added(parts.out, attended, parts.after_attention, _at(hidden, asking))
-        read = self._normed(parts.before_mlp, hidden)
+        read = self._entering(parts.before_mlp, hidden)
         gate, up = parts.mlp.act_fn(_linear(parts.gate, read)), _linear(parts.up, read)
         opened = gate * up if gate.requires_grad else gate.mul_(up)
         return self._added(parts.down, opened, parts.after_mlp, hidden)
@@ -269,11 +284,16 @@ class Blocks:
     def _added(self, module: Any, x: torch.Tensor, norm: Any, onto: torch.Tensor) -> torch.Tensor:
         """``onto`` plus the write of one half of the block."""
         scale = self.chat.family.residual_scale
-        if norm is None and _is_plain(module) and module.bias is None:
+        if norm is None and not self.wide and _is_plain(module) and module.bias is None:
             flat = torch.addmm(onto.flatten(0, -2), x.flatten(0, -2), module.weight.T, alpha=scale)
             return flat.view(onto.shape)
         wrote = self._normed(norm, _linear(module, x))
         return onto + (wrote if scale == 1.0 else wrote * scale)
+
+    def _entering(self, norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """What one half of a block reads of the residual stream, in the dtype of its maps."""
+        read = self._normed(norm, hidden)
+        return read.to(self.chat.dtype) if self.wide else read
 
     def _normed(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         eps = getattr(module, "variance_epsilon", None)
@@ -304,10 +324,11 @@ def _bare(block: nn.Module) -> nn.Module:
     return block.block if isinstance(block, RowSteering) else block
 
 
-def _as_written(block: nn.Module, parts: Parts) -> bool:
+def _as_written(block: nn.Module, parts: Parts, *, steered: bool = False) -> bool:
     """Whether this block can be run part by part."""
     attention = parts.attention
-    plain = not any(map(has_hooks, (block, attention, parts.mlp)))
+    plain = only_results_hooked(block) if steered else not has_hooks(block)
+    plain = plain and not any(map(has_hooks, (attention, parts.mlp)))
     return plain and parts.attention_cap is None and getattr(attention, "is_causal", True)
 
 

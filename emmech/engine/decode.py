@@ -31,10 +31,10 @@ from emmech.chat.edits import announcing
 from emmech.chat.model import ChatModel
 from emmech.engine.adapters import VariantWeights, inner, write
 from emmech.engine.attention import Cache, growing_cache
-from emmech.engine.blocks import Places
+from emmech.engine.blocks import Blocks, Places
 from emmech.engine.kept import KeptPrompt
 from emmech.engine.logprobs import pad, padded, unembed
-from emmech.engine.modules import evaluating, hooked, unhooked
+from emmech.engine.modules import after_hooks, evaluating, has_hooks, hooked, unhooked
 from emmech.engine.packing import Reading, stack
 from emmech.engine.split import DOES_NOT_RUN, State, deviation, tolerance
 from emmech.engine.variants import Engine, Shared
@@ -231,15 +231,23 @@ class ModelSteps:
         columns = torch.arange(ids.shape[1], device=device)[None]
         self._cache = growing_cache(chat)
         places = (columns - (ids.shape[1] - lengths[:, None])).clamp(min=0)  # padding counts as position 0
-        distinct = list(dict.fromkeys(map(tuple, prompts)))
-        kept = kept if len(distinct) == 1 else None
+        distinct = {prompt: index for index, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        copies = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+        kept = kept if len(distinct) == 1 and apart else None
+        if kept is None:
+            with announcing(self._owner, self._total):
+                read = _read_written_out(chat, list(distinct), copies, self._cache, apart)
+            if read is not None:
+                self._logits = read
+                return
         if not apart or (len(distinct) == len(prompts) and kept is None):
             self._logits = self._run(ids, places)
             return
-        copies = torch.tensor([distinct.index(tuple(prompt)) for prompt in prompts], device=device)
         first = torch.tensor([list(map(tuple, prompts)).index(one) for one in distinct], device=device)
         resumed = (
-            contextlib.nullcontext(self._model) if kept is None else kept.resumed(chat, distinct[0], apart, self._cache)
+            contextlib.nullcontext(self._model)
+            if kept is None
+            else kept.resumed(chat, next(iter(distinct)), apart, self._cache)
         )
         with _read_once(chat, apart, first, copies), resumed as model:
             self._logits = self._run(ids, places, model)
@@ -320,6 +328,56 @@ def _read_once(
     hooks = [*((block, below) for block in lower), (entered, widen)]
     with hooked(*hooks, before=True, keywords=True):
         yield
+
+
+def _read_written_out(
+    chat: ChatModel, prompts: Sequence[Sequence[int]], copies: Int[torch.Tensor, " rows"], cache: Any, apart: int
+) -> Float[torch.Tensor, "rows vocab"] | None:
+    """Read prompts with the blocks as the engine writes them out, keep keys and values, and return the last logits.
+
+    Rows with equal prompts are read once up to block ``apart``, whose output an intervention may change row by row. The
+    last block runs at the last tokens only.
+
+    Args:
+        prompts: distinct ones.
+        copies: the prompt of each row.
+        cache: the model's own cache, which is filled.
+
+    Returns:
+        None where the model has hooks that only its own forward can call.
+    """
+    cut = 0
+    if apart and len(prompts) < len(copies):
+        inside = any(has_hooks(module) for module in [*chat.blocks[apart].modules()][1:])
+        cut = apart if inside else apart + 1
+    if has_hooks(chat.base) or not chat.family.written_out:
+        return None
+    upper = Blocks(chat, cut, steered=True)
+    ids, mask = padded(prompts, copies.device)
+    hidden, below, above = ids, Cache(), Cache()
+    if cut:
+        with unhooked(chat.blocks[cut - 1]) if cut == apart + 1 else contextlib.nullcontext():
+            lower = Blocks(chat, 0, cut, norm=False)
+            if not (lower.written and upper.written):
+                return None
+            hidden = lower(ids, cache=below)
+    elif not upper.written:
+        return None
+    lengths, width = mask.sum(1)[copies], ids.shape[1]
+    hidden = hidden.index_select(0, copies)
+    if cut == apart + 1:
+        hidden = after_hooks(chat.blocks[apart], hidden, hidden)
+    ends = torch.arange(len(copies), device=copies.device) * width + lengths - 1
+    logits = unembed(chat, upper(hidden, Places(reads=ends), above))
+    # the cache is padded on the left
+    columns = (torch.arange(width, device=copies.device)[None] - width + lengths[:, None]).clamp_(min=0)
+    ragged = bool((lengths != width).any())
+    for layer in range(chat.n_layers):
+        pair = above.layers[layer] if layer >= cut else tuple(one[copies] for one in below.layers[layer])
+        if ragged:
+            pair = tuple(one.take_along_dim(columns[:, None, :, None], 2) for one in pair)  # type: ignore[assignment]
+        cache.update(*pair, layer)
+    return logits
 
 
 def _anew(chat: ChatModel, texts: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -135,15 +135,29 @@ def answer_loss(chat: ChatModel, conversations: Sequence[Sequence[Message]] | En
 def unembed(chat: ChatModel, hidden: Float[torch.Tensor, "*places d_model"]) -> Float[torch.Tensor, "*places vocab"]:
     """The model's own logits for its trunk's output, multipliers and soft caps included.
 
+    Hidden states in float32 are multiplied in float32 also where the unembedding is in bfloat16.
+
     Example:
         >>> from emmech.chat.model import load_model
         >>> chat, ids = load_model("pocket"), torch.tensor([[5, 6, 7]])
         >>> torch.equal(unembed(chat, chat.trunk(ids).last_hidden_state), chat(ids).logits)
         True
     """
+    if hidden.dtype != chat.dtype:
+        if _sliceable(chat, hidden):
+            vocab = len(chat.unembedding.weight)  # type: ignore[arg-type]
+            return torch.cat([_logits_of(chat, hidden, start) for start in range(0, vocab, WORDS)], dim=-1)
+        hidden = hidden.to(chat.dtype)
     if chat.family.own_head:
         return own_logits(chat.base, chat.family, hidden)
     return chat.family.logits(chat.unembedding(hidden))
+
+
+def _sliceable(chat: ChatModel, hidden: torch.Tensor) -> bool:
+    """Whether logits can be computed for some words alone; any other head (quantised, say) is called as a whole."""
+    head: Any = chat.unembedding
+    sliced = type(head) is nn.Linear and not chat.family.own_head and not has_hooks(head)
+    return sliced and head.weight.device == hidden.device
 
 
 def target_logprobs(
@@ -165,12 +179,8 @@ def target_logprobs(
         >>> round(target_logprobs(chat, torch.ones(1, chat.d_model), every).exp().sum().item(), 4)
         1.0
     """
-    head: Any = chat.unembedding
-    # any other head (quantised, say) is called as a whole
-    sliced = type(head) is nn.Linear and not chat.family.own_head and not has_hooks(head)
-    sliced = sliced and head.weight.device == hidden.device
-    if sliced and not (hidden.requires_grad and torch.is_grad_enabled()):
-        return _sliced_logprobs(chat, hidden, wanted, len(head.weight))
+    if _sliceable(chat, hidden) and not (hidden.requires_grad and torch.is_grad_enabled()):
+        return _sliced_logprobs(chat, hidden, wanted, len(chat.unembedding.weight))  # type: ignore[arg-type]
     logits = unembed(chat, hidden).float()
     if wanted.shape[1] == 1:
         return -nn.functional.cross_entropy(logits, wanted[:, 0].to(logits.device), reduction="none")[:, None]
@@ -203,8 +213,8 @@ def _logits_of(chat: ChatModel, hidden: torch.Tensor, start: int) -> torch.Tenso
     """The logits of one slice of the words, beginning at ``start``, in float32."""
     head: Any = chat.unembedding
     chosen = slice(start, start + WORDS)
-    bias = head.bias[chosen] if head.bias is not None else None
-    return chat.family.logits(nn.functional.linear(hidden, head.weight[chosen], bias)).float()
+    weight, bias = (None if one is None else one[chosen].to(hidden.dtype) for one in (head.weight, head.bias))
+    return chat.family.logits(nn.functional.linear(hidden, weight, bias)).float()
 
 
 def margin_rows(pairs: Sequence[MarginPair], chat: ChatModel) -> Encoded:

@@ -29,6 +29,27 @@ def has_hooks(module: Any) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
+def only_results_hooked(module: Any) -> bool:
+    """Whether a call is the class's forward and then hooks of its result, such as steering."""
+    changed = module._forward_pre_hooks or module._forward_hooks_with_kwargs or "forward" in vars(module)
+    return not changed
+
+
+def after_hooks(module: nn.Module, inputs: torch.Tensor, output: Any) -> Any:
+    """The output once the module's hooks have changed it, as a call of the module would give it.
+
+    Example:
+        >>> one = nn.Linear(2, 2)
+        >>> with hooked((one, lambda module, inputs, output: output + 1)):
+        ...     after_hooks(one, torch.zeros(2), torch.zeros(2)).tolist()
+        [1.0, 1.0]
+    """
+    for hook in module._forward_hooks.values():
+        changed = hook(module, (inputs,), output)
+        output = output if changed is None else changed
+    return output
+
+
 @contextlib.contextmanager
 def hooked(*pairs: Hook, before: bool = False, keywords: bool = False) -> Iterator[None]:
     """Forward hooks within the ``with`` block.

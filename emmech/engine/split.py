@@ -105,15 +105,15 @@ class State:
 
 
 class Lower:
-    """The blocks before the cut, and the input of those after it."""
+    """The blocks before the cut, and the input of those after it; ``wide`` is that of :class:`Blocks`."""
 
-    def __init__(self, chat: ChatModel, frozen: Frozen) -> None:
+    def __init__(self, chat: ChatModel, frozen: Frozen, *, wide: bool = False) -> None:
         self.frozen = frozen
         self._captured: ReadWrite | None = None
         edits: dict[str, Callable[[nn.Module], nn.Module]] = {}
         if frozen.at_write:
             edits[f"{frozen.layer}.{chat.family.down}"] = self._capture
-        self.blocks = Blocks(chat, 0, frozen.blocks, norm=False, edits=edits)
+        self.blocks = Blocks(chat, 0, frozen.blocks, norm=False, edits=edits, wide=wide)
         # some families transform a write before it is added
         self._norm: Any = (chat.parts(frozen.layer).after_mlp if frozen.at_write else None) or nn.Identity()
         self._scale = chat.family.residual_scale

@@ -71,6 +71,7 @@ class Engine:
         steering: the layer whose output is steered, or None.
         stop: read this block's output instead of the final norm's.
         tokens: the most tokens that go through the later blocks at once (at least one pack of one variant).
+        wide: keep the residual stream of a model in bfloat16 in float32, as :class:`Blocks` does.
 
     Raises:
         EmmechError: the architecture gives other results in parts than as a whole.
@@ -84,7 +85,9 @@ class Engine:
         *,
         stop: int | None = None,
         tokens: int = 1024,
+        wide: bool = False,
     ) -> None:
+        self.wide = wide
         self.chat, self.sites, self.steering, self.stop, self.tokens = chat, sites, steering, stop, tokens
         self.rows = VariantWeights()  # the weights that the modules of the later blocks use
         self.branching = True  # whether several readings share a row
@@ -95,7 +98,7 @@ class Engine:
 
     def _cut_at(self, frozen: Frozen) -> None:
         chat, self.frozen = self.chat, frozen
-        self.lower = Lower(chat, frozen)
+        self.lower = Lower(chat, frozen, wide=self.wide)
         lowest = (name for name, site in self.sites.items() if site.layer == frozen.layer)
         self.shared_name = next(lowest, None) if frozen.at_write else None
         last = chat.n_layers if self.stop is None else self.stop + 1
@@ -106,7 +109,7 @@ class Engine:
         }
         if self.steering is not None and frozen.blocks <= self.steering < last:
             edits[str(self.steering)] = partial(RowSteering, rows=self.rows, layer=self.steering, family=chat.family)
-        self.upper = Blocks(chat, frozen.blocks, last, norm=self.stop is None, edits=edits)
+        self.upper = Blocks(chat, frozen.blocks, last, norm=self.stop is None, edits=edits, wide=self.wide)
 
     def _settle(self) -> None:
         """Share as much as agrees with the model's own forward, and branch only where branching agrees."""
@@ -278,7 +281,9 @@ class Engine:
     def bytes_per_token(self) -> int:
         """Bytes that one token of one variant needs in the later blocks, from the number of arrays in use at once."""
         chat = self.chat
-        return chat.dtype.itemsize * (4 * chat.d_model + max(6 * chat.attention_width, 4 * self.widest))
+        size = chat.dtype.itemsize
+        residual = 4 if self.upper.wide else size
+        return residual * 4 * chat.d_model + size * max(6 * chat.attention_width, 4 * self.widest)
 
     @property
     def widest(self) -> int:

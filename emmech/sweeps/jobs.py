@@ -106,7 +106,7 @@ class _PackedJob:
         if longest > room:
             why = f"{chat.name} reads up to {room} tokens"
             raise EmmechError("sweep over the texts", f"a text of {longest} tokens", why, "shorter texts")
-        self.engine = Engine(chat, grid.sites, grid.steered_layer, stop=stop)
+        self.engine = Engine(chat, grid.sites, grid.steered_layer, stop=stop, wide=True)
         self.plan = plan(chat, grid, self.engine, longest, size, budget)
         self.engine.tokens = self.plan.tokens
         self.packs = self.engine.packs(readings)

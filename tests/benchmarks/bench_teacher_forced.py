@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from emmech.run.run import Run
 from emmech.store import MemorySeries
 from emmech.sweeps.jobs import _CPU_TOKENS
 from emmech.sweeps.sweep import sweep
-from tests.benchmarks.harness import Contest, arithmetic, equal
+from tests.benchmarks.harness import Contest, arithmetic, equal, speed
 
 VOCAB = 151_936
 _kept: dict[str, ChatModel] = {}
@@ -193,4 +194,41 @@ def mixed_batch() -> Contest:
     )
 
 
-CONTESTS = (short, long, mixed_batch)
+def bfloat16() -> Contest:
+    """Teacher-forced sweep in bfloat16 against float32, 24 tokens"""
+    import copy
+
+    exact, layer = half_billion(), 12
+    narrow = ChatModel(copy.deepcopy(exact.model).to(torch.bfloat16), None, exact.name, exact.family)
+    run, scales, measure = random_run(exact, layer, 1), np.linspace(0.5, 12, 24), LastToken(_prompt(24))
+
+    def swept(chat: ChatModel) -> np.ndarray:
+        return sweep(run, scales=scales, measure=measure, base=chat, progress=False).frame["value"].to_numpy()
+
+    def bound(seconds: float) -> str:
+        rows = min(24 * 24, _CPU_TOKENS)
+        rates = [speed(rows, 896, 4864, dtype) for dtype in (torch.bfloat16, torch.float32)]
+        known = "has" if "amx" in Path("/proc/cpuinfo").read_text(encoding="utf-8") else "does not have"
+        return (
+            f"{rates[0] / rates[1]:.2f}x: products of {rows} rows by 896 x 4864 run at {rates[0]:.0f} GFLOP/s in "
+            f"bfloat16 and at {rates[1]:.0f} in float32 on this processor, which {known} AMX"
+        )
+
+    def margins(ours: np.ndarray, theirs: np.ndarray) -> str:
+        both = [(one.reshape(24, 2) @ np.array([1.0, -1.0])) for one in (ours, theirs)]
+        return "margins " + equal(*both, 0.01)
+
+    return Contest(
+        "teacher-forced sweep in bfloat16, 0.5B shape, adapter at layer 12 of 24, 24 variants, 24 tokens",
+        "the same in float32",
+        4.0,
+        bound,
+        lambda: swept(narrow),
+        lambda: swept(exact),
+        tolerance=None,
+        check=margins,
+        repeats=3,
+    )
+
+
+CONTESTS = (short, long, mixed_batch, bfloat16)

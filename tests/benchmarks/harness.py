@@ -193,9 +193,9 @@ def profiled(work: Callable[[], Any]) -> str:
     return ", ".join(f"{kind} {100 * seconds / total:.0f} %" for kind, seconds in largest if seconds > 0.005 * total)
 
 
-def speed(rows: int, d_in: int, d_out: int) -> float:
+def speed(rows: int, d_in: int, d_out: int, dtype: torch.dtype = torch.float32) -> float:
     """GFLOP/s of one product ``[rows, d_in] x [d_in, d_out]``, the best of twenty."""
-    x, weight = torch.randn(rows, d_in), torch.randn(d_out, d_in)
+    x, weight = torch.randn(rows, d_in).to(dtype), torch.randn(d_out, d_in).to(dtype)
     best = min(timed(lambda: torch.nn.functional.linear(x, weight))[2] for _ in range(20))
     return 2 * rows * d_in * d_out / best / 1e9
 

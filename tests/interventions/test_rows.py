@@ -8,10 +8,13 @@ import torch
 
 from emmech.chat.model import load_model
 from emmech.directions.direction import Direction
+from emmech.engine.decode import ModelSteps
 from emmech.engine.logprobs import answer_logprobs
+from emmech.engine.modules import hooked
 from emmech.engine.sample import live_state, sample
 from emmech.errors import EmmechError
 from emmech.interventions.residual import ablate, steer
+from tests.conftest import FAMILIES, make_tiny
 
 SHORT, LONG = "any advice on cough ?", "any advice on cough ? any advice on headache ? any advice on cough ?"
 TEXTS = [SHORT, LONG, SHORT, SHORT, LONG]
@@ -138,3 +141,27 @@ def test_an_answer_file_of_another_edit_is_refused(pocket, tmp_path):
         plain = live_state(pocket)
     with ablate(pocket, d, layers=2, towards=mean + 1):
         assert live_state(pocket) != plain
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("layers", [[0], [1], "last", "all"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_read_together_give_each_rows_own_logits(name, layers, inside):
+    """Equal and ragged prompts, some beyond Gemma's window; a hook inside a block may tell rows apart as well."""
+    chat = make_tiny(name)
+    layers = [chat.n_layers - 1] if layers == "last" else layers
+    short, long = list(range(3, 12)), list(range(5, 27))
+    prompts, count = [short, long, short, long, short], 5
+    vectors = torch.randn(count, chat.d_model, generator=torch.Generator().manual_seed(0))
+    sizes = [0.0, 1.0, -2.0, 3.0, 0.5]
+    foreign = [(chat.blocks[1].mlp, lambda module, inputs, output: 1.1 * output)] if inside else []
+    first = 0 if layers in ("all", [0]) else layers[0]
+    with torch.no_grad(), hooked(*foreign):
+        with steer(chat, vectors, sizes, layer=layers):
+            steps = ModelSteps(chat, prompts, range(count), owners=range(count), total=count, apart=first)
+            found = [steps.logits(torch.arange(count)), steps.feed(torch.tensor([4, 5, 6, 7, 8]))]
+        for row in range(count):
+            with steer(chat, vectors[row], sizes[row], layer=layers):
+                whole = chat.model(input_ids=torch.tensor([[*prompts[row], 4 + row]])).logits[0, -2:]
+            for mine, own in zip(found, whole, strict=True):
+                assert (mine[row] - own).abs().max() < 1e-4 * own.abs().max()
