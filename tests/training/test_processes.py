@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 import emmech
 
@@ -23,15 +24,20 @@ ACCELERATE = (
     *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
 )
+FSDP = (
+    *(*ACCELERATE[:3], "--use_fsdp", "--fsdp_version", "2", *ACCELERATE[4:], "--fsdp_reshard_after_forward", "true"),
+    *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer"),
+    *("--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_cpu_ram_efficient_loading", "false"),
+)
 
 pytestmark = pytest.mark.slow
 
 
-def launch(launcher, folder, kind, batch):
+def launch(launcher, folder, kind, batch, how="ddp"):
     """Run the training and return its exit status and what it wrote."""
     known = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
-        [*launcher, "-m", "tests.training.processes", str(folder), kind, str(batch)],
+        [*launcher, "-m", "tests.training.processes", str(folder), kind, str(batch), how],
         cwd=ROOT, env=known | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
@@ -47,9 +53,15 @@ def in_one(kind):
     return folder / "run"
 
 
-@pytest.mark.parametrize(("launcher", "kind"), [(TORCHRUN, "lora"), (TORCHRUN, "full"), (ACCELERATE, "lora")])
-def test_two_processes_record_what_one_does(launcher, kind, tmp_path):
-    status, output = launch(launcher, tmp_path, kind, 2)
+@pytest.mark.parametrize(
+    ("launcher", "kind", "how"),
+    [
+        *((TORCHRUN, kind, how) for how in ("ddp", "fsdp") for kind in ("lora", "full")),
+        *((ACCELERATE, "lora", "ddp"), (FSDP, "lora", "launched"), (FSDP, "full", "launched")),
+    ],
+)
+def test_two_processes_record_what_one_does(launcher, kind, how, tmp_path):
+    status, output = launch(launcher, tmp_path, kind, 2, how)
     assert status == 0, output
     one, two = emmech.load_run(in_one(kind)), emmech.load_run(tmp_path / "run")
     assert two.manifest["status"] == "complete" and two.manifest["kind"] == kind and not two.damaged
@@ -63,10 +75,15 @@ def test_two_processes_record_what_one_does(launcher, kind, tmp_path):
         assert np.abs(two.B(adapter.name)[-1]).max() > 1e-3
     if kind == "full":
         assert np.abs(one.projection - two.projection).max() <= 1e-5
+        for file in ("step-000002.safetensors", "step-000005.safetensors"):
+            of_one, of_two = (load_file(run.path / "weights" / file) for run in (one, two))
+            assert set(of_one) == set(of_two)
+            assert max(float((of_one[name] - of_two[name]).abs().max()) for name in of_one) <= 1e-5
     assert np.abs(one.probes["probe"] - two.probes["probe"]).max() <= 1e-5
-    assert set(one.metrics) == set(two.metrics) and len(two.metrics) == 6  # each line is written once
-    assert one.metrics.notna().equals(two.metrics[one.metrics.columns].notna())
-    assert (one.metrics - two.metrics).abs().max().max() <= 1e-5
+    alone = one.metrics if how == "ddp" else one.metrics.drop(columns="size")  # FSDP has no measures
+    assert set(alone) == set(two.metrics) and len(two.metrics) == 6  # each line is written once
+    assert alone.notna().equals(two.metrics[alone.columns].notna())
+    assert (alone - two.metrics).abs().max().max() <= 1e-5
     norms = two.metrics[[name for name in two.metrics if name.startswith("grad_norm_")]].dropna()
     if kind == "lora":  # those of all parts make up the Trainer's own, which it takes after the reduction
         assert norms.shape == (3, 16)
