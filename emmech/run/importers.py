@@ -184,8 +184,10 @@ def _chosen(module: str, config: dict[str, Any], folder: Path) -> bool:
     """Whether PEFT puts an adapter on a module; it passes over the tensors of any other."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    if config.get("target_modules") == "all-linear":
-        return True
+    if config.get("target_modules") == "all-linear":  # of the blocks: the map to the vocabulary is left out
+        if "." not in module or not re.search(r"\.\d+\.", module):
+            return False
+        config = config | {"target_modules": [module.rpartition(".")[2]]}
     try:
         return bool(
             check_target_module_exists(

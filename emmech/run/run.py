@@ -507,12 +507,19 @@ def load_run(path: str | Path) -> Run:
         path: the run's folder, or ``hub:owner/name``.
 
     Raises:
-        EmmechError: the folder is not a run, or has a newer format.
+        EmmechError: the folder is not a run, or has a newer format; or the hub does not give it.
     """
     if isinstance(path, str) and path.startswith("hub:"):
         from huggingface_hub import snapshot_download
 
-        path = snapshot_download(path.removeprefix("hub:"))
+        repo = path.removeprefix("hub:")
+        try:
+            path = snapshot_download(repo)
+        except Exception as error:  # offline, no such repository, a malformed name: each has a type of its own
+            first = str(error).strip().split("\n")[0][:200]
+            why = f"the hub does not give it ({type(error).__name__}: {first})"
+            instead = "owner/name of a repository that Run.push_to_hub made, or the run's folder on this disk"
+            raise EmmechError("open the run", f"hub:{repo}", why, instead)
     check_folder("open the run", "path", path)
     folder = Path(path)
     manifest_path = folder / "run.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import emmech
 from emmech.chat.encode import encode
@@ -74,26 +74,49 @@ def recorded(folder: Path, kind: str, batch: int, how: str) -> None:
 
 
 def sharded() -> None:
-    """What FSDP makes of a model, in its three forms."""
+    """What FSDP makes of a model, in its forms: which the Recorder reads, and which it refuses."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     def first(original: bool):
         return lambda model: FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
 
-    def second(model):
-        return fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    def second(*shape: int):
+        return lambda model: fully_shard(model, mesh=init_device_mesh("cpu", shape))
+
+    def adapted(model):
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+    def same(model):
+        return model
 
     torch.distributed.init_process_group("gloo")
-    for name, shard in {"first": first(False), "first, original": first(True), "second": second}.items():
-        for lora in (False, True) if name != "first" else (False,):  # flat parameters train as a whole
-            model = make_tiny("llama").model
-            if lora:
-                model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-            try:
-                print(f"{name}, {lora}: {find_capture(shard(model)).kind} accepted")
-            except EmmechError as error:
-                print(f"{name}, {lora}: refused\n{error}")
+    forms = {
+        "first": (same, first(False), same), "first, original": (same, first(True), same),
+        "first, original, lora": (adapted, first(True), same),
+        "second": (same, second(2), same), "second, lora": (adapted, second(2), same),
+        "second, two dimensions": (same, second(2, 1), same), "second, lora later": (same, second(2), adapted),
+    }  # fmt: skip
+    for name, (before, shard, after) in forms.items():
+        model = after(shard(before(make_tiny("llama").model)))
+        if name == "second":  # a forward alone leaves some weights whole
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[1, 2]]))
+        try:
+            print(f"{name}: {find_capture(model).kind} accepted")
+        except EmmechError as error:
+            print(f"{name}: refused\n{error}")
+    try:
+        emmech.load_model(model, make_tiny("llama").tokenizer)
+    except EmmechError as error:
+        print(f"to load: refused\n{error}")
+    model = shard(make_tiny("llama").model)
+    recorder = emmech.Recorder("nowhere", measures={"one": lambda chat: 1.0})
+    state, arguments = TrainerState(max_steps=3), TrainingArguments("nowhere", use_cpu=True)
+    try:
+        recorder.on_train_begin(arguments, state, TrainerControl(), model=model)
+    except EmmechError as error:
+        print(f"measures: refused\n{error}")
 
 
 if __name__ == "__main__":

@@ -106,9 +106,17 @@ def test_fine_tuning_in_several_processes_is_refused(tmp_path):
     assert not (tmp_path / "run" / "run.json").exists()
 
 
-def test_every_form_of_fsdp_is_refused_by_name_in_every_process(tmp_path):
-    """FSDP with its flat or the original parameters, and FSDP 2; full and LoRA."""
+def test_forms_of_fsdp_are_read_or_refused_by_name_in_every_process(tmp_path):
     status, output = launch(TORCHRUN, tmp_path, "sharded", 2)
     assert status == 0, output
-    assert output.count(": refused") == 10 and "accepted" not in output, output
-    assert output.count("(FSDP") == output.count("instead: DDP") == 10
+    for name, kind in (("second", "full"), ("second, lora", "lora")):
+        assert output.count(f"{name}: {kind} accepted") == 2, output
+    assert output.count("accepted") == 4
+    for name in ("first", "first, original", "first, original, lora"):
+        assert output.count(f"{name}: refused") == 2, output
+    assert output.count("(FSDP 1)") == output.count("one flat vector of the weights of many modules") == 6
+    assert output.count("second, two dimensions: refused") == output.count("FSDP on a mesh of 2 dimensions") == 2
+    assert output.count("second, lora later: refused") == output.count("FSDP does not reduce its gradient") == 2
+    assert output.count("instead: FSDP 2") == 10
+    assert output.count("to load: refused") == output.count("no process can run it alone") == 2
+    assert output.count("measures: refused") == output.count("measure the run afterwards") == 2
