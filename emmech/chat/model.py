@@ -245,8 +245,8 @@ class ChatModel:
         """A sha256 of the base weights, adapters excluded, equal in float32 and bfloat16.
 
         Every tensor's name and shape and up to 1024 evenly spaced values are hashed, so that a 32B model takes
-        seconds: any fine-tune changes it, a single altered weight may not. Where FSDP keeps the weights in shards, every
-        process has to call it.
+        seconds: any fine-tune changes it, a single altered weight may not. Where FSDP keeps the weights in shards,
+        every process has to call it.
         """
         digest = hashlib.sha256()
         for name, value in sorted(self.base.state_dict().items()):
@@ -304,7 +304,9 @@ def load_model(
         loaded = _in_wrappers(model)
         if in_shards(loaded):
             why, instead = "FSDP keeps its weights in shards, and no process can run it alone", "the model before FSDP"
-            raise EmmechError("load the chat model", f"a {type(loaded).__name__}", why, f"{instead}, or one saved by it")
+            raise EmmechError(
+                "load the chat model", f"a {type(loaded).__name__}", why, f"{instead}, or one saved by it"
+            )
         name = str(getattr(loaded, "name_or_path", "") or type(loaded).__name__)
         tokenizer = _tokenizer_of(loaded) if tokenizer is None else tokenizer
     elif isinstance(model, str | Path):

@@ -156,7 +156,9 @@ def rendered_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, tu
         if (mark := next((mark for mark in marks if mark in content), None)) is not None:
             given = f"turn {index} ({roles[index]}): {content[:60]!r}"
             why = f"it holds {mark!r}, with which the chat template marks turns, so that it would be read as several"
-            raise EmmechError("render the conversation", given, why, "the words alone; the template adds its own tokens")
+            raise EmmechError(
+                "render the conversation", given, why, "the words alone; the template adds its own tokens"
+            )
     ends = _once(tokenizer, "ends", lambda: _ends(tokenizer))
     spans = []
     for index, (start, content_end), following in zip(marked, found, pieces[1:], strict=True):

@@ -107,7 +107,9 @@ class ResponseLog:
         answers = [line for line in stored if "request" not in line]
         if head is None and not all("checksum" in line for line in answers):  # of an earlier version
             why = "its first line, which says what was asked, is damaged"
-            raise EmmechError(f"continue sampling into {self.path.name}", self.path, why, "another file, or a copy of it")
+            raise EmmechError(
+                f"continue sampling into {self.path.name}", self.path, why, "another file, or a copy of it"
+            )
         warn_of_lines(damaged, "their answers are drawn again")
         if head is None:
             append_jsonl(self.path, sealed(settings))

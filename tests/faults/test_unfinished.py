@@ -76,7 +76,9 @@ def test_the_damaged_line_is_named_and_a_damaged_first_line_does_not_hide_the_an
     path = tmp_path / "responses.jsonl"
     log_of(path)
     lines = path.read_text().split("\n")
-    path.write_text("\n".join([lines[0].replace("0a1b2c", "0a1b2d"), lines[1], lines[2].replace("answer", "answes"), *lines[3:]]))
+    path.write_text(
+        "\n".join([lines[0].replace("0a1b2c", "0a1b2d"), lines[1], lines[2].replace("answer", "answes"), *lines[3:]])
+    )
     with pytest.warns(UserWarning, match=r"responses\.jsonl:1, responses\.jsonl:3; their answers are drawn again"):
         log = ResponseLog(path, SETTINGS)
     assert set(log.done) == {0, 2, 3}
@@ -163,7 +165,9 @@ def test_a_damaged_part_of_a_sweep_is_measured_again_and_no_other(tmp_path_facto
     if found is None:
         assert "part-forced-0000.safetensors is damaged" in str(said[0].message)
     else:
-        assert all(np.array_equal(found[name], arrays[0][name]) and found[name].dtype == arrays[0][name].dtype for name in "ab")
+        assert all(
+            np.array_equal(found[name], arrays[0][name]) and found[name].dtype == arrays[0][name].dtype for name in "ab"
+        )
     with pytest.raises(EmmechError, match="a sweep of other runs"):
         ResumableParts(folder, "another")
 

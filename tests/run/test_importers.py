@@ -349,8 +349,7 @@ def test_two_places_that_are_one_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"exclude_modules": ["q_proj"]}, {"layers_to_transform": [1]}, {"exclude_modules": r".*layers\.2\..*"}],
+    "changes", [{"exclude_modules": ["q_proj"]}, {"layers_to_transform": [1]}, {"exclude_modules": r".*layers\.2\..*"}]
 )
 def test_what_all_linear_leaves_out_is_refused_as_peft_passes_over_it(tmp_path, changes):
     saved(tmp_path / "step-1")

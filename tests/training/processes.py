@@ -36,7 +36,7 @@ class OnGloo(TrainerCallback):
 
 
 def with_fsdp_on_cpu() -> None:
-    """Let accelerate take these processes for processes with a GPU each: it has FSDP for those alone, torch for both."""
+    """Let accelerate take these processes for ones with a GPU each: it has FSDP for those alone, torch for both."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
