@@ -213,8 +213,8 @@ def _adapter(
     except (AttributeError, TypeError, re.error) as error:
         why = f"its rank_pattern or alpha_pattern is no mapping of regular expressions: {error}"
         raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
-    if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
-        why = f"{module} has A {list(a.shape)} and B {list(b.shape)}, but rank {rank} in adapter_config.json"
+    if type(rank) is not int or a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
+        why = f"{module} has A {list(a.shape)} and B {list(b.shape)}, but rank {rank!r} in adapter_config.json"
         raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
     if not isinstance(alpha, int | float) or not 0 < abs(alpha) <= 1e30:
         raise _refuse(f"its lora_alpha is {alpha!r}, so the adapter writes nothing or NaN", folder, "a number, not 0")

@@ -360,3 +360,12 @@ def test_what_all_linear_leaves_out_is_refused_as_peft_passes_over_it(tmp_path, 
     path.write_text(json.dumps(config | changes))
     with pytest.raises(EmmechError, match="which target_modules and the like"):
         Run.from_peft([tmp_path / "step-1"])
+
+
+@pytest.mark.parametrize("rank", [4.0, "4", True])
+def test_a_rank_that_is_no_whole_number_is_refused(tmp_path, rank):
+    saved(tmp_path / "step-1", r=int(rank))
+    path = tmp_path / "step-1" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": rank}))
+    with pytest.raises(EmmechError, match="but rank"):
+        Run.from_peft([tmp_path / "step-1"])
