@@ -21,7 +21,7 @@ from tests.evaluation.test_evaluate import ASKED, QUICK, LengthJudge
 SETTINGS = {"request": "0a1b2c", "rows": 4, "max_new_tokens": 9, "temperature": 1.0}
 ANSWERS = [Response(0, number, 7 + number, f"answer é {number}\n", "stop", 3) for number in range(4)]
 SCORES = [{"aligned": 10.0 * number, "label": None if number else "good"} for number in range(4)]
-damage = settings(max_examples=150, deadline=None)
+damage = settings(max_examples=60, deadline=None)
 
 
 def damaged(path, data):
