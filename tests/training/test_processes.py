@@ -80,8 +80,9 @@ def test_two_processes_record_what_one_does(launcher, kind, how, tmp_path):
             assert set(of_one) == set(of_two)
             assert max(float((of_one[name] - of_two[name]).abs().max()) for name in of_one) <= 1e-5
     assert np.abs(one.probes["probe"] - two.probes["probe"]).max() <= 1e-5
-    alone = one.metrics if how == "ddp" else one.metrics.drop(columns="size")  # FSDP has no measures
-    assert set(alone) == set(two.metrics) and len(two.metrics) == 6  # each line is written once
+    # FSDP has no measures, which are all that is known of step 0
+    alone = one.metrics if how == "ddp" else one.metrics.drop(columns="size").dropna(how="all")
+    assert set(alone) == set(two.metrics) and len(two.metrics) == len(alone) >= 5  # each line is written once
     assert alone.notna().equals(two.metrics[alone.columns].notna())
     assert (alone - two.metrics).abs().max().max() <= 1e-5
     norms = two.metrics[[name for name in two.metrics if name.startswith("grad_norm_")]].dropna()
@@ -89,7 +90,7 @@ def test_two_processes_record_what_one_does(launcher, kind, how, tmp_path):
         assert norms.shape == (3, 16)
         assert np.allclose(np.sqrt((norms**2).sum(1)), two.metrics["grad_norm"][norms.index], rtol=1e-4)
     lines = [(run.path / "metrics.jsonl").read_text().count("\n") for run in (one, two)]
-    assert lines[0] == lines[1]
+    assert lines[0] - lines[1] == len(one.metrics) - len(alone)
 
 
 def test_what_the_writer_refuses_stops_all_processes(tmp_path):
