@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from emmech.engine.responses import Response, ResponseLog
@@ -181,14 +181,16 @@ def test_a_damaged_request_of_a_sweep_is_named_and_its_parts_are_kept(tmp_path_f
     parts.write("forced", 0, {"a": np.arange(3)})
     before = json.loads((folder / "request.json").read_bytes())
     damaged(folder / "request.json", data)
+    try:
+        after = json.loads((folder / "request.json").read_bytes())
+    except ValueError:
+        after = None
+    # an object without a checksum is taken for one of an earlier version
+    assume(not isinstance(after, dict) or "checksum" in after)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         again = ResumableParts(folder, "wanted")
-        try:
-            changed = json.loads((folder / "request.json").read_bytes()) != before
-        except ValueError:
-            changed = True
-    assert bool(said) == changed
+    assert bool(said) == (after != before)
     again.begin()
     assert again.read("forced", 0)["a"].tolist() == [0, 1, 2]
     with warnings.catch_warnings():  # parts of another request are not its own
