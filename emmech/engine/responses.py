@@ -92,11 +92,17 @@ class ResponseLog:
             return
         made_folder("keep the answers", self.path.parent)
         drop_unfinished(self.path)  # the unfinished row is drawn again
-        self._belongs = digest(sorted(settings.items()))
+        self._settings, self._belongs = settings, digest(sorted(settings.items()))
+        self._earlier = False  # whether a version without checksums began the file
+        self._unsealed = 0
         damaged: list[Path] = []
         stored = read_jsonl(self.path, damaged, sound=self._is_line)
         head = next((line for line in stored if "request" in line), None)
-        if head is not None and any(head.get(name) != value for name, value in settings.items()):
+        other = head is not None and any(head.get(name) != value for name, value in settings.items())
+        if other and self._earlier and any("checksum" in line for line in stored):  # its answers are of these settings
+            head, other = None, False
+            damaged.insert(0, self.path.with_name(f"{self.path.name}:1"))
+        if head is not None and other:
             differing = [_MEANING.get(key, key) for key in settings if head.get(key) != settings[key]]
             raise EmmechError(
                 f"continue sampling into {self.path.name}",
@@ -104,8 +110,7 @@ class ResponseLog:
                 f"it was begun with other arguments: {', '.join(differing) or 'of another kind'}",
                 "repeat the arguments it was begun with, or give another file",
             )
-        answers = [line for line in stored if "request" not in line]
-        if head is None and not all("checksum" in line for line in answers):  # of an earlier version
+        if head is None and self._unsealed:
             why = "its first line, which says what was asked, is damaged"
             raise EmmechError(
                 f"continue sampling into {self.path.name}", self.path, why, "another file, or a copy of it"
@@ -113,18 +118,23 @@ class ResponseLog:
         warn_of_lines(damaged, "their answers are drawn again")
         if head is None:
             append_jsonl(self.path, sealed(settings))
-        for line in answers:
+        for line in stored:
+            if "request" in line:
+                continue
             row = line.pop("row")
             line.pop("checksum", None)
             if line["finish"] != "error":  # such a row is asked again
                 self.done[row] = Response(**line)
 
     def _is_line(self, line: Mapping[str, Any]) -> bool:
+        if "checksum" in line:
+            return intact(line, "" if "request" in line else self._belongs)
         if "request" in line:
-            return "checksum" not in line or intact(line)
-        known = {"row", *(one.name for one in fields(Response))}
-        whole = line.keys() - {"checksum"} == known and isinstance(line["row"], int)
-        return whole and ("checksum" not in line or intact(line, self._belongs))
+            self._earlier = line.keys() == self._settings.keys()
+            return self._earlier
+        whole = line.keys() == {"row", *(one.name for one in fields(Response))} and isinstance(line["row"], int)
+        self._unsealed += whole
+        return whole and self._earlier
 
     def add(self, row: int, response: Response) -> None:
         """Keep one answer."""

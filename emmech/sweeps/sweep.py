@@ -214,7 +214,7 @@ class ResumableParts:
             path = self.folder / name
             head = _read(path) if path.exists() else {"request": request}
             found = head.get("meta", head).get("request")
-            if found is None:
+            if not isinstance(found, str):
                 if name == "sweep.json":
                     raise EmmechError(f"sweep into {self.folder.name}", path, "it is damaged", "another folder")
                 warnings.warn(f"{path} is damaged; the finished parts tell which sweep they are of", stacklevel=3)
