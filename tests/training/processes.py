@@ -82,7 +82,7 @@ def sharded() -> None:
         return lambda model: FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
 
     def second(*shape: int):
-        return lambda model: fully_shard(model, mesh=init_device_mesh("cpu", shape))
+        return lambda model: fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names="ab"[: len(shape)]))
 
     def adapted(model):
         return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))

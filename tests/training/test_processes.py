@@ -39,7 +39,7 @@ def launch(launcher, folder, kind, batch, how="ddp"):
     done = subprocess.run(
         [*launcher, "-m", "tests.training.processes", str(folder), kind, str(batch), how],
         cwd=ROOT, env=known | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=300, check=False,
+        timeout=540, check=False,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
