@@ -28,6 +28,7 @@ from emmech.chat.families import find_family
 from emmech.chat.model import ChatModel, load_model
 from emmech.chat.shards import apart, in_shards, kind, own_part, whole
 from emmech.engine.adapters import AdapterInfo, adapter_layers, bare
+from emmech.engine.modules import hooked
 from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError, check_folder, check_texts
 from emmech.measures.choose import as_measures
@@ -294,7 +295,12 @@ class ShardedNorms(GradientNorms):
     def __init__(self, watched: dict[str, nn.Parameter], model: nn.Module) -> None:
         super().__init__({})
         self._watched = watched
-        self._handles = [model.register_forward_hook(self._forward)]
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(hooked((model, self._forward)))
+
+    def close(self) -> None:
+        """Remove the hook."""
+        self._held.close()
 
     def _forward(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if torch.is_grad_enabled():
