@@ -90,8 +90,9 @@ class _Discreet(logging.Filter):
     """Leaves the values of further fields out of the requests that the client's library logs to debug."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, Mapping) and record.args.get("extra_json"):
-            record.args = {**record.args, "extra_json": dict.fromkeys(record.args["extra_json"], "...")}  # type: ignore[arg-type]
+        logged: Any = record.args
+        if isinstance(logged, Mapping) and (fields := logged.get("extra_json")):
+            record.args = {**logged, "extra_json": dict.fromkeys(fields, "...")}
         return True
 
 
