@@ -212,7 +212,7 @@ class ResumableParts:
             return
         for name in ("request.json", "sweep.json"):
             path = self.folder / name
-            head = _read(path) if path.exists() else {"request": request}
+            head: dict[str, Any] = _read(path) if path.exists() else {"request": request}
             found = head.get("meta", head).get("request")
             if not isinstance(found, str):
                 if name == "sweep.json":
