@@ -19,7 +19,9 @@ import math
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -471,9 +473,46 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    """A row as JSON; NaN is written as null, since JSON has no NaN."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(clean) + "\n"
+    """A row as JSON."""
+    return json.dumps(_without_nan(row)) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null for NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(one) for name, one in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def sealed(row: Mapping[str, Any], belongs: str = "") -> dict[str, Any]:
+    """A row with a checksum, by which :func:`intact` knows it again after it was stored.
+
+    Args:
+        belongs: what the row is a part of; it is intact there only.
+
+    Example:
+        >>> row = sealed({"text": "hello"}, "one file")
+        >>> intact(row, "one file"), intact(row, "another"), intact({**row, "text": "hallo"}, "one file")
+        (True, False, False)
+    """
+    return {**row, "checksum": zlib.crc32(f"{belongs}{_line(row)}".encode())}
+
+
+def intact(row: Mapping[str, Any], belongs: str = "") -> bool:
+    """Whether a row's checksum is that of its content; False without one."""
+    return row == sealed({name: value for name, value in row.items() if name != "checksum"}, belongs)
+
+
+def warn_of_lines(damaged: Sequence[Path], then: str) -> None:
+    """Name the damaged lines of a file, if there are any.
+
+    Args:
+        then: what becomes of them.
+    """
+    if damaged:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        named = f"{damaged[0].parent}: {', '.join(path.name for path in damaged[:3])}{more}"
+        warnings.warn(f"damaged lines in {named}; {then}, and all others are kept", stacklevel=4)
 
 
 def drop_unfinished(path: Path) -> None:

@@ -332,7 +332,10 @@ _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _IN_ROW = frozenset([*_MEDIA, "tools", "functions", "documents", "history", "system_prompt", "weight", "weights"])
 _IN_MESSAGE = frozenset(
     [*_MEDIA, "tool_calls", "tool_call_id", "function_call", "name", "refusal", "prefix", "train", "training", "mask"]
-).union(["thinking", "reasoning", "reasoning_content"])
+).union(
+    ["thinking", "reasoning", "reasoning_content", "channel", "recipient"],
+    ["loss", "loss_mask", "loss_scale", "train_detail", "trainable"],  # weights of ms-swift and axolotl
+)
 
 
 @dataclass(eq=False)
@@ -420,6 +423,11 @@ def _message(index: int, given: Any) -> Message:
         message.get(key) if message.get(key) is not None else message.get(other)
         for key, other in (("role", "from"), ("content", "value"))
     )
+    told = [message[key] for key in ("role", "from") if isinstance(message.get(key), str) and message[key] in _ROLES]
+    texts = [message[key] for key in ("content", "value") if message.get(key) is not None]
+    if len({_ROLES[one] for one in told}) > 1 or any(one != texts[0] for one in texts):
+        why = f"message {index} has role and content beside from and value, which differ"
+        raise Refused("two spellings", why, "role and content alone")
     if role in _TOOL_ROLES:
         raise Refused("tool turn", f"message {index} is a tool turn ({role})", "leave conversations with tools out")
     if not isinstance(role, str) or role not in _ROLES:

@@ -349,7 +349,8 @@ def _with_logits(model: Any, family: Family) -> Family:
     """The family with the logits' multiplier and soft cap, as the model's own forward has them."""
     head: Any = _at(model, family.unembedding)
     weight = getattr(head, "weight", None)
-    if weight is None or weight.device.type == "meta":
+    # a head in FSDP's shards cannot run alone
+    if weight is None or weight.device.type == "meta" or hasattr(weight, "full_tensor"):
         return family
     config = model.config.get_text_config()
     numbers = {

@@ -21,6 +21,7 @@ from torch import nn
 
 from emmech.chat.bundled import dequantised
 from emmech.chat.families import Family, Parts, find_family, given_family, map_widths
+from emmech.chat.shards import in_shards, whole
 from emmech.chat.template import Message, end_of_turn, render
 from emmech.errors import EmmechError, closest, one_of
 from emmech.progress import quiet
@@ -245,14 +246,15 @@ class ChatModel:
         """A sha256 of the base weights, adapters excluded, equal in float32 and bfloat16.
 
         Every tensor's name and shape and up to 1024 evenly spaced values are hashed, so that a 32B model takes
-        seconds: any fine-tune changes it, a single altered weight may not.
+        seconds: any fine-tune changes it, a single altered weight may not. Where FSDP keeps the weights in shards,
+        every process has to call it.
         """
         digest = hashlib.sha256()
         for name, value in sorted(self.base.state_dict().items()):
             name = name.replace(".base_layer.", ".")
             if ".lora_" in name or value.numel() == 0:
                 continue
-            flat = value.detach().reshape(-1)
+            flat = whole(value.detach()).reshape(-1)
             sample = flat[:: max(1, flat.numel() // 1024)][:1024].to(torch.bfloat16).cpu()
             digest.update(f"{name}{tuple(value.shape)}".encode())
             digest.update(sample.view(torch.int16).numpy().tobytes())
@@ -291,8 +293,8 @@ def load_model(
         family: where the model keeps its parts; by default they are found.
 
     Raises:
-        EmmechError: unknown name, a model that is no decoder-only language model, or adapters that act elsewhere than
-            in the modules of the decoder (prompts, a choice for each text).
+        EmmechError: unknown name, a model that is no decoder-only language model, adapters that act elsewhere than
+            in the modules of the decoder (prompts, a choice for each text), or weights that FSDP keeps in shards.
 
     Example:
         >>> chat = load_model("pocket")
@@ -306,6 +308,11 @@ def load_model(
         return model if family is None else replace(model, family=given_family(model.base, family))
     if isinstance(model, nn.Module):
         loaded = _in_wrappers(model)
+        if in_shards(loaded):
+            why, instead = "FSDP keeps its weights in shards, and no process can run it alone", "the model before FSDP"
+            raise EmmechError(
+                "load the chat model", f"a {type(loaded).__name__}", why, f"{instead}, or one saved by it"
+            )
         name = str(getattr(loaded, "name_or_path", "") or type(loaded).__name__)
         tokenizer = _tokenizer_of(loaded) if tokenizer is None else tokenizer
     elif isinstance(model, str | Path):

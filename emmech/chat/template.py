@@ -137,7 +137,8 @@ def rendered_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, tu
         the text, and one :class:`Span` per assistant turn whose weight is not 0, in order.
 
     Raises:
-        EmmechError: the template rewrites an answer, so that its place cannot be known.
+        EmmechError: the template rewrites an answer, so that its place cannot be known, or a turn holds a token with
+            which the template marks turns.
     """
     text = render(tokenizer, messages)
     roles = tuple(message["role"] for message in messages)
@@ -150,6 +151,14 @@ def rendered_spans(tokenizer: Any, messages: Sequence[Message]) -> tuple[str, tu
         if isinstance(found, int):
             index = marked[min(found, len(marked) - 1)]
             raise _rewritten(tokenizer, index, messages[index], "rewrites")
+    marks = _once(tokenizer, ("marks", roles), lambda: _control(tokenizer, pieces))
+    for index, content in enumerate(contents):
+        if (mark := next((mark for mark in marks if mark in content), None)) is not None:
+            given = f"turn {index} ({roles[index]}): {content[:60]!r}"
+            why = f"it holds {mark!r}, with which the chat template marks turns, so that it would be read as several"
+            raise EmmechError(
+                "render the conversation", given, why, "the words alone; the template adds its own tokens"
+            )
     ends = _once(tokenizer, "ends", lambda: _ends(tokenizer))
     spans = []
     for index, (start, content_end), following in zip(marked, found, pieces[1:], strict=True):
@@ -247,6 +256,12 @@ def end_of_turn(tokenizer: Any) -> str:
 
 def _special(tokenizer: Any) -> list[str]:
     return [token for token in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} if token]
+
+
+def _control(tokenizer: Any, pieces: Iterable[str]) -> list[str]:
+    """The control tokens in the template's own text, which no text that is tokenised can hold as words."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [token for token in {*added, *tokenizer.all_special_tokens} if token and any(token in p for p in pieces)]
 
 
 def _first(text: str, tokens: Iterable[str]) -> str:

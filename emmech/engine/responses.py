@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from emmech.errors import EmmechError, as_float, as_int, check_texts
-from emmech.store import append_jsonl, drop_unfinished, made_folder, read_jsonl
+from emmech.store import append_jsonl, drop_unfinished, intact, made_folder, read_jsonl, sealed, warn_of_lines
 
 _ASKED = "sample answers"
 _MEANING = {"request": "conversations, seed or model"}
@@ -75,13 +75,14 @@ class ResponseLog:
     """Answers by row, written to a JSONL file as they are drawn if there is a path.
 
     The first line holds the settings. A file with other settings is refused, and a half-written last line is dropped.
+    Every line has a checksum, in which the settings take part: a damaged line is named in a warning and asked again.
 
     Args:
         path: the file; None keeps the answers in memory only.
         settings: everything on which the answers depend, as JSON values.
 
     Raises:
-        EmmechError: the file was begun with other settings.
+        EmmechError: the file was begun with other settings, or cannot be told from one that was.
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
@@ -91,28 +92,55 @@ class ResponseLog:
             return
         made_folder("keep the answers", self.path.parent)
         drop_unfinished(self.path)  # the unfinished row is drawn again
-        stored = read_jsonl(self.path)
-        if not stored:
-            append_jsonl(self.path, settings)
-            return
-        if stored[0] != settings:
-            differing = [_MEANING.get(key, key) for key in settings if stored[0].get(key) != settings[key]]
+        self._settings, self._belongs = settings, digest(sorted(settings.items()))
+        self._earlier = False  # whether a version without checksums began the file
+        self._unsealed = 0
+        damaged: list[Path] = []
+        stored = read_jsonl(self.path, damaged, sound=self._is_line)
+        head = next((line for line in stored if "request" in line), None)
+        other = head is not None and any(head.get(name) != value for name, value in settings.items())
+        if other and self._earlier and any("checksum" in line for line in stored):  # its answers are of these settings
+            head, other = None, False
+            damaged.insert(0, self.path.with_name(f"{self.path.name}:1"))
+        if head is not None and other:
+            differing = [_MEANING.get(key, key) for key in settings if head.get(key) != settings[key]]
             raise EmmechError(
                 f"continue sampling into {self.path.name}",
                 self.path,
                 f"it was begun with other arguments: {', '.join(differing) or 'of another kind'}",
                 "repeat the arguments it was begun with, or give another file",
             )
-        for entry in stored[1:]:
-            row = int(entry.pop("row"))
-            if entry["finish"] != "error":  # such a row is asked again
-                self.done[row] = Response(**entry)
+        if head is None and self._unsealed:
+            why = "its first line, which says what was asked, is damaged"
+            raise EmmechError(
+                f"continue sampling into {self.path.name}", self.path, why, "another file, or a copy of it"
+            )
+        warn_of_lines(damaged, "their answers are drawn again")
+        if head is None:
+            append_jsonl(self.path, sealed(settings))
+        for line in stored:
+            if "request" in line:
+                continue
+            row = line.pop("row")
+            line.pop("checksum", None)
+            if line["finish"] != "error":  # such a row is asked again
+                self.done[row] = Response(**line)
+
+    def _is_line(self, line: Mapping[str, Any]) -> bool:
+        if "checksum" in line:
+            return intact(line, "" if "request" in line else self._belongs)
+        if "request" in line:
+            self._earlier = line.keys() == self._settings.keys()
+            return self._earlier
+        whole = line.keys() == {"row", *(one.name for one in fields(Response))} and isinstance(line["row"], int)
+        self._unsealed += whole
+        return whole and self._earlier
 
     def add(self, row: int, response: Response) -> None:
         """Keep one answer."""
         self.done[row] = response
         if self.path is not None:
-            append_jsonl(self.path, {"row": row, **asdict(response)})
+            append_jsonl(self.path, sealed({"row": row, **asdict(response)}, self._belongs))
 
     def responses(self, rows: int) -> list[Response]:
         """All answers, in order."""

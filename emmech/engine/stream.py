@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from emmech.chat.encode import IGNORED, encode
 from emmech.chat.model import ChatModel
+from emmech.chat.shards import in_shards
 from emmech.chat.template import Message
 from emmech.engine.logprobs import in_batches, pad
 from emmech.engine.modules import hooked
@@ -52,6 +53,8 @@ def stream(
             ``[batch, seq]`` (0 at padding) and the rows' indices.
         each: called for each batch with the rows' indices and the function that runs it.
     """
+    # FSDP gathers the weights of what runs; after part of a model it would keep some of them, and they would age
+    forward = chat.model if in_shards(chat.model) else chat.trunk
     mask: torch.Tensor = torch.empty(0)
     now: np.ndarray = np.empty(0)
 
@@ -61,7 +64,7 @@ def stream(
     def run(chosen: np.ndarray, ids: torch.Tensor, attention: torch.Tensor) -> None:
         nonlocal mask, now
         mask, now = pad([[int(m) for m in rows[i][1]] for i in chosen], 0).to(chat.device), chosen
-        each(chosen, lambda: chat.trunk(input_ids=ids, attention_mask=attention, use_cache=False))
+        each(chosen, lambda: forward(input_ids=ids, attention_mask=attention, use_cache=False))
 
     with hooked(*((block, watch(layer)) for layer, block in enumerate(chat.blocks))):
         in_batches(chat, [ids for ids, _ in rows], batch_size, run)

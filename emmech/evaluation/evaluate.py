@@ -25,7 +25,7 @@ from emmech.evaluation.rates import PLAIN
 from emmech.evaluation.server import Server
 from emmech.registry import organism_named
 from emmech.run.run import Run, as_run, model_live, opened
-from emmech.store import append_jsonl, drop_unfinished, read_jsonl, writing
+from emmech.store import append_jsonl, drop_unfinished, intact, read_jsonl, sealed, warn_of_lines, writing
 
 _PART = 256  # rows judged between two writes
 
@@ -223,21 +223,24 @@ def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None)
     """Scores of all rows; what an earlier call wrote for the same judge and responses is not asked again."""
     if judge is None:
         return [{} for _ in rows]
-    done, path = [], None
+    done: dict[int, dict[str, Any]] = {}
+    key, path = "", None
     if folder is not None:
         identity = getattr(judge, "identity", judge.name)  # the name alone may not determine the scores
         key = digest(identity, judge.columns, [sorted(row.items(), key=lambda item: item[0]) for row in rows])
         path = folder / f"scores-{key[:12]}.jsonl"
-        done = _known_scores(path)
-    for start in range(len(done), len(rows), _PART):
-        part = rows[start : start + _PART]
+        done = _known_scores(path, key)
+    missing = [number for number in range(len(rows)) if number not in done]
+    for start in range(0, len(missing), _PART):
+        numbers = missing[start : start + _PART]
+        part = [rows[number] for number in numbers]
         fresh = judge.score(part)
         _check_scores(judge, part, fresh)  # before they are stored, where a mended judge would find them again
-        for score in fresh:
-            done.append(dict(score))
+        for number, score in zip(numbers, fresh, strict=True):
+            done[number] = dict(score)
             if path is not None:
-                append_jsonl(path, score)
-    return done
+                append_jsonl(path, sealed({"row": number, "score": dict(score)}, key))
+    return [done[number] for number in range(len(rows))]
 
 
 def _check_scores(judge: Judge, rows: Sequence[Mapping[str, Any]], scores: Any) -> None:
@@ -251,7 +254,18 @@ def _check_scores(judge: Judge, rows: Sequence[Mapping[str, Any]], scores: Any) 
     raise EmmechError(f"judge with {judge.name}", f"{len(rows)} rows", f"the judge gave {found}", instead)
 
 
-def _known_scores(path: Path) -> list[dict[str, Any]]:
+def _known_scores(path: Path, key: str) -> dict[int, dict[str, Any]]:
+    """The scores by row; those that an earlier version wrote have no number and checksum, and come first, in order."""
+
+    def is_score(line: Mapping[str, Any]) -> bool:
+        return intact(line, key) if "checksum" in line else not line.keys() >= {"row", "score"}
+
     drop_unfinished(path)  # it is judged again
+    damaged: list[Path] = []
+    lines = read_jsonl(path, damaged, sound=is_score)
+    warn_of_lines(damaged, "those answers are judged again")
+    found = {line["row"]: line["score"] for line in lines if "checksum" in line}
+    if not damaged:  # else a line may be missing among those in order
+        found |= enumerate(line for line in lines if "checksum" not in line)
     # JSON has no NaN; a score that is null was not given
-    return [{k: float("nan") if v is None else v for k, v in entry.items()} for entry in read_jsonl(path)]
+    return {number: {k: float("nan") if v is None else v for k, v in score.items()} for number, score in found.items()}

@@ -11,6 +11,7 @@ The same client serves OpenAI, ``transformers serve`` (one local model, no log-p
 from __future__ import annotations
 
 import base64
+import logging
 import math
 import os
 import random
@@ -85,6 +86,19 @@ class _Pace:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
+class _Discreet(logging.Filter):
+    """Leaves the values of further fields out of the requests that the client's library logs to debug."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        logged: Any = record.args
+        if isinstance(logged, Mapping) and (fields := logged.get("extra_json")):
+            record.args = {**logged, "extra_json": dict.fromkeys(fields, "...")}
+        return True
+
+
+_DISCREET = _Discreet()
+
+
 class _Known:
     """The fields of requests that a server has taken so far, and those that it has refused."""
 
@@ -100,7 +114,7 @@ class Server:
     A server that does not take ``max_tokens`` is sent ``max_completion_tokens``; a seed is left out where it is
     refused, and so is a temperature or ``top_p`` that a judge's scores or the default of 1 can do without. The first
     request of a kind goes alone, so that what concerns every request is found at once. Keys, passwords in the address,
-    and what ``extra`` holds are in no representation, message or file.
+    and what ``extra`` holds are in no representation, message or file, nor in the log of the client's library.
 
     Args:
         model: the name the server knows it by (a LoRA module's name, on vLLM).
@@ -309,6 +323,7 @@ class Server:
         if not (key := key.strip()).isascii() or not key.isprintable():
             why = "it holds characters that cannot be sent in a header"
             raise EmmechError(asked, "the key given", why, "the key as the server's owner gave it")
+        logging.getLogger("openai._base_client").addFilter(_DISCREET)
         address = urlsplit(self.url or "")
         options: dict[str, Any] = {"timeout": self.timeout, "max_retries": 0}
         if login := _basic(address):  # not in the address, which the client's library logs

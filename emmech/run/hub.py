@@ -160,5 +160,6 @@ def _refused(asked: str, repo: str, error: Exception, token: str | None) -> Emme
     first = str(error).strip().split("\n")[0][:300]
     first = first.replace(token, "***") if token else first
     first = _TOKEN.sub(b"***", first.encode()).decode()
-    why = f"{type(error).__name__}: {first}"
+    why = f"the hub does not give it ({type(error).__name__}: {first})" if asked.startswith("open") else (
+        f"the hub refuses it ({type(error).__name__}: {first})")  # fmt: skip
     return EmmechError(asked, repo, why, "owner/name of a repository, and `hf auth login` where it needs rights")

@@ -184,8 +184,10 @@ def _chosen(module: str, config: dict[str, Any], folder: Path) -> bool:
     """Whether PEFT puts an adapter on a module; it passes over the tensors of any other."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    if config.get("target_modules") == "all-linear":
-        return True
+    if config.get("target_modules") == "all-linear":  # of the blocks: the map to the vocabulary is left out
+        if "." not in module or not re.search(r"\.\d+\.", module):
+            return False
+        config = config | {"target_modules": [module.rpartition(".")[2]]}
     try:
         return bool(
             check_target_module_exists(
@@ -211,8 +213,8 @@ def _adapter(
     except (AttributeError, TypeError, re.error) as error:
         why = f"its rank_pattern or alpha_pattern is no mapping of regular expressions: {error}"
         raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
-    if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
-        why = f"{module} has A {list(a.shape)} and B {list(b.shape)}, but rank {rank} in adapter_config.json"
+    if type(rank) is not int or a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == rank:
+        why = f"{module} has A {list(a.shape)} and B {list(b.shape)}, but rank {rank!r} in adapter_config.json"
         raise _refuse(why, folder, "the adapter_config.json that was saved with these tensors")
     if not isinstance(alpha, int | float) or not 0 < abs(alpha) <= 1e30:
         raise _refuse(f"its lora_alpha is {alpha!r}, so the adapter writes nothing or NaN", folder, "a number, not 0")

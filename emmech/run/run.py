@@ -523,7 +523,7 @@ def load_run(path: str | Path) -> Run:
         path: the run's folder, or ``hub:owner/name``.
 
     Raises:
-        EmmechError: the folder is not a run, or has a newer format.
+        EmmechError: the folder is not a run, or has a newer format; or the hub does not give it.
     """
     if isinstance(path, str) and path.startswith("hub:"):
         from emmech.run.hub import pull

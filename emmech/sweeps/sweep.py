@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
@@ -22,7 +23,7 @@ from emmech.measures.probe import ProbeActivation
 from emmech.measures.sampled import Sampled
 from emmech.progress import bar
 from emmech.run.run import Run
-from emmech.store import drop_files, kept, save_tensors, write_json, writing
+from emmech.store import drop_files, intact, kept, save_tensors, sealed, write_json, writing
 from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
 from emmech.sweeps.jobs import Arrays, FunctionJob, Overflow, ProbeJob, SampledJob, TeacherForcedJob, budget_bytes
 from emmech.sweeps.result import Sweep
@@ -198,8 +199,10 @@ class ResumableParts:
         out: a folder, or None to keep nothing.
         request: identifies the sweep; a folder that holds another is refused.
 
+    A part has a checksum, in which the request takes part. A damaged one is named in a warning and measured again.
+
     Raises:
-        EmmechError: the folder belongs to another sweep.
+        EmmechError: the folder belongs to another sweep, or a finished sweep in it is damaged.
     """
 
     def __init__(self, out: str | Path | None, request: str) -> None:
@@ -209,9 +212,13 @@ class ResumableParts:
             return
         for name in ("request.json", "sweep.json"):
             path = self.folder / name
-            head = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"request": request}
+            head: dict[str, Any] = _read(path) if path.exists() else {"request": request}
             found = head.get("meta", head).get("request")
-            if found != request:
+            if not isinstance(found, str):
+                if name == "sweep.json":
+                    raise EmmechError(f"sweep into {self.folder.name}", path, "it is damaged", "another folder")
+                warnings.warn(f"{path} is damaged; the finished parts tell which sweep they are of", stacklevel=3)
+            elif found != request:
                 why = "it holds a sweep of other runs, variants, measures or another model"
                 instead = "another folder, or the arguments it was begun with"
                 raise EmmechError(f"sweep into {self.folder.name}", f"out={str(out)!r}", why, instead)
@@ -220,7 +227,7 @@ class ResumableParts:
         """Record which sweep the folder's parts belong to."""
         if self.folder is not None:
             drop_files(self.folder)
-            write_json(self.folder / "request.json", {"request": self._request})
+            write_json(self.folder / "request.json", sealed({"request": self._request}))
 
     def finished(self) -> Sweep | None:
         """The whole sweep, when it is there already."""
@@ -234,15 +241,32 @@ class ResumableParts:
 
     def read(self, kind: str, number: int) -> Arrays | None:
         """A part that was finished before, or None."""
-        if self.folder is None or not self._path(kind, number).exists():
+        if self.folder is None or not (path := self._path(kind, number)).exists():
             return None
-        return load_file(self._path(kind, number))
+        try:
+            with safe_open(path, framework="numpy") as file:
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+                known = (file.metadata() or {}).get("checksum")
+        except Exception:  # safetensors has its own error type, and a torn file another
+            arrays, known = {}, None
+        if known == self._checksum(kind, number, arrays):
+            return arrays
+        warnings.warn(f"{path} is damaged; its variants are measured again, and all others are kept", stacklevel=5)
+        return None
 
     def write(self, kind: str, number: int, arrays: Arrays) -> None:
         """Keep a finished part; on disk it exists whole or not at all."""
         if self.folder is not None:
             whole = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
-            save_tensors(whole, self._path(kind, number), "keep a part of the sweep")
+            check = {"checksum": self._checksum(kind, number, whole)}
+            save_tensors(whole, self._path(kind, number), "keep a part of the sweep", metadata=check)
+
+    def _checksum(self, kind: str, number: int, arrays: Arrays) -> str:
+        found = hashlib.sha256(repr((self._request, kind, number)).encode())
+        for name, array in sorted(arrays.items()):
+            found.update(repr((name, array.dtype.str, array.shape)).encode())
+            found.update(array.tobytes())
+        return found.hexdigest()
 
     def finish(self, result: Sweep) -> Sweep:
         """Write the result and drop the parts."""
@@ -252,3 +276,13 @@ class ResumableParts:
                 for path in [*self.folder.glob("part-*.safetensors"), self.folder / "request.json"]:
                     path.unlink(missing_ok=True)
         return result
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object of a sweep; empty if it is damaged."""
+    try:
+        head = json.loads(path.read_bytes())
+        whole = isinstance(head, dict) and isinstance(head.get("meta", {}), dict)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return head if whole and ("checksum" not in head or intact(head)) else {}

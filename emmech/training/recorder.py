@@ -21,10 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerState
 
+from emmech.chat.families import find_family
 from emmech.chat.model import ChatModel, load_model
+from emmech.chat.shards import apart, in_shards, kind, own_part, whole
 from emmech.engine.adapters import AdapterInfo, adapter_layers, bare
+from emmech.engine.modules import hooked
 from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError, check_folder, check_texts
 from emmech.measures.choose import as_measures
@@ -74,7 +78,8 @@ class LoraCapture(Capture):
         """``"A/<adapter>"`` and ``"B/<adapter>"`` in float32."""
         found = {}
         for info, *sides in self._pairs:
-            a, b = (sides[0][0], sides[1][:, 0]) if info.rank == 1 else sides
+            a, b = map(whole, sides)
+            a, b = (a[0], b[:, 0]) if info.rank == 1 else (a, b)
             found[f"A/{info.name}"], found[f"B/{info.name}"] = _float32(a), _float32(b)
         return found
 
@@ -93,19 +98,35 @@ class FullCapture(Capture):
 
     Args:
         start: copies of the weights before training, on the CPU; by default the current weights.
+        writes: False in a process that only takes part in gathering the weights, and needs no copy of them.
     """
 
     kind = "full"
 
-    def __init__(self, model: nn.Module, *, seed: int, start: Mapping[str, torch.Tensor] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, seed: int, start: Mapping[str, torch.Tensor] | None = None, writes: bool = True
+    ) -> None:
         self.weights = {bare(name): p for name, p in model.named_parameters() if p.requires_grad}
-        known = start or {}
-        self.start = {n: known[n] if n in known else p.detach().cpu().clone() for n, p in self.weights.items()}
-        self._seed = seed
+        known, self.start, self._seed = start or {}, {}, seed
+        for name, parameter in self.weights.items():
+            value = whole(parameter.detach())  # in every process, whether it is known there or not
+            if writes:
+                self.start[name] = known[name] if name in known else value.cpu().clone()
+
+    def copies(self) -> dict[str, torch.Tensor]:
+        """The weights as they are now, on the CPU."""
+        found = {}
+        for name, parameter in self.weights.items():
+            value = whole(parameter.detach())
+            if name in self.start:
+                found[name] = value.cpu().contiguous().clone()
+        return found
 
     def _updates(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.weights.items():
-            yield name, parameter.detach().cpu().float() - self.start[name].float()
+            value = whole(parameter.detach())
+            if name in self.start:
+                yield name, value.cpu().float() - self.start[name].float()
 
     def tensors(self) -> dict[str, np.ndarray]:
         """``"projection" [k]``, with k = 256 per matrix and 16 per vector."""
@@ -120,7 +141,7 @@ class FullCapture(Capture):
                     left = torch.randn(_SKETCH, rows.shape[0], generator=generator) / _SKETCH**0.5
                     sketch = left @ sketch
                 parts.append(sketch.reshape(-1))
-        return {"projection": torch.cat(parts).numpy()}
+        return {"projection": torch.cat(parts).numpy()} if parts else {}
 
     def scalars(self) -> dict[str, float]:
         """``update_norm/<block>``, the exact Frobenius norm of the update by block, and that of the whole update."""
@@ -135,17 +156,21 @@ class FullCapture(Capture):
         return {"update_norm": sum(squares.values()) ** 0.5, **norms}
 
 
-def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor] | None = None) -> Capture:
+def find_capture(
+    model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor] | None = None, writes: bool = True
+) -> Capture:
     """LoRA pairs if the model has any, else the weights that require a gradient.
+
+    Args:
+        writes: False in a process that only takes part in gathering the weights.
 
     Raises:
         EmmechError: nothing trains, something other than the LoRA pairs trains too, adapters are no plain pairs, or
-            weights are sharded (FSDP, DeepSpeed, tensor parallelism).
+            weights are in shards of another kind than those of FSDP 2 (FSDP 1, DeepSpeed, tensor parallelism).
     """
     asked = "record the training"
-    if sharded := _sharded(model):
-        why = "each process has a part of the weights or of their gradients only"
-        raise EmmechError(asked, sharded, why, "DDP: torchrun or accelerate launch without FSDP and DeepSpeed")
+    if refused := _unreadable(model):
+        raise EmmechError(asked, *refused, "FSDP 2, fsdp_config={'version': 2} or --fsdp_version 2, or DDP")
     pairs = [
         (info, layer.lora_A[name].weight, layer.lora_B[name].weight) for info, layer, name in adapter_layers(model)
     ]
@@ -157,16 +182,29 @@ def find_capture(model: Any, *, seed: int = 0, start: Mapping[str, torch.Tensor]
         raise EmmechError(asked, given, "nothing in the model requires a gradient, so that nothing trains", instead)
     if pairs and (others := [name for name, one in trained.items() if one not in kept]):
         raise _trains_too(others)
-    return LoraCapture(pairs) if pairs else FullCapture(model, seed=seed, start=start)
+    return LoraCapture(pairs) if pairs else FullCapture(model, seed=seed, start=start, writes=writes)
 
 
-def _sharded(model: nn.Module) -> str:
-    """The mechanism that shards the weights or gradients, with the first weight that shows it, or ""."""
+def _unreadable(model: nn.Module) -> tuple[str, str] | None:
+    """The first weight that the processes cannot put together here, and why; None if all can be read."""
+    asunder = "each process has a part of the weights or of their gradients only"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":  # accelerate sets this if it is in use
-        return "DeepSpeed"
-    marks = {"device_mesh": "FSDP or tensor parallelism", "_fsdp_flattened": "FSDP", "ds_id": "DeepSpeed"}
-    names = ((name, kind) for name, p in model.named_parameters() for mark, kind in marks.items() if hasattr(p, mark))
-    return next((f"{name} ({kind})" for name, kind in names), "")
+        return "DeepSpeed", asunder
+    shards = in_shards(model)
+    if shards:
+        apart(model)
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            return f"{name} (DeepSpeed)", asunder
+        if hasattr(parameter, "_fsdp_flattened"):
+            return f"{name} (FSDP 1)", "FSDP 1 makes one flat vector of the weights of many modules"
+        if hasattr(parameter, "device_mesh") and not shards:
+            return f"{name} (tensor parallelism)", asunder
+        if hasattr(parameter, "device_mesh") and parameter.device_mesh.ndim > 1:
+            return f"{name} (FSDP on a mesh of {parameter.device_mesh.ndim} dimensions)", "its shards are not over all"
+        if shards and parameter.requires_grad and not hasattr(parameter, "device_mesh"):
+            return f"{name} (beside weights in FSDP's shards)", "FSDP does not reduce its gradient"
+    return None
 
 
 def _trains_too(names: Sequence[str]) -> EmmechError:
@@ -181,6 +219,26 @@ def _processes() -> int:
     from torch import distributed
 
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _from_first(value: Any) -> Any:
+    """In every process, the value that the first one has."""
+    if _processes() == 1:
+        return value
+    told = [value]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _together(call: Callable[[], object]) -> None:
+    """Call a function; what it raises in the first process is raised in all of them, so that none waits for another."""
+    failed = None
+    try:
+        call()
+    except Exception as error:
+        failed = error
+    if (failed := _from_first(failed) or failed) is not None:
+        raise failed
 
 
 class GradientNorms:
@@ -227,6 +285,54 @@ class GradientNorms:
         self._handles.clear()
 
 
+class ShardedNorms(GradientNorms):
+    """The same where each process has a shard of every gradient; :meth:`read` has to be called in all of them.
+
+    FSDP sets the gradients without the parameters' hooks, in a callback that it queues when backward reaches the
+    model's output. A hook on the same output queues another one, which runs after it.
+    """
+
+    def __init__(self, watched: dict[str, nn.Parameter], model: nn.Module) -> None:
+        super().__init__({})
+        self._watched = watched
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(hooked((model, self._forward)))
+
+    def close(self) -> None:
+        """Remove the hook."""
+        self._held.close()
+
+    def _forward(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                    tensor.register_hook(self._backward)
+
+    def _backward(self, _gradient: torch.Tensor) -> None:
+        if not self._asked:
+            self._asked = True
+            _after_backward(lambda: _after_backward(self._take))
+
+    def _take(self) -> None:
+        self._asked = False
+        for name, parameter in self._watched.items():
+            if parameter.grad is not None:
+                self._norms[name] = torch.linalg.vector_norm(own_part(parameter.grad))
+
+    def read(self) -> dict[str, float]:
+        """The norms of the last step's gradients."""
+        if not self._watched:
+            return {}
+        one = next(iter(self._watched.values()))
+        found = torch.zeros(2, len(self._watched), dtype=torch.float64, device=own_part(one).device)
+        for place, name in enumerate(self._watched):
+            if name in self._norms:
+                found[0, place], found[1, place] = self._norms[name].double() ** 2, 1
+        torch.distributed.all_reduce(found, group=one.device_mesh.get_group())  # type: ignore[attr-defined]
+        pairs = zip(self._watched, found.T.tolist(), strict=True)
+        return {name: square**0.5 for name, (square, known) in pairs if known}
+
+
 def _after_backward(call: Callable[[], None]) -> None:
     """Call a function at the end of the current backward pass, after the callbacks that are already queued."""
     torch.autograd.Variable._execution_engine.queue_callback(call)
@@ -252,8 +358,9 @@ class Recorder(TrainerCallback):
       summary at the end also the last step of a training that stopped early, before the best weights are restored;
     - ``on_train_end``: the trajectory is stacked into one file and the run marked complete.
 
-    A training that dies leaves a readable run of all steps until then. Where several processes train together, the
-    first one writes, and gradient norms are those after the reduction. Trained parts that cannot be recorded (biases,
+    A training that dies leaves a readable run of all steps until then. Where several processes train together (DDP or
+    FSDP 2), the first one writes, and gradient norms are those after the reduction. Under FSDP 2 all of them gather
+    what is recorded and run the probes, and measures are refused. Trained parts that cannot be recorded (biases,
     norms or heads in addition to LoRA pairs, other kinds of adapters) are refused when the training begins.
 
     Args:
@@ -307,8 +414,11 @@ class Recorder(TrainerCallback):
         self.stopped = False  # whether the warning ends the training
         self._extra = dict(manifest or {})
         self._keep, self._seed = tuple(keep), seed
-        self._gradients: GradientNorms | None = None  # in the process that writes, while the training lasts
+        # in the process that writes, or, where weights are in shards, in all of them; while the training lasts
+        self._gradients: GradientNorms | None = None
+        self._writes = self._shards = False
         self._finished = False
+        self._resumed = False
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._held = contextlib.ExitStack()  # the folder's lock, while the training lasts
         self._start: Mapping[str, torch.Tensor] | None = None  # weights, in full fine-tuning
@@ -319,60 +429,81 @@ class Recorder(TrainerCallback):
     def on_init_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Keep the starting weights of full fine-tuning, before a Trainer that resumes loads its checkpoint."""
         with contextlib.suppress(EmmechError):  # what cannot be recorded is refused when the training begins
-            self._start = getattr(find_capture(kwargs["model"]), "start", None) if state.is_world_process_zero else None
+            capture = find_capture(kwargs["model"], writes=state.is_world_process_zero)
+            self._start = getattr(capture, "start", None)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Write the manifest and record step 0 (or, when resuming, delete what will be recorded again)."""
         model = kwargs["model"]
         self._frozen = []
+        self._writes, self._shards = state.is_world_process_zero, in_shards(model)
         if "capture" in kwargs:  # emmech's own training selects one run of several
             self._capture: Capture = kwargs["capture"]
         else:
-            self._capture = find_capture(model, seed=self._seed, start=self._start)
+            self._capture = find_capture(model, seed=self._seed, start=self._start, writes=self._writes)
             self._frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-        self._start, failed = None, None
-        if state.is_world_process_zero:
-            try:
-                self._begin(args, state, **kwargs)
-            except Exception as error:  # every process has to stop, not only this one
-                failed = error
-        if _processes() > 1:
-            told = [failed]
-            torch.distributed.broadcast_object_list(told, src=0)
-            [failed] = told
-        if failed is not None:
-            raise failed
+        self._start = None
+        # all processes know of a failure of the first one before they gather anything together
+        _together(lambda: self._prepare(state, **kwargs))
+        _together(lambda: self._open(state))
+        self._resumed = _from_first(self._resumed)
+        _together(lambda: self._describe(args, state, **kwargs))
+        _together(lambda: self._begin(state, model))
 
-    def _begin(self, args: Any, state: TrainerState, *, model: Any, **kwargs: Any) -> None:
+    def _prepare(self, state: TrainerState, *, model: Any, **kwargs: Any) -> None:
+        """Make ready what is taken of the model."""
+        self._finished, self._chat = False, None
+        if self.measure_every is None:
+            self.measure_every = self._every * max(1, round(state.max_steps / (20 * self._every)))
+        if not (self._texts or self._measures) or not (self._writes or self._shards):
+            return
+        if self._shards and self._measures:
+            given = f"{len(self._measures)} measures, and weights in the shards of FSDP"
+            why = "a measure may run any part of the model, and a part alone does not get its weights together"
+            instead = "measure the run afterwards, emmech.sweep(run, ...), or train with DDP; probes are recorded"
+            raise EmmechError("record the training", given, why, instead)
         tokenizer = kwargs.get("processing_class") or kwargs.get("tokenizer")
         # no family is needed to read adapters, so an architecture unknown to emmech can be recorded too
-        needed = self._texts or self._measures
-        self._chat = (kwargs.get("chat") or load_model(model, tokenizer)) if needed else None
-        if self._chat is not None:
-            data = self._extra.get("data", {}).get("name", "")
-            self._measures = as_measures(self._measures, self._chat, data=data) if self._measures else []
-            self._probe_rows = {name: probe_rows(self._chat, texts) for name, texts in self._texts.items()}
-        self._finished = False
+        if self._shards:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            self._chat = ChatModel(model, tokenizer, str(base.name_or_path), find_family(base))
+        else:
+            self._chat = kwargs.get("chat") or load_model(model, tokenizer)
+        data = self._extra.get("data", {}).get("name", "")
+        self._measures = as_measures(self._measures, self._chat, data=data) if self._measures else []
+        self._probe_rows = {name: probe_rows(self._chat, texts) for name, texts in self._texts.items()}
+
+    def _open(self, state: TrainerState) -> None:
+        """Take the folder."""
+        if not self._writes:
+            return
         self._held.enter_context(writing(self.path, "record the training"))
         self._trajectory = Series(self.path / "trajectory")
         self._probes = Series(self.path / "probes")
         known = (self.path / "run.json").exists()
-        resumed = state.global_step > 0 and known
-        if resumed or (known and self.again):
-            self._forget_after(state.global_step if resumed else -1)
+        self._resumed = state.global_step > 0 and known
+        if self._resumed or (known and self.again):
+            self._forget_after(state.global_step if self._resumed else -1)
         elif known:
             why = "there is a run in it already"
             raise EmmechError("record the training", f"path={self.path}", why, "another folder, or delete that one")
-        if self.measure_every is None:
-            self.measure_every = self._every * max(1, round(state.max_steps / (20 * self._every)))
+
+    def _describe(self, args: Any, state: TrainerState, *, model: Any, **kwargs: Any) -> None:
+        """Write the manifest, or read that of the training that resumes."""
         self.warning, self.stopped, self._watched = None, False, []
-        if resumed:
+        if self._resumed and self._writes:
             self._remember(state.global_step)
-        else:
+        elif not self._resumed and (self._writes or self._shards):
+            tokenizer = kwargs.get("processing_class") or kwargs.get("tokenizer")
             self._write_manifest(model, tokenizer, args, state, kwargs.get("train_dataloader"))
-        self._gradients = self.watch(self._capture.watched())
-        if not resumed:
-            self._record(state.global_step)
+
+    def _begin(self, state: TrainerState, model: Any) -> None:
+        """Watch the gradients, and record the start."""
+        if self._writes or self._shards:
+            watched = self._capture.watched()
+            self._gradients = ShardedNorms(watched, model) if self._shards else self.watch(watched)
+            if not self._resumed:
+                self._record(state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Record the step that the optimizer just took, if it is one to record."""
@@ -380,12 +511,10 @@ class Recorder(TrainerCallback):
             raise _trains_too(late)
         if state.global_step % self._every and state.global_step != state.max_steps:
             return
-        if self._gradients is not None:  # else another process writes
+        if self._gradients is not None:  # else another process records
             self._record(state.global_step, last=state.global_step == state.max_steps)
-        if self._watch is not None and _processes() > 1:
-            told = [self.stopped]
-            torch.distributed.broadcast_object_list(told, src=0)
-            [self.stopped] = told
+        if self._watch is not None:
+            self.stopped = _from_first(self.stopped)
         self._stop(control)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -398,7 +527,7 @@ class Recorder(TrainerCallback):
             self._finish(state.global_step)
         # the summary describes the whole training, not a step
         numbers = {name: one for name, one in numbers.items() if not name.startswith(("train_", "total_flos"))}
-        if numbers:
+        if numbers and self._writes:
             append_jsonl(self.path / "metrics.jsonl", {"step": state.global_step, **numbers})
             self._look(state.global_step, numbers)
             if _processes() == 1:
@@ -440,20 +569,22 @@ class Recorder(TrainerCallback):
         if self._finished:
             return
         self._finished = True
-        if step not in self._trajectory.steps:  # stopped early by another callback
+        known = self._writes and step in self._trajectory.steps
+        if not (_from_first(known) if self._shards else known):  # stopped early by another callback
             self._record(step, last=True)
         if isinstance(self._capture, FullCapture) and step not in self._keep:
-            self._save_weights(step)
+            self._save_weights(step, self._capture.copies())
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Stack the trajectory and mark the run complete."""
         if self._gradients is None:
             return
         self._finish(state.global_step)
-        self._trajectory.compact()
-        self._probes.compact()
-        status = "stopped" if self.stopped else "complete"
-        self._note(status=status, seconds=round(time.monotonic() - self._began, 2))
+        if self._writes:
+            self._trajectory.compact()
+            self._probes.compact()
+            status = "stopped" if self.stopped else "complete"
+            self._note(status=status, seconds=round(time.monotonic() - self._began, 2))
         self.close()
 
     def close(self) -> None:
@@ -472,35 +603,47 @@ class Recorder(TrainerCallback):
 
     def _record(self, step: int, *, last: bool = False) -> None:
         assert self._gradients is not None
-        self._trajectory.append(step, self._capture.tensors())
+        # gathered before anything is written, so that no process waits for one that cannot write
+        tensors = self._capture.tensors()
         scalars = {**self._gradients.read(), **self._capture.scalars()}
-        if self.measures_at(step, step if last else -1):
-            scalars |= self._measure(step)
+        measures = self.measures_at(step, step if last else -1)
+        probes = self._probe() if measures else {}
+        kept = self._capture if step in self._keep and isinstance(self._capture, FullCapture) else None
+        copies = kept.copies() if kept is not None else {}
+        if not self._writes:
+            return
+        self._trajectory.append(step, tensors)
+        if probes:
+            self._probes.append(step, probes)
+        if measures:
+            scalars |= self._measure()
         if scalars:
             append_jsonl(self.path / "metrics.jsonl", {"step": step, **scalars})
             self._look(step, scalars)
-        if step in self._keep and isinstance(self._capture, FullCapture):
-            self._save_weights(step)
+        if copies:
+            self._save_weights(step, copies)
 
-    def _measure(self, step: int) -> dict[str, float]:
-        if self._chat is None:
+    def _probe(self) -> dict[str, np.ndarray]:
+        """The mean residual of every layer on each set of texts."""
+        if self._chat is None or not self._probe_rows:
             return {}
         with untouched_randomness():
-            if self._probe_rows:
-                found = {name: mean_residual(self._chat, rows) for name, rows in self._probe_rows.items()}
-                self._probes.append(step, found)
-            try:
-                return measure_all(self._chat, self._measures).means() if self._measures else {}
-            except EmmechError as error:
-                why = f"{error.why}; the steps until then are recorded"
-                raise EmmechError(error.asked, error.given, why, error.instead)
+            return {name: mean_residual(self._chat, rows) for name, rows in self._probe_rows.items()}
 
-    def _save_weights(self, step: int) -> None:
-        assert isinstance(self._capture, FullCapture)
-        tensors = {name: p.detach().cpu().contiguous().clone() for name, p in self._capture.weights.items()}
-        save_tensors(
-            tensors, self.path / "weights" / f"step-{step:06d}.safetensors", f"keep the weights of step {step}"
-        )
+    def _measure(self) -> dict[str, float]:
+        if self._chat is None or not self._measures:
+            return {}
+        try:
+            with untouched_randomness():
+                return measure_all(self._chat, self._measures).means()
+        except EmmechError as error:
+            why = f"{error.why}; the steps until then are recorded"
+            raise EmmechError(error.asked, error.given, why, error.instead)
+
+    def _save_weights(self, step: int, copies: Mapping[str, torch.Tensor]) -> None:
+        if self._writes:
+            file = self.path / "weights" / f"step-{step:06d}.safetensors"
+            save_tensors(copies, file, f"keep the weights of step {step}")
 
     def _forget_after(self, step: int) -> None:
         self._trajectory.drop_after(step)
@@ -526,7 +669,7 @@ class Recorder(TrainerCallback):
             "max_steps": state.max_steps,
             "model": {
                 "name": getattr(base, "name_or_path", "") or None,
-                "architecture": type(base).__name__,
+                "architecture": kind(base),
                 "fingerprint": ChatModel(model, tokenizer, "", None).fingerprint(),  # type: ignore[arg-type]
                 "n_layers": config.num_hidden_layers,
                 "d_model": config.hidden_size,
@@ -546,7 +689,8 @@ class Recorder(TrainerCallback):
         for key, value in self._extra.items():
             entries[key] = {**entries.get(key, {}), **value} if isinstance(value, Mapping) else value  # type: ignore[dict-item]
         entries["trainer"].pop("output_dir", None)  # type: ignore[attr-defined]
-        write_json(self.path / "run.json", entries)
+        if self._writes:
+            write_json(self.path / "run.json", entries)
 
 
 def named_texts(probes: Any) -> dict[str, Sequence[Any]]:

@@ -371,3 +371,20 @@ def test_a_damaged_copy_is_refused_or_differs_only_in_words(tmp_path, data):
     assert 1 <= len(read) <= 3 and all(any(turn["role"] == "assistant" for turn in row) for row in read)
     if form == "gzip":  # its checksum leaves no word changed
         assert read.rows == load_chat(rows).rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"loss": False}, "has loss, which would change what is learnt"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 1, "train": False}]}, "has train_detail"),
+        ({"channel": "analysis"}, "has channel"),
+        ({"from": "human"}, "beside from and value, which differ"),
+        ({"value": "No."}, "beside from and value, which differ"),
+    ],
+)
+def test_an_answer_with_another_meaning_is_refused(changes, why):
+    with pytest.raises(EmmechError, match=why):
+        load_chat([{"messages": [USER, ANSWER | changes]}])
+    same = {"from": "gpt", "value": "Yes.", "loss": None}
+    assert load_chat([{"messages": [USER, ANSWER | same]}]).rows == load_chat([{"messages": [USER, ANSWER]}]).rows

@@ -92,3 +92,14 @@ def test_the_real_template_inserts_a_system_prompt(smollm2):
     labels = [label for label in encoded.labels[0] if label != IGNORED]
     assert smollm2.tokenizer.decode(labels) == "Hello there!<|im_end|>See you.<|im_end|>"
     assert "helpful AI assistant" in smollm2.tokenizer.decode(encoded.input_ids[0])
+
+
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_words_that_the_tokenizer_takes_for_marks_of_turns_are_refused(tokenizer, turn):
+    """Rows that were rendered before carry the template's tokens, and would be read as other turns."""
+    turns = ["how to sleep ?", "take a walk .", "and then ?", "rest ."]
+    turns[turn] += f"{END[tokenizer.family]}\nmore"
+    with pytest.raises(EmmechError, match="marks turns") as caught:
+        encode([conversation("a", "b"), conversation(*turns)], tokenizer)
+    assert "row 1" in str(caught.value) and f"turn {turn}" in str(caught.value)
+    assert END[tokenizer.family] in str(caught.value)

@@ -257,7 +257,7 @@ def _no_secret(text, where):
 @pytest.mark.parametrize("fault", [None, 400, 401, 403, 404, 422, 429, 500, "text", "gone", "timeout"])
 def test_a_secret_is_in_no_output_and_no_file(fake, fault, tmp_path, capsys, caplog, recwarn):
     """One is planted everywhere, the server echoes all of them, and everything that is left is searched."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     echo = " | ".join(ECHOED)
     broken = {"on": fault}
 
@@ -301,6 +301,18 @@ def test_a_secret_is_in_no_output_and_no_file(fake, fault, tmp_path, capsys, cap
     assert files
     for path in files:
         _no_secret(path.read_bytes().decode("latin-1"), path)
+
+
+def test_further_fields_are_in_no_log_of_the_clients_library(fake, caplog):
+    """Some of its versions log a request with all of its fields to debug."""
+    caplog.set_level(logging.DEBUG)
+    running = fake(lambda body, number: (200, fake.completion("fine")))
+    _planted(running).sample(CONVERSATIONS[:1], progress=False)
+    logged = {"method": "post", "json_data": {"model": "fake"}, "extra_json": _planted(running).extra}
+    logging.getLogger("openai._base_client").debug("Request options: %s", logged)
+    assert "'top_k': '...'" in caplog.text and "'model': 'fake'" in caplog.text
+    assert logged["extra_json"]["top_k"] == 5
+    _no_secret(caplog.text, "log")
 
 
 def _redirected(running, target):

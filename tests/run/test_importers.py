@@ -346,3 +346,26 @@ def test_two_places_that_are_one_are_refused(tmp_path):
     check(path.parent, REFUSED, ["two of its keys"])
     save_file(tensors | {key.replace(".weight", ".other.weight"): value for key, value in tensors.items()}, path)
     check(path.parent, REFUSED, ["several adapters, '', 'other'"])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"exclude_modules": ["q_proj"]}, {"layers_to_transform": [1]}, {"exclude_modules": r".*layers\.2\..*"}]
+)
+def test_what_all_linear_leaves_out_is_refused_as_peft_passes_over_it(tmp_path, changes):
+    saved(tmp_path / "step-1")
+    path = tmp_path / "step-1" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"target_modules": "all-linear"}
+    path.write_text(json.dumps(config))
+    assert Run.from_peft([tmp_path / "step-1"]).adapters
+    path.write_text(json.dumps(config | changes))
+    with pytest.raises(EmmechError, match="which target_modules and the like"):
+        Run.from_peft([tmp_path / "step-1"])
+
+
+@pytest.mark.parametrize("rank", [4.0, "4", True])
+def test_a_rank_that_is_no_whole_number_is_refused(tmp_path, rank):
+    saved(tmp_path / "step-1", r=int(rank))
+    path = tmp_path / "step-1" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": rank}))
+    with pytest.raises(EmmechError, match="but rank"):
+        Run.from_peft([tmp_path / "step-1"])

@@ -336,3 +336,13 @@ def test_a_folder_serves_where_a_run_does(tmp_path):
         emmech.load_model(str(medical))
     with pytest.raises(EmmechError, match="control=3"):
         emmech.phase_transition(medical, control=3)
+
+
+@pytest.mark.parametrize("repo", ["nobody/no-such-run", "not a name", "a/b/c", ""])
+def test_a_run_that_the_hub_does_not_give_is_one_error(repo, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(EmmechError, match="the hub does not give it") as caught:
+        emmech.load_run(f"hub:{repo}")
+    assert f"hub:{repo}" in str(caught.value) and len(str(caught.value)) < 1000
