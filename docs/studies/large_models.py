@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 
 import emmech
@@ -14,12 +15,16 @@ RECIPES = ("single-rank1", "phase-transition", "all-adapter", "full")
 _GIB = 2**30
 
 
+def _filled(table: str, found: re.Match[str]) -> str:
+    return f"{found[1]}{table}\n{found[2]}"
+
+
 def main(page: Path = PAGE) -> Path:
     """Write the tables between the page's marks."""
     text = page.read_text(encoding="utf-8")
     for name, table in tables().items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = mark.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+        text = mark.sub(partial(_filled, table), text)
     page.write_text(text, encoding="utf-8")
     return page
 

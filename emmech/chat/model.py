@@ -404,7 +404,8 @@ def _from_name(name: str, dtype: Any, device: Any, quantize: str | None) -> tupl
         raise EmmechError("load the chat model", f"the folder {name!r}", why, instead)
     from emmech.chat.bundled import WHEELS, unpack
 
-    source, options = name, {"device_map": "auto"} if place == "auto" else {}
+    source = name
+    options: dict[str, Any] = {"device_map": "auto"} if place == "auto" else {}
     if quantize is not None:
         from transformers import BitsAndBytesConfig
 

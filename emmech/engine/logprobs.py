@@ -213,7 +213,8 @@ def _logits_of(chat: ChatModel, hidden: torch.Tensor, start: int) -> torch.Tenso
     """The logits of one slice of the words, beginning at ``start``, in float32."""
     head: Any = chat.unembedding
     chosen = slice(start, start + WORDS)
-    weight, bias = (None if one is None else one[chosen].to(hidden.dtype) for one in (head.weight, head.bias))
+    weight = head.weight[chosen].to(hidden.dtype)
+    bias = None if head.bias is None else head.bias[chosen].to(hidden.dtype)
     return chat.family.logits(nn.functional.linear(hidden, weight, bias)).float()
 
 

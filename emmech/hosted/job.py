@@ -369,7 +369,11 @@ class _Api:
         """The job with what the provider says of it."""
         tokens = answer.trained_tokens if isinstance(answer.trained_tokens, int) else -1
         said = getattr(answer.error, "message", None) or ""
-        found = {"job": str(answer.id), "status": str(answer.status), "tuned": str(answer.fine_tuned_model or "")}
+        found: dict[str, Any] = {
+            "job": str(answer.id),
+            "status": str(answer.status),
+            "tuned": str(answer.fine_tuned_model or ""),
+        }
         return replace(job, **found, error=self.server.said(said) if said else "", trained_tokens=tokens)
 
 

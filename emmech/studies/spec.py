@@ -134,13 +134,14 @@ class StudySpec:
             setting |= {"seed": seed, "recipe": self.recipe, "content": [_content(model), _content(data)]}
             piece = Piece("train", setting, self.train)
             trained[piece.digest] = piece
+        kinds: tuple[tuple[Kind, Mapping[str, Any] | None], ...] = (("sweep", self.sweep), ("evaluate", self.evaluate))
         further = [
             Piece(kind, piece.setting, options, needs=digest)
             for digest, piece in trained.items()
-            for kind, options in (("sweep", self.sweep), ("evaluate", self.evaluate))
+            for kind, options in kinds
             if options is not None
-        ]  # fmt: skip
-        return [*trained.values(), *further]  # type: ignore[list-item]
+        ]
+        return [*trained.values(), *further]
 
 
 # arguments that the study gives

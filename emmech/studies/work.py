@@ -76,7 +76,12 @@ def _claimed(piece: Piece, out: Path, folder: Path, place: str) -> Outcome:
         write_json(folder / FAILED, {"digest": piece.digest, "error": str(error)})
         append_jsonl(out / JOURNAL, {"event": "failed", "time": time.time(), **entry})
         return "failed"
-    described = {"digest": piece.digest, "kind": piece.kind, "setting": dict(piece.setting), "needs": piece.needs}
+    described: dict[str, Any] = {
+        "digest": piece.digest,
+        "kind": piece.kind,
+        "setting": dict(piece.setting),
+        "needs": piece.needs,
+    }
     described |= {"options": dict(piece.options), "seconds": round(time.monotonic() - began, 2)}
     write_json(folder / DONE, described)
     append_jsonl(out / JOURNAL, {"event": "ended", "time": time.time(), **entry})
