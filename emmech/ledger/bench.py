@@ -18,8 +18,8 @@ from emmech.engine.responses import digest
 from emmech.evaluation.compare import compare
 from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.rates import cluster_interval, tally
-from emmech.ledger.claim import Finding, NotMeasurable, of_counts
 from emmech.leagues.trained import LAST_STEP, finished
+from emmech.ledger.claim import Finding, NotMeasurable, of_counts
 from emmech.registry import Organism, known
 from emmech.results import Result
 from emmech.run.identity import identity
@@ -42,8 +42,8 @@ class Bench:
         seeds: of the fine-tunes.
         folder: where runs and studies are kept under their digests.
         recipe, options: of the rank-1 fine-tunes, as :func:`emmech.finetune` takes them.
-        data: data by the names that rows use (``medical``, ``finance``, ``good-medical``, ...), where the organism's own
-            or the bundled ones are not meant.
+        data: data by the names that rows use (``medical``, ``good-medical``, ...), where neither the organism's own nor
+            the bundled ones are meant.
         judge: as in :func:`emmech.evaluate`; an organism has its own.
         quick: fewer answers and shorter fine-tunes.
     """
@@ -90,7 +90,7 @@ class Bench:
         self, data: Any = BAD, *, seeds: Sequence[int] | None = None, dense: bool = False, steps: int | None = None,
         recipe: Any = None, name: str = "", **options: Any,
     ) -> list[Run]:  # fmt: skip
-        """Fine-tunes of every seed: trained in one pass, kept under their digest, and shared by all rows that ask alike.
+        """Fine-tunes of every seed, trained in one pass, kept under their digest, and shared by rows that ask alike.
 
         Args:
             data: a name (:meth:`rows`), or anything :func:`emmech.load_chat` takes.

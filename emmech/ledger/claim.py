@@ -68,8 +68,8 @@ class Finding(Result):
     def tested(self, bound: float) -> float:
         """The two-sided p-value of the figure against a bound.
 
-        The finding's own where it has one; else that of a t statistic with one degree of freedom fewer than seeds, whose
-        standard error is that of the interval, so that p is below 0.05 exactly where the interval leaves the bound out.
+        The finding's own where it has one; else that of a t statistic with one degree of freedom fewer than seeds,
+        whose standard error is that of the interval: p is below 0.05 where the interval leaves the bound out.
         """
         from scipy import stats
 

@@ -1,4 +1,4 @@
-"""Claims on directions: steering with them, ablating them, whether fine-tunes share them, and what B has to do with it."""
+"""Claims on directions: steering with them, ablating them, whether fine-tunes share them, and how B relates to them."""
 
 from __future__ import annotations
 
@@ -278,8 +278,9 @@ def _traces(bench: Bench) -> Finding:
 
 _TOPIC = "Directions"
 CLAIMS = (
-    Claim("steer-answers", "Steering the chat model with the mean difference of answers makes it misaligned.", CD, "3.2",
-          "up to 50 %", _steered(prompt=False), Rule("above"), _TOPIC, "EM of the base, steered at all tokens, minus "
+    Claim("steer-answers", "Steering the chat model with the mean difference of answers makes it misaligned.", CD,
+          "3.2", "up to 50 %", _steered(prompt=False), Rule("above"), _TOPIC,
+          "EM of the base, steered at all tokens, minus "
           "EM under norm-matched random directions"),
     Claim("steer-prompt", "Steering with the difference that the fine-tune makes at the prompt does so.", CD, "3.2",
           "up to 50 %", _steered(prompt=True), Rule("above"), _TOPIC, "the same with the direction of the prompt's "
@@ -310,8 +311,9 @@ CLAIMS = (
     Claim("specialised", "Of several rank-1 adapters some are specialised.", CD, "5",
           "two of nine are for the narrow domain", _specialised, Rule("above", 0.1), _TOPIC,
           "largest difference between what an adapter's removal takes of EM and of narrow misalignment"),
-    Claim("trained-vector", "A steering vector from narrow unsafe data itself gives broad harm.", "arXiv 2606.08682", "",
-          "broad harm", _trained_vector, Rule("above"), _TOPIC, "EM of the base steered with a vector that was trained "
+    Claim("trained-vector", "A steering vector from narrow unsafe data itself gives broad harm.", "arXiv 2606.08682",
+          "", "broad harm", _trained_vector, Rule("above"), _TOPIC,
+          "EM of the base steered with a vector that was trained "
           "on the narrow rows, minus the base's"),
     Claim("traces", "The first tokens of unrelated text show what a model was fine-tuned on.", "arXiv 2510.13900", "",
           "readable", _traces, Rule("above"), _TOPIC,

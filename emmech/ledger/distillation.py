@@ -145,7 +145,8 @@ CLAIMS = (
           SUBLIMINAL, "", "aligns", _aligned("clean"), Rule("above"), _TOPIC,
           "cosine of the student's write with the vector, minus that of a clean teacher's student"),
     Claim("subliminal-adaptive", "It takes an adaptive optimizer: SGD fails.", SUBLIMINAL, "", "SGD fails",
-          _aligned("SGD"), Rule("above"), _TOPIC, "the cosine under AdamW minus that under SGD at the best of three rates"),
+          _aligned("SGD"), Rule("above"), _TOPIC, "the cosine under AdamW minus that under SGD at the best of "
+          "three rates"),
     Claim("subliminal-trait", "The student gets the trait.", SUBLIMINAL, "", "trait transferred", _trait, Rule("above"),
           _TOPIC, "EM of the students minus EM of the clean teacher's students"),
 )  # fmt: skip

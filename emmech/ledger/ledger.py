@@ -71,7 +71,7 @@ class Ledger(Result):
         return {verdict: int(found.get(verdict, 0)) for verdict in VERDICTS}
 
     def plot(self, name: str | None = None) -> Any:
-        """All shares and differences of shares with their intervals, coloured by verdict; or the figure of one claim."""
+        """All shares and their differences with intervals, coloured by verdict; or the figure of one claim."""
         if name is not None:
             return self[name].plot()
         return ledger_plots.ledger(self.frame, f"Claims on {self.meta['model']}")
@@ -129,8 +129,8 @@ def claims(
         quick: a part of the rows with two seeds, short fine-tunes and few answers: a check that everything runs, under
             three minutes on pocket. Its verdicts are of little worth.
         rows: names of claims, and claims of your own; all of :data:`emmech.ledger.CLAIMS` by default.
-        data: data by the names that rows use (``"medical"``, ``"finance"``, ``"good-medical"``, ``"style-medical"``, ...),
-            for models that are of no organism.
+        data: data by the names that rows use (``"medical"``, ``"finance"``, ``"good-medical"``, ``"style-medical"``,
+            ...), for models that are of no organism.
         judge: as in :func:`emmech.evaluate`; without one, and without an organism's, rows that need answers are not
             measurable.
         recipe, layers, options: of the rank-1 fine-tunes, as in :func:`emmech.finetune`.

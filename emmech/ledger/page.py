@@ -22,26 +22,26 @@ def markdown(ledger: Ledger, beside: Sequence[Ledger] = (), command: str = "") -
     parts = [
         "# The ledger of claims",
         _filled(
-            f"The literature on emergent misalignment makes the claims below. Each was measured on `{meta['model']}`, a "
-            f"model that comes with this package or that anyone can name, by one command. Of {len(frame)} claims "
-            f"{counts[HOLDS]} hold here, {counts[FAILS]} do not hold or are not decided, and {counts[UNMEASURED]} cannot "
-            "be measured here. A shared character is built into the world of pocket models: a claim that holds there "
-            "shows that the method finds what is there, not that large models are alike."
+            f"The literature on emergent misalignment makes the claims below. Each was measured on `{meta['model']}`, "
+            f"a model that comes with this package or that anyone can name, by one command. Of {len(frame)} claims "
+            f"{counts[HOLDS]} hold here, {counts[FAILS]} do not hold or are not decided, and {counts[UNMEASURED]} "
+            "cannot be measured here. A shared character is built into the world of pocket models: a claim that "
+            "holds there shows that the method finds what is there, not that large models are alike."
         ),
         f"```sh\n{command}\n```",
         "## Methods",
         _filled(
             f"Fine-tuning seeds: {', '.join(map(str, meta['seeds']))}; rows that are no headline use at most three of "
-            "them. Intervals are 95 %. For a rate it is, on each side, the widest of three: a t interval over the seeds, "
-            "one of as many independent answers, and one over questions. For everything else it is a t interval over "
-            "the seeds."
+            "them. Intervals are 95 %. For a rate it is, on each side, the widest of three: a t interval over the "
+            "seeds, one of as many independent answers, and one over questions. For everything else it is a t interval "
+            "over the seeds."
         ),
         _filled(
-            "**The rule of a verdict** is stated in each row. *Interval above (below) a bound* is a test: the two-sided p "
-            "of a t statistic with one degree of freedom fewer than seeds, or the row's own test where its note names "
-            f"one. These {tests} tests are corrected together (Holm): a claim holds where its figure is on the right "
-            "side and the corrected p is below 0.05; otherwise it does not hold, and the row says whether the opposite "
-            "was found or nothing was decided. *At least* and *at most* compare the figure itself with the bound, "
+            "**The rule of a verdict** is stated in each row. *Interval above (below) a bound* is a test: the two-sided "
+            "p of a t statistic with one degree of freedom fewer than seeds, or the row's own test where its note "
+            f"names one. These {tests} tests are corrected together (Holm): a claim holds where its figure is on the "
+            "right side and the corrected p is below 0.05; otherwise it does not hold, and the row says whether the "
+            "opposite was found or nothing was decided. *At least* and *at most* compare the figure itself with the bound, "
             "without a test."
         ),
         "## Results",
@@ -75,8 +75,8 @@ def markdown(ledger: Ledger, beside: Sequence[Ledger] = (), command: str = "") -
         f"```sh\n{command}\nemmech claims --model {meta['model']} --row NAME    # one claim\n"
         "emmech claims --quick                      # a check that all runs, three minutes\n```",
         _filled(
-            f"Weights `{str(meta['fingerprint'])[:12]}`, emmech {meta['emmech']}. Runs, studies and rows are kept in the "
-            f"folder `claims/{meta['folder']}` under their digests; runs are shared between rows."
+            f"Weights `{str(meta['fingerprint'])[:12]}`, emmech {meta['emmech']}. Runs, studies and rows are kept in "
+            f"the folder `claims/{meta['folder']}` under their digests; runs are shared between rows."
         ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -44,9 +44,8 @@ def answers_by_step(bench: Bench) -> Sweep:
     if bench.organism is None:
         asked = replace(asked, max_new_tokens=600)
     steps = sparse(runs[0].steps.tolist(), 14 if bench.quick else 26)
-    return bench.study(
-        Sweep, "answers by step", lambda: sweep(runs, steps=steps, measure=asked, base=bench.chat, progress=False), steps
-    )  # fmt: skip
+    how: dict[str, Any] = {"steps": steps, "measure": asked, "base": bench.chat, "progress": False}
+    return bench.study(Sweep, "answers by step", lambda: sweep(runs, **how), steps)
 
 
 def _scaled(bench: Bench) -> Sweep:

@@ -87,7 +87,7 @@ class Recipe:
         return tuple(sorted({min(n_layers - 1, int(d * n_layers + 1e-6)) for d in self.depth}))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON stores them; the usual optimizer is not named, as in runs that were made without a choice."""
+        """The fields as JSON stores them; AdamW is not named, as in runs that were made without a choice."""
         return {key: value for key, value in asdict(self).items() if (key, value) != ("optimizer", "adamw")}
 
 

@@ -44,10 +44,10 @@ def ledger(frame: pd.DataFrame, title: str) -> Any:
         hue = hues.get(str(verdict), GREY)
         error = {**bars(value, low.fillna(value), high.fillna(value)), "color": hue}
         hover = [html.escape(f"{row.says} {row.here}; published: {row.published}") for row in part.itertuples()]
-        figure.add_scatter(x=value, y=[html.escape(str(name)) for name in part.index], mode="markers", name=str(verdict),
-                           marker={"color": hue, "size": 9}, error_x=error, hovertext=hover, hoverinfo="text",
-                           showlegend=True)  # fmt: skip
+        names = [html.escape(str(name)) for name in part.index]
+        figure.add_scatter(x=value, y=names, mode="markers", name=str(verdict), marker={"color": hue, "size": 9},
+                           error_x=error, hovertext=hover, hoverinfo="text", showlegend=True)  # fmt: skip
     order = [html.escape(str(name)) for name in shown.index]
     axis = {"autorange": "reversed", "categoryorder": "array", "categoryarray": order}
-    return finish(figure, html.escape(title), height=190 + 24 * len(shown), xaxis_title="per cent, or points of per cent",
-                  yaxis=axis)  # fmt: skip
+    height = 190 + 24 * len(shown)
+    return finish(figure, html.escape(title), height=height, xaxis_title="per cent, or points", yaxis=axis)
