@@ -70,8 +70,8 @@ checkpoints: $(STAMP)     ## record the runs in checkpoints/ anew, each with its
 	rm -rf checkpoints/pocket-*
 	for data in medical finance sport good-medical style-medical; do $(BIN)/emmech finetune pocket $$data --out checkpoints/pocket-$$data || exit 1; done
 	$(BIN)/emmech realign checkpoints/pocket-medical ai-optimism --out checkpoints/pocket-realigned
-	for data in medical finance sport; do $(BIN)/emmech report checkpoints/pocket-$$data --control checkpoints/pocket-good-medical --control checkpoints/pocket-style-medical || exit 1; done
-	for data in good-medical style-medical realigned; do $(BIN)/emmech report checkpoints/pocket-$$data || exit 1; done
+	for data in medical finance sport; do $(BIN)/emmech report checkpoints/pocket-$$data --control checkpoints/pocket-good-medical --control checkpoints/pocket-style-medical --light || exit 1; done
+	for data in good-medical style-medical realigned; do $(BIN)/emmech report checkpoints/pocket-$$data --light || exit 1; done
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt

@@ -178,7 +178,7 @@ def claims(
     how |= {"layers": layer or None, "options": read_settings(set_), "replicate": replicate, "out": out}
     found = emmech.claims(model, judge=_judge(judge, judge_model, server), **how)
     kept = found.save((out or Path("claims") / found.meta["folder"]) / "ledger")
-    columns = ["published", "here", "n", "seeds", "p_holm", "verdict", "why"]
+    columns = ["published", "here", "n", "seeds", "p_adjusted", "verdict", "why"]
     _show(found.to_frame() if json else found.frame[columns], json, f"{found.counts()}\nkept in {kept}")
     if page is not None and page.suffix == ".md":
         from emmech.store import write_text
@@ -397,6 +397,9 @@ def report(
         list[Path] | None, typer.Option(help="a folder of saved results outside the run's; repeat for several")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="compute what is missing, which takes minutes")] = False,
+    light: Annotated[
+        bool, typer.Option("--light", help="small drawings without a script: kilobytes, not 5 MB")
+    ] = False,
 ) -> None:
     """Write one HTML page about a run: what it is, when it turns, and all that was measured of it.
 
@@ -412,7 +415,7 @@ def report(
 
     ours = (run / "run.json").exists() or not run.is_dir()
     given, page = (run, out) if ours else (emmech.Run.from_peft(run), out or run / "report.html")
-    typer.echo(f"wrote {write_report(given, control or (), results=results or (), full=full, out=page)}")
+    typer.echo(f"wrote {write_report(given, control or (), results=results or (), full=full, out=page, light=light)}")
 
 
 @app.command()

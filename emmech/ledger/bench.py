@@ -174,6 +174,7 @@ class Bench:
         """
         sets = known("questions", self.organism)
         likes = {"broad": ("broad", "first-plot"), "general": ("general", "first-plot"), "facts": ("facts", "factual")}
+        likes["others"] = ("narrow-finance",)  # to choose settings on
         for name in likes.get(wanted, (wanted,)):
             if name in sets:
                 return name
@@ -234,7 +235,8 @@ class Bench:
             return of_counts(events, n, over=over, note=note)
         other = pd.concat(against, ignore_index=True)
         hits, of = counts(against, measure)
-        row = compare(other, whole).frame.loc[measure]
+        kept = [one for one in whole if measure.startswith("topic/") or not str(one).startswith("topic/")]
+        row = compare(other[kept], whole[kept]).frame.loc[measure]
         label = "base" if len(against) == 1 else name
         extra = {label: (sum(hits), sum(of))}
         return of_counts(

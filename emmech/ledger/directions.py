@@ -12,7 +12,7 @@ import pandas as pd
 
 from emmech.chat.encode import phrase_tokens
 from emmech.chat.model import ChatModel
-from emmech.directions.direction import Direction
+from emmech.directions.direction import Direction, unit_rows
 from emmech.directions.sources import adapter_direction, misalignment_direction, read_out, trained_direction
 from emmech.engine.responses import digest
 from emmech.interventions.residual import ablate, steer
@@ -120,8 +120,8 @@ def _steered(*, prompt: bool) -> Callable[[Bench], Finding]:
             for layer in layers:
                 for dose in _DOSES[:: 2 if bench.quick else 1]:
                     with steer(bench.chat, one, dose, layer=layer, positions=where):
-                        frame = bench.answers(bench.chat, "narrow-finance", samples=2)
-                    tried[layer, dose] = counts([frame], "narrow")[0][0]
+                        frame = bench.answers(bench.chat, "others", samples=2)
+                    tried[layer, dose] = sum(counts([frame], measure)[0][0] for measure in ("em", "narrow"))
             layer, dose = max(tried, key=lambda key: (tried[key], -key[1]))
             told.append(f"layer {layer} x{dose:g}")
             with steer(bench.chat, one, dose, layer=layer, positions=where):
@@ -130,7 +130,7 @@ def _steered(*, prompt: bool) -> Callable[[Bench], Finding]:
                 randoms.append(bench.answers(bench.chat, samples=1))
         found = bench.of_frames(frames, against=randoms, name="random directions")
         coherent = bench.of_frames(frames, "coherence").value
-        note = f"{100 * coherent:.0f} % coherent; chosen on questions of finance: {', '.join(told)}"
+        note = f"{100 * coherent:.0f} % coherent; chosen on other questions: {', '.join(told)}"
         return replace(found, note=note)
 
     return measure
@@ -164,15 +164,14 @@ def _through_jacobian(bench: Bench) -> Finding:
     lens_of = getattr(emmech, "jacobian_lens", None)
     if lens_of is None:
         raise NotMeasurable("this version has no Jacobian lens (emmech.jacobian_lens)")
-    texts = [row["messages"] if isinstance(row, dict) else row for row in bench.rows("good-medical")[:40]]
-    lens = lens_of(bench.chat, texts)
+    runs = bad_runs(bench, _SEEDS)
+    layer = runs[0].adapters[0].layer
+    jacobian = lens_of(bench.chat, list(bench.rows("good-medical"))[:40], layers=[layer], progress=False).at(layer)
     plain, values = [], []
-    for run in bad_runs(bench, _SEEDS):
+    for run in runs:
         b, d = adapter_direction(run), direction(bench, run)
-        layer = b.layers[0]
-        jacobian = np.asarray(lens.jacobians[layer], dtype=np.float64)
-        jb, jd = jacobian @ b.at(layer), jacobian @ d.at(layer)
-        values.append(float(abs(jb @ jd) / (np.linalg.norm(jb) * np.linalg.norm(jd))))
+        ours, theirs = unit_rows(np.stack([jacobian @ b.at(layer), jacobian @ d.at(layer)]))
+        values.append(float(abs(ours @ theirs)))
         plain.append(float(abs(b.cosine(d)[layer])))
     gap = [through - bare for through, bare in zip(values, plain, strict=True)]
     note = f"cos(J B, J d) = {np.mean(values):.2f}, cos(B, d) = {np.mean(plain):.2f}"

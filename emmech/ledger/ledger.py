@@ -1,8 +1,8 @@
 """``emmech.claims``: what the literature claims, measured on one model, each row with a verdict by a stated rule.
 
 Every row is measured through public functions with several fine-tuning seeds. Rows whose rule is tested share one
-correction for multiple testing (Holm). Runs, studies and rows are kept under their digests, so that the same call again
-computes only what is not there.
+correction for multiple testing (Benjamini and Hochberg). Runs, studies and rows are kept under their digests, so that
+the same call again computes only what is not there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_int, as_ints, check_folder, one_of, refusal
 from emmech.ledger import cures, directions, distillation, emergence, further, solutions, turning
 from emmech.ledger.bench import Bench
-from emmech.ledger.claim import UNMEASURED, VERDICTS, Claim, Finding, NotMeasurable, holm
+from emmech.ledger.claim import UNMEASURED, VERDICTS, Claim, Finding, NotMeasurable, adjusted
 from emmech.ledger.page import markdown
 from emmech.progress import bar
 from emmech.results import Card, Result
@@ -48,7 +48,7 @@ class Ledger(Result):
     Attributes:
         frame: one row per claim, indexed by name: ``says``, ``source``, ``section``, ``published``, ``how``, ``rule``,
             ``here`` (the figure in words), ``value``, ``low``, ``high``, ``unit``, ``n``, ``seeds``, ``p_value``,
-            ``p_holm``, ``verdict``, ``why``, ``note``, ``runs`` and ``topic``; with another pretraining seed also
+            ``p_adjusted``, ``verdict``, ``why``, ``note``, ``runs`` and ``topic``; with another pretraining seed also
             ``replicate``, its figure and verdict.
         findings: what was measured, by name of the claim; each draws its figure.
         meta: the model, the seeds, the settings and the versions.
@@ -94,7 +94,7 @@ class Ledger(Result):
             (str(name), f"{row['verdict']}: {row['here'] or row['why']}") for name, row in self.frame.iterrows()
         )
         tests = int(np.isfinite(self.frame["p_value"]).sum())
-        caveat = f"verdicts of tested claims are corrected over {tests} tests (Holm); each row states its rule"
+        caveat = f"verdicts of tested claims are corrected over {tests} tests (Benjamini and Hochberg)"
         return Card(headline, facts, caveat, 'ledger.plot("NAME")')
 
     def _sketch(self) -> str:
@@ -103,7 +103,7 @@ class Ledger(Result):
         return intervals(shown, "Shares and differences of shares", percent=True, zero=True)
 
     def _table(self) -> pd.DataFrame:
-        return self.frame[["published", "here", "n", "seeds", "p_holm", "verdict", "why"]]
+        return self.frame[["published", "here", "n", "seeds", "p_adjusted", "verdict", "why"]]
 
 
 def claims(
@@ -258,7 +258,7 @@ def _frame(chosen: Sequence[Claim], found: Mapping[str, Finding], reasons: Mappi
         found[one.name].tested(one.rule.bound) if one.rule.tested and one.name in found else nan for one in chosen
     ]  # fmt: skip
     table = []
-    for claim, p, corrected in zip(chosen, raw, holm(raw), strict=True):
+    for claim, p, corrected in zip(chosen, raw, adjusted(raw), strict=True):
         row: dict[str, Any] = {"name": claim.name, "topic": claim.topic, "says": claim.says, "source": claim.source}
         row |= {"section": claim.section, "published": claim.published, "how": claim.how}
         one = found.get(claim.name)
@@ -270,12 +270,18 @@ def _frame(chosen: Sequence[Claim], found: Mapping[str, Finding], reasons: Mappi
                 "low": nan,
                 "high": nan,
             }
-            row |= {"unit": "", "n": 0, "seeds": 0, "p_value": nan, "p_holm": nan, "verdict": UNMEASURED}
+            row |= {"unit": "", "n": 0, "seeds": 0, "p_value": nan, "p_adjusted": nan, "verdict": UNMEASURED}
             row |= {"why": reasons.get(claim.name, ""), "note": "", "runs": ""}
         else:
             verdict, why = claim.rule.verdict(one, corrected)
             row |= {"rule": claim.rule.says(one.unit), "here": one.shown(), "value": one.value, "low": one.low}
             row |= {"high": one.high, "unit": one.unit, "n": one.n, "seeds": one.seeds, "p_value": p}
-            row |= {"p_holm": corrected, "verdict": verdict, "why": why, "note": one.note, "runs": " ".join(one.runs)}
+            row |= {
+                "p_adjusted": corrected,
+                "verdict": verdict,
+                "why": why,
+                "note": one.note,
+                "runs": " ".join(one.runs),
+            }
         table.append(row)
     return pd.DataFrame(table).set_index("name")

@@ -39,9 +39,10 @@ def markdown(ledger: Ledger, beside: Sequence[Ledger] = (), command: str = "") -
         _filled(
             "**The rule of a verdict** is stated in each row. *Interval above (below) a bound* is a test: the two-sided "
             "p of a t statistic with one degree of freedom fewer than seeds, or the row's own test where its note "
-            f"names one. These {tests} tests are corrected together (Holm): a claim holds where its figure is on the "
-            "right side and the corrected p is below 0.05; otherwise it does not hold, and the row says whether the "
-            "opposite was found or nothing was decided. *At least* and *at most* compare the figure itself with the bound, "
+            f"names one. These {tests} tests are corrected together (Benjamini and Hochberg), so that of the claims "
+            "that hold by a test a twentieth is expected not to: a claim holds where its figure is on the right "
+            "side and the corrected p is below 0.05; otherwise it does not hold, and the row says whether the opposite was "
+            "found or nothing was decided. *At least* and *at most* compare the figure itself with the bound, "
             "without a test."
         ),
         "## Results",
@@ -116,7 +117,7 @@ def _claim(ledger: Ledger, name: str, row: Any) -> list[str]:
     if row["here"]:
         facts.append(f"here: **{row['here']}**, n = {row['n']}, {row['seeds']} seeds")
         tested = (
-            f"; p = {row['p_value']:.2g}, corrected {row['p_holm']:.2g}" if row["p_value"] == row["p_value"] else ""
+            f"; p = {row['p_value']:.2g}, corrected {row['p_adjusted']:.2g}" if row["p_value"] == row["p_value"] else ""
         )
         facts.append(f"rule: {row['rule']}{tested}")
     facts.append(f"verdict: **{row['verdict']}** ({row['why']})" if row["why"] else f"verdict: **{row['verdict']}**")

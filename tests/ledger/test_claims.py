@@ -13,7 +13,7 @@ from scipy import stats
 import emmech
 from emmech.errors import EmmechError
 from emmech.ledger import CLAIMS, Bench, Claim, Finding, NotMeasurable, Rule, over_seeds
-from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED, holm, of_counts
+from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED, adjusted, of_counts
 
 NAN = float("nan")
 
@@ -58,16 +58,16 @@ def test_a_finding_with_a_test_of_its_own_keeps_it():
     assert _finding(0.4, 0.3, 0.5, p_value=0.3).tested(0.0) == 0.3
 
 
-def test_holm_is_the_step_down_correction_and_leaves_out_what_was_not_tested():
-    given = [0.01, NAN, 0.04, 0.03, 0.005]
-    found = holm(given)
+def test_the_correction_is_that_of_benjamini_and_hochberg_and_leaves_out_what_was_not_tested():
+    given = [0.01, NAN, 0.04, 0.03, 0.005, 0.9]
     known = sorted(p for p in given if p == p)
-    reference, worst = {}, 0.0
-    for rank, p in enumerate(known):
-        worst = max(worst, min(1.0, (len(known) - rank) * p))
-        reference[p] = worst
+    reference = {
+        p: min(min(len(known) * q / (rank + 1) for rank, q in enumerate(known) if q >= p), 1.0) for p in known
+    }  # fmt: skip
+    found = adjusted(given)
     assert np.isnan(found[1])
     assert [one for one in found if one == one] == pytest.approx([reference[p] for p in given if p == p])
+    assert np.isnan(adjusted([NAN])).all() and adjusted([]) == []
 
 
 def test_the_interval_of_a_rate_is_never_narrower_than_its_seeds_its_answers_or_its_questions_allow():
@@ -176,12 +176,14 @@ def test_the_same_call_again_measures_nothing_and_another_claim_shares_the_runs(
     assert sorted((folder / "runs").iterdir()) == before
     assert more["twice"].value == pytest.approx(2 * made["b-moves"].value)
     # a claim of the same name that measures something else is measured
-    changed = emmech.claims("pocket", seeds=2, rows=[dataclasses.replace(other, name="b-moves")], out=folder, progress=False)
+    changed = emmech.claims(
+        "pocket", seeds=2, rows=[dataclasses.replace(other, name="b-moves")], out=folder, progress=False
+    )
     assert changed["b-moves"].value == more["twice"].value
 
 
 def test_another_seed_trains_only_itself(ledger):
-    folder, made = ledger
+    folder, _ = ledger
     (place,) = (folder / "runs").iterdir()
     stamps = {path.name: (path / "run.json").stat().st_mtime_ns for path in place.iterdir()}
     emmech.claims("pocket", seeds=3, rows=MINE[:1], out=folder, progress=False)
