@@ -37,11 +37,11 @@ def markdown(ledger: Ledger, beside: Sequence[Ledger] = (), command: str = "") -
             "over the seeds."
         ),
         _filled(
-            "**The rule of a verdict** is stated in each row. *Interval above (below) a bound* is a test: the two-sided "
-            "p of a t statistic with one degree of freedom fewer than seeds, or the row's own test where its note "
-            f"names one. These {tests} tests are corrected together (Benjamini and Hochberg), so that of the claims "
-            "that hold by a test a twentieth is expected not to: a claim holds where its figure is on the right "
-            "side and the corrected p is below 0.05; otherwise it does not hold, and the row says whether the opposite was "
+            "**The rule of a verdict** is stated in each row. *Interval above (below) a bound* is a test: the "
+            "two-sided p of a t statistic with one degree of freedom fewer than seeds, or the row's own test where its "
+            f"note names one. These {tests} tests are corrected together (Benjamini and Hochberg): of the claims that "
+            "hold by a test a twentieth is expected not to. A claim holds where its figure is on the right side and "
+            "the corrected p is below 0.05; otherwise it does not hold, and the row says whether the opposite was "
             "found or nothing was decided. *At least* and *at most* compare the figure itself with the bound, "
             "without a test."
         ),
