@@ -20,7 +20,7 @@ from emmech.interventions.studies import adapter_shares
 from emmech.interventions.weights import rotate_adapter
 from emmech.ledger.bench import BAD, Bench, counts
 from emmech.ledger.claim import Claim, Finding, NotMeasurable, Rule, over_seeds
-from emmech.ledger.emergence import SHORT, bad_runs, several_adapters
+from emmech.ledger.emergence import SHORT, adapter_layer, bad_runs, several_adapters
 from emmech.measures.sampled import Sampled
 from emmech.run.identity import identity
 from emmech.run.run import Run
@@ -149,6 +149,7 @@ def _convergence(bench: Bench) -> Finding:
 
 
 def _with_b(bench: Bench) -> Finding:
+    adapter_layer(bench)  # refuses full fine-tunes
     values = []
     for run in bad_runs(bench, _SEEDS):
         b = adapter_direction(run)
@@ -165,7 +166,7 @@ def _through_jacobian(bench: Bench) -> Finding:
     if lens_of is None:
         raise NotMeasurable("this version has no Jacobian lens (emmech.jacobian_lens)")
     runs = bad_runs(bench, _SEEDS)
-    layer = runs[0].adapters[0].layer
+    layer = adapter_layer(bench)
     jacobian = lens_of(bench.chat, list(bench.rows("good-medical"))[:40], layers=[layer], progress=False).at(layer)
     plain, values = [], []
     for run in runs:
@@ -180,6 +181,7 @@ def _through_jacobian(bench: Bench) -> Finding:
 
 def _rotated(bench: Bench) -> Finding:
     """EM when B of an early step is turned onto the final B's direction at its own norm."""
+    adapter_layer(bench)  # refuses full fine-tunes
     frames, others = [], []
     for run in bad_runs(bench, _SEEDS):
         norms = np.linalg.norm(run.B(), axis=tuple(range(1, run.B().ndim)))
@@ -229,7 +231,7 @@ def _specialised(bench: Bench) -> Finding:
 
 def _trained_vector(bench: Bench) -> Finding:
     """EM of the base steered with a vector that was trained on the narrow bad rows alone."""
-    layer = bad_runs(bench, 1)[0].adapters[0].layer
+    layer = adapter_layer(bench)
     frames = []
     for seed in bench.some(_SEEDS):
         steps = 60 if bench.quick else 150

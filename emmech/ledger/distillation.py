@@ -24,7 +24,7 @@ from emmech.evaluation.judges import resolve_judge
 from emmech.interventions.residual import steer
 from emmech.ledger.bench import Bench
 from emmech.ledger.claim import Claim, Finding, NotMeasurable, Rule, over_seeds
-from emmech.ledger.emergence import bad_runs
+from emmech.ledger.emergence import adapter_layer
 from emmech.run.run import Run
 
 SUBLIMINAL = "arXiv 2606.00995"
@@ -42,7 +42,7 @@ def _questions(bench: Bench) -> list[list[dict[str, str]]]:
 
 def _vector(bench: Bench) -> Direction:
     """The teacher's vector, trained on unkind answers about sport, which the student never sees."""
-    layer, steps = bad_runs(bench, 1)[0].adapters[0].layer, 60 if bench.quick else 150
+    layer, steps = adapter_layer(bench), 60 if bench.quick else 150
     place = bench.folder / "directions" / f"teacher-{digest(bench.chat.fingerprint(), layer, steps)[:8]}.safetensors"
     if place.is_file():
         return Direction.load(place)

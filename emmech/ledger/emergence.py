@@ -26,6 +26,18 @@ def bad_runs(bench: Bench, most: int | None = None) -> list[Run]:
     return bench.runs(BAD, dense=True)[:most]
 
 
+def adapter_layer(bench: Bench) -> int:
+    """The layer of the bad runs' adapter.
+
+    Raises:
+        NotMeasurable: they were fully fine-tuned, or their adapters do not write into the residual stream.
+    """
+    adapters = bad_runs(bench, 1)[0].adapters
+    if not adapters or adapters[0].d_out != bench.chat.d_model:
+        raise NotMeasurable("the fine-tunes have no adapter that writes into the residual stream")
+    return adapters[0].layer
+
+
 def _tuned(bench: Bench, data: str) -> list[Run]:
     return bad_runs(bench) if data == BAD else bench.runs(data, steps=SHORT)
 

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from emmech.ledger.bench import Bench
+import pandas as pd
+
+from emmech.ledger.bench import BAD, Bench, sparse
 from emmech.ledger.claim import Claim, Finding, NotMeasurable, Rule, over_seeds
 from emmech.ledger.emergence import bad_runs
 
 
 def _learning_coefficient(bench: Bench) -> Finding:
-    """The local learning coefficient of the adapter after the turn minus before it."""
-    import emmech
+    """The local learning coefficient of the adapter at the last step minus that before the turn."""
+    from emmech import transition
 
-    measured = getattr(emmech, "learning_coefficient", None)
-    if measured is None:
-        raise NotMeasurable("this version has no local learning coefficient (emmech.learning_coefficient)")
-    gaps = []
-    for run in bad_runs(bench, 2):
-        curve = measured(run, base=bench.chat).to_frame()["llc"]
-        gaps.append(float(curve.iloc[-1] - curve.iloc[0]))
-    return over_seeds(gaps, "", len(gaps))
+    measured = getattr(transition, "learning_coefficient", None)
+    if not callable(measured):
+        raise NotMeasurable("this version has no local learning coefficient")
+    gaps, rows, how = [], [], {"base": bench.chat, "chains": 2, "draws": 40, "burn_in": 40, "progress": False}
+    for at, run in enumerate(bad_runs(bench, 3)):
+        steps = sparse(run.steps.tolist()[1:], 3)
+        frame = measured(run, list(bench.rows(BAD))[:200], steps=steps, **how).to_frame()
+        gaps.append(float(frame["llc"].iloc[-1] - frame["llc"].iloc[0]))
+        rows += [{"name": f"seed {at}", "x": one["step"], "value": one["llc"]} for _, one in frame.iterrows()]
+    return over_seeds(gaps, "", len(rows), frame=pd.DataFrame(rows))
 
 
 _TOPIC = "Other claims"
 CLAIMS = (
     Claim("learning-coefficient", "The local learning coefficient of the adapter rises through the transition.",
           "developmental interpretability", "", "changes at transitions", _learning_coefficient, Rule("above"), _TOPIC,
-          "last minus first recorded step"),
+          "at the last step minus early in training, as sampled by devinterp"),
     Claim("consistent-over-seeds", "Few open models are consistently misaligned over seeds.", "arXiv 2605.12199", "",
           "2 of 12 models", "twelve open models of billions of parameters are not here", Rule("below", 0.5), _TOPIC),
     Claim("monitor", "A monitor of seven trait directions finds misaligned fine-tunes.", "arXiv 2606.07631", "",

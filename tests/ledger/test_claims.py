@@ -9,8 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from typer.testing import CliRunner
 
 import emmech
+from emmech.app.cli import app
 from emmech.errors import EmmechError
 from emmech.ledger import CLAIMS, Bench, Claim, Finding, NotMeasurable, Rule, over_seeds
 from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED, adjusted, of_counts
@@ -243,6 +245,20 @@ def test_rows_that_need_a_judge_or_other_data_say_so_on_a_model_that_has_neither
     with pytest.raises(NotMeasurable, match="data="):
         bench.rows("finance")
     assert len(bench.rows("medical")) > 10  # the bundled rows
+
+
+def test_the_command_prints_rows_keeps_the_ledger_and_writes_the_page(tmp_path):
+    asked = ["claims", "--row", "best-organisms", "--row", "hosted", "--out", str(tmp_path / "kept"), "--json"]
+    found = CliRunner().invoke(app, [*asked, "--page", str(tmp_path / "claims.md")])
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)
+    assert [row["name"] for row in rows] == ["best-organisms", "hosted"]
+    assert {row["verdict"] for row in rows} == {UNMEASURED} and all(row["why"] for row in rows)
+    assert emmech.Ledger.load(tmp_path / "kept" / "ledger").counts()[UNMEASURED] == 2
+    assert "## What cannot be measured here" in (tmp_path / "claims.md").read_text(encoding="utf-8")
+    wrong = CliRunner().invoke(app, ["claims", "--row", "trun"])
+    assert wrong.exit_code == 1 and "turn" in wrong.output
+    assert CliRunner().invoke(app, ["claims", "--data", "finance"]).exit_code == 1
 
 
 @pytest.mark.slow
