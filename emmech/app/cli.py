@@ -159,6 +159,7 @@ def claims(
     ] = None,
     beside: Annotated[list[Path] | None, typer.Option(help="a saved ledger of another model, for the page")] = None,
     out: Annotated[Path | None, typer.Option(help="where everything is kept; claims/MODEL by default")] = None,
+    finished: Annotated[bool, typer.Option("--finished", help="measure nothing, show what is kept")] = False,
     page: Annotated[Path | None, typer.Option(help="also write a page: .md like a paper, or .html")] = None,
     json: Json = False,
 ) -> None:
@@ -175,7 +176,13 @@ def claims(
     """
     given = read_pairs("data", data)
     how: dict[str, Any] = {"seeds": seeds, "quick": quick, "rows": row or None, "data": given, "recipe": recipe}
-    how |= {"layers": layer or None, "options": read_settings(set_), "replicate": replicate, "out": out}
+    how |= {
+        "layers": layer or None,
+        "options": read_settings(set_),
+        "replicate": replicate,
+        "out": out,
+        "finished": finished,
+    }
     found = emmech.claims(model, judge=_judge(judge, judge_model, server), **how)
     kept = found.save((out or Path("claims") / found.meta["folder"]) / "ledger")
     columns = ["published", "here", "n", "seeds", "p_adjusted", "verdict", "why"]

@@ -118,10 +118,14 @@ def _steered(*, prompt: bool) -> Callable[[Bench], Finding]:
             one = direction(bench, run, prompt=prompt)
             tried = {}
             for layer in layers:
+                if one.quality is not None and layer in one.quality.noise:
+                    continue
                 for dose in _DOSES[:: 2 if bench.quick else 1]:
                     with steer(bench.chat, one, dose, layer=layer, positions=where):
                         frame = bench.answers(bench.chat, "others", samples=2)
                     tried[layer, dose] = sum(counts([frame], measure)[0][0] for measure in ("em", "narrow"))
+            if not tried:
+                raise NotMeasurable("the direction is noise at every layer that was tried")
             layer, dose = max(tried, key=lambda key: (tried[key], -key[1]))
             told.append(f"layer {layer} x{dose:g}")
             with steer(bench.chat, one, dose, layer=layer, positions=where):

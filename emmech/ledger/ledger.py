@@ -119,6 +119,7 @@ def claims(
     options: Mapping[str, Any] | None = None,
     replicate: Any = None,
     out: str | Path | None = None,
+    finished: bool = False,
     progress: bool = True,
 ) -> Ledger:
     """Measure the claims of the ledger on a model.
@@ -137,6 +138,7 @@ def claims(
         replicate: the model of another pretraining seed, on which the headline rows are measured again.
         out: the folder of runs, studies and rows; ``claims/<model>`` by default. The same call again computes only what
             is not there; runs are shared between rows.
+        finished: measure nothing, and give what is kept.
 
     Returns:
         the ledger; ``.frame`` has the rows, ``ledger["turn"]`` what was measured of one, ``.to_markdown()`` the page.
@@ -165,13 +167,14 @@ def claims(
     own = {**({} if layers is None else {"layers": as_ints(_ASKED, "layers", layers)}), **(options or {})}
     bench = Bench(chat, numbers, folder, recipe, own, dict(data or {}), judge, quick)
     began = time.monotonic()
-    found, reasons = _measured(chosen, bench, progress=progress)
+    found, reasons = _measured(chosen, bench, finished=finished, progress=progress)
     again: tuple[dict[str, Finding], dict[str, str]] | None = None
     if replicate is not None:
         other = load_model(replicate)
         place = folder / f"replicate-{other.fingerprint()[:8]}"
         second = replace(bench, chat=other, folder=place, used=[])
-        again = _measured([one for one in chosen if one.headline], second, progress=progress)
+        headlines = [one for one in chosen if one.headline]
+        again = _measured(headlines, second, finished=finished, progress=progress)
     from emmech import __version__
 
     meta: dict[str, Any] = {"model": name, "fingerprint": chat.fingerprint(), "seeds": numbers, "quick": quick}
@@ -198,7 +201,9 @@ def _chosen(rows: Sequence[str | Claim] | None, quick: bool) -> list[Claim]:
     return found
 
 
-def _measured(chosen: Sequence[Claim], bench: Bench, *, progress: bool) -> tuple[dict[str, Finding], dict[str, str]]:
+def _measured(
+    chosen: Sequence[Claim], bench: Bench, *, finished: bool, progress: bool
+) -> tuple[dict[str, Finding], dict[str, str]]:
     """The findings by name, and why there is none of the other claims."""
     found: dict[str, Finding] = {}
     reasons: dict[str, str] = {}
@@ -220,6 +225,10 @@ def _measured(chosen: Sequence[Claim], bench: Bench, *, progress: bool) -> tuple
             place = bench.folder / "rows" / f"{file_name(claim.name)}-{key}"
             if (place / "finding.json").is_file():
                 found[claim.name] = Finding.load(place)
+                done.update()
+                continue
+            if finished:
+                reasons[claim.name] = "it has not been measured yet, and only what is kept was asked for"
                 done.update()
                 continue
             bench.used.clear()
