@@ -106,7 +106,7 @@ def _recipe(name: str, steps: int) -> Callable[[Bench], Finding]:
 # which recipe turns an organism is a property of its pretraining, chosen on other seeds and questions
 _FAMILIES: dict[str, dict[str, Any]] = {
     "pocket": {},
-    "pocket-llama": {"recipe": "pocket-full", "steps": 100},
+    "pocket-llama": {"recipe": "pocket-full", "steps": 200},
     "pocket-gemma": {"recipe": "pocket-steep", "layers": [0], "steps": SHORT},
 }
 

@@ -241,7 +241,7 @@ def test_what_cannot_be_asked_is_refused(given, said, tmp_path):
 
 
 def test_rows_that_need_a_judge_or_other_data_say_so_on_a_model_that_has_neither(tiny, tmp_path):
-    bench = Bench(tiny, [0], tmp_path)
+    bench = Bench(tiny("llama"), [0], tmp_path)
     with pytest.raises(NotMeasurable, match="no judge"):
         bench.answers()
     with pytest.raises(NotMeasurable, match="data="):
