@@ -95,7 +95,7 @@ class Ledger(Result):
         )
         tests = int(np.isfinite(self.frame["p_value"]).sum())
         caveat = f"verdicts of tested claims are corrected over {tests} tests (Benjamini and Hochberg)"
-        return Card(headline, facts, caveat, 'ledger.plot("NAME")')
+        return Card(headline, facts, caveat, "ledger.plot()")
 
     def _sketch(self) -> str:
         rows = self.frame[self.frame["unit"].isin(("%", "points"))].head(14)
