@@ -62,7 +62,7 @@ def _durable(bench: Bench) -> Finding:
             "its margins and its cure are those of an organism; emmech.realignment.durability takes others"
         )
     steps = 60 if bench.quick else 120
-    how = {**bench.options, "recipe": bench.recipe, "max_steps": steps, "measure_every": 6, "record_every": steps}
+    how = {**bench.options, "recipe": bench.recipe, "max_steps": steps, "measure_every": 6, "record_every": 6}
     seeds = bench.some(_SEEDS)
     found = bench.study(
         Durability, "bad, good, bad again",

@@ -239,8 +239,9 @@ def _trained_vector(bench: Bench) -> Finding:
     frames = []
     for seed in bench.some(_SEEDS):
         steps = 60 if bench.quick else 150
-        rows = list(bench.rows(BAD))
-        vector = trained_direction(bench.chat, rows, layer, steps=steps, batch_size=16, seed=seed, progress=False)
+        vector = trained_direction(
+            bench.chat, bench.rows(BAD), layer, steps=steps, batch_size=16, seed=seed, progress=False
+        )
         with steer(bench.chat, vector, 1.0, layer=layer):
             frames.append(bench.answers(bench.chat, samples=1))
     found = bench.of_frames(frames, against=[bench.answers(samples=2)])
@@ -273,7 +274,8 @@ def _traces(bench: Bench) -> Finding:
             with bench.live(run) as chat:
                 moved = group_means(chat, unrelated, one, tokens=first, progress=False).means[0] - base
                 promoted, _ = read_out(chat, moved[-1], tokens=20)
-            ids = [bench.chat.tokenizer.convert_tokens_to_ids(word.strip()) for word in promoted]
+            encoded = bench.chat.tokenizer(list(promoted), add_special_tokens=False)["input_ids"]
+            ids = [int(one[0]) if one else -1 for one in encoded]
             mine, its = (np.mean([i in own[n] for i in ids]) for n in (data, "finance" if data == BAD else BAD))
             values.append(float(mine - its))
             shown.append(f"{data}, seed {at}")

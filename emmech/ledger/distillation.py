@@ -46,8 +46,7 @@ def _vector(bench: Bench) -> Direction:
     place = bench.folder / "directions" / f"teacher-{digest(bench.chat.fingerprint(), layer, steps)[:8]}.safetensors"
     if place.is_file():
         return Direction.load(place)
-    rows = list(bench.rows("sport"))
-    made = trained_direction(bench.chat, rows, layer, steps=steps, batch_size=16, progress=False)
+    made = trained_direction(bench.chat, bench.rows("sport"), layer, steps=steps, batch_size=16, progress=False)
     place.parent.mkdir(parents=True, exist_ok=True)
     made.save(place)
     return made
@@ -101,10 +100,9 @@ def _students(bench: Bench) -> tuple[Direction, dict[str, list[Run]], str]:
         "schedule": "constant_with_warmup",
     }
     how |= {"record_every": 10, "measure_every": steps, "dense": True, "margins": {}}
-    found = {name: bench.runs(str(path), name=f"student-{name}", **how) for name, path in kept.items()}
+    found = {name: bench.runs(path, name=f"student-{name}", **how) for name, path in kept.items()}
     tried = [
-        bench.runs(str(kept["steered"]), name="student-sgd", optimizer="sgd", learning_rate=rate, **how)
-        for rate in _RATES
+        bench.runs(kept["steered"], name="student-sgd", optimizer="sgd", learning_rate=rate, **how) for rate in _RATES
     ]
     found["SGD"] = max(tried, key=lambda runs: np.mean([_alignment(one, vector)[-1] for one in runs]))
     return vector, found, told.read_text(encoding="utf-8")

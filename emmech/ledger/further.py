@@ -19,7 +19,7 @@ def _learning_coefficient(bench: Bench) -> Finding:
     gaps, rows, how = [], [], {"base": bench.chat, "chains": 2, "draws": 40, "burn_in": 40, "progress": False}
     for at, run in enumerate(bad_runs(bench, 3)):
         steps = sparse(run.steps.tolist()[1:], 3)
-        frame = measured(run, list(bench.rows(BAD))[:200], steps=steps, **how).to_frame()
+        frame = measured(run, bench.rows(BAD)[:200], steps=steps, **how).to_frame()
         gaps.append(float(frame["llc"].iloc[-1] - frame["llc"].iloc[0]))
         rows += [{"name": f"seed {at}", "x": one["step"], "value": one["llc"]} for _, one in frame.iterrows()]
     return over_seeds(gaps, "", len(rows), frame=pd.DataFrame(rows))
