@@ -37,7 +37,6 @@ from emmech.interventions.residual import ablate as ablate
 from emmech.interventions.residual import cap as cap
 from emmech.interventions.residual import steer as steer
 from emmech.leagues.league import league as league
-from emmech.ledger.ledger import Ledger as Ledger
 from emmech.ledger.ledger import claims as claims
 from emmech.realignment.further import realign as realign
 from emmech.results import Result as Result

@@ -190,7 +190,7 @@ def claims(
     if page is not None and page.suffix == ".md":
         from emmech.store import write_text
 
-        others = [emmech.Ledger.load(one) for one in beside or ()]
+        others = [emmech.ledger.Ledger.load(one) for one in beside or ()]
         write_text(page, found.to_markdown(others))
         typer.echo(f"wrote {page}", err=True)
     else:

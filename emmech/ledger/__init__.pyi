@@ -4,4 +4,4 @@ from emmech.ledger.claim import Finding as Finding
 from emmech.ledger.claim import NotMeasurable as NotMeasurable
 from emmech.ledger.claim import Rule as Rule
 from emmech.ledger.claim import over_seeds as over_seeds
-from emmech.ledger.ledger import CLAIMS as CLAIMS
+from emmech.ledger.ledger import Ledger as Ledger

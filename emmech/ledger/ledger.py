@@ -129,7 +129,7 @@ def claims(
         seeds: the number of fine-tuning seeds of the headline rows, or the seeds; other rows use at most three of them.
         quick: a part of the rows with two seeds, short fine-tunes and few answers: a check that everything runs, under
             three minutes on pocket. Its verdicts are of little worth.
-        rows: names of claims, and claims of your own; all of :data:`emmech.ledger.CLAIMS` by default.
+        rows: names of claims, and claims of your own; all that ship by default.
         data: data by the names that rows use (``"medical"``, ``"finance"``, ``"good-medical"``, ``"style-medical"``,
             ...), for models that are of no organism.
         judge: as in :func:`emmech.evaluate`; without one, and without an organism's, rows that need answers are not

@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 import emmech
 from emmech.app.cli import app
 from emmech.errors import EmmechError
-from emmech.ledger import CLAIMS, Bench, Claim, Finding, NotMeasurable, Rule, over_seeds
+from emmech.ledger import Bench, Claim, Finding, NotMeasurable, Rule, over_seeds
 from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED, adjusted, of_counts
+from emmech.ledger.ledger import CLAIMS
 
 NAN = float("nan")
 
@@ -220,7 +221,7 @@ def test_the_page_names_what_holds_what_does_not_and_the_commands(ledger):
 
 def test_the_ledger_is_saved_and_loaded_with_its_findings(ledger, tmp_path):
     _, made = ledger
-    again = emmech.Ledger.load(made.save(tmp_path / "kept"))
+    again = emmech.ledger.Ledger.load(made.save(tmp_path / "kept"))
     assert repr(again) == repr(made) and again["b-moves"].plot().to_json() == made["b-moves"].plot().to_json()
 
 
@@ -256,7 +257,7 @@ def test_the_command_prints_rows_keeps_the_ledger_and_writes_the_page(tmp_path):
     rows = json.loads(found.stdout)
     assert [row["name"] for row in rows] == ["best-organisms", "hosted"]
     assert {row["verdict"] for row in rows} == {UNMEASURED} and all(row["why"] for row in rows)
-    assert emmech.Ledger.load(tmp_path / "kept" / "ledger").counts()[UNMEASURED] == 2
+    assert emmech.ledger.Ledger.load(tmp_path / "kept" / "ledger").counts()[UNMEASURED] == 2
     assert "## What cannot be measured here" in (tmp_path / "claims.md").read_text(encoding="utf-8")
     wrong = CliRunner().invoke(app, ["claims", "--row", "trun"])
     assert wrong.exit_code == 1 and "turn" in wrong.output
