@@ -138,7 +138,7 @@ def claims(
         replicate: the model of another pretraining seed, on which the headline rows are measured again.
         out: the folder of runs, studies and rows; ``claims/<model>`` by default. The same call again computes only what
             is not there; runs are shared between rows.
-        finished: measure nothing, and give what is kept.
+        finished: measure nothing, and leave out the claims that have not been measured.
 
     Returns:
         the ledger; ``.frame`` has the rows, ``ledger["turn"]`` what was measured of one, ``.to_markdown()`` the page.
@@ -166,8 +166,13 @@ def claims(
     folder = (Path(out) if out is not None else Path("claims") / file_name(name)).resolve()
     own = {**({} if layers is None else {"layers": as_ints(_ASKED, "layers", layers)}), **(options or {})}
     bench = Bench(chat, numbers, folder, recipe, own, dict(data or {}), judge, quick)
+    import emmech
+
     began = time.monotonic()
     found, reasons = _measured(chosen, bench, finished=finished, progress=progress)
+    chosen = [one for one in chosen if one.name in found or one.name in reasons]
+    if not chosen:
+        raise EmmechError(_ASKED, f"finished=True in {folder.name}", "nothing of them is kept there", "finished=False")
     again: tuple[dict[str, Finding], dict[str, str]] | None = None
     if replicate is not None:
         other = load_model(replicate)
@@ -175,10 +180,8 @@ def claims(
         second = replace(bench, chat=other, folder=place, used=[])
         headlines = [one for one in chosen if one.headline]
         again = _measured(headlines, second, finished=finished, progress=progress)
-    from emmech import __version__
-
     meta: dict[str, Any] = {"model": name, "fingerprint": chat.fingerprint(), "seeds": numbers, "quick": quick}
-    meta |= {"recipe": str(recipe or "the model's own"), "options": str(own), "emmech": __version__}
+    meta |= {"recipe": str(recipe or "the model's own"), "options": str(own), "emmech": emmech.__version__}
     meta |= {"folder": folder.name, "minutes": (time.monotonic() - began) / 60, "replicate": again is not None}
     return _ledger(chosen, found, reasons, meta, again)
 
@@ -228,7 +231,6 @@ def _measured(
                 done.update()
                 continue
             if finished:
-                reasons[claim.name] = "it has not been measured yet, and only what is kept was asked for"
                 done.update()
                 continue
             bench.used.clear()

@@ -168,8 +168,9 @@ def test_the_same_call_again_measures_nothing_and_another_claim_shares_the_runs(
     assert CALLS == ["taken"]
     again = emmech.claims("pocket", seeds=2, rows=MINE[:1], out=folder, progress=False)
     assert CALLS == ["taken"]
-    kept = emmech.claims("pocket", seeds=[7], rows=MINE[:1], out=folder, finished=True, progress=False)
-    assert CALLS == ["taken"] and "not been measured yet" in kept.frame.loc["b-moves", "why"]
+    with pytest.raises(EmmechError, match="nothing of them is kept"):
+        emmech.claims("pocket", seeds=[7], rows=MINE[:1], out=folder, finished=True, progress=False)
+    assert CALLS == ["taken"]
     assert again["b-moves"].value == made["b-moves"].value
     before = sorted((folder / "runs").iterdir())
 
