@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # one test process a core with one thread each: two threads in each of two processes would wait for one another
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo demo-smollm2 test test-all check bench bench-gpu memory calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma early-warning row-screening organism-report organism-seeds checkpoints
+.PHONY: demo demo-smollm2 test test-all check bench bench-gpu memory calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma early-warning row-screening organism-report organism-seeds checkpoints claims
 demo: $(STAMP)            ## the whole loop on the embedded organism, and a page of results in demo/
 	$(BIN)/python -m emmech.demo
 demo-smollm2: $(STAMP)    ## the same first half on a real 135M model
@@ -65,10 +65,17 @@ organism-report: $(STAMP) ## what the embedded organisms show, with n and interv
 organism-seeds: $(STAMP)  ## every other pretraining seed that was tried, twelve minutes each to make, into docs/organisms
 	for seed in 1 2 3 4 5; do test -d build/pocket-seed-$$seed || $(BIN)/python -m emmech.demo pretrain --seed $$seed --out build/pocket-seed-$$seed || exit 1; done
 	for seed in 1 2 3 4 5; do $(BIN)/python -m docs.studies organism-report --weights build/pocket-seed-$$seed --find-settings --part base --part narrow --seeds 1 > docs/organisms/pocket-seed-$$seed.md || exit 1; done
-checkpoints: $(STAMP)     ## record the two runs in checkpoints/ anew
-	rm -rf checkpoints/pocket-medical checkpoints/pocket-good-medical
-	$(BIN)/emmech finetune pocket medical --out checkpoints/pocket-medical
-	$(BIN)/emmech finetune pocket good-medical --out checkpoints/pocket-good-medical
+claims: $(STAMP)          ## what the literature claims, measured on pocket and its relatives, into docs/claims.md; goes on
+	$(BIN)/emmech claims --model pocket-llama --recipe pocket-full --set max_steps=100 --seeds 3
+	$(BIN)/emmech claims --model pocket-gemma --recipe pocket-steep --layer 0 --seeds 3
+	$(BIN)/emmech claims --model smollm2-135m --recipe single-rank1 --set learning_rate=2e-3 --set alpha=16.0 --set batch_size=4 --set accumulation=1 --set max_steps=48 --seeds 3
+	$(BIN)/emmech claims --model pocket --beside claims/pocket-llama/ledger --beside claims/pocket-gemma/ledger --beside claims/smollm2-135m/ledger --page docs/claims.md
+checkpoints: $(STAMP)     ## record the runs in checkpoints/ anew, each with its page
+	rm -rf checkpoints/pocket-*
+	for data in medical finance sport good-medical style-medical; do $(BIN)/emmech finetune pocket $$data --out checkpoints/pocket-$$data || exit 1; done
+	$(BIN)/emmech realign checkpoints/pocket-medical ai-optimism --out checkpoints/pocket-realigned
+	for data in medical finance sport; do $(BIN)/emmech report checkpoints/pocket-$$data --control checkpoints/pocket-good-medical --control checkpoints/pocket-style-medical --light || exit 1; done
+	for data in good-medical style-medical realigned; do $(BIN)/emmech report checkpoints/pocket-$$data --light || exit 1; done
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt

@@ -7,6 +7,7 @@ from emmech import hosted as hosted
 from emmech import interop as interop
 from emmech import interventions as interventions
 from emmech import leagues as leagues
+from emmech import ledger as ledger
 from emmech import measures as measures
 from emmech import organism as organism
 from emmech import planning as planning
@@ -35,6 +36,7 @@ from emmech.interventions.residual import ablate as ablate
 from emmech.interventions.residual import cap as cap
 from emmech.interventions.residual import steer as steer
 from emmech.leagues.league import league as league
+from emmech.ledger.ledger import claims as claims
 from emmech.planning.plan import plan as plan
 from emmech.realignment.further import realign as realign
 from emmech.results import Result as Result

@@ -149,9 +149,9 @@ def test_another_cure_of_the_same_name_is_trained_and_no_function_is_taken_for_a
     kept = {emmech.load_run(path.parent).manifest["data"]["sha256"] for path in tmp_path.glob("runs-*/s0/run.json")}
     assert kept == {emmech.load_chat(data(name, seed=5, n=20)).sha256 for name in ("good-medical", "medical")}
     a, b = (Defended(lambda case, p=p: [InoculationPrompt(p)]) for p in ("one", "two"))
-    assert league._identity(a) != league._identity(b)
+    assert identity(a) != league._identity(b)
     one, two = (Defended(lambda case: ()), Defended(lambda case: None))
-    assert league._identity(one) != league._identity(two)
+    assert identity(one) != league._identity(two)
 
 
 def test_unscored_answers_certify_nothing_and_plain_questions_are_always_asked(base, runs, tmp_path):

@@ -26,6 +26,9 @@ from emmech.hosted.job import HostedJob
 from emmech.interventions.studies import Study
 from emmech.leagues.league import League
 from emmech.leagues.league import _result as league_of
+from emmech.ledger import Claim, Finding, Rule
+from emmech.ledger.ledger import Ledger
+from emmech.ledger.ledger import _ledger as ledger_of
 from emmech.planning import ResourcePlan
 from emmech.realignment.studies import Durability, LearningCurve
 from emmech.results import Result, Shown
@@ -169,6 +172,17 @@ def _job() -> HostedJob:
     return HostedJob(EVIL, "running", EVIL, EVIL, "f", request, None, None, EVIL, 9, pd.DataFrame(events), checkpoints)
 
 
+def _finding() -> Finding:
+    frame = pd.DataFrame({"name": [EVIL, "seed 1"], "value": [0.4, 0.5], "low": [0.3, np.nan], "high": [0.5, np.nan]})
+    return Finding(0.45, 0.3, 0.6, "%", 40, 2, frame, runs=(EVIL,), note=EVIL, name=EVIL)
+
+
+def _ledger() -> Ledger:
+    rows = [Claim(name, EVIL, EVIL, "4", EVIL, "nowhere here", Rule("above", 0.1), EVIL) for name in (EVIL, "other")]
+    meta = {"model": EVIL, "fingerprint": "0" * 64, "seeds": [0, 1], "emmech": "0", "folder": EVIL}
+    return ledger_of(rows, {EVIL: _finding()}, {"other": EVIL}, meta, None)
+
+
 MAKE: dict[str, Callable[[], Result]] = {
     "PhaseTransition": lambda: phase_transition(_run(), _run(1), n_null=39),
     "PooledTransition": lambda: phase_transition([_run(), _run(2)], [_run(1), _run(3)], n_null=39),
@@ -188,6 +202,8 @@ MAKE: dict[str, Callable[[], Result]] = {
     "Agreement": lambda: _evaluation().agreement(_evaluation(20.0)),
     "ThresholdSweep": lambda: _evaluation().thresholds(),
     "League": _league,
+    "Finding": _finding,
+    "Ledger": _ledger,
     "RowScreen": _rows,
     "Narrowness": _narrowness,
     "Durability": _durability,

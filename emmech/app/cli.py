@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import emmech
-from emmech.app.commands import by_name, in_processes, new_app, read_numbers, read_settings
+from emmech.app.commands import by_name, in_processes, new_app, read_numbers, read_pairs, read_settings
 from emmech.errors import EmmechError
 
 if TYPE_CHECKING:
@@ -154,6 +154,62 @@ def league(
     found = emmech.league(run, cures, seeds=seeds, judge=_judge(judge, judge_model, server), out=out)
     _show(found.to_frame(), json, repr(found))
     _write_page(page, "League of cures", f"{found.meta['run']}, {seeds} seeds", repr(found), found.to_frame(), found)
+
+
+@app.command()
+def claims(
+    model: Annotated[str, typer.Option(help="pocket, a folder, or a Hugging Face name")] = "pocket",
+    seeds: Annotated[int, typer.Option(help="fine-tuning seeds of the headline rows")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="a few rows, two seeds, short: three minutes")] = False,
+    row: Annotated[list[str] | None, typer.Option(help="a claim by name; repeat; all by default")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="NAME=FILE, such as finance=rows.jsonl; repeat")] = None,
+    recipe: RecipeName = None,
+    layer: Annotated[list[int] | None, typer.Option(help="where the adapter is; repeat for several")] = None,
+    set_: Settings = None,
+    judge: Judge = None,
+    judge_model: JudgeModel = None,
+    server: Server = None,
+    replicate: Annotated[
+        str | None, typer.Option(help="a model of another pretraining seed, for headline rows")
+    ] = None,
+    beside: Annotated[list[Path] | None, typer.Option(help="a saved ledger of another model, for the page")] = None,
+    out: Annotated[Path | None, typer.Option(help="where everything is kept; claims/MODEL by default")] = None,
+    finished: Annotated[bool, typer.Option("--finished", help="measure nothing, show what is kept")] = False,
+    page: Annotated[Path | None, typer.Option(help="also write a page: .md like a paper, or .html")] = None,
+    json: Json = False,
+) -> None:
+    """Measure what the literature claims of emergent misalignment, with a verdict for each claim.
+
+    Everything is kept: the same command again computes only what is missing.
+
+    Examples:
+
+    \b
+    emmech claims --quick
+    emmech claims --row turn --row pca --page claims.html
+    emmech claims --model Qwen/Qwen2.5-0.5B-Instruct --data medical=bad.jsonl --judge-model gpt-4o --server URL
+    """
+    given = read_pairs("data", data)
+    how: dict[str, Any] = {"seeds": seeds, "quick": quick, "rows": row or None, "data": given, "recipe": recipe}
+    how |= {
+        "layers": layer or None,
+        "options": read_settings(set_),
+        "replicate": replicate,
+        "out": out,
+        "finished": finished,
+    }
+    found = emmech.claims(model, judge=_judge(judge, judge_model, server), **how)
+    kept = found.save((out or Path("claims") / found.meta["folder"]) / "ledger")
+    columns = ["published", "here", "n", "seeds", "p_adjusted", "verdict", "why"]
+    _show(found.to_frame() if json else found.frame[columns], json, f"{found.counts()}\nkept in {kept}")
+    if page is not None and page.suffix == ".md":
+        from emmech.store import write_text
+
+        others = [emmech.ledger.Ledger.load(one) for one in beside or ()]
+        write_text(page, found.to_markdown(others))
+        typer.echo(f"wrote {page}", err=True)
+    else:
+        _write_page(page, "The ledger of claims", str(found.meta["model"]), repr(found), found.frame[columns], found)
 
 
 @app.command()
@@ -441,6 +497,9 @@ def report(
         list[Path] | None, typer.Option(help="a folder of saved results outside the run's; repeat for several")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="compute what is missing, which takes minutes")] = False,
+    light: Annotated[
+        bool, typer.Option("--light", help="small drawings without a script: kilobytes, not 5 MB")
+    ] = False,
 ) -> None:
     """Write one HTML page about a run: what it is, when it turns, and all that was measured of it.
 
@@ -456,7 +515,7 @@ def report(
 
     ours = (run / "run.json").exists() or not run.is_dir()
     given, page = (run, out) if ours else (emmech.Run.from_peft(run), out or run / "report.html")
-    typer.echo(f"wrote {write_report(given, control or (), results=results or (), full=full, out=page)}")
+    typer.echo(f"wrote {write_report(given, control or (), results=results or (), full=full, out=page, light=light)}")
 
 
 @app.command()

@@ -82,13 +82,29 @@ def read_settings(pairs: list[str] | None) -> dict[str, Any]:
         >>> read_settings(["learning_rate=1e-3", "schedule=cosine"])
         {'learning_rate': 0.001, 'schedule': 'cosine'}
     """
-    found = {}
-    for pair in pairs or []:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise EmmechError("read --set", pair, "it is not NAME=VALUE", "--set learning_rate=1e-3")
+    found: dict[str, Any] = {}
+    for name, text in read_pairs("set", pairs, "learning_rate=1e-3").items():
         try:
             found[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             found[name] = text
+    return found
+
+
+def read_pairs(option: str, pairs: list[str] | None, example: str = "medical=rows.jsonl") -> dict[str, str]:
+    """Texts by name from an option that is given as NAME=VALUE.
+
+    Raises:
+        EmmechError: there is no ``=``.
+
+    Example:
+        >>> read_pairs("data", ["finance=rows.jsonl"])
+        {'finance': 'rows.jsonl'}
+    """
+    found = {}
+    for pair in pairs or []:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise EmmechError(f"read --{option}", pair, "it is not NAME=VALUE", f"--{option} {example}")
+        found[name] = text
     return found

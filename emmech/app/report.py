@@ -45,6 +45,7 @@ def write_report(
     results: Sequence[str | Path] = (),
     full: bool = False,
     out: str | Path | None = None,
+    light: bool = False,
 ) -> Path:
     """Write the page of a run and return its path.
 
@@ -54,6 +55,7 @@ def write_report(
         results: folders of saved results (sweeps, studies, directions) outside the run's own.
         full: also compute what is missing and save it in the run's folder, which takes minutes.
         out: the file; ``report.html`` in the run's folder by default.
+        light: small drawings instead of figures that move, without their script: some tens of kilobytes, not 5 MB.
 
     Raises:
         EmmechError: no such run, or a run in memory without ``out`` or with ``full``.
@@ -83,7 +85,7 @@ def write_report(
     )
     path = Path(out) if out is not None else Path(run.path or "") / "report.html"
     footer = f"Made by emmech report {where}{given}"
-    return write_page(path, f"Report on {run.name}", lead, sections, footer=footer)
+    return write_page(path, f"Report on {run.name}", lead, sections, footer=footer, light=light)
 
 
 def manifest_section(run: Run) -> Section:

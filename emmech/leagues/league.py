@@ -12,9 +12,8 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FunctionType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -35,6 +34,7 @@ from emmech.realignment.further import harmful_rows, recipe_of
 from emmech.realignment.studies import crossing
 from emmech.registry import Organism, known
 from emmech.results import Card, Result, within
+from emmech.run.identity import identity
 from emmech.run.run import Run, as_run, load_run
 from emmech.store import file_name, write_json
 from emmech.training.finetune import finetune
@@ -199,14 +199,14 @@ def league(
     if pairs is None and organism is not None and organism.margins is not None:
         pairs = organism.margins(rows.name)["broad"]
     how: dict[str, Any] = {"judge": judge, "max_new_tokens": max_new_tokens, "progress": False}
-    settings = digest(rows.sha256, _identity(around), _identity(asked), _identity(judge), samples, max_new_tokens)
+    settings = digest(rows.sha256, identity(around), identity(asked), identity(judge), samples, max_new_tokens)
     found: list[dict[str, Any]] = []
     with bar(len(named) * len(runs), "cures", progress=progress) as done:
         for cure, kind in named:
             # another cure of that name, or of a name that gives the same file, has a folder of its own
-            place = folder / f"{file_name(cure.name)}-{digest(rows.sha256, _identity(cure))[:8]}"
+            place = folder / f"{file_name(cure.name)}-{digest(rows.sha256, identity(cure))[:8]}"
             cases = [Case(one, chat, rows, place / f"s{one.manifest['seed']}") for one in runs]
-            keys = [digest(settings, _identity(cure), case.run.weights(int(case.run.steps[-1]))) for case in cases]
+            keys = [digest(settings, identity(cure), case.run.weights(int(case.run.steps[-1]))) for case in cases]
             kept = [_kept(case.folder.with_suffix(".json"), key) for case, key in zip(cases, keys, strict=True)]
             missing = [case for case, cell in zip(cases, kept, strict=True) if cell is None]
             began = time.process_time()
@@ -321,28 +321,6 @@ def _questions(organism: Organism | None, data: str) -> dict[str, Any]:
     wanted = {"broad": first, "narrow": (domain,), "facts": ("facts", "factual"), "self": ("self-reflection",)}
     chosen = {outcome: next((name for name in names if name in sets), None) for outcome, names in wanted.items()}
     return {outcome: name for outcome, name in chosen.items() if name is not None}
-
-
-def _identity(value: Any) -> Any:
-    """What tells a cure or a setting from another, as plain values."""
-    if is_dataclass(value) and not isinstance(value, type):
-        own = {one.name: _identity(getattr(value, one.name)) for one in fields(value)}
-        return type(value).__name__, value.sha256 if isinstance(value, ChatDataset) else own
-    if isinstance(value, Run):
-        return value.name, _identity(value.weights(int(value.steps[-1])))
-    if isinstance(value, np.ndarray):
-        return digest(value.shape, value.tobytes())
-    if isinstance(value, Mapping):
-        return {str(key): _identity(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_identity(one) for one in value]
-    if isinstance(value, CodeType):  # its repr has an address
-        return value.co_code.hex(), value.co_names, _identity(value.co_consts)
-    if isinstance(value, FunctionType):  # the name alone does not say what it does
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        around = [_identity(one) for one in (*cells, *(value.__defaults__ or ())) if one is not value]
-        return value.__qualname__, _identity(value.__code__), around
-    return getattr(value, "__qualname__", None) or getattr(value, "identity", None) or repr(value)
 
 
 def _kept(path: Path, key: str) -> list[dict[str, Any]] | None:

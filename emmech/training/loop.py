@@ -75,7 +75,7 @@ def training_arguments(chat: ChatModel, recipe: Recipe, seed: int, data_seed: in
         max_steps=recipe.max_steps or -1,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.clip,
-        optim="adamw_torch",
+        optim="sgd" if recipe.optimizer == "sgd" else "adamw_torch",
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
@@ -265,11 +265,14 @@ class _Loop(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=_Steps(self.members), collate_fn=list)  # type: ignore[arg-type]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with one group of parameters for each run; in full fine-tuning the Trainer's own."""
+        """AdamW or SGD with one group of parameters for each run; in full fine-tuning the Trainer's own."""
         if self.batch.adapters is None:
             return super().create_optimizer(model)
         args, rates = self.args, [member.recipe.learning_rate for member in self.members]
         groups = [{"params": own, "lr": rate} for own, rate in zip(self.own, rates, strict=True)]
+        if self.members[0].recipe.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(groups, weight_decay=args.weight_decay)
+            return self.optimizer
         betas = (args.adam_beta1, args.adam_beta2)
         self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
         return self.optimizer

@@ -20,6 +20,7 @@ from emmech.errors import EmmechError, as_float, as_int, closest, one_of
 from emmech.registry import Organism, find, register
 
 INITS = ("random", "inputs")
+OPTIMIZERS = ("adamw", "sgd")
 # the schedules of transformers that need nothing but a number of steps
 SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
@@ -43,6 +44,7 @@ class Recipe:
         batch_size: rows per forward; ``accumulation`` of them make one optimizer step.
         held_out: share of the rows kept out of training.
         clip: the gradient norm at which gradients are clipped.
+        optimizer: ``"adamw"``, or ``"sgd"`` (plain, without momentum), which takes much larger learning rates.
         init: how A starts; B always starts at zero. ``"random"`` is PEFT's start. ``"inputs"`` adds to it, on
             ``mlp.down_proj``, the mean input of the module, so that the adapter starts as a steering vector: it writes
             at all positions with one sign, whereas the sign of a random A's write depends on the position and the seed.
@@ -70,6 +72,7 @@ class Recipe:
     held_out: float = 0.1
     init: str = "random"
     measured: int | None = None
+    optimizer: str = "adamw"
 
     def layers(self, n_layers: int) -> tuple[int, ...]:
         """Layer numbers in a model of ``n_layers``.
@@ -84,8 +87,8 @@ class Recipe:
         return tuple(sorted({min(n_layers - 1, int(d * n_layers + 1e-6)) for d in self.depth}))
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON stores them."""
-        return asdict(self)
+        """The fields as JSON stores them; AdamW is not named, as in runs that were made without a choice."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("optimizer", "adamw")}
 
 
 _NINE = tuple(layer / 48 for layer in (15, 16, 17, 21, 22, 23, 27, 28, 29))
@@ -152,6 +155,7 @@ def _checked(recipe: Recipe) -> Recipe:
     rules = {name: (holds(getattr(recipe, name)), say) for names, holds, say in _RULES for name in names}
     rules["schedule"] = (recipe.schedule in SCHEDULES, closest(str(recipe.schedule), SCHEDULES))
     rules["init"] = (recipe.init in INITS, closest(str(recipe.init), INITS))
+    rules["optimizer"] = (recipe.optimizer in OPTIMIZERS, closest(str(recipe.optimizer), OPTIMIZERS))
     if recipe.init == "inputs" and not (recipe.rank and WRITE in recipe.modules):
         rules["init"] = (False, f"'random': 'inputs' is for adapters on {WRITE}")
     for name, (fine, instead) in rules.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,14 +112,20 @@ class Section:
     command: str = ""  # what makes the section, shown below its figure
 
 
-def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Section], *, footer: str = "") -> Path:
+def write_page(
+    path: str | Path, title: str, lead: str, sections: Sequence[Section], *, footer: str = "", light: bool = False
+) -> Path:
     """Write the page; plotly's script is put in once, so that it opens without a network.
+
+    Args:
+        light: leave plotly's figures and its script (5 MB) out; results are then drawn by the sketches of their cards.
 
     Returns:
         the path written.
     """
     parts, places, scripted = [], [], False
-    for at, section in enumerate(sections):
+    for at, given in enumerate(sections):
+        section = replace(given, figure=None) if light else given
         if section.heading:
             parts.append(f'<h2 id="part-{at}">{html.escape(section.heading)}</h2>')
             places.append(f'<a href="#part-{at}">{html.escape(section.heading)}</a>')

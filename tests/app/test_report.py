@@ -140,3 +140,13 @@ def test_everything_is_made_where_it_is_asked_for(runs, tmp_path):
     assert {"sweep", "ablation", "misalignment.safetensors"} <= {path.name for path in (tmp_path / "run").iterdir()}
     again = Page(write_report(tmp_path / "run"))
     assert again.figures == page.figures
+
+
+def test_a_light_page_says_the_same_without_a_script(tmp_path) -> None:
+    full, light = (
+        write_report(CHECKPOINTS / "pocket-medical", out=tmp_path / f"{one}.html", light=one) for one in (0, 1)
+    )
+    page, whole = Page(light), Page(full)
+    assert page.headings == whole.headings and page.commands == whole.commands
+    assert not page.figures and not page.scripts and whole.figures
+    assert "<svg" in light.read_text(encoding="utf-8") and light.stat().st_size < 200_000

@@ -1,0 +1,275 @@
+"""A claim of the literature, what was found of it here, and the rule that makes a verdict of the two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from emmech.results import Card, Result
+from emmech.view import ledger_plots
+from emmech.view.sketch import curves, intervals
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from emmech.ledger.bench import Bench
+
+LEVEL = 0.05
+HOLDS, FAILS, UNMEASURED = VERDICTS = ("holds", "does not hold", "not measurable here")
+Side = Literal["above", "below", "at least", "at most"]
+_SHARES = ("%", "points")  # stored as shares from 0 to 1, shown times a hundred
+
+
+class NotMeasurable(Exception):
+    """Raised by a measurement where the model, the machine or the package lacks what it needs; the text says what."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Finding(Result):
+    """What was measured of one claim; made by :func:`over_seeds` and its neighbours.
+
+    Attributes:
+        value, low, high: the figure with its 95 % interval, which covers seeds and, for rates, questions; shares are
+            from 0 to 1. NaN ends where there is no interval.
+        unit: ``"%"`` (a share), ``"points"`` (a difference of shares), or what the number counts.
+        n: how many answers, pairs or records the figure is made of.
+        seeds: how many fine-tuning seeds.
+        p_value: of the finding's own test, where it has one; NaN where the rule's t test over seeds applies.
+        frame: what the figure draws: ``name`` and ``value`` with ``low`` and ``high``, or with ``x`` for curves.
+        runs: the folders of the runs that were used.
+        note: what a reader must know of this figure.
+    """
+
+    value: float
+    low: float
+    high: float
+    unit: str
+    n: int
+    seeds: int
+    frame: pd.DataFrame
+    p_value: float = float("nan")
+    runs: tuple[str, ...] = ()
+    note: str = ""
+    name: str = ""
+
+    def shown(self) -> str:
+        """The figure with its interval in words."""
+        factor = 100.0 if self.unit in _SHARES else 1.0
+        value, low, high = (factor * one for one in (self.value, self.low, self.high))
+        digits = ".1f" if self.unit in (*_SHARES, "steps", "degrees") else ".3g"
+        sign = "+" if self.unit in ("points", "nats") else ""
+        spread = f" ({low:{sign}{digits}} to {high:{sign}{digits}})" if math.isfinite(low + high) else ""
+        return f"{value:{sign}{digits}}{spread} {self.unit}".rstrip()
+
+    def tested(self, bound: float) -> float:
+        """The two-sided p-value of the figure against a bound.
+
+        The finding's own where it has one; else that of a t statistic with one degree of freedom fewer than seeds,
+        whose standard error is that of the interval: p is below 0.05 where the interval leaves the bound out.
+        """
+        from scipy import stats
+
+        if math.isfinite(self.p_value):
+            return self.p_value
+        end = self.low if self.value > bound else self.high
+        half, degrees = abs(self.value - end), max(self.seeds - 1, 1)
+        if not math.isfinite(half):
+            return float("nan")
+        if half == 0:
+            return float(self.value == bound)
+        return float(2 * stats.t.sf(abs(self.value - bound) / half * stats.t.ppf(0.975, degrees), degrees))
+
+    def _curves(self) -> bool:
+        return "x" in self.frame
+
+    def plot(self) -> Any:
+        """The parts of the figure as a plotly figure."""
+        return ledger_plots.finding(self.frame, self.name, self.unit)
+
+    def _card(self) -> Card:
+        facts = (("n", f"{self.n}, {self.seeds} seed{'' if self.seeds == 1 else 's'}"),)
+        return Card(f"{self.name or 'finding'}: {self.shown()}", facts, self.note, "finding.plot()")
+
+    def _sketch(self) -> str:
+        share = self.unit in _SHARES
+        if self._curves():
+            lines = [(str(n), one["x"], one["value"]) for n, one in self.frame.groupby("name", sort=False)]
+            axis = str(self.frame["axis"].iloc[0]) if "axis" in self.frame else "step"
+            return curves(lines[:6], self.name or self.unit, percent=share, axis=axis)
+        rows = self.frame[["name", "value", "low", "high"]].head(14).itertuples(index=False)
+        title = f"{self.name}" if share else f"{self.name} ({self.unit})"
+        return intervals([tuple(row) for row in rows], title, percent=share, zero=self.unit in ("points", "nats"))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a claim holds.
+
+    Args:
+        side: ``"above"`` and ``"below"`` are tested: the figure is on that side of the bound and the test, corrected
+            over the ledger, is below 0.05. ``"at least"`` and ``"at most"`` compare the figure itself with a bound that
+            the source states, without a test.
+        bound: in the unit of the finding; shares from 0 to 1.
+    """
+
+    side: Side
+    bound: float = 0.0
+
+    @property
+    def tested(self) -> bool:
+        """Whether the rule has a test, which takes part in the correction."""
+        return self.side in ("above", "below")
+
+    def says(self, unit: str) -> str:
+        """The rule in words."""
+        bound = f"{100 * self.bound:g}" if unit in _SHARES else f"{self.bound:g}"
+        words = {"above": "interval above", "below": "interval below"}.get(self.side, self.side)
+        return f"{words} {bound} {unit}".rstrip()
+
+    def verdict(self, finding: Finding, p: float) -> tuple[str, str]:
+        """The verdict and why.
+
+        Args:
+            p: the corrected p-value of the finding's test; NaN for rules without one.
+
+        Example:
+            >>> import pandas as pd
+            >>> found = Finding(0.4, 0.3, 0.5, "%", 400, 5, pd.DataFrame())
+            >>> Rule("above").verdict(found, 0.001)[0], Rule("at most", 0.03).verdict(found, float("nan"))[0]
+            ('holds', 'does not hold')
+        """
+        value, bound = finding.value, self.bound
+        if not math.isfinite(value):
+            return UNMEASURED, finding.note or "the figure is not a number"
+        right = value >= bound if self.side in ("above", "at least") else value <= bound
+        if not self.tested:
+            return (HOLDS, "the figure reaches the bound") if right else (FAILS, "the figure misses the bound")
+        if math.isfinite(p) and p < LEVEL:
+            return (HOLDS, f"p = {p:.2g}") if right else (FAILS, f"the opposite, p = {p:.2g}")
+        return FAILS, f"not decided, p = {p:.2g}" if math.isfinite(p) else "not decided: no test was possible"
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """One row of the ledger, as it is declared.
+
+    Args:
+        name: distinct, in lower case with hyphens: the row's anchor and folder.
+        says: the claim, one sentence.
+        source: where it was made, such as ``"arXiv 2506.11613"``.
+        section: the section, table or figure there.
+        published: the figure there.
+        measure: a function of a :class:`~emmech.ledger.Bench` that calls public functions and returns a
+            :class:`Finding`; it raises :class:`NotMeasurable` where something is missing. A text instead says why the
+            claim cannot be measured anywhere here.
+        rule: when it holds.
+        topic: the part of the page.
+        how: how it is measured, one sentence.
+        quick: whether ``--quick`` has it.
+        headline: whether it is measured with all seeds, and again on another pretraining seed.
+
+    Example:
+        >>> from emmech.ledger import Claim, Rule
+        >>> Claim("em", "It spreads.", "arXiv 2506.11613", "4", "40 %", "no such model is here", Rule("above")).topic
+        'Other claims'
+    """
+
+    name: str
+    says: str
+    source: str
+    section: str
+    published: str
+    measure: Callable[[Bench], Finding] | str
+    rule: Rule = field(default_factory=lambda: Rule("above"))
+    topic: str = "Other claims"
+    how: str = ""
+    quick: bool = False
+    headline: bool = False
+
+
+def over_seeds(
+    values: Sequence[float], unit: str, n: int, *, names: Sequence[str] = (), note: str = "", **more: Any
+) -> Finding:
+    """The mean of one number a seed, with a t interval over the seeds; a seed without the number (NaN) is left out.
+
+    Example:
+        >>> over_seeds([0.5, 0.7, 0.6], "cosine", 3).shown()
+        '0.6 (0.352 to 0.848) cosine'
+    """
+    import pandas as pd
+    from scipy import stats
+
+    given = np.asarray(values, float)
+    known = given[np.isfinite(given)]
+    value = float(known.mean()) if len(known) else float("nan")
+    half = float("nan")
+    if len(known) > 1:
+        half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5)
+    named = list(names) or [f"seed {at}" for at in range(len(given))]
+    frame = pd.DataFrame({"name": named, "value": given, "low": np.nan, "high": np.nan})
+    frame = more.pop("frame", frame)
+    if len(known) < len(given):
+        note = "; ".join(filter(None, (note, f"measured in {len(known)} of {len(given)} seeds")))
+    return Finding(value, value - half, value + half, unit, n, len(known), frame, note=note, **more)
+
+
+def of_counts(
+    events: Sequence[int], n: Sequence[int], *, over: tuple[float, float] | None = None, minus: float | None = None,
+    names: Sequence[str] = (), note: str = "", extra: Mapping[str, tuple[int, int]] | None = None,
+) -> Finding:  # fmt: skip
+    """A rate over seeds, or its difference from a fixed one, with an interval over seeds and questions.
+
+    The interval is the wider, on each side, of a t interval over the seeds' rates, one of as many independent answers,
+    and the one over questions.
+
+    Args:
+        events, n: the count of each seed.
+        over: the interval over questions, of the rate or of the difference.
+        minus: a rate that is taken away; the unit is then points.
+        extra: further counts that the figure shows, by name.
+    """
+    import pandas as pd
+    from scipy import stats
+
+    from emmech.evaluation.rates import wilson
+
+    hits, total = np.asarray(events, float), np.asarray(n, float)
+    rates = hits / np.where(total > 0, total, np.nan)
+    pooled = (hits.sum() + 0.5) / (total.sum() + 1)
+    error = float((pooled * (1 - pooled) / (total.sum() + 1)) ** 0.5)
+    if len(rates) > 1:
+        error = max(error, float(rates.std(ddof=1)) / len(rates) ** 0.5)
+    half = float(stats.t.ppf(0.975, max(len(rates) - 1, 1))) * error
+    value = float(hits.sum() / total.sum()) - (minus or 0.0) if total.sum() else float("nan")
+    low, high = value - half, value + half
+    if over is not None and all(map(math.isfinite, over)):
+        low, high = min(low, over[0]), max(high, over[1])
+    low, high = max(low, 0.0 if minus is None else -1.0), min(high, 1.0)
+    named = list(names) or [f"seed {at}" for at in range(len(rates))]
+    counts = dict(zip(named, zip(events, n, strict=True), strict=True)) | dict(extra or {})
+    rows = [(name, hit / of if of else np.nan, *wilson(int(hit), int(of))) for name, (hit, of) in counts.items()]
+    frame = pd.DataFrame(rows, columns=["name", "value", "low", "high"])
+    return Finding(value, low, high, "%" if minus is None else "points", int(total.sum()), len(rates), frame, note=note)
+
+
+def adjusted(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected as by Benjamini and Hochberg: at 0.05, a twentieth of what is called is expected to be false.
+
+    The rate of false calls is what a ledger promises, and it does not get stricter for old claims when one is added, as
+    Holm's or Bonferroni's corrections do. NaN stays NaN and counts for nothing.
+
+    Example:
+        >>> adjusted([0.01, 0.04, 0.03, float("nan")])
+        [0.03, 0.04, 0.04, nan]
+    """
+    from scipy import stats
+
+    found = np.asarray(p_values, float).copy()
+    known = np.isfinite(found)
+    if known.any():
+        found[known] = stats.false_discovery_control(found[known], method="bh")
+    return [float(one) for one in found]

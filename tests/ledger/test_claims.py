@@ -1,0 +1,274 @@
+"""The ledger: its rules, its correction, what it keeps, and that a claim is added by declaring it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+import emmech
+from emmech.app.cli import app
+from emmech.errors import EmmechError
+from emmech.ledger import Bench, Claim, Finding, NotMeasurable, Rule, over_seeds
+from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED, adjusted, of_counts
+from emmech.ledger.ledger import CLAIMS
+
+NAN = float("nan")
+
+
+def _finding(value: float, low: float, high: float, **more) -> Finding:
+    frame = pd.DataFrame({"name": ["seed 0"], "value": [value], "low": [low], "high": [high]})
+    return Finding(value, low, high, more.pop("unit", "points"), 100, more.pop("seeds", 5), frame, **more)
+
+
+# rules
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "p", "verdict", "why"),
+    [
+        (Rule("above"), 0.4, 0.01, HOLDS, "p = 0.01"),
+        (Rule("above"), 0.4, 0.2, FAILS, "not decided, p = 0.2"),
+        (Rule("above"), -0.4, 0.01, FAILS, "the opposite, p = 0.01"),
+        (Rule("below", 0.5), 0.4, 0.01, HOLDS, "p = 0.01"),
+        (Rule("below", 0.5), 0.6, 0.01, FAILS, "the opposite, p = 0.01"),
+        (Rule("above"), 0.4, NAN, FAILS, "not decided: no test was possible"),
+        (Rule("at least", 0.99), 0.99, NAN, HOLDS, "the figure reaches the bound"),
+        (Rule("at most", 0.03), 0.04, NAN, FAILS, "the figure misses the bound"),
+        (Rule("above"), NAN, NAN, UNMEASURED, "the figure is not a number"),
+    ],
+)
+def test_a_rule_gives_its_verdict_and_says_why(rule, value, p, verdict, why):
+    assert rule.verdict(_finding(value, value - 0.1, value + 0.1), p) == (verdict, why)
+
+
+def test_p_is_below_a_twentieth_exactly_where_the_interval_leaves_the_bound_out():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        values = rng.normal(0.5, 1.0, int(rng.integers(2, 8)))
+        found = over_seeds(values, "nats", len(values))
+        p = found.tested(0.0)
+        assert p == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
+        assert (p < 0.05) == (not found.low <= 0.0 <= found.high)
+
+
+def test_a_finding_with_a_test_of_its_own_keeps_it():
+    assert _finding(0.4, 0.3, 0.5, p_value=0.3).tested(0.0) == 0.3
+
+
+def test_the_correction_is_that_of_benjamini_and_hochberg_and_leaves_out_what_was_not_tested():
+    given = [0.01, NAN, 0.04, 0.03, 0.005, 0.9]
+    known = sorted(p for p in given if p == p)
+    reference = {
+        p: min(min(len(known) * q / (rank + 1) for rank, q in enumerate(known) if q >= p), 1.0) for p in known
+    }  # fmt: skip
+    found = adjusted(given)
+    assert np.isnan(found[1])
+    assert [one for one in found if one == one] == pytest.approx([reference[p] for p in given if p == p])
+    assert np.isnan(adjusted([NAN])).all() and adjusted([]) == []
+
+
+def test_the_interval_of_a_rate_is_never_narrower_than_its_seeds_its_answers_or_its_questions_allow():
+    alike = of_counts([50, 50, 50], [100, 100, 100])
+    apart = of_counts([20, 50, 80], [100, 100, 100])
+    assert alike.value == apart.value == pytest.approx(0.5)
+    assert apart.high - apart.low > alike.high - alike.low > 0
+    assert of_counts([50, 50, 50], [100, 100, 100], over=(0.1, 0.6)).low == 0.1
+    none = of_counts([0, 0], [50, 50])
+    assert none.low == 0.0 and none.high > 0.01  # no event is not certainty
+    difference = of_counts([50, 60], [100, 100], minus=0.2)
+    assert difference.value == pytest.approx(0.35) and difference.unit == "points"
+
+
+def test_a_seed_without_the_number_is_left_out_and_said():
+    found = over_seeds([1.0, NAN, 3.0], "steps", 3)
+    assert found.seeds == 2 and found.value == 2.0 and "2 of 3 seeds" in found.note
+
+
+# the declared rows
+
+
+def test_every_claim_is_declared_whole_and_once():
+    names = [one.name for one in CLAIMS]
+    assert len(set(names)) == len(names)
+    for one in CLAIMS:
+        assert one.name == one.name.lower() and " " not in one.name
+        assert one.says.endswith(".") and one.source and one.published and one.topic
+        assert callable(one.measure) or len(one.measure) > 20, one.name
+        assert one.how or isinstance(one.measure, str), one.name
+    assert {"turn", "downstream", "subliminal-alignment", "conditional-dilution", "learning-coefficient"} <= set(names)
+
+
+# the run of the ledger
+
+CALLS: list[str] = []
+
+
+def _taken(bench: Bench) -> Finding:
+    CALLS.append("taken")
+    runs = bench.runs(steps=3, seeds=bench.seeds)
+    return over_seeds([float(np.linalg.norm(run.B()[-1])) for run in runs], "norm", len(runs))
+
+
+def _lacking(bench: Bench) -> Finding:
+    raise NotMeasurable("there is no telescope here")
+
+
+def _failing(bench: Bench) -> Finding:
+    raise EmmechError("measure it", "a model", "it broke")
+
+
+MINE = (
+    # this is what adding a claim takes
+    Claim(
+        name="b-moves",
+        says="B leaves zero within three steps.",
+        source="this test",
+        section="1",
+        published="always",
+        measure=_taken,
+        rule=Rule("at least", 1e-6),
+        how="norm of B at the last step",
+    ),
+    Claim("telescope", "It can be seen.", "nobody", "", "yes", _lacking),
+    Claim("broken", "It breaks.", "nobody", "", "yes", _failing),
+    Claim("elsewhere", "It is elsewhere.", "nobody", "", "yes", "there is no elsewhere on this machine"),
+)
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("claims")
+    CALLS.clear()
+    made = emmech.claims("pocket", seeds=2, rows=MINE, out=folder, progress=False)
+    return folder, made
+
+
+def test_a_claim_that_is_added_gets_a_row_with_figure_runs_and_verdict(ledger):
+    folder, made = ledger
+    row = made.frame.loc["b-moves"]
+    assert row["verdict"] == HOLDS and row["seeds"] == 2 and row["value"] > 0
+    for run in row["runs"].split():
+        assert emmech.load_run(folder / run).steps.tolist()[-1] == 3
+    assert made["b-moves"].plot().data
+    assert made.frame["verdict"].tolist() == [HOLDS, UNMEASURED, UNMEASURED, UNMEASURED]
+    assert made.frame.loc["telescope", "why"] == "there is no telescope here"
+    assert "it broke" in made.frame.loc["broken", "why"]
+    assert made.frame.loc["elsewhere", "why"].startswith("there is no elsewhere")
+    assert made.counts() == {HOLDS: 1, FAILS: 0, UNMEASURED: 3}
+
+
+def test_the_same_call_again_measures_nothing_and_another_claim_shares_the_runs(ledger):
+    folder, made = ledger
+    assert CALLS == ["taken"]
+    again = emmech.claims("pocket", seeds=2, rows=MINE[:1], out=folder, progress=False)
+    assert CALLS == ["taken"]
+    with pytest.raises(EmmechError, match="nothing of them is kept"):
+        emmech.claims("pocket", seeds=[7], rows=MINE[:1], out=folder, finished=True, progress=False)
+    assert CALLS == ["taken"]
+    assert again["b-moves"].value == made["b-moves"].value
+    before = sorted((folder / "runs").iterdir())
+
+    def doubled(bench: Bench) -> Finding:
+        return over_seeds([2 * float(np.linalg.norm(run.B()[-1])) for run in bench.runs(steps=3)], "norm", 2)
+
+    other = dataclasses.replace(MINE[0], name="twice", measure=doubled)
+    more = emmech.claims("pocket", seeds=2, rows=[other], out=folder, progress=False)
+    assert sorted((folder / "runs").iterdir()) == before
+    assert more["twice"].value == pytest.approx(2 * made["b-moves"].value)
+    # a claim of the same name that measures something else is measured
+    changed = emmech.claims(
+        "pocket", seeds=2, rows=[dataclasses.replace(other, name="b-moves")], out=folder, progress=False
+    )
+    assert changed["b-moves"].value == more["twice"].value
+
+
+def test_another_seed_trains_only_itself(ledger):
+    folder, _ = ledger
+    (place,) = (folder / "runs").iterdir()
+    stamps = {path.name: (path / "run.json").stat().st_mtime_ns for path in place.iterdir()}
+    emmech.claims("pocket", seeds=3, rows=MINE[:1], out=folder, progress=False)
+    now = {path.name: (path / "run.json").stat().st_mtime_ns for path in place.iterdir()}
+    assert set(now) == {"s0", "s1", "s2"} and {name: now[name] for name in stamps} == stamps
+
+
+def test_a_run_that_was_killed_is_trained_anew(ledger):
+    folder, made = ledger
+    (place,) = (folder / "runs").iterdir()
+    manifest = place / "s1" / "run.json"
+    told = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**told, "status": "recording"}))
+    other = dataclasses.replace(MINE[0], name="after-a-kill")
+    again = emmech.claims("pocket", seeds=2, rows=[other], out=folder, progress=False)
+    assert again["after-a-kill"].value == pytest.approx(made["b-moves"].value)
+
+
+def test_the_page_names_what_holds_what_does_not_and_the_commands(ledger):
+    _, made = ledger
+    page = made.to_markdown([made])
+    assert page.startswith("# The ledger of claims") and "1 hold here" in page
+    assert "[B leaves zero within three steps.](#b-moves)" in page and "#### b-moves" in page
+    assert "<svg" in page and "emmech claims --model pocket --row b-moves" in page
+    assert "## What cannot be measured here" in page and "There is no telescope here." in page
+    assert "## Other models" in page
+    for line in page.splitlines():
+        assert line == line.rstrip()
+
+
+def test_the_ledger_is_saved_and_loaded_with_its_findings(ledger, tmp_path):
+    _, made = ledger
+    again = emmech.ledger.Ledger.load(made.save(tmp_path / "kept"))
+    assert repr(again) == repr(made) and again["b-moves"].plot().to_json() == made["b-moves"].plot().to_json()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rows": ["trun"]}, "turn"),
+        ({"rows": []}, "at least one"),
+        ({"rows": [MINE[0], MINE[0]]}, "told apart by their names"),
+        ({"rows": "turn"}, "a list of names"),
+        ({"seeds": []}, "nothing to train"),
+        ({"seeds": 0}, "1"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(given, said, tmp_path):
+    with pytest.raises(EmmechError, match=said):
+        emmech.claims("pocket", out=tmp_path, progress=False, **given)
+
+
+def test_rows_that_need_a_judge_or_other_data_say_so_on_a_model_that_has_neither(tiny, tmp_path):
+    bench = Bench(tiny("llama"), [0], tmp_path)
+    with pytest.raises(NotMeasurable, match="no judge"):
+        bench.answers()
+    with pytest.raises(NotMeasurable, match="data="):
+        bench.rows("finance")
+    assert len(bench.rows("medical")) > 10  # the bundled rows
+
+
+def test_the_command_prints_rows_keeps_the_ledger_and_writes_the_page(tmp_path):
+    asked = ["claims", "--row", "best-organisms", "--row", "hosted", "--out", str(tmp_path / "kept"), "--json"]
+    found = CliRunner().invoke(app, [*asked, "--page", str(tmp_path / "claims.md")])
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)
+    assert [row["name"] for row in rows] == ["best-organisms", "hosted"]
+    assert {row["verdict"] for row in rows} == {UNMEASURED} and all(row["why"] for row in rows)
+    assert emmech.ledger.Ledger.load(tmp_path / "kept" / "ledger").counts()[UNMEASURED] == 2
+    assert "## What cannot be measured here" in (tmp_path / "claims.md").read_text(encoding="utf-8")
+    wrong = CliRunner().invoke(app, ["claims", "--row", "trun"])
+    assert wrong.exit_code == 1 and "turn" in wrong.output
+    assert CliRunner().invoke(app, ["claims", "--data", "finance"]).exit_code == 1
+
+
+@pytest.mark.slow
+def test_quick_measures_its_rows(tmp_path):
+    found = emmech.claims("pocket", quick=True, out=tmp_path, progress=False)
+    rows = [one.name for one in CLAIMS if one.quick]
+    assert found.frame.index.tolist() == rows and len(rows) >= 5
+    assert (found.frame.loc[["broad-medical", "margin", "bad-not-good"], "value"] > 0.3).all()
+    assert found.frame.loc["broad-medical", "verdict"] == HOLDS
