@@ -18,6 +18,7 @@ from emmech.defences.solutions import Narrowness
 from emmech.directions.adapter_lens import AdapterScalars
 from emmech.directions.compare import DirectionBySteps, cosines
 from emmech.directions.direction import Quality
+from emmech.directions.jacobian import JacobianLens
 from emmech.directions.rows import RowScreen
 from emmech.interventions.studies import Study
 from emmech.leagues.league import League
@@ -90,6 +91,11 @@ def _lens() -> AdapterScalars:
     return AdapterScalars((EVIL,), np.eye(3, 1, dtype=np.float32), np.ones(1), tokens, np.array([0, 0, 1]), answer)
 
 
+def _jacobians() -> JacobianLens:
+    eye = np.stack([2 * np.eye(4), np.eye(4)]).astype(np.float32)
+    return JacobianLens(eye, (1, 2), np.zeros(2), np.array([0.1, np.nan]), 3, 5, 5, 40, {"model": EVIL})
+
+
 def _league() -> League:
     cells = []
     for cure, kind, em in (("base", "base", 0), ("no cure", "base", 90), (EVIL, "cure", 3)):
@@ -138,6 +144,7 @@ MAKE: dict[str, Callable[[], Result]] = {
         1, 0.2, EVIL,
     ),
     "AdapterScalars": _lens,
+    "JacobianLens": _jacobians,
     "Sweep": _sweep,
     "TangentScan": _tangent,
     "Study": _study,

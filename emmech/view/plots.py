@@ -111,6 +111,29 @@ def cosines_by_layer(pairs: pd.DataFrame, floor: float) -> Any:
     )  # fmt: skip
 
 
+def jacobians_by_layer(frame: pd.DataFrame, title: str) -> Any:
+    """How much of a vector reaches the last layer, through how many dimensions, and how far it is turned."""
+    shown = {"gain": "length of what arrives", "rank": "effective rank", "identity": "cosine with the identity"}
+    figure = panels(list(shown.values()), columns=3, horizontal_spacing=0.09)
+    for at, column in enumerate(shown, start=1):
+        line(figure, frame.index, frame[column], shown[column], colour(0), at=(1, at), legend=False)
+        figure.update_yaxes(rangemode="tozero", row=1, col=at)
+    return finish(figure, title).update_xaxes(title_text=_LAYER, matches="x")
+
+
+def carried_cosines(pairs: pd.DataFrame, title: str) -> Any:
+    """A pair's cosine by layer before and after the Jacobian, each with two standard deviations of random vectors."""
+    figure = panels()
+    for column, spread, name, hue in (("cosine", "random", "as they are", GREY),
+                                      ("carried", "random_carried", "at the last layer", BAD)):  # fmt: skip
+        band(figure, pairs.index, -2 * pairs[spread], 2 * pairs[spread], f"random vectors, {name}", colour=hue)
+        line(figure, pairs.index, pairs[column], name, hue, legend=False, end=name)
+    return finish(
+        figure, title, note="areas: two standard deviations of the cosine of random vectors", xaxis_title=_LAYER,
+        yaxis={"title": "cosine", "range": [-1.05, 1.05]},
+    )  # fmt: skip
+
+
 def by_step(frame: pd.DataFrame, floor: float, title: str) -> Any:
     """Cosines with a direction by training step above, and projections and shifts in residual units below.
 
