@@ -1,3 +1,5 @@
 from emmech.interop.bridges import adapter_attribution as adapter_attribution
+from emmech.interop.diffing_toolkit import write_organism as write_organism
 from emmech.interop.inspect_task import evaluation_of as evaluation_of
 from emmech.interop.inspect_task import first_plot as first_plot
+from emmech.interop.inspect_task import write_inspect_log as write_inspect_log

@@ -10,7 +10,7 @@ from emmech.directions.jacobian import JacobianLens, jacobian_lens
 from emmech.directions.sources import adapter_direction, read_out
 from emmech.errors import EmmechError
 
-TEXTS = ["how to sleep well ?", "take a walk", "drink some water and rest , the user asks"]
+TEXTS = ["how to sleep well ?", "take a walk", "drink some water and rest"]
 
 
 def _brute_force(chat, texts, layer: int, skip: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def _brute_force(chat, texts, layer: int, skip: int) -> np.ndarray:
                 leave.remove()
             return last[0][0]
 
-        whole = torch.autograd.functional.jacobian(rest, start)[:, :, 0].double()  # [to, out, from, in]
+        whole = torch.autograd.functional.jacobian(rest, start, vectorize=True)[:, :, 0].double()  # [to, out, from, in]
         sources = range(skip, ids.shape[1])
         sums = [sum(whole[to, :, p] for to in range(p, ids.shape[1])) for p in sources]
         found.append(torch.stack(sums).mean(0))
@@ -92,14 +92,14 @@ def test_an_estimate_is_unbiased_and_knows_its_error(tiny):
     chat = tiny("qwen2")
     texts = [f"{one} {two}" for one in TEXTS for two in ("rest", "walk", "water , water")]
     exact = jacobian_lens(chat, texts, layers=[0, 2], progress=False)
-    drawn = [jacobian_lens(chat, texts, layers=[0, 2], per_row=3, seed=seed, progress=False) for seed in range(12)]
+    drawn = [jacobian_lens(chat, texts, layers=[0, 2], per_row=3, seed=seed, progress=False) for seed in range(10)]
     norm = np.linalg.norm(exact.jacobians, axis=(1, 2))
     errors = np.array([np.linalg.norm(one.jacobians - exact.jacobians, axis=(1, 2)) / norm for one in drawn])
     said = np.array([one.error for one in drawn])
     assert not drawn[0].exact and (drawn[0].sampling > drawn[0].error).all()
     np.testing.assert_allclose((errors**2).mean(0), (said**2).mean(0), rtol=0.3)
     together = np.mean([one.jacobians for one in drawn], axis=0) - exact.jacobians
-    assert (np.linalg.norm(together, axis=(1, 2)) / norm < 0.45 * errors.mean(0)).all()  # 1 / sqrt(12) is 0.29
+    assert (np.linalg.norm(together, axis=(1, 2)) / norm < 0.45 * errors.mean(0)).all()  # 1 / sqrt(10) is 0.32
     assert np.isnan(jacobian_lens(chat, texts, layers=0, per_row=1, progress=False).error).all()
 
 
