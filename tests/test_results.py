@@ -28,6 +28,7 @@ from emmech.results import Result, Shown
 from emmech.sweeps.result import Sweep
 from emmech.sweeps.tangent import TangentScan
 from emmech.transition.distribution import distribution_shift
+from emmech.transition.learning_coefficient import LearningCoefficient
 from emmech.transition.phase import phase_transition
 
 EVIL = "<script>alert('&')</script>"
@@ -96,6 +97,12 @@ def _jacobians() -> JacobianLens:
     return JacobianLens(eye, (1, 2), np.zeros(2), np.array([0.1, np.nan]), 3, 5, 5, 40, {"model": EVIL})
 
 
+def _coefficient() -> LearningCoefficient:
+    frame = pd.DataFrame({"step": [0, 9], "llc": [-1.0, 4.0], "error": 0.2, "chains": 4, "drift": [0.0, 5.0]})
+    settings = {"chains": 4, "draws": 9, "burn_in": 1, "step_size": 1e-6, "n_beta": 9.0, "localisation": 1.0}
+    return LearningCoefficient(frame.assign(loss=1.0), 12, settings, (4.0, 3.0, 5.0), EVIL)
+
+
 def _league() -> League:
     cells = []
     for cure, kind, em in (("base", "base", 0), ("no cure", "base", 90), (EVIL, "cure", 3)):
@@ -145,6 +152,7 @@ MAKE: dict[str, Callable[[], Result]] = {
     ),
     "AdapterScalars": _lens,
     "JacobianLens": _jacobians,
+    "LearningCoefficient": _coefficient,
     "Sweep": _sweep,
     "TangentScan": _tangent,
     "Study": _study,

@@ -680,6 +680,20 @@ def metrics_by_step(
     return figure
 
 
+def learning_coefficients(frame: pd.DataFrame, turn: tuple[float, float, float], name: str) -> Any:
+    """The local learning coefficient by step with two standard errors, and the step at which the run turns."""
+    figure = panels()
+    value, error = frame["llc"], 2 * frame["error"]
+    line(figure, frame["step"], value, name, BAD, legend=False, error=bars(value, value - error, value + error))
+    level(figure, 0.0)
+    if np.isfinite(turn[0]):
+        mark(figure, turn[0], GREY, "B turns", low=turn[1], high=turn[2])
+    return finish(
+        figure, f"Local learning coefficient of {name}", note="bars: two standard errors over chains",
+        xaxis_title="step", yaxis_title="local learning coefficient",
+    )  # fmt: skip
+
+
 def rates_by_step(rates: pd.DataFrame, names: Mapping[str, str], title: str, *, step: float | None = None) -> Any:
     """Rates with intervals by step, one line per measure.
 
