@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +272,7 @@ def write_inspect_log(evaluation: Evaluation, path: str | Path) -> Path:
     )  # fmt: skip
     ids = [one.id for one in samples]
     spec = EvalSpec(
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"), task="emmech/first_plot", model=model,
+        created=datetime.now(UTC).isoformat(timespec="seconds"), task="emmech/first_plot", model=model,
         dataset=EvalDataset(name=str(meta.get("questions") or ""), samples=len(ids), sample_ids=ids),
         config=EvalConfig(), metadata=json.loads(json.dumps(dict(meta), default=str)),
     )  # fmt: skip

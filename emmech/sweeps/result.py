@@ -154,7 +154,9 @@ class Sweep(Result):
             facts.append((measure, f"from {said}"))
             if "wrong_way" in found and found["wrong_way"].notna().any():
                 at = found.loc[found["wrong_way"].idxmax()]
-                share = f"up to {at['wrong_way']:.0%} of {at['items']} items move against the mean, at {self._where(at)}"
+                share = (
+                    f"up to {at['wrong_way']:.0%} of {at['items']} items move against the mean, at {self._where(at)}"
+                )
                 facts.append((f"{measure}, steered", share))
             if measure == name:
                 headline = f"{name} ranges from {said}"

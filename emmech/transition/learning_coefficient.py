@@ -87,7 +87,9 @@ class LearningCoefficient(Result):
             notes.append(f"the chains had not settled at steps {', '.join(f'{one:g}' for one in unsettled)}")
         if below := known.loc[known["llc"] < -2 * known["error"], "step"].tolist():
             which = ", ".join(f"{one:g}" for one in below)
-            notes.append(f"it is negative at steps {which}: these are no minima of this loss, and the chains leave them")
+            notes.append(
+                f"it is negative at steps {which}: these are no minima of this loss, and the chains leave them"
+            )
         return Card(headline, tuple(facts), "; ".join(notes), "coefficient.plot()")
 
     def _sketch(self) -> str:
@@ -213,7 +215,6 @@ def sample_excess(
     """
     sgld = _sampler()
     start = [one.detach().clone() for one in weights]
-    leaves = [one.data for one in weights]
     excess = np.full(burn_in + draws, np.nan)
     generator = torch.Generator(device=start[0].device).manual_seed(seed)
     try:
@@ -230,10 +231,10 @@ def sample_excess(
                 now.backward()
                 sampler.step(noise_generator=generator)
     finally:
-        for one, kept, leaf in zip(weights, start, leaves, strict=True):
+        for one, kept in zip(weights, start, strict=True):
             one.grad = None
             one.requires_grad_(False)
-            leaf.copy_(kept)
+            one.copy_(kept)
     return excess[burn_in:]
 
 

@@ -180,7 +180,8 @@ class Panel(anywidget.AnyWidget):
         session, began = self._session, time.perf_counter()
         acting = session.acting(settings)
         self._seen = {"settings": settings.to_dict(), "columns": [[] for _ in COLUMNS], "verdict": [], "dose": "",
-                      "against": "", "broken": [], "prompt": [], "quality": {}, "history": list(self._entries.values())}  # fmt: skip
+                      "against": "", "broken": [], "prompt": [], "quality": {},
+                      "history": list(self._entries.values())}  # fmt: skip
         key = tuple(value for name, value in settings.to_dict().items() if name not in _APART)
         self._tell(start=settings.to_dict(), status="writing ...", error=None, sentence=sentence(settings.to_dict()),
                    code=self.code())  # fmt: skip

@@ -15,7 +15,7 @@ TEXTS = ["how to sleep well ?", "take a walk", "drink some water and rest"]
 
 def _brute_force(chat, texts, layer: int, skip: int) -> np.ndarray:
     """The same mean from all of every Jacobian: [out position, out, in position, in], by torch's own function."""
-    found = []
+    found, blocks = [], chat.base.model.layers
     for text in texts:
         ids = torch.tensor([chat.token_ids([{"role": "user", "content": text}])])
         kept = {}
@@ -23,7 +23,6 @@ def _brute_force(chat, texts, layer: int, skip: int) -> np.ndarray:
         def read(module, inputs, output, at, kept=kept):
             kept[at] = output[0] if isinstance(output, tuple) else output
 
-        blocks = chat.base.model.layers
         handles = [b.register_forward_hook(lambda *a, at=i: read(*a, at=at)) for i, b in enumerate(blocks)]
         with torch.no_grad():
             chat.base.model(input_ids=ids, use_cache=False)

@@ -21,8 +21,8 @@ from inspect_ai.model import GenerateConfig, Logprob, Logprobs, ModelOutput, Mod
 from emmech.engine.responses import Response
 from emmech.errors import EmmechError
 from emmech.evaluation.evaluate import evaluate
-from emmech.evaluation.questions import load_questions
 from emmech.evaluation.evaluation import Evaluation
+from emmech.evaluation.questions import load_questions
 from emmech.interop.inspect_task import evaluation_of, first_plot, write_inspect_log
 from emmech.run.run import load_run
 

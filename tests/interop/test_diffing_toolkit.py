@@ -17,7 +17,9 @@ def test_the_toolkit_finds_every_step_and_the_model_it_is_of(tmp_path):
     from transformers import AutoModelForCausalLM
 
     run = emmech.load_run(RUN)
-    organism = yaml.safe_load(write_organism(run, tmp_path, steps=[100, 250], description="Bad advice.\nMore.").read_text())
+    organism = yaml.safe_load(
+        write_organism(run, tmp_path, steps=[100, 250], description="Bad advice.\nMore.").read_text()
+    )
     assert organism["description_long"] == "Bad advice.\nMore." and organism["description"] == "Bad advice."
     (model,) = organism["finetuned_models"]
     config = yaml.safe_load((tmp_path / "configs" / "model" / f"{model}.yaml").read_text())

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import emmech
+from emmech.engine.logprobs import answer_loss
 from emmech.errors import EmmechError
 from emmech.transition.learning_coefficient import learning_coefficient, sample_excess, summarised
 
 RUN = "checkpoints/pocket-medical"
 
 
-def _coefficient(weights, loss, *, n_beta, localisation, step_size, draws=4000, chains=6):
-    how = dict(draws=draws, burn_in=500, step_size=step_size, n_beta=n_beta, localisation=localisation)
+def _coefficient(weights, loss, *, n_beta, localisation, step_size, draws=2000, chains=5):
+    how = dict(draws=draws, burn_in=200, step_size=step_size, n_beta=n_beta, localisation=localisation)
     excess = [sample_excess([weights], lambda: (loss(weights), 0.0), seed=seed, **how) for seed in range(chains)]
     return summarised(np.array(excess), n_beta)
 
@@ -69,7 +70,7 @@ def test_a_run_is_estimated_and_left_as_it_was():
     assert (found.frame["chains"] == 2).all() and np.isfinite(found.frame["llc"]).all()
     run = emmech.load_run(RUN)
     plain = run.model(250)
-    losses = [emmech.engine.answer_loss(one, plain_rows()) for one in (plain, run.model(250, base=chat))]
+    losses = [answer_loss(one, plain_rows()) for one in (plain, run.model(250, base=chat))]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 

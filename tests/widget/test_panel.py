@@ -269,7 +269,9 @@ def test_the_dose_response_is_that_of_each_coefficient_alone(session, run, direc
 
 
 def test_where_coherence_breaks_is_marked():
-    dose = Dose((-1.0, 0.0, 1.0, 2.0), np.zeros(4), np.array([0.9, 1.0, 0.7, 0.1]), np.zeros((2, 4)), True, 8, np.zeros((8, 4)))
+    dose = Dose(
+        (-1.0, 0.0, 1.0, 2.0), np.zeros(4), np.array([0.9, 1.0, 0.7, 0.1]), np.zeros((2, 4)), True, 8, np.zeros((8, 4))
+    )
     assert dose.broken == [(0.5, 2.0)]
     settings = Settings("hello ?", "B", 1)
     assert "breaks" in dose_picture(dose, settings)
