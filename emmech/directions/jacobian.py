@@ -38,8 +38,8 @@ from emmech.view.sketch import curves
 if TYPE_CHECKING:
     import pandas as pd
 
-_TOKENS = 2048  # tokens of one backward pass
-_WORK = 8e12  # multiplications that a processor does in a few minutes; a GPU does a hundred times as many
+_TOKENS = 2048  # tokens of one backward pass, counting each once for every row
+_WORK = 5e12  # multiplications that a processor does in a few minutes; a GPU does a hundred times as many
 _DRAWS = 64  # random vectors that stand for the others
 
 
@@ -332,11 +332,10 @@ def _jacobian_rows(
 ) -> Iterable[tuple[Int[np.ndarray, " some"], Float[torch.Tensor, "layers some d_model"]]]:
     """Some rows of one text's Jacobians, averaged over its source positions, a batch of them at a time.
 
-    The text is copied along the batch, and each copy gets the gradient of another row, at all target positions at once.
+    One forward serves all of them; a row is the gradient of one output dimension at all target positions at once.
     """
     if not len(dims):
         return
-    copies = min(len(dims), max(1, _TOKENS // len(ids)))
     kept: list[torch.Tensor] = []
 
     def keep(module: Any, inputs: Any, output: Any) -> Any:
@@ -346,18 +345,28 @@ def _jacobian_rows(
         kept.append(residual)
         return chat.family.with_residual(output, residual)
 
-    first = layers[0]
-    tokens = torch.tensor([list(ids)], device=chat.device).expand(copies, -1)
+    first, at_once = layers[0], max(1, _TOKENS // len(ids))
     with evaluating(chat, frozen=True), torch.enable_grad():
         with hooked(*((block, keep) for block in chat.blocks[first:])):
-            chat.trunk(input_ids=tokens, use_cache=False)
+            chat.trunk(input_ids=torch.tensor([list(ids)], device=chat.device), use_cache=False)
         sources = [kept[layer - first] for layer in layers]
-        for start in range(0, len(dims), copies):
-            some = dims[start : start + copies]
-            cotangents = torch.zeros_like(kept[-1])
-            cotangents[torch.arange(len(some)), skip:, torch.from_numpy(some)] = 1
-            gradients = torch.autograd.grad(kept[-1], sources, cotangents, retain_graph=start + copies < len(dims))
-            yield some, torch.stack([one[: len(some), skip:].double().mean(1).cpu() for one in gradients])
+        for start in range(0, len(dims), at_once):
+            some = dims[start : start + at_once]
+            cotangents = torch.zeros(len(some), *kept[-1].shape, dtype=kept[-1].dtype, device=kept[-1].device)
+            cotangents[torch.arange(len(some)), :, skip:, torch.from_numpy(some)] = 1
+            gradients = _batched_gradients(kept[-1], sources, cotangents)
+            yield some, torch.stack([one[:, 0, skip:].double().mean(1).cpu() for one in gradients])
+
+
+def _batched_gradients(
+    out: torch.Tensor, sources: Sequence[torch.Tensor], cotangents: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    """Gradients ``[cotangents, ...]`` for each source, in one pass where every operation can be batched."""
+    try:
+        return torch.autograd.grad(out, sources, cotangents, retain_graph=True, is_grads_batched=True)
+    except RuntimeError:  # an operation without a batching rule, or not enough memory for all at once
+        each = [torch.autograd.grad(out, sources, one, retain_graph=True) for one in cotangents]
+        return [torch.stack(several) for several in zip(*each, strict=True)]
 
 
 def _chat(model: Any) -> ChatModel:

@@ -59,6 +59,21 @@ def test_it_equals_the_mean_of_whole_jacobians(tiny, family, skip):
     assert not any(block._forward_hooks for block in chat.blocks)
 
 
+def test_what_cannot_be_batched_is_done_one_at_a_time(tiny, monkeypatch):
+    chat, texts = tiny("llama"), TEXTS[:1]
+    whole = jacobian_lens(chat, texts, layers=2, progress=False)
+    plain = torch.autograd.grad
+
+    def refusing(*args, is_grads_batched=False, **how):
+        if is_grads_batched:
+            raise RuntimeError("Batching rule not implemented")
+        return plain(*args, **how)
+
+    monkeypatch.setattr(torch.autograd, "grad", refusing)
+    again = jacobian_lens(chat, texts, layers=2, progress=False)
+    np.testing.assert_allclose(again.jacobians, whole.jacobians, atol=1e-6)
+
+
 def test_a_vector_moves_the_last_layer_as_the_lens_says(tiny):
     """A small vector added at every token moves the sum of the last residuals as J, with nothing but forwards."""
     chat, text = tiny("llama"), TEXTS[0]
