@@ -16,7 +16,7 @@ from emmech.transition.learning_coefficient import learning_coefficient, sample_
 RUN = "checkpoints/pocket-medical"
 
 
-def _coefficient(weights, loss, *, n_beta, localisation, step_size, draws=2000, chains=5):
+def _coefficient(weights, loss, *, n_beta, localisation, step_size, draws=1200, chains=4):
     how = dict(draws=draws, burn_in=200, step_size=step_size, n_beta=n_beta, localisation=localisation)
     excess = [sample_excess([weights], lambda: (loss(weights), 0.0), seed=seed, **how) for seed in range(chains)]
     return summarised(np.array(excess), n_beta)
@@ -75,7 +75,7 @@ def test_a_run_is_estimated_and_left_as_it_was():
 
 
 def plain_rows():
-    return [row["messages"] for row in emmech.load_chat("medical", organism="pocket").rows[:3]]
+    return emmech.load_chat("medical", organism="pocket").rows[:3]
 
 
 def test_settings_out_of_range_are_refused():
