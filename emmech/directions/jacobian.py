@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -113,10 +113,14 @@ class JacobianLens(Result):
         Args:
             directions: by name; an adapter's own is :func:`emmech.directions.adapter_direction`.
 
+        A direction that is known at one layer, as a rank-1 adapter's is, is compared with the other at each of its
+        layers; two that are known at several, layer by layer.
+
         Returns:
-            one row per pair and layer at which both are known: ``cosine`` of the two, ``carried`` the cosine of J times
-            each, and the standard deviations of both cosines where the first is replaced by random vectors, ``random``
-            and ``random_carried``. A Jacobian that squeezes all vectors into few dimensions makes the last one large.
+            one row per comparison: ``first_layer`` and ``second_layer``, ``cosine`` of the two, ``carried`` the cosine
+            of J times each, and the standard deviations of both cosines where the first is replaced by random vectors,
+            ``random`` and ``random_carried``. A Jacobian that squeezes all vectors into few dimensions makes the last
+            one large.
 
         Raises:
             EmmechError: fewer than two directions, or one of another width, number of layers or base model.
@@ -131,20 +135,21 @@ class JacobianLens(Result):
         for one in named.values():
             self._check(one)
         draws = unit_rows(np.random.default_rng(seed).standard_normal((_DRAWS, self.jacobians.shape[-1])))
+        random = {layer: unit_rows(draws @ self.at(layer).T) for layer in self.layers}
         rows = []
-        for at, layer in enumerate(self.layers):
-            random = unit_rows(draws @ self.jacobians[at].T)
-            for first, second in combinations(named, 2):
-                pair = np.stack([named[one].vectors[layer] for one in (first, second)])
-                if not pair.any(1).all():
-                    continue
-                plain, carried = unit_rows(pair), unit_rows(pair @ self.jacobians[at].T)
-                rows.append({
-                    "first": first, "second": second, "layer": layer, "cosine": plain[0] @ plain[1],
-                    "carried": carried[0] @ carried[1], "random": np.std(draws @ plain[1]),
-                    "random_carried": np.std(random @ carried[1]),
-                })  # fmt: skip
-        columns = ["first", "second", "layer", "cosine", "carried", "random", "random_carried"]
+        for names in combinations(named, 2):
+            known = [[layer for layer in self.layers if layer in named[name].layers] for name in names]
+            single = 1 in map(len, known)
+            pairs = product(*known) if single else ((layer, layer) for layer in known[0] if layer in known[1])
+            for places in pairs:
+                vectors = [named[name].at(layer) for name, layer in zip(names, places, strict=True)]
+                carried = [unit_rows(self.at(layer) @ one) for layer, one in zip(places, vectors, strict=True)]
+                plain = [unit_rows(one) for one in vectors]
+                rows.append([
+                    *names, *places, plain[0] @ plain[1], carried[0] @ carried[1],
+                    np.std(draws @ plain[1]), np.std(random[places[0]] @ carried[1]),
+                ])  # fmt: skip
+        columns = ["first", "second", "first_layer", "second_layer", "cosine", "carried", "random", "random_carried"]
         return pd.DataFrame(rows, columns=columns)
 
     def read_out(self, model: Any, direction: Direction, *, tokens: int = 8) -> pd.DataFrame:
@@ -201,8 +206,11 @@ class JacobianLens(Result):
         if directions is None:
             return jacobians_by_layer(self.to_frame(), f"Mean Jacobian to the last layer of {self.source.get('model')}")
         pairs = self.cosines(dict(list(directions.items())[:2]))
-        title = " and ".join(list(directions)[:2])
-        return carried_cosines(pairs.set_index("layer"), f"{title}, before and after the Jacobian")
+        names, places = list(directions)[:2], ("first_layer", "second_layer")
+        fixed = [f"{name} of layer {pairs[one].iloc[0]}" if pairs[one].nunique() == 1 < len(pairs) else name
+                 for name, one in zip(names, places, strict=True)]  # fmt: skip
+        moving = max(reversed(places), key=lambda one: pairs[one].nunique())
+        return carried_cosines(pairs.set_index(moving), f"{' and '.join(fixed)}, before and after the Jacobian")
 
     def _check(self, direction: Direction) -> None:
         checked_direction("carry a direction to the last layer", direction)

@@ -126,7 +126,10 @@ def carried_cosines(pairs: pd.DataFrame, title: str) -> Any:
     figure = panels()
     for column, spread, name, hue in (("cosine", "random", "as they are", GREY),
                                       ("carried", "random_carried", "at the last layer", BAD)):  # fmt: skip
-        band(figure, pairs.index, -2 * pairs[spread], 2 * pairs[spread], f"random vectors, {name}", colour=hue)
+        x = np.asarray(pairs.index, float)
+        x = x if len(x) > 1 else np.r_[x - 0.1, x + 0.1]  # the area of a single layer
+        wide = np.broadcast_to(2 * pairs[spread], x.shape)
+        band(figure, x, -wide, wide, f"random vectors, {name}", colour=hue)
         line(figure, pairs.index, pairs[column], name, hue, legend=False, end=name)
     return finish(
         figure, title, note="areas: two standard deviations of the cosine of random vectors", xaxis_title=_LAYER,

@@ -131,6 +131,15 @@ def test_cosines_before_and_after_a_known_map():
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((64, 64)))[0]
     row = _known(turn).cosines({"B": first, "d": second}).iloc[0]
     assert row["carried"] == pytest.approx(0, abs=1e-6) and row["random_carried"] == pytest.approx(1 / 8, rel=0.3)
+    eye = np.stack([2 * turn, np.eye(64)])
+    both = JacobianLens(eye.astype(np.float32), (0, 2), np.zeros(2), np.zeros(2), 3, 2, 2, 9, {"model": "toy"})
+    one = Direction.single(np.eye(64)[3], layer=0, n_layers=3)
+    other = Direction(np.stack([np.eye(64)[3], np.eye(64)[3], turn[:, 3]]))
+    found = both.cosines({"one": one, "other": other})
+    assert found[["first_layer", "second_layer"]].to_numpy().tolist() == [[0, 0], [0, 2]]
+    np.testing.assert_allclose(found["carried"], [1, 1], atol=1e-6)  # J takes the one to where the other is
+    assert found["cosine"].iloc[0] == pytest.approx(1) and abs(found["cosine"].iloc[1]) < 0.5
+    assert both.cosines({"a": other, "b": -other})["first_layer"].tolist() == [0, 2]
     frame = _known(2 * turn).to_frame().iloc[0]
     assert frame["gain"] == pytest.approx(2) and frame["rank"] == pytest.approx(64)
     assert _known(onto).to_frame().iloc[0]["rank"] == pytest.approx(1)
