@@ -105,6 +105,8 @@ class JacobianLens(Result):
         known = list(self.layers)
         carried[known] = einsum(self.jacobians, direction.vectors[known], "layer out d, layer d -> layer out")
         origin = {**direction.source, "carried": "to the last layer, by the mean Jacobian"}
+        if "fingerprint" in self.source:
+            origin["fingerprints"] = [self.source["fingerprint"]]
         return Direction(carried, f"J {direction.name}", origin)
 
     def cosines(self, directions: Mapping[str, Direction], *, seed: int = 0) -> pd.DataFrame:
