@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from emmech.errors import EmmechError, as_ints, refusal
+from emmech.errors import EmmechError, as_ints, check_folder, refusal
 from emmech.run.run import as_run
 from emmech.store import kept, write_text
 
@@ -58,6 +58,7 @@ def write_organism(
     import yaml
 
     asked = "write an organism for diffing-toolkit"
+    check_folder(asked, "folder", folder)
     run = as_run(asked, run)
     name = name or run.name
     if not name or Path(name).name != name or name.startswith("."):
