@@ -111,7 +111,7 @@ def learning_coefficient(
     chains: int = 4,
     draws: int = 100,
     burn_in: int = 100,
-    step_size: float = 1e-6,
+    step_size: float = 1e-5,
     n_beta: float | None = None,
     localisation: float = 1e4,
     batch_size: int = 16,
