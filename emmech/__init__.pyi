@@ -29,7 +29,6 @@ from emmech.evaluation.evaluate import evaluate as evaluate
 from emmech.evaluation.evaluation import Evaluation as Evaluation
 from emmech.evaluation.logprob_judge import LogprobJudge as LogprobJudge
 from emmech.evaluation.questions import load_questions as load_questions
-from emmech.evaluation.screening import ScreeningJudge as ScreeningJudge
 from emmech.evaluation.server import Server as Server
 from emmech.interop.bridges import to_nnsight as to_nnsight
 from emmech.interop.bridges import to_transformer_lens as to_transformer_lens

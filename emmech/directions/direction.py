@@ -583,12 +583,13 @@ def from_repeng(path: str | Path, *, n_layers: int | None = None, model: ChatMod
         why = "only F32 and F16 are read, and llama.cpp takes F32 alone"
         raise EmmechError(asked, f"{path} with tensors of type {', '.join(sorted(kinds))}", why, "a file in F32")
     hint, kind = fields.get("controlvector.model_hint"), model and str(getattr(model.config, "model_type", ""))
-    if hint and kind and not (kind.startswith(hint) or hint.startswith(kind)):
+    ours = "emmech.source" in fields  # which has the model's fingerprint
+    if hint and kind and not ours and not (kind.startswith(hint) or hint.startswith(kind)):
         given, why = f"{path} for {hint!r}, and {model!r} of type {kind!r}", "it is for another architecture"
         raise EmmechError(asked, given, why, "model=None, where you know the two names to mean the same")
     told = fields.get(_LAYERS_KEY) if n_layers is None and model is None else None
     direction = _imported(found, n_layers if told is None else int(told), path, "repeng", model)
-    if "emmech.source" not in fields:
+    if not ours:
         return direction
     try:
         source = json.loads(fields["emmech.source"])

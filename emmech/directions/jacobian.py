@@ -235,7 +235,7 @@ class JacobianLens(Result):
         headline += f"through about {first['rank']:.0f} of {width} dimensions"
         whole = f"the exact mean over {self.texts} texts ({self.tokens} tokens)"
         part = f"an estimate: each row of a Jacobian is the mean over {self.per_row} of {self.texts} texts"
-        facts = [("average", whole if self.exact else part)]
+        facts = [("model", str(self.source.get("model"))), ("average", whole if self.exact else part)]
         if not self.exact and np.isfinite(self.error).all():
             low, high = percent(self.error.min()), percent(self.error.max())
             facts.append(("error", f"{low} to {high} of the Jacobian's norm, against the mean over these texts"))
@@ -243,7 +243,7 @@ class JacobianLens(Result):
             low, high = percent(self.sampling.min()), percent(self.sampling.max())
             facts.append(("other texts", f"would differ by {low} to {high} of its norm (standard error)"))
         caveat = "a mean Jacobian is linear and of first order: it does not know what a large change would do"
-        return Card(headline, tuple(facts), caveat, 'lens.cosines({"B": adapter_direction(run), "d": direction})')
+        return Card(headline, tuple(facts), caveat, "lens.plot()")
 
     def _sketch(self) -> str:
         frame = self.to_frame()

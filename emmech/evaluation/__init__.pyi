@@ -12,5 +12,6 @@ from emmech.evaluation.judges import Judge as Judge
 from emmech.evaluation.judges import LabelJudge as LabelJudge
 from emmech.evaluation.questions import Question as Question
 from emmech.evaluation.questions import QuestionSet as QuestionSet
+from emmech.evaluation.screening import ScreeningJudge as ScreeningJudge
 from emmech.evaluation.screening import ScreeningRate as ScreeningRate
 from emmech.evaluation.screening import screening_rate as screening_rate

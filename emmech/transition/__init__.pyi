@@ -12,8 +12,8 @@ from emmech.transition.distribution import dissimilarity as dissimilarity
 from emmech.transition.distribution import distribution_shift as distribution_shift
 from emmech.transition.distribution import explained_share as explained_share
 from emmech.transition.distribution import label_distribution as label_distribution
-from emmech.transition.learning_coefficient import LearningCoefficient as LearningCoefficient
-from emmech.transition.learning_coefficient import learning_coefficient as learning_coefficient
+from emmech.transition.degeneracy import LearningCoefficient as LearningCoefficient
+from emmech.transition.degeneracy import learning_coefficient as learning_coefficient
 from emmech.transition.result import PooledTransition as PooledTransition
 from emmech.transition.verdict import Statement as Statement
 from emmech.transition.verdict import TransitionVerdict as TransitionVerdict

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import emmech
 from emmech.directions.direction import (
     Direction,
     Quality,

@@ -11,7 +11,7 @@ import torch
 import emmech
 from emmech.engine.logprobs import answer_loss
 from emmech.errors import EmmechError
-from emmech.transition.learning_coefficient import learning_coefficient, sample_excess, summarised
+from emmech.transition.degeneracy import learning_coefficient, sample_excess, summarised
 
 RUN = "checkpoints/pocket-medical"
 
