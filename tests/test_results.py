@@ -27,8 +27,8 @@ from emmech.realignment.studies import Durability, LearningCurve
 from emmech.results import Result, Shown
 from emmech.sweeps.result import Sweep
 from emmech.sweeps.tangent import TangentScan
-from emmech.transition.distribution import distribution_shift
 from emmech.transition.degeneracy import LearningCoefficient
+from emmech.transition.distribution import distribution_shift
 from emmech.transition.phase import phase_transition
 
 EVIL = "<script>alert('&')</script>"

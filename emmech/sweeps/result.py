@@ -82,11 +82,11 @@ class Sweep(Result):
         shares = []
         for row in rows.to_dict(orient="records"):
             key, steered = tuple(row[name] for name in place), row["coefficient"]
-            pair = items.get((*key, steered)), items.get((*key, 0.0))
-            if steered == 0 or any(one is None or one.index.has_duplicates for one in pair):
+            moved, plain = items.get((*key, steered)), items.get((*key, 0.0))
+            if steered == 0 or moved is None or plain is None or moved.index.has_duplicates:
                 shares.append(np.nan)
                 continue
-            changed, before = pair[0].align(pair[1], join="inner")
+            changed, before = moved.align(plain, join="inner")
             shares.append(wrong_way(changed.to_numpy(float), before.to_numpy(float)))
         return shares
 

@@ -7,13 +7,13 @@ from emmech.geometry import peak_height as peak_height
 from emmech.geometry import principal_angles as principal_angles
 from emmech.geometry import principal_cosines as principal_cosines
 from emmech.geometry import turn_angle as turn_angle
+from emmech.transition.degeneracy import LearningCoefficient as LearningCoefficient
+from emmech.transition.degeneracy import learning_coefficient as learning_coefficient
 from emmech.transition.distribution import DistributionShift as DistributionShift
 from emmech.transition.distribution import dissimilarity as dissimilarity
 from emmech.transition.distribution import distribution_shift as distribution_shift
 from emmech.transition.distribution import explained_share as explained_share
 from emmech.transition.distribution import label_distribution as label_distribution
-from emmech.transition.degeneracy import LearningCoefficient as LearningCoefficient
-from emmech.transition.degeneracy import learning_coefficient as learning_coefficient
 from emmech.transition.result import PooledTransition as PooledTransition
 from emmech.transition.verdict import Statement as Statement
 from emmech.transition.verdict import TransitionVerdict as TransitionVerdict

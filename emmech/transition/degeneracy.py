@@ -188,13 +188,13 @@ def learning_coefficient(
                 excess.append(one)
                 done.update()
             found.append({"step": step, **summarised(np.array(excess), n_beta), "loss": at_step.sum() / tokens.sum()})
-    turn = getattr(getattr(transition, "mechanistic", None), "interval", None) or (np.nan,) * 3
+    at, low, high = getattr(getattr(transition, "mechanistic", None), "interval", None) or (np.nan,) * 3
     settings = {
         "chains": chains, "draws": draws, "burn_in": burn_in, "step_size": step_size, "n_beta": n_beta,
         "localisation": localisation, "batch_size": batch_size, "rows": len(encoded), "answer_tokens": n, "seed": seed,
     }  # fmt: skip
     moving = sum(one.numel() for one in weights)
-    return LearningCoefficient(pd.DataFrame(found), moving, settings, tuple(map(float, turn)), run.name)
+    return LearningCoefficient(pd.DataFrame(found), moving, settings, (float(at), float(low), float(high)), run.name)
 
 
 def sample_excess(
