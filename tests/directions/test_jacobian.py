@@ -102,6 +102,7 @@ def test_a_vector_moves_the_last_layer_as_the_lens_says(tiny):
     np.testing.assert_allclose(lens.at(2) @ vector.numpy(), torch.stack(moved).mean(0), rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_estimate_is_unbiased_and_knows_its_error(tiny):
     chat = tiny("qwen2")
     texts = [f"{one} {two}" for one in TEXTS for two in ("rest", "walk", "water , water")]
