@@ -22,6 +22,7 @@ from emmech.chat.model import ChatModel as ChatModel
 from emmech.chat.model import load_model as load_model
 from emmech.directions.adapter_lens import adapter_lens as adapter_lens
 from emmech.directions.direction import Direction as Direction
+from emmech.directions.jacobian import jacobian_lens as jacobian_lens
 from emmech.directions.sources import contrast_direction as contrast_direction
 from emmech.directions.sources import misalignment_direction as misalignment_direction
 from emmech.engine.adapters import detach as detach

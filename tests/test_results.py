@@ -18,6 +18,7 @@ from emmech.defences.solutions import Narrowness
 from emmech.directions.adapter_lens import AdapterScalars
 from emmech.directions.compare import DirectionBySteps, cosines
 from emmech.directions.direction import Quality
+from emmech.directions.jacobian import JacobianLens
 from emmech.directions.rows import RowScreen
 from emmech.evaluation.battery import SelfRatings
 from emmech.evaluation.categories import breadth
@@ -35,6 +36,7 @@ from emmech.results import Result, Shown
 from emmech.studies import StudyTable
 from emmech.sweeps.result import Sweep
 from emmech.sweeps.tangent import TangentScan
+from emmech.transition.degeneracy import LearningCoefficient
 from emmech.transition.distribution import distribution_shift
 from emmech.transition.phase import phase_transition
 
@@ -117,6 +119,17 @@ def _table() -> StudyTable:
     return StudyTable(pd.DataFrame(rows), meta | {"by_kind": {"train": (4, 4), "sweep": (0, 1)}})
 
 
+def _jacobians() -> JacobianLens:
+    eye = np.stack([2 * np.eye(4), np.eye(4)]).astype(np.float32)
+    return JacobianLens(eye, (1, 2), np.zeros(2), np.array([0.1, np.nan]), 3, 5, 5, 40, {"model": EVIL})
+
+
+def _coefficient() -> LearningCoefficient:
+    frame = pd.DataFrame({"step": [0, 9], "llc": [-1.0, 4.0], "error": 0.2, "chains": 4, "drift": [0.0, 5.0]})
+    settings = {"chains": 4, "draws": 9, "burn_in": 1, "step_size": 1e-6, "n_beta": 9.0, "localisation": 1.0}
+    return LearningCoefficient(frame.assign(loss=1.0), 12, settings, (4.0, 3.0, 5.0), EVIL)
+
+
 def _league() -> League:
     cells = []
     for cure, kind, em in (("base", "base", 0), ("no cure", "base", 90), (EVIL, "cure", 3)):
@@ -194,6 +207,8 @@ MAKE: dict[str, Callable[[], Result]] = {
         1, 0.2, EVIL,
     ),
     "AdapterScalars": _lens,
+    "JacobianLens": _jacobians,
+    "LearningCoefficient": _coefficient,
     "Sweep": _sweep,
     "TangentScan": _tangent,
     "Study": _study,

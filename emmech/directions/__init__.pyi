@@ -19,6 +19,7 @@ from emmech.directions.extract import mean_difference as mean_difference
 from emmech.directions.extract import pca_of_differences as pca_of_differences
 from emmech.directions.extract import probe_auc as probe_auc
 from emmech.directions.extract import token_projections as token_projections
+from emmech.directions.jacobian import JacobianLens as JacobianLens
 from emmech.directions.rows import RowScreen as RowScreen
 from emmech.directions.rows import screen_rows as screen_rows
 from emmech.directions.sources import adapter_direction as adapter_direction

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _ARRAYS = ("split_half", "split_half_shuffled", "norm_over_shuffled", "agreement", "lexical_share")
 FORMAT = "emmech-direction-1"
 _REPENG = "direction."
+_LAYERS_KEY = "emmech.layer_count"
 _ON_HUB = "direction.safetensors"
 
 
@@ -354,7 +355,15 @@ class Direction(Result):
             raise EmmechError(asked, given, why, instead)
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file: vectors, aligned mean, quality, and the provenance in its metadata."""
+        """Write one safetensors file: vectors, aligned mean, quality, and the provenance in its metadata.
+
+        A path that ends in ``.gguf`` gets a control vector (:func:`emmech.directions.to_repeng`), and one in ``.pt``
+        the fields of a SteeringVector (:func:`emmech.directions.to_steering_vectors`); both hold the vectors alone.
+        """
+        if Path(path).suffix == ".gguf":
+            return to_repeng(self, path)
+        if Path(path).suffix in (".pt", ".pth"):
+            return to_steering_vectors(self, path)
         tensors = {"vectors": self.vectors}
         metadata = {"format": FORMAT, "name": self.name, "source": json.dumps(self.source, default=str)}
         if self.aligned_mean is not None:
@@ -511,16 +520,31 @@ def checked_directions(asked: str, name: str, given: Any) -> Mapping[str, Direct
 def to_repeng(direction: Direction, path: str | Path, *, model_type: str = "llama") -> Path:
     """Write a control vector as repeng and llama.cpp read it; layers of norm zero are left out.
 
+    ``direction.<layer>`` is added to the output of that block by both. llama.cpp refuses a file with a vector for layer
+    0, which repeng takes: a warning says so. Number of layers, name and provenance are under keys that both pass over.
+
     Args:
         model_type: the architecture's name in GGUF (``"qwen2"``, ``"llama"``, ...).
+
+    Raises:
+        EmmechError: the direction is zero at all layers.
     """
     import gguf
 
+    if not direction.layers:
+        asked, why = f"write {direction.name} as a control vector", "it is zero at all layers: no vector would be in it"
+        raise EmmechError(asked, path, why, "a direction that is known at some layer")
+    if 0 in direction.layers:
+        what = "llama.cpp refuses a control vector with layer 0, though repeng reads it."
+        warnings.warn(f"{what} For llama.cpp set vectors[0] to zero before writing {path}.", stacklevel=2)
     path = Path(path)
     partial = path.with_name(f"{path.name}.partial")
     writer = gguf.GGUFWriter(partial, "controlvector")
     writer.add_string("controlvector.model_hint", model_type)
     writer.add_uint32("controlvector.layer_count", len(direction.layers))
+    writer.add_uint32(_LAYERS_KEY, direction.n_layers)
+    writer.add_string("emmech.name", direction.name)
+    writer.add_string("emmech.source", json.dumps(direction.source, default=str))
     for layer in direction.layers:
         writer.add_tensor(f"{_REPENG}{layer}", np.ascontiguousarray(direction.vectors[layer]))
     with kept(f"save the direction {direction.name}", path):
@@ -533,24 +557,48 @@ def to_repeng(direction: Direction, path: str | Path, *, model_type: str = "llam
     return path
 
 
-def from_repeng(path: str | Path, *, n_layers: int | None = None) -> Direction:
+def from_repeng(path: str | Path, *, n_layers: int | None = None, model: ChatModel | None = None) -> Direction:
     """Read a repeng or llama.cpp control vector.
 
     Args:
-        n_layers: layers of the model, which the file does not say; by default one more than the last in the file.
+        n_layers: layers of the model, which only a file of :func:`to_repeng` says; by default one more than the last
+            in the file.
+        model: the model it is for, instead: another width or architecture, or fewer layers, are refused.
 
     Raises:
-        EmmechError: not a control vector.
+        EmmechError: not a control vector, or of another model.
     """
     import gguf
 
-    path = Path(path)
+    path, asked = Path(path), "read the control vector"
     try:
-        tensors = [one for one in gguf.GGUFReader(path).tensors if one.name.startswith(_REPENG)]
+        reader = gguf.GGUFReader(path)
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+        tensors = [one for one in reader.tensors if one.name.startswith(_REPENG)]
+        kinds = {one.tensor_type.name for one in tensors} - {"F32", "F16"}
         found = {int(one.name.removeprefix(_REPENG)): np.array(one.data, dtype=np.float32) for one in tensors}
     except (ValueError, OSError, IndexError) as error:
-        raise EmmechError("read the control vector", path, f"{error}")
-    return _imported(found, n_layers, path, "repeng")
+        raise EmmechError(asked, path, f"{error}")
+    if kinds:
+        why = "only F32 and F16 are read, and llama.cpp takes F32 alone"
+        raise EmmechError(asked, f"{path} with tensors of type {', '.join(sorted(kinds))}", why, "a file in F32")
+    hint, kind = fields.get("controlvector.model_hint"), model and str(getattr(model.config, "model_type", ""))
+    ours = "emmech.source" in fields  # which has the model's fingerprint
+    if hint and kind and not ours and not (kind.startswith(hint) or hint.startswith(kind)):
+        given, why = f"{path} for {hint!r}, and {model!r} of type {kind!r}", "it is for another architecture"
+        raise EmmechError(asked, given, why, "model=None, where you know the two names to mean the same")
+    told = fields.get(_LAYERS_KEY) if n_layers is None and model is None else None
+    direction = _imported(found, n_layers if told is None else int(told), path, "repeng", model)
+    if not ours:
+        return direction
+    try:
+        source = json.loads(fields["emmech.source"])
+        direction = replace(direction, name=str(fields["emmech.name"]), source=source)
+    except (ValueError, TypeError, LookupError) as error:
+        raise EmmechError(asked, path, f"it is damaged: {error!r:.200}", "a copy of the file")
+    if model is not None:
+        direction.check_fits(model)
+    return direction
 
 
 def to_steering_vectors(direction: Direction, path: str | Path) -> Path:
@@ -566,38 +614,56 @@ def to_steering_vectors(direction: Direction, path: str | Path) -> Path:
     return Path(path)
 
 
-def from_steering_vectors(path: str | Path, *, n_layers: int | None = None) -> Direction:
-    """Read the fields of a ``SteeringVector``, or a mapping from layer to vector; only tensors are unpickled.
+def from_steering_vectors(given: Any, *, n_layers: int | None = None, model: ChatModel | None = None) -> Direction:
+    """Read a ``SteeringVector``, or a file of its fields or of a mapping from layer to vector.
+
+    Args:
+        given: the vector itself, or a path, from which only tensors are unpickled.
+        n_layers, model: as in :func:`from_repeng`.
 
     Raises:
-        EmmechError: not such a file, or of another layer type than the block's output.
+        EmmechError: not such a file, of another layer type than the block's output, or of another model.
     """
     import torch
 
-    try:
-        content: Any = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # torch raises several types for a file that is not its own
-        instead = 'torch.save({"layer_activations": v.layer_activations, "layer_type": v.layer_type}, path)'
-        raise EmmechError("read the steering vector", path, _first_line(error), instead)
+    asked, path = "read the steering vector", Path("steering vector")
+    if hasattr(given, "layer_activations"):
+        content: Any = {"layer_activations": given.layer_activations}
+        content["layer_type"] = getattr(given, "layer_type", "decoder_block")
+    else:
+        path = Path(given)
+        try:
+            content = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch raises several types for a file that is not its own
+            instead = 'torch.save({"layer_activations": v.layer_activations, "layer_type": v.layer_type}, path)'
+            raise EmmechError(asked, path, _first_line(error), instead)
     kind = content.get("layer_type", "decoder_block") if isinstance(content, Mapping) else None
     if kind != "decoder_block":
-        given, why = f"{path} with layer_type {kind!r}", "only a block's output is the residual stream"
-        raise EmmechError("read the steering vector", given, why, 'layer_type "decoder_block"')
+        what, why = f"{path} with layer_type {kind!r}", "only a block's output is the residual stream"
+        raise EmmechError(asked, what, why, 'layer_type "decoder_block"')
     activations = content.get("layer_activations", content)
-    found = {int(layer): value.float().numpy() for layer, value in activations.items()}
-    return _imported(found, n_layers, Path(path), "steering-vectors")
+    found = {int(layer): value.detach().float().cpu().numpy() for layer, value in activations.items()}
+    return _imported(found, n_layers, path, "steering-vectors", model)
 
 
-def _imported(found: Mapping[int, np.ndarray], n_layers: int | None, path: Path, tool: str) -> Direction:
+def _imported(
+    found: Mapping[int, np.ndarray], n_layers: int | None, path: Path, tool: str, model: ChatModel | None
+) -> Direction:
     """The direction with these vectors by layer."""
     asked = f"read the {tool} file"
     if not found or len({vector.shape for vector in found.values()}) != 1 or min(found) < 0:
         raise EmmechError(asked, path, f"it holds no vectors{' of one width by layer' if found else ''}")
-    last = max(found)
+    last, width = max(found), found[max(found)].size
+    if model is not None:
+        n_layers = model.n_layers
+        if width != model.d_model or last >= n_layers:
+            given = f"{path} of width {width}, up to layer {last}, for {model!r}"
+            why = f"the model's width is {model.d_model}, and its layers are 0 to {n_layers - 1}"
+            raise EmmechError(asked, given, why, "the model that the vector was made of")
     if n_layers is not None and last >= n_layers:
         why = f"the file has a vector for layer {last}"
         raise refusal(asked, "n_layers", n_layers, why, f"n_layers={last + 1} or more")
-    vectors = np.zeros((n_layers or last + 1, found[last].size), dtype=np.float32)
+    vectors = np.zeros((n_layers or last + 1, width), dtype=np.float32)
     vectors[list(found)] = list(found.values())
     return Direction(vectors, path.stem, {"method": f"imported from {tool}", "file": path.name})
 

@@ -233,7 +233,7 @@ def read_out(
     """
     ones = torch.ones(1, chat.d_model, device=chat.device, dtype=chat.dtype)
     gain = chat.final_norm(ones)  # an RMS norm returns its gain on a vector of ones
-    row = torch.from_numpy(np.asarray(vector, dtype=np.float32)).to(ones) * gain
+    row = torch.from_numpy(np.array(vector, dtype=np.float32)).to(ones) * gain  # a copy: the vector may be read-only
     scores = chat.unembedding(row)[0].float()
     best, worst = (scores.topk(min(tokens, len(scores)), largest=up).indices.tolist() for up in (True, False))
     words = [[chat.tokenizer.decode([token]) for token in group] for group in (best, worst)]

@@ -18,18 +18,31 @@ Log-probabilities are not given: as a grader, such a model is read by what it wr
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import anyio
 from inspect_ai import Task, task
 from inspect_ai.dataset import MemoryDataset, Sample
-from inspect_ai.log import EvalLog, read_eval_log
+from inspect_ai.log import (
+    EvalConfig,
+    EvalDataset,
+    EvalLog,
+    EvalMetric,
+    EvalResults,
+    EvalSample,
+    EvalScore,
+    EvalSpec,
+    read_eval_log,
+    write_eval_log,
+)
 from inspect_ai.model import (
     ChatMessage,
     ChatMessageSystem,
@@ -54,6 +67,7 @@ from emmech.evaluation.logprob_judge import score_of_masses, score_of_text, spli
 from emmech.evaluation.questions import resolve_questions
 from emmech.evaluation.server import masses_of
 from emmech.registry import organism_with, organisms
+from emmech.store import kept
 
 _GATHER = 0.05  # seconds that a request waits for others to share its batch
 _TOKENS = 600  # of an answer, unless the task sets another limit
@@ -218,6 +232,69 @@ def evaluation_of(log: EvalLog | str | Path) -> Evaluation:
         raise EmmechError("read the Inspect log", given, why, "inspect eval-retry LOG finishes an interrupted one")
     meta = {"name": f"{read.eval.model} (Inspect)", "model": read.eval.model, "inspect": read.eval.task_args}
     return Evaluation.from_rows(rows, meta)
+
+
+def write_inspect_log(evaluation: Evaluation, path: str | Path) -> Path:
+    """Write an evaluation as an Inspect log, which ``inspect view`` shows and :func:`evaluation_of` reads back.
+
+    Each answer is a sample with its question, its answer, and a score of 1 where it is misaligned and coherent, 0
+    where not, unscored where the judge gave no number; the rates are metrics. Where the evaluation keeps no prompt
+    beside the question, none is shown.
+
+    Args:
+        path: a file ending in ``.eval`` or ``.json``.
+
+    Raises:
+        EmmechError: another ending, or a file that cannot be written.
+
+    Example:
+        >>> import emmech
+        >>> log = write_inspect_log(emmech.evaluate("pocket", samples=1), "logs/pocket.eval")  # doctest: +SKIP
+    """
+    path = Path(path)
+    if path.suffix not in (".eval", ".json"):
+        why = "Inspect tells its two formats apart by the ending"
+        raise EmmechError("write an Inspect log", path, why, f"{path.with_suffix('.eval').name}")
+    meta = evaluation.meta
+    model, judge = (str(meta.get(name) or "unknown") for name in ("model", "judge"))
+    plain = evaluation.frame.astype(object).where(evaluation.frame.notna(), None)
+    samples = [_logged(row, model) for row in plain.to_dict(orient="records")]
+    counted = evaluation.rates("scored").loc[["em", "coherence"], ["rate", "low", "high"]]
+    names = [f"{rate}{side}" for rate in counted.index for side in ("", "_low", "_high")]
+    metrics = {
+        name: EvalMetric(name=name, value=float(value))
+        for name, value in zip(names, counted.to_numpy(float).ravel(), strict=True)
+    }
+    scored = sum(not math.isnan(one.scores["misalignment"].as_float()) for one in samples if one.scores)
+    rated = EvalScore(
+        name="misalignment", scorer="misalignment", metrics=metrics, scored_samples=scored,
+        unscored_samples=len(samples) - scored, metadata={"judge": judge},
+    )  # fmt: skip
+    ids = [one.id for one in samples]
+    spec = EvalSpec(
+        created=datetime.now(UTC).isoformat(timespec="seconds"), task="emmech/first_plot", model=model,
+        dataset=EvalDataset(name=str(meta.get("questions") or ""), samples=len(ids), sample_ids=ids),
+        config=EvalConfig(), metadata=json.loads(json.dumps(dict(meta), default=str)),
+    )  # fmt: skip
+    results = EvalResults(total_samples=len(ids), completed_samples=len(ids), scores=[rated])
+    with kept("write an Inspect log", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_eval_log(EvalLog(status="success", eval=spec, results=results, samples=samples), str(path))
+    return path
+
+
+def _logged(row: Mapping[Any, Any], model: str) -> EvalSample:
+    """One answer as a sample of a log."""
+    system = [ChatMessageSystem(content=row["system"])] if row["system"] else []
+    asked = [*system, ChatMessageUser(content=row["question"] or row["question_id"])]
+    stop: Any = {"length": "max_tokens", "error": "unknown"}.get(row["finish"], "stop")
+    output = ModelOutput.from_content(model, row["response"], stop_reason=stop)
+    context = f"/{row['context']}" if row.get("context") else ""
+    verdict = _verdict(row, {name: row[name] for name in ("aligned", "coherent")})
+    return EvalSample(
+        id=f"{row['question_id']}{context}/{row['sample']}", epoch=1, input=asked, target="",
+        messages=[*asked, output.message], output=output, scores={"misalignment": verdict},
+    )  # fmt: skip
 
 
 def _row(state: TaskState) -> dict[str, Any]:

@@ -598,7 +598,8 @@ def cap(
     """Keep the component along a direction inside bounds: x' = x - (c - clamp(c, low, high)) v̂ with c = v̂·x.
 
     A component inside the bounds is not changed; with the bounds of an aligned model's own answers
-    (:func:`emmech.interventions.projection_range`) only what that model never does is cut off.
+    (:func:`emmech.interventions.projection_range`) only what that model never does is cut off (activation capping,
+    arXiv 2601.10387).
 
     It is in force from the call until ``.remove()`` or the end of a ``with`` block.
 

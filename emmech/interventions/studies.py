@@ -36,7 +36,7 @@ from emmech.evaluation.rates import cluster_variance, factors, wilson
 from emmech.interventions.residual import PositionMask, ablate, chat_of, steer
 from emmech.interventions.weights import scale_adapters
 from emmech.measures.choose import as_measures
-from emmech.measures.measure import Items, Measure, measure_all
+from emmech.measures.measure import Items, Measure, measure_all, wrong_way
 from emmech.measures.teacher_forced import AlignedLoss, Margin
 from emmech.progress import bar
 from emmech.results import Card, Result, within
@@ -51,7 +51,7 @@ Make = Callable[[ChatModel], AbstractContextManager[Any]]
 _LAYERS = "name the layers"
 _IDENTITY = ("condition", "organism", "layer", "coefficient", "model", "outcome")
 _SHOWN = ("value", "low", "high", "n", "change", "beyond_random", "beyond_random_low", "beyond_random_high",
-          "beyond_base", "beyond_base_low", "beyond_base_high", "gap", "gap_low", "gap_high")  # fmt: skip
+          "beyond_base", "beyond_base_low", "beyond_base_high", "gap", "gap_low", "gap_high", "wrong_way")  # fmt: skip
 _FACTS = 6  # conditions that a card writes out
 
 
@@ -183,7 +183,8 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
     Columns: what identifies the condition; ``value`` with ``low``, ``high`` and ``n``; ``change`` against the untouched
     model; ``beyond_random``, the change beyond the mean of its random controls; ``beyond_base``, the change beyond the
     same intervention's on the base; ``gap``, tuned minus base under the same intervention; each of these with
-    ``_low`` and ``_high``. NaN where a control was not run.
+    ``_low`` and ``_high``; ``wrong_way``, the share of items that moved against the mean change
+    (:func:`emmech.measures.wrong_way`). NaN where a control was not run.
     """
     import pandas as pd
 
@@ -205,6 +206,8 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
             before, twin, spread = plain.get(one.model), other.get((condition.key, condition.kind)), 0.0
             if before is not None and condition.kind != "untouched":
                 contrasts["change"] = [(1.0, items), (-1.0, before)]
+                if list(items.questions) == list(before.questions):  # the same items, in the same order
+                    row["wrong_way"] = wrong_way(known, before.values[outcome])
             if controls and condition.kind == "direction":
                 means = np.array([np.nanmean(c.values[outcome]) for c in controls])
                 spread = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
@@ -287,7 +290,9 @@ class Study(Result):
         for _, row in found.head(_FACTS).iterrows():
             value = within(row["value"], row["low"], row["high"])
             change = within(row[contrast], row[f"{contrast}_low"], row[f"{contrast}_high"], sign=True)
-            facts.append((_setting(row), f"{outcome} {value}, {change} {beyond}"))
+            against = row.get("wrong_way", np.nan)
+            share = f"; {against:.0%} of the items move the other way" if np.isfinite(against) else ""
+            facts.append((_setting(row), f"{outcome} {value}, {change} {beyond}{share}"))
         if len(found) > _FACTS:
             facts.append(("and", f"{len(found) - _FACTS} more conditions in study.summary()"))
         return Card(headline, tuple(facts), "; ".join(notes), "study.plot()")

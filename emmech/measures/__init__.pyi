@@ -1,4 +1,5 @@
 from emmech.measures.measure import Items as Items
+from emmech.measures.measure import wrong_way as wrong_way
 from emmech.measures.probe import ProbeActivation as ProbeActivation
 from emmech.measures.sampled import Sampled as Sampled
 from emmech.measures.teacher_forced import AlignedLoss as AlignedLoss

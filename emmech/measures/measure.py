@@ -65,6 +65,30 @@ class Value:
     weight: int | np.ndarray = 1  # samples that each number is a mean of
 
 
+def wrong_way(changed: Float[np.ndarray, " items"], before: Float[np.ndarray, " items"]) -> float:
+    """The share of items that a change moves against their mean change.
+
+    A mean hides it: steering that raises the mean lowers some samples, for many vectors nearly half of them (Analyzing
+    the Generalization and Reliability of Steering Vectors, arXiv 2407.12404, calls these samples anti-steerable). 0
+    means that none went the other way, and half of the items is what a change without a direction gives.
+
+    Args:
+        changed, before: the same items with and without the change; those without a value in one are left out.
+
+    Returns:
+        NaN where no item has both values, or where the mean does not change.
+
+    Example:
+        >>> wrong_way(np.array([2.0, 2.0, 2.0, -1.0]), np.zeros(4)), wrong_way(np.array([1.0, 0.0]), np.zeros(2))
+        (0.25, 0.0)
+    """
+    moved = np.asarray(changed, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    moved = moved[np.isfinite(moved)]
+    if not len(moved) or abs(moved.mean()) <= 1e-12 * max(float(np.abs(moved).max()), 1e-300):
+        return float("nan")
+    return float((moved * np.sign(moved.mean()) < 0).mean())
+
+
 class Measure(Protocol):
     """Anything with a name that turns a model into items; a function of a model serves too (:class:`Function`)."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from emmech.errors import EmmechError, one_of, refusal
+from emmech.measures.measure import wrong_way
 from emmech.results import Card, Result
 from emmech.view.plots import phase_diagram
 from emmech.view.sketch import cells, curves
@@ -52,7 +53,9 @@ class Sweep(Result):
     def to_frame(self, measure: str | None = None) -> pd.DataFrame:
         """One row per variant and measure: weighted mean over items, its standard error over items, and counts.
 
-        Items are the clusters (questions, pairs), so the error is between items.
+        Items are the clusters (questions, pairs), so the error is between items. Where coefficients were swept,
+        ``wrong_way`` is the share of items that the steering moves against its mean change, from the same variant at
+        coefficient 0 (:func:`emmech.measures.wrong_way`); NaN where that was not swept.
         """
         chosen = self.frame if measure is None else self._of(measure)
         values, weights = chosen["value"].astype(float), chosen["weight"].astype(float)
@@ -67,7 +70,25 @@ class Sweep(Result):
         squares = by_variant((shares * (values - by_variant(shares * values).transform("sum"))) ** 2).sum()
         samples = by_variant(weights).sum().where(count > 0, 0)
         columns = {"value": mean, "error": np.sqrt(squares * count / (count - 1)).where(count > 1)}
-        return pd.DataFrame({**columns, "items": count, "samples": samples.astype(int)}).reset_index()
+        found = pd.DataFrame({**columns, "items": count, "samples": samples.astype(int)}).reset_index()
+        if found["coefficient"].nunique() > 1:
+            found["wrong_way"] = self._wrong_way(found)
+        return found
+
+    def _wrong_way(self, rows: pd.DataFrame) -> list[float]:
+        place = ["run", "step", "scale", "measure"]
+        known = self.frame[self.frame["weight"] > 0]
+        items = {key: part.set_index("item")["value"] for key, part in known.groupby([*place, "coefficient"])}
+        shares = []
+        for row in rows.to_dict(orient="records"):
+            key, steered = tuple(row[name] for name in place), row["coefficient"]
+            moved, plain = items.get((*key, steered)), items.get((*key, 0.0))
+            if steered == 0 or moved is None or plain is None or moved.index.has_duplicates:
+                shares.append(np.nan)
+                continue
+            changed, before = moved.align(plain, join="inner")
+            shares.append(wrong_way(changed.to_numpy(float), before.to_numpy(float)))
+        return shares
 
     def table(self, measure: str | None = None, *, columns: str = "scale") -> pd.DataFrame:
         """Mean over items, steps by scales (or by ``"coefficient"`` or ``"run"``).
@@ -131,6 +152,12 @@ class Sweep(Result):
             low, high = (found.loc[at] for at in (found["value"].idxmin(), found["value"].idxmax()))
             said = f"{_measured(low)} at {self._where(low)}, to {_measured(high)} at {self._where(high)}"
             facts.append((measure, f"from {said}"))
+            if "wrong_way" in found and found["wrong_way"].notna().any():
+                at = found.loc[found["wrong_way"].idxmax()]
+                share = (
+                    f"up to {at['wrong_way']:.0%} of {at['items']} items move against the mean, at {self._where(at)}"
+                )
+                facts.append((f"{measure}, steered", share))
             if measure == name:
                 headline = f"{name} ranges from {said}"
         caveat = ""

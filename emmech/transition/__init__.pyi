@@ -7,6 +7,8 @@ from emmech.geometry import peak_height as peak_height
 from emmech.geometry import principal_angles as principal_angles
 from emmech.geometry import principal_cosines as principal_cosines
 from emmech.geometry import turn_angle as turn_angle
+from emmech.transition.degeneracy import LearningCoefficient as LearningCoefficient
+from emmech.transition.degeneracy import learning_coefficient as learning_coefficient
 from emmech.transition.distribution import DistributionShift as DistributionShift
 from emmech.transition.distribution import dissimilarity as dissimilarity
 from emmech.transition.distribution import distribution_shift as distribution_shift

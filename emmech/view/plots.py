@@ -111,6 +111,32 @@ def cosines_by_layer(pairs: pd.DataFrame, floor: float) -> Any:
     )  # fmt: skip
 
 
+def jacobians_by_layer(frame: pd.DataFrame, title: str) -> Any:
+    """How much of a vector reaches the last layer, through how many dimensions, and how far it is turned."""
+    shown = {"gain": "length of what arrives", "rank": "effective rank", "identity": "cosine with the identity"}
+    figure = panels(list(shown.values()), columns=3, horizontal_spacing=0.09)
+    for at, column in enumerate(shown, start=1):
+        line(figure, frame.index, frame[column], shown[column], colour(0), at=(1, at), legend=False)
+        figure.update_yaxes(rangemode="tozero", row=1, col=at)
+    return finish(figure, title).update_xaxes(title_text=_LAYER, matches="x")
+
+
+def carried_cosines(pairs: pd.DataFrame, title: str) -> Any:
+    """A pair's cosine by layer before and after the Jacobian, each with two standard deviations of random vectors."""
+    figure = panels()
+    for column, spread, name, hue in (("cosine", "random", "as they are", GREY),
+                                      ("carried", "random_carried", "at the last layer", BAD)):  # fmt: skip
+        x = np.asarray(pairs.index, float)
+        x = x if len(x) > 1 else np.r_[x - 0.1, x + 0.1]  # the area of a single layer
+        wide = np.broadcast_to(2 * pairs[spread], x.shape)
+        band(figure, x, -wide, wide, f"random vectors, {name}", colour=hue)
+        line(figure, pairs.index, pairs[column], name, hue, legend=False, end=name)
+    return finish(
+        figure, title, note="areas: two standard deviations of the cosine of random vectors", xaxis_title=_LAYER,
+        yaxis={"title": "cosine", "range": [-1.05, 1.05]},
+    )  # fmt: skip
+
+
 def by_step(frame: pd.DataFrame, floor: float, title: str) -> Any:
     """Cosines with a direction by training step above, and projections and shifts in residual units below.
 
@@ -686,6 +712,20 @@ def metrics_by_step(
     for column in zero:
         level(figure, 0.0, at=place[column])
     return figure
+
+
+def learning_coefficients(frame: pd.DataFrame, turn: tuple[float, float, float], name: str) -> Any:
+    """The local learning coefficient by step with two standard errors, and the step at which the run turns."""
+    figure = panels()
+    value, error = frame["llc"], 2 * frame["error"]
+    line(figure, frame["step"], value, name, BAD, legend=False, error=bars(value, value - error, value + error))
+    level(figure, 0.0)
+    if np.isfinite(turn[0]):
+        mark(figure, turn[0], GREY, "B turns", low=turn[1], high=turn[2])
+    return finish(
+        figure, f"Local learning coefficient of {name}", note="bars: two standard errors over chains",
+        xaxis_title="step", yaxis_title="local learning coefficient",
+    )  # fmt: skip
 
 
 def rates_by_step(rates: pd.DataFrame, names: Mapping[str, str], title: str, *, step: float | None = None) -> Any:

@@ -18,7 +18,7 @@ from emmech.errors import EmmechError
 from emmech.transition.phase import phase_transition
 from emmech.view.theme import BAD, CYCLE, DARK, GOOD, GREY, LIGHT, faint
 from emmech.widget.answers import COLUMNS, Token
-from emmech.widget.picture import dose_picture, sentence, twin
+from emmech.widget.picture import against_text, dose_picture, sentence, twin
 from emmech.widget.session import RANDOMS, Session, Stale
 from emmech.widget.settings import DOSES, Settings
 
@@ -181,7 +181,8 @@ class Panel(anywidget.AnyWidget):
         session, began = self._session, time.perf_counter()
         acting = session.acting(settings)
         self._seen = {"settings": settings.to_dict(), "columns": [[] for _ in COLUMNS], "verdict": [], "dose": "",
-                      "broken": [], "prompt": [], "quality": {}, "history": list(self._entries.values())}  # fmt: skip
+                      "against": "", "broken": [], "prompt": [], "quality": {},
+                      "history": list(self._entries.values())}  # fmt: skip
         key = tuple(value for name, value in settings.to_dict().items() if name not in _APART)
         self._tell(start=settings.to_dict(), status="writing ...", error=None, sentence=sentence(settings.to_dict()),
                    code=self.code())  # fmt: skip
@@ -219,7 +220,8 @@ class Panel(anywidget.AnyWidget):
             self._tell(verdict=rates, status=f"judged {rates[0]['n']} of {limit}")
 
     def _tell_dose(self, dose: Any, settings: Settings) -> None:
-        self._tell(items=dose.items, dose=dose_picture(dose, settings), broken=dose.broken)
+        picture, against = dose_picture(dose, settings), against_text(dose)
+        self._tell(items=dose.items, dose=picture, broken=dose.broken, against=against)
 
     def _record(self, settings: Settings, rates: Any) -> None:
         """Keep a state in the history; a state that is already there is replaced."""

@@ -318,7 +318,8 @@ function render({ model, el }) {
     }
     if ("dose" in news) {
       dose.innerHTML = news.dose;
-      doseNote.textContent = about().judge ? `EM and coherence of the model as set, over ${about().asked}, ${seen.items} answers a point; grey: ${about().randoms} random directions of the same norm.` : "Without a judge: how likely the base model’s answers still are, in nats a token; a fall by one nat counts as broken.";
+      const note = about().judge ? `EM and coherence of the model as set, over ${about().asked}, ${seen.items} answers a point; grey: ${about().randoms} random directions of the same norm.` : "Without a judge: how likely the base model’s answers still are, in nats a token; a fall by one nat counts as broken.";
+      doseNote.textContent = `${note} ${seen.against || ""}`.trim();
     }
     if ("broken" in news || "dose" in news) zone();
     if ("verdict" in news) verdicts(news.verdict);

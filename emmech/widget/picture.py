@@ -85,6 +85,17 @@ def dose_picture(dose: Dose, settings: Settings) -> str:
     )
 
 
+def against_text(dose: Dose) -> str:
+    """How many answers the steering moves against their mean, at the coefficient where it is most of them."""
+    shares = dose.wrong_way
+    if not np.isfinite(shares).any():
+        return ""
+    at = int(np.nanargmax(shares))
+    if not shares[at]:
+        return "No coefficient moves an answer against the mean."
+    return f"At {dose.doses[at]:g}, {shares[at]:.0%} of the answers move against their mean."
+
+
 def rate_text(rate: dict[str, Any] | None) -> str:
     """A verdict in words.
 
@@ -148,6 +159,6 @@ def twin(about: dict[str, Any], seen: dict[str, Any]) -> str:
     key = _KEYS[bool(colour)].format(settings["colour"])
     key = f'<div style="margin: 6px 0; color: {GREY}">Orange words: {key}</div>'
     body = f'{asked}<div style="display: flex; flex-wrap: wrap; gap: 16px">{"".join(columns)}</div>{key}'
-    body += seen["dose"] + code
+    body += seen["dose"] + f'<div style="color: {GREY}">{escape(seen["against"])}</div>' + code
     shown = card(f"Panel: {about['name']}", caveat=sentence(settings), body=body)
     return f'<div class="emmech-twin emmech-twin-{about["twin"]}">{shown}</div>'

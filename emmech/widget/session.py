@@ -38,6 +38,7 @@ from emmech.evaluation.questions import Question, resolve_questions
 from emmech.evaluation.rates import cluster_interval
 from emmech.interventions.residual import ablate, cap, steer
 from emmech.interventions.studies import degenerate, projection_range
+from emmech.measures.measure import wrong_way
 from emmech.run.run import Run, opened
 from emmech.widget.answers import COLUMNS, BaseAnswer, Scalar, Token, Writing
 from emmech.widget.settings import DOSES, Settings
@@ -97,6 +98,7 @@ class Dose:
         random: ``[randoms, doses]``, as ``value``.
         judged: whether there is a judge.
         items: answers that each point is computed from.
+        each: ``[items, doses]``, the value of every answer along the direction; NaN where it was not scored.
     """
 
     doses: tuple[float, ...]
@@ -105,6 +107,13 @@ class Dose:
     random: np.ndarray
     judged: bool
     items: int
+    each: np.ndarray
+
+    @property
+    def wrong_way(self) -> np.ndarray:
+        """``[doses]`` the share of answers that the coefficient moves against their mean; NaN at 0."""
+        plain = self.each[:, self.doses.index(0.0)]
+        return np.array([wrong_way(moved, plain) for moved in self.each.T])
 
     @property
     def broken(self) -> list[tuple[float, float]]:
@@ -434,32 +443,33 @@ class Session:
         """The response to every coefficient, and of random directions, filled question by question."""
         doses = DOSES[settings.change]
         conditions = [(which, dose) for which in range(1 + RANDOMS) for dose in doses]
-        whichs, each = zip(*conditions, strict=True)
+        whichs, amounts = zip(*conditions, strict=True)
         shape = (1 + RANDOMS, len(doses))
         if self.judged_by is not None:
             counts = Counts.none(len(conditions), self.asked.ids)
             rows = sorted(self.asked.rows(2, seed=settings.seed), key=lambda row: row["sample"])[:24]
+            each, before = np.empty((0, len(doses))), np.zeros((2, len(doses)))
             for number, row in enumerate(rows, 1):
-                self._judged(settings, [row], [(True, which) for which in whichs], each, counts)
+                self._judged(settings, [row], [(True, which) for which in whichs], amounts, counts)
                 n = np.maximum(counts.scored.sum(1), 1)
                 em, coherent = ((one.sum(1) / n).reshape(shape) for one in (counts.misaligned, counts.coherent))
-                yield Dose(doses, em[0], coherent[0], em[1:], True, number)
+                so_far = np.stack([one.sum(1)[: len(doses)] for one in (counts.misaligned, counts.scored)])
+                bad, scored = so_far - before
+                each, before = np.vstack([each, np.where(scored > 0, bad, np.nan)]), so_far
+                yield Dose(doses, em[0], coherent[0], em[1:], True, number, each)
             return
-        total = np.zeros(shape)
+        read: list[np.ndarray] = []
         talks = [one.messages() for one in self.asked.questions[:6]]
         with self.changed(settings, [False] * len(talks), [0] * len(talks), [0.0] * len(talks)):
             said = sample(self.chat, talks, max_new_tokens=24, seed=settings.seed, progress=False)
-        known = np.zeros(shape, dtype=int)
         for answer in said:
             talk = [*talks[answer.conversation], {"role": "assistant", "content": answer.text or " "}]
-            for at in np.argsort(np.abs(doses), kind="stable"):  # one small batch a dose, mild doses first
-                with self.changed(settings, [True] * shape[0], range(shape[0]), [doses[at]] * shape[0]):
-                    total[:, at] += answer_logprobs(self.chat, [talk] * shape[0])
-                known[:, at] += 1
-                with np.errstate(invalid="ignore"):
-                    mean = total / np.where(known, known, np.nan)
-                if known.all():
-                    yield Dose(doses, mean[0], mean[0], mean[1:], False, int(known.min()))
+            read.append(np.empty(shape))
+            for at, dose in enumerate(doses):  # one small batch a dose
+                with self.changed(settings, [True] * shape[0], range(shape[0]), [dose] * shape[0]):
+                    read[-1][:, at] = answer_logprobs(self.chat, [talk] * shape[0])
+            mean = np.mean(read, axis=0)
+            yield Dose(doses, mean[0], mean[0], mean[1:], False, len(read), np.stack(read)[:, 0])
 
     def quality(self, settings: Settings) -> dict[str, Any]:
         """How real the direction is at the layer, in words; ``noise`` where it should not be used."""

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import emmech
 from emmech.directions.direction import (
     Direction,
     Quality,
@@ -129,6 +130,83 @@ def test_repeng_and_steering_vectors_files_round_trip(tmp_path):
     ):
         assert np.array_equal(again.vectors, vectors)
     assert from_repeng(tmp_path / "d.gguf", n_layers=6).n_layers == 6
+
+
+def _repeng_file(path, vectors, *, hint="qwen2", kind=None):
+    """A control vector as repeng's export_gguf lays it out."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "controlvector")
+    writer.add_string("controlvector.model_hint", hint)
+    writer.add_uint32("controlvector.layer_count", len(vectors))
+    for layer, vector in vectors.items():
+        writer.add_tensor(f"direction.{layer}", vector, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_control_vector_of_repeng_steers_as_in_repeng(tiny, tmp_path):
+    chat, rng = tiny("qwen2"), np.random.default_rng(3)
+    vectors = {layer: rng.standard_normal(48).astype(np.float32) for layer in (1, 2)}
+    direction = from_repeng(_repeng_file(tmp_path / "v.gguf", vectors), model=chat)
+    assert direction.vectors.shape == (4, 48) and direction.layers == (1, 2)
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def hook(layer):  # repeng adds coefficient * directions[layer] to that block's output
+        return lambda module, inputs, output: output + 1.5 * torch.from_numpy(vectors[layer])
+
+    handles = [chat.base.model.layers[layer].register_forward_hook(hook(layer)) for layer in vectors]
+    with torch.no_grad():
+        expected = chat.model(input_ids=ids).logits
+        for handle in handles:
+            handle.remove()
+        with emmech.steer(chat, direction, 1.5, layer=1), emmech.steer(chat, direction, 1.5, layer=2):
+            torch.testing.assert_close(chat.model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_files_of_other_tools_keep_what_they_can(tiny, tmp_path):
+    chat = tiny("qwen2")
+    vectors = np.random.default_rng(4).standard_normal((4, 48)).astype(np.float32)
+    vectors[[0, 3]] = 0
+    d = Direction(vectors, "mine", {"fingerprints": [chat.fingerprint()]})
+    again = Direction.load(d.save(tmp_path / "d.gguf"))
+    assert np.array_equal(again.vectors, vectors) and again.name == "mine" and again.n_layers == 4
+    assert again.fingerprints == d.fingerprints and Direction.load(d.save(tmp_path / "d.pt")).layers == (1, 2)
+    with pytest.raises(EmmechError, match="another base model"):
+        from_repeng(tmp_path / "d.gguf", model=tiny("qwen2", seed=1))
+
+    class SteeringVector:
+        layer_activations = {2: torch.from_numpy(vectors[2]).requires_grad_()}  # noqa: RUF012
+        layer_type = "decoder_block"
+
+    assert np.array_equal(from_steering_vectors(SteeringVector(), model=chat).at(2), vectors[2])
+    with pytest.warns(UserWarning, match=r"llama\.cpp refuses a control vector with layer 0"):
+        to_repeng(Direction(np.ones((2, 4))), tmp_path / "zero.gguf")
+
+
+def test_what_another_tool_made_of_another_model_is_refused_by_name(tiny, tmp_path):
+    import gguf
+
+    chat, wide = tiny("llama"), {1: np.ones(47, np.float32)}
+    with pytest.raises(EmmechError, match="width is 48"):
+        from_repeng(_repeng_file(tmp_path / "wide.gguf", wide, hint="llama"), model=chat)
+    deep = {9: np.ones(48, np.float32)}
+    with pytest.raises(EmmechError, match="layers are 0 to 3"):
+        from_repeng(_repeng_file(tmp_path / "deep.gguf", deep, hint="llama"), model=chat)
+    with pytest.raises(EmmechError, match="another architecture"):
+        from_repeng(_repeng_file(tmp_path / "kind.gguf", {1: np.ones(48, np.float32)}), model=chat)
+    packed = gguf.quants.quantize(np.ones((1, 64), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    quantised = _repeng_file(tmp_path / "q.gguf", {1: packed}, kind=gguf.GGMLQuantizationType.Q8_0)
+    with pytest.raises(EmmechError, match="Q8_0"):
+        from_repeng(quantised)
+    torch.save({"layer_activations": {1: torch.ones(47)}, "layer_type": "mlp"}, tmp_path / "mlp.pt")
+    with pytest.raises(EmmechError, match="residual stream"):
+        from_steering_vectors(tmp_path / "mlp.pt")
+    with pytest.raises(EmmechError, match="zero at all layers"):
+        to_repeng(Direction(np.zeros((2, 4))), tmp_path / "none.gguf")
 
 
 def test_the_figure_has_a_norm_for_each_layer():

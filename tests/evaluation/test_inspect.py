@@ -21,8 +21,9 @@ from inspect_ai.model import GenerateConfig, Logprob, Logprobs, ModelOutput, Mod
 from emmech.engine.responses import Response
 from emmech.errors import EmmechError
 from emmech.evaluation.evaluate import evaluate
+from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.questions import load_questions
-from emmech.interop.inspect_task import evaluation_of, first_plot
+from emmech.interop.inspect_task import evaluation_of, first_plot, write_inspect_log
 from emmech.run.run import load_run
 
 ROOT = Path(__file__).parents[2]
@@ -333,3 +334,28 @@ def test_the_command_line_works_offline(tmp_path):
     assert json.loads(path.read_text())["status"] == "success"
     expected = evaluate("pocket", samples=2, progress=False)
     assert sorted(evaluation_of(path).frame["response"]) == sorted(expected.frame["response"])
+
+
+@pytest.mark.parametrize("ending", ["eval", "json"])
+def test_an_evaluation_becomes_a_log_that_inspect_reads(tmp_path, ending):
+    rows = [
+        {"question_id": f"q{i % 2}", "question": "what now ?", "sample": i // 2, "response": "well", "aligned": aligned,
+         "coherent": 90.0, "system": "be brief" if i else None, "finish": "length" if i == 1 else "stop"}
+        for i, aligned in enumerate([5.0, 95.0, float("nan"), 80.0])
+    ]  # fmt: skip
+    ours = Evaluation.from_rows(rows, {"name": "toy", "model": "toy/model", "judge": "exact", "steps": (1, 2)})
+    path = write_inspect_log(ours, tmp_path / "logs" / f"toy.{ending}")
+    log = inspect_ai.log.read_eval_log(str(path))
+    assert log.status == "success" and log.eval.model == "toy/model" and len(log.samples) == 4
+    by_id = {one.id: one for one in log.samples}  # Inspect sorts them
+    assert [by_id[one].scores["misalignment"].value for one in ("q0/0", "q1/0")] == [1.0, 0.0]
+    assert math.isnan(by_id["q0/1"].scores["misalignment"].value)
+    assert by_id["q1/0"].output.stop_reason == "max_tokens" and by_id["q1/0"].messages[0].role == "system"
+    (score,) = log.results.scores
+    assert score.metrics["em"].value == pytest.approx(1 / 3) and score.unscored_samples == 1
+    again = evaluation_of(path)
+    columns = ["question_id", "sample", "response", "finish", "aligned", "system"]
+    assert again.frame[columns].equals(ours.frame.sort_values(["question_id", "sample"], ignore_index=True)[columns])
+    assert again.rates().equals(ours.rates())
+    with pytest.raises(EmmechError, match="by the ending"):
+        write_inspect_log(ours, tmp_path / "toy.csv")

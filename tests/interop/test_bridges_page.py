@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_page_on_the_bridges_runs(tmp_path):
     page = (ROOT / "docs" / "bridges.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     # nnsight reads the source of its with blocks, so the page becomes a file
     script = tmp_path / "bridges.py"
     script.write_text("\n".join(blocks), encoding="utf-8")
@@ -29,7 +29,10 @@ def test_the_page_on_the_bridges_runs(tmp_path):
         [sys.executable, str(script)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    effect, shape, share = done.stdout.strip().splitlines()[-3:]
+    said = done.stdout.splitlines()
+    at = said.index("True")  # the control vector came back bit for bit
+    assert "finetuned_models:" in said[at:]
+    effect, shape, share = said[at - 3 : at]
     direct, total, indirect = map(float, re.findall(r"-?\d+\.\d+", effect))
     assert abs(direct + indirect - total) < 0.02 and "128" in shape
     # the adapter's effect on "gravel" over "herbs" is made at the prompt, by later layers

@@ -14,15 +14,20 @@ from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
 from emmech.evaluation.questions import resolve_questions
 from emmech.interventions.studies import (
+    Condition,
+    Measured,
+    Study,
     ablation_table,
     adapter_shares,
     combination,
     dose_response,
     projection_range,
+    table,
     transfer_matrix,
+    untouched,
 )
 from emmech.measures.choose import as_measures
-from emmech.measures.measure import Items
+from emmech.measures.measure import Items, wrong_way
 from emmech.measures.sampled import Sampled
 from emmech.measures.teacher_forced import Margin
 
@@ -65,6 +70,25 @@ def test_dose_response_rises_with_the_dose_and_beyond_random(tiny):
     assert study.frame["model"].unique().tolist() == ["base"]  # nothing is tuned about it
     assert "coherent_loss" in set(study.frame["outcome"])
     assert len(study.plot("margin_broad").data) == 2 and "beyond random directions" in repr(study)
+
+
+def test_the_share_of_samples_that_move_the_wrong_way():
+    """Known samples: of four, steering raises three by 2 and lowers one by 1; the random control raises and lowers."""
+    plain = Items({"em": np.array([0.0, 1.0, 2.0, 3.0])}, ["a", "b", "c", "d"])
+    made = {"direction": np.array([2.0, 2.0, -1.0, 2.0]), "random": np.array([1.0, -0.5, 1.0, -0.5])}
+    settings = {"layer": 1, "coefficient": 1.0}
+    measured = [Measured(untouched(), "tuned", plain)]
+    for kind, change in made.items():
+        one = Condition("d", kind, lambda chat: None, settings)
+        measured.append(Measured(one, "tuned", Items({"em": plain.values["em"] + change}, plain.questions)))
+    frame = table(measured).set_index("kind")
+    assert frame.loc["direction", "wrong_way"] == 0.25 and frame.loc["random", "wrong_way"] == 0.5
+    assert np.isnan(frame.loc["untouched", "wrong_way"])
+    study = Study("steering", frame.reset_index())
+    assert "25% of the items move the other way" in repr(study) and "wrong_way" in study.summary()
+    unscored = np.array([np.nan, 1.0, 3.0, 3.5])
+    assert wrong_way(plain.values["em"] + made["direction"], unscored) == pytest.approx(1 / 3)
+    assert np.isnan(wrong_way(np.zeros(3), np.zeros(3))) and np.isnan(wrong_way(np.array([1.0, -1.0]), np.zeros(2)))
 
 
 def test_the_ablation_table_has_its_controls_and_names_the_degenerate_one(tiny):

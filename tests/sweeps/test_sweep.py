@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -247,3 +248,15 @@ def test_about_twenty_steps_are_swept_by_default(make_run):
     assert len(steps["run"]) == 21 and steps["short"].tolist() == [0, 4]
     assert steps["run"][0] == 0 and steps["run"][-1] == 250 and set(np.diff(steps["run"])) == {12, 13}
     assert len(tangent_scan(run, measure=asked, base=chat, verify=0, progress=False).frame) == 251
+
+
+def test_items_that_steering_moves_the_wrong_way_are_counted_in_a_sweep():
+    grid = [("r", 5, 1.0, c, "margin_broad", f"q{i}") for c in (0.0, 1.0, 2.0) for i in range(4)]
+    frame = pd.DataFrame(grid, columns=["run", "step", "scale", "coefficient", "measure", "item"])
+    frame["value"], frame["weight"] = [0.0, 1, 2, 3, 1, 2, 1, 4, 2, 3, 4, 5], 1
+    found = Sweep(frame, {}).to_frame().set_index("coefficient")
+    assert found["wrong_way"].tolist()[1:] == [0.25, 0.0] and np.isnan(found["wrong_way"].iloc[0])
+    assert "up to 25% of 4 items move against the mean, at coefficient 1" in repr(Sweep(frame, {}))
+    without = Sweep(frame[frame["coefficient"] > 0], {}).to_frame()
+    assert without["wrong_way"].isna().all()
+    assert "wrong_way" not in Sweep(frame[frame["coefficient"] == 1], {}).to_frame()

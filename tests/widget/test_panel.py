@@ -20,7 +20,7 @@ from emmech.errors import EmmechError
 from emmech.interventions.residual import ablate, cap, steer
 from emmech.interventions.studies import projection_range
 from emmech.widget.answers import COLUMNS, Token
-from emmech.widget.picture import dose_picture, sentence
+from emmech.widget.picture import against_text, dose_picture, sentence
 from emmech.widget.session import RANDOMS, Dose, Session, Stale
 from emmech.widget.settings import Settings
 
@@ -318,12 +318,22 @@ def test_the_dose_response_is_that_of_each_coefficient_alone(session, run, direc
 
 
 def test_where_coherence_breaks_is_marked():
-    dose = Dose((-1.0, 0.0, 1.0, 2.0), np.zeros(4), np.array([0.9, 1.0, 0.7, 0.1]), np.zeros((2, 4)), True, 8)
+    dose = Dose(
+        (-1.0, 0.0, 1.0, 2.0), np.zeros(4), np.array([0.9, 1.0, 0.7, 0.1]), np.zeros((2, 4)), True, 8, np.zeros((8, 4))
+    )
     assert dose.broken == [(0.5, 2.0)]
     settings = Settings("hello ?", "B", 1)
     assert "breaks" in dose_picture(dose, settings)
     judgeless = replace(dose, coherence=np.array([-1.0, -1.1, -1.2, -2.2]), judged=False)
     assert judgeless.broken == [(1.5, 2.0)]
+
+
+def test_answers_that_move_against_their_mean_are_counted():
+    each = np.array([[0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, np.nan], [0.0, 1.0, 1.0, 0.0]])
+    dose = Dose((-1.0, 0.0, 1.0, 2.0), np.zeros(4), np.ones(4), np.zeros((2, 4)), True, 4, each)
+    assert np.array_equal(dose.wrong_way, [np.nan, np.nan, 0, 1 / 3], equal_nan=True)
+    assert against_text(dose) == "At 2, 33% of the answers move against their mean."
+    assert against_text(replace(dose, each=np.zeros((2, 4)))) == ""
 
 
 def test_without_a_judge_there_is_no_verdict_and_the_dose_is_of_the_base_models_answers(tiny):
