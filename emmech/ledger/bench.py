@@ -173,7 +173,11 @@ class Bench:
             NotMeasurable: neither has one.
         """
         sets = known("questions", self.organism)
-        likes = {"broad": ("broad", "first-plot"), "general": ("general", "first-plot"), "facts": ("facts", "factual")}
+        likes: dict[str, tuple[str, ...]] = {
+            "broad": ("broad", "first-plot"),
+            "general": ("general", "first-plot"),
+            "facts": ("facts", "factual"),
+        }
         likes["others"] = ("narrow-finance",)  # to choose settings on
         for name in likes.get(wanted, (wanted,)):
             if name in sets:
@@ -231,7 +235,8 @@ class Bench:
         whole = pd.concat(frames, ignore_index=True)
         if against is None:
             per = tally(whole, measure).per(whole["question_id"])
-            over = cluster_interval(*per.to_numpy().T, per.index.tolist()) if len(per) > 1 else None
+            hits_by, n_by = per.to_numpy().T
+            over = cluster_interval(hits_by, n_by, per.index.tolist()) if len(per) > 1 else None
             return of_counts(events, n, over=over, note=note)
         other = pd.concat(against, ignore_index=True)
         hits, of = counts(against, measure)

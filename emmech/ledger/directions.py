@@ -110,7 +110,8 @@ def _steered(*, prompt: bool) -> Callable[[Bench], Finding]:
     """EM of the base steered with the direction, at the layer and the dose that are best on other questions."""
 
     def measure(bench: Bench) -> Finding:
-        runs, where = bad_runs(bench, _SEEDS), _positions(bench) if prompt else "all"
+        runs = bad_runs(bench, _SEEDS)
+        where: Any = _positions(bench) if prompt else "all"
         frames, told, randoms = [], [], []
         middle = range(max(1, bench.chat.n_layers // 6), 2 * bench.chat.n_layers // 3 + 1)
         layers = [middle[int(at)] for at in np.linspace(0, len(middle) - 1, min(len(middle), 4))]

@@ -271,11 +271,12 @@ class _Loop(Trainer):
         args, rates = self.args, [member.recipe.learning_rate for member in self.members]
         groups = [{"params": own, "lr": rate} for own, rate in zip(self.own, rates, strict=True)]
         if self.members[0].recipe.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(groups, weight_decay=args.weight_decay)
-            return self.optimizer
-        betas = (args.adam_beta1, args.adam_beta2)
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
-        return self.optimizer
+            made: torch.optim.Optimizer = torch.optim.SGD(groups, weight_decay=args.weight_decay)
+        else:
+            betas = (args.adam_beta1, args.adam_beta2)
+            made = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=args.weight_decay)
+        self.optimizer = made
+        return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Each run's own schedule over its own number of steps."""
