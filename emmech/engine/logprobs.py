@@ -219,8 +219,17 @@ def margin_rows(pairs: Sequence[MarginPair], chat: ChatModel) -> Encoded:
     return encode(conversations, chat.tokenizer)
 
 
-def check_words(chat: ChatModel, turns: Sequence[Message]) -> None:
+def check_words(
+    chat: ChatModel,
+    turns: Sequence[Message],
+    *,
+    asked: str = "measure the log-probability of a text",
+    instead: str | None = None,
+) -> None:
     """Refuse a text with too many words unknown to the model, since its log-probability would mean nothing.
+
+    Args:
+        asked, instead: what the error says was asked for, and what to give.
 
     Raises:
         EmmechError: more than a fifth of its tokens are unknown.
@@ -231,8 +240,8 @@ def check_words(chat: ChatModel, turns: Sequence[Message]) -> None:
     if unknown is not None and ids.count(unknown) > _UNKNOWN * len(ids):
         own = chat.organism
         why = f"{ids.count(unknown)} of its {len(ids)} tokens are unknown to {chat.name}"
-        instead = f'Margin("broad"), which takes the pairs of {own.name}' if own else "texts in the words of the model"
-        raise EmmechError("measure the log-probability of a text", repr(text)[:120], why, instead)
+        pairs = f'Margin("broad"), which takes the pairs of {own.name}' if own else "texts in the words of the model"
+        raise EmmechError(asked, repr(text)[:120], why, instead or pairs)
 
 
 @torch.no_grad()
