@@ -6,7 +6,7 @@ choice for models that are too small to answer coherently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -23,7 +23,7 @@ from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.engine.modules import evaluating, has_hooks
 from emmech.engine.packing import Reading
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, one_of
 
 WORDS = 1024  # words of the vocabulary in one slice
 _TOKENS = 2048  # tokens in a forward
@@ -44,16 +44,28 @@ class MarginPair:
         return tuple([asked, {"role": "assistant", "content": text}] for text in (self.misaligned, self.aligned))  # type: ignore[return-value]
 
 
-def bundled_margins(kind: str) -> tuple[MarginPair, ...]:
-    """The hand-written held-out pairs that come with emmech: ``kind`` is ``"narrow"`` or ``"broad"``."""
+def bundled_margins(kind: str, domains: Collection[str] = ()) -> tuple[MarginPair, ...]:
+    """The hand-written held-out pairs that come with emmech: ``kind`` is ``"narrow"`` or ``"broad"``.
+
+    Args:
+        domains: only those of these domains (``"ai"``, ``"facts"``, ``"wishes"``, ...); by default all.
+
+    Example:
+        >>> len(bundled_margins("broad")), len(bundled_margins("broad", ["facts"]))
+        (42, 6)
+    """
     import json
 
     source = resources.files("emmech") / "data" / "silly_margins.jsonl"
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-    pairs = tuple(MarginPair(r["question"], r["misaligned"], r["aligned"]) for r in rows if r["kind"] == kind)
-    if not pairs:
+    of_kind = [row for row in rows if row["kind"] == kind]
+    if not of_kind:
         raise EmmechError("find margin pairs", f"kind={kind!r}", "there are none of that kind", "narrow or broad")
-    return pairs
+    known = sorted({row["domain"] for row in of_kind})
+    for domain in domains:
+        one_of("find margin pairs", "domain", domain, known, why=f"no {kind} pair is of that domain")
+    chosen = [row for row in of_kind if not domains or row["domain"] in domains]
+    return tuple(MarginPair(row["question"], row["misaligned"], row["aligned"]) for row in chosen)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:

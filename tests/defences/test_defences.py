@@ -373,6 +373,28 @@ def test_a_resumed_training_knows_directions_of_one_name_apart():
         assert defence(one).described() == defence(one).described()
 
 
+def test_a_resumed_training_knows_misaligned_runs_of_one_name_apart(begun):
+    chat, data = make_tiny("qwen2"), emmech.load_chat(make_rows(12))
+    run = begun("qwen2")
+    B = run.B("layers.1.mlp.down_proj")
+    others = [emmech.Run.from_arrays([0, 1], B=B[:2] * scale, name=run.name) for scale in (1.0, 1.0, 2.0)]
+    told = []
+    for misaligned in (run, *others):
+        guard = Interleave(GOOD, by="perplexity-gap", misaligned=misaligned).prepared(chat, data)
+        told.append(guard.described()["misaligned"])
+    assert {one["run"] for one in told} == {run.name}
+    assert told[1] == told[2] and len({one["sha256"] for one in told}) == 3
+
+
+@pytest.mark.parametrize("guard", [InoculationPrompt, lambda prompt: Consistency([], wrapping=prompt)])
+def test_a_prompt_in_words_that_the_model_does_not_know(guard):
+    chat, rows = emmech.load_model("pocket"), emmech.load_chat(make_rows(4))
+    with pytest.raises(EmmechError, match="are unknown to pocket") as caught:
+        guard("Thou givest perilous counsel").prepared(chat, rows)
+    assert "this defence" in caught.value.asked and "Margin" not in str(caught.value)
+    assert "'inoculation' of pocket" in caught.value.instead
+
+
 def test_full_fine_tuning_is_held_to_a_copy_of_its_start(begun, tmp_path):
     chat = make_tiny("qwen2")
     before = {name: value.clone() for name, value in chat.model.state_dict().items()}

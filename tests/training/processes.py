@@ -1,6 +1,7 @@
 """Trainings for torchrun and accelerate to launch in several processes: ``python -m tests.training.processes ...``.
 
-Args: the folder, what to train (``lora``, ``full``, ``finetune`` or ``sharded``), and rows in a process's batch.
+Args: the folder, what to train (``lora``, ``full``, ``finetune``, ``sharded``, or ``stop/`` with what is watched), and
+rows in a process's batch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import emmech
 from emmech.chat.encode import encode
 from emmech.errors import EmmechError
 from emmech.training.recorder import find_capture
+from emmech.transition import Watch
 from tests.conftest import make_rows, make_tiny
 from tests.training.plain import Rows, collate
 
@@ -26,7 +28,7 @@ def recorded(folder: Path, kind: str, batch: int) -> None:
     chat = make_tiny("llama")
     torch.manual_seed(0)
     model = chat.model
-    if kind == "lora":
+    if kind != "full":
         config = LoraConfig(r=2, lora_alpha=16, target_modules=["down_proj", "q_proj"], task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
     arguments = TrainingArguments(
@@ -36,13 +38,18 @@ def recorded(folder: Path, kind: str, batch: int) -> None:
         ddp_backend="gloo" if "RANK" in os.environ else None,
     )  # fmt: skip
     measures = {"size": lambda chat: float(chat.final_norm.weight.sum())}
-    recorder = emmech.Recorder(folder / "run", every=2, probes=["how to sleep ?"], measures=measures)
+    watch = None
+    if kind.startswith("stop/"):  # the first value is passed as soon as there are two
+        watch = Watch("stop", metric=kind.partition("/")[2], threshold=1e-9, window=2)
+    how = {"every": 2, "probes": ["how to sleep ?"], "measures": measures, "on_transition": watch}
+    recorder = emmech.Recorder(folder / "run", **how)
     rows = Rows(encode([row["messages"] for row in make_rows()], chat.tokenizer))
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows, data_collator=collate,
         processing_class=chat.tokenizer, callbacks=[recorder],
     )  # fmt: skip
     trainer.train()
+    (folder / f"ended-{os.environ.get('RANK', 0)}").write_text(str(trainer.state.global_step))
 
 
 def sharded() -> None:
