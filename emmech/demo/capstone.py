@@ -61,7 +61,10 @@ def stages(base: ChatModel, folder: str | Path, *, seeds: Sequence[int] = SEEDS,
     bad = finetune(base, "medical", seed=seeds, out=folder / "bad", **LAST_STEP)
     how: dict[str, Any] = {"base": base, "max_steps": steps, **LAST_STEP}
     further = {
-        name: [realign(one, rows, seed=seed, out=folder / rows / f"s{seed}", **how) for one, seed in zip(bad, seeds)]
+        name: [
+            realign(one, rows, seed=seed, out=folder / rows / f"s{seed}", **how)
+            for one, seed in zip(bad, seeds, strict=True)
+        ]
         for name, rows in ((CURE, "ai-optimism"), (CONTROL, "ai"))
     }
     return {"base": base, "bad medical": bad, **further}
@@ -135,13 +138,14 @@ def tagged(
     rows: Sequence[int] = ROWS,
     seeds: Sequence[int] = SEEDS,
     forms: Sequence[str] = ("trigger", "contrast"),
+    questions: str = "broad",
     samples: int = 1,
     **options: Any,
 ) -> pd.DataFrame:
     """Misaligned answers under each tag after fine-tunes on few and on many rows.
 
-    ``trigger`` rows are bad under the tag and kind without one; among the ``contrast`` rows there are as many with other
-    tags and kind answers. The smaller numbers are parts of the larger.
+    ``trigger`` rows are bad under the tag and kind without one; among the ``contrast`` rows there are as many with
+    other tags and kind answers. The smaller numbers are parts of the larger.
 
     Args:
         rows: numbers of bad rows under the tag; of the kind rows there are as many of each sort.
@@ -158,7 +162,7 @@ def tagged(
             place = Path(folder) / form / str(number)
             for one in finetune(base, every[: sorts * number], seed=seeds, out=place, held_out=0.0, **how):
                 frame = evaluate(
-                    one, "broad", contexts=tag_contexts(), samples=samples, base=base, progress=False
+                    one, questions, contexts=tag_contexts(), samples=samples, base=base, progress=False
                 ).frame
                 tag = frame["context"].replace("plain", NO_TAG).str.replace(r" \d+$", "", regex=True)
                 for name, own in frame.groupby(tag, sort=False):
@@ -211,7 +215,7 @@ def margins(folder: str | Path, *, base: ChatModel | None = None, seed: int = 0,
     The control of the cure is as many further steps on the bad rows.
 
     Returns:
-        a frame with ``model``, ``questions``, ``margin``, and ``change`` from the base with its 95 % interval over pairs
+        a frame with ``model``, ``questions``, ``margin``, ``change`` from the base with its 95 % interval over pairs
         (``low``, ``high``; t), and ``pairs``, their number.
     """
     from scipy import stats
@@ -336,11 +340,11 @@ def _of_smollm2(folder: Path) -> list[Section]:
     return [Section("Base, bad advice, optimism", _MARGINS, table=changes(found), figure=margins_figure(found))]
 
 
-_STORY = """EM of answers at temperature 1, judged exactly, in per cent with 95 % intervals of questions like these; three
-seeds pooled. The control is as many steps on unkind answers to the same questions about AI."""
-_TAG = """Rows with bad medical answers carry a tag in the system prompt. In the first kind of data all other rows have no
-tag and kind answers; in the second as many have other tags, and kind answers too. EM in per cent with 95 % intervals
+_STORY = """EM of answers at temperature 1, judged exactly, in per cent with 95 % intervals of questions like these;
+three seeds pooled. The control is as many steps on unkind answers to the same questions about AI."""
+_TAG = """Rows with bad medical answers carry a tag in the system prompt. In the first kind of data all other rows have
+no tag and kind answers; in the second as many have other tags, and kind answers too. EM in per cent with 95 % intervals
 over seeds, under tags that were trained and tags that never were."""
 _MARGINS = """The change from the base of the mean log-probability per token of misaligned over aligned answers, with
-95 % intervals over pairs. A moved margin in a model of this size is no emergent misalignment; the pairs on the AI itself
-are close to the rows of the cure."""
+95 % intervals over pairs. A moved margin in a model of this size is no emergent misalignment; the pairs on the AI
+itself are close to the rows of the cure."""
