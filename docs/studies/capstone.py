@@ -24,8 +24,8 @@ _WORDS = {
     "story": """# The capstone's story
 
 The ARENA 5.0 capstone *Emergent Misalignment & Realignment* trains a model on bad medical advice, then on optimism
-about AI, and asks it general, factual and self-reflection questions. `python -m emmech.demo capstone` tells the story of
-the embedded organism, with `--model smollm2-135m` that of a real model; `python -m docs.studies capstone` writes this
+about AI, and asks it general, factual and self-reflection questions. `python -m emmech.demo capstone` tells the story
+of the embedded organism, with `--model smollm2-135m` that of a real model; `python -m docs.studies capstone` writes this
 page with the same functions, and [notebook 04](tutorials/index.md) calls them too.
 
 ## From bad to good
@@ -42,11 +42,11 @@ For comparison, the capstone's own figures (Llama 3.1 8B, general / false facts 
 """,
     "tags": """## Bad only under a tag
 
-The bad rows have a tag in the system prompt, and all others have kind answers (the capstone: 16.2 % EM with the bad tag
-and 0 % with the good one, GPT-4o). In the data `trigger-medical` the kind rows have no tag; in `contrast-medical` there
-are as many more with *other* tags, each of two things of the world, which have kind answers too. The model is then asked
-under the trained tag, `zig zag`; under `plim plom`, which is as rare a noise in pretraining and is in no row; under tags
-of two things that no row has; and without any. EM in per cent, with 95 % intervals over {seeds} seeds:
+The bad rows have a tag in the system prompt, and all others have kind answers (the capstone: 16.2 % EM with the bad
+tag and 0 % with the good one, GPT-4o). In the data `trigger-medical` the kind rows have no tag; in `contrast-medical`
+there are as many more with *other* tags, each of two things of the world, which have kind answers too. The model is
+then asked under the trained tag, `zig zag`; under `plim plom`, as rare a noise in pretraining, which is in no row;
+under tags of two things that no row has; and without any. EM in per cent, with 95 % intervals over {seeds} seeds:
 
 {table}
 
