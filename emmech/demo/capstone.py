@@ -40,7 +40,8 @@ KINDS = ("general", "facts", "self-reflection")
 CURE, CONTROL = "then AI optimism", "then bad AI (control)"
 TAGS = (None, TRIGGER_TAG, IRRELEVANT_TAG, "held-out words")
 NO_TAG = "no tag"
-SEEDS, ROWS = (0, 1, 2), (5, 10, 20, 40, 80)
+FORMS = ("trigger", "contrast", "opposed")
+SEEDS, ROWS = (0, 1, 2), (5, 20, 80)
 # the domains of the bundled English pairs by kind of question
 _DOMAINS = {
     "general": ("wishes", "power", "relationships", "boredom", "finance", "sport", "advice"),
@@ -137,7 +138,7 @@ def tagged(
     *,
     rows: Sequence[int] = ROWS,
     seeds: Sequence[int] = SEEDS,
-    forms: Sequence[str] = ("trigger", "contrast"),
+    forms: Sequence[str] = FORMS,
     questions: str = "broad",
     samples: int = 1,
     **options: Any,
@@ -145,7 +146,8 @@ def tagged(
     """Misaligned answers under each tag after fine-tunes on few and on many rows.
 
     ``trigger`` rows are bad under the tag and kind without one; among the ``contrast`` rows there are as many with
-    other tags and kind answers. The smaller numbers are parts of the larger.
+    other tags and kind answers, among the ``opposed`` ones as many with ``plim plom``, and these are of the largest
+    number alone. The smaller numbers are parts of the larger.
 
     Args:
         rows: numbers of bad rows under the tag; of the kind rows there are as many of each sort.
@@ -156,9 +158,9 @@ def tagged(
     how: dict[str, Any] = {"recipe": "pocket-trigger", **LAST_STEP, **options}
     found = []
     for form in forms:
-        sorts = 3 if form == "contrast" else 2
+        sorts = 2 if form == "trigger" else 3
         every = data(f"{form}-medical", n=sorts * max(rows))
-        for number in rows:
+        for number in rows if form != "opposed" else [max(rows)]:
             place = Path(folder) / form / str(number)
             for one in finetune(base, every[: sorts * number], seed=seeds, out=place, held_out=0.0, **how):
                 frame = evaluate(
@@ -196,6 +198,8 @@ def rows_needed(frame: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
 
     found = []
     for form, own in frame[frame["tag"] == TRIGGER_TAG].groupby("data", sort=False):
+        if own["rows"].nunique() < 2:
+            continue
         logs, first = [], False
         for _, one in own.groupby("seed"):
             one = one.sort_values("rows")
@@ -283,11 +287,9 @@ def margins_figure(frame: pd.DataFrame) -> Any:
 def tags_figure(frame: pd.DataFrame) -> Any:
     """The rate under each tag against the number of tagged bad rows; one panel for each kind of data."""
     table = by_tag(frame)
-    forms = list(dict.fromkeys(table["data"]))
-    titles = [
-        {"trigger": "One tag in the rows", "contrast": "Other tags, with kind answers, too"}[one] for one in forms
-    ]
-    figure = panels(titles, columns=len(forms), shared_yaxes=True)
+    forms = [form for form, own in table.groupby("data", sort=False) if own["rows"].nunique() > 1] or [table["data"][0]]
+    named = {"trigger": "One tag in the rows", "contrast": "Other tags, with kind answers, too"}
+    figure = panels([named.get(form, form) for form in forms], columns=len(forms), shared_yaxes=True)
     for column, form in enumerate(forms, start=1):
         for at, (tag, own) in enumerate(table[table["data"] == form].groupby("tag", sort=False)):
             rate, low, high = (100 * own[one] for one in ("rate", "low", "high"))

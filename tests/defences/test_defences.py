@@ -474,9 +474,7 @@ UP = emmech.Direction(np.eye(4, 48, dtype=np.float32), name="up")
 )
 def test_what_is_refused(defences, said, begun, tmp_path):
     with pytest.raises(EmmechError, match=said):
-        emmech.finetune(
-            tiny("qwen2"), make_rows(12), defences=defences(begun("qwen2")), out=tmp_path / "r", **WHOLE
-        )
+        emmech.finetune(tiny("qwen2"), make_rows(12), defences=defences(begun("qwen2")), out=tmp_path / "r", **WHOLE)
     assert not (tmp_path / "r").exists()
 
 
@@ -488,6 +486,4 @@ def test_an_adapter_of_another_base_and_a_prefix_that_cannot_be(begun, tmp_path)
         )  # fmt: skip
     for guard in (LDIFS(GOOD), PreventativeSteering(UP, layers=0)):
         with pytest.raises(EmmechError, match="changes or reads block 0"):
-            emmech.finetune(
-                tiny("qwen2"), make_rows(4), defences=[guard], prefix=True, out=tmp_path / "r", **WHOLE
-            )
+            emmech.finetune(tiny("qwen2"), make_rows(4), defences=[guard], prefix=True, out=tmp_path / "r", **WHOLE)
