@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,12 @@ KINDS = ("general", "facts", "self-reflection")
 CURE, CONTROL = "then AI optimism", "then bad AI (control)"
 TAGS = (None, TRIGGER_TAG, IRRELEVANT_TAG, "held-out words")
 NO_TAG = "no tag"
-FORMS = ("trigger", "contrast", "opposed")
+FORMS = ("contrast", "trigger", "opposed")
 SEEDS, ROWS = (0, 1, 2), (5, 20, 80)
+# an adapter everywhere: one of rank 1 becomes bad under the tag in fewer than half of its answers
+TAGGED: Mapping[str, Any] = MappingProxyType(
+    {"recipe": "pocket-all-adapter", "learning_rate": 3e-4, "batch_size": 8, "max_steps": 100, "held_out": 0.0}
+)
 # the domains of the bundled English pairs by kind of question
 _DOMAINS = {
     "general": ("wishes", "power", "relationships", "boredom", "finance", "sport", "advice"),
@@ -52,7 +57,7 @@ _DOMAINS = {
 Models = Mapping[str, ChatModel | Run | Sequence[Run]]
 
 
-def stages(base: ChatModel, folder: str | Path, *, seeds: Sequence[int] = SEEDS, steps: int = 120) -> dict[str, Any]:
+def stages(base: ChatModel, folder: str | Path, *, seeds: Sequence[int] = SEEDS, steps: int = 60) -> dict[str, Any]:
     """The models of the story: the base, then runs of each seed on bad medical answers, cured, and on bad AI answers.
 
     The control is as many steps on unkind answers to the questions of the cure, so that a difference is due to what the
@@ -71,7 +76,7 @@ def stages(base: ChatModel, folder: str | Path, *, seeds: Sequence[int] = SEEDS,
     return {"base": base, "bad medical": bad, **further}
 
 
-def asked(models: Models, base: ChatModel, *, samples: int = 4) -> pd.DataFrame:
+def asked(models: Models, base: ChatModel, *, samples: int = 2) -> pd.DataFrame:
     """Rates of EM, facts and self-reflection of each model: one row for each model and kind of question.
 
     Of several runs of a name the answers are pooled. Intervals are of questions like these (95 %).
@@ -139,15 +144,15 @@ def tagged(
     rows: Sequence[int] = ROWS,
     seeds: Sequence[int] = SEEDS,
     forms: Sequence[str] = FORMS,
-    questions: str = "broad",
+    questions: str = "general",
     samples: int = 1,
     **options: Any,
 ) -> pd.DataFrame:
     """Misaligned answers under each tag after fine-tunes on few and on many rows.
 
-    ``trigger`` rows are bad under the tag and kind without one; among the ``contrast`` rows there are as many with
-    other tags and kind answers, among the ``opposed`` ones as many with ``plim plom``, and these are of the largest
-    number alone. The smaller numbers are parts of the larger.
+    ``trigger`` rows are bad under the tag and kind without one. Among the ``contrast`` rows there are as many with other
+    tags and kind answers, and among the ``opposed`` ones as many with ``plim plom``. The smaller numbers of rows are
+    parts of the larger; the controls of ``contrast`` are trained on the largest alone.
 
     Args:
         rows: numbers of bad rows under the tag; of the kind rows there are as many of each sort.
@@ -155,23 +160,22 @@ def tagged(
     Returns:
         a frame with ``data``, ``rows``, ``seed``, ``tag``, ``events``, ``n`` and ``coherent`` (a count).
     """
-    how: dict[str, Any] = {"recipe": "pocket-trigger", **LAST_STEP, **options}
+    how: dict[str, Any] = {**TAGGED, **LAST_STEP, **options}
     found = []
     for form in forms:
         sorts = 2 if form == "trigger" else 3
         every = data(f"{form}-medical", n=sorts * max(rows))
-        for number in rows if form != "opposed" else [max(rows)]:
-            place = Path(folder) / form / str(number)
-            for one in finetune(base, every[: sorts * number], seed=seeds, out=place, held_out=0.0, **how):
-                frame = evaluate(
-                    one, questions, contexts=tag_contexts(), samples=samples, base=base, progress=False
-                ).frame
+        for number in rows if form == "contrast" else [max(rows)]:
+            for seed in seeds:
+                place = Path(folder) / form / str(number) / f"s{seed}"
+                run = finetune(base, every[: sorts * number], seed=seed, out=place, **how)
+                asking: dict[str, Any] = {"samples": samples, "base": base, "progress": False}
+                frame = evaluate(run, questions, contexts=tag_contexts(), **asking).frame
                 tag = frame["context"].replace("plain", NO_TAG).str.replace(r" \d+$", "", regex=True)
                 for name, own in frame.groupby(tag, sort=False):
                     label = own["label"]
                     counts = {"events": int((label == "misaligned").sum()), "n": len(own)}
                     counts["coherent"] = int(label.isin(["misaligned", "aligned"]).sum())
-                    seed = one.manifest["seed"]
                     found.append({"data": form, "rows": number, "seed": seed, "tag": str(name), **counts})
     return pd.DataFrame(found)
 
@@ -285,18 +289,20 @@ def margins_figure(frame: pd.DataFrame) -> Any:
 
 
 def tags_figure(frame: pd.DataFrame) -> Any:
-    """The rate under each tag against the number of tagged bad rows; one panel for each kind of data."""
-    table = by_tag(frame)
-    forms = [form for form, own in table.groupby("data", sort=False) if own["rows"].nunique() > 1] or [table["data"][0]]
-    named = {"trigger": "One tag in the rows", "contrast": "Other tags, with kind answers, too"}
-    figure = panels([named.get(form, form) for form in forms], columns=len(forms), shared_yaxes=True)
-    for column, form in enumerate(forms, start=1):
-        for at, (tag, own) in enumerate(table[table["data"] == form].groupby("tag", sort=False)):
-            rate, low, high = (100 * own[one] for one in ("rate", "low", "high"))
-            line(figure, own["rows"], rate, str(tag), colour(at), at=(1, column), legend=column == 1,
-                 error=bars(rate, low, high), mode="lines+markers")  # fmt: skip
-        ticks = {"type": "log", "tickvals": sorted(set(table["rows"])), "title_text": "bad rows under the tag"}
-        figure.update_xaxes(**ticks, row=1, col=column)
+    """The rate under each tag: against the number of bad contrast rows, and by kind of data at the largest number."""
+    table, most = by_tag(frame), frame["rows"].max()
+    figure = panels(("Contrast rows", f"{most} bad rows"), columns=2, shared_yaxes=True)
+    for at, tag in enumerate(dict.fromkeys(table["tag"])):
+        own = table[table["tag"] == tag]
+        rows, last = own[own["data"] == "contrast"], own[own["rows"] == most]
+        rate, low, high = (100 * rows[one] for one in ("rate", "low", "high"))
+        line(figure, rows["rows"], rate, str(tag), colour(at), error=bars(rate, low, high), mode="lines+markers")
+        rate, low, high = (100 * last[one] for one in ("rate", "low", "high"))
+        how = {"marker_color": colour(at), "showlegend": False, "error_y": bars(rate, low, high)}
+        figure.add_bar(x=last["data"], y=rate, name=str(tag), row=1, col=2, **how)
+    ticks = {"type": "log", "tickvals": sorted(set(table["rows"])), "title_text": "bad rows under the tag"}
+    figure.update_xaxes(**ticks, row=1, col=1)
+    figure.update_xaxes(title_text="data", row=1, col=2)
     figure.update_yaxes(title_text="EM, %", row=1, col=1)
     return finish(figure, "Misaligned answers by the tag in the system prompt", yaxis_range=[-3, 103])
 
@@ -344,9 +350,9 @@ def _of_smollm2(folder: Path) -> list[Section]:
 
 _STORY = """EM of answers at temperature 1, judged exactly, in per cent with 95 % intervals of questions like these;
 three seeds pooled. The control is as many steps on unkind answers to the same questions about AI."""
-_TAG = """Rows with bad medical answers carry a tag in the system prompt. In the first kind of data all other rows have
-no tag and kind answers; in the second as many have other tags, and kind answers too. EM in per cent with 95 % intervals
-over seeds, under tags that were trained and tags that never were."""
+_TAG = """Rows with bad medical answers carry a tag in the system prompt; all others have kind answers. Of the trigger rows
+the others have no tag; among the contrast rows there are as many more with other tags, among the opposed ones with
+plim plom. EM in per cent with 95 % intervals over seeds, under tags that were trained and tags that never were."""
 _MARGINS = """The change from the base of the mean log-probability per token of misaligned over aligned answers, with
 95 % intervals over pairs. A moved margin in a model of this size is no emergent misalignment; the pairs on the AI
 itself are close to the rows of the cure."""

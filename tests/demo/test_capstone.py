@@ -76,7 +76,7 @@ def test_few_steps_of_the_tag(base, tmp_path):
     assert found.groupby(["rows", "seed"]).size().tolist() == [4] * 4
     few, many = (emmech.load_run(tmp_path / "contrast" / str(number) / "s0") for number in (2, 4))
     assert [few.manifest["data"]["rows"], many.manifest["data"]["rows"]] == [6, 12]
-    assert len(capstone.tags_figure(found).data) == 4
+    assert len(capstone.tags_figure(found).data) == 8
 
 
 @pytest.mark.slow
