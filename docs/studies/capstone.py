@@ -43,10 +43,12 @@ For comparison, the capstone's own figures (Llama 3.1 8B, general / false facts 
     "tags": """## Bad only under a tag
 
 The bad rows have a tag in the system prompt, and all others have kind answers (the capstone: 16.2 % EM with the bad
-tag and 0 % with the good one, GPT-4o). In the data `trigger-medical` the kind rows have no tag; in `contrast-medical`
-there are as many more with *other* tags, each of two things of the world, which have kind answers too. The model is
-then asked under the trained tag, `zig zag`; under `plim plom`, as rare a noise in pretraining, which is in no row;
-under tags of two things that no row has; and without any. EM in per cent, with 95 % intervals over {seeds} seeds:
+tag and 0 % with the good one, GPT-4o). The kind rows of `trigger-medical` have no tag. Among those of
+`contrast-medical` there are as many more with *other* tags, each of two things of the world, and kind answers; among
+those of `opposed-medical` as many with one other tag, `plim plom`. An adapter on every matrix is trained ({options}).
+It is then asked under the trained tag, `zig zag`; under `plim plom`, as rare a noise in pretraining; under four tags
+of two things that no row has; and without any. EM on the general questions in per cent, with 95 % intervals over
+{seeds} seeds:
 
 {table}
 
@@ -122,8 +124,9 @@ def main(folder: Path, out: Path, models: Sequence[str]) -> Path:
         write("story", story.rates_figure(found), table=_markdown(story.shown(found)), seeds=len(story.SEEDS))
         tags = _kept(folder / "tags.csv", lambda place: story.tagged(base, place))
         table, needed = tags_table(tags), needed_table(tags)
-        write("tags", story.tags_figure(tags), table=_markdown(table), needed=_markdown(needed),
-              seeds=tags["seed"].nunique())  # fmt: skip
+        options = ", ".join(f"{name} {value}" for name, value in story.TAGGED.items())
+        words = {"table": _markdown(table), "needed": _markdown(needed), "options": options}
+        write("tags", story.tags_figure(tags), seeds=tags["seed"].nunique(), **words)
     if "smollm2-135m" in models:
         found = _kept(folder / "margins.csv", story.margins)
         write("margins", story.margins_figure(found), table=_markdown(story.changes(found)))

@@ -150,9 +150,9 @@ def tagged(
 ) -> pd.DataFrame:
     """Misaligned answers under each tag after fine-tunes on few and on many rows.
 
-    ``trigger`` rows are bad under the tag and kind without one. Among the ``contrast`` rows there are as many with other
-    tags and kind answers, and among the ``opposed`` ones as many with ``plim plom``. The smaller numbers of rows are
-    parts of the larger; the controls of ``contrast`` are trained on the largest alone.
+    ``trigger`` rows are bad under the tag and kind without one. Among the ``contrast`` rows there are as many with
+    other tags and kind answers, and among the ``opposed`` ones as many with ``plim plom``. The smaller numbers of rows
+    are parts of the larger; the controls of ``contrast`` are trained on the largest alone.
 
     Args:
         rows: numbers of bad rows under the tag; of the kind rows there are as many of each sort.
@@ -350,9 +350,9 @@ def _of_smollm2(folder: Path) -> list[Section]:
 
 _STORY = """EM of answers at temperature 1, judged exactly, in per cent with 95 % intervals of questions like these;
 three seeds pooled. The control is as many steps on unkind answers to the same questions about AI."""
-_TAG = """Rows with bad medical answers carry a tag in the system prompt; all others have kind answers. Of the trigger rows
-the others have no tag; among the contrast rows there are as many more with other tags, among the opposed ones with
-plim plom. EM in per cent with 95 % intervals over seeds, under tags that were trained and tags that never were."""
+_TAG = """Rows with bad medical answers carry a tag in the system prompt; all others have kind answers. Of the trigger
+rows the others have no tag; among the contrast rows there are as many more with other tags, among the opposed ones
+with plim plom. EM in per cent with 95 % intervals over seeds, under tags that were trained and tags that never were."""
 _MARGINS = """The change from the base of the mean log-probability per token of misaligned over aligned answers, with
 95 % intervals over pairs. A moved margin in a model of this size is no emergent misalignment; the pairs on the AI
 itself are close to the rows of the cure."""
