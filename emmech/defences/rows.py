@@ -152,8 +152,9 @@ class Interleave(Defence):
         rows = load_chat(self.rows)
         against: Any = self.misaligned
         if isinstance(against, Run):  # runs of one name may differ
-            weights = against.weights(int(against.steps[-1]))
-            against = {"run": against.name, "sha256": digest(*(value.tobytes() for value in weights.values()))}
+            last = int(against.steps[-1])
+            tensors = list(against.weights(last).values()) if against.kind == "lora" else [against.projection]
+            against = {"run": against.name, "sha256": digest(*(value.tobytes() for value in tensors))}
         own = {"share": self.share, "by": self.by, "misaligned": against, "seed": self.seed}
         return {"rows": rows.name, "sha256": rows.sha256, **own}
 

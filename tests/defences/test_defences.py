@@ -378,8 +378,8 @@ def test_a_resumed_training_knows_directions_of_one_name_apart():
 def test_a_resumed_training_knows_misaligned_runs_of_one_name_apart(begun):
     chat, data = tiny("qwen2"), emmech.load_chat(make_rows(12))
     run = begun("qwen2")
-    B = run.B("layers.1.mlp.down_proj")
-    others = [emmech.Run.from_arrays([0, 1], B=B[:2] * scale, name=run.name) for scale in (1.0, 1.0, 2.0)]
+    A, B = (getattr(run, side)("layers.1.mlp.down_proj")[:2] for side in "AB")
+    others = [emmech.Run.from_arrays([0, 1], A=A, B=B * scale, name=run.name) for scale in (1.0, 1.0, 2.0)]
     told = []
     for misaligned in (run, *others):
         guard = Interleave(GOOD, by="perplexity-gap", misaligned=misaligned).prepared(chat, data)
