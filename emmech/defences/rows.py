@@ -153,7 +153,7 @@ class Interleave(Defence):
         against: Any = self.misaligned
         if isinstance(against, Run):  # runs of one name may differ
             last = int(against.steps[-1])
-            tensors = list(against.weights(last).values()) if against.kind == "lora" else [against.projection]
+            tensors = list(against.weights(last).values()) if against.kind == "lora" else [np.asarray(against.projection)]
             against = {"run": against.name, "sha256": digest(*(value.tobytes() for value in tensors))}
         own = {"share": self.share, "by": self.by, "misaligned": against, "seed": self.seed}
         return {"rows": rows.name, "sha256": rows.sha256, **own}
