@@ -152,8 +152,8 @@ class Interleave(Defence):
         rows = load_chat(self.rows)
         against: Any = self.misaligned
         if isinstance(against, Run):  # runs of one name may differ
-            last = int(against.steps[-1])
-            tensors = list(against.weights(last).values()) if against.kind == "lora" else [np.asarray(against.projection)]
+            full, last = against.kind != "lora", int(against.steps[-1])
+            tensors = [np.asarray(against.projection)] if full else list(against.weights(last).values())
             against = {"run": against.name, "sha256": digest(*(value.tobytes() for value in tensors))}
         own = {"share": self.share, "by": self.by, "misaligned": against, "seed": self.seed}
         return {"rows": rows.name, "sha256": rows.sha256, **own}
