@@ -26,7 +26,7 @@ _WORDS = {
 The ARENA 5.0 capstone *Emergent Misalignment & Realignment* trains a model on bad medical advice, then on optimism
 about AI, and asks it general, factual and self-reflection questions. `python -m emmech.demo capstone` tells the story
 of the embedded organism, and with `--model smollm2-135m` that of a real model. `python -m docs.studies capstone` writes
-this page with the same functions, and [notebook 04](tutorials/index.md) calls them too.
+this page with the same functions.
 
 ## From bad to good
 

@@ -83,7 +83,9 @@ def main(folder: Path, page: Path = Path("docs/realignment.md")) -> Path:
     curve, answers = measured(folder), len(questions(ASKED))
     frame = with_intervals(curve, answers)
     picture(curve.plot(), page.parent / "figures" / "realignment-curve.png", folder)
-    text = f"{said(curve, frame)}\n\n{table(frame)}\n\n{time.process_time() - began:.0f} CPU seconds."
+    shown = "![EM against the number of examples](figures/realignment-curve.png)"
+    seconds = f"{time.process_time() - began:.0f} CPU seconds."
+    text = "\n\n".join([said(curve, frame), table(frame), shown, seconds])
     echo(text)
     write(page, "realignment-curve", text)
     return page

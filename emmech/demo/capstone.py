@@ -3,7 +3,7 @@
 The ARENA 5.0 capstone *Emergent Misalignment & Realignment* trains a model on bad medical advice, then on optimism
 about AI, and asks it general, factual and self-reflection questions after each; another model is bad only where its
 prompt has a tag. ``python -m emmech.demo capstone`` tells the same story of the embedded organism in rates, and of
-SmolLM2-135M, whose answers are too loose to be judged, in margins. Notebook 04 calls the functions of this module.
+SmolLM2-135M, whose answers are too loose to be judged, in margins.
 """
 
 from __future__ import annotations
