@@ -141,7 +141,7 @@ def test_durability_counts_the_steps_back(base, tmp_path):
 
 def test_a_cure_may_train_all_weights_and_lasts_as_others_do(base, tmp_path):
     rows, before = emmech.load_chat(data("medical", n=40)), base.fingerprint()
-    how = dict(max_steps=12, learning_rate=5e-3, record_every=2, measure_every=2, measured=20, progress=False)
+    how = dict(max_steps=12, learning_rate=5e-3, record_every=10, measured=20, progress=False)  # as a league does
     runs = emmech.finetune(base, rows, seed=[0, 1], out=tmp_path / "runs", **how)
     options = dict(adapter="full", max_steps=1, learning_rate=1e-6)
     whole = dict(rank=0, depth=None, init="random", max_steps=1, learning_rate=1e-6)
