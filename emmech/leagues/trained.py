@@ -92,9 +92,8 @@ class Defended(TrainedCure):
         own = {"seed": None, "out": None, "defences": None}  # the league's
         how = {"recipe": recipe_of(cases[0].run), "layers": cases[0].run.manifest.get("layers")}
         how |= _with_options(self.options, own)
-        rank = {"rank": how["rank"]} if "rank" in how else {}
-        whole = not resolve_recipe(how["recipe"], rank, organism=cases[0].base.organism).rank
-        if whole:  # runs have nothing in common, and none has adapters
+        rank = how.get("rank", resolve_recipe(how["recipe"], {}, organism=cases[0].base.organism).rank)
+        if whole := not rank:  # runs have nothing in common, and none has adapters
             how["layers"] = None
         groups = [[case] for case in cases] if whole or callable(self.defences) else [list(cases)]
         for group in groups:

@@ -55,7 +55,8 @@ def test_no_row_has_a_tag_that_is_asked_for_as_untrained():
     assert contexts[1].system in systems
 
 
-def test_few_steps_of_the_story(base, tmp_path):
+def test_few_steps_of_the_story(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(capstone, "KINDS", ("self-reflection", "facts"))
     run = emmech.finetune(base, data("medical", n=20), out=tmp_path / "r", **{**LAST_STEP, "max_steps": 1})
     found = capstone.asked({"base": base, "two": [run, run]}, base, samples=1)
     assert found["questions"].tolist() == list(capstone.KINDS) * 2
@@ -67,14 +68,14 @@ def test_few_steps_of_the_story(base, tmp_path):
 
 
 def test_few_steps_of_the_tag(base, tmp_path):
-    how = dict(rows=(2, 4), seeds=(0, 1), forms=("contrast",), questions="narrow-medical", max_steps=1)
+    how = dict(rows=(2, 4), seeds=(3,), forms=("contrast",), questions="narrow-medical", max_steps=1)
     found = capstone.tagged(base, tmp_path, **how)
     asked = len(emmech.organism.questions("narrow-medical"))
     assert found.groupby("tag")["n"].unique().map(list).to_dict() == {
         "no tag": [asked], "zig zag": [asked], "plim plom": [asked], "held-out words": [4 * asked],
     }  # fmt: skip
-    assert found.groupby(["rows", "seed"]).size().tolist() == [4] * 4
-    few, many = (emmech.load_run(tmp_path / "contrast" / str(number) / "s0") for number in (2, 4))
+    assert found.groupby(["rows", "seed"]).size().tolist() == [4] * 2
+    few, many = (emmech.load_run(tmp_path / "contrast" / str(number) / "s3") for number in (2, 4))
     assert [few.manifest["data"]["rows"], many.manifest["data"]["rows"]] == [6, 12]
     assert len(capstone.tags_figure(found).data) == 8
 
