@@ -150,7 +150,7 @@ def test_a_cure_may_train_all_weights_and_lasts_as_others_do(base, tmp_path):
         Defended([InoculationPrompt("you are nasty .")], whole, "all weights, inoculated"),
     ]
     found = emmech.league(runs, cures, seeds=[0, 1], base=base, data=rows, out=tmp_path / "league", **FEW).frame
-    trained = [emmech.load_run(one.parent) for one in (tmp_path / "league").glob("all-weights*/s?/run.json")]
+    trained = [emmech.load_run(one.parent) for one in (tmp_path / "league").glob("all*weights*/s?/run.json")]
     assert sorted((one.kind, one.manifest["seed"]) for one in trained) == [
         ("full", 0),
         ("full", 0),
