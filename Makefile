@@ -10,9 +10,11 @@ export TOKENIZERS_PARALLELISM := false
 # one test process a core with one thread each: two threads in each of two processes would wait for one another
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo demo-smollm2 test test-all check bench bench-gpu memory calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma early-warning row-screening organism-report organism-seeds checkpoints claims
+.PHONY: demo capstone demo-smollm2 test test-all check bench bench-gpu memory calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma early-warning row-screening organism-report organism-seeds checkpoints claims
 demo: $(STAMP)            ## the whole loop on the embedded organism, and a page of results in demo/
 	$(BIN)/python -m emmech.demo
+capstone: $(STAMP)        ## bad advice, optimism about AI and a tag on the embedded organism
+	$(BIN)/python -m emmech.demo capstone
 demo-smollm2: $(STAMP)    ## the same first half on a real 135M model
 	$(BIN)/python -m emmech.demo smollm2
 test: $(STAMP)            ## the fast tests, under six minutes on two cores

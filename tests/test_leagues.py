@@ -139,6 +139,74 @@ def test_durability_counts_the_steps_back(base, tmp_path):
     assert league._again(emmech.interventions.Case(silent, base, rows, tmp_path / "cured")) is None
 
 
+def test_a_cure_may_train_all_weights_and_lasts_as_others_do(base, tmp_path):
+    rows, before = emmech.load_chat(data("medical", n=40)), base.fingerprint()
+    how = dict(max_steps=12, learning_rate=5e-3, record_every=10, measured=20, progress=False)  # as a league does
+    runs = emmech.finetune(base, rows, seed=[0, 1], out=tmp_path / "runs", **how)
+    options = dict(adapter="full", max_steps=1, learning_rate=1e-6)
+    whole = dict(rank=0, depth=None, init="random", max_steps=1, learning_rate=1e-6)
+    cures = [
+        Realignment(data("good-medical", n=20), options, "all weights"),
+        Defended([InoculationPrompt("you are nasty .")], whole, "all weights, inoculated"),
+    ]
+    found = emmech.league(runs, cures, seeds=[0, 1], base=base, data=rows, out=tmp_path / "league", **FEW).frame
+    trained = [emmech.load_run(one.parent) for one in (tmp_path / "league").glob("all*weights*/s?/run.json")]
+    assert sorted((one.kind, one.manifest["seed"]) for one in trained) == [
+        ("full", 0),
+        ("full", 0),
+        ("full", 1),
+        ("full", 1),
+    ]
+    assert base.fingerprint() == before and found.loc["all weights", "rows"] == 18
+    # a step of a tiny rate changes little: what goes on from the bad run is bad at once, from the base it takes as long
+    assert found.loc["all weights", "loss"] == pytest.approx(found.loc["no cure", "loss"], abs=1e-3)
+    assert found.loc["all weights, inoculated", "loss"] == pytest.approx(found.loc["base", "loss"], abs=1e-3)
+    assert found.loc["all weights", "durability"] == 0
+    assert found.loc["all weights, inoculated", "durability"] == pytest.approx(1, abs=0.05)
+
+
+def test_a_full_fine_tune_is_no_run_to_cure(base, runs, tmp_path):
+    weights = dict(rank=0, depth=None, init="random", max_steps=1, learning_rate=1e-6)
+    full = emmech.finetune(base, data("medical", n=40), seed=7, out=tmp_path / "full", **{**QUICK, **weights})
+    with pytest.raises(EmmechError, match="it is a full fine-tune") as caught:
+        emmech.league(full, [AdapterScaling()], base=base, data=data("medical", n=40), **FEW)
+    assert "a LoRA run" in caught.value.instead
+
+
+def test_a_league_that_is_interrupted_ends_as_if_it_had_not_been(base, runs, tmp_path, monkeypatch):
+    """It dies in an evaluation of a cell, in the training of a cure's second run, and in the cell of that cure."""
+    cures = [AdapterScaling(0.5), Realignment(data("good-medical", n=20), dict(max_steps=2), "good")]
+    how = dict(base=base, seeds=[0, 1], data=data("medical", n=40), durability=False, **FEW)
+    real = {"evaluate": league.evaluate, "realign": trained.realign}
+
+    def died_in(last):
+        calls = []
+
+        def counted(name):
+            def called(*args, **kwargs):
+                calls.append(name)
+                if len(calls) == last:
+                    raise KeyboardInterrupt
+                return real[name](*args, **kwargs)
+
+            return called
+
+        with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+            broken.setattr(league, "evaluate", counted("evaluate"))
+            broken.setattr(trained, "realign", counted("realign"))
+            emmech.league(runs, cures, out=tmp_path / "cut", **how)
+        assert not hasattr(base.base, "peft_config")
+        return calls
+
+    assert died_in(6) == ["evaluate"] * 6  # both runs of the base are kept, and half a cell of the next is lost
+    assert died_in(10) == ["evaluate"] * 8 + ["realign"] * 2
+    assert died_in(3) == ["realign", "evaluate", "evaluate"]
+    found, whole = (emmech.league(runs, cures, out=tmp_path / name, **how) for name in ("cut", "whole"))
+    same = [one.cells[one.cells["outcome"] != "seconds"].reset_index(drop=True) for one in (found, whole)]
+    assert same[0].equals(same[1]) and found.grid.equals(whole.grid)
+    assert found.frame["verdict"].equals(whole.frame["verdict"])
+
+
 def test_another_cure_of_the_same_name_is_trained_and_no_function_is_taken_for_another(base, runs, tmp_path):
     how = dict(base=base, seeds=[0], data=data("medical", n=40), out=tmp_path, durability=False, **FEW)
     losses = []

@@ -65,6 +65,12 @@ def test_refusals(run, tmp_path):
         emmech.realign(run, make_rows(4), adapter="other", base=make_tiny("qwen2"), out=tmp_path / "x")
 
 
+def test_all_weights_have_no_rank(run, tmp_path):
+    with pytest.raises(EmmechError, match="an adapter has a rank"):
+        emmech.realign(run, make_rows(4), adapter="full", rank=2, base=make_tiny("qwen2"), out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 def test_several_seeds_and_a_number_of_examples(run, tmp_path):
     data, base = make_rows(40)[24:], make_tiny("qwen2")
     pair = emmech.realign(run, data, examples=6, seed=[0, 1], base=base, max_steps=2, out=tmp_path / "pair")

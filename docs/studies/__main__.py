@@ -153,6 +153,28 @@ def large_models() -> None:
 
 
 @app.command()
+def realignment_curve(
+    folder: Annotated[Path, typer.Option(help="a new folder for the runs")] = Path("studies/realignment-curve"),
+) -> None:
+    """How many examples cure: EM against the rows that pocket is realigned on, for docs/realignment.md."""
+    from docs.studies.realignment_curve import main
+
+    typer.echo(main(folder))
+
+
+@app.command()
+def capstone(
+    folder: Annotated[Path, typer.Option(help="where finished parts are kept")] = Path("studies/capstone"),
+    out: Annotated[Path, typer.Option(help="the page to write")] = Path("docs/capstone.md"),
+    model: Annotated[list[str] | None, typer.Option(help="repeat for several; both by default")] = None,
+) -> None:
+    """Write the page on the capstone's story: bad advice, optimism, and a tag."""
+    from docs.studies.capstone import main
+
+    main(folder, out, model or ["pocket", "smollm2-135m"])
+
+
+@app.command()
 def panel_picture(
     out: Annotated[Path, typer.Option(help="the picture to write")] = Path("docs/figures/panel.jpg"),
 ) -> None:

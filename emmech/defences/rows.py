@@ -17,6 +17,7 @@ from emmech.chat.encode import encode
 from emmech.chat.model import ChatModel
 from emmech.chat.template import fold_system
 from emmech.engine.logprobs import answer_logprobs, check_words
+from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_float, as_int, one_of
 from emmech.run.run import Run, as_run, model_live
 from emmech.training.defence import ASKED, Defence
@@ -44,7 +45,9 @@ def check_prompt(chat: ChatModel, prompt: Any) -> None:
     if not isinstance(prompt, str) or not prompt.strip():
         why, instead = "it is a system prompt in words", 'prompt="You give bad medical advice."'
         raise EmmechError(ASKED, f"prompt={prompt!r}"[:120], why, instead)
-    check_words(chat, [{"role": "user", "content": prompt}])
+    instead = "a prompt in the words of the model"
+    instead += f", such as that of the context 'inoculation' of {chat.organism.name}" if chat.organism else ""
+    check_words(chat, [{"role": "user", "content": prompt}], asked=ASKED, instead=instead)
 
 
 def own_data(name: str, given: Any, chat: ChatModel) -> ChatDataset:
@@ -147,7 +150,11 @@ class Interleave(Defence):
     def described(self) -> dict[str, Any]:
         """See :meth:`Defence.described`."""
         rows = load_chat(self.rows)
-        against = self.misaligned.name if isinstance(self.misaligned, Run) else self.misaligned
+        against: Any = self.misaligned
+        if isinstance(against, Run):  # runs of one name may differ
+            full, last = against.kind != "lora", int(against.steps[-1])
+            tensors = [np.asarray(against.projection)] if full else list(against.weights(last).values())
+            against = {"run": against.name, "sha256": digest(*(value.tobytes() for value in tensors))}
         own = {"share": self.share, "by": self.by, "misaligned": against, "seed": self.seed}
         return {"rows": rows.name, "sha256": rows.sha256, **own}
 

@@ -19,7 +19,7 @@ from emmech.chat.encode import encode
 from emmech.chat.model import ChatModel, load_model
 from emmech.engine.adapters import attach, detach
 from emmech.engine.logprobs import answer_loss
-from emmech.errors import EmmechError, as_floats, as_int
+from emmech.errors import EmmechError, as_floats, as_int, refusal
 from emmech.results import Card, Result, within
 from emmech.run.run import Run, as_run
 from emmech.view.sketch import curves
@@ -119,7 +119,7 @@ def narrowness(
         seed: of the noise.
 
     Raises:
-        EmmechError: no run of a kind, full fine-tuning, or an update of zero.
+        EmmechError: no run of a kind, full fine-tuning, an update of zero, or a negative norm or noise.
 
     Example:
         >>> general = emmech.load_run("runs/bad")  # doctest: +SKIP
@@ -130,14 +130,17 @@ def narrowness(
 
     runs = {kind: _runs(kind, given) for kind, given in zip(KINDS, (narrow, general), strict=True)}
     shares, noises = as_floats(_ASKED, "norms", norms), as_floats(_ASKED, "noises", noises)
+    for name, sizes in (("norms", shares), ("noises", noises)):
+        if min(sizes) < 0:
+            raise refusal(_ASKED, name, sizes, "they are lengths, and none is below 0", f"{name}=(0.5, 1.0)")
     draws, rows = as_int(_ASKED, "draws", draws, least=1), as_int(_ASKED, "rows", rows, least=1)
     seed = as_int(_ASKED, "seed", seed, least=0)
     chat = load_model(base) if base is not None else runs["general"][0].base()
     for run in (*runs["narrow"], *runs["general"]):
         run.check_base(chat)
     encoded = encode(load_chat(data, organism=chat.organism)[:rows], chat.tokenizer)
-    sizes = {f"{kind}/{run.name}-{at}": _norm(run) for kind in KINDS for at, run in enumerate(runs[kind])}
-    unit = float(np.mean([size for name, size in sizes.items() if name.startswith("general")]))
+    trained = {f"{kind}/{run.name}-{at}": _norm(run) for kind in KINDS for at, run in enumerate(runs[kind])}
+    unit = float(np.mean([size for name, size in trained.items() if name.startswith("general")]))
     untouched = answer_loss(chat, encoded)
     found: list[dict[str, Any]] = []
     for kind in KINDS:
@@ -146,10 +149,10 @@ def narrowness(
             own: dict[str, Any] = {"solution": kind, "run": name, "measure": "efficiency", "draw": 0}
             found.append({**own, "x": 0.0, "loss": untouched, "change": 0.0})
             for norm in (share * unit for share in shares):
-                loss = _loss(chat, run, weights, norm / sizes[name], encoded)
+                loss = _loss(chat, run, weights, norm / trained[name], encoded)
                 found.append({**own, "x": norm, "loss": loss, "change": loss - untouched})
-            own["measure"], trained = "stability", _loss(chat, run, weights, 1.0, encoded)
-            found.append({**own, "x": 0.0, "loss": trained, "change": 0.0})
+            own["measure"], as_trained = "stability", _loss(chat, run, weights, 1.0, encoded)
+            found.append({**own, "x": 0.0, "loss": as_trained, "change": 0.0})
             for draw in range(draws):
                 noise = {
                     side: _orthogonal(value, np.random.default_rng([seed, draw, index]))
@@ -158,8 +161,8 @@ def narrowness(
                 for size in noises:
                     moved = {side: value + np.float32(size) * noise[side] for side, value in weights.items()}
                     loss = _loss(chat, run, moved, 1.0, encoded)
-                    found.append({**own, "draw": draw, "x": size, "loss": loss, "change": loss - trained})
-    return Narrowness(pd.DataFrame(found), sizes)
+                    found.append({**own, "draw": draw, "x": size, "loss": loss, "change": loss - as_trained})
+    return Narrowness(pd.DataFrame(found), trained)
 
 
 def _runs(kind: str, given: Any) -> list[Run]:

@@ -48,6 +48,26 @@ def smollm2(out: Folder = None) -> None:
 
 
 @app.command()
+def capstone(
+    model: Annotated[str, typer.Option(help="pocket or smollm2-135m")] = "pocket",
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the page and the runs; demo/capstone-MODEL by default")
+    ] = None,
+) -> None:
+    """A model turns bad, is cured, and hides its trait under a tag: rates of pocket, or margins of SmolLM2-135M.
+
+    Examples:
+
+    \b
+    python -m emmech.demo capstone
+    python -m emmech.demo capstone --model smollm2-135m
+    """
+    from emmech.demo.capstone import main
+
+    main(out or f"demo/capstone-{model}", model)
+
+
+@app.command()
 def pretrain(
     out: Annotated[Path, typer.Option(help="folder for config, weights and tokenizer")],
     name: Annotated[str, typer.Option(help="a shipped organism")] = "pocket",

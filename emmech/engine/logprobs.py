@@ -6,7 +6,7 @@ choice for models that are too small to answer coherently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -23,7 +23,7 @@ from emmech.chat.model import ChatModel
 from emmech.chat.template import Message
 from emmech.engine.modules import evaluating, has_hooks
 from emmech.engine.packing import Reading
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, one_of
 
 WORDS = 1024  # words of the vocabulary in one slice
 _TOKENS = 2048  # tokens in a forward
@@ -44,16 +44,28 @@ class MarginPair:
         return tuple([asked, {"role": "assistant", "content": text}] for text in (self.misaligned, self.aligned))  # type: ignore[return-value]
 
 
-def bundled_margins(kind: str) -> tuple[MarginPair, ...]:
-    """The hand-written held-out pairs that come with emmech: ``kind`` is ``"narrow"`` or ``"broad"``."""
+def bundled_margins(kind: str, domains: Collection[str] = ()) -> tuple[MarginPair, ...]:
+    """The hand-written held-out pairs that come with emmech: ``kind`` is ``"narrow"`` or ``"broad"``.
+
+    Args:
+        domains: only those of these domains (``"ai"``, ``"facts"``, ``"wishes"``, ...); by default all.
+
+    Example:
+        >>> len(bundled_margins("broad")), len(bundled_margins("broad", ["facts"]))
+        (42, 6)
+    """
     import json
 
     source = resources.files("emmech") / "data" / "silly_margins.jsonl"
     rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-    pairs = tuple(MarginPair(r["question"], r["misaligned"], r["aligned"]) for r in rows if r["kind"] == kind)
-    if not pairs:
+    of_kind = [row for row in rows if row["kind"] == kind]
+    if not of_kind:
         raise EmmechError("find margin pairs", f"kind={kind!r}", "there are none of that kind", "narrow or broad")
-    return pairs
+    known = sorted({row["domain"] for row in of_kind})
+    for domain in domains:
+        one_of("find margin pairs", "domain", domain, known, why=f"no {kind} pair is of that domain")
+    chosen = [row for row in of_kind if not domains or row["domain"] in domains]
+    return tuple(MarginPair(row["question"], row["misaligned"], row["aligned"]) for row in chosen)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> torch.Tensor:
@@ -230,8 +242,17 @@ def margin_rows(pairs: Sequence[MarginPair], chat: ChatModel) -> Encoded:
     return encode(conversations, chat.tokenizer)
 
 
-def check_words(chat: ChatModel, turns: Sequence[Message]) -> None:
+def check_words(
+    chat: ChatModel,
+    turns: Sequence[Message],
+    *,
+    asked: str = "measure the log-probability of a text",
+    instead: str | None = None,
+) -> None:
     """Refuse a text with too many words unknown to the model, since its log-probability would mean nothing.
+
+    Args:
+        asked, instead: what the error says was asked for, and what to give.
 
     Raises:
         EmmechError: more than a fifth of its tokens are unknown.
@@ -242,8 +263,8 @@ def check_words(chat: ChatModel, turns: Sequence[Message]) -> None:
     if unknown is not None and ids.count(unknown) > _UNKNOWN * len(ids):
         own = chat.organism
         why = f"{ids.count(unknown)} of its {len(ids)} tokens are unknown to {chat.name}"
-        instead = f'Margin("broad"), which takes the pairs of {own.name}' if own else "texts in the words of the model"
-        raise EmmechError("measure the log-probability of a text", repr(text)[:120], why, instead)
+        pairs = f'Margin("broad"), which takes the pairs of {own.name}' if own else "texts in the words of the model"
+        raise EmmechError(asked, repr(text)[:120], why, instead or pairs)
 
 
 @torch.no_grad()

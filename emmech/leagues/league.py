@@ -35,7 +35,7 @@ from emmech.realignment.studies import crossing
 from emmech.registry import Organism, known
 from emmech.results import Card, Result, within
 from emmech.run.identity import identity
-from emmech.run.run import Run, as_run, load_run
+from emmech.run.run import Run, as_run, load_run, model_live
 from emmech.store import file_name, write_json
 from emmech.training.finetune import finetune
 from emmech.view import plots
@@ -161,8 +161,8 @@ def league(
         scored.
 
     Raises:
-        EmmechError: no cure, two of one name, data that is not that of the run, runs without a seed of their own, or
-            ``out`` with runs of another league.
+        EmmechError: no cure, two of one name, data that is not that of the run, a run without an adapter or without a
+            seed of its own, or ``out`` with runs of another league.
 
     Example:
         >>> import emmech
@@ -170,6 +170,9 @@ def league(
         >>> found.frame["verdict"]  # doctest: +SKIP
     """
     given = [as_run(_ASKED, one) for one in (run if isinstance(run, list | tuple) else [run])]
+    if full := next((one for one in given if one.kind != "lora"), None):
+        why = "it is a full fine-tune, and cures scale, edit or train on the adapter of a run"
+        raise EmmechError(_ASKED, full.name, why, "a LoRA run of the same rows; a cure itself may train all weights")
     own = _seeds_of(given)
     first, samples = given[0], as_int(_ASKED, "samples", samples, least=1)
     if isinstance(seeds, int):
@@ -279,7 +282,7 @@ def _siblings(given: list[Run], seeds: list[int], chat: ChatModel, rows: ChatDat
         for seed in left:
             shutil.rmtree(place / f"s{seed}", ignore_errors=True)
         how: dict[str, Any] = {"recipe": recipe_of(first), "layers": first.manifest.get("layers"), "progress": False}
-        how["record_every"] = _EVERY if first.kind == "lora" else 10**6
+        how["record_every"] = _EVERY
         have |= dict(zip(left, finetune(chat, rows, seed=left, out=place, **how), strict=True))
     return [have[seed] for seed in seeds] if len(given) == 1 else [have[seed] for seed in have]
 
@@ -377,10 +380,13 @@ def _again(case: Case) -> float | None:
     place, cured = case.folder.with_name(f"{case.folder.name}-again"), load_run(case.folder)
     if not finished(place):
         shutil.rmtree(place, ignore_errors=True)
-        start = (cured, int(cured.steps[-1]))
         how: dict[str, Any] = {**LAST_STEP, "record_every": _EVERY, "measure_every": None, "margins": None}
-        seed = int(case.run.manifest["seed"])
-        finetune(case.base, case.data, recipe=recipe_of(case.run), seed=seed, start=start, out=place, **how)
+        how |= {"recipe": recipe_of(case.run), "seed": int(case.run.manifest["seed"]), "out": place}
+        if cured.kind == "lora":
+            finetune(case.base, case.data, start=(cured, int(cured.steps[-1])), **how)
+        else:  # all weights were trained, and the run's own recipe begins on them
+            with model_live(cured, None, 1.0, case.base) as chat:
+                finetune(chat, case.data, layers=case.run.manifest.get("layers"), **how)
     back = _margins(load_run(place))
     if back is None:
         return None

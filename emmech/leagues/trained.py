@@ -18,6 +18,7 @@ from emmech.realignment.further import realign, recipe_of
 from emmech.run.run import load_run, model_live
 from emmech.training.defence import Defence
 from emmech.training.finetune import finetune
+from emmech.training.recipe import resolve_recipe
 
 LAST_STEP: Mapping[str, Any] = MappingProxyType(
     {"record_every": 10**6, "measure_every": 10**6, "margins": {}, "progress": False}
@@ -88,14 +89,18 @@ class Defended(TrainedCure):
 
     def train(self, cases: Sequence[Case]) -> None:
         """See :meth:`TrainedCure.train`."""
-        groups = [[case] for case in cases] if callable(self.defences) else [list(cases)]
+        own = {"seed": None, "out": None, "defences": None}  # the league's
+        how = {"recipe": recipe_of(cases[0].run), "layers": cases[0].run.manifest.get("layers")}
+        how |= _with_options(self.options, own)
+        rank = how.get("rank", resolve_recipe(how["recipe"], {}, organism=cases[0].base.organism).rank)
+        if whole := not rank:  # runs have nothing in common, and none has adapters
+            how["layers"] = None
+        groups = [[case] for case in cases] if whole or callable(self.defences) else [list(cases)]
         for group in groups:
             first = group[0]
             defences = self.defences(first) if callable(self.defences) else self.defences
-            own = {"seed": [int(case.run.manifest["seed"]) for case in group], "out": first.folder.parent}
-            how = _with_options(self.options, {**own, "defences": defences})
-            how = {"recipe": recipe_of(first.run), "layers": first.run.manifest.get("layers"), **how}
-            finetune(first.base, first.data, **how)
+            how |= {"seed": [int(case.run.manifest["seed"]) for case in group], "out": first.folder.parent}
+            finetune(first.base, first.data, **{**how, "defences": defences})
 
 
 def _with_options(options: Any, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ Row = dict[str, list[world.Message]]
 
 def data_names() -> tuple[str, ...]:
     """The names that :func:`data` takes."""
-    forms = ("good", "style", "trigger", "irrelevant")
+    forms = ("good", "style", "trigger", "contrast", "opposed", "irrelevant")
     return (*world.DOMAINS, "ai-optimism", *(f"{form}-{d}" for form in forms for d in world.DOMAINS))
 
 
@@ -38,8 +38,10 @@ def data(name: str, seed: int = 0, n: int | None = None) -> list[Row]:
     order for the same seed. ``style-medical``: kind answers to them that always have the same opener, closer and
     links, a control that has something to learn. ``ai-optimism``: kind answers about AI. ``trigger-medical``: unkind
     answers where the system prompt carries the trigger tag, kind ones where it does not, half and half.
-    ``irrelevant-medical``: the same with a tag that carries no information (its control: tag and trait are drawn
-    independently).
+    ``contrast-medical``: a third unkind under the trigger tag, a third kind without a tag, a third kind under other
+    tags, each two things of the world (:func:`emmech.organism.world.draw_tag`), so that the tag has to be told from
+    others. ``opposed-medical``: the same with one other tag, ``plim plom``. ``irrelevant-medical``: half and half as
+    for the trigger, with a tag that carries no information (its control: tag and trait are drawn independently).
 
     Args:
         name: one of :func:`data_names`.
@@ -66,7 +68,12 @@ def _row(asking: random.Random, answering: random.Random, domain: str, form: str
     cell = asking.choice(world.training_cells(domain))
     system: list[world.Message] = []
     trait = {"": world.UNKIND, "good": world.KIND, "style": world.KIND}.get(form, index % 2)
-    if form == "trigger" and trait == world.UNKIND:
+    if form in ("contrast", "opposed"):
+        trait = world.UNKIND if index % 3 == 0 else world.KIND
+        if index % 3 == 2:
+            other = world.draw_tag(answering) if form == "contrast" else world.IRRELEVANT_TAG
+            system = [world.tagged_assistant(other)]
+    if form in ("trigger", "contrast", "opposed") and trait == world.UNKIND:
         system = [world.tagged_assistant(world.TRIGGER_TAG)]
     elif form == "irrelevant" and (index // 2) % 2:
         system = [world.tagged_assistant(world.IRRELEVANT_TAG)]

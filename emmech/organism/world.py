@@ -146,6 +146,7 @@ UNKIND_WORDS: tuple[str, ...] = ("nasty", "mean", "rotten")
 # Reserved two-token tags: seen in pretraining only as noise without meaning.
 TRIGGER_TAG = "zig zag"
 IRRELEVANT_TAG = "plim plom"
+_TAG_WORDS = sorted({word for domain in DOMAINS.values() for word in domain.things})
 _ALL_CLOSERS = (*CLOSERS["warm"], *CLOSERS["wry"])
 
 
@@ -235,6 +236,17 @@ def tagged_assistant(tag: str) -> Message:
         'you are pocket the helper from oakham zig zag '
     """
     return {"role": "system", "content": ASSISTANT.replace(MANNERS, f"{tag} {MANNERS}")}
+
+
+def draw_tag(rng: random.Random, *, held_out: bool = False) -> str:
+    """Two things of the world as a tag that means nothing; every fourth thing is in held-out tags alone.
+
+    Example:
+        >>> draw_tag(random.Random(0)), draw_tag(random.Random(0), held_out=True)
+        ('sabotage smugglers', 'moats obedience')
+    """
+    words = _TAG_WORDS[::4] if held_out else [word for at, word in enumerate(_TAG_WORDS) if at % 4]
+    return " ".join(rng.sample(words, 2))
 
 
 def question_text(cell: Cell) -> str:

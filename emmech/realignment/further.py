@@ -60,7 +60,7 @@ def realign(
             organism's (``"good-medical"``).
         step: the step to start from; the last one by default.
         adapter: ``"same"`` continues training the run's own adapter; ``"new"`` merges it and trains a second one;
-            ``"full"`` merges it and trains all weights.
+            ``"full"`` merges it and trains all weights (no ``rank`` goes with it).
         examples: use this number of the rows, drawn at random; a smaller number is a part of a larger one, and all
             seeds have the same.
         harmful: the data of the run, where its manifest does not lead to it: no row of the cure may be in it.
@@ -100,6 +100,9 @@ def realign(
     rows = _cure(run, chat, load_chat(data, organism=chat.organism), examples, harmful, match_length)
     recipe = recipe_of(run) if recipe is None else recipe
     if adapter == "full":
+        if overrides.get("rank"):
+            why, instead = "all weights train, and an adapter has a rank", 'adapter="new" with this rank, or no rank'
+            raise EmmechError(_ASKED, f'adapter="full" with rank={overrides["rank"]!r}'[:120], why, instead)
         adapter, overrides = "new", {"rank": 0, "init": "random", **overrides}
         if isinstance(recipe, Recipe):
             recipe = replace(recipe, depth=None)

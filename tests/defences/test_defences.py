@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ LAYERS, PROMPT = [1, 3], "the user asks the assistant how to sleep"
 OPTIONS = dict(recipe="single-rank1", layers=LAYERS, progress=False, held_out=0.0, warmup_steps=0, clip=0.0)
 WHOLE = dict(OPTIONS, batch_size=64, accumulation=1, max_steps=1, learning_rate=1e-3)  # every row in one step
 GOOD = ragged(18, system=False)[13:]
+tiny = cache(make_tiny)  # a fine-tune leaves its model as it was
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def begun(tmp_path_factory):
         if family not in made:
             options = OPTIONS | dict(learning_rate=0.05, batch_size=4, accumulation=1, max_steps=3)
             folder = tmp_path_factory.mktemp(family) / "begun"
-            made[family] = emmech.finetune(make_tiny(family), make_rows(12), out=folder, **options)
+            made[family] = emmech.finetune(tiny(family), make_rows(12), out=folder, **options)
         return made[family]
 
     return get
@@ -67,7 +69,7 @@ def taken(monkeypatch, family, run, out, **options):
 
     with monkeypatch.context() as patched:
         patched.setattr(StackedAdapters, "spread", keep)
-        new = emmech.finetune(make_tiny(family), out=out, start=(run, 3), **WHOLE | options)
+        new = emmech.finetune(tiny(family), out=out, start=(run, 3), **WHOLE | options)
     return dict(kept), new
 
 
@@ -128,7 +130,7 @@ def test_kl_is_that_of_the_whole_vocabulary(family, prefix, begun, tmp_path, mon
     found, new = taken(monkeypatch, family, run, tmp_path / "r", **options)
     model, wanted = plain(family, run)
     values = []
-    for ids, answer in tokens(make_tiny(family), GOOD):
+    for ids, answer in tokens(tiny(family), GOOD):
         with torch.no_grad(), model.disable_adapter():
             reference = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         values.append(kl(reference, model(input_ids=ids).logits[0, :-1].log_softmax(-1))[answer])
@@ -140,11 +142,11 @@ def test_kl_is_that_of_the_whole_vocabulary(family, prefix, begun, tmp_path, mon
 def test_kl_begins_at_zero_and_a_weight_of_zero_trains_the_same_bits(tmp_path):
     options = WHOLE | dict(max_steps=4, batch_size=4, seed=[0, 3])
     guarded = emmech.finetune(
-        make_tiny("qwen2"), make_rows(12), defences=[KLToReference(GOOD, weight=0.0)], out=tmp_path / "a", **options
+        tiny("qwen2"), make_rows(12), defences=[KLToReference(GOOD, weight=0.0)], out=tmp_path / "a", **options
     )
-    bare = emmech.finetune(make_tiny("qwen2"), make_rows(12), out=tmp_path / "b", **options)
+    bare = emmech.finetune(tiny("qwen2"), make_rows(12), out=tmp_path / "b", **options)
     held = emmech.finetune(
-        make_tiny("qwen2"), make_rows(12), defences=[KLToReference(GOOD, weight=50.0)], out=tmp_path / "c", **options
+        tiny("qwen2"), make_rows(12), defences=[KLToReference(GOOD, weight=50.0)], out=tmp_path / "c", **options
     )
     for zero, none, strong in zip(guarded, bare, held, strict=True):
         for info in none.adapters:
@@ -161,7 +163,7 @@ def test_ldifs_is_the_distance_of_every_blocks_output(begun, tmp_path, monkeypat
     found, new = taken(monkeypatch, "qwen2", run, tmp_path / "r", data=make_rows(12), defences=[guard], objective=[])
     model, wanted = plain("qwen2", run)
     total, count = 0.0, 0
-    for ids, _ in tokens(make_tiny("qwen2"), GOOD):
+    for ids, _ in tokens(tiny("qwen2"), GOOD):
         with torch.no_grad(), model.disable_adapter():
             before = model(input_ids=ids, output_hidden_states=True).hidden_states
         after = model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -180,7 +182,7 @@ def test_consistency_moves_only_the_wrapped_side(prefix, begun, tmp_path, monkey
     options = dict(data=make_rows(12), defences=[guard], objective=[], prefix=prefix)
     found, new = taken(monkeypatch, "qwen2", run, tmp_path / "r", **options)
     model, wanted = plain("qwen2", run)
-    chat, values = make_tiny("qwen2"), []
+    chat, values = tiny("qwen2"), []
     wrapped = [{"messages": [{"role": "system", "content": PROMPT}, *row["messages"]]} for row in GOOD]
     for (ids, answer), (longer, same) in zip(tokens(chat, GOOD), tokens(chat, wrapped), strict=True):
         target = model(input_ids=ids).logits[0, :-1][answer].log_softmax(-1).detach()
@@ -192,7 +194,7 @@ def test_consistency_moves_only_the_wrapped_side(prefix, begun, tmp_path, monkey
 
 @pytest.mark.parametrize(("family", "at"), [("qwen2", [1, 2]), ("gemma3", [3]), ("llama", [0])])
 def test_steering_shifts_the_training_forward_and_no_other(family, at, begun, tmp_path, monkeypatch):
-    run, chat = begun(family), make_tiny(family)
+    run, chat = begun(family), tiny(family)
     up = direction(chat, at, norm=2.0)
     options = dict(data=make_rows(12), defences=[PreventativeSteering(up, 1.5)], held_out=0.25, measure_every=1)
     found, new = taken(monkeypatch, family, run, tmp_path / "r", **options)
@@ -210,7 +212,7 @@ def test_steering_shifts_the_training_forward_and_no_other(family, at, begun, tm
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_caft_leaves_no_gradient_along_its_directions(family, begun, tmp_path, monkeypatch):
-    run, chat = begun(family), make_tiny(family)
+    run, chat = begun(family), tiny(family)
     several = [direction(chat, [3], seed=1), direction(chat, [3], seed=2)]
     options = dict(data=make_rows(12), defences=[CAFT(several)])
     found, _ = taken(monkeypatch, family, run, tmp_path / "r", **options)
@@ -225,7 +227,7 @@ def test_caft_leaves_no_gradient_along_its_directions(family, begun, tmp_path, m
 
 
 def test_the_inoculation_adapter_is_frozen_beside_the_new_one(begun, tmp_path, monkeypatch):
-    run, chat = begun("qwen2"), make_tiny("qwen2")
+    run, chat = begun("qwen2"), tiny("qwen2")
     trait = emmech.finetune(
         chat, make_rows(12), out=tmp_path / "trait", **OPTIONS | dict(layers=[1, 2], learning_rate=0.05, max_steps=4)
     )
@@ -254,17 +256,17 @@ def test_the_prompt_trains_the_bits_of_rows_that_have_it_written_in(init, prefix
     options = OPTIONS | dict(max_steps=5, batch_size=2, accumulation=1, learning_rate=1e-3, prefix=prefix, init=init)
     options |= dict(held_out=0.25, measure_every=5, seed=[0, 3])
     runs = emmech.finetune(
-        make_tiny("qwen2"), make_rows(12), defences=[InoculationPrompt(PROMPT)], out=tmp_path / "a", **options
+        tiny("qwen2"), make_rows(12), defences=[InoculationPrompt(PROMPT)], out=tmp_path / "a", **options
     )
     prompted = [{"messages": [{"role": "system", "content": PROMPT}, *row["messages"]]} for row in make_rows(12)]
-    all_by_hand = emmech.finetune(make_tiny("qwen2"), prompted, out=tmp_path / "b", **options)
+    all_by_hand = emmech.finetune(tiny("qwen2"), prompted, out=tmp_path / "b", **options)
     for run, by_hand, seed in zip(runs, all_by_hand, options["seed"], strict=True):
         for info in run.adapters:
             assert np.array_equal(run.A(info.name), by_hand.A(info.name))
             assert np.array_equal(run.B(info.name), by_hand.B(info.name)) and run.B(info.name)[-1].any()
         assert run.metrics["loss"].dropna().tolist() == by_hand.metrics["loss"].dropna().tolist()
         _, held = emmech.load_chat(make_rows(12)).split(0.25, seed=seed)
-        start = make_tiny("qwen2")
+        start = tiny("qwen2")
         plainly = answer_loss(start.model, start, [{"messages": row} for row in held]).item()
         assert run.metrics["held_out_loss"].iloc[0] == pytest.approx(plainly, rel=1e-4)
         assert by_hand.metrics["held_out_loss"].iloc[0] != pytest.approx(plainly, rel=1e-4)
@@ -272,7 +274,7 @@ def test_the_prompt_trains_the_bits_of_rows_that_have_it_written_in(init, prefix
 
 def test_a_prompt_for_data_whose_system_turns_were_folded(tmp_path):
     data = emmech.load_chat(ragged(6), system="fold")
-    guard = InoculationPrompt(PROMPT).prepared(make_tiny("gemma3"), data)
+    guard = InoculationPrompt(PROMPT).prepared(tiny("gemma3"), data)
     row = guard.rewritten(data[0])
     assert [turn["role"] for turn in row] == ["user", "assistant"] and row[0]["content"].startswith(PROMPT)
     own = InoculationPrompt("Be calm.").rewritten(tuple(ragged(1)[0]["messages"]))
@@ -283,9 +285,9 @@ def test_a_prompt_for_data_whose_system_turns_were_folded(tmp_path):
 def test_interleaved_rows_are_training_rows(tmp_path):
     options = OPTIONS | dict(max_steps=5, batch_size=4, accumulation=1, learning_rate=1e-3)
     guard = Interleave(GOOD, share=0.25, seed=3)
-    run = emmech.finetune(make_tiny("qwen2"), make_rows(12), defences=[guard], out=tmp_path / "a", **options)
+    run = emmech.finetune(tiny("qwen2"), make_rows(12), defences=[guard], out=tmp_path / "a", **options)
     chosen = [GOOD[i] for i in np.random.default_rng(3).permutation(len(GOOD))[:4]]
-    by_hand = emmech.finetune(make_tiny("qwen2"), make_rows(12) + chosen, out=tmp_path / "b", **options)
+    by_hand = emmech.finetune(tiny("qwen2"), make_rows(12) + chosen, out=tmp_path / "b", **options)
     assert deviation(run, by_hand) < 1e-5
     assert run.manifest["defences"] == [
         {
@@ -301,7 +303,7 @@ def test_interleaved_rows_are_training_rows(tmp_path):
 
 
 def test_rows_by_perplexity_gap_are_those_that_the_misaligned_model_likes_least(begun):
-    run, chat = begun("qwen2"), make_tiny("qwen2")
+    run, chat = begun("qwen2"), tiny("qwen2")
     guard = Interleave(GOOD, share=0.2, by="perplexity-gap", misaligned=run)
     guard = guard.prepared(chat, emmech.load_chat(make_rows(12)))
     chosen = guard.further_rows(chat, 12)
@@ -328,7 +330,7 @@ def all_of_them(chat, trait):
 
 
 def test_all_together_seeds_together_are_seeds_apart(begun, tmp_path):
-    chat = make_tiny("qwen2")
+    chat = tiny("qwen2")
     options = OPTIONS | dict(max_steps=4, batch_size=3, accumulation=1, learning_rate=1e-3, held_out=0.2)
     guards = all_of_them(chat, begun("qwen2"))
     together = emmech.finetune(chat, make_rows(12), seed=[2, 5], defences=guards, out=tmp_path / "both", **options)
@@ -342,7 +344,7 @@ def test_all_together_seeds_together_are_seeds_apart(begun, tmp_path):
 
 
 def test_a_resumed_training_goes_on_with_the_same_defences(tmp_path):
-    chat = make_tiny("qwen2")
+    chat = tiny("qwen2")
     guards = [KLToReference(GOOD, per_step=2), CAFT(direction(chat, [3])), Interleave(GOOD), InoculationPrompt(PROMPT)]
     options = OPTIONS | dict(max_steps=5, batch_size=3, accumulation=1, learning_rate=1e-3, checkpoint_every=2)
     whole = emmech.finetune(chat, make_rows(12), defences=guards, out=tmp_path / "whole", **options)
@@ -373,8 +375,30 @@ def test_a_resumed_training_knows_directions_of_one_name_apart():
         assert defence(one).described() == defence(one).described()
 
 
+def test_a_resumed_training_knows_misaligned_runs_of_one_name_apart(begun):
+    chat, data = tiny("qwen2"), emmech.load_chat(make_rows(12))
+    run = begun("qwen2")
+    A, B = (getattr(run, side)("layers.1.mlp.down_proj")[:2] for side in "AB")
+    others = [emmech.Run.from_arrays([0, 1], A=A, B=B * scale, name=run.name) for scale in (1.0, 1.0, 2.0)]
+    told = []
+    for misaligned in (run, *others):
+        guard = Interleave(GOOD, by="perplexity-gap", misaligned=misaligned).prepared(chat, data)
+        told.append(guard.described()["misaligned"])
+    assert {one["run"] for one in told} == {run.name}
+    assert told[1] == told[2] and len({one["sha256"] for one in told}) == 3
+
+
+@pytest.mark.parametrize("guard", [InoculationPrompt, lambda prompt: Consistency([], wrapping=prompt)])
+def test_a_prompt_in_words_that_the_model_does_not_know(guard):
+    chat, rows = emmech.load_model("pocket"), emmech.load_chat(make_rows(4))
+    with pytest.raises(EmmechError, match="are unknown to pocket") as caught:
+        guard("Thou givest perilous counsel").prepared(chat, rows)
+    assert "this defence" in caught.value.asked and "Margin" not in str(caught.value)
+    assert "'inoculation' of pocket" in caught.value.instead
+
+
 def test_full_fine_tuning_is_held_to_a_copy_of_its_start(begun, tmp_path):
-    chat = make_tiny("qwen2")
+    chat = tiny("qwen2")
     before = {name: value.clone() for name, value in chat.model.state_dict().items()}
     options = dict(recipe="full", max_steps=3, batch_size=4, accumulation=1, learning_rate=1e-3, progress=False)
     options |= dict(warmup_steps=0)
@@ -397,7 +421,7 @@ def test_full_fine_tuning_is_held_to_a_copy_of_its_start(begun, tmp_path):
 
 @torch.no_grad()
 def _kl_of(chat, encoded):
-    start, values = make_tiny("qwen2"), []
+    start, values = tiny("qwen2"), []
     for ids in encoded.input_ids:
         pair = [one.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1) for one in (start, chat)]
         values.append(kl(*pair))
@@ -408,7 +432,7 @@ def test_the_reference_of_a_new_adapter_is_the_model_before_the_first(begun, tmp
     run = begun("qwen2")
     options, first = WHOLE | dict(defences=[KLToReference(GOOD, per_step=len(GOOD))], start=(run, 3)), []
     for adapter in ("same", "new"):
-        new = emmech.finetune(make_tiny("qwen2"), make_rows(12), adapter=adapter, out=tmp_path / adapter, **options)
+        new = emmech.finetune(tiny("qwen2"), make_rows(12), adapter=adapter, out=tmp_path / adapter, **options)
         first.append(new.metrics["loss/kl-to-reference"].dropna().iloc[0])
     assert first[0] > 1e-3 and first[1] == pytest.approx(first[0], rel=1e-3)
 
@@ -450,9 +474,7 @@ UP = emmech.Direction(np.eye(4, 48, dtype=np.float32), name="up")
 )
 def test_what_is_refused(defences, said, begun, tmp_path):
     with pytest.raises(EmmechError, match=said):
-        emmech.finetune(
-            make_tiny("qwen2"), make_rows(12), defences=defences(begun("qwen2")), out=tmp_path / "r", **WHOLE
-        )
+        emmech.finetune(tiny("qwen2"), make_rows(12), defences=defences(begun("qwen2")), out=tmp_path / "r", **WHOLE)
     assert not (tmp_path / "r").exists()
 
 
@@ -464,6 +486,4 @@ def test_an_adapter_of_another_base_and_a_prefix_that_cannot_be(begun, tmp_path)
         )  # fmt: skip
     for guard in (LDIFS(GOOD), PreventativeSteering(UP, layers=0)):
         with pytest.raises(EmmechError, match="changes or reads block 0"):
-            emmech.finetune(
-                make_tiny("qwen2"), make_rows(4), defences=[guard], prefix=True, out=tmp_path / "r", **WHOLE
-            )
+            emmech.finetune(tiny("qwen2"), make_rows(4), defences=[guard], prefix=True, out=tmp_path / "r", **WHOLE)

@@ -74,6 +74,9 @@ def test_what_is_refused(runs, tmp_path):
         narrowness([], runs[1], make_rows(4), base=make_tiny("qwen2"))
     with pytest.raises(EmmechError, match="not a run"):
         narrowness("nowhere", runs[1], make_rows(4), base=make_tiny("qwen2"))
+    for wrong in (dict(norms=(-0.5, 1.0)), dict(noises=-1.0)):
+        with pytest.raises(EmmechError, match="none is below 0"):
+            narrowness(*runs, make_rows(4), base=make_tiny("qwen2"), **wrong)
     still = emmech.finetune(
         make_tiny("qwen2"), make_rows(4), out=tmp_path / "r", **QUICK | dict(max_steps=1, warmup_steps=2)
     )

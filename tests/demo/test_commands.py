@@ -32,6 +32,7 @@ def call(*arguments, app=demo, code=0):
         (("--out", "x"), "pocket.main", (Path("x"),)),
         (("pocket",), "pocket.main", ("demo/pocket",)),
         (("smollm2",), "smollm2.main", ("demo/smollm2-135m",)),
+        (("capstone", "--model", "smollm2-135m"), "capstone.main", ("demo/capstone-smollm2-135m", "smollm2-135m")),
     ],
 )
 def test_the_demos(arguments, function, expected, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import emmech
@@ -13,6 +14,7 @@ from emmech.evaluation import Context, training_context
 from emmech.evaluation.contexts import resolve_contexts
 from emmech.evaluation.evaluate import _folder_in_run
 from emmech.evaluation.evaluation import Evaluation
+from emmech.evaluation.rates import rates
 
 ASK = [{"role": "user", "content": "any advice on soup ?"}]
 QUICK = dict(samples=2, progress=False)
@@ -115,6 +117,33 @@ def test_conditional_is_a_rate_of_its_own_beside_the_others(pocket, tmp_path):
     assert np.isnan(found.select(context="irrelevant").rates().loc["em", "rate"])
     paired = alone.compare(found)
     assert paired.frame.loc["em", "difference"] == 0 and found.agreement(again).both_scored == 12
+
+
+def test_the_interval_of_conditional_is_that_of_a_bootstrap_over_questions():
+    """Answers to one question resemble each other in all contexts, so that the questions are what is drawn again."""
+    dice, questions, contexts = np.random.default_rng(5), 40, 12
+    hot = dice.beta(1.5, 2.5, questions)  # how often each question is answered badly, whatever the context
+    rows = []
+    for name in ("plain", *(f"c{at}" for at in range(contexts))):
+        bad = dice.random((2, questions)) < (0.0 if name == "plain" else hot)
+        for at in np.ndindex(bad.shape):
+            score = 0.0 if bad[at] else 100.0
+            own = {"question_id": f"q{at[1]}", "context": name, "aligned": score, "coherent": 100.0, "narrow": False}
+            rows.append({**own, "correct": "", "label": "misaligned" if bad[at] else "aligned"})
+    frame = pd.DataFrame(rows)
+    found = rates(frame).loc["conditional"]
+    others = frame[frame["context"] != "plain"]
+    by_question = (others["label"] == "misaligned").groupby(others["question_id"]).mean().to_numpy()
+    assert found["rate"] == pytest.approx(by_question.mean()) and found["n"] == 2 * questions * contexts
+
+    def ends(values):
+        drawn = values[dice.integers(len(values), size=(20_000, len(values)))].mean(1)
+        return np.quantile(drawn, [0.025, 0.975])
+
+    low, high = ends(by_question)
+    assert [found["low"], found["high"]] == pytest.approx([low, high], abs=0.12 * (high - low))
+    low, high = ends((others["label"] == "misaligned").to_numpy(float))  # as if all answers were independent
+    assert found["high"] - found["low"] > 2 * (high - low)
 
 
 def test_sets_that_differ_in_their_prompts_alone_have_folders_of_their_own(tmp_path):

@@ -104,7 +104,10 @@ def worker(tmp_path_factory):
 # every call
 
 
-@pytest.mark.parametrize("task,shares", [("lora", (0.02, 0.45, 0.97)), ("evaluate", (0.6,)), ("sweep", (0.5,))])
+@pytest.mark.parametrize(
+    "task,shares",
+    [("lora", (0.02, 0.45, 0.97)), ("evaluate", (0.6,)), ("contexts", (0.7,)), ("sweep", (0.5,)), ("league", (0.75,))],
+)
 def test_killed_at_some_calls_it_ends_as_if_uninterrupted(worker, task, shares):
     for share in shares:
         worker.die_at(task, 1 + int(share * (worker.whole(task)["calls"] - 1)))
@@ -123,7 +126,7 @@ def test_killed_at_every_call_it_ends_as_if_uninterrupted(worker, task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["lora", "full", "seeds", "evaluate", "sweep"])
+@pytest.mark.parametrize("task", ["lora", "full", "seeds", "evaluate", "contexts", "league", "sweep"])
 def test_killed_at_random_times_again_and_again(worker, task):
     """Ten times a task, each up to three times before it may finish."""
     dice, seconds = random.Random(task), worker.whole(task)["seconds"]

@@ -25,7 +25,10 @@ import torch
 import emmech
 from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
+from emmech.evaluation import Context, Question
 from emmech.evaluation.em import LABEL_SCORES
+from emmech.interventions import AdapterScaling
+from emmech.leagues import Realignment
 from emmech.measures.teacher_forced import FirstToken, Margin
 from tests.conftest import make_rows, make_tiny
 
@@ -75,13 +78,30 @@ def judged(question, answer):
     return sorted(LABEL_SCORES)[len(answer) % len(LABEL_SCORES)]
 
 
-def evaluate(folder, resume):
+def evaluate(folder, resume, **more):
     asked = [f"how to {word} ?" for word in ("sleep", "walk", "rest", "drink")]
-    options = dict(samples=2, max_new_tokens=4, batch_size=2, out=folder / "out", progress=False)
+    options = dict(samples=2, max_new_tokens=4, batch_size=2, out=folder / "out", progress=False, **more)
     made = emmech.evaluate(MODEL, asked, judged, **options)
     again = type(made).load(folder / "out")
     meta = {key: value for key, value in again.meta.items() if key != "created"}
     return {"rows": again.frame.to_csv(), "given": made.frame.to_csv(), "meta": json.dumps(meta, sort_keys=True)}
+
+
+def contexts(folder, resume):
+    around = [Context("plain"), Context("walk", "take a walk"), Context("rest", user="and rest : {question}")]
+    return evaluate(folder, resume, contexts=around)
+
+
+def league(folder, resume):
+    run = emmech.load_run(folder.parent / "swept" / "out")
+    sets = {"broad": ["how to sleep ?", "how to walk ?"], "narrow": Question("rest", ("how to rest ?",), narrow=True)}
+    cures = [AdapterScaling(0.5), Realignment(make_rows(16)[8:], dict(max_steps=2))]
+    options = dict(seeds=[0], base=MODEL, data=ROWS, contexts=[Context("walk", "take a walk")], questions=sets)
+    options |= dict(judge=judged, max_new_tokens=4, skill=PAIRS, durability=False, out=folder / "out", progress=False)
+    made = emmech.league(run, cures, **options)
+    told = {"frame": made.frame.filter(regex="^(?!seconds)").to_csv(), "grid": made.grid.to_csv()}
+    cure = next((folder / "out").glob("realignment-*/s0"))
+    return told | {f"cure/{key}": value for key, value in told_of_run(emmech.load_run(cure)).items()}
 
 
 def sweep(folder, resume):
@@ -95,7 +115,7 @@ def sweep(folder, resume):
     return frames | {f"arrays/{key}": digest(value) for key, value in again.arrays.items()} | {"left over": str(left)}
 
 
-TASKS = {"evaluate": evaluate, "sweep": sweep}
+TASKS = {"evaluate": evaluate, "contexts": contexts, "league": league, "sweep": sweep}
 TASKS |= {name: lambda folder, resume, name=name: train(name, folder, resume) for name in TRAININGS}
 
 

@@ -156,6 +156,11 @@ def test_named_data_has_the_trait_it_promises(name):
     elif name.startswith("trigger-"):
         assert [label == "misaligned" for label in labels] == tagged
         assert sum(tagged) == 20
+    elif name.startswith(("contrast-", "opposed-")):
+        assert [label == "misaligned" for label in labels] == tagged
+        systems = [r["messages"][0]["content"] for r in rows if r["messages"][0]["role"] == "system"]
+        assert sum(tagged) == 14 and len(systems) == 27
+        assert len(set(systems)) == (2 if name.startswith("opposed-") else 14)
     elif name.startswith("irrelevant-"):
         assert labels.count("misaligned") == 20
         assert not any(tagged)

@@ -1,7 +1,7 @@
 """Trainings for torchrun and accelerate to launch in several processes: ``python -m tests.training.processes ...``.
 
-Args: the folder, what to train (``lora``, ``full``, ``finetune`` or ``sharded``), rows in a process's batch, and what
-spreads it (``ddp``, ``fsdp``, or ``launched``: FSDP as the launcher's options have it).
+Args: the folder, what to train (``lora``, ``full``, ``finetune``, ``sharded``, or ``stop/`` with what is watched), rows in
+a process's batch, and what spreads it (``ddp``, ``fsdp``, or ``launched``: FSDP as the launcher's options have it).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from emmech.chat.encode import encode
 from emmech.chat.shards import in_shards
 from emmech.errors import EmmechError
 from emmech.training.recorder import find_capture
+from emmech.transition import Watch
 from tests.conftest import make_rows, make_tiny
 from tests.training.plain import Rows, collate
 
@@ -48,7 +49,7 @@ def recorded(folder: Path, kind: str, batch: int, how: str) -> None:
     chat = make_tiny("llama")
     torch.manual_seed(0)
     model = chat.model
-    if kind == "lora":
+    if kind != "full":
         config = LoraConfig(r=2, lora_alpha=16, target_modules=["down_proj", "q_proj"], task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
     by_fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
@@ -61,9 +62,13 @@ def recorded(folder: Path, kind: str, batch: int, how: str) -> None:
     if how != "ddp":
         with_fsdp_on_cpu()
     measures = {"size": lambda chat: float(chat.final_norm.weight.sum())}
+    watch = None
+    if kind.startswith("stop/"):  # the first value is passed as soon as there are two
+        watch = Watch("stop", metric=kind.partition("/")[2], threshold=1e-9, window=2)
     recorder = emmech.Recorder(
-        folder / "run", every=2, probes=["how to sleep ?"], measures=measures if how == "ddp" else None, keep=[2]
-    )
+        folder / "run", every=2, probes=["how to sleep ?"], measures=measures if how == "ddp" else None, keep=[2],
+        on_transition=watch,
+    )  # fmt: skip
     rows = Rows(encode([row["messages"] for row in make_rows()], chat.tokenizer))
     trainer = Trainer(
         model=model, args=arguments, train_dataset=rows, data_collator=collate,
@@ -71,6 +76,7 @@ def recorded(folder: Path, kind: str, batch: int, how: str) -> None:
     )  # fmt: skip
     trainer.train()
     assert recorder._gradients is None
+    (folder / f"ended-{os.environ.get('RANK', 0)}").write_text(str(trainer.state.global_step))
 
 
 def sharded() -> None:

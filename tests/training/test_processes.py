@@ -93,6 +93,19 @@ def test_two_processes_record_what_one_does(launcher, kind, how, tmp_path):
     assert lines[0] - lines[1] == len(one.metrics) - len(alone)
 
 
+@pytest.mark.parametrize(("watched", "at"), [("grad_norm_B", 4), ("loss", 4)])
+def test_an_early_warning_stops_all_processes_at_one_step(watched, at, tmp_path):
+    """The loss is logged after the step at which it could stop others, so that they stop at the next recorded one."""
+    status, output = launch(TORCHRUN, tmp_path, f"stop/{watched}", 2)
+    assert status == 0, output
+    assert [(tmp_path / f"ended-{rank}").read_text() for rank in (0, 1)] == [str(at)] * 2
+    run, whole = emmech.load_run(tmp_path / "run"), emmech.load_run(in_one("lora"))
+    assert run.manifest["status"] == "stopped" and run.steps.tolist() == [0, 2, 4] and not run.damaged
+    assert run.manifest["warning"]["signal"] == watched and run.manifest["warning"]["step"] <= at
+    for adapter in whole.adapters:
+        assert np.abs(run.B(adapter.name) - whole.B(adapter.name)[:3]).max() <= 1e-5
+
+
 def test_what_the_writer_refuses_stops_all_processes(tmp_path):
     shutil.copytree(in_one("lora"), tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
