@@ -32,6 +32,7 @@ from emmech.evaluation.screening import ScreeningJudge as ScreeningJudge
 from emmech.evaluation.server import Server as Server
 from emmech.interop.bridges import to_nnsight as to_nnsight
 from emmech.interop.bridges import to_transformer_lens as to_transformer_lens
+from emmech.interop.vllm import VLLM as VLLM
 from emmech.interventions.residual import ablate as ablate
 from emmech.interventions.residual import cap as cap
 from emmech.interventions.residual import steer as steer

@@ -2,7 +2,7 @@
 
 ::
 
-    vllm serve BASE --enable-lora --max-lora-rank 32 --generation-config vllm     # VLLM_ALLOW_RUNTIME_LORA_UPDATING=True
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank 32
 
     emmech.evaluate(run, steps=[50, 100], scales=[1, 2], engine=emmech.VLLM(url="http://localhost:8000/v1"))
 
@@ -217,7 +217,7 @@ class VLLM:
         if "max_lora_rank" in said or "lora rank" in said.lower():
             raise EmmechError(asked, given, f"the server's largest rank is below that: {said}",
                               f"vllm serve ... --enable-lora --max-lora-rank {largest}")  # fmt: skip
-        if said.startswith("404") or "not found" in said.lower() and "lora_path" not in said and "adapter" not in said:
+        if said.startswith("404") and "adapter" not in said:
             why = f"the server does not load adapters at run time ({said})"
             instead = "vllm serve ... --enable-lora, in an environment with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
             raise EmmechError(asked, found.shown, why, instead)
@@ -360,14 +360,18 @@ class VLLM:
         assert isinstance(server, Server)
         plain = {"messages": _PROBE, "max_tokens": _PROBED, "temperature": 0.0, "logprobs": True}
         bodies = [{**plain, "model": name} for name in (found.base, *adapted)]
-        answers: dict[int, Completion] = dict(server.complete(bodies, optional=("max_tokens", "temperature", "logprobs")))
+        answers: dict[int, Completion] = dict(
+            server.complete(bodies, optional=("max_tokens", "temperature", "logprobs"))
+        )
         base = answers.pop(0)
         if base.error is not None:
             return
         same = [one.about["name"] for place, one in enumerate(adapted.values(), 1) if _alike(base, answers[place])]
         if same:
             names = f"{', '.join(map(str, same[:5]))}{' and others' if len(same) > 5 else ''}"
-            how = "to the last log-probability" if base.logprobs else "in its text; the server gives no log-probabilities"
+            how = (
+                "to the last log-probability" if base.logprobs else "in its text; the server gives no log-probabilities"
+            )
             warnings.warn(
                 f"a greedy answer of {names} is that of the base model {how}: the adapter is not in force on the "
                 "server, or it is too weak to matter",
@@ -389,7 +393,17 @@ class VLLM:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         largest = next((one for one in _RANKS if one >= rank), rank)
-        line = [command, "serve", str(folder), "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)]
+        line = [
+            command,
+            "serve",
+            str(folder),
+            "--served-model-name",
+            "base",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ]
         line += ["--enable-lora", "--max-lora-rank", str(largest), "--max-loras", "16", "--generation-config", "vllm"]
         environment = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **os.environ}
         environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", **self.environment}
@@ -410,7 +424,9 @@ class VLLM:
             if self._ended():
                 why, log = "it ended", self._tail()
                 self.stop()
-                raise EmmechError("start vLLM", " ".join(self.options) or None, f"{why}: {log}", "options= that it takes")
+                raise EmmechError(
+                    "start vLLM", " ".join(self.options) or None, f"{why}: {log}", "options= that it takes"
+                )
             with suppress(httpx.HTTPError):
                 if httpx.get(address, timeout=5.0).status_code == 200:
                     return
@@ -418,7 +434,9 @@ class VLLM:
         log = self._tail()
         self.stop()
         why = f"it does not answer after {self.patience:g} s: {log}"
-        raise EmmechError("start vLLM", f"patience={self.patience:g}", why, "a larger patience=, or a running server's url=")
+        raise EmmechError(
+            "start vLLM", f"patience={self.patience:g}", why, "a larger patience=, or a running server's url="
+        )
 
     def _ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None
