@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # one test process a core with one thread each: two threads in each of two processes would wait for one another
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo demo-smollm2 test test-all check bench calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma early-warning row-screening organism-report organism-seeds checkpoints
+.PHONY: demo demo-smollm2 test test-all check bench calibration coverage damaged mutants verdicts docs notebooks install clean vllm study-smollm2 study-gemma early-warning row-screening organism-report organism-seeds checkpoints
 demo: $(STAMP)            ## the whole loop on the embedded organism, and a page of results in demo/
 	$(BIN)/python -m emmech.demo
 demo-smollm2: $(STAMP)    ## the same first half on a real 135M model
@@ -65,6 +65,10 @@ checkpoints: $(STAMP)     ## record the two runs in checkpoints/ anew
 	rm -rf checkpoints/pocket-medical checkpoints/pocket-good-medical
 	$(BIN)/emmech finetune pocket medical --out checkpoints/pocket-medical
 	$(BIN)/emmech finetune pocket good-medical --out checkpoints/pocket-good-medical
+vllm: build/vllm/bin/vllm ## vLLM for this processor in an environment of its own, for the tests and benchmarks that ask it
+build/vllm/bin/vllm: tests/interop/install_vllm.py
+	$(PYTHON) $< build/vllm
+	touch $@
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt

@@ -13,7 +13,6 @@ from emmech import sweeps as sweeps
 from emmech import transition as transition
 from emmech.chat.dataset import ChatDataset as ChatDataset
 from emmech.chat.dataset import load_chat as load_chat
-from emmech.chat.families import Family as Family
 from emmech.chat.model import ChatModel as ChatModel
 from emmech.chat.model import load_model as load_model
 from emmech.directions.adapter_lens import adapter_lens as adapter_lens

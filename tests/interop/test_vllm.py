@@ -178,8 +178,12 @@ def test_adapters_that_a_server_has_are_asked_by_name(chat, run, serve, tmp_path
     assert [one.meta["step"] for one in several] == [3, 7]
     assert {body["model"] for body in server.answers} >= {"s3", "s7"}
     assert "messages" in server.answers[-1] and "top_k" not in server.answers[-1]  # it is no vLLM
-    refused(["no adapter of that name", "s7"], ask, run, chat, server, step=3, engine=engine(server, adapters="t{step}"))
-    refused(["do not tell scales apart"], ask, run, chat, server, step=3, scale=2, engine=engine(server, adapters="s{step}"))
+    refused(
+        ["no adapter of that name", "s7"], ask, run, chat, server, step=3, engine=engine(server, adapters="t{step}")
+    )
+    refused(
+        ["do not tell scales apart"], ask, run, chat, server, step=3, scale=2, engine=engine(server, adapters="s{step}")
+    )
     refused(["another field"], ask, run, chat, server, step=3, engine=engine(server, adapters="{what}"))
     refused(["no vLLM", 'adapters="s{step}"'], ask, run, chat, server, step=3)
 
