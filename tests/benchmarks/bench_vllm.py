@@ -178,13 +178,17 @@ def swept(dtype: str, target: float) -> Contest:
         f"sampled sweep on SmolLM2-135M in {dtype}, 16 checkpoints x 8 questions x 4 samples, 40 tokens",
         "vLLM 0.32 on the same core, 16 LoRA adapters in one batch of 512 answers, its prefix cache on, eager",
         target,
-        _bound(ours, "both run every token that differs; ours reads each prompt once, the blocks below the adapter once "
-               "for equal texts, and equal answers of neighbouring checkpoints once", dtype),
+        _bound(
+            ours,
+            "both run every token that differs; ours reads each prompt once, the blocks below the adapter once for "
+            "equal texts, and equal answers of neighbouring checkpoints once",
+            dtype,
+        ),
         ours,
         theirs,
         check=check,
         pairs=lambda: _pairs(ours, theirs, peer),
-    )  # fmt: skip
+    )
 
 
 def plain(dtype: str, target: float) -> Contest:
@@ -219,13 +223,17 @@ def plain(dtype: str, target: float) -> Contest:
         f"plain answers of SmolLM2-135M in {dtype}, 8 prompts x 64 answers, 40 tokens",
         "vLLM 0.32 on the same core without LoRA, one batch of 512 answers, its prefix cache on, eager",
         target,
-        _bound(ours, "both run every token of every answer once; what can differ is the speed of products, of "
-               "attention and of drawing", dtype),
+        _bound(
+            ours,
+            "both run every token of every answer once; what can differ is the speed of products, of attention and of "
+            "drawing",
+            dtype,
+        ),
         ours,
         theirs,
         check=check,
         pairs=lambda: _pairs(ours, theirs, peer),
-    )  # fmt: skip
+    )
 
 
 def _bound(ours: Callable[[], Any], why: str, dtype: str) -> Callable[[float], str]:

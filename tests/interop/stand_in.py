@@ -14,7 +14,7 @@ from peft import PeftModel
 
 
 class StandIn:
-    """``base`` and the adapters that are loaded answer; texts that are sampled are a function of model, prompt and seed.
+    """``base`` and the adapters that are loaded answer; a text that is sampled depends on model, prompt and seed alone.
 
     Args:
         chat: the base model.

@@ -35,10 +35,10 @@ def run(smollm2):
 @pytest.fixture(scope="module")
 def engine():
     options = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
-    with emmech.VLLM(start=True, command=COMMAND, options=options, environment=CPU) as started:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it has no seeds, of which another test speaks
-            yield started
+    started = emmech.VLLM(start=True, command=COMMAND, options=options, environment=CPU)
+    with started, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has no seeds, of which another test speaks
+        yield started
 
 
 def by_length(question, answer):
