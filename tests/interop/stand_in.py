@@ -72,8 +72,9 @@ class StandIn:
 
     @property
     def answers(self):
-        """Requests for answers that were sampled."""
-        return [body for path, body in self.bodies if "completions" in path and body.get("temperature") != 0]
+        """Requests for sampled answers to questions, of 8 tokens; what the engine asks about seeds is longer."""
+        sampled = [body for path, body in self.bodies if "completions" in path and body.get("temperature") != 0]
+        return [body for body in sampled if body["max_tokens"] == 8]
 
     def get(self, path):
         if path == "/version" and self.version is not None:

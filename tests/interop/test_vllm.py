@@ -151,7 +151,7 @@ def test_an_adapter_that_changes_nothing_is_said(chat, run, serve):
     with pytest.warns(UserWarning, match="greedy answer of run step 3 is that of the base model to the last"):
         ask(run, chat, serve(idle=True), step=3)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         ask(run, chat, serve(), step=3)
 
 
@@ -166,7 +166,7 @@ def test_an_engine_that_cannot_seed_is_asked_without(chat, run, serve, options, 
     assert "draws others" in " ".join(str(caught[0].message).split())
     assert not found.meta["seeded"] and not any("seed" in body for body in server.answers[-6:])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert ask(run, chat, server, step=3, engine=engine(server, seeds=True)).meta["seeded"]
 
 
