@@ -116,6 +116,7 @@ class VLLM:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: Path | None = None
         self._found: _Found | None = None
+        self._served = ""  # which base model the server that was started has
         self._agreed: set[str] = set()  # base models that the server has been compared with
         if self.url is not None:
             self._server("probe", self.url)  # which refuses what is no address
@@ -264,8 +265,17 @@ class VLLM:
         return None
 
     def _connected(self, run: Run, chat: ChatModel, rank: int) -> _Found:
+        if self._ended():
+            self.stop()  # and start anew
+        served = f"{chat.name} {_print(run)}"
         if self.start and self._process is None:
             self._begin(run, chat, rank)
+            self._served = served
+        elif self.start and served != self._served:
+            why = f"the server that was started serves {self._served.split()[0]}"
+            raise EmmechError(
+                f"ask the checkpoints of {run.name}", f"its base model {chat.name}", why, "a VLLM of its own"
+            )
         if self._found is None or not self.start:
             address = str(self.url) if self._process is None else self._address
             self._found = self._look(address, chat)

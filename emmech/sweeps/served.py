@@ -99,8 +99,8 @@ class ServedReadings(ForcedReadings):
         cells = [(which, prompt) for which in range(len(servers)) for prompt in range(len(prompts))]
         bodies = [(which, {"prompt": list(prompts[prompt]), **asked}) for which, prompt in cells]
         found = np.empty((len(servers), len(prompts)), dtype=object)
-        done = 0
-        for index, got in _answered(servers, bodies):
+        whole, done = len(self) * len(servers), 0
+        for answered, (index, got) in enumerate(_answered(servers, bodies), 1):
             which, prompt = cells[index]
             if got.prompt is None or len(got.prompt) != len(prompts[prompt]) - 1:
                 given, why = f"prompt_logprobs of {servers[which].model}", "it gives none for a prompt of token ids"
@@ -109,8 +109,8 @@ class ServedReadings(ForcedReadings):
                 instead = "vLLM, or the sweep without engine="
                 raise EmmechError("read log-probabilities from the server", given, why, instead)
             found[which, prompt] = got.prompt
-            share = (index + 1) * len(self) // max(1, len(prompts)) if index + 1 == len(cells) else 0
-            update(share - done if share > done else 0)
+            update(answered * whole // len(cells) - done)
+            done = answered * whole // len(cells)
         return {
             str(index): np.array(
                 [[found[which, prompt][at] for prompt, at in places] for which in range(len(servers))], np.float32
