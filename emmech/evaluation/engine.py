@@ -1,12 +1,12 @@
 """What runs the checkpoints of a fine-tune while they are asked: this process, or a server.
 
-An :class:`Engine` makes each checkpoint ready to be asked. The local one puts one adapter after another on the model;
+A :class:`CheckpointEngine` makes each checkpoint ready to be asked. The local one puts one adapter after another on the model;
 :class:`emmech.VLLM` has a server load them all, so that questions to different checkpoints are answered together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -65,7 +65,7 @@ class Live:
     about: Mapping[str, Any]
 
 
-class Engine(Protocol):
+class CheckpointEngine(Protocol):
     """What runs checkpoints."""
 
     def checkpoints(self, cells: Sequence[Checkpoint], base: Any = None) -> AbstractContextManager[Iterable[Live]]:
@@ -88,7 +88,7 @@ class LocalEngine:
 
     @contextmanager
     def checkpoints(self, cells: Sequence[Checkpoint], base: Any = None) -> Iterator[Iterator[Live]]:
-        """As :meth:`Engine.checkpoints`; a base model that was given is left as it was."""
+        """As :meth:`CheckpointEngine.checkpoints`; a base model that was given is left as it was."""
         if base is None and len(cells) > 1:
             base = cells[0].run.base()  # loaded once
         going = _in_turn(cells, base)
@@ -98,7 +98,7 @@ class LocalEngine:
             going.close()
 
 
-def _in_turn(cells: Sequence[Checkpoint], base: Any) -> Iterator[Live]:  # a generator, which can be closed
+def _in_turn(cells: Sequence[Checkpoint], base: Any) -> Generator[Live, None, None]:
     for cell in cells:
         with model_live(cell.run, cell.step, cell.scale, base) as chat:
             yield Live(chat, {**cell.about(chat.name, chat.fingerprint()), "versions": local_versions()})

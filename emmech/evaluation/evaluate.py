@@ -17,7 +17,15 @@ from emmech.engine.responses import digest
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError, as_floats, as_int, as_ints
 from emmech.evaluation.contexts import Context, described, resolve_contexts
-from emmech.evaluation.engine import Checkpoint, Engine, Live, LocalEngine, check_engine, local_versions, versions
+from emmech.evaluation.engine import (
+    Checkpoint,
+    CheckpointEngine,
+    Live,
+    LocalEngine,
+    check_engine,
+    local_versions,
+    versions,
+)
 from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.judges import Judge, resolve_judge
 from emmech.evaluation.questions import QuestionSet, resolve_questions
@@ -41,7 +49,7 @@ def evaluate(
     scale: float = ...,
     steps: None = ...,
     scales: None = ...,
-    engine: Engine | None = ...,
+    engine: CheckpointEngine | None = ...,
     base: Any = ...,
     contexts: Any = ...,
     max_new_tokens: int = ...,
@@ -65,7 +73,7 @@ def evaluate(
     scale: float = ...,
     steps: Iterable[int],
     scales: Iterable[float] | None = ...,
-    engine: Engine | None = ...,
+    engine: CheckpointEngine | None = ...,
     base: Any = ...,
     contexts: Any = ...,
     max_new_tokens: int = ...,
@@ -89,7 +97,7 @@ def evaluate(
     scale: float = ...,
     steps: None = ...,
     scales: Iterable[float],
-    engine: Engine | None = ...,
+    engine: CheckpointEngine | None = ...,
     base: Any = ...,
     contexts: Any = ...,
     max_new_tokens: int = ...,
@@ -112,7 +120,7 @@ def evaluate(
     scale: float = 1.0,
     steps: Iterable[int] | None = None,
     scales: Iterable[float] | None = None,
-    engine: Engine | None = None,
+    engine: CheckpointEngine | None = None,
     base: Any = None,
     contexts: Any = None,
     max_new_tokens: int = 600,
@@ -246,7 +254,9 @@ def stored_evaluations(run: Run | str | Path) -> tuple[Evaluation, ...]:
 
 
 @contextmanager
-def _subjects(model: Any, cells: Sequence[Checkpoint], base: Any, engine: Engine | None) -> Iterator[Iterable[Live]]:
+def _subjects(
+    model: Any, cells: Sequence[Checkpoint], base: Any, engine: CheckpointEngine | None
+) -> Iterator[Iterable[Live]]:
     """The chat models or servers to ask, each with its description in the result."""
     if cells:
         with (engine or LocalEngine()).checkpoints(cells, base) as several:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
-from emmech.evaluation.engine import Checkpoint, Engine, check_engine
+from emmech.evaluation.engine import Checkpoint, CheckpointEngine, check_engine
 from emmech.measures.choose import as_measures
 from emmech.measures.measure import TeacherForced, Value
 from emmech.measures.probe import ProbeActivation
@@ -44,7 +44,7 @@ def sweep(
     measure: Any = "margin",
     base: Any = None,
     memory: int | str | None = None,
-    engine: Engine | None = None,
+    engine: CheckpointEngine | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Sweep:
@@ -133,7 +133,7 @@ def _outcomes(
     parts: ResumableParts,
     chosen: Sequence[int],
     size: int,
-    engine: Engine | None,
+    engine: CheckpointEngine | None,
     base: Any,
     *,
     progress: bool,
@@ -165,7 +165,7 @@ def _outcomes(
 
 
 def _ready(
-    chat: ChatModel, grid: Grid, group: Sequence[int], engine: Engine | None, base: Any
+    chat: ChatModel, grid: Grid, group: Sequence[int], engine: CheckpointEngine | None, base: Any
 ) -> AbstractContextManager[Any]:
     """A group of variants as its jobs take them: their weights, or servers that answer as they would."""
     if engine is None:
