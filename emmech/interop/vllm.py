@@ -141,7 +141,7 @@ class VLLM:
 
     @contextmanager
     def checkpoints(self, cells: Sequence[Checkpoint], base: Any = None) -> Iterator[list[Live]]:
-        """As :meth:`emmech.evaluation.engine.CheckpointEngine.checkpoints`; all of them can be asked until the context ends."""
+        """As an engine has them; all of them can be asked until the context ends."""
         for run in {id(cell.run): cell.run for cell in cells}.values():
             _check_run(run)
         chat = _outline(cells[0].run, base)
