@@ -1,7 +1,7 @@
 """What runs the checkpoints of a fine-tune while they are asked: this process, or a server.
 
 A :class:`CheckpointEngine` makes each checkpoint ready to be asked. The local one puts one adapter after another on the
-model; :class:`emmech.VLLM` has a server load them all, so that questions to different checkpoints are answered together.
+model; :class:`emmech.VLLM` has a server load them all, so that a sweep's questions to all of them go together.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ def engine(server, **options):
 
 def ask(run, chat, server, **options):
     settings = {"samples": 3, "max_new_tokens": 8, "progress": False, "base": chat, **options}
-    settings.setdefault("engine", engine(server))
+    if "engine" not in settings:
+        settings["engine"] = engine(server)
     return emmech.evaluate(run, ASKED, by_length, **settings)
 
 
