@@ -113,11 +113,13 @@ class ServedCheckpoint(Server):
         checkpoint: identifies it by its weights, whatever server answers.
         tokens: whether prompts are sent as token ids, which makes them those of a local model. A server that takes
             only conversations renders them by its own template.
+        readers: prompts whose log-probabilities are asked for at once; by default as many as requests in flight.
     """
 
     chat: ChatModel | None = None
     checkpoint: str = ""
     tokens: bool = False
+    readers: int | None = None
 
     @property
     def identity(self) -> str:

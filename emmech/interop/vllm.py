@@ -239,9 +239,9 @@ class VLLM:
             return ServedCheckpoint(name, **settings)
         if found.vllm and chat is not None:
             settings["extra"] = {**_PLAIN, "stop_token_ids": list(chat.stop_ids)}
-        return ServedCheckpoint(
-            name, **settings, seeds=found.seeds, chat=chat, checkpoint=state, tokens=found.vllm and chat is not None
-        )
+        # with LoRA, a CPU's engine dies when it reads the log-probabilities of two prompts at once
+        settings |= {"seeds": found.seeds, "readers": 1 if found.cpu else None}
+        return ServedCheckpoint(name, **settings, chat=chat, checkpoint=state, tokens=found.vllm and chat is not None)
 
     def _post(self, found: _Found, path: str, body: Mapping[str, Any]) -> str | None:
         """Send a request of vLLM's own API: None where it is done, else the server's words.
@@ -314,7 +314,7 @@ class VLLM:
         found = _Found(url, shown, plain, frozenset(names), version, version.startswith("vLLM"), True)
         seeds = self.seeds if self.seeds is not None else self._seeds(found, chat)
         if not seeds and self.seeds is None:
-            cpu = "on a CPU it can die of a seed" if "cpu" in version else "two requests of one seed give two texts"
+            cpu = "on a CPU it can die of a seed" if found.cpu else "two requests of one seed give two texts"
             warnings.warn(
                 f"{version} is asked without seeds ({cpu}): the same call without the answers that are kept draws "
                 "others, and checkpoints share no random numbers. Rates and their intervals are as valid.",
@@ -324,7 +324,7 @@ class VLLM:
 
     def _seeds(self, found: _Found, chat: ChatModel) -> bool:
         """Whether a seed determines a text there; a CPU's vLLM is not even asked."""
-        if "cpu" in found.version:
+        if found.cpu:
             return False
         server = self._server(found.base, found.url, chat, "the base model", found)
         body = {**server.asked(_PROBE), "max_tokens": _PROBED, "temperature": 1.0, "seed": 1}
@@ -470,6 +470,11 @@ class _Found:
     version: str
     vllm: bool
     seeds: bool
+
+    @property
+    def cpu(self) -> bool:
+        """Whether it is vLLM on a CPU, as its version says."""
+        return self.vllm and "cpu" in self.version
 
 
 def _end(process: subprocess.Popen[bytes], home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,8 @@ class ServedReadings(ForcedReadings):
             EmmechError: the server does not give them.
         """
         servers = _servers(rows)
+        if readers := getattr(servers[0], "readers", None):
+            servers[0] = replace(servers[0], concurrency=readers)
         prompts = list(self.prompts)
         asked = {"max_tokens": 1, "temperature": 0.0, "extra_body": {"prompt_logprobs": 0}}
         cells = [(which, prompt) for which in range(len(servers)) for prompt in range(len(prompts))]

@@ -31,7 +31,7 @@ class StandIn:
         self.chat, self.loads, self.lora, self.rank = chat, loads, lora, rank
         self.version, self.seeds, self.idle, self.dies = version, seeds, idle, dies
         self.models, self.roots, self.bodies, self.unloaded = {"base": chat.base}, {}, [], []
-        self.lock, self.drawn = threading.RLock(), 0
+        self.lock, self.drawn, self.reading, self.most = threading.RLock(), 0, 0, 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,8 +42,12 @@ class StandIn:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                reads = body.get("prompt_logprobs") is not None
+                outer.reading += reads
+                outer.most = max(outer.most, outer.reading)
                 with outer.lock:
                     reply = outer.post(self.path, body)
+                    outer.reading -= reads
                 if reply is None:
                     self.close_connection = True
                     return

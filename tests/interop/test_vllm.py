@@ -84,6 +84,15 @@ def test_margins_are_those_of_the_local_engine(chat, run, serve):
     assert len(server.unloaded) == 4  # two trained steps at two scales; scale 0 and step 0 are the base model
 
 
+def test_a_processor_reads_one_prompt_at_a_time(chat, run, serve):
+    axes = {"steps": [3, 7], "measure": Margin(PAIRS, name="m"), "base": chat, "progress": False}
+    alone, together = serve(version="0.32.0+cpu"), serve()
+    one = emmech.sweep(run, **axes, engine=engine(alone, seeds=False))
+    several = emmech.sweep(run, **axes, engine=engine(together))
+    assert alone.most == 1 < together.most  # it dies of two
+    assert one.frame.equals(several.frame)
+
+
 def test_ranks_of_several_modules_are_filled_up(chat, serve):
     wide, narrow = random_run(chat, SEVERAL[:1], rank=3, size=0.3), random_run(chat, SEVERAL[1:], size=0.3, seed=1)
     parts = [one._trajectory for one in (wide, narrow)]
