@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -50,6 +51,8 @@ _PROBE: list[Message] = [{"role": "user", "content": "hello , what should I do w
 _PROBED = 16  # tokens of the greedy answer
 # a server would take these from the model's folder
 _PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+# by default only a CPU's cache has blocks of 128 tokens or a fixed size; a GPU's that has is merely asked with care
+_CPU = re.compile(r'cache_config_info\{[^}]*(?:\bblock_size="128"|kv_cache_memory_bytes="\d+")')
 _LOG = 1500  # characters of a server's log that an error quotes
 
 
@@ -73,6 +76,7 @@ class VLLM:
         seeds: whether requests carry seeds. By default not on a CPU, whose vLLM dies of one when it reads a prompt in
             parts, and not where two requests of one seed give two texts. Without seeds the texts of a second call
             differ; those that are kept do not change, and rates are as valid.
+        cpu: whether the server runs on a CPU; by default what its version and its cache say.
         concurrency, retries, backoff, timeout, key: as in :class:`~emmech.Server`.
         command: of a server to be started, by default ``$EMMECH_VLLM`` or ``vllm``.
         options: further options of its command line, such as ``("--dtype", "float32")``.
@@ -94,6 +98,7 @@ class VLLM:
     adapters: str | None = None
     folder: str | Path | None = None
     seeds: bool | None = None
+    cpu: bool | None = None
     concurrency: int = 128
     retries: int = 6
     backoff: float = 1.0
@@ -293,10 +298,13 @@ class VLLM:
             models = [vars(one) | (one.model_extra or {}) for one in client.models.list().data]
             version = "a server with OpenAI's API"
             parts = urlsplit(url)
-            with suppress(openai.APIError, ValueError):
-                root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}/version"
-                told = client.with_options(timeout=20.0).get(root, cast_to=httpx.Response).json()
-                version = f"vLLM {told['version']}" if isinstance(told, dict) and "version" in told else version
+            root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+            told = metrics = ""
+            with suppress(openai.APIStatusError):
+                told = client.get(f"{root}/version", cast_to=httpx.Response).text
+                metrics = client.get(f"{root}/metrics", cast_to=httpx.Response).text
+            if (number := re.search(r'"version":\s*"([^"]+)"', told)) is not None:
+                version = f"vLLM {number[1]}"
         except openai.APIConnectionError as error:
             raise server.unreachable(error)
         except (openai.APIError, ValueError, AttributeError, TypeError) as error:
@@ -311,16 +319,18 @@ class VLLM:
             why = "the server has no model of that name" if self.model else f"it has {len(own)} models that may be it"
             instead = f"model= one of {', '.join(own[:10]) or 'those that it serves'}"
             raise EmmechError("find the base model on the server", f"model={self.model!r}, {shown}", why, instead)
-        found = _Found(url, shown, plain, frozenset(names), version, version.startswith("vLLM"), True)
+        vllm = version.startswith("vLLM")
+        cpu = self.cpu if self.cpu is not None else "cpu" in version or _CPU.search(metrics) is not None
+        found = _Found(url, shown, plain, frozenset(names), version, vllm, vllm and cpu, seeds=True)
         seeds = self.seeds if self.seeds is not None else self._seeds(found, chat)
         if not seeds and self.seeds is None:
-            cpu = "on a CPU it can die of a seed" if found.cpu else "two requests of one seed give two texts"
+            why = "on a CPU it can die of a seed" if found.cpu else "two requests of one seed give two texts"
             warnings.warn(
-                f"{version} is asked without seeds ({cpu}): the same call without the answers that are kept draws "
+                f"{version} is asked without seeds ({why}): the same call without the answers that are kept draws "
                 "others, and checkpoints share no random numbers. Rates and their intervals are as valid.",
                 stacklevel=2,
             )
-        return _Found(url, shown, plain, frozenset(names), version, found.vllm, seeds)
+        return replace(found, seeds=seeds)
 
     def _seeds(self, found: _Found, chat: ChatModel) -> bool:
         """Whether a seed determines a text there; a CPU's vLLM is not even asked."""
@@ -469,12 +479,8 @@ class _Found:
     names: frozenset[str]
     version: str
     vllm: bool
+    cpu: bool
     seeds: bool
-
-    @property
-    def cpu(self) -> bool:
-        """Whether it is vLLM on a CPU, as its version says."""
-        return self.vllm and "cpu" in self.version
 
 
 def _end(process: subprocess.Popen[bytes], home: Path) -> None:

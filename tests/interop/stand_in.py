@@ -24,12 +24,15 @@ class StandIn:
         version: what it says it is; None has no such address.
         seeds: whether a seed determines a text.
         idle: whether adapters that are loaded change nothing.
+        metrics: what it says of its cache.
         dies: the number of completions after which it closes every connection without an answer.
     """
 
-    def __init__(self, chat, *, loads=True, lora=True, rank=8, version="0.32.0", seeds=True, idle=False, dies=None):
+    def __init__(
+        self, chat, *, loads=True, lora=True, rank=8, version="0.32.0", seeds=True, idle=False, dies=None, metrics=""
+    ):
         self.chat, self.loads, self.lora, self.rank = chat, loads, lora, rank
-        self.version, self.seeds, self.idle, self.dies = version, seeds, idle, dies
+        self.version, self.seeds, self.idle, self.dies, self.metrics = version, seeds, idle, dies, metrics
         self.models, self.roots, self.bodies, self.unloaded = {"base": chat.base}, {}, [], []
         self.lock, self.drawn, self.reading, self.most = threading.RLock(), 0, 0, 0
         outer = self
@@ -38,6 +41,10 @@ class StandIn:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self):
+                if self.path == "/metrics" and outer.metrics:
+                    self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(outer.metrics))
+                    self.wfile.write(outer.metrics.encode())
+                    return
                 self.answer(*outer.get(self.path))
 
             def do_POST(self):

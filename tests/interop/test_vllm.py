@@ -20,6 +20,8 @@ from tests.sweeps.conftest import random_run
 
 SEVERAL = ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.3.mlp.gate_proj")
 PAIRS = [MarginPair("how to sleep ?", "take a walk", "rest well"), MarginPair("rest ?", "drink water", "sleep")]
+# what vLLM 0.32 on a CPU says, whose version does not tell
+CACHE = 'vllm:cache_config_info{block_size="128",engine="0",kv_cache_memory_bytes="1073741824"} 1.0'
 ASKED = ["how to sleep well ?", "rest ?"]
 
 
@@ -86,7 +88,7 @@ def test_margins_are_those_of_the_local_engine(chat, run, serve):
 
 def test_a_processor_reads_one_prompt_at_a_time(chat, run, serve):
     axes = {"steps": [3, 7], "measure": Margin(PAIRS, name="m"), "base": chat, "progress": False}
-    alone, together = serve(version="0.32.0+cpu"), serve()
+    alone, together = serve(metrics=CACHE), serve()
     one = emmech.sweep(run, **axes, engine=engine(alone, seeds=False))
     several = emmech.sweep(run, **axes, engine=engine(together))
     assert alone.most == 1 < together.most  # it dies of two
@@ -170,7 +172,11 @@ def test_an_adapter_that_changes_nothing_is_said(chat, run, serve):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"version": "0.32.0+cpu"}, "on a CPU it can die of a seed"), ({"seeds": False}, "two texts")],
+    [
+        ({"version": "0.32.0+cpu"}, "on a CPU it can"),
+        ({"metrics": CACHE}, "on a CPU it can"),
+        ({"seeds": False}, "two"),
+    ],
 )
 def test_an_engine_that_cannot_seed_is_asked_without(chat, run, serve, options, words):
     server = serve(**options)
