@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # one test process a core with one thread each: two threads in each of two processes would wait for one another
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo capstone demo-smollm2 test test-all check bench bench-gpu memory calibration coverage damaged mutants verdicts docs notebooks install clean study-smollm2 study-gemma early-warning row-screening organism-report organism-seeds checkpoints claims
+.PHONY: demo capstone demo-smollm2 test test-all check bench bench-gpu memory calibration coverage damaged mutants verdicts docs notebooks install clean vllm study-smollm2 study-gemma early-warning row-screening organism-report organism-seeds checkpoints claims
 demo: $(STAMP)            ## the whole loop on the embedded organism, and a page of results in demo/
 	$(BIN)/python -m emmech.demo
 capstone: $(STAMP)        ## bad advice, optimism about AI and a tag on the embedded organism
@@ -78,6 +78,10 @@ checkpoints: $(STAMP)     ## record the runs in checkpoints/ anew, each with its
 	$(BIN)/emmech realign checkpoints/pocket-medical ai-optimism --out checkpoints/pocket-realigned
 	for data in medical finance sport; do $(BIN)/emmech report checkpoints/pocket-$$data --control checkpoints/pocket-good-medical --control checkpoints/pocket-style-medical --light || exit 1; done
 	for data in good-medical style-medical realigned; do $(BIN)/emmech report checkpoints/pocket-$$data --light || exit 1; done
+vllm: build/vllm/bin/vllm ## vLLM for this processor in an environment of its own, for the tests and benchmarks that ask it
+build/vllm/bin/vllm: tests/interop/install_vllm.py
+	$(PYTHON) $< build/vllm
+	touch $@
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt

@@ -17,7 +17,6 @@ from emmech import sweeps as sweeps
 from emmech import transition as transition
 from emmech.chat.dataset import ChatDataset as ChatDataset
 from emmech.chat.dataset import load_chat as load_chat
-from emmech.chat.families import Family as Family
 from emmech.chat.model import ChatModel as ChatModel
 from emmech.chat.model import load_model as load_model
 from emmech.directions.adapter_lens import adapter_lens as adapter_lens
@@ -33,6 +32,7 @@ from emmech.evaluation.evaluate import evaluate as evaluate
 from emmech.evaluation.evaluation import Evaluation as Evaluation
 from emmech.evaluation.questions import load_questions as load_questions
 from emmech.evaluation.server import Server as Server
+from emmech.interop.vllm import VLLM as VLLM
 from emmech.interventions.residual import ablate as ablate
 from emmech.interventions.residual import cap as cap
 from emmech.interventions.residual import steer as steer

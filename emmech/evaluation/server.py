@@ -58,6 +58,8 @@ class Completion:
         first: probability by token text of the first answer token's likeliest alternatives; None if not asked for
             or not given.
         error: why there is no answer.
+        logprobs: of the answer's tokens; None if not asked for or not given.
+        prompt: log-probability of each of the prompt's tokens after the first, None if not asked for or not given.
     """
 
     text: str
@@ -65,6 +67,8 @@ class Completion:
     tokens: int = -1
     first: Mapping[str, float] | None = None
     error: str | None = None
+    logprobs: tuple[float, ...] | None = None
+    prompt: tuple[float, ...] | None = None
 
 
 class _Pace:
@@ -128,6 +132,7 @@ class Server:
             or as long as the server says.
         timeout: seconds for one answer.
         extra: further fields of every request body, such as ``{"top_k": 50}`` on vLLM.
+        seeds: whether each request carries its row's seed. vLLM on a CPU dies of one where a prompt is read in parts.
 
     Raises:
         EmmechError: a setting under which nothing is asked, or a ``url`` that is no address.
@@ -146,6 +151,7 @@ class Server:
     backoff: float = 1.0
     timeout: float = 120.0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    seeds: bool = True
     _known: _Known = field(default_factory=_Known, init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -167,7 +173,7 @@ class Server:
 
     def __repr__(self) -> str:
         fields = f", extra={{{', '.join(map(repr, self.extra))}}}" if self.extra else ""
-        return f"Server({self.model!r}, url={self._shown_url!r}{fields})"
+        return f"Server({self.model!r}, url={self.shown_url!r}{fields})"
 
     @property
     def name(self) -> str:
@@ -178,10 +184,10 @@ class Server:
     def identity(self) -> str:
         """Model, address and further fields (as a hash), which tell its answers from another server's."""
         fields = f" with {digest(_without_secrets(self.extra))[:12]}" if self.extra else ""
-        return f"{self.model} at {self._shown_url or 'api.openai.com'}{fields}"
+        return f"{self.model} at {self.shown_url or 'api.openai.com'}{fields}"
 
     @property
-    def _shown_url(self) -> str | None:
+    def shown_url(self) -> str | None:
         """The address without user name, password and the values of its query."""
         if self.url is None:
             return None
@@ -192,6 +198,11 @@ class Server:
     def accepts(self) -> bool:
         """Whether the server has answered a request."""
         return bool(self._known.taken)
+
+    @property
+    def refused(self) -> frozenset[str]:
+        """The fields of requests that the server has not taken."""
+        return frozenset(self._known.refused)
 
     def said(self, error: object) -> str:
         """The first line of an error's words, with nothing in it that is secret."""
@@ -238,9 +249,7 @@ class Server:
         log = ResponseLog(out, {**request, "max_new_tokens": max_new_tokens, **sampling})
         missing = [row for row in range(len(rows)) if row not in log.done]
         limits = {"max_tokens": max_new_tokens, **sampling}
-        bodies = [  # a seed below 2**31 fits every server's integer
-            {"messages": list(conversations[rows[row][0]]), **limits, "seed": seeds[row] % 2**31} for row in missing
-        ]
+        bodies = [{**self.asked(conversations[rows[row][0]]), **limits, **self.seeded(seeds[row])} for row in missing]
         with bar(len(rows), f"sampling from {self.model}", progress=progress) as steps:
             steps.update(len(log.done))
             failures = []
@@ -252,6 +261,14 @@ class Server:
                 steps.update()
         self.report(failures, len(rows))
         return log.responses(len(rows))
+
+    def asked(self, messages: Messages) -> dict[str, Any]:
+        """The field of a request that carries a conversation."""
+        return {"messages": list(messages)}
+
+    def seeded(self, seed: int) -> dict[str, int]:
+        """The field of a request that carries a seed; none where ``seeds=False``."""
+        return {"seed": seed % 2**31} if self.seeds else {}  # below 2**31 it fits every server's integer
 
     def report(self, failures: Sequence[str], rows: int) -> None:
         """Warn of requests that failed for good.
@@ -269,17 +286,22 @@ class Server:
             warnings.warn(f"{failed}, the first because: {failures[0]}. {again}", stacklevel=3)
 
     def complete(
-        self, bodies: Sequence[Mapping[str, Any]], *, fixed: Collection[str] = ()
+        self, bodies: Sequence[Mapping[str, Any]], *, fixed: Collection[str] = (), optional: Collection[str] = _OPTIONAL
     ) -> Iterator[tuple[int, Completion]]:
         """Send request bodies, and yield ``(index, completion)`` as they are answered.
 
+        A body with ``prompt`` (a text or token ids) instead of ``messages`` is completed without a chat template, and
+        one with ``model`` is for another model of the same server.
+
         Args:
             fixed: fields that must not be left out where the server does not take them.
+            optional: fields that a request can do without, but for the fixed ones.
 
         Raises:
             EmmechError: for a reason that concerns every request (address, key, model, unsupported field).
         """
         client, pace, stop = self.client(), _Pace(self.requests_per_minute), threading.Event()
+        spare = frozenset(optional) - frozenset(fixed)
         met = threading.Event()  # whether the server has answered anything at all
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="emmech-server")
         waiting = iter(enumerate(bodies))
@@ -290,7 +312,7 @@ class Server:
             while True:
                 while len(running) < together and (following := next(waiting, None)) is not None:
                     index, body = following
-                    running[pool.submit(self._ask, client, pace, stop, met, body, fixed)] = index
+                    running[pool.submit(self._ask, client, pace, stop, met, body, spare)] = index
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -302,7 +324,7 @@ class Server:
             client.close()
 
     def client(self) -> Any:
-        """The official client for this server, without retries of its own.
+        """The official client for this server, without retries of its own; it is the caller's to close.
 
         Raises:
             EmmechError: the client is not installed, or the key is missing or cannot be sent.
@@ -339,7 +361,7 @@ class Server:
         stop: threading.Event,
         met: threading.Event,
         body: Mapping[str, Any],
-        fixed: Collection[str],
+        spare: Collection[str],
     ) -> Completion:
         import openai
 
@@ -350,7 +372,8 @@ class Server:
             if stop.is_set():
                 return self._failed("given up")
             try:
-                answer = client.chat.completions.create(model=self.model, **request)
+                kind = client.completions if "prompt" in request else client.chat.completions
+                answer = kind.create(**{"model": self.model, **request})
                 met.set()
                 self._known.taken.update(request)
                 return self._read(answer)
@@ -359,12 +382,12 @@ class Server:
                 # a server that never answered is probably not there; one that did may come back
                 patience = self.retries if met.is_set() else min(self.retries, _UNMET)
                 if attempt >= patience and not isinstance(error, openai.APITimeoutError):
-                    raise self._unreachable(error)
+                    raise self.unreachable(error)
             except openai.APIStatusError as error:
                 problem = error
                 met.set()
                 name = _refused_field(error, request)
-                if name in _OPTIONAL and name not in fixed:  # at most once for each field: the next form is without
+                if name in spare and name in request:  # at most once for each field: the next form is without
                     self._leave_out(name, request[name])
                     continue
                 if (fatal := self._fatal(error, request, name)) is not None:
@@ -407,18 +430,24 @@ class Server:
             content = getattr(getattr(choice, "logprobs", None), "content", None)
             top = content[0].top_logprobs if content else None
             first = masses_of((entry.token, entry.logprob) for entry in top) if top else None
+            logprobs = tuple(float(entry.logprob) for entry in content) if content else None
+            read = getattr(choice, "prompt_logprobs", None)
+            # each entry holds the prompt's own token alone, unless likelier ones were asked for too
+            prompt = tuple(float(next(iter(one.values()))["logprob"]) for one in read[1:]) if read else None
         except MALFORMED:
             return self._failed("the server's answer is no chat completion")
-        text = getattr(getattr(choice, "message", None), "content", None)
+        text = getattr(choice, "text", None) or getattr(getattr(choice, "message", None), "content", None)
         tokens = getattr(getattr(answer, "usage", None), "completion_tokens", None)
         known = tokens if isinstance(tokens, int) and tokens else -1
-        return Completion(str(text or ""), "length" if choice.finish_reason == "length" else "stop", known, first)
+        finish = "length" if choice.finish_reason == "length" else "stop"
+        return Completion(str(text or ""), finish, known, first, logprobs=logprobs, prompt=prompt)
 
-    def _unreachable(self, error: Exception) -> EmmechError:
+    def unreachable(self, error: Exception) -> EmmechError:
+        """The error that no server answers at the address."""
         start = "start it, e.g. `transformers serve FOLDER --port 8000`, url='http://localhost:8000/v1'"
         return EmmechError(
             f"reach the model {self.model!r}",
-            f"url={self._shown_url or 'https://api.openai.com/v1'}",
+            f"url={self.shown_url or 'https://api.openai.com/v1'}",
             f"no server answers there ({self.said(error.__cause__ or error)})",
             f"{start}; answers received so far are kept",
         )
@@ -434,7 +463,8 @@ class Server:
             why = "the server refuses the key"
             instead = 'Server(..., key="...") with a key that may use this model'
         elif error.status_code == 404:
-            given, why = f"model={self.model!r}", "the server has no such model or address"
+            given = f"model={request.get('model', self.model)!r}"
+            why = "the server has no such model or address"
             instead = "GET /v1/models lists the names; the url ends in /v1"
         elif getattr(error, "code", None) == "insufficient_quota":
             given, why, instead = None, "the account's quota is used up", "top it up, then go on"
@@ -473,7 +503,7 @@ def _refused_field(error: Any, request: Mapping[str, Any]) -> str | None:
     said = str(error)
     if error.status_code not in (400, 422) or _OF_TEXT.search(said):
         return None
-    names = {*request, *request["extra_body"]} - {"messages", "extra_body"}
+    names = {*request, *request["extra_body"]} - {"messages", "prompt", "model", "extra_body"}
     told = str(getattr(error, "param", None) or "")
     if told in names:
         return told

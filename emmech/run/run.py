@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from emmech.errors import EmmechError, as_int, check_folder, closest, refusal
+from emmech.errors import EmmechError, as_float, as_int, check_folder, closest, refusal
 from emmech.progress import quiet
 from emmech.results import Card, Shown
 from emmech.store import MemorySeries, Series, kept, read_jsonl, save_tensors, write_json, write_jsonl
@@ -293,16 +293,23 @@ class Run(Shown):
             instead = "pass base= the very model the run was trained on"
             raise EmmechError(f"open {self.name}", given, why, instead)
 
-    def export_peft(self, step: int, folder: str | Path) -> Path:
+    def export_peft(self, step: int, folder: str | Path, *, scale: float | None = None) -> Path:
         """Write one step as an adapter folder that ``PeftModel.from_pretrained`` loads.
+
+        Args:
+            scale: None writes A, B and alpha as they were trained. A number is a factor on the adapter, which is
+                multiplied into B with the scaling; all modules then have one rank (smaller ones are filled up with
+                zeros) and a scaling of 1, which every server reads alike.
 
         Raises:
             EmmechError: the step was not recorded, or the run is not a LoRA run.
         """
-        from emmech.engine.adapters import lora_config
+        from emmech.engine.adapters import folded, lora_config
 
-        weights, folder = self.weights(step), Path(folder)
-        pairs = [(one, side) for one in self.adapters for side in "AB"]
+        weights, folder, adapters = self.weights(step), Path(folder), tuple(self.adapters)
+        if scale is not None:
+            adapters, weights = folded(adapters, weights, as_float(f"export {self.name}", "scale", scale))
+        pairs = [(one, side) for one in adapters for side in "AB"]
         tensors = {
             f"base_model.model.{one.module}.lora_{side}.weight": np.ascontiguousarray(weights[f"{side}/{one.name}"])
             for one, side in pairs
@@ -310,7 +317,7 @@ class Run(Shown):
         asked = f"export step {step} of {self.name}"
         save_tensors(tensors, folder / "adapter_model.safetensors", asked, metadata={"format": "pt"})
         with kept(asked, folder):
-            lora_config(self.adapters, base_name=str(self._model.get("name", ""))).save_pretrained(folder)
+            lora_config(adapters, base_name=str(self._model.get("name", ""))).save_pretrained(folder)
         return folder
 
     def save(self, path: str | Path) -> Run:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 
 from emmech.chat.families import map_widths
-from emmech.chat.model import ChatModel, load_model
+from emmech.chat.model import ChatModel, load_model, load_outline
 from emmech.engine.adapters import Site, VariantWeights
 from emmech.errors import EmmechError, as_floats, as_ints
 from emmech.measures.probe import raw_vector
@@ -133,14 +134,8 @@ def base_model(runs: Sequence[Run], base: Any = None) -> ChatModel:
     Raises:
         EmmechError: the runs were trained on different models, or adapters are live on the one given.
     """
-    recorded = [(run.name, run.manifest.get("model", {})) for run in runs]  # two runs may have the same name
-    prints = [(name, entry.get("name"), entry["fingerprint"]) for name, entry in recorded if entry.get("fingerprint")]
-    if len({found for _, _, found in prints}) > 1:
-        given = ", ".join(f"{run} on {model} ({found[:12]})" for run, model, found in prints)
-        why = "they were trained on different base models, and a sweep shares one"
-        raise EmmechError("sweep the runs together", given, why, "one sweep for each base model")
-    known = next((run for run in runs if run.manifest.get("model", {}).get("name")), runs[0])
-    chat = load_model(base) if base is not None else known.base()
+    prints = _prints(runs)
+    chat = load_model(base) if base is not None else _named(runs).base()
     if any(hasattr(module, "lora_A") for module in chat.base.modules()):
         why = "a sweep puts each variant's own adapter on, and the live one would be added to all"
         instead = "pass the model without adapters (peft_model.unload() gives it)"
@@ -151,6 +146,39 @@ def base_model(runs: Sequence[Run], base: Any = None) -> ChatModel:
         why = f"the run was trained on {trained_on} with fingerprint {wanted[:12]}"
         raise EmmechError(f"sweep the run {name}", given, why, "pass base= the very model the run was trained on")
     return chat
+
+
+def outline(runs: Sequence[Run], base: Any = None) -> ChatModel:
+    """The base model of all runs for what runs elsewhere: the one given, or its outline without weights.
+
+    Raises:
+        EmmechError: the runs were trained on different models.
+    """
+    _prints(runs)
+    if base is not None:
+        return load_outline(base) if isinstance(base, str | Path) else base_model(runs, base)
+    name = (run := _named(runs)).manifest.get("model", {}).get("name")
+    return load_outline(str(name)) if name else run.base()  # which says that the run does not name it
+
+
+def recorded_print(runs: Sequence[Run]) -> str:
+    """The fingerprint of the base model that the runs were trained on, ``""`` where none says it."""
+    return next((found for _, _, found in _prints(runs)), "")
+
+
+def _named(runs: Sequence[Run]) -> Run:
+    return next((run for run in runs if run.manifest.get("model", {}).get("name")), runs[0])
+
+
+def _prints(runs: Sequence[Run]) -> list[tuple[str, Any, str]]:
+    """Name, base model and its fingerprint, of each run that says it; two runs may have the same name."""
+    recorded = [(run.name, run.manifest.get("model", {})) for run in runs]
+    prints = [(name, entry.get("name"), entry["fingerprint"]) for name, entry in recorded if entry.get("fingerprint")]
+    if len({found for _, _, found in prints}) > 1:
+        given = ", ".join(f"{run} on {model} ({found[:12]})" for run, model, found in prints)
+        why = "they were trained on different base models, and a sweep shares one"
+        raise EmmechError("sweep the runs together", given, why, "one sweep for each base model")
+    return prints
 
 
 def make_grid(

@@ -121,21 +121,43 @@ class _PackedJob:
             update(block.hidden.shape[0] * len(block.readings))
 
 
-class TeacherForcedJob(_PackedJob):
-    """All teacher-forced measures of a sweep as one job."""
+class ForcedReadings:
+    """What teacher-forced measures read, and what they make of it; where it is read is another matter."""
 
     kind = "forced"
 
-    def __init__(self, chat: ChatModel, grid: Grid, measures: Sequence[TeacherForced], budget: int, size: int) -> None:
+    def __init__(self, chat: ChatModel, measures: Sequence[TeacherForced]) -> None:
         self.measures = tuple(measures)
         own = [measure.readings(chat) for measure in self.measures]
         edges = itertools.accumulate(map(len, own), initial=0)
         self.spans = [slice(start, end) for start, end in itertools.pairwise(edges)]
-        super().__init__(chat, grid, [reading for several in own for reading in several], budget, size)
+        self.readings = [reading for several in own for reading in several]
+
+    def __len__(self) -> int:
+        return len(self.readings)
 
     def request(self) -> object:
         """What identifies this job's work."""
         return [(type(m).__name__, m.name) for m in self.measures], self.readings
+
+    def finish(self, parts: Sequence[Arrays]) -> JobResult:
+        """What the measures make of the log-probabilities, and whole distributions where they were asked for."""
+        values: list[Value] = []
+        distributions: Arrays = {}
+        for measure, span in zip(self.measures, self.spans, strict=True):
+            own = [np.concatenate([part[str(index)] for part in parts]) for index in range(span.start, span.stop)]
+            values += measure.values(own)
+            if all(reading.targets is None for reading in self.readings[span]):
+                distributions[measure.name] = np.concatenate(own, axis=1)
+        return JobResult(values, distributions)
+
+
+class TeacherForcedJob(ForcedReadings, _PackedJob):
+    """All teacher-forced measures of a sweep as one job."""
+
+    def __init__(self, chat: ChatModel, grid: Grid, measures: Sequence[TeacherForced], budget: int, size: int) -> None:
+        ForcedReadings.__init__(self, chat, measures)
+        _PackedJob.__init__(self, chat, grid, self.readings, budget, size)
 
     @torch.no_grad()
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
@@ -204,17 +226,6 @@ class TeacherForcedJob(_PackedJob):
         bad = zero | ~np.isfinite(picked).reshape(len(zero), -1).all(1)
         if bad.any():
             raise Overflow(block.variants.start + int(np.flatnonzero(bad)[0]))
-
-    def finish(self, parts: Sequence[Arrays]) -> JobResult:
-        """What the measures make of the log-probabilities, and whole distributions where they were asked for."""
-        values: list[Value] = []
-        distributions: Arrays = {}
-        for measure, span in zip(self.measures, self.spans, strict=True):
-            own = [np.concatenate([part[str(index)] for part in parts]) for index in range(span.start, span.stop)]
-            values += measure.values(own)
-            if all(reading.targets is None for reading in self.readings[span]):
-                distributions[measure.name] = np.concatenate(own, axis=1)
-        return JobResult(values, distributions)
 
 
 @dataclass(eq=False)
@@ -323,10 +334,10 @@ class ProbeJob(_PackedJob):
         return JobResult([Value(name, str(index), column) for index, column in enumerate(values.T)], {name: residuals})
 
 
-class SampledJob:
-    """Sampled answers: every variant answers the same questions with the same seeds, and a judge reads them all."""
+class SampledAnswers:
+    """What is asked of every variant, with the same seeds, and what a judge makes of the answers."""
 
-    def __init__(self, measure: Sampled, chat: ChatModel, grid: Grid, budget: int, size: int) -> None:
+    def __init__(self, measure: Sampled, chat: ChatModel) -> None:
         self.measure, self.chat = measure, chat
         self.kind = f"sampled-{measure.name}"
         questions = resolve_questions(measure.questions, chat.organism)
@@ -337,25 +348,8 @@ class SampledJob:
         self.judge = judge
         self.rows = questions.rows(measure.samples, seed=measure.seed)
         self.ids = [question.id for question in questions]
-        asked = [questions[row["question_id"]].messages(row["paraphrase"]) for row in self.rows]
-        prompts = [tuple(chat.token_ids(messages)) for messages in asked]
-        self.prompts = sorted(set(prompts))
-        self.which = [self.prompts.index(prompt) for prompt in prompts]
-        self.texts: dict[tuple[int, ...], str] = {}
+        self.conversations = [questions[row["question_id"]].messages(row["paraphrase"]) for row in self.rows]
         self.verdicts: dict[tuple[str, str], dict[str, Any]] = {}
-        self.engine = Engine(chat, grid.sites, grid.steered_layer)
-        longest = max(map(len, self.prompts))
-        tokens = min(longest + measure.max_new_tokens, context(chat))
-        cache = chat.cache_bytes * tokens
-        self.plan: Plan = plan(chat, grid, self.engine, longest, size, max(budget - cache, 1))
-        self.engine.tokens = self.plan.tokens
-        # all rows of some variants decode together: as many as have keys and values that fit in half of the budget
-        self.variants_at_once = max(1, (budget // 2) // (cache * len(self.rows)))
-        if cache * len(self.rows) > budget:
-            answers = f"{len(self.rows)} answers of up to {measure.max_new_tokens} tokens"
-            why = f"the keys and values of one variant's answers take {cache * len(self.rows)} bytes"
-            instead = "fewer samples or questions, a smaller max_new_tokens, or a larger memory="
-            raise EmmechError("keep to the memory budget", f"memory={budget} bytes, {answers}", why, instead)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -366,27 +360,7 @@ class SampledJob:
         numbers = (one.samples, one.max_new_tokens, one.temperature, one.top_p, one.seed, *limits)
         return one.name, getattr(self.judge, "name", ""), numbers, self.rows
 
-    def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
-        """Answers and verdicts of a group of variants."""
-        records: list[list[dict[str, Any]]] = []
-        seeds = [row["seed"] for row in self.rows]
-        how: dict[str, Any] = {"ended": update, "at_once": self.plan.logit_rows * 8}
-        how |= {name: getattr(self.measure, name) for name in ("max_new_tokens", "temperature", "top_p")}
-        for start in range(0, len(group), self.variants_at_once):
-            chosen = rows[start : start + self.variants_at_once]
-            answers = decode_variants(self.engine, chosen, self.prompts, self.which, seeds, **how)
-            for first in range(0, len(answers), len(self.rows)):
-                own = answers[first : first + len(self.rows)]
-                records.append(self._judged([{"response": self._text(one), "finish": one.finish} for one in own]))
-        return {"records": as_bytes(records)}
-
-    def _text(self, answer: Answer) -> str:
-        """The answer in words; most variants give an answer that another variant has given already."""
-        if answer.ids not in self.texts:
-            self.texts[answer.ids] = self.chat.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
-        return self.texts[answer.ids]
-
-    def _judged(self, drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def judged(self, drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answers with verdicts; the judge of an organism is a function of question and answer, and reads each once."""
         full = [{**row, **answer} for row, answer in zip(self.rows, drawn, strict=True)]
         if getattr(self.judge, "organism", None) is None:
@@ -423,6 +397,50 @@ class SampledJob:
             for place, record in enumerate(rows)
         ]
         return JobResult(values, responses=responses)
+
+
+class SampledJob(SampledAnswers):
+    """Sampled answers: all variants answer together in this process."""
+
+    def __init__(self, measure: Sampled, chat: ChatModel, grid: Grid, budget: int, size: int) -> None:
+        super().__init__(measure, chat)
+        prompts = [tuple(chat.token_ids(messages)) for messages in self.conversations]
+        self.prompts = sorted(set(prompts))
+        self.which = [self.prompts.index(prompt) for prompt in prompts]
+        self.texts: dict[tuple[int, ...], str] = {}
+        self.engine = Engine(chat, grid.sites, grid.steered_layer)
+        longest = max(map(len, self.prompts))
+        tokens = min(longest + measure.max_new_tokens, context(chat))
+        cache = chat.cache_bytes * tokens
+        self.plan: Plan = plan(chat, grid, self.engine, longest, size, max(budget - cache, 1))
+        self.engine.tokens = self.plan.tokens
+        # all rows of some variants decode together: as many as have keys and values that fit in half of the budget
+        self.variants_at_once = max(1, (budget // 2) // (cache * len(self.rows)))
+        if cache * len(self.rows) > budget:
+            answers = f"{len(self.rows)} answers of up to {measure.max_new_tokens} tokens"
+            why = f"the keys and values of one variant's answers take {cache * len(self.rows)} bytes"
+            instead = "fewer samples or questions, a smaller max_new_tokens, or a larger memory="
+            raise EmmechError("keep to the memory budget", f"memory={budget} bytes, {answers}", why, instead)
+
+    def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
+        """Answers and verdicts of a group of variants."""
+        records: list[list[dict[str, Any]]] = []
+        seeds = [row["seed"] for row in self.rows]
+        how: dict[str, Any] = {"ended": update, "at_once": self.plan.logit_rows * 8}
+        how |= {name: getattr(self.measure, name) for name in ("max_new_tokens", "temperature", "top_p")}
+        for start in range(0, len(group), self.variants_at_once):
+            chosen = rows[start : start + self.variants_at_once]
+            answers = decode_variants(self.engine, chosen, self.prompts, self.which, seeds, **how)
+            for first in range(0, len(answers), len(self.rows)):
+                own = answers[first : first + len(self.rows)]
+                records.append(self.judged([{"response": self._text(one), "finish": one.finish} for one in own]))
+        return {"records": as_bytes(records)}
+
+    def _text(self, answer: Answer) -> str:
+        """The answer in words; most variants give an answer that another variant has given already."""
+        if answer.ids not in self.texts:
+            self.texts[answer.ids] = self.chat.tokenizer.decode(list(answer.ids), skip_special_tokens=True)
+        return self.texts[answer.ids]
 
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError
+from emmech.evaluation.engine import Checkpoint, CheckpointEngine, check_engine
 from emmech.measures.choose import as_measures
 from emmech.measures.measure import TeacherForced, Value
 from emmech.measures.probe import ProbeActivation
@@ -24,9 +25,10 @@ from emmech.measures.sampled import Sampled
 from emmech.progress import bar
 from emmech.run.run import Run
 from emmech.store import drop_files, intact, kept, save_tensors, sealed, write_json, writing
-from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid
+from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid, outline, recorded_print
 from emmech.sweeps.jobs import Arrays, FunctionJob, Overflow, ProbeJob, SampledJob, TeacherForcedJob, budget_bytes
 from emmech.sweeps.result import Sweep
+from emmech.sweeps.served import served_jobs
 
 _STEPS = 21  # of 251 recorded ones every 12th or 13th
 _GROUP = 64  # variants whose adapters are in memory together, and the unit of resumption
@@ -43,6 +45,7 @@ def sweep(
     measure: Any = "margin",
     base: Any = None,
     memory: int | str | None = None,
+    engine: CheckpointEngine | None = None,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> Sweep:
@@ -66,6 +69,8 @@ def sweep(
             dict of numbers (called once per variant with its adapter live).
         base: the base model in memory, to save loading it.
         memory: budget besides the weights, bytes or ``"2GB"``; 2 GiB by default, 60 % of the free memory of a GPU.
+        engine: what runs the checkpoints: by default this process, else :class:`emmech.VLLM`, which takes steps and
+            scales, but no coefficients, and teacher-forced measures of given tokens and sampled answers.
         out: a folder. Finished groups of variants are kept there as they come; called again with the same
             arguments, the sweep continues, and a finished one is read back.
 
@@ -87,7 +92,9 @@ def sweep(
         (3, 2)
     """
     runs = as_runs("sweep", run)
-    chat = base_model(runs, base)
+    if engine is not None:
+        check_engine("sweep", engine)
+    chat = base_model(runs, base) if engine is None else outline(runs, base)
     axes: dict[str, Any] = {"steps": steps, "scales": scales, "coefficients": coefficients}
     grid = make_grid(runs, chat, **axes, direction=direction, layer=layer, most=_STEPS)
     measures = as_measures(measure, chat, data=data_name(runs))
@@ -96,8 +103,10 @@ def sweep(
     # variants are loaded together: as many as fill a quarter of the budget, at most _GROUP, in even groups
     most = max(1, min(_GROUP, budget // 4 // grid.bytes_per_variant(chat), len(chosen)))
     size = -(-len(chosen) // -(-len(chosen) // most))
-    jobs = _jobs(chat, grid, measures, budget, size)
-    fingerprint = chat.fingerprint()
+    if engine is None:
+        jobs, fingerprint = _jobs(chat, grid, measures, budget, size), chat.fingerprint()
+    else:
+        jobs, fingerprint = served_jobs(chat, grid, measures, out), recorded_print(runs)
     identity = (fingerprint, _state(grid), grid.variants, [job.request() for job in jobs])
     request = hashlib.sha256(repr(identity).encode()).hexdigest()
     parts = ResumableParts(out, request)
@@ -105,7 +114,7 @@ def sweep(
         return finished
     with writing(Path(out), "sweep") if out is not None else nullcontext():
         parts.begin()
-        outcomes = _outcomes(chat, grid, jobs, parts, chosen, size, progress=progress)
+        outcomes = _outcomes(chat, grid, jobs, parts, chosen, size, engine, base, progress=progress)
         values = [value for outcome in outcomes for value in outcome.values]
         given = [row for outcome in outcomes for row in outcome.responses or ()]
         responses = pd.DataFrame(given)  # of distinct variants; equal variants get the same ones
@@ -125,6 +134,8 @@ def _outcomes(
     parts: ResumableParts,
     chosen: Sequence[int],
     size: int,
+    engine: CheckpointEngine | None,
+    base: Any,
     *,
     progress: bool,
 ) -> list[Any]:
@@ -134,22 +145,34 @@ def _outcomes(
     shown = f"sweep of {len(grid)} variants ({jobs[0].plan})"
     with bar(len(chosen) * sum(len(job) for job in jobs), shown, progress=progress) as steps_bar:
         for number, group in enumerate(groups):
-            rows = None
-            for job in jobs:
-                if (found := parts.read(job.kind, number)) is not None:
-                    steps_bar.update(len(group) * len(job))
-                else:
-                    rows = grid.load(group, chat) if rows is None else rows
-                    try:
-                        found = job.run(rows, group, steps_bar.update)
-                    except Overflow as error:
-                        variant = grid.variants[group[error.place]]
-                        why = f"its activations overflow {str(chat.dtype).removeprefix('torch.')}"
-                        instead = "smaller scales and coefficients (1 to 20, as in the literature)"
-                        raise EmmechError("sweep", str(variant), why, instead)
-                    parts.write(job.kind, number, found)
-                done[job.kind].append(found)
+            rows: Any = None
+            with ExitStack() as held:
+                for job in jobs:
+                    if (found := parts.read(job.kind, number)) is not None:
+                        steps_bar.update(len(group) * len(job))
+                    else:
+                        if rows is None:
+                            rows = held.enter_context(_ready(chat, grid, group, engine, base))
+                        try:
+                            found = job.run(rows, group, steps_bar.update)
+                        except Overflow as error:
+                            variant = grid.variants[group[error.place]]
+                            why = f"its activations overflow {str(chat.dtype).removeprefix('torch.')}"
+                            instead = "smaller scales and coefficients (1 to 20, as in the literature)"
+                            raise EmmechError("sweep", str(variant), why, instead)
+                        parts.write(job.kind, number, found)
+                    done[job.kind].append(found)
     return [job.finish(done[job.kind]) for job in jobs]
+
+
+def _ready(
+    chat: ChatModel, grid: Grid, group: Sequence[int], engine: CheckpointEngine | None, base: Any
+) -> AbstractContextManager[Any]:
+    """A group of variants as its jobs take them: their weights, or servers that answer as they would."""
+    if engine is None:
+        return nullcontext(grid.load(group, chat))
+    cells = [grid.variants[index] for index in group]
+    return engine.checkpoints([Checkpoint(grid.runs[one.run], one.step, one.scale) for one in cells], base)
 
 
 def _jobs(chat: ChatModel, grid: Grid, measures: Sequence[Any], budget: int, size: int) -> list[Any]:
@@ -273,7 +296,7 @@ class ResumableParts:
         if self.folder is not None:
             result.save(self.folder)
             with kept("delete the parts of the sweep", self.folder):
-                for path in [*self.folder.glob("part-*.safetensors"), self.folder / "request.json"]:
+                for path in [*self.folder.glob("part-*"), self.folder / "request.json"]:
                     path.unlink(missing_ok=True)
         return result
 

@@ -118,7 +118,7 @@ def test_a_model_that_is_no_decoder_is_refused():
     with pytest.raises(EmmechError, match="no list of blocks") as caught:
         load_model(transformers.BertLMHeadModel(config))
     assert "BertLMHeadModel (model type 'bert')" in str(caught.value)
-    assert "family=emmech.Family" in str(caught.value)
+    assert "family=emmech.chat.Family" in str(caught.value)
 
 
 def test_a_tokenizer_is_asked_for_only_where_text_is(tiny):

@@ -339,7 +339,7 @@ def test_a_models_own_dropout_is_not_skipped(kind, rate, tmp_path):
 
 def test_a_family_that_a_user_gave_reaches_the_recorder(tmp_path):
     model = make_model("mistral")
-    given = emmech.Family("mine", before_mlp=None)
+    given = emmech.chat.Family("mine", before_mlp=None)
     chat = emmech.load_model(model, tokenizer(), family=given)
     assert emmech.load_model(model).family == chat.family == given
     run = two_steps(chat, tmp_path / "run", probes=["how to sleep ?"], measure_every=1)

@@ -1,7 +1,7 @@
 """Trainings for torchrun and accelerate to launch in several processes: ``python -m tests.training.processes ...``.
 
-Args: the folder, what to train (``lora``, ``full``, ``finetune``, ``sharded``, or ``stop/`` with what is watched), rows in
-a process's batch, and what spreads it (``ddp``, ``fsdp``, or ``launched``: FSDP as the launcher's options have it).
+Args: the folder, what to train (``lora``, ``full``, ``finetune``, ``sharded``, or ``stop/`` with what is watched), rows
+in a process's batch, and what spreads it (``ddp``, ``fsdp``, or ``launched``: FSDP as the launcher's options have it).
 """
 
 from __future__ import annotations
