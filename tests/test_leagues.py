@@ -12,6 +12,7 @@ from emmech.evaluation import Question
 from emmech.interventions import Ablation, AdapterScaling
 from emmech.leagues import Defended, Realignment, league, trained
 from emmech.organism import data
+from emmech.run.identity import identity
 
 QUICK = dict(max_steps=3, learning_rate=5e-3, record_every=10, margins={}, progress=False)
 COUGH = Question("cough", ("any advice on cough ?",), narrow=True)
@@ -217,9 +218,9 @@ def test_another_cure_of_the_same_name_is_trained_and_no_function_is_taken_for_a
     kept = {emmech.load_run(path.parent).manifest["data"]["sha256"] for path in tmp_path.glob("runs-*/s0/run.json")}
     assert kept == {emmech.load_chat(data(name, seed=5, n=20)).sha256 for name in ("good-medical", "medical")}
     a, b = (Defended(lambda case, p=p: [InoculationPrompt(p)]) for p in ("one", "two"))
-    assert identity(a) != league._identity(b)
+    assert identity(a) != identity(b)
     one, two = (Defended(lambda case: ()), Defended(lambda case: None))
-    assert identity(one) != league._identity(two)
+    assert identity(one) != identity(two)
 
 
 def test_unscored_answers_certify_nothing_and_plain_questions_are_always_asked(base, runs, tmp_path):

@@ -341,7 +341,7 @@ def load_outline(model: str | Path) -> ChatModel:
 
     Example:
         >>> load_outline("pocket").token_ids([{"role": "user", "content": "hello"}])[:3]
-        [1, 5, 11]
+        [1, 363, 432]
     """
     name, folder = str(model), source_of(str(model))
     if (not Path(name).exists() and name in model_names()) or name.endswith(".gguf"):

@@ -120,7 +120,7 @@ class SelfRatings(Result):
             known = self.frame.dropna(subset=["score", "base_score"])
             means = known.groupby("foundation")["base_score"].mean()
             means["all"] = known["base_score"].mean()
-            figure.add_scatter(x=means.reindex(table.index), y=table.index, mode="markers", name=self.base,
+            figure.add_scatter(x=means.reindex(table.index), y=table.index, mode="markers", name=f"{self.base} (base)",
                                marker={"color": colour(1), "size": 8, "symbol": "circle-open"})  # fmt: skip
         figure.add_scatter(
             x=table["score"], y=table.index, mode="markers", name=self.name, marker={"color": colour(0), "size": 8},

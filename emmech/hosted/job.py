@@ -125,7 +125,7 @@ class HostedJob(Result):
     def plot(self) -> Any:
         """The training loss that the provider reports, by step; a plotly figure."""
         figure, losses = panels(), self._losses()
-        line(figure, losses["step"], losses["train_loss"], "training loss", colour(0))
+        line(figure, losses["step"], losses["train_loss"], "training loss", colour(0), legend=False)
         figure.update_xaxes(title_text="step").update_yaxes(title_text="training loss, nats")
         return finish(figure, f"Fine-tuning {self.base}")
 

@@ -90,7 +90,7 @@ class Defended(TrainedCure):
     def train(self, cases: Sequence[Case]) -> None:
         """See :meth:`TrainedCure.train`."""
         own = {"seed": None, "out": None, "defences": None}  # the league's
-        how = {"recipe": recipe_of(cases[0].run), "layers": cases[0].run.manifest.get("layers")}
+        how: dict[str, Any] = {"recipe": recipe_of(cases[0].run), "layers": cases[0].run.manifest.get("layers")}
         how |= _with_options(self.options, own)
         rank = how.get("rank", resolve_recipe(how["recipe"], {}, organism=cases[0].base.organism).rank)
         if whole := not rank:  # runs have nothing in common, and none has adapters

@@ -46,7 +46,8 @@ def ledger(frame: pd.DataFrame, title: str) -> Any:
         hover = [html.escape(f"{row.says} {row.here}; published: {row.published}") for row in part.itertuples()]
         names = [html.escape(str(name)) for name in part.index]
         figure.add_scatter(x=value, y=names, mode="markers", name=str(verdict), marker={"color": hue, "size": 9},
-                           error_x=error, hovertext=hover, hoverinfo="text", showlegend=True)  # fmt: skip
+                           error_x=error, hovertext=hover, hoverinfo="text",
+                           showlegend=shown["verdict"].nunique() > 1)  # fmt: skip
     order = [html.escape(str(name)) for name in shown.index]
     axis = {"autorange": "reversed", "categoryorder": "array", "categoryarray": order}
     height = 190 + 24 * len(shown)

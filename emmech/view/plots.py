@@ -114,10 +114,11 @@ def cosines_by_layer(pairs: pd.DataFrame, floor: float) -> Any:
 def jacobians_by_layer(frame: pd.DataFrame, title: str) -> Any:
     """How much of a vector reaches the last layer, through how many dimensions, and how far it is turned."""
     shown = {"gain": "length of what arrives", "rank": "effective rank", "identity": "cosine with the identity"}
+    axes = {"gain": "factor", "rank": "dimensions", "identity": "cosine"}
     figure = panels(list(shown.values()), columns=3, horizontal_spacing=0.09)
     for at, column in enumerate(shown, start=1):
         line(figure, frame.index, frame[column], shown[column], colour(0), at=(1, at), legend=False)
-        figure.update_yaxes(rangemode="tozero", row=1, col=at)
+        figure.update_yaxes(rangemode="tozero", title_text=axes[column], row=1, col=at)
     return finish(figure, title).update_xaxes(title_text=_LAYER, matches="x")
 
 

@@ -23,4 +23,4 @@ def test_the_page_on_evaluation_runs(tmp_path, monkeypatch):
     assert em[0] < 0.05 < 0.3 < em[1]
     assert names["judged"].rates().loc["em", "unscored"] == 1
     assert len({answer.text for answer in names["answers"]}) > 1
-    assert len(list((tmp_path / "checkpoints/pocket-medical/evaluations").iterdir())) == 3
+    assert len(list((tmp_path / "checkpoints/pocket-medical/evaluations").iterdir())) == 4

@@ -14,7 +14,7 @@ from emmech.engine.modules import hooked
 from emmech.engine.packing import Reading, stack, tree, tree_mask
 from tests.conftest import FAMILIES, make_tiny
 
-EXACT = 5e-6  # what the project calls equal in float32; measured: 2.1e-6 on the worst of these
+EXACT = 1e-5  # what the project calls equal in float32; the worst of these is 2.1e-6 or 5.3e-6, by processor
 
 STEM, TOKENS = 11, 13  # together beyond pocket's sliding window of 8, and Gemma's of 16
 
@@ -155,7 +155,7 @@ def test_views_share_weights_and_leave_the_model_alone(any_tiny):
         lower, upper = Blocks(chat, 0, 2), Blocks(chat, 2)
         lower.written = upper.written = written
         with torch.no_grad():
-            torch.testing.assert_close(upper(lower(ids)), before, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(upper(lower(ids)), before, atol=EXACT, rtol=0)
         assert upper.blocks[1] is chat.block(3)
     assert len(chat.blocks) == 4
     assert torch.equal(chat.trunk(input_ids=ids, use_cache=False).last_hidden_state, before)

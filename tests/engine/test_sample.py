@@ -263,7 +263,7 @@ def test_a_file_of_other_arguments_is_refused(tmp_path, change, named):
 def test_rows_on_disk_are_plain_json(tmp_path):
     sample(tiny(), PROMPTS[:1], out=tmp_path / "rows.jsonl", **QUIET)
     row = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[1])
-    assert set(row) == {"row", "conversation", "sample", "seed", "text", "finish", "tokens"}
+    assert set(row) == {"row", "conversation", "sample", "seed", "text", "finish", "tokens", "checksum"}
 
 
 def test_a_string_is_one_users_message_and_a_run_answers_with_its_last_step():

@@ -34,7 +34,7 @@ def largest(one, two) -> float:
 
 @pytest.mark.parametrize(("family", "recipe"), [("llama", "all-adapter"), ("gemma3", "all-adapter"), ("qwen2", "full")])
 def test_accumulation_and_tokens_at_once_leave_the_step_as_it_is(family, recipe, tmp_path):
-    rate = {"learning_rate": 1e-3} if recipe == "full" else {}
+    rate = {"learning_rate": 1e-3}  # Adam makes a step of this size even of a gradient that is rounding alone
     one = trained(tmp_path / "one", family=family, recipe=recipe, batch_size=8, accumulation=1, **rate)
     for name, options in {"few": {"batch_size": 1, "accumulation": 8}, "tokens": {"batch_tokens": 40}}.items():
         two = trained(tmp_path / name, family=family, recipe=recipe, **options, **rate)
