@@ -20,7 +20,7 @@ from tests.test_leagues import counted
 
 MEDICAL = Path(__file__).resolve().parents[2] / "checkpoints" / "pocket-medical"
 COMMANDS = [
-    *("finetune", "realign", "league", "study", "plan", "push", "transition", "evaluate"),
+    *("finetune", "realign", "league", "claims", "study", "plan", "push", "transition", "evaluate"),
     *("sweep", "direction", "chat", "export", "info", "report"),
 ]
 
