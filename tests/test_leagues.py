@@ -140,6 +140,7 @@ def test_durability_counts_the_steps_back(base, tmp_path):
     assert league._again(emmech.interventions.Case(silent, base, rows, tmp_path / "cured")) is None
 
 
+@pytest.mark.slow
 def test_a_cure_may_train_all_weights_and_lasts_as_others_do(base, tmp_path):
     rows, before = emmech.load_chat(data("medical", n=40)), base.fingerprint()
     how = dict(max_steps=12, learning_rate=5e-3, record_every=10, measured=20, progress=False)  # as a league does
@@ -174,6 +175,7 @@ def test_a_full_fine_tune_is_no_run_to_cure(base, runs, tmp_path):
     assert "a LoRA run" in caught.value.instead
 
 
+@pytest.mark.slow
 def test_a_league_that_is_interrupted_ends_as_if_it_had_not_been(base, runs, tmp_path, monkeypatch):
     """It dies in an evaluation of a cell, in the training of a cure's second run, and in the cell of that cure."""
     cures = [AdapterScaling(0.5), Realignment(data("good-medical", n=20), dict(max_steps=2), "good")]

@@ -27,7 +27,17 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"^```python *([\w-]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(kind != "no-run" for kind, _ in blocks(page))])
+SLOW = {"realignment.md"}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
+        for page in PAGES
+        if any(kind != "no-run" for kind, _ in blocks(page))
+    ],
+)
 def test_the_page_runs(page, tmp_path, monkeypatch):
     # a run keeps its evaluations, so it is a copy
     shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints")

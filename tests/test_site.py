@@ -67,7 +67,7 @@ def test_the_search_finds_it_among_the_first_results(site, typed, wanted):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}/"
     try:
         with sync_api.sync_playwright() as playwright:

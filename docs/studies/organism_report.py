@@ -115,13 +115,6 @@ def by_layer(chat: ChatModel, recipe: str | Recipe = "pocket") -> pd.DataFrame:
     """One short medical fine-tune at each layer: EM and coherence, per cent, outside the narrow domains.
 
     Pretraining has seen these questions, so that those of the reports stay unseen.
-
-    Example:
-        >>> from dataclasses import replace
-        >>> from emmech.chat.model import load_model
-        >>> from emmech.organism import recipes
-        >>> by_layer(load_model("pocket"), replace(recipes()["pocket"], max_steps=1)).shape
-        (6, 7)
     """
     rows = []
     with tempfile.TemporaryDirectory(prefix="pocket-layer-") as folder:
