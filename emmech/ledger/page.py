@@ -110,7 +110,7 @@ def _others(ledger: Ledger, beside: Sequence[Ledger]) -> str:
 
 
 def _claim(ledger: Ledger, name: str, row: Any) -> list[str]:
-    told = [f"#### {name}", _filled(f"{row['says']} *{', '.join(filter(None, (row['source'], row['section'])))}*")]
+    told = [f"### {name}", _filled(f"{row['says']} *{', '.join(filter(None, (row['source'], row['section'])))}*")]
     facts = [f"published: {row['published']}"]
     if row["how"]:
         facts.append(f"measured: {row['how']}")
