@@ -212,7 +212,7 @@ def test_the_page_names_what_holds_what_does_not_and_the_commands(ledger):
     _, made = ledger
     page = made.to_markdown([made])
     assert page.startswith("# The ledger of claims") and "1 hold here" in page
-    assert "[B leaves zero within three steps.](#b-moves)" in page and "#### b-moves" in page
+    assert "[B leaves zero within three steps.](#b-moves)" in page and "### b-moves" in page
     assert "<svg" in page and "emmech claims --model pocket --row b-moves" in page
     assert "## What cannot be measured here" in page and "There is no telescope here." in page
     assert "## Other models" in page
