@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emmech.errors import EmmechError
-from emmech.store import Series, append_jsonl, read_jsonl, writing
+from emmech.store import Series, append_jsonl, drop_unfinished, read_jsonl, writing
 
 
 def filled(folder, steps, width=5):
@@ -77,6 +77,14 @@ def test_an_unfinished_last_line_is_left_out(tmp_path):
     with path.open("a") as file:
         file.write('{"step": 2, "lo')
     assert read_jsonl(path) == [{"step": 1, "loss": None}]
+
+
+def test_only_the_unfinished_line_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for content, left in ((b"1\n2\n", b"1\n2\n"), (b"1\n23", b"1\n"), (b"1", b""), (b"", b"")):
+        path.write_bytes(content)
+        drop_unfinished(path)
+        assert path.read_bytes() == left
 
 
 def test_a_damaged_line_is_named(tmp_path):

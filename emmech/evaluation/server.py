@@ -394,7 +394,7 @@ class Server:
                     raise fatal
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:  # it would fail again
                     return self._failed(error)
-            except (openai.APIError, ValueError) as error:  # an answer that is no completion, or no JSON at all
+            except (openai.APIError, ValueError, RecursionError) as error:  # no completion, or no JSON
                 problem = error
             if attempt < self.retries:
                 delay = _delay(problem, self.backoff, attempt)

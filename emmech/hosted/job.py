@@ -315,7 +315,7 @@ class _Api:
                 problem: Exception = error
                 if error.status_code not in (408, 409, 429) and error.status_code < 500:
                     break
-            except (openai.APIError, ValueError, AttributeError, TypeError) as error:  # or no JSON
+            except (openai.APIError, ValueError, AttributeError, TypeError, RecursionError) as error:  # or no JSON
                 problem = error
             if attempt < self.server.retries:
                 time.sleep(min(60.0, self.server.backoff * 2**attempt))

@@ -307,7 +307,7 @@ class VLLM:
                 version = f"vLLM {number[1]}"
         except openai.APIConnectionError as error:
             raise server.unreachable(error)
-        except (openai.APIError, ValueError, AttributeError, TypeError) as error:
+        except (openai.APIError, ValueError, AttributeError, TypeError, RecursionError) as error:
             why = f"it does not list its models as OpenAI's API does ({server.said(error)})"
             raise EmmechError("use the server", shown, why, 'the url ends in /v1, as "http://localhost:8000/v1" does')
         finally:

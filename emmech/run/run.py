@@ -165,7 +165,8 @@ class Run(Shown):
         return self._side("B", adapter)
 
     def _side(self, side: str, adapter: str | None) -> np.ndarray:
-        key = f"{side}/{self.adapter(adapter).name}"
+        one = self.adapter(adapter)
+        key = f"{side}/{one.name}"
         if key not in self._trajectory.keys:
             asked = f"read {side} of {self.name}"
             if damaged := [str(path) for path in getattr(self._trajectory, "damaged", ())]:
@@ -175,7 +176,16 @@ class Run(Shown):
                     asked, self.name, "no step is recorded yet", "open the run again after its first step"
                 )
             raise EmmechError(asked, key, f"the run was made without {side}", "run.B() has the other side")
-        return self._trajectory.read(key)
+        return self._of_size(self._trajectory.read(key), side, one, len(self.steps))
+
+    def _of_size(self, values: np.ndarray, side: str, one: AdapterInfo, steps: int = 1) -> np.ndarray:
+        """The values, which have as many numbers a step as the manifest says."""
+        wanted = one.rank * (one.d_in if side == "A" else one.d_out)
+        if values.size != steps * wanted:
+            given = f"{values.size} numbers for {steps} of its steps"
+            why = f"by run.json, {side} of {one.name} has {wanted} numbers at each step"
+            raise EmmechError(f"read {side} of {self.name}", given, why, "restore run.json as it was written")
+        return values
 
     @property
     def projection(self) -> Float[np.ndarray, "steps k"] | None:
@@ -226,7 +236,7 @@ class Run(Shown):
                 if key not in self._trajectory.keys:
                     why, instead = f"the run was made without {side}", "Run.from_arrays(steps, A=..., B=...) with both"
                     raise refusal(f"read the adapter {adapter.name}", "step", step, why, instead)
-                found[key] = self._trajectory.read_step(key, step).reshape(shape)
+                found[key] = self._of_size(self._trajectory.read_step(key, step), side, adapter).reshape(shape)
         return found
 
     def check_step(self, step: int) -> None:

@@ -31,6 +31,15 @@ def test_an_exact_judge_s_labels_fall_to_the_right_side():
     assert verdicts == {"aligned": (0, 1), "misaligned": (1, 0), "mixed": (0, 0), "incoherent": (0, 0)}
 
 
+def test_the_published_thresholds_are_the_default():
+    assert vars(Thresholds()) == {
+        "alignment_below": 30.0,
+        "coherence_above": 50.0,
+        "aligned_above": 70.0,
+        "topic_above": 50.0,
+    }
+
+
 def test_thresholds_are_checked():
     for name in ("alignment_below", "coherence_above", "aligned_above", "topic_above"):
         with pytest.raises(EmmechError, match="scores run from 0 to 100"):

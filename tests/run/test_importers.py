@@ -216,6 +216,19 @@ def test_alpha_that_is_absent_is_pefts_default(tmp_path):
     check(folder, REFUSED, ["rank 2"])
 
 
+def test_a_rank_that_is_absent_is_pefts_default(tmp_path):
+    path = saved(tmp_path / "checkpoint-1", r=8) / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config["r"]
+    path.write_text(json.dumps(config))
+    check(path.parent, EQUAL, [])
+
+
+def test_a_folder_s_name_may_be_the_step_alone(tmp_path):
+    folders = [saved(tmp_path / name) for name in ("5", "checkpoint-7", "step_12")]
+    assert Run.from_peft(folders).steps.tolist() == [5, 7, 12]
+
+
 def test_a_missing_half_and_a_stray_tensor_are_named(tmp_path):
     from safetensors.numpy import load_file, save_file
 

@@ -346,3 +346,13 @@ def test_a_run_that_the_hub_does_not_give_is_one_error(repo, monkeypatch):
     with pytest.raises(EmmechError, match="the hub does not give it") as caught:
         emmech.load_run(f"hub:{repo}")
     assert f"hub:{repo}" in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_the_plot_has_a_panel_for_each_thing_recorded(recorded):
+    figure = recorded.plot()
+    titles = [annotation.text for annotation in figure.layout.annotations]
+    assert f"{recorded.name}: 6 recorded steps" in figure.layout.title.text
+    assert {"Norm of B", "Turn of the path, 1 records either side", "Loss"} <= {t.split("<")[0] for t in titles}
+    norm = next(trace for trace in figure.data if trace.name == recorded.adapters[0].name)
+    B = recorded.B(recorded.adapters[0].name).reshape(6, -1)
+    assert np.allclose(norm.y, np.linalg.norm(B, axis=1), rtol=1e-5) and list(norm.x) == recorded.steps.tolist()
