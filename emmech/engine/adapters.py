@@ -86,6 +86,11 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def _empty(value: Any) -> bool:
+    """Whether a field changes nothing; an empty mapping is a method with all its defaults, such as KaSA."""
+    return not value and not isinstance(value, Mapping)
+
+
 def beyond_pairs(config: Mapping[str, Any]) -> str | None:
     """The first field of a LoRA configuration that makes the adapter more than a scaled product B A.
 
@@ -94,7 +99,7 @@ def beyond_pairs(config: Mapping[str, Any]) -> str | None:
         (None, 'use_dora=True')
     """
     for name, value in config.items():
-        if not _FIELDS.get(name, lambda value: not value)(value):
+        if not _FIELDS.get(name, _empty)(value):
             return f"{name}={getattr(value, 'value', value)!r}"
     return None
 

@@ -224,7 +224,8 @@ def _adapter(
 
 def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
     """PEFT's value for a module: that of the first regular expression to match the end of its path, or the default."""
-    return next((v for k, v in (pattern or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
+    pattern = {} if pattern is None else pattern
+    return next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", module)), default)
 
 
 def _step_of(folder: Path) -> int:

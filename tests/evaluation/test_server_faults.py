@@ -374,6 +374,13 @@ def test_what_is_secret_reaches_the_server(fake):
     assert running.bodies[0]["provider"][0]["options"]["api_key"] == SECRETS["nested"]
 
 
+def test_a_reply_that_is_nested_without_end_is_no_answer(fake):
+    running = fake(lambda body, number: (200, "[" * 100_000))
+    with pytest.raises(EmmechError, match="recursion"):
+        server(running).sample(CONVERSATIONS[:1], progress=False)
+    assert len(running.bodies) == 3  # it may pass
+
+
 @pytest.mark.parametrize(
     "url", ["", "localhost:8000/v1", "http://", "ftp://x/v1", "http://[::1", "http://a:b@x:99999", 7]
 )

@@ -86,7 +86,7 @@ WRITTEN: dict[str, list[tuple[object, str]]] = {
     "runtime_config": [({"ephemeral_gpu_offload": False}, EQUAL)],
     "use_bdlora": [({"nblocks": 2}, REFUSED)],
     "arrow_config": [({"top_k": 2}, REFUSED)],
-    "kasa_config": [({"beta": 0.1}, REFUSED)],
+    "kasa_config": [({"beta": 0.1}, REFUSED), ({}, REFUSED)],
 }
 CASES = [(field, *case) for field, cases in TRIED.items() for case in cases]
 
@@ -214,6 +214,13 @@ def test_alpha_that_is_absent_is_pefts_default(tmp_path):
     check(folder, REFUSED, ["lora_alpha is nan"])
     path.write_text(json.dumps(config | {"r": 2}))
     check(folder, REFUSED, ["rank 2"])
+
+
+@pytest.mark.parametrize("pattern", [0, "", [], False, "q_proj"])
+def test_a_pattern_that_is_no_mapping_is_refused(pattern, tmp_path):
+    path = saved(tmp_path / "checkpoint-1") / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": pattern}))
+    check(path.parent, REFUSED, ["rank_pattern"])
 
 
 def test_a_rank_that_is_absent_is_pefts_default(tmp_path):

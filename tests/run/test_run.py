@@ -221,6 +221,20 @@ def test_a_manifest_of_another_shape_is_refused(entry, recorded, tmp_path):
         emmech.load_run(copy)
 
 
+@pytest.mark.parametrize("changed", [{"d_in": 7}, {"d_out": 5}, {"rank": 2}])
+def test_sizes_that_are_not_those_of_the_manifest_are_refused(changed, recorded, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(recorded.path, copy)
+    manifest = json.loads((copy / "run.json").read_text())
+    manifest["adapters"][0] |= changed
+    (copy / "run.json").write_text(json.dumps(manifest))
+    run, side = emmech.load_run(copy), "A" if "d_in" in changed else "B"
+    for read in (lambda: run.weights(5), lambda: getattr(run, side)(run.adapters[0].name)):
+        with pytest.raises(EmmechError, match=r"by run\.json"):
+            read()
+    assert len(run.metrics)
+
+
 def test_not_a_run(tmp_path, recorded):
     with pytest.raises(EmmechError, match="no such folder"):
         emmech.load_run(tmp_path / "nowhere")
@@ -353,6 +367,7 @@ def test_the_plot_has_a_panel_for_each_thing_recorded(recorded):
     titles = [annotation.text for annotation in figure.layout.annotations]
     assert f"{recorded.name}: 6 recorded steps" in figure.layout.title.text
     assert {"Norm of B", "Turn of the path, 1 records either side", "Loss"} <= {t.split("<")[0] for t in titles}
-    norm = next(trace for trace in figure.data if trace.name == recorded.adapters[0].name)
-    B = recorded.B(recorded.adapters[0].name).reshape(6, -1)
-    assert np.allclose(norm.y, np.linalg.norm(B, axis=1), rtol=1e-5) and list(norm.x) == recorded.steps.tolist()
+    norms = {one.name: np.linalg.norm(recorded.B(one.name).reshape(6, -1), axis=1) for one in recorded.adapters}
+    longest = max(norms, key=lambda name: norms[name][-1])
+    drawn = next(trace for trace in figure.data if trace.name.startswith(longest))
+    assert np.allclose(drawn.y, norms[longest], rtol=1e-5) and list(drawn.x) == recorded.steps.tolist()
