@@ -294,9 +294,12 @@ class _File:
         elif row is not None:
             width = (end - begin) // shape[0]
             begin, end, shape = begin + row * width, begin + (row + 1) * width, [1, *shape[1:]]
-        found = np.empty(shape, np.dtype(f"{_KINDS[kind[0]]}{int(kind[1:]) // 8}"))
+        of = np.dtype(f"{_KINDS[kind[0]]}{int(kind[1:]) // 8}")
+        if not 0 <= begin <= end <= self._stamp[0] - self._start or math.prod(shape) * of.itemsize != end - begin:
+            raise ValueError(f"{key} is not as long as the header says")
+        found = np.empty(shape, of)
         file.seek(self._start + begin)
-        if found.nbytes != end - begin or file.readinto(found.data) != end - begin:
+        if file.readinto(found.data) != end - begin:
             raise ValueError(f"{key} is not as long as the header says")
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +212,21 @@ def test_a_link_to_nowhere_among_the_steps_is_named(tmp_path):
     (tmp_path / "step-000005.safetensors").symlink_to(tmp_path / "nowhere")
     series = Series(tmp_path)
     assert series.steps.tolist() == [0] and [path.name for path in series.damaged] == ["step-000005.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["B", "steps", "sum/B", "sum/steps"])
+@pytest.mark.parametrize("changed", [{"data_offsets": [-(2**20), 24 - 2**20]}, {"data_offsets": [2**60, 2**60 + 24]},
+                                     {"shape": [2**40, 5]}, {"shape": [-3, -5]}, {"dtype": "F16"}])  # fmt: skip
+def test_a_header_that_points_outside_its_file_is_named(name, changed, tmp_path):
+    filled(tmp_path, [0, 5, 10]).compact()
+    path = tmp_path / "stacked.safetensors"
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header[name] |= changed
+    path.write_bytes(len(text := json.dumps(header).encode()).to_bytes(8, "little") + text + content[start:])
+    series = Series(tmp_path)
+    assert path in (*series.damaged, *series.verify())
 
 
 def test_a_reader_sees_the_file_that_took_the_place_of_the_one_it_opened(tmp_path):

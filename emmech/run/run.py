@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from emmech.errors import EmmechError, as_float, as_int, check_folder, closest, refusal
+from emmech.errors import EmmechError, as_float, as_int, broken_text, check_folder, closest, refusal
 from emmech.progress import quiet
 from emmech.results import Card, Shown
 from emmech.store import MemorySeries, Series, kept, read_jsonl, save_tensors, write_json, write_jsonl
@@ -585,7 +585,9 @@ def _check_manifest(manifest: Any) -> None:
 
 
 def is_metrics(row: Mapping[str, Any]) -> bool:
-    """Whether a row is a step with finite numbers, or with None where there is none."""
+    """Whether a row is a step with finite numbers, or with None where there is none, each under a name."""
+    if any(map(broken_text, row)):
+        return False
     known = [value for value in row.values() if value is not None]
     step = row.get("step")
     whole = isinstance(step, int) and 0 <= step < 2**63

@@ -182,6 +182,7 @@ def test_metrics_that_are_no_numbers_at_a_step_are_named_and_left_out(recorded, 
         '{"loss": 1.0}',
         '{"step": 7, "loss": "x"}',
         '{"step": 7, "loss": [1]}',
+        '{"step": 7, "los\\ud83d": 1.0}',
         f'{{"step": 7, "loss": 1{"0" * 400}}}',
     ]
     with path.open("a") as file:
