@@ -65,7 +65,8 @@ class Breadth(Result):
         return Card(headline, tuple(facts), caveat, "breadth.plot()")
 
     def _sketch(self) -> str:
-        rows = ((str(name), row["rate"], row["low"], row["high"]) for name, row in self.frame.iterrows())
+        shown = self.frame.sort_values("rate", ascending=False)
+        rows = ((str(name), row["rate"], row["low"], row["high"]) for name, row in shown.iterrows())
         return intervals(rows, "Misaligned answers by category", percent=True, ends=(0.0, 1.0))
 
     def plot(self) -> Any:
