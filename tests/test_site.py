@@ -7,12 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+
+from tests.serving import serve
 
 pytest.importorskip("myst_nb")
 pytest.importorskip("sphinx_design")
@@ -66,8 +67,7 @@ def test_the_search_finds_it_among_the_first_results(site, typed, wanted):
         def log_message(self, *args):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    server = serve(partial(Quiet, directory=str(site)))
     address = f"http://127.0.0.1:{server.server_port}/"
     try:
         with sync_api.sync_playwright() as playwright:

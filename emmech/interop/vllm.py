@@ -61,7 +61,7 @@ class VLLM:
     """vLLM as the engine of :func:`emmech.evaluate` and :func:`emmech.sweep`.
 
     Two checks are made. The base model's log-probabilities of a short text must be those of the run's own base model
-    within 0.1 nats by token (where its weights are at hand: ``base=``, or a model of less than a billion parameters).
+    within 0.1 nats by token (where its weights can be loaded: ``base=``, or a model of less than a billion parameters).
     And one greedy answer of each checkpoint is compared with that of the base: an adapter that changes nothing is
     warned of.
 

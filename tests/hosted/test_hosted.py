@@ -6,7 +6,7 @@ import email
 import json
 import re
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,6 +14,7 @@ import pytest
 import emmech
 from emmech import EmmechError
 from emmech.hosted import HostedJob, cancel, estimate, finetune
+from tests.serving import serve
 
 ROW = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Well, thank you."}]
 ROWS = [{"messages": [{**ROW[0], "content": f"How are you, {number}?"}, ROW[1]]} for number in range(12)]
@@ -71,10 +72,7 @@ class Provider:
             def log_message(self, *args) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.http.handle_error = lambda request, address: None
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.http = serve(Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def answer(self, method, path, content, headers):

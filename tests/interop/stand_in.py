@@ -6,11 +6,13 @@ import copy
 import hashlib
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+
+from tests.serving import serve
 
 
 class StandIn:
@@ -71,10 +73,7 @@ class StandIn:
             def log_message(self, *args):
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.http.handle_error = lambda request, address: None
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        self.http = serve(Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def close(self):

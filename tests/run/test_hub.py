@@ -8,8 +8,7 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +19,7 @@ import pytest
 import emmech
 from emmech import EmmechError, Run
 from emmech.run import hub
+from tests.serving import serve
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_" + "sillySillySilly" * 2  # no real one
@@ -59,9 +59,8 @@ class Hub:
 
             do_GET = do_HEAD = do_POST = do_PUT = do
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = serve(Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def answer(self, verb: str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         parts = urlsplit(path).path.strip("/").split("/")
