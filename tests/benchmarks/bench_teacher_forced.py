@@ -174,7 +174,7 @@ def mixed_batch() -> Contest:
     chat_bare = ChatModel(bare, None, chat.name, chat.family)
 
     def ours() -> np.ndarray:
-        frame = sweep(run, measure=measure, base=chat_bare, progress=False).frame
+        frame = sweep(run, steps=run.steps, measure=measure, base=chat_bare, progress=False).frame
         return frame["value"].to_numpy().reshape(count, 2)
 
     def theirs() -> np.ndarray:
