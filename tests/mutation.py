@@ -381,7 +381,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/damaged.md")
     parser.add_argument("--out", type=Path, default=Path("build/mutation"))
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    out = options.out.resolve()  # the tests run in another folder
+    out.mkdir(parents=True, exist_ok=True)
     warm()
     places = {module: Mutants((ROOT / module).read_text()).found for module in ROOMS}
     if unknown := stale(places):
@@ -391,9 +392,9 @@ def main() -> None:
     tree = shutil.copytree(ROOT, scratch / "tree", ignore=shutil.ignore_patterns(".git", ".venv", "build", "site"))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(tree.rglob("*.py")))).hexdigest()[:12]
     counts: Counter = Counter()
-    results = (options.out / f"mutants-{options.seed}.jsonl").open("a")
+    results = (out / f"mutants-{options.seed}.jsonl").open("a")
     for module in (module for module in ROOMS if options.module in module):
-        known = learn(module, options.out / f"{Path(module).stem}-{code}.json", tree)
+        known = learn(module, out / f"{Path(module).stem}-{code}.json", tree)
         source, seconds = (ROOT / module).read_text(), known["seconds"]
         dice = random.Random(f"{options.seed} {module}")
         for place in dice.sample(places[module], max(3, round(share * len(places[module])))):
