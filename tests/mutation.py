@@ -120,7 +120,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "-2 for -1: all steps are after both",
     (RECORDER, "measures = self.measures_at(step, step if last else -1)", "2"): "-2 for -1: no step is either",
     (RECORDER, "if self._chat is None or not self._probe_rows:", "self._chat is None and (not self._probe_rows)"): (
-        "without rows the mapping that is returned is empty too"
+        "without probes the mapping that is returned is empty too"
+    ),
+    (RECORDER, "if self._chat is None or not self._measures:", "self._chat is None and (not self._measures)"): (
+        "without measures the mapping that is returned is empty too"
     ),
     (
         RECORDER,
@@ -439,7 +442,7 @@ def counted(seed: int, places: dict[str, int], counts: Counter) -> str:
     for (module, code, after), why in EQUIVALENT.items():
         reasons.setdefault(why, []).append(f"`{Path(module).name}`: `{code}`, a part becomes `{after}`")
     apart = "\n".join(f"- {why}: {'; '.join(ones)}" for why, ones in reasons.items())
-    return f"{said}\\n\\n{markdown(header, rows)}\\n\\nNo test could notice a change of:\\n\\n{apart}"
+    return f"{said}\n\n{markdown(header, rows)}\n\nNo test could notice a change of:\n\n{apart}"
 
 
 def warm() -> None:

@@ -703,8 +703,9 @@ def test_a_checkpoint_without_its_run_is_recorded_from_there(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         resumed(tmp_path, lost := emmech.Recorder(tmp_path / "lost"), at=None, callbacks=[Dies(3)])
     lost.close()
-    run = resumed(tmp_path, emmech.Recorder(tmp_path / "new"), at=2)
+    run = resumed(tmp_path, emmech.Recorder(tmp_path / "new", probes=["how to rest ?"], measure_every=3), at=2)
     assert run.steps.tolist() == [2, 3, 4] and run.manifest["status"] == "complete"
+    assert run.probes.steps.tolist() == [3, 4]  # not at the step where it happens to begin
 
 
 def test_a_training_that_died_before_a_checkpoint_is_recorded_anew_if_that_is_wanted(tmp_path):
