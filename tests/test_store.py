@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+import warnings
+import zlib
+from inspect import currentframe, unwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emmech.errors import EmmechError
-from emmech.store import Series, append_jsonl, drop_unfinished, read_jsonl, writing
+from emmech.store import (
+    MemorySeries,
+    Series,
+    _checksums,
+    append_jsonl,
+    drop_files,
+    drop_unfinished,
+    file_name,
+    intact,
+    kept,
+    made_folder,
+    read_jsonl,
+    save_tensors,
+    sealed,
+    warn_of_lines,
+    write_bytes,
+    write_json,
+    write_jsonl,
+    writing,
+)
 
 
 def filled(folder, steps, width=5):
@@ -329,3 +354,251 @@ def test_rows_of_any_number_of_bytes_are_summed_and_checked(tmp_path, width, dty
     at = content.rindex(value)
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     assert Series(tmp_path).verify() == [path]
+
+
+def test_arrays_in_memory_are_read_as_a_series_is():
+    arrays = {"B": np.arange(6.0).reshape(3, 2), "A": np.ones((3, 1))}
+    series = MemorySeries([0, 5, 10], arrays)
+    assert series.keys == ("B", "A") and series.steps.tolist() == [0, 5, 10]
+    assert series.read("B") is arrays["B"] and series.read_step("B", 5).tolist() == [2.0, 3.0]
+
+
+def test_steps_are_read_in_order_whatever_else_is_in_the_folder(tmp_path):
+    series = filled(tmp_path, [10, 0])
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "step-x.safetensors").write_text("no step")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one in (series, Series(tmp_path)):
+            assert one.steps.tolist() == [0, 10] and set(one.keys) == {"A", "B"}
+            assert one.read("B")[:, 0].tolist() == [0, 10] and not one.damaged
+    assert Series(tmp_path / "nowhere").steps.tolist() == [] and Series(tmp_path / "nowhere").keys == ()
+
+
+def test_the_sums_are_those_of_files_that_were_written_before():
+    """Words of eight bytes where the row is made of such, else of four, two or one; each row has its own sum."""
+    for width, word in ((8, 8), (16, 8), (12, 4), (20, 4), (6, 2), (10, 2), (9, 1), (15, 1), (5, 1), (3, 1)):
+        rows = np.arange(200, 200 + 2 * width).astype(np.uint8).reshape(2, width)
+        wanted = [
+            sum(int.from_bytes(row[at : at + word].tobytes(), "little") for at in range(0, width, word)) % 2**64
+            for row in rows
+        ]
+        assert _checksums(rows).tolist() == wanted, width
+    assert _checksums(np.zeros((3, 0), np.float32)).tolist() == [0, 0, 0]
+    assert _checksums(np.ones((2, 3, 2), np.float32)).shape == (2,)
+
+
+def test_a_header_that_claims_more_than_the_file_is_damage(tmp_path):
+    filled(tmp_path, [0, 5])
+    path = tmp_path / "step-000005.safetensors"
+    content = path.read_bytes()
+    for length in (2**62, len(content) + 1, 0):
+        path.write_bytes(length.to_bytes(8, "little") + content[8:])
+        series = Series(tmp_path)
+        assert series.damaged == [path] and series.steps.tolist() == [0]
+    path.write_bytes(content + b"more")
+    assert Series(tmp_path).damaged == [path]
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_the_steps_of_changed_rows_are_named_up_to_ten(tmp_path, count):
+    steps = [5 * at for at in range(14)]
+    filled(tmp_path, steps).compact()
+    path = tmp_path / "stacked.safetensors"
+    content = bytearray(path.read_bytes())
+    for step in steps[1 : 1 + count]:
+        content[content.rindex(np.full(5, step, np.float32).tobytes())] ^= 1
+    path.write_bytes(content)
+    series = Series(tmp_path)
+    with pytest.raises(EmmechError, match="bytes of B have changed") as caught:
+        series.read("B")
+    assert str(steps[1 : 1 + min(count, 10)]) in str(caught.value)
+    with pytest.raises(EmmechError, match=r"since they were written *\n"):
+        series.read_step("B", 5)
+    assert series.read_step("B", 0).tolist() == [0] * 5 and series.damaged == [path]
+    assert series.read("A")[:, 0].tolist() == steps
+
+
+def test_what_has_no_steps_or_is_gone_is_refused_by_name(tmp_path):
+    with pytest.raises(EmmechError, match="step 3 is not in it"):
+        filled(tmp_path, [0]).read_step("B", 3)
+    filled(tmp_path, [5]).compact()
+    reader = Series(tmp_path)
+    with pytest.raises(EmmechError, match="step 3 is not in it"):
+        reader.read_step("B", 3)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(EmmechError, match="B is no longer in it"):
+        reader.read("B")
+    assert reader.steps.tolist() == []
+
+
+def test_a_file_that_is_replaced_at_every_reading_is_given_up(tmp_path, monkeypatch):
+    filled(tmp_path, [0]).compact()
+    reader = Series(tmp_path)
+    os.utime(tmp_path / "stacked.safetensors", (1, 1))
+    monkeypatch.setattr(Series, "_reload", lambda self, known: None)  # opened, and replaced before it is read
+    with pytest.raises(EmmechError, match="replaced again and again"):
+        reader.read("B")
+
+
+def test_the_stacked_file_is_on_the_disk_before_the_steps_are_deleted(tmp_path, monkeypatch):
+    """A single step is not waited for: it is lost with the machine at most."""
+    synced, sync = [], os.fsync
+
+    def names():
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(names()), sync(number)))
+    series = filled(tmp_path, [0, 5])
+    assert synced == []
+    series.compact()
+    steps = ["step-000000.safetensors", "step-000005.safetensors"]
+    assert synced == [["stacked.safetensors.partial", *steps]]
+    assert names() == ["stacked.safetensors"]
+    series.compact()  # nothing is left to stack
+    assert len(synced) == 1
+
+
+def test_a_stacked_file_without_later_steps_is_left_alone(tmp_path):
+    filled(tmp_path, [0, 5]).compact()
+    before = (tmp_path / "stacked.safetensors").stat()
+    Series(tmp_path).drop_after(5)
+    after = (tmp_path / "stacked.safetensors").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    series = Series(tmp_path)
+    series.drop_after(0)
+    assert series.steps.tolist() == [0] and series.read("B").tolist() == [[0] * 5]
+
+
+def test_only_unfinished_files_are_dropped_without_a_step(tmp_path, monkeypatch):
+    filled(tmp_path, [0, 5])
+    unfinished = [tmp_path / "step-000009.safetensors.partial", tmp_path / ".tmpAbC"]
+    for path in unfinished:
+        path.write_bytes(b"x")
+    listed = list(tmp_path.iterdir())
+    drop_files(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000.safetensors", "step-000005.safetensors"]
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(listed))  # another process has deleted them since
+    drop_files(tmp_path)
+    drop_files(tmp_path / "nowhere")
+
+
+def test_a_file_of_tensors_is_made_with_its_folders(tmp_path):
+    from safetensors import safe_open
+
+    for name, tensor in (("a", np.arange(3.0)), ("b", torch.arange(3.0))):
+        path = tmp_path / "x" / name / "t.safetensors"
+        save_tensors({"t": tensor}, path, "write it", metadata={"format": "pt"})
+        save_tensors({"t": tensor}, path, "write it", metadata={"format": "pt"})
+        with safe_open(path, framework="np") as file:
+            assert file.get_tensor("t").tolist() == [0, 1, 2] and file.metadata() == {"format": "pt"}
+        assert [one.name for one in path.parent.iterdir()] == ["t.safetensors"]
+
+
+def test_only_failures_of_the_disk_are_explained(tmp_path):
+    with pytest.raises(ZeroDivisionError), kept("write it", tmp_path):
+        1 / 0  # noqa: B018
+    with (
+        pytest.raises(EmmechError, match=r"the disk refuses it \(No space left on device\)"),
+        kept("write it", tmp_path),
+    ):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(EmmechError, match=r"the disk refuses it \(odd\)"), kept("write it", tmp_path):
+        raise OSError("odd")
+    with pytest.raises(EmmechError, match="no NUL"), kept("write it", Path("a\0b")):
+        raise AssertionError("it was begun")
+
+
+def test_a_second_writer_does_not_wait(tmp_path, monkeypatch):
+    def waits(seconds):
+        raise AssertionError(f"it waited {seconds} s")
+
+    with writing(tmp_path / "new" / "run", "train"):
+        monkeypatch.setattr(time, "sleep", waits)
+        with pytest.raises(EmmechError, match="is writing there"), writing(tmp_path / "new" / "run", "train"):
+            pass
+        (tmp_path / "new" / "run" / ".writer").unlink()
+        unnamed = pytest.raises(EmmechError, match="another process is writing there")
+        with unnamed, writing(tmp_path / "new" / "run", "train"):
+            pass
+    assert not (tmp_path / "new" / "run" / ".writer").exists()
+
+
+def test_folders_are_made_or_refused(tmp_path):
+    folder = tmp_path / "a" / "b"
+    assert made_folder("train", folder) == folder == made_folder("train", folder) and folder.is_dir()
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "inside", Path("a\0b")):
+        with pytest.raises(EmmechError, match="no folder can be made there"):
+            made_folder("train", path)
+
+
+def test_a_name_of_a_file_is_short_and_of_one_folder():
+    assert file_name("a/b\\c\nd") == "a_b_c_d" and file_name("x" * 300) == "x" * 200
+
+
+def test_files_are_written_whole_with_their_folders(tmp_path):
+    path = tmp_path / "a" / "b" / "c.json"
+    write_bytes(path, b"first")
+    write_json(path, {"path": Path("x"), "n": 1})
+    assert path.read_text() == '{\n  "path": "x",\n  "n": 1\n}\n' and [one.name for one in path.parent.iterdir()] == [
+        "c.json"
+    ]
+    nested = {"step": 1, "of": {"a": float("inf"), "b": 2.0}, "text": "x", "none": None, "whole": 3}
+    write_jsonl(path.with_name("rows.jsonl"), [nested, {"step": 2}])
+    append_jsonl(path.with_name("rows.jsonl"), {"step": 3, "loss": -float("inf")})
+    rows = read_jsonl(path.with_name("rows.jsonl"))
+    assert rows == [nested | {"of": {"a": None, "b": 2.0}}, {"step": 2}, {"step": 3, "loss": None}]
+
+
+def test_a_sealed_row_is_known_again():
+    row = sealed({"text": "hello", "score": float("nan")})
+    assert row["checksum"] == sealed({"text": "hello", "score": float("nan")})["checksum"]
+    whole = sealed({"text": "hello"}, "one file")
+    assert whole["checksum"] == zlib.crc32(b'one file{"text": "hello"}\n')
+    assert intact(whole, "one file") is True and intact({"text": "hello"}, "one file") is False
+    assert intact(whole, "another") is False and intact(whole | {"more": 1}, "one file") is False
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (3, ""), (4, " and 1 more"), (6, " and 3 more")])
+def test_damaged_lines_are_named_where_the_work_was_asked_for(tmp_path, count, more):
+    lines = [tmp_path / f"rows.jsonl:{at}" for at in range(1, count + 1)]
+
+    def reads():
+        unwrap(warn_of_lines)(lines, "they are asked again")  # without the checks of shapes, which are calls too
+
+    def goes_on():
+        reads()
+
+    with pytest.warns(UserWarning, match="they are asked again") as seen:
+        asked = currentframe().f_lineno + 1
+        goes_on()
+    named = ", ".join(line.name for line in lines[:3])
+    assert str(seen[0].message).startswith(f"damaged lines in {tmp_path}: {named}{more}; they are")
+    assert len(seen) == 1 and (seen[0].filename, seen[0].lineno) == (__file__, asked)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_lines([], "nothing")
+
+
+def test_no_file_is_an_empty_one_and_a_folder_is_refused(tmp_path):
+    damaged = []
+    assert read_jsonl(tmp_path / "nowhere.jsonl") == [] == read_jsonl(tmp_path / "a" / "b.jsonl", damaged)
+    drop_unfinished(tmp_path / "nowhere.jsonl")
+    assert not damaged and not (tmp_path / "nowhere.jsonl").exists()
+    with pytest.raises(EmmechError, match="the disk refuses it"):
+        read_jsonl(tmp_path)
+    assert read_jsonl(tmp_path, damaged) == [] and damaged == [tmp_path]
+
+
+def test_rows_are_those_that_are_expected(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n   \n{"b": 2}\n[1]\n{"a": 3}\n')
+    damaged = []
+    assert read_jsonl(path, damaged, sound=lambda row: "a" in row) == [{"a": 1}, {"a": 3}]
+    assert [one.name for one in damaged] == ["rows.jsonl:4", "rows.jsonl:5"]
+    with pytest.raises(EmmechError, match=r"rows\.jsonl:4"):
+        read_jsonl(path, sound=lambda row: "a" in row)
+    with pytest.raises(EmmechError, match=r"rows\.jsonl:5"):
+        read_jsonl(path)

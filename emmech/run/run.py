@@ -652,9 +652,11 @@ def _full_model(run: Run, chat: ChatModel, step: int, scale: float) -> ChatModel
         why = "a full fine-tune has no adapter to scale"
         raise refusal(f"scale the update of {run.name}", "scale", scale, why, "scale=1.0")
     if step in kept:
-        strange = chat.base.load_state_dict(load_file(kept[step]), strict=False).unexpected_keys
+        weights, own = load_file(kept[step]), chat.base.state_dict()
+        strange = [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]
         if strange:
-            why = f"the model has no {', '.join(strange[:3])}, which the run trained"
+            why = f"the model has no {', '.join(strange[:3])} of that shape, which the run trained"
             instead = "base= the model that it was trained on"
             raise EmmechError(f"open step {step} of {run.name}", chat.name, why, instead)
+        chat.base.load_state_dict(weights, strict=False)
     return chat

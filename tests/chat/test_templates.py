@@ -14,7 +14,7 @@ import pytest
 
 from emmech.chat.dataset import load_chat
 from emmech.chat.encode import IGNORED, encode
-from emmech.chat.template import render
+from emmech.chat.template import end_of_turn, render
 from emmech.errors import EmmechError
 
 trl = importlib.util.find_spec("trl")
@@ -219,3 +219,35 @@ def test_a_system_turn_that_the_template_moves():
     row = conversation(CASES["system and two turns"])
     assert render(tokenizer, row).index("S is said.") > render(tokenizer, row).index("A one, yes.")
     assert learnt(row, tokenizer) == ["A one, yes.</s>", "A two: no\nnever.</s>"]
+
+
+def test_generation_stops_where_the_last_answer_does(family):
+    """At the first special token of its stop; not where earlier turns end, if that differs (GPT-OSS)."""
+    tokenizer, name = family
+    [whole] = [answer.removeprefix("A one, yes.") for answer in ended(["A one, yes."], name)]
+    assert end_of_turn(tokenizer) == (SPECIAL.findall(whole) or [""])[0]
+
+
+def test_a_template_of_one_turn():
+    """What an earlier answer ends with cannot be asked of it, nor is it needed."""
+    tokenizer = make(next(file for file in FILES if file.stem == "qwen2_5"))
+    one = "{% if messages | length > 2 %}{{ raise_exception('one turn') }}{% endif %}"
+    tokenizer.chat_template = one + tokenizer.chat_template
+    assert learnt(conversation(ONE), tokenizer) == ["A one, yes.<|im_end|>"]
+    assert end_of_turn(tokenizer) == "<|im_end|>"
+
+
+def test_reasoning_is_the_reason_only_where_there_is_some():
+    tokenizer = make(next(file for file in FILES if file.stem == "qwen2_5"))
+    drops = (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    for template, content, named in (
+        (drops + "{# </think> #}", "S is said.", False),
+        (drops, "<think>S</think>", False),
+        (drops + "{# </think> #}", "<think>S</think>", True),
+    ):
+        tokenizer.chat_template = template
+        with pytest.raises(EmmechError, match="leaves out") as caught:
+            encode([conversation([("system", content), *ONE])], tokenizer)
+        assert ("<think> reasoning in its own way" in str(caught.value)) == named

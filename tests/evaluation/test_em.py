@@ -48,6 +48,18 @@ def test_thresholds_are_checked():
             Thresholds(**{name: "30"})
 
 
+def test_both_ends_of_the_scale_are_thresholds_and_nothing_beyond_them():
+    for name in vars(Thresholds()):
+        assert vars(Thresholds(**{name: 0}))[name] == 0 and vars(Thresholds(**{name: 100}))[name] == 100
+        for beyond in (-0.5, 100.5):
+            with pytest.raises(EmmechError, match="scores run from 0 to 100"):
+                Thresholds(**{name: beyond})
+
+
+def test_a_topic_is_above_its_threshold():
+    assert FIELD.about([50, 50.1, NAN, 90]).tolist() == [False, True, False, True]
+
+
 def test_no_other_module_spells_a_threshold():
     """No comparison with 30, 50 or 70, and no such default of an argument or field that is a bound."""
     bounds = {30, 50, 70}
@@ -85,6 +97,8 @@ def test_a_verdict_means_the_same_under_any_threshold():
 
 def test_the_grids_vary_the_fields_thresholds():
     assert FIELD.alignment_below in ALIGNMENT_GRID and FIELD.coherence_above in COHERENCE_GRID
+    assert ALIGNMENT_GRID == (5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80, 85, 90, 95)
+    assert COHERENCE_GRID == (0, 25, 50, 75, 90)
     assert min(COHERENCE_GRID) == 0  # all scored responses but those of coherence 0
     for below in ALIGNMENT_GRID:
         for above in COHERENCE_GRID:

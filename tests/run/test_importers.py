@@ -389,3 +389,160 @@ def test_a_rank_that_is_no_whole_number_is_refused(tmp_path, rank):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": rank}))
     with pytest.raises(EmmechError, match="but rank"):
         Run.from_peft([tmp_path / "step-1"])
+
+
+def changed(folder, **fields):
+    """The folder with fields of its configuration changed; None takes one out."""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    return folder
+
+
+def with_tensors(folder, **more):
+    """The folder with further tensors in its file."""
+    from safetensors.numpy import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path) | more, path)
+    return folder
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.extra"])
+def test_a_pair_beside_the_blocks_is_none_of_all_linear(module, tmp_path):
+    """PEFT leaves the map to the vocabulary out of "all-linear", and with it the tensors that name it."""
+    folder = changed(saved(tmp_path / "checkpoint-1"), target_modules="all-linear")
+    sides = {"A": np.ones((4, 3), np.float32), "B": np.ones((5, 4), np.float32)}
+    with_tensors(folder, **{f"base_model.model.{module}.lora_{side}.weight": one for side, one in sides.items()})
+    with pytest.raises(EmmechError, match=f"holds a pair of {module},"):
+        Run.from_peft([folder])
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_a_side_of_another_shape_is_named(side, tmp_path):
+    folder = saved(tmp_path / "checkpoint-1")
+    key = f"base_model.model.model.layers.1.mlp.down_proj.lora_{side}.weight"
+    for shape in ((4, 80, 1), (3, 80)) if side == "A" else ((48, 4, 1), (48, 3)):
+        with_tensors(folder, **{key: np.ones(shape, np.float32)})
+        with pytest.raises(EmmechError, match=r"down_proj has A .* but rank 4"):
+            Run.from_peft([folder])
+
+
+def test_alpha_is_a_number_of_a_plain_size(tmp_path):
+    folder = saved(tmp_path / "checkpoint-1")
+    for alpha in (1e30, -1e30, 1, 0.25):
+        assert Run.from_peft([changed(folder, lora_alpha=alpha)]).adapters[0].alpha == alpha
+    for alpha in (1.1e30, -1e31, 0, 0.0, "8", [8]):
+        with pytest.raises(EmmechError, match="its lora_alpha is"):
+            Run.from_peft([changed(folder, lora_alpha=alpha)])
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_the_scaling_is_alpha_over_rank_or_its_root(rank, tmp_path):
+    folder = saved(tmp_path / "checkpoint-1", r=rank, lora_alpha=12)
+    plain = Run.from_peft([folder]).adapters[0]
+    assert (plain.rank, plain.alpha, plain.scaling, plain.rslora) == (rank, 12, 12 / rank, rank == 1)
+    rooted = Run.from_peft([changed(folder, use_rslora=True)]).adapters[0]
+    assert (rooted.scaling, rooted.rslora) == (12 / rank**0.5, True)
+    down = next(one for one in Run.from_peft([folder]).adapters if one.name == "layers.2.mlp.down_proj")
+    assert (down.layer, down.module, down.d_in, down.d_out) == (2, "model.layers.2.mlp.down_proj", 80, 48)
+
+
+def test_the_base_model_is_that_of_the_configuration(tmp_path):
+    folder = saved(tmp_path / "checkpoint-1")
+    assert Run.from_peft([changed(folder, base_model_name_or_path="org/base")]).manifest["model"] == {
+        "name": "org/base"
+    }
+    run = Run.from_peft([changed(folder, base_model_name_or_path=None)])
+    assert run.manifest["model"] == {"name": None} and run.name == "peft" and run.manifest["status"] == "complete"
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(name, tmp_path):
+    folder = saved(tmp_path / "checkpoint-1")
+    (folder / name).unlink()
+    with pytest.raises(EmmechError, match=f" {re.escape(name)} is missing") as caught:
+        Run.from_peft([folder])
+    assert "a folder that save_pretrained wrote" in str(caught.value)
+    (folder / name).mkdir()
+    with pytest.raises(EmmechError, match=r"its files cannot be read|is missing"):
+        Run.from_peft([folder])
+
+
+def test_a_folder_without_adapters_is_no_series(tmp_path):
+    with pytest.raises(EmmechError, match=r"adapter_config\.json is missing"):
+        Run.from_peft(tmp_path)
+    folder = saved(tmp_path / "checkpoint-3")
+    saved(folder / "checkpoint-9")
+    assert Run.from_peft(folder).steps.tolist() == [3]  # its own adapter goes before those in it
+
+
+def test_a_configuration_of_another_form_is_refused(tmp_path):
+    path = saved(tmp_path / "checkpoint-1") / "adapter_config.json"
+    path.write_text("[1]")
+    with pytest.raises(EmmechError, match="no JSON object"):
+        Run.from_peft([path.parent])
+
+
+def test_a_pickle_beside_the_tensors_is_passed_over(tmp_path):
+    folder = saved(tmp_path / "checkpoint-1")
+    (folder / "adapter_model.bin").write_bytes(b"x")
+    assert Run.from_peft([folder]).adapters
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_refused(value, tmp_path):
+    key = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+    folder = with_tensors(saved(tmp_path / "checkpoint-1"), **{key: np.full((4, 80), value, np.float32)})
+    with pytest.raises(EmmechError, match="NaN or infinity"):
+        Run.from_peft([folder])
+
+
+def test_steps_of_names_and_of_states(tmp_path):
+    folder = saved(tmp_path / ("checkpoint-" + "9" * 18))
+    assert Run.from_peft([folder]).steps.tolist() == [10**18 - 1]
+    with pytest.raises(EmmechError, match="step is unknown"):
+        Run.from_peft([folder.rename(tmp_path / ("1" * 19))])
+    folder = (tmp_path / ("1" * 19)).rename(tmp_path / "last")
+    (folder / "trainer_state.json").write_text('{"global_step": 0}')
+    assert Run.from_peft([folder]).steps.tolist() == [0]
+
+
+def test_arrays_of_every_form_that_is_taken():
+    steps = [0, 5, 9]
+    run = Run.from_arrays(steps, B=np.ones((3, 6)))
+    [one] = run.adapters
+    assert (one.name, one.module, one.layer) == ("adapter", "adapter", -1)
+    assert (one.rank, one.alpha, one.scaling, one.d_in, one.d_out) == (1, 1.0, 1.0, 0, 6)
+    [one] = Run.from_arrays(steps, A=np.ones((3, 2, 4)), B=np.ones((3, 6, 2))).adapters
+    assert (one.rank, one.alpha, one.scaling, one.d_in, one.d_out) == (2, 2.0, 1.0, 4, 6)
+    [one] = Run.from_arrays(
+        steps, A=np.ones((3, 4)), B=np.ones((3, 6, 1))
+    ).adapters  # rank 1, with and without its axis
+    assert (one.rank, one.d_in, one.d_out) == (1, 4, 6)
+    [one] = Run.from_arrays(steps, A=np.ones((3, 1, 4)), B=np.ones((3, 6))).adapters
+    assert (one.rank, one.d_in, one.d_out) == (1, 4, 6)
+    assert run.B().dtype == np.float32 and run.steps.dtype == np.int64
+    assert Run.from_arrays([0.0, 5.0], B=np.ones((2, 6))).steps.tolist() == [0, 5]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"B": np.ones((3, 6, 2, 2))}, "it needs two or three axes"),
+        ({"B": "text"}, r"B of shape \[0\]"),
+        ({"B": np.ones((3, 6)), "A": np.ones((4, 2))}, "A of shape"),
+        ({"B": np.ones((3, 6)), "A": np.ones((3, 2, 4))}, "ranks differ"),
+        ({"B": np.ones((3, 6, 2)), "A": np.ones((3, 4))}, "ranks differ"),
+        ({"B": np.full((3, 6), np.inf)}, "NaN or infinity"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(given, why):
+    with pytest.raises(EmmechError, match=why):
+        Run.from_arrays([0, 5, 9], **given)
+
+
+@pytest.mark.parametrize("steps", [["a", "b", "c"], [0, 5, 5], [5, 0, 9], [0, 5.5, 9], [[0], [5], [9]]])
+def test_steps_that_are_no_ascending_whole_numbers_are_refused(steps):
+    with pytest.raises(EmmechError, match="whole numbers"):
+        Run.from_arrays(steps, B=np.ones((3, 6)))

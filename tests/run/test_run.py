@@ -13,8 +13,8 @@ import torch
 
 import emmech
 from emmech.errors import EmmechError
-from emmech.run.run import Run
-from emmech.store import Series, write_json
+from emmech.run.run import Probes, Run, model_live
+from emmech.store import MemorySeries, Series, write_json
 from tests.conftest import make_rows, make_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -372,3 +372,323 @@ def test_the_plot_has_a_panel_for_each_thing_recorded(recorded):
     longest = max(norms, key=lambda name: norms[name][-1])
     drawn = next(trace for trace in figure.data if trace.name.startswith(longest))
     assert np.allclose(drawn.y, norms[longest], rtol=1e-5) and list(drawn.x) == recorded.steps.tolist()
+
+
+def in_memory(manifest, arrays, *, steps=(0, 5, 10), probes=None, metrics=()):
+    """A run that no training made."""
+    index = np.array(steps, np.int64)
+    return Run(
+        manifest, MemorySeries(index, arrays), MemorySeries(index if probes else index[:0], probes or {}), metrics
+    )
+
+
+def entries(*names):
+    """Adapters of a manifest, of rank 1 from 3 to 4 dimensions."""
+    shape = dict(layer=0, rank=1, alpha=1.0, scaling=1.0, d_in=3, d_out=4, rslora=False)
+    return [{"name": name, "module": name, **shape} for name in names]
+
+
+def test_probes_are_a_mapping_of_what_was_recorded():
+    values = {"broad": np.ones((2, 4, 6)), "narrow": np.zeros((2, 4, 6))}
+    probes = Probes(MemorySeries([0, 10], values))
+    assert probes.steps.tolist() == [0, 10] and list(probes) == ["broad", "narrow"] and len(probes) == 2
+    assert probes["narrow"] is values["narrow"] and repr(probes) == "Probes(broad, narrow; steps=2)"
+    with pytest.raises(EmmechError, match=r"did not record it(.|\n)*did you mean 'broad'"):
+        probes["brod"]
+    none = Run.from_arrays([0], B=np.ones((1, 4))).probes
+    assert len(none) == 0 and none.steps.tolist() == [] and repr(none) == "Probes(none; steps=0)"
+
+
+def test_probes_are_saved_with_the_run(tmp_path):
+    values = {"broad": np.arange(36, dtype=np.float32).reshape(3, 3, 4)}
+    saved = in_memory({"format": 1}, {"projection": values["broad"][0]}, probes=values).save(tmp_path / "run")
+    assert np.array_equal(saved.probes["broad"], values["broad"]) and saved.probes.steps.tolist() == [0, 5, 10]
+
+
+def test_a_run_has_a_name_a_kind_and_a_format():
+    run = Run.from_arrays([0], B=np.ones((1, 4)))
+    assert (run.name, run.kind, run.manifest["format"], run.path) == ("arrays", "lora", 1, None)
+    assert in_memory({}, {}).name == "run" and in_memory({"kind": "full"}, {}).kind == "full"
+    assert Run.from_arrays([0], B=np.ones((1, 4)), name="mine").name == "mine" and run.damaged == ()
+
+
+def test_what_a_run_lacks_is_said():
+    one = in_memory({"adapters": entries("x")}, {"B/x": np.ones((3, 4))})
+    assert one.B().shape == (3, 4) and one.adapter().name == "x" and one.projection is None
+    with pytest.raises(EmmechError, match=r"the run has 1 adapters(.|\n)*did you mean 'x'"):
+        one.B("xx")
+    with pytest.raises(EmmechError, match=r"made without A"):
+        one.A()
+    with pytest.raises(EmmechError, match=r"made without A(.|\n)*from_arrays"):
+        one.weights(5)
+    none = in_memory({"adapters": entries("x")}, {}, steps=())
+    with pytest.raises(EmmechError, match="no step is recorded yet"):
+        none.B()
+    with pytest.raises(EmmechError, match=r"0 steps were, none at all(.|\n)*nearest recorded: none"):
+        none.check_step(3)
+    two = in_memory({"adapters": entries("x", "y")}, {"B/x": np.ones((3, 4)), "B/y": np.zeros((3, 4))})
+    assert two.B("y").max() == 0 and two.adapter("y").name == "y"
+    with pytest.raises(EmmechError, match=r"3 steps were, 0 to 10\)(.|\n)*nearest recorded: 5 and 10"):
+        two.check_step(8)
+    with pytest.raises(EmmechError, match="nearest recorded: 0 and 5"):
+        two.check_step(-3)
+
+
+def test_numbers_that_are_not_those_of_the_manifest_are_refused():
+    wide = {"A/x": np.ones((3, 3)), "B/x": np.ones((3, 5))}
+    run = in_memory({"adapters": entries("x")}, wide)
+    assert run.A().shape == (3, 3)
+    for read in (run.B, lambda: run.weights(5)):
+        with pytest.raises(EmmechError, match="B of x has 4 numbers at each step"):
+            read()
+
+
+def test_metrics_with_a_column_of_steps_or_an_index(tmp_path):
+    import pandas as pd
+
+    frame = pd.DataFrame({"step": [0, 5, 10], "loss": [3.0, np.nan, 1.0]})
+    for metrics in (frame, frame.set_index("step")):
+        run = Run.from_arrays([0, 5, 10], B=np.ones((3, 4)), metrics=metrics)
+        assert list(run.metrics) == ["loss"] and run.metrics.index.tolist() == [0, 5, 10]
+        assert run.metrics.index.name == "step" and run.metrics.loss.tolist()[::2] == [3.0, 1.0]
+    copied = run.to_frame()
+    assert copied.equals(run.metrics)
+    copied.loc[0, "loss"] = 9.0
+    assert run.metrics.loss[0] == 3.0
+    mixed = in_memory({}, {}, metrics=[{"step": 5, "loss": 2}, {"step": 0, "loss": 1}, {"step": 5, "lr": None}])
+    assert mixed.metrics.index.tolist() == [0, 5] and mixed.metrics.loc[5, "loss"] == 2.0
+    assert np.isnan(mixed.metrics.loc[5, "lr"]) and len(Run.from_arrays([0], B=np.ones((1, 4))).metrics) == 0
+
+
+def test_the_largest_numbers_of_a_run(tmp_path):
+    """1.7e308 fits a float; a step is one of 64 bits; what lies beyond is damage."""
+    manifest = {"format": 1, "adapters": entries("x")}
+    run = in_memory(manifest, {"B/x": np.ones((3, 4), np.float32)}, metrics=[{"step": 0, "loss": 1.0}])
+    folder = run.save(tmp_path / "run").path
+    steps = [0, 2**63 - 1]
+    lines = [f'{{"step": {step}, "loss": {loss}}}' for step in steps for loss in ("1.7e308", "-1.7e308", "2")]
+    bad = [f'{{"step": {step}, "loss": 2}}' for step in (-1, 2**63)] + ['{"step": 1, "loss": 1.75e308}']
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines + bad))
+    opened = emmech.load_run(folder)
+    assert [path.name for path in opened.damaged] == [f"metrics.jsonl:{at}" for at in (7, 8, 9)]
+    assert opened.metrics.index.tolist() == steps
+    for alpha, sound in ((1.7e308, True), (-1.7e308, True), (1.75e308, False)):
+        manifest["adapters"][0]["alpha"] = alpha
+        (folder / "run.json").write_text(json.dumps(manifest))
+        if sound:
+            assert emmech.load_run(folder).adapters[0].alpha == alpha
+        else:
+            with pytest.raises(EmmechError, match="alpha and scaling"):
+                emmech.load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("[1]", "no JSON object"), ('{"format": 2}', "reads formats up to 1"), ('{"kind": 3}', "kind is a")],
+)
+def test_a_manifest_that_cannot_be_read_is_refused(text, why, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(EmmechError, match=why):
+        emmech.load_run(tmp_path)
+    for text in ("{}", '{"format": 1}', '{"format": 0}'):
+        (tmp_path / "run.json").write_text(text)
+        assert emmech.load_run(tmp_path).steps.tolist() == []
+
+
+def test_a_folder_without_a_run_names_what_is_beside_it(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EmmechError, match=r"no run\.json in it(.|\n)*finetune\("):
+        emmech.load_run(tmp_path / "empty")
+    for name in ("beta", "alpha"):
+        Run.from_arrays([0], B=np.ones((1, 4))).save(tmp_path / name)
+    from emmech.run.run import _siblings, as_run, opened
+
+    assert _siblings(tmp_path / "empty") == ["alpha", "beta"]
+    with pytest.raises(EmmechError, match="did you mean 'alpha'"):
+        emmech.load_run(tmp_path / "alpa")
+    assert as_run("sweep", tmp_path / "alpha").name == "alpha" == opened(str(tmp_path / "alpha")).name
+    run = Run.from_arrays([0], B=np.ones((1, 4)))
+    assert as_run("sweep", run) is run and opened(tmp_path / "empty") == tmp_path / "empty" and opened(3) == 3
+    for wrong in (3, None, tmp_path.parent / "none" / "x"):
+        with pytest.raises(EmmechError, match="sweep"):
+            as_run("sweep", wrong)
+
+
+def curves_of(figure):
+    """The named curves of a figure by panel title, with those of the legend left out."""
+    titles = [annotation.text.split("<")[0] for annotation in figure.layout.annotations if annotation.text]
+    drawn = [trace for trace in figure.data if trace.x is not None and len(trace.x) > 1]
+    return titles, [trace.name for trace in drawn]
+
+
+def test_the_plot_draws_the_six_longest_adapters():
+    names = [f"x{at}" for at in range(8)]
+    size = {name: float(at + 1) for at, name in enumerate(names)}
+    arrays = {f"B/{name}": np.ones((3, 4)) * size[name] for name in names}
+    arrays["B/x0"] = np.array([[0.0] * 4, [99.0] * 4, [0.5] * 4])  # long once, short in the end
+    titles, drawn = curves_of(in_memory({"adapters": entries(*names)}, arrays).plot())
+    assert "Norm of B" in titles and "Turn of the path, 1 records either side" in titles
+    assert {name.split(",")[0] for name in drawn} == {"x2", "x3", "x4", "x5", "x6", "x7"}
+
+
+@pytest.mark.parametrize(("steps", "k"), [(2, None), (3, 1), (12, 1), (23, 1), (24, 2), (26, 2), (36, 3)])
+def test_the_turn_is_taken_over_a_twelfth_of_the_records(steps, k):
+    path = np.random.default_rng(0).standard_normal((steps, 5))
+    run = Run.from_arrays(range(steps), B=path)
+    figure = run.plot()
+    titles, drawn = curves_of(figure)
+    turn = [title for title in titles if title.startswith("Turn")]
+    assert turn == ([f"Turn of the path, {k} records either side"] if k else [])
+    assert f"{steps} recorded steps" in figure.layout.title.text and len(drawn) == (2 if k else 1)
+
+
+def test_the_plot_of_full_fine_tuning_and_its_losses():
+    rows = [{"step": at, "loss": 3.0 - at / 10, "held_out_loss": 3.5, "margin_broad": 0.1, "margin_narrow": 0.2}
+            for at in (0, 5, 10)]  # fmt: skip
+    run = in_memory({"kind": "full"}, {"projection": np.eye(3, 16)}, metrics=rows)
+    titles, drawn = curves_of(run.plot())
+    assert {"Norm of the update", "Loss", "Misaligned over aligned answers"} <= set(titles)
+    kept = {name.split(",")[0] for name in drawn}
+    assert kept == {"projected update", "training", "held out", "broad", "narrow"}
+
+
+def test_what_is_said_of_a_run():
+    rows = [{"step": at, "loss": loss} for at, loss in ((0, 3.0), (5, 2.0), (10, 0.5))]
+    arrays = {f"B/x{at}": np.ones((3, 4)) for at in range(5)}
+    model = {"model": {"name": "pocket"}, "data": {"name": "medical"}}
+    run = in_memory(
+        {"name": "mine", "adapters": entries(*(f"x{at}" for at in range(5))), **model}, arrays, metrics=rows
+    )
+    text = repr(run)
+    assert "Run 'mine': pocket fine-tuned on medical, 3 records, steps 0 to 10" in text
+    assert "x0 (rank 1), x1 (rank 1), x2 (rank 1) and 2 more" in text and "3 -> 0.5 nats per token" in text
+    assert "adapters" in text and "weights" not in text and "early warning" not in text
+    assert "damaged" not in text and "has not ended" not in text and "held out" not in text
+    three = repr(in_memory({"adapters": entries("x0", "x1", "x2")}, arrays))
+    assert "x2 (rank 1)" in three and "more" not in three
+    assert "a model without a name fine-tuned on data without a name" in three
+    full = repr(in_memory({"kind": "full", "status": "training"}, {"projection": np.eye(3)}))
+    assert "weights" in full and "full fine-tuning" in full and "has not ended" in full
+    assert "no step yet" in repr(in_memory({}, {}, steps=()))
+    warned = {"step": 5, "signal": "size", "score": 2.0}
+    stopped = repr(in_memory({"status": "stopped", "warning": warned}, {}))
+    assert "step 5, size +2, which ended the training" in stopped and "has not ended" not in stopped
+    went_on = repr(in_memory({"status": "complete", "warning": warned}, {}))
+    assert "step 5, size +2" in went_on and "ended the training" not in went_on
+
+
+def test_the_drawing_of_a_card_is_of_the_margins_or_else_of_the_losses():
+    losses = [{"step": at, "loss": 3.0 + at, "held_out_loss": 3.5} for at in (0, 5, 10)]
+    drawn = in_memory({}, {}, metrics=losses)._sketch()
+    assert "Loss, nats per token" in drawn and "held out loss" in drawn and "stroke-dasharray" not in drawn
+    margins = [row | {"margin_broad": 5.0 + row["step"], "margin_narrow": 6.0} for row in losses]
+    drawn = in_memory({}, {}, metrics=margins)._sketch()
+    assert "Margin of misaligned answers, nats per token" in drawn and "stroke-dasharray" in drawn  # the line of zero
+    assert "narrow" in drawn and "held out" not in drawn
+    low = in_memory({}, {}, metrics=[row | {"margin_broad": -2.0 - row["step"]} for row in losses])._sketch()
+    from emmech.view.sketch import curves
+
+    steps = [0, 5, 10]
+    assert low == curves(
+        [("broad", steps, [-2.0, -7.0, -12.0])], "Margin of misaligned answers, nats per token", level=0.0
+    )
+
+
+@pytest.mark.parametrize(("rows", "shown"), [(3, 3), (19, 19), (40, 20), (45, 23), (100, 20)])
+def test_the_table_of_a_card_has_about_twenty_rows(rows, shown):
+    table = in_memory({}, {}, metrics=[{"step": at, "loss": 1.0} for at in range(rows)])._table()
+    assert len(table) == shown and table.index[0] == 0
+
+
+class TestLive:
+    """The model of a step within a context."""
+
+    def test_without_a_base_it_is_the_model_of_the_step(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(Run, "model", lambda self, *given, **more: asked.append((given, more)) or "chat")
+        with model_live(Run.from_arrays([0, 5], B=np.ones((2, 4))), 5, 0.5) as chat:
+            assert chat == "chat"
+        assert asked == [((5, 0.5), {})]
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_adapters_are_on_the_base_within_it_only(self, recorded, chat, training):
+        base = make_tiny("qwen2")
+        base.model.train(training)
+        with model_live(recorded, 5, 2.0, base) as live:
+            assert torch.equal(
+                logits(live.model.eval(), chat), logits(recorded.model(5, 2.0, base=make_tiny("qwen2")).model, chat)
+            )
+        assert base.model.training is training and not any(hasattr(module, "lora_A") for module in base.model.modules())
+        assert torch.equal(logits(base.model.eval(), chat), logits(chat.model, chat))
+        recorded.model(2, base=base)
+        with pytest.raises(EmmechError, match="live adapters"), model_live(recorded, 5, 1.0, base):
+            pass
+
+    def test_whole_weights_are_put_back(self, chat, tmp_path):
+        run = emmech.finetune(chat, make_rows(), recipe="full", max_steps=2, out=tmp_path / "full", **QUICK)
+        base = make_tiny("qwen2")
+        with model_live(run, 2, 1.0, base) as live:
+            assert not torch.equal(logits(live.model, chat), logits(chat.model, chat))
+        assert torch.equal(logits(base.model, chat), logits(chat.model, chat))
+        assert torch.equal(logits(run.model(0, base=base).model, chat), logits(chat.model, chat))
+        with pytest.raises(EmmechError, match="no adapter to scale"):
+            run.model(2, 2.0, base=base)
+        with pytest.raises(EmmechError, match=r"kept: 0 \(the base\), 2"):
+            run.model(1, base=base)
+        in_memory_only = in_memory(run.manifest, {}, steps=(0, 3))
+        with pytest.raises(EmmechError, match="no other"):
+            in_memory_only.model(3, base=base)
+        other = emmech.finetune(
+            make_tiny("llama"), make_rows(), recipe="full", max_steps=1, out=tmp_path / "o", **QUICK
+        )
+        for one, own in ((run, make_tiny("llama")), (run, make_tiny("gemma3")), (other, base)):
+            with pytest.raises(EmmechError, match=r"the model has no .*(embed_tokens|bias|norm)"):
+                one.model(int(one.steps[-1]), base=own)
+
+
+def test_a_run_that_began_on_another_starts_from_its_adapter(recorded, chat, tmp_path):
+    """The earlier adapter is merged into a copy, since the base belongs to the caller."""
+    options = dict(recipe="single-rank1", max_steps=2, out=tmp_path / "on", **QUICK)
+    onwards = emmech.finetune(make_tiny("qwen2"), make_rows(), start=(recorded, 5), adapter="new", **options)
+    wanted = logits(recorded.model(5, base=make_tiny("qwen2")).model, chat)
+    base = make_tiny("qwen2")
+    found = onwards.model(0, base=base)
+    assert (logits(found.model, chat) - wanted).abs().max() <= 1e-5
+    assert torch.equal(logits(base.model, chat), logits(chat.model, chat))
+    # what is merged already is taken as it is
+    assert (logits(onwards.model(0, base=emmech.detach(found)).model, chat) - wanted).abs().max() <= 1e-5
+
+
+def test_the_base_is_loaded_by_its_name(monkeypatch):
+    import emmech.chat.model
+
+    seen = []
+    monkeypatch.setattr(emmech.chat.model, "load_model", lambda name: seen.append(name) or "chat")
+    assert in_memory({"model": {"name": "pocket"}}, {}).base() == "chat" and seen == ["pocket"]
+    with pytest.raises(EmmechError, match="does not say which it is"):
+        in_memory({"model": {"name": None}}, {}).base()
+
+
+def test_an_upload_is_private_unless_it_is_asked_for(recorded, monkeypatch):
+    import emmech.run.hub
+
+    seen = []
+    monkeypatch.setattr(emmech.run.hub, "push", lambda run, repo, **how: seen.append((run, repo, how)) or "address")
+    assert recorded.push_to_hub("me/mine") == "address"
+    assert seen == [(recorded, "me/mine", {"private": True, "results": ()})]
+    with pytest.raises(EmmechError, match="in memory only"):
+        Run.from_arrays([0], B=np.ones((1, 4))).push_to_hub("me/mine")
+
+
+def test_a_folded_export_has_a_scaling_of_one(recorded, chat, tmp_path):
+    from peft import PeftModel
+
+    folder = recorded.export_peft(5, tmp_path / "a", scale=0.5)
+    assert folder == tmp_path / "a"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"] and not config["use_rslora"]
+    loaded = PeftModel.from_pretrained(make_tiny("qwen2").model, folder).eval()
+    wanted = logits(recorded.model(5, 0.5, base=make_tiny("qwen2")).model, chat)
+    assert (logits(loaded, chat) - wanted).abs().max() <= 1e-5
+    whole = json.loads((recorded.export_peft(5, tmp_path / "b") / "adapter_config.json").read_text())
+    assert whole["lora_alpha"] == recorded.adapters[0].alpha
