@@ -37,9 +37,9 @@ calibration: $(STAMP)     ## false calls, power and coverage of the turn by kind
 coverage: $(STAMP)        ## how often the intervals of rates hold the truth, into docs/
 	$(BIN)/python tests/evaluation/coverage.py --write
 damaged: $(STAMP)         ## ten thousand damaged inputs, some minutes, into docs/
-	$(BIN)/python -m tests.faults.damaged --write
+	$(BIN)/python -m tests.faults.damaged --seed 20 --write
 mutants: $(STAMP)         ## whether the tests notice changed code, an hour, into docs/
-	$(BIN)/python tests/mutation.py --write
+	$(BIN)/python tests/mutation.py --mutants 120 --seed 1 --write
 verdicts: $(STAMP)        ## what is said of misaligned runs against their controls, fresh fine-tunes, into docs/
 	$(BIN)/python tests/transition/verdicts.py --write
 docs: $(STAMP)            ## the documentation, warnings are errors
