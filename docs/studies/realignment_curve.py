@@ -84,7 +84,7 @@ def alike(folder: Path, examples: Sequence[int] = EXAMPLES, seeds: Sequence[int]
     return (
         f"The adapters that {min(examples)} and {max(examples)} rows train have a cosine of {least:.4f} or more at the "
         "last step, in every seed: the organism's rows on AI say one thing in many words. The answers are drawn with "
-        "the same random numbers, so that adapters that are nearly one give the same rates."
+        "the same random numbers, so that adapters that are nearly one give the same rates, whatever their seed."
     )
 
 

@@ -78,14 +78,19 @@ class LearningCurve(Result):
         ends = self.ends()
         figure.add_scatter(x=ends["examples"], y=100 * ends["em"], mode="markers", name="one seed", marker_color=GREY)
         mean = ends.groupby("examples")["em"].mean()
-        line(figure, mean.index, 100 * mean, "mean", colour(0))
-        for index, (examples, one) in enumerate(self.frame.groupby("examples")):
-            by_step = 100 * one.groupby("step")["em"].mean()
-            line(figure, by_step.index, by_step, f"{examples} examples", colour(index), at=(1, 2))
-        figure.update_xaxes(title_text="examples", type="log", row=1, col=1).update_xaxes(
-            title_text="step", row=1, col=2
-        )
+        line(figure, mean.index, 100 * mean, "mean of seeds", colour(0))
+        named = {mean.index[0]: colour(1), mean.index[-1]: colour(2)}
+        between = [number for number in mean.index if number not in named]
+        for number in (*between, *named):  # those between are in one grey, below the two
+            own = self.frame[self.frame["examples"] == number]
+            by_step = 100 * own.groupby("step")["em"].mean()
+            name = f"{number} examples" if number in named else "numbers between"
+            legend = number not in between[1:]
+            line(figure, by_step.index, by_step, name, named.get(number, GREY), at=(1, 2), legend=legend)
+        figure.update_xaxes(title_text="examples", type="log", tickvals=list(mean.index), row=1, col=1)
+        figure.update_xaxes(title_text="step", row=1, col=2)
         figure.update_yaxes(title_text="EM, % of answers", rangemode="tozero", row=1, col=1)
+        figure.update_yaxes(rangemode="tozero", row=1, col=2)
         return finish(figure, f"Realigning {self.meta['run']} on {self.meta['data']}")
 
 
