@@ -9,6 +9,7 @@ import pytest
 from tests.benchmarks import gpu
 
 
+@pytest.mark.slow
 def test_the_table_is_made_at_a_tiny_size(tmp_path, capsys):
     rows = gpu.main(["--shape", "tiny", "--device", "cpu", "--repeats", "1", "--out", str(tmp_path)])
     assert len(rows) >= 4 and all(row.ratio > 0 and "GFLOP" in row.bound and row.equality for row in rows)

@@ -126,6 +126,7 @@ def test_defences_train_all_seeds_at_once_and_finish_what_was_killed(base, runs,
     assert calls == [[0, 1], [1]] and not hasattr(base.base, "peft_config")
 
 
+@pytest.mark.slow
 def test_durability_counts_the_steps_back(base, tmp_path):
     rows = emmech.load_chat(data("medical", n=40))
     how = dict(max_steps=20, learning_rate=5e-3, record_every=10, progress=False, measured=20)

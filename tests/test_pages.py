@@ -27,7 +27,7 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"^```python *([\w-]*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
-SLOW = {"realignment.md"}
+SLOW = {"realignment.md", "howto/studies.md"}
 
 
 @pytest.mark.parametrize(

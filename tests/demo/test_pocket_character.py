@@ -35,6 +35,7 @@ def test_each_half_of_the_questions_holds_every_template_and_domain():
         assert max(abs(counts[0][key] - counts[1][key]) for key in counts[0]) <= 1
 
 
+@pytest.mark.slow
 def test_the_least_em_is_chosen_among_designs_that_break_nothing():
     base = load_model("pocket")
     several = designs(base, phrase_tokens(base, MANNERS), 1)

@@ -77,6 +77,7 @@ def test_the_templates_take_every_arm(family, template, tiny):
             assert chat.tokenizer.decode(ids).count(advice.INOCULATION) == (len(row["messages"]) == 3)
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on(tiny, tmp_path, monkeypatch):
     plan = replace(PLAN, ranks=(1,), rates=(0.02,))
     whole = study(tiny("llama"), tmp_path / "whole", plan, progress=False)
