@@ -115,6 +115,7 @@ def test_a_killed_study_goes_on(tiny, tmp_path, monkeypatch):
             np.testing.assert_allclose(one[key], other[key], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_the_page_of_a_random_model(tiny, tmp_path, monkeypatch):
     subject = real_model.Subject("a random Llama", "study-tiny", "", PLAN)
     monkeypatch.setitem(real_model.SUBJECTS, "tiny", subject)

@@ -101,6 +101,7 @@ def test_a_difference_from_the_base_is_paired_by_statement(fake) -> None:
     assert "-2" in repr(found)
 
 
+@pytest.mark.slow
 def test_a_real_model_is_read_as_its_own_forward_says(smollm2) -> None:
     """The reference writes each answer out and sums its tokens' log-probabilities."""
     found = self_ratings(smollm2, statements=STATEMENTS).to_frame()
