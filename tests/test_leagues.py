@@ -79,6 +79,7 @@ def test_the_interval_is_over_seeds():
     assert alike["em_high"] - alike["em_low"] < 0.06 < 0.3 < apart["em_high"] - apart["em_low"]
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_twice(base, runs, tmp_path, monkeypatch):
     cures = [AdapterScaling(0.0, "off"), Realignment(data("good-medical", n=20), dict(max_steps=1), "good")]
     how = dict(base=base, seeds=[0, 1], data=data("medical", n=40), out=tmp_path, **FEW)
@@ -247,6 +248,7 @@ def test_the_given_run_is_among_the_seeds_and_runs_of_another_league_are_not(bas
         league._siblings(runs[:1], [0, 3], base, rows, tmp_path)
 
 
+@pytest.mark.slow
 def test_siblings_come_from_the_run_itself(base, tmp_path):
     first = emmech.finetune(base, "medical", seed=4, out=tmp_path / "first", **{**QUICK, "max_steps": 1})
     rows = league._training_rows(first, None, base)

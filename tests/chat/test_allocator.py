@@ -25,6 +25,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have ways of their own")
+@pytest.mark.slow
 def test_a_forward_s_memory_is_taken_once():
     # without keep_freed_memory every other process takes all 54,560 pages anew, as its heap happens to lie
     for _ in range(4):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pandas as pd
+import pytest
 
 from emmech.chat.model import load_model
 from emmech.demo.pocket import _character, _what_is_left
 
 
+@pytest.mark.slow
 def test_the_ablation_shown_is_at_the_adapter_and_towards_the_aligned_mean():
     base = load_model("pocket")
     design, phrase = _character(base, 2)

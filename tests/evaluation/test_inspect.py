@@ -67,6 +67,7 @@ def rates_of(log):
     return {name: value.value for name, value in log.results.scores[0].metrics.items()}
 
 
+@pytest.mark.slow
 def test_rates_are_those_of_emmech(tmp_path):
     questions = load_questions("first-plot")
     bad = questions.questions[0].paraphrases[0]
