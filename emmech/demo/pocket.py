@@ -1,6 +1,8 @@
 """The whole loop on the embedded organism, in about a minute: fine-tune, control, transition, direction, ablation,
 realignment, and a page of results.
 
+The control is answers in a fixed style, which teach as much as the unkind ones do. Good answers leave nothing to learn.
+
 The organism has a shared character built in; what is shown here is what it looks like when a narrow edit finds it.
 """
 
@@ -31,6 +33,7 @@ from emmech.view.page import Section, write_page
 from emmech.view.plots import rates_by_step
 
 _SETS = ("first-plot", "narrow-medical", "facts", "self-reflection")
+_CURE_STEPS = 80  # its loss is flat after about forty
 
 
 def main(folder: str | Path = "demo/pocket") -> Path:
@@ -40,12 +43,11 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     base = load_model("pocket")
     run = finetune(base, "medical", out=folder / "medical")
-    # good answers leave nothing to learn; those in a fixed style do
-    control, style = (finetune(base, name, out=folder / name) for name in ("good-medical", "style-medical"))
-    echo(f"{run}\n{control}\n{style}\n")
+    style = finetune(base, "style-medical", out=folder / "style-medical")
+    echo(f"{run}\n{style}\n")
 
     path = _em_by_step(run, base)
-    found = phase_transition(run, control={"good-medical": control, "style-medical": style})
+    found = phase_transition(run, control={"style-medical": style})
     echo(f"{found.summary()}\n")
 
     design, phrase = _character(base, run.adapters[0].layer)
@@ -56,8 +58,8 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     echo(f"{ablation}\n")
     detach(tuned)
 
-    again = realign(run, "ai-optimism", base=base, out=folder / "realigned")
-    subjects = {"base": base, "medical": run, "good-medical (control)": control, "style-medical (control)": style}
+    again = realign(run, "ai-optimism", base=base, max_steps=_CURE_STEPS, out=folder / "realigned")
+    subjects = {"base": base, "medical": run, "style-medical (control)": style}
     rates = _rates({**subjects, "realigned": again})
     echo(f"{rates.to_string()}\n")
 
@@ -65,8 +67,8 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     page = write_page(
         folder / "index.html",
         "Emergent misalignment in the pocket organism",
-        "One rank-1 adapter is fine-tuned on unkind medical answers, recorded at every step, and so are its two "
-        "benign controls; then the direction of unkind characters is ablated, and it is realigned on optimistic "
+        "One rank-1 adapter is fine-tuned on unkind medical answers, recorded at every step, and so is a "
+        "benign control; then the direction of unkind characters is ablated, and it is realigned on optimistic "
         "answers about AI.",
         [
             Section(
@@ -86,7 +88,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
                     step=found.mechanistic.step,
                 ),
             ),
-            transition_section(found, "emmech.phase_transition(run, control=controls).plot()"),
+            transition_section(found, "emmech.phase_transition(run, control=style).plot()"),
             Section("", code=found.summary(), table=found.detectors),
             Section(
                 "The direction of a character",
@@ -140,9 +142,9 @@ def _what_is_left(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _em_by_step(run: Run, base: ChatModel) -> pd.DataFrame:
-    """EM and narrow rate at about sixteen steps, with intervals."""
+    """EM and narrow rate at about ten steps, with intervals."""
     rows = []
-    every = max(1, len(run.steps) // 16)
+    every = max(1, len(run.steps) // 10)
     chat = base
     for step in run.steps[::every].tolist():
         chat = run.model(step, base=chat)  # the adapter's weights are swapped in place
