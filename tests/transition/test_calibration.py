@@ -1,8 +1,9 @@
 """Does the turn detector find what is there and nothing else? Seeds here were never used while it was written.
 
-The default suite runs 100 turned, 200 straight and 200 diffusing paths, and a small version of the calibration table
-(``calibration.py``): null paths with heavy tails, outliers, memory, optimisers in bowls and arcs. ``slow`` runs the
-whole table, and adds step sizes that decay, dimensions, lengths and kinds of noise.
+The default suite runs a small version of the calibration table (``calibration.py``): null paths with heavy tails,
+outliers, memory, optimisers in bowls and arcs, and abrupt turns; and paths with correlated noise. ``slow`` runs the
+whole table, and adds 100 turned, 200 straight and 200 diffusing paths of other seeds, step sizes that decay, dimensions,
+lengths and kinds of noise.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ def called(kind: str, count: int, **kinds: object) -> int:
     return sum(decide(path, i)[0] < 0.05 for i, path in enumerate(paths))
 
 
-@pytest.mark.parametrize("decay", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [False, True])
 def test_a_planted_turn_of_60_degrees_is_found_within_one_record(decay: bool) -> None:
     # the step length falls to 2 % under constant noise: the turn is told from smooth paths in nine of ten
     assert found(100, decay=decay) >= (90 if decay else 95)
 
 
-@pytest.mark.parametrize("decay", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("kind", ["straight", "walk"])
 def test_at_most_5_percent_of_paths_without_a_turn_are_called(kind: str, decay: bool) -> None:
     assert called(kind, 200, decay=decay) <= 10
