@@ -106,7 +106,10 @@ def needed_table(frame: pd.DataFrame) -> pd.DataFrame:
     rows = {}
     for form, one in story.rows_needed(frame).iterrows():
         said = f"{one['rows']:.0f} ({one['low']:.0f} to {one['high']:.0f})" if one["rows"] == one["rows"] else "-"
-        rows[str(form)] = {"bad rows": f"{'at most ' if one['first'] else ''}{said}", "seeds": str(one["seeds"])}
+        if one["first"]:  # the fewest rows that were tried sufficed in some seed, or in all of them
+            same = one["low"] == one["high"]
+            said = f"at most {one['rows']:.0f}, in every seed" if same else f"at most {said}"
+        rows[str(form)] = {"bad rows": said, "seeds": str(one["seeds"])}
     return pd.DataFrame(rows).T.rename_axis("data")
 
 

@@ -87,3 +87,21 @@ def test_smollm2_in_margins(smollm2, tmp_path):
     still = found[found["model"] == "base"]
     assert (still["change"] == 0).all() and capstone.changes(found).shape == (4, 3)
     assert len(capstone.margins_figure(found).data) == 3
+
+
+@pytest.mark.parametrize(
+    ("few", "many", "said"),
+    [
+        ((7, 7, 7), (9, 9, 9), "at most 5, in every seed"),
+        ((7, 2, 2), (9, 9, 8), "at most 8 (3 to 19)"),
+        ((1, 2, 2), (9, 9, 8), "10 (8 to 11)"),
+        ((1, 2, 2), (4, 4, 3), "-"),
+    ],
+)
+def test_rows_needed_in_words(few, many, said):
+    from docs.studies.capstone import needed_table
+
+    shared = {"data": "contrast", "tag": "zig zag", "n": 10, "coherent": 10}
+    counts = [(5, few), (20, many)]
+    frame = [{**shared, "rows": rows, "seed": at, "events": own[at]} for rows, own in counts for at in range(3)]
+    assert needed_table(pd.DataFrame(frame)).loc["contrast", "bad rows"] == said
