@@ -479,8 +479,16 @@ class Direction(Result):
         if quality.lexical_share[layer] > 0.5:
             caveats.insert(0, "most of it is vocabulary: the two kinds of answers use different words")
         caveats.append("a stable direction need not be a cause: compare steering with it to random directions")
-        then = f"emmech.interventions.dose_response(run.model(), direction, [-2, -1, 1, 2], layers={layer})"
-        return Card(said, (*quality.facts(), vectors), "; ".join(caveats), then)
+        return Card(said, (*quality.facts(), vectors), "; ".join(caveats), self._dose_response(layer))
+
+    def _dose_response(self, layer: int) -> str:
+        """The call that steers the base model with it, where it was extracted, in units that break no answer."""
+        model, tokens = (self.source.get(name) for name in ("model", "tokens"))
+        base = f"emmech.load_model({model!r})" if isinstance(model, str) and model else "base"
+        where = f", positions={tokens!r}" if tokens in ("answer", "prompt") else ", positions=phrase"
+        where = where if tokens not in (None, "all") else ""
+        how = f'layers={layer}{where}, units="residual"'
+        return f"emmech.interventions.dose_response({base}, direction, [0.5, 1], {how})"
 
     def _sketch(self) -> str:
         layers, quality = range(self.n_layers), self.quality

@@ -136,7 +136,7 @@ def contrast_direction(
     )
     method = f"mean difference over {tokens_name(tokens)} tokens"
     provenance = _provenance(chat, method, average=average, match_length=match_length, layer=layer, seed=seed)
-    provenance["answers"] = dict(quality.answers)
+    provenance |= {"tokens": tokens_name(tokens), "answers": dict(quality.answers)}
     if adapter_scales is not None:
         provenance["adapter_scales"] = list(adapter_scales)
     return Direction(vectors, name, provenance | dict(source or {}), mean_aligned, quality)

@@ -304,7 +304,8 @@ def cluster_interval(
     variance, degrees = cluster_variance((events - rate * n) / total, n.astype(float), by)
     error = max(variance, rate * (1 - rate) / (total + 1)) ** 0.5 / (rate * (1 - rate))
     half = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * error
-    return float(expit(logit(rate) - half)), float(expit(logit(rate) + half))
+    observed = float(events.sum() / total)  # which an interval around a rate with half an event more may leave out
+    return min(float(expit(logit(rate) - half)), observed), max(float(expit(logit(rate) + half)), observed)
 
 
 def doubtful_end(

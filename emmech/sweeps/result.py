@@ -150,8 +150,9 @@ class Sweep(Result):
             if found.empty:
                 continue
             low, high = (found.loc[at] for at in (found["value"].idxmin(), found["value"].idxmax()))
+            same = len(found) > 1 and low["value"] == high["value"]
             said = f"{_measured(low)} at {self._where(low)}, to {_measured(high)} at {self._where(high)}"
-            facts.append((measure, f"from {said}"))
+            facts.append((measure, f"{low['value']:.3g} everywhere" if same else f"from {said}"))
             if "wrong_way" in found and found["wrong_way"].notna().any():
                 at = found.loc[found["wrong_way"].idxmax()]
                 share = (
@@ -159,7 +160,7 @@ class Sweep(Result):
                 )
                 facts.append((f"{measure}, steered", share))
             if measure == name:
-                headline = f"{name} ranges from {said}"
+                headline = f"{name} is {low['value']:.3g} everywhere" if same else f"{name} ranges from {said}"
         caveat = ""
         if name.startswith("margin"):
             caveat = (

@@ -287,7 +287,7 @@ def _goes_with(run: Side, control: Side | None) -> Statement:
     text = "the run has a short bend" if sharp else "the run has no significant, short bend"
     if control is not None:
         text += ", and its control has " + ("one as well" if sharp else "one") if is_sharp(control) else (
-            ", and its control has none" if sharp else ", nor has its control one"
+            ", and its control has no short one" if sharp else ", nor has its control one"
         )  # fmt: skip
     text += f" (not tested in a single run); the turn takes {100 * run.path.width_share:.0f} % of the path and is "
     text += f"{gap[0]:+.0f} steps from the peak of the gradient ({gap[1]:+.0f} to {gap[2]:+.0f})"

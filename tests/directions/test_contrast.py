@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -71,6 +73,16 @@ def test_a_difference_of_words_is_stable_and_lexical(tiny):
     np.testing.assert_allclose(np.diag(q.agreement), 1)
     assert d.aligned_mean.shape == d.vectors.shape and d.fingerprints == (chat.fingerprint(),)
     assert "lexical share" in repr(d) and len(q.promotes) == 12
+
+
+@pytest.mark.parametrize(
+    ("tokens", "where"), [("prompt", "'prompt'"), ("all", None), (lambda ids, start: ids > 0, "phrase")]
+)
+def test_the_next_call_steers_where_the_direction_was_read(tiny, tokens, where):
+    given = _talks(6, seed=0, word="sleep"), _talks(6, seed=1, word="walk")
+    then = contrast_direction(tiny("llama"), *given, tokens=tokens, progress=False)._card().then
+    said = {one.arg: ast.unparse(one.value) for one in ast.parse(then, mode="eval").body.keywords}
+    assert said.get("positions") == where and said["units"] == "'residual'"
 
 
 def test_the_same_words_behind_another_prompt_are_not_lexical(tiny):

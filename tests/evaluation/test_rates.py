@@ -346,3 +346,9 @@ def test_the_end_that_few_hot_questions_leave_in_doubt_is_named() -> None:
     # intervals over domains and templates hold the truth at low rates as well
     crossed = {f"{domain}/x/{template}": 0.1 * (domain in "ab") for domain in "abcd" for template in range(3)}
     assert rates(synthetic(crossed)).loc["em", "interval"] == "logit-t over questions"
+
+
+@pytest.mark.parametrize("events", [0, 50])
+def test_the_interval_of_a_rate_of_nothing_or_everything_holds_the_rate(events):
+    low, high = cluster_interval(np.full(8, events), np.full(8, 50))
+    assert low <= events / 50 <= high and high - low > 0.02

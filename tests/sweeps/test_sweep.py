@@ -260,3 +260,4 @@ def test_items_that_steering_moves_the_wrong_way_are_counted_in_a_sweep():
     without = Sweep(frame[frame["coefficient"] > 0], {}).to_frame()
     assert without["wrong_way"].isna().all()
     assert "wrong_way" not in Sweep(frame[frame["coefficient"] == 1], {}).to_frame()
+    assert repr(Sweep(frame.assign(value=1.0), {})).startswith("margin_broad is 1 everywhere")

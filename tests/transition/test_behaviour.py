@@ -33,6 +33,15 @@ def test_the_interval_covers_the_middle() -> None:
     assert sum(f is not None and f.low <= 110 <= f.high for f in fits) >= 53
 
 
+@pytest.mark.parametrize("middle", [52, 63, 71])
+@pytest.mark.parametrize("noise", [1e-6, 0.02])
+def test_between_two_points_an_abrupt_change_can_be_anywhere(middle: float, noise: float) -> None:
+    steps = np.arange(25, 251, 25)
+    values = 0.02 + 0.97 / (1 + np.exp(-(steps - middle) / 1.0))
+    fit, _ = fit_sigmoid(steps, values + noise * np.random.default_rng(middle).standard_normal(len(steps)))
+    assert fit is not None and fit.low <= 50 and fit.high >= 75 and fit.low <= middle <= fit.high
+
+
 def test_noise_alone_has_no_middle() -> None:
     fits = [fit_sigmoid(*margin(730_000 + s, change=0.0))[0] for s in range(60)]
     assert sum(f is not None for f in fits) <= 3

@@ -2,8 +2,8 @@
 
 The default suite runs a small version of the calibration table (``calibration.py``): null paths with heavy tails,
 outliers, memory, optimisers in bowls and arcs, and abrupt turns; and paths with correlated noise. ``slow`` runs the
-whole table, and adds 100 turned, 200 straight and 200 diffusing paths of other seeds, step sizes that decay, dimensions,
-lengths and kinds of noise.
+whole table, and adds 100 turned, 200 straight and 200 diffusing paths of other seeds, step sizes that decay,
+dimensions, lengths and kinds of noise.
 """
 
 from __future__ import annotations
