@@ -109,12 +109,13 @@ class Quality:
         """Layers at which halves of the answers agree no better than with shuffled labels, to two random floors."""
         return tuple(np.flatnonzero(self.split_half < self.split_half_shuffled + 2 * self.random_floor).tolist())
 
-    def facts(self) -> tuple[tuple[str, str], ...]:
-        """Each measure in words, with its name."""
+    def facts(self, layers: Sequence[int] | None = None) -> tuple[tuple[str, str], ...]:
+        """Each measure in words, with its name; where the direction is known at some layers only, of those."""
         layer = self.read_layer
+        halves = self.split_half if layers is None else self.split_half[list(layers)]
         counts = [f"{n} {name} answers ({self.tokens.get(name, 0)} tokens)" for name, n in self.answers.items()]
         neighbours = np.nanmean(np.diagonal(self.agreement, 1)) if len(self.agreement) > 1 else 1.0
-        over = f"over layers {np.nanmin(self.split_half):.2f} to {np.nanmax(self.split_half):.2f}"
+        over = f"over layers {np.nanmin(halves):.2f} to {np.nanmax(halves):.2f}"
         return (
             ("made from", ", ".join(counts)),
             ("split-half", f"{self.split_half[layer]:.3f} at layer {layer}, {over}; random {self.random_floor:.3f}"),
@@ -468,7 +469,7 @@ class Direction(Result):
             made = f" ({method})" if method else ""
             headline = f"Direction {self.name!r}{made}: how stable it is was not measured"
             return Card(headline, (vectors,), then="direction.plot()")
-        layer, noise = quality.read_layer, quality.noise
+        layer, noise = quality.read_layer, sorted(set(self.layers) & set(quality.noise))
         shuffled = round(float(quality.split_half_shuffled[layer]), 2) + 0.0  # never -0.00
         halves = f"cosine {quality.split_half[layer]:.2f} at layer {layer}, {shuffled:.2f} with shuffled labels"
         claim = "is noise" if layer in noise else "is stable"
@@ -479,7 +480,9 @@ class Direction(Result):
         if quality.lexical_share[layer] > 0.5:
             caveats.insert(0, "most of it is vocabulary: the two kinds of answers use different words")
         caveats.append("a stable direction need not be a cause: compare steering with it to random directions")
-        return Card(said, (*quality.facts(), vectors), "; ".join(caveats), self._dose_response(layer))
+        return Card(
+            said, (*quality.facts(self.layers or None), vectors), "; ".join(caveats), self._dose_response(layer)
+        )
 
     def _dose_response(self, layer: int) -> str:
         """The call that steers the base model with it, where it was extracted, in units that break no answer."""

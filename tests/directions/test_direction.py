@@ -301,3 +301,13 @@ def test_the_hub_keeps_a_direction_and_says_why_it_does_not(tmp_path, monkeypatc
     for call in (lambda: d.push_to_hub("me/mine"), lambda: Direction.load("hub:me/mine")):
         with pytest.raises(EmmechError, match="no connection"):
             call()
+
+
+def test_layers_where_nothing_is_known_are_no_part_of_its_quality():
+    good = _quality(4)
+    halves = replace(good, split_half=np.array([-1.0, 0.9, 0.95, 0.9]), split_half_shuffled=np.zeros(4), read_layer=1)
+    vectors = np.ones((4, 8))
+    vectors[0] = 0
+    shown = repr(Direction(vectors, name="upper", quality=halves))
+    assert "over layers 0.90 to 0.95" in shown and "noise at" not in shown
+    assert "noise at layers 0" in repr(Direction(np.ones((4, 8)), name="all", quality=halves))
