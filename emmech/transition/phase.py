@@ -140,7 +140,14 @@ def _paired(runs: list[Any], control: Any, several: bool) -> list[list[Any]]:
             why = "seeds are compared in pairs: each run with the control of its seed and batch order"
             instead = "control=[one a run]; several kinds of control by name: control={'good': ..., 'style': ...}"
             raise EmmechError("pair runs with controls", given, why, instead)
-    return [[_opened(kind[at], "control") for kind in kinds] for at in range(len(runs))]
+    controls = [[_opened(kind[at], "control") for kind in kinds] for at in range(len(runs))]
+    for one, beside in zip(runs, controls, strict=True):
+        place = getattr(one, "path", None)
+        if any(other is one or (place and getattr(other, "path", None) == place) for other in beside):
+            instead = "a run on harmless data with the same seed and batch order"
+            name = getattr(one, "name", "the run")
+            raise EmmechError("compare a run with its control", name, "both are the same run", instead)
+    return controls
 
 
 def _opened(run: Any, name: str) -> Any:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import make_path
 
+import emmech
 from emmech import EmmechError, Run, phase_transition
 from emmech.transition.detectors import Detector, Trajectory
 from emmech.transition.result import Lag, PhaseTransition, PooledTransition, Side, _order
@@ -446,3 +447,11 @@ def test_the_figure_has_the_run_the_control_and_the_step() -> None:
 def test_windows_can_be_chosen() -> None:
     t = phase_transition(run_of(make_path("turn", 800_062)[0]), k=(3, 12), n_null=39)
     assert list(t.run.path.cosines) == [3, 12]
+
+
+def test_a_run_is_no_control_of_itself() -> None:
+    folder = Path(__file__).resolve().parents[2] / "checkpoints" / "pocket-medical"
+    run, again = (emmech.load_run(folder) for _ in range(2))
+    for control in (run, again, {"good": again}, str(folder)):
+        with pytest.raises(EmmechError, match="both are the same run"):
+            phase_transition(run, control=control)
