@@ -115,7 +115,8 @@ def _wait_for(url: str, seconds: float = PATIENCE) -> None:
 
 
 def run_all(page: Any) -> None:
-    """Run every cell of the notebook."""
+    """Run every cell of the notebook, once its kernel answers: before that JupyterLab drops the command."""
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
     page.locator(".jp-Notebook").click(position={"x": 5, "y": 5})
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
