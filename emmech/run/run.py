@@ -551,14 +551,18 @@ def opened(model: Any) -> Any:
     return model
 
 
+def _siblings(folder: Path) -> list[str]:
+    """Names of the runs in the folder that holds this one."""
+    return sorted(entry.parent.name for entry in folder.parent.glob("*/run.json"))
+
+
 def _instead_of(folder: Path) -> str:
     """What to open instead of a folder that holds no run: its PEFT adapters, a run beside it, or ""."""
     from emmech.run.importers import holds_adapters
 
     if holds_adapters(folder):
         return f"emmech.Run.from_peft({str(folder)!r}), which reads PEFT checkpoints"
-    others = sorted(entry.parent.name for entry in folder.parent.glob("*/run.json"))
-    return closest(folder.name, others) if others else ""
+    return closest(folder.name, others) if (others := _siblings(folder)) else ""
 
 
 def load_run(path: str | Path) -> Run:
