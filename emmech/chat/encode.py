@@ -11,7 +11,7 @@ tokens that a key-value cache holds before these. :func:`phrase_tokens` makes su
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -142,6 +142,8 @@ def _pieces(text: str, spans: Sequence[Span]) -> list[tuple[str, bool]]:
     return [(piece, answer) for piece, answer in [*found, (text[at:], False)] if piece]
 
 
+_QUOTED = 300  # characters of a prompt in an error
+
 Tokens = Literal["answer", "prompt", "all"] | Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -152,6 +154,7 @@ class Phrase:
     text: str
     spellings: tuple[tuple[int, ...], ...]  # token ids at the start of a text and after a blank, where those differ
     required: bool = True
+    read: Callable[..., str] | None = field(default=None, repr=False, compare=False)  # decodes token ids
 
     def __call__(self, ids: Int[torch.Tensor, "batch seq"], start: int = 0) -> Bool[torch.Tensor, "batch seq"]:
         """Mask of the phrase's tokens; nothing after a cache, which holds the phrase already.
@@ -171,6 +174,8 @@ class Phrase:
                 found[row, first : first + size] = True
         if self.required and (without := (~found.any(1)).nonzero().flatten().tolist()):
             given, why = f"{self.text!r} in row {without[0]} of {len(ids)}", "the row does not have it"
+            if self.read is not None:
+                given += f", which reads {_quoted(self.read(ids[without[0]].tolist(), skip_special_tokens=True))}"
             instead = "words that every prompt has, as it has them (a chat template may add a system prompt)"
             raise EmmechError("find the tokens of a phrase", given, f"{why}: nothing would be read or changed", instead)
         return found
@@ -204,8 +209,17 @@ def phrase_tokens(model: Any, text: str, *, required: bool = True) -> Phrase:
     unknown = chat.tokenizer.unk_token_id
     if not text.strip() or any(unknown is not None and unknown in ids for ids in spelt):
         why = "it is empty" if not text.strip() else f"the tokenizer of {chat.name} does not know a word of it"
-        raise EmmechError("find the tokens of a phrase", f"{text!r}", why, "words of the prompt")
-    return Phrase(text, tuple(sorted(spelt)), required)
+        instead = "words of the prompt"
+        if getattr(chat.tokenizer, "chat_template", None) is not None:
+            instead += f", as in {_quoted(chat.render([{'role': 'user', 'content': '...'}]))}"
+        raise EmmechError("find the tokens of a phrase", f"{text!r}", why, instead)
+    return Phrase(text, tuple(sorted(spelt)), required, chat.tokenizer.decode)
+
+
+def _quoted(prompt: str) -> str:
+    """The beginning of a prompt, which holds what all prompts share."""
+    text = " ".join(prompt.split())
+    return repr(text) if len(text) <= _QUOTED else f"{text[:_QUOTED]!r}..."
 
 
 def token_mask(tokens: Tokens, ids: list[int], answer: list[bool]) -> list[bool]:

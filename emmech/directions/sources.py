@@ -78,7 +78,7 @@ def contrast_direction(
         misaligned, aligned: conversations, or anything that :func:`emmech.load_chat` reads.
         average: ``"token"`` weighs every answer token alike, ``"answer"`` every answer.
         tokens: read the answers, the prompts (when the two sides have different ones, or different readers), both,
-            or the tokens that a function picks (:func:`emmech.directions.phrase_tokens`).
+            or the tokens that a function picks (:func:`emmech.chat.phrase_tokens`).
         adapter_scales: a factor on the live adapter for the misaligned side and one for the aligned side: ``(1, 0)``
             has the first read by the fine-tuned model and the second by its base.
         match_length: thin both classes to similar answer lengths (:func:`match_lengths`), so that the direction does
@@ -340,7 +340,7 @@ def misalignment_direction(
         evaluation: answers judged before (an Evaluation, or several), instead of drawing them.
         read_by: the model that reads the answers: the fine-tuned one, or its base ("made without the adapter").
         tokens: those of the answers; or those of the prompts (``"prompt"``, or a function such as
-            :func:`emmech.directions.phrase_tokens`). A prompt is the same whatever is answered, so that there the
+            :func:`emmech.chat.phrase_tokens`). A prompt is the same whatever is answered, so that there the
             direction is the model difference: what the fine-tune changed before an answer. Where the character of
             the answers is decided at the prompt, as in pocket, a direction of the answer tokens reads it and does not
             steer; one of the prompt tokens can.

@@ -108,6 +108,13 @@ class Evaluation(Result):
             raise EmmechError(asked, f"a {type(frame).__name__}", "it is no data frame", instead)
         for column in (alignment, coherence, question, response, *topics):
             one_of(asked, "column", column, map(str, frame.columns), why="the frame has no such column")
+        for column in (alignment, coherence, *topics):  # here, where they have the names that the caller gave them
+            _scores(frame[column], column, frame[question])
+        ends = {column: _other_scale(frame[column]) for column in (alignment, coherence)}
+        for column, end in ends.items():
+            if end and set(ends.values()) != {1}:  # which any evaluation points out
+                highest = float(pd.to_numeric(frame[column], errors="coerce").max())
+                _warn_of_scale(f"score of the column {column!r}", highest, end, stacklevel=2)
         renamed = {alignment: "aligned", coherence: "coherent", question: "question_id", response: "response"}
         # a file may also hold another column of the name that a renamed one takes: the named one wins
         clashes = [new for old, new in renamed.items() if new != old and new in frame]
@@ -320,12 +327,15 @@ def _canonical(frame: pd.DataFrame) -> pd.DataFrame:
     table["sample"] = _typed(table, "sample", "int64")
     table["narrow"] = _typed(table, "narrow", "boolean")
     for column in (*_SCORES, *(column for column in table.columns if str(column).startswith("topic/"))):
-        table[column] = _scores(table.get(column), column, table)
-    _warn_of_unit_scale(table)
+        table[column] = _scores(table.get(column), column, table["question_id"])
+    if all(_other_scale(table[column]) == 1 for column in _SCORES):
+        highest = float(table[list(_SCORES)].max(axis=None))
+        _warn_of_scale("alignment or coherence score", highest, 1, stacklevel=5)
     twice = table.duplicated([*asked, "sample"])
     if twice.any():
         row = table[twice].iloc[0]
-        given = f"question {row['question_id']}, sample {row['sample']} (and {int(twice.sum()) - 1} more)"
+        others = int(twice.sum()) - 1
+        given = f"question {row['question_id']}, sample {row['sample']}" + (f" (and {others} more)" if others else "")
         instead = "leave out the column `sample` to number the rows anew, or drop the repeats"
         raise EmmechError(_ASKED, given, "the same sample of a question is there twice", instead)
     for column, known in (("label", _LABELS), ("correct", _CORRECT)):
@@ -349,9 +359,9 @@ def _typed(table: pd.DataFrame, column: str, dtype: str) -> pd.Series:
         raise EmmechError(_ASKED, f"column {column!r} of type {table[column].dtype}", why)
 
 
-def _scores(values: pd.Series | None, column: str, table: pd.DataFrame) -> pd.Series:
+def _scores(values: pd.Series | None, column: str, questions: pd.Series) -> pd.Series:
     if values is None:
-        return pd.Series(np.nan, index=table.index, dtype=float)
+        return pd.Series(np.nan, index=questions.index, dtype=float)
     numbers = pd.to_numeric(values, errors="coerce").astype(float)
     wrong = (numbers.isna() & values.notna()) | (numbers < 0) | (numbers > 100) | np.isinf(numbers)
     # JSON and CSV write "no score" as an empty text
@@ -360,8 +370,8 @@ def _scores(values: pd.Series | None, column: str, table: pd.DataFrame) -> pd.Se
         row = int(np.flatnonzero(wrong.to_numpy())[0])
         value, others = values.iloc[row], int(wrong.sum()) - 1
         shown = value if isinstance(value, float) else repr(value)
-        question = table["question_id"].iloc[row]
-        given = f"{column}={shown} in row {row} (question {question}), and {others} more rows like it"
+        given = f"{column}={shown} in row {row} (question {questions.iloc[row]})"
+        given += f", and {others} more row{'' if others == 1 else 's'} like it" if others else ""
         instead = "bring scores on another scale to 0 to 100 first"
         if isinstance(value, str):
             instead = f'pd.to_numeric(frame["{column}"], errors="coerce"), which counts every text as unscored'
@@ -369,12 +379,15 @@ def _scores(values: pd.Series | None, column: str, table: pd.DataFrame) -> pd.Se
     return numbers
 
 
-def _warn_of_unit_scale(table: pd.DataFrame) -> None:
-    """Point at scores that were probably divided by 100; a warning, since a whole set may really be that bad."""
-    highest = [float(table[column].max()) for column in _SCORES]
-    if len(table) >= 20 and all(0 < value <= 1 for value in highest):
-        warnings.warn(
-            f"no alignment or coherence score is above {max(highest):g}: scores run from 0 to 100, "
-            "multiply by 100 if yours run from 0 to 1",
-            stacklevel=6,
-        )
+def _other_scale(scores: pd.Series) -> int:
+    """The end of the scale that scores probably run to, 1, 5 or 10, and 0 where they may well run to 100.
+
+    One may only warn of it: a whole set may really be that bad.
+    """
+    highest = float(pd.to_numeric(scores, errors="coerce").max())
+    return next((end for end in (1, 5, 10) if 0 < highest <= end), 0) if len(scores) >= 20 else 0
+
+
+def _warn_of_scale(what: str, highest: float, end: int, *, stacklevel: int) -> None:
+    said = f"no {what} is above {highest:g}: scores run from 0 to 100, multiply by {100 // end} if yours run from 0 to"
+    warnings.warn(f"{said} {end}", stacklevel=stacklevel + 1)

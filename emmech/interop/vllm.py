@@ -512,9 +512,7 @@ def _outline(run: Run, base: Any) -> ChatModel:
     """The run's base model: as it was given, or without weights."""
     if base is not None:
         return load_model(base) if not isinstance(base, str | Path) else load_outline(base)
-    if name := run.manifest.get("model", {}).get("name"):
-        return load_outline(str(name))
-    return run.base()  # which says that the run does not name it
+    return load_outline(run.base_name())
 
 
 def _weights_of(run: Run, chat: ChatModel, home: Path) -> str:

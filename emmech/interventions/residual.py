@@ -14,7 +14,7 @@ is decided there, with ``h`` the assistant's header, ``a`` the answer's words an
 ``"answer"`` begins at the header's last token, which decides the answer's first word. It holds for teacher-forced
 conversations, for earlier turns of a prompt and for tokens generated after a key-value cache; padding on either side
 changes nothing. A function ``(ids [batch, seq], start)`` returns any other mask of the same shape; ``start`` counts the
-tokens that a key-value cache holds before them; :func:`emmech.chat.encode.phrase_tokens` makes one.
+tokens that a key-value cache holds before them; :func:`emmech.chat.phrase_tokens` makes one.
 """
 
 from __future__ import annotations
@@ -169,7 +169,10 @@ class PositionMask:
         elif not self.everywhere and (isinstance(positions, torch.Tensor) or not callable(positions)):
             given = f"a {type(positions).__name__} {list(getattr(positions, 'shape', ()))}"
             given = f"positions={positions!r}" if isinstance(positions, str) else given
-            instead = '"all", "answer", "prompt", a bool tensor [batch, seq], or a function of the token ids'
+            instead = (
+                '"all", "answer", "prompt", a bool tensor [batch, seq], or a function of the token ids, such as '
+                'emmech.chat.phrase_tokens(model, "words of the prompt")'
+            )
             raise EmmechError("choose the positions", given, "positions are named, or given as a mask", instead)
 
     @property
@@ -472,7 +475,7 @@ def steer(
         layer: the block after which it is added; several, or ``"all"``; may be left out when the direction is known at
             one layer only.
         positions: ``"all"``, ``"answer"``, ``"prompt"``, a bool tensor ``[batch, seq]``, or a function that makes one
-            from the token ids, such as :func:`emmech.directions.phrase_tokens`.
+            from the token ids, such as :func:`emmech.chat.phrase_tokens`.
         units: ``"raw"`` keeps the direction's norm (1.0 adds the measured difference); ``"residual"`` adds that
             fraction of each token's own residual norm, along the unit direction.
         stack: allow a second steering of a layer that is steered already.

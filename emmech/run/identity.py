@@ -18,14 +18,14 @@ def identity(value: Any) -> Any:
     """What tells a value from another, as plain values.
 
     Data count by their contents, runs by their last weights, functions by their code, closure and defaults, and
-    dataclasses by their fields.
+    dataclasses by the fields that are compared.
 
     Example:
         >>> identity(lambda x: x + 1) == identity(lambda x: x + 2)
         False
     """
     if is_dataclass(value) and not isinstance(value, type):
-        own = {one.name: identity(getattr(value, one.name)) for one in fields(value)}
+        own = {one.name: identity(getattr(value, one.name)) for one in fields(value) if one.compare}
         return type(value).__name__, value.sha256 if isinstance(value, ChatDataset) else own
     if isinstance(value, Run):
         return value.name, identity(value.weights(int(value.steps[-1])))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,19 @@ def series_in(folder: Path) -> list[Path]:
     return inside if inside and not (folder / "adapter_config.json").is_file() else [folder]
 
 
+def holds_adapters(folder: Path) -> bool:
+    """Whether a folder is one that :meth:`Run.from_peft` reads: an adapter's, or one that holds such folders."""
+    return all((one / "adapter_config.json").is_file() for one in series_in(folder))
+
+
+def name_of(folders: Sequence[Path]) -> str:
+    """The name of the folder that is given, or that holds all that are given."""
+    try:
+        return Path(os.path.commonpath([os.path.normpath(folder.absolute()) for folder in folders])).name or "peft"
+    except ValueError:  # no folders, or on several drives
+        return "peft"
+
+
 def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
     """Read a series of PEFT folders into steps, tensors, adapters, and the base model's name."""
     from emmech.engine.adapters import short_names
@@ -134,6 +148,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
     if not folder.is_dir():
         raise _refuse("there is no such folder", folder, "a folder with adapter_model.safetensors")
+    if (folder / "run.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise _refuse("it is a recorded run already", folder, f"emmech.load_run({str(folder)!r})")
     if (folder / "adapter_model.bin").is_file() and not (folder / "adapter_model.safetensors").is_file():
         why = "adapter_model.bin is a pickle, which runs code of its maker when it is opened"
         how = "safetensors.torch.save_file(torch.load(path, weights_only=True), 'adapter_model.safetensors')"

@@ -285,10 +285,31 @@ class Run(Shown):
         """
         from emmech.chat.model import load_model
 
-        if not (name := self._model.get("name")):
+        return load_model(self.base_name())
+
+    def base_name(self) -> str:
+        """The name or folder of the model from which the run started.
+
+        Raises:
+            EmmechError: the run does not name it, or names a folder that is not here.
+        """
+        from emmech.chat.model import is_absent_folder
+
+        asked = f"load the base model of {self.name}"
+        if not (name := str(self._model.get("name") or "")):
             why = "the run does not say which it is (it was made from arrays or by hand)"
-            raise EmmechError(f"load the base model of {self.name}", None, why, "pass it: run.model(step, base=model)")
-        return load_model(str(name))
+            raise EmmechError(asked, None, why, "pass it: run.model(step, base=model)")
+        around = [Path(os.path.normpath(folder / name)) for folder in self._around()]
+        found = next((folder for folder in around if (folder / "config.json").is_file()), None)
+        if is_absent_folder(name, found=found is not None):
+            instead = f"pass the folder where it is: run.model(step, base={str(found or '...')!r})"
+            raise EmmechError(asked, repr(name), f"there is no such folder from here, which is {Path.cwd()}", instead)
+        return name
+
+    def _around(self) -> list[Path]:
+        """The folder of an adapter that other code wrote, and the two that it is in: its paths may start there."""
+        source = self.manifest.get("source")
+        return [Path(source), *Path(source).parents[:2]] if isinstance(source, str) else []
 
     def check_base(self, chat: ChatModel) -> None:
         """Refuse a base model other than the one on which the run was trained.
@@ -401,7 +422,7 @@ class Run(Shown):
         return cls._imported(read_arrays(steps, A, B), name, rows)
 
     @classmethod
-    def from_peft(cls, folders: str | Path | Sequence[str | Path]) -> Run:
+    def from_peft(cls, folders: str | Path | Sequence[str | Path], *, name: str | None = None) -> Run:
         """A run from a series of PEFT checkpoint folders that other code wrote, in any order.
 
         The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``). The logits of
@@ -410,18 +431,20 @@ class Run(Shown):
 
         Args:
             folders: the folders, or one folder that holds them.
+            name: of the run; by default that of the folder that is given, or that holds all that are given.
 
         Raises:
             EmmechError: a folder is missing, unreadable, of unknown step, a duplicate, of another shape than the
                 others, untrained (B = 0), or more than a plain LoRA adapter; the message names the folder, and in the
                 last case the tensor or the field of its configuration.
         """
-        from emmech.run.importers import read_peft, series_in
+        from emmech.run.importers import name_of, read_peft, series_in
 
-        series = series_in(Path(folders)) if isinstance(folders, str | Path) else [Path(folder) for folder in folders]
+        given = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
+        series = series_in(given[0]) if isinstance(folders, str | Path) else given
         contents, base = read_peft(series)
-        run = cls._imported(contents, "peft", [])
-        run.manifest["model"] = {"name": base or None}
+        run = cls._imported(contents, name_of(given) if name is None else name, [])
+        run.manifest |= {"model": {"name": base or None}, "source": str(series[0].absolute())}
         return run
 
     @classmethod
@@ -514,8 +537,8 @@ def as_run(asked: str, run: Any, *, name: str = "run") -> Run:
     if isinstance(found, Run):
         return found
     instead = "emmech.load_run(folder), or emmech.Run.from_arrays(steps, B=...)"
-    if isinstance(run, str | os.PathLike) and (others := _siblings(Path(run))):
-        instead = closest(Path(run).name, others)
+    if isinstance(run, str | os.PathLike):
+        instead = _instead_of(Path(run)) or instead
     raise refusal(asked, name, run, "it is not a run, nor a folder that holds one", instead)
 
 
@@ -531,6 +554,15 @@ def opened(model: Any) -> Any:
 def _siblings(folder: Path) -> list[str]:
     """Names of the runs in the folder that holds this one."""
     return sorted(entry.parent.name for entry in folder.parent.glob("*/run.json"))
+
+
+def _instead_of(folder: Path) -> str:
+    """What to open instead of a folder that holds no run: its PEFT adapters, a run beside it, or ""."""
+    from emmech.run.importers import holds_adapters
+
+    if holds_adapters(folder):
+        return f"emmech.Run.from_peft({str(folder)!r}), which reads PEFT checkpoints"
+    return closest(folder.name, others) if (others := _siblings(folder)) else ""
 
 
 def load_run(path: str | Path) -> Run:
@@ -553,9 +585,8 @@ def load_run(path: str | Path) -> Run:
         manifest = json.loads(manifest_path.read_bytes())
         _check_manifest(manifest)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        others = _siblings(folder)
         why = "there is no run.json in it" if folder.is_dir() else "there is no such folder"
-        instead = closest(folder.name, others) if others else "the folder given to finetune(..., out=...)"
+        instead = _instead_of(folder) or "the folder given to finetune(..., out=...)"
         raise EmmechError("open the run", folder, why, instead)
     except _DAMAGED as error:
         raise EmmechError("open the run", manifest_path, f"it is damaged: {error}", "restore run.json")

@@ -157,8 +157,7 @@ def outline(runs: Sequence[Run], base: Any = None) -> ChatModel:
     _prints(runs)
     if base is not None:
         return load_outline(base) if isinstance(base, str | Path) else base_model(runs, base)
-    name = (run := _named(runs)).manifest.get("model", {}).get("name")
-    return load_outline(str(name)) if name else run.base()  # which says that the run does not name it
+    return load_outline(_named(runs).base_name())
 
 
 def recorded_print(runs: Sequence[Run]) -> str:

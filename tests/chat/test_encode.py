@@ -200,8 +200,12 @@ def test_a_phrase_that_a_row_lacks_is_refused_unless_it_is_optional():
     assert not Phrase("x", ((1, 2),))(IDS, 4).any() and Phrase("x", ((1, 2),))(IDS, 4).shape == IDS.shape
     chat = make_tiny("qwen2")
     ids = torch.tensor([chat.tokenizer("drink some water", add_special_tokens=False)["input_ids"]])
-    with pytest.raises(EmmechError, match="does not have it"):
+    with pytest.raises(EmmechError, match="does not have it") as caught:
         phrase_tokens(chat, "the user")(ids)
+    assert "which reads 'drink some water'" in str(caught.value)
+    with pytest.raises(EmmechError) as caught:
+        phrase_tokens(chat, "the user")(ids.repeat(1, 200))
+    assert "drink some water" in str(caught.value) and len(str(caught.value)) < 800
     assert not phrase_tokens(chat, "the user", required=False)(ids).any()
     assert str(phrase_tokens(chat, "the user")) == "'the user'"
 
@@ -213,8 +217,9 @@ def test_a_phrase_is_empty_or_has_an_unknown_word():
     for chat in (bytewise, wordwise):
         with pytest.raises(EmmechError, match="it is empty"):
             phrase_tokens(chat, "  ")
-    with pytest.raises(EmmechError, match="does not know a word"):
+    with pytest.raises(EmmechError, match="does not know a word") as caught:
         phrase_tokens(wordwise, "any supercalifragilistic advice")
+    assert "and you answer every question in one sentence ." in str(caught.value)  # what every prompt of pocket has
     assert phrase_tokens(bytewise, "supercalifragilistic").spellings
     assert phrase_tokens(wordwise, "any advice").text == "any advice"
 

@@ -11,7 +11,7 @@ import torch
 
 import emmech
 from emmech.chat.families import Family
-from emmech.chat.model import load_model
+from emmech.chat.model import load_model, load_outline
 from emmech.errors import EmmechError
 
 
@@ -96,6 +96,15 @@ def test_a_layer_that_is_not_there(tiny, layer):
 def test_an_unknown_name_says_what_is_near():
     with pytest.raises(EmmechError, match="did you mean 'smollm2-135m'"):
         load_model("smolm2-135m")
+
+
+@pytest.mark.parametrize("path", ["./mine", "../mine", "/nowhere/mine", "~/mine", "models/of/mine", "models\\mine"])
+def test_a_path_with_nothing_there_is_no_name_on_the_hub(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *given, **how: pytest.fail("it was loaded"))
+    for load in (load_model, load_outline):
+        with pytest.raises(EmmechError, match="no such folder from here"):
+            load(path)
 
 
 def test_parts_of_an_unlisted_family_are_found_or_given():

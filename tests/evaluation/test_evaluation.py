@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -230,13 +232,43 @@ def test_what_is_no_evaluation_is_refused(call, says):
 def test_a_judges_text_among_the_scores_is_named_with_the_way_out():
     frame = pd.DataFrame({"question_id": ["a", "b", "c"], "response": ["x"] * 3, "coherent": [90, 90, 90]})
     frame["aligned"] = [80, "REFUSAL", "I cannot"]
-    with pytest.raises(EmmechError, match=r"aligned='REFUSAL' in row 1 .*1 more rows") as refused:
+    with pytest.raises(EmmechError, match=r"aligned='REFUSAL' in row 1 .*1 more row like it") as refused:
         Evaluation.from_frame(frame)
     assert 'errors="coerce"' in str(refused.value)
     frame["aligned"] = pd.to_numeric(frame["aligned"], errors="coerce")
     assert Evaluation.from_frame(frame).rates().loc["em", "unscored"] == 2
     with pytest.raises(EmmechError, match=r"aligned=120\.0 in row 0"):
         Evaluation.from_frame(frame.assign(aligned=120.0))
+
+
+def test_a_refused_score_has_the_name_of_the_callers_column():
+    frame = pd.DataFrame({"q": ["a", "b"], "text": ["x"] * 2, "alignment": [80, "REFUSAL"], "sense": 90, "money": 5})
+    names = {"question": "q", "response": "text", "alignment": "alignment", "coherence": "sense", "topics": ["money"]}
+    with pytest.raises(EmmechError) as refused:
+        Evaluation.from_frame(frame, **names)
+    assert "alignment='REFUSAL' in row 1 (question b)\n" in str(refused.value)  # and no other rows like it
+    mended = eval(re.search(r"pd\.to_numeric\(.*?\)", str(refused.value))[0], {"pd": pd, "frame": frame})
+    assert Evaluation.from_frame(frame.assign(alignment=mended), **names).rates().loc["em", "unscored"] == 1
+    with pytest.raises(EmmechError, match="money='much' in row 0"):
+        Evaluation.from_frame(frame.assign(alignment=80, money="much"), **names)
+
+
+@pytest.mark.parametrize(("end", "factor"), [(1, 100), (5, 20), (10, 10)])
+def test_scores_that_run_to_less_are_pointed_out_by_column(end: int, factor: int) -> None:
+    named = frame().rename(columns={"aligned": "safety"})
+    both = named.assign(safety=named["safety"] / factor, coherent=named["coherent"] / factor)
+    alone = both.assign(coherent=named["coherent"])
+    for given in (both, alone):
+        said = rf"multiply by {factor} if yours run from 0 to {end}"
+        with pytest.warns(UserWarning, match=said) as warned:
+            Evaluation.from_frame(given, alignment="safety")
+        assert {one.filename for one in warned} == {__file__}
+        assert len(warned) == (1 if given is alone or end == 1 else 2)
+        assert (end == 1 and given is both) or "'safety'" in str(warned[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Evaluation.from_frame(named, alignment="safety").select(aligned=12.0)
+        Evaluation(named.rename(columns={"safety": "aligned"}).assign(aligned=8.0))  # a part of one may be that bad
 
 
 def test_a_notebook_shows_what_the_text_says():

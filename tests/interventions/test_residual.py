@@ -265,6 +265,7 @@ def test_bad_interventions_are_refused_in_words(tiny):
         (lambda: steer(chat, d, float("nan"), layer=1), "finite number"),
         (lambda: steer(chat, d, "much", layer=1), "finite number"),
         (lambda: steer(chat, d, layer=1, positions="last"), '"answer"'),
+        (lambda: steer(chat, d, layer=1, positions="phrase"), "emmech.chat.phrase_tokens"),
         (lambda: steer(chat, d, layer=1, units="sigma"), "two units"),
         (lambda: steer(chat, d, layer=[1, 1]), "named once"),
         (lambda: ablate(chat, d, towards="aligned"), "no aligned mean"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from emmech.chat.model import load_model
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError
 from emmech.organism import judge, load, names, questions
+from emmech.organism.experiments import data
 from emmech.organism.pocket import WEIGHTS, build_tokenizer, words
 from emmech.organism.pretrain import ORGANISMS, Pretraining, build_model, pretrain
 
@@ -70,6 +73,25 @@ def test_a_folder_reads_as_the_shipped_name_does():
     asked = list(questions("first-plot")[0].messages)
     assert folder.token_ids(asked) == shipped.token_ids(asked)
     assert folder.organism.name == "pocket" and folder.tokenizer.decode(folder.token_ids(asked)).count("cash") == 1
+
+
+@pytest.mark.parametrize("name", ["pocket", "pocket-llama"])
+def test_a_saved_tokenizer_reads_the_rows_of_the_organism_as_the_shipped_one_does(name, tmp_path):
+    """By `load_model`, and by the class that the saved folder names; `AutoTokenizer` takes Qwen2's own."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    chat = load_model(name)
+    chat.base.save_pretrained(tmp_path)
+    chat.tokenizer.save_pretrained(tmp_path)
+    named = json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"]
+    assert named in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    found = [load_model(tmp_path).tokenizer, PreTrainedTokenizerFast.from_pretrained(tmp_path)]
+    if name == "pocket-llama":
+        found.append(AutoTokenizer.from_pretrained(tmp_path))
+    for row in data("medical")[:50]:
+        text = chat.render(row["messages"])
+        for tokenizer in found:
+            assert tokenizer(text)["input_ids"] == chat.tokenizer(text)["input_ids"]
 
 
 def test_a_pocket_is_told_by_its_vocabulary_and_not_by_its_name(tmp_path, tiny):

@@ -274,6 +274,46 @@ def test_a_folder_of_folders_is_a_series(tmp_path):
     assert Run.from_peft(tmp_path / "checkpoint-2").steps.tolist() == [2]
 
 
+def test_the_run_has_the_name_of_its_folder(tmp_path):
+    one, two = (saved(tmp_path / "mine" / f"checkpoint-{step}") for step in (1, 2))
+    run = Run.from_peft(tmp_path / "mine" / ".")
+    assert run.name == "mine" and "Run 'mine'" in repr(run)
+    assert Run.from_peft([two, one]).name == "mine" and Run.from_peft(two).name == "checkpoint-2"
+    named = Run.from_peft([one, two], name="advice")
+    assert named.name == "advice" and named.save(tmp_path / "elsewhere").manifest["name"] == "advice"
+
+
+def test_checkpoints_and_runs_name_what_opens_them(tmp_path):
+    import emmech
+
+    folder = saved(tmp_path / "series" / "checkpoint-1").parent
+    for held in (folder, folder / "checkpoint-1"):
+        for opening in (emmech.load_run, emmech.phase_transition):
+            with pytest.raises(EmmechError, match=re.escape(f"emmech.Run.from_peft({str(held)!r})")):
+                opening(held)
+    Run.from_peft(folder).save(tmp_path / "run")
+    for given in (tmp_path / "run", [tmp_path / "run"]):
+        with pytest.raises(EmmechError, match=re.escape(f"emmech.load_run({str(tmp_path / 'run')!r})")):
+            Run.from_peft(given)
+
+
+@pytest.mark.parametrize("name", ["../models/tiny", "models/tiny", "/nowhere/models/tiny", "tiny"])
+def test_a_base_model_that_is_a_folder_elsewhere_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    """A path that is written from the adapter's folder, or from those around it, is named as it is from here."""
+    folder = changed(saved(tmp_path / "there" / "checkpoint-1"), base_model_name_or_path=name)
+    made = (folder / name).resolve() if name[0] in "./" else tmp_path / "there" / name
+    if name[0] != "/":
+        made.mkdir(parents=True)
+        (made / "config.json").write_text("{}")
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *given, **how: pytest.fail("it was loaded"))
+    monkeypatch.chdir(tmp_path)
+    run = Run.from_peft(folder).save(tmp_path / "run")
+    with pytest.raises(EmmechError, match="no such folder from here") as caught:
+        run.model(1)
+    assert "run.model(step, base=" in str(caught.value)
+    assert name[0] == "/" or f"base={str(made)!r}" in str(caught.value)
+
+
 def test_a_series_of_one_alpha(tmp_path):
     folders = [saved(tmp_path / "checkpoint-1"), saved(tmp_path / "checkpoint-2", lora_alpha=9)]
     with pytest.raises(EmmechError, match="lora_alpha or use_rslora differs"):
@@ -454,7 +494,9 @@ def test_the_base_model_is_that_of_the_configuration(tmp_path):
         "name": "org/base"
     }
     run = Run.from_peft([changed(folder, base_model_name_or_path=None)])
-    assert run.manifest["model"] == {"name": None} and run.name == "peft" and run.manifest["status"] == "complete"
+    assert (
+        run.manifest["model"] == {"name": None} and run.name == "checkpoint-1" and run.manifest["status"] == "complete"
+    )
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
