@@ -52,6 +52,15 @@ _MOVES = """async ([name, values]) => {
 }"""
 
 
+_RUN_ALL = """async () => {
+  const prompt = () => document.querySelector('.jp-CodeCell .jp-InputPrompt').textContent, before = prompt();
+  while (prompt() === before) {
+    window.jupyterapp.commands.execute('notebook:run-all-cells');
+    await new Promise((ready) => setTimeout(ready, 1000));
+  }
+}"""
+
+
 @contextmanager
 def notebook(cells: list[str], *, theme: str = "JupyterLab Light", width: int = 1280) -> Iterator[tuple[Any, Path]]:
     """A notebook of these cells, open in JupyterLab in a headless browser; yields Playwright's page and the file.
@@ -115,11 +124,8 @@ def _wait_for(url: str, seconds: float = PATIENCE) -> None:
 
 
 def run_all(page: Any) -> None:
-    """Run every cell of the notebook, once its kernel answers: before that JupyterLab drops the command."""
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
-    page.locator(".jp-Notebook").click(position={"x": 5, "y": 5})
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    """Run every cell of the notebook; JupyterLab drops the command until the kernel answers, so it is repeated."""
+    page.evaluate(_RUN_ALL)
 
 
 def settled(page: Any) -> None:
