@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 _DELAY = 0.5  # seconds before a bar is shown at all
+_FEW = 2.0  # seconds of silence after which a wait is explained
 _LONG = 60.0  # seconds from which an estimate is said
 _SETTLED = 5.0  # seconds of work from which the remaining time can be told
 
@@ -46,6 +47,32 @@ def forecast(seconds: float, description: str, *, progress: bool = True) -> None
     if seconds > _LONG and not _silent(progress):
         about = f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
         tqdm.write(f"{description}: about {about} from now")
+
+
+@contextmanager
+def said_if_long(description: str, *, seconds: float = _FEW, progress: bool = True) -> Iterator[None]:
+    """Print what is waited for, once, as soon as that takes more than a few seconds.
+
+    For what cannot count its steps, so that :func:`bar` would have nothing to show.
+
+    Example:
+        >>> with said_if_long("loading the model"):
+        ...     pass
+    """
+    import threading
+
+    from tqdm import tqdm
+
+    if _silent(progress):
+        yield
+        return
+    timer = threading.Timer(seconds, tqdm.write, [f"{description} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

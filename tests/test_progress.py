@@ -116,3 +116,12 @@ def test_cells_of_a_notebook_hold_results_and_nothing_else(tmp_path, monkeypatch
                 assert output.data == {"text/html": "", "text/plain": ""}, source
         results = [one for one in cell.outputs if one.output_type == "execute_result"]
         assert len(results) == (not source.startswith(("import", "kept"))), source
+
+
+def test_a_wait_is_explained_once_it_takes_long_and_never_when_silenced(capsys, monkeypatch):
+    for allowed, seconds in (("1", 0.01), ("1", 60), ("0", 0.01)):
+        monkeypatch.setenv("EMMECH_PROGRESS", allowed)
+        with progress.said_if_long("loading", seconds=seconds):
+            time.sleep(0.1)
+        said = capsys.readouterr()
+        assert (said.out + said.err).strip() == ("loading ..." if (allowed, seconds) == ("1", 0.01) else "")

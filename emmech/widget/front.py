@@ -15,11 +15,12 @@ import numpy as np
 import traitlets
 
 from emmech.errors import EmmechError
+from emmech.progress import said_if_long
 from emmech.transition.phase import phase_transition
 from emmech.view.theme import BAD, CYCLE, DARK, GOOD, GREY, LIGHT, faint
 from emmech.widget.answers import COLUMNS, Token
-from emmech.widget.picture import against_text, dose_picture, sentence, twin
-from emmech.widget.session import RANDOMS, Session, Stale
+from emmech.widget.picture import counted, dose_note, dose_picture, sentence, twin
+from emmech.widget.session import Session, Stale
 from emmech.widget.settings import DOSES, Settings
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _HERE = Path(__file__).parent
 _FLUSH = 0.03  # seconds between two messages of tokens
 _KEPT = 40  # states of the history
 _APART = ("coefficient", "question", "colour")  # settings on which a dose-response does not depend
+_PATIENCE = 600.0  # seconds that a call waits for the panel, unless it says how long
 _DISPLAY = 4.0  # seconds that a cell waits for the first answers, so that its output contains them
 _COLOURS = {"good": GOOD, "bad": BAD, "mark": CYCLE[2], "grey": GREY, "faint-good": faint(GOOD, 0.3),
             "faint-bad": faint(BAD, 0.35), "faint-grey": faint(GREY, 0.22)}  # fmt: skip
@@ -38,13 +40,20 @@ _STYLE = "".join(
 )  # fmt: skip
 
 
+class _State(traitlets.Dict):  # type: ignore[type-arg]
+    """A trait that is completed and checked where Python assigns it; the front end sets it as it is."""
+
+    def __set__(self, obj: Any, value: Any) -> None:
+        super().__set__(obj, obj._completed(value))
+
+
 class Panel(anywidget.AnyWidget):
     """What :func:`emmech.panel` returns."""
 
     _esm = _HERE / "panel.js"
     _css = _STYLE + (_HERE / "panel.css").read_text(encoding="utf-8")
 
-    state = traitlets.Dict(help="the settings, as keyword arguments of emmech.panel").tag(sync=True)
+    state = _State(help="the settings, as keyword arguments of emmech.panel").tag(sync=True)
     about = traitlets.Dict(help="what does not change while it is open").tag(sync=True)
     shown = traitlets.Dict(help="what was last seen").tag(sync=True)
     pinned: Any = traitlets.List(help="numbers of the states that are compared").tag(sync=True)
@@ -54,7 +63,9 @@ class Panel(anywidget.AnyWidget):
         self._settings = settings
         self._asked, self._run, self._told = 0, 0, 0.0  # moves made; the one being computed
         self._unsent: list[list[list[Any]]] = [[] for _ in COLUMNS]
-        self._wake, self._idle, self._answered = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._news = threading.Event(), threading.Condition()
+        self._reached = {"answers": 0, "result": 0, "all": 0}  # the last move of which each was done
+        self._failed: tuple[int, EmmechError] | None = None  # a move that could not be computed, and why
         self._doses: dict[tuple[Any, ...], Any] = {}
         self._entries: dict[Settings, dict[str, Any]] = {}
         self._ended = False
@@ -92,10 +103,9 @@ class Panel(anywidget.AnyWidget):
             "questions": questions,
             "doses": {change: [grid[0], grid[-1]] for change, grid in DOSES.items()},
             "judge": session.judged_by.name if session.judged_by is not None else "",
-            "asked": f"{len(session.asked)} questions of {session.asked.name}",
+            "asked": f"{counted(len(session.asked), 'question')} of {session.asked.name}",
             "adapted": session.adapted,
             "limit": self._samples * len(session.asked),
-            "randoms": RANDOMS,
             "colours": session.colours,
             "transition": self._transition,
         }
@@ -126,9 +136,17 @@ class Panel(anywidget.AnyWidget):
             self._recolour(change["new"]["colour"])
             return
         self._asked += 1
-        self._idle.clear()
-        self._answered.clear()
         self._wake.set()
+
+    def _completed(self, given: Any) -> dict[str, Any]:
+        """The whole state of what is assigned in Python: settings that are not given stay as they are."""
+        kept = self._settings.to_dict()
+        before = {name: self.state.get(name, value) for name, value in kept.items()}
+        settings = Settings(**{**before, **Settings.given(given)})
+        if settings.direction != before["direction"] and settings.layer == before["layer"]:
+            settings = self._session.at_known_layer(settings)
+        self._session.check(settings)
+        return settings.to_dict()
 
     def _recolour(self, colour: str) -> None:
         """Show the same answers in other colours, while whatever is being computed goes on."""
@@ -150,17 +168,36 @@ class Panel(anywidget.AnyWidget):
             except Stale:
                 continue
             except EmmechError as error:
-                self._tell(error={"given": str(error.given), "why": error.why, "instead": error.instead or ""})
+                self._fail(error)
             except Exception as error:  # a thread that died silently would leave the panel waiting for ever
-                self._tell(error={"given": "", "why": f"{type(error).__name__}: {error}", "instead": ""})
+                self._fail(EmmechError("compute what the panel is set to", None, f"{type(error).__name__}: {error}"))
             if self._run == self._asked:
-                self._answered.set()
-                self._idle.set()
                 self._keep()
+            self._reach("answers", "result", "all")
+
+    def _fail(self, error: EmmechError) -> None:
+        self._failed = self._run, error
+        given = "" if error.given is None else str(error.given)
+        self._tell(error={"given": given, "why": error.why, "instead": error.instead or ""})
+
+    def _reach(self, *parts: str) -> None:
+        with self._news:
+            self._reached.update(dict.fromkeys(parts, self._run))
+            self._news.notify_all()
+
+    def _wait(self, part: str, seconds: float) -> bool:
+        with self._news:
+            return self._news.wait_for(lambda: self._reached[part] >= self._asked, seconds)
+
+    def _raise_failure(self) -> None:
+        if self._failed is not None and self._failed[0] == self._asked:
+            error = self._failed[1]
+            raise EmmechError(error.asked, error.given, error.why, error.instead)
 
     def _take(self, given: dict[str, Any]) -> Settings:
         """The settings of a state; the layer of a new direction where it is not known at the old one."""
-        settings, session = Settings(**given), self._session
+        session = self._session
+        settings = Settings(**{**self._settings.to_dict(), **Settings.given(given)})
         if settings.direction in session.names and settings.direction not in session._made:
             self._tell(status="reading the direction from answers ...")
         layers = session.direction(settings.direction).layers
@@ -169,10 +206,9 @@ class Panel(anywidget.AnyWidget):
         if self.about["directions"].get(settings.direction) != list(layers):
             self._redescribe()
         if settings.layer not in layers and settings.direction != self._settings.direction:
-            nearest = min(layers, key=lambda layer: abs(layer - settings.layer))
-            settings = replace(settings, layer=nearest)
+            settings = session.at_known_layer(settings)
             self._own = settings.to_dict()
-            self.state = self._own
+            self.set_trait("state", self._own)
         session.check(settings)
         self._settings = settings
         return settings
@@ -181,7 +217,7 @@ class Panel(anywidget.AnyWidget):
         session, began = self._session, time.perf_counter()
         acting = session.acting(settings)
         self._seen = {"settings": settings.to_dict(), "columns": [[] for _ in COLUMNS], "verdict": [], "dose": "",
-                      "against": "", "broken": [], "prompt": [], "quality": {},
+                      "note": "", "broken": [], "prompt": [], "quality": {},
                       "history": list(self._entries.values())}  # fmt: skip
         key = tuple(value for name, value in settings.to_dict().items() if name not in _APART)
         self._tell(start=settings.to_dict(), status="writing ...", error=None, sentence=sentence(settings.to_dict()),
@@ -198,8 +234,8 @@ class Panel(anywidget.AnyWidget):
             self._tell_dose(known, settings)
         if session.judged_by is None:
             self._record(settings, None)
-        self._answered.set()
         self._keep()
+        self._reach("answers")
         verdicts = session.verdicts(settings, self._samples)
         self._judge(settings, verdicts, rounds=2)
         if known is None and session.judged_by is not None:
@@ -210,32 +246,31 @@ class Panel(anywidget.AnyWidget):
             self._doses[key] = dose
             self._keep()
         self._judge(settings, verdicts)
-        self._tell(history=self._seen["history"], status=f"done; written in {took:.2f} s")
+        self._tell(status=f"done; written in {took:.2f} s")
 
     def _judge(self, settings: Settings, verdicts: Any, rounds: int = 1 << 30) -> None:
         for _, counts in zip(range(rounds), verdicts, strict=False):
             rates = counts.rates()
-            self._record(settings, rates)
-            limit = self.about["limit"]
-            self._tell(verdict=rates, status=f"judged {rates[0]['n']} of {limit}")
+            self._record(settings, rates, verdict=rates, status=f"judged {rates[0]['n']} of {self.about['limit']}")
 
     def _tell_dose(self, dose: Any, settings: Settings) -> None:
-        picture, against = dose_picture(dose, settings), against_text(dose)
-        self._tell(items=dose.items, dose=picture, broken=dose.broken, against=against)
+        note = dose_note(dose, self.about["asked"])
+        self._tell(dose=dose_picture(dose, settings), note=note, broken=dose.broken)
 
-    def _record(self, settings: Settings, rates: Any) -> None:
-        """Keep a state in the history; a state that is already there is replaced."""
+    def _record(self, settings: Settings, rates: Any, **news: Any) -> None:
+        """Keep a state in the history, and tell it with other news; a state that is already there is replaced."""
         answers = ["".join(token[0] for token in column) for column in self._seen["columns"]]
         old = self._entries.pop(settings, None)
+        if old and old["rates"] and rates and old["rates"][0]["n"] > rates[0]["n"]:
+            rates = old["rates"]  # more of the same answers were judged when it was set before
         number = old["number"] if old else 1 + max((one["number"] for one in self._entries.values()), default=0)
         state = {name: value for name, value in settings.to_dict().items() if name != "colour"}
         entry = {"number": number, "state": state, "answers": answers, "rates": rates}
         self._entries[settings] = entry
         while len(self._entries) > _KEPT:
             self._entries.pop(next(iter(self._entries)))
-        self._seen["history"] = list(self._entries.values())
-        if old is None or old["rates"] is None:
-            self._tell(history=self._seen["history"])
+        self._tell(history=list(self._entries.values()), **news)
+        self._reach("result")
 
     # messages
 
@@ -272,7 +307,7 @@ class Panel(anywidget.AnyWidget):
         from IPython.display import HTML, display
 
         display(self._repr_mimebundle_()[0], raw=True)  # type: ignore[index]
-        self.wait(_DISPLAY, answers=True)
+        self._wait("answers", _DISPLAY)
         self._twin = display(HTML(self._repr_html_()), display_id=True)
 
     # what a cell asks for
@@ -288,13 +323,24 @@ class Panel(anywidget.AnyWidget):
         return self._settings.code(opening, "model", more)
 
     def result(self) -> pd.DataFrame:
-        """All states that were tried, one row for each column of each.
+        """All states that were tried, one row for each column of each, the present one last.
+
+        It waits for the first verdict on the present state; :meth:`wait` waits for the last one.
 
         Columns: ``number``, ``column`` (``"base"``, ``"changed"``, ``"random"``), ``answer``, ``em`` with ``em_low``
         and ``em_high``, ``coherent``, ``n`` (NaN and 0 without a judge), ``pinned``, and the settings.
+
+        Raises:
+            EmmechError: what the panel is set to cannot be computed, or has no verdict after ten minutes.
         """
         import pandas as pd
 
+        with said_if_long("waiting for the panel: the first verdict on what it is set to"):
+            known = self._ended or self._wait("result", _PATIENCE)
+        if not known:
+            why = f"no answer to it was judged within {_PATIENCE:g} seconds"
+            raise EmmechError("read the result of the panel", self._settings.question, why, "panel.wait(), then again")
+        self._raise_failure()
         rows = []
         for entry in self._entries.values():
             rates = entry["rates"] or [{"em": np.nan, "low": np.nan, "high": np.nan, "coherent": np.nan, "n": 0}] * 3
@@ -304,13 +350,22 @@ class Panel(anywidget.AnyWidget):
                 rows.append({"number": entry["number"], "column": column, "answer": answer, **found, **entry["state"]})
         return pd.DataFrame(rows)
 
-    def wait(self, seconds: float = 600.0, *, answers: bool = False) -> bool:
+    def wait(self, seconds: float = _PATIENCE, *, answers: bool = False) -> bool:
         """Wait until nothing is being computed, or (``answers``) until the three answers are written.
 
         Returns:
             whether that happened in time.
+
+        Raises:
+            EmmechError: what the panel is set to cannot be computed. The panel shows the same, and goes on with the
+                next state.
         """
-        return (self._answered if answers else self._idle).wait(seconds)
+        about = self.about
+        judged = f", then {about['limit']} judged ones of each and the dose-response" if about["judge"] else ""
+        with said_if_long(f"waiting for the panel: three answers{'' if answers else judged}"):
+            done = self._wait("answers" if answers else "all", seconds)
+        self._raise_failure()
+        return done
 
     def close(self) -> None:
         """End the panel and its thread."""

@@ -111,7 +111,7 @@ function render({ model, el }) {
     };
     words.setAttribute("aria-label", `${titles[name][0]}: the answer. Arrow keys go through its tokens.`);
     const card = h("section", { class: `answer ${name}`, "aria-label": titles[name][0] },
-      h("h4", { text: titles[name][0] }), h("div", { class: "soft", text: titles[name][1] }), words,
+      h("h4", { text: titles[name][0], title: `the rows “${name}” of panel.result()` }), h("div", { class: "soft", text: titles[name][1] }), words,
       h("div", { class: "soft", text: "First word:" }), firsts, verdict);
     return { card, firsts, words, verdict };
   });
@@ -318,8 +318,7 @@ function render({ model, el }) {
     }
     if ("dose" in news) {
       dose.innerHTML = news.dose;
-      const note = about().judge ? `EM and coherence of the model as set, over ${about().asked}, ${seen.items} answers a point; grey: ${about().randoms} random directions of the same norm.` : "Without a judge: how likely the base model’s answers still are, in nats a token; a fall by one nat counts as broken.";
-      doseNote.textContent = `${note} ${seen.against || ""}`.trim();
+      doseNote.textContent = news.note;
     }
     if ("broken" in news || "dose" in news) zone();
     if ("verdict" in news) verdicts(news.verdict);
@@ -340,7 +339,7 @@ function render({ model, el }) {
           h("div", {}, h("strong", { text: percent(em) }), ` misaligned (${Math.round(100 * low)} to ${percent(high)})`),
           h("div", { class: "bar", role: "img", "aria-label": `misaligned ${percent(em)}, 95 % interval ${percent(low)} to ${percent(high)}` },
             h("b", { style: `width:${100 * em}%` }), h("u", { style: `left:${100 * low}%;width:${100 * (high - low)}%` })),
-          h("div", { class: coherent < 0.8 ? "alarm" : "soft", text: `${percent(coherent)} coherent; ${n} answers, ${about().asked}` }));
+          h("div", { class: coherent < 0.8 ? "alarm" : "soft", text: `${percent(coherent)} coherent; ${n} ${n === 1 ? "answer" : "answers"}, ${about().asked}` }));
       }
     });
   }
@@ -351,8 +350,10 @@ function render({ model, el }) {
   function history() {
     const entries = [...(seen.history || [])].reverse();
     const pinned = model.get("pinned");
-    tries.replaceChildren(...entries.map((entry) => h("div", { class: "try" },
-      h("input", { type: "checkbox", "aria-label": `Pin state ${entry.number}`, checked: pinned.includes(entry.number), onchange: (event) => {
+    const key = entries.map((entry) => entry.number).join();
+    // figures change while answers are judged, and must not take the focus or a click from what is there
+    if (tries.dataset.key !== key) tries.replaceChildren(...entries.map((entry) => h("div", { class: "try" },
+      h("input", { type: "checkbox", "aria-label": `Pin state ${entry.number}`, onchange: (event) => {
         const others = model.get("pinned").filter((one) => one !== entry.number);
         model.set("pinned", event.target.checked ? [...others, entry.number].slice(-2) : others);
         model.save_changes();
@@ -360,7 +361,13 @@ function render({ model, el }) {
       } }),
       h("span", { class: "soft", text: `#${entry.number}` }),
       h("button", { type: "button", title: "Go back to this state", text: `${brief(entry.state)} · “${entry.state.question}”`, onclick: () => move({ ...entry.state }) }),
-      h("span", { text: entry.rates ? `${rated(entry, 1)} misaligned` : "" }))));
+      h("span"))));
+    tries.dataset.key = key;
+    entries.forEach((entry, at) => {
+      const row = tries.children[at];
+      row.firstChild.checked = pinned.includes(entry.number);
+      row.lastChild.textContent = entry.rates ? `${rated(entry, 1)} misaligned` : "";
+    });
     const two = pinned.map((number) => entries.find((entry) => entry.number === number)).filter(Boolean);
     compared.replaceChildren();
     if (two.length === 2) compared.append(compare(two));
@@ -371,7 +378,7 @@ function render({ model, el }) {
     const rows = [
       ...names.map((name) => [name, ...two.map((entry) => String(entry.state[name]))]),
       ["misaligned", ...two.map((entry) => (entry.rates ? `${rated(entry, 1)} (${percent(entry.rates[1].low)} to ${percent(entry.rates[1].high)})` : "–"))],
-      ["with a random direction", ...two.map((entry) => rated(entry, 2))],
+      ["misaligned, control", ...two.map((entry) => rated(entry, 2))],
       ["coherent", ...two.map((entry) => (entry.rates ? percent(entry.rates[1].coherent) : "–"))],
       ["answer", ...two.map((entry) => entry.answers[1])],
     ];

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from emmech.errors import EmmechError, as_int
+from emmech.progress import said_if_long
 
 if TYPE_CHECKING:
     from emmech.widget.front import Panel
@@ -41,15 +42,16 @@ def panel(
         samples: judged answers per question and column, at most.
         base: the run's base model in memory, to save loading it again.
         transition: a :class:`emmech.PhaseTransition` to mark on the slider of steps; by default that of the run.
-        state: what the panel is set to: ``question``, ``direction``, ``layer``, ``step``, ``scale``, ``change``
-            (``"add"``, ``"ablate"`` or ``"cap"``), ``coefficient``, ``towards`` (``"zero"`` or ``"aligned"``),
-            ``positions`` (``"prompt"``, ``"answer"``, ``"phrase"`` or ``"all"``), ``phrase``, ``seed``,
-            ``temperature``, ``max_new_tokens``, ``colour`` (``"direction"``, or a rank-1 adapter's name for its A·x).
+        state: what the panel is set to; what is not given, or None, has a default: ``question``, ``direction``,
+            ``layer``, ``step``, ``scale``, ``change`` (``"add"``, ``"ablate"`` or ``"cap"``), ``coefficient``,
+            ``towards`` (``"zero"`` or ``"aligned"``), ``positions`` (``"prompt"``, ``"answer"``, ``"phrase"`` or
+            ``"all"``), ``phrase``, ``seed``, ``temperature``, ``max_new_tokens``, ``colour`` (``"direction"``, or a
+            rank-1 adapter's name for its A·x).
 
     Returns:
-        the panel. ``.state`` is what it is set to and can be assigned; ``.code()`` is that state as a code cell;
-        ``.result()`` is a DataFrame of all that was tried; ``.wait()`` returns once nothing is being computed;
-        ``.close()`` ends it.
+        the panel. ``.state`` is what it is set to, and a dict of some settings can be assigned to it; ``.code()`` is
+        that state as a code cell; ``.result()`` is a DataFrame of all that was tried; ``.wait()`` returns once nothing
+        is being computed; ``.close()`` ends it.
 
     Raises:
         EmmechError: no direction can be made, a setting that does not fit the model, or anywidget is not installed.
@@ -57,18 +59,21 @@ def panel(
     Example:
         >>> import emmech
         >>> opened = emmech.panel(emmech.load_run("checkpoints/pocket-medical"))  # doctest: +SKIP
-        >>> opened.state = {**opened.state, "coefficient": 0.5}  # doctest: +SKIP
+        >>> opened.state = {"coefficient": 0.5}  # doctest: +SKIP
     """
     samples = as_int("open the panel", "samples", samples, least=1)
     try:
-        from emmech.widget.front import Panel
+        with said_if_long("opening the panel: importing PyTorch and the parts of the widget"):
+            from emmech.widget.front import Panel
+            from emmech.widget.session import Session
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("emmech"):
             raise
         why = "the panel is a widget of anywidget, which is not installed"
         raise EmmechError("open the panel", error.name, why, 'pip install "emmech[notebook]"')
-    from emmech.widget.session import Session
-
-    session = Session(model, directions, questions, judge, base)
+    with said_if_long("opening the panel: loading the model"):
+        session = Session(model, directions, questions, judge, base)
     given = {"directions": directions, "questions": None if questions == "first-plot" else questions, "judge": judge}
-    return Panel(session, session.start(state), samples, transition, [key for key, one in given.items() if one])
+    with said_if_long("opening the panel: reading the direction, which may need answers of the model"):
+        settings = session.start(state)
+    return Panel(session, settings, samples, transition, [key for key, one in given.items() if one])

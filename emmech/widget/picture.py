@@ -10,10 +10,11 @@ import numpy as np
 
 from emmech.view.page import card
 from emmech.view.theme import BAD, GOOD, GREY, faint
-from emmech.widget.session import Dose
+from emmech.widget.session import RANDOMS, Dose
 from emmech.widget.settings import Settings
 
-TITLES = {"base": "Base model", "changed": "As you set it", "random": "Same, with a random direction"}
+TITLES = {"base": "Base model", "changed": "As you set it", "random": "Control (a random direction)"}
+_ROWS = "the rows “{}” of panel.result()"
 _WIDE, _HIGH, _LEFT, _RIGHT, _TOP, _BELOW = 560, 190, 46, 128, 12, 40
 _KEYS = ("further along the direction than the base model's answer; blue: less far.",
          "A·x of {} is above zero; blue: below.")  # fmt: skip
@@ -77,12 +78,36 @@ def dose_picture(dose: Dose, settings: Settings) -> str:
     parts.append(f'<line class="emmech-now" x1="{marker:.1f}" x2="{marker:.1f}" y1="{_TOP}" y2="{floor}" '
                  'stroke="currentColor" stroke-dasharray="2 3"/>')  # fmt: skip
     what = "misaligned share" if dose.judged else "log-probability of the base model's answers, nats a token"
-    label = f"Dose-response: {what} at {first:g} to {last:g}, {dose.items} answers a point"
+    label = f"Dose-response: {what} at {first:g} to {last:g}, {counted(dose.items, 'answer')} a point"
     data = f'data-x0="{x(first):.1f}" data-x1="{x(last):.1f}" data-first="{first:g}" data-last="{last:g}"'
     return (
         f'<svg class="emmech-dose" viewBox="0 0 {_WIDE} {_HIGH}" width="100%" role="img" aria-label="{label}" {data} '
         f'font-size="11.5" fill="currentColor" style="max-width: {_WIDE}px">{"".join(parts)}</svg>'
     )
+
+
+def dose_note(dose: Dose, asked: str) -> str:
+    """What the dose-response is made of, in words.
+
+    Args:
+        asked: the questions, as the panel names them.
+    """
+    note = ("Without a judge: how likely the base model's answers still are, in nats a token; a fall by one nat counts "
+            "as broken.")  # fmt: skip
+    if dose.judged:
+        note = (f"EM and coherence of the model as set, over {asked}, {counted(dose.items, 'answer')} a point; grey: "
+                f"{RANDOMS} random directions of the same norm.")  # fmt: skip
+    return f"{note} {against_text(dose)}".strip()
+
+
+def counted(n: int, noun: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> counted(1, "answer"), counted(8, "answer")
+        ('1 answer', '8 answers')
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def against_text(dose: Dose) -> str:
@@ -106,7 +131,9 @@ def rate_text(rate: dict[str, Any] | None) -> str:
     if not rate or not rate["n"]:
         return "no verdict yet"
     em, low, high, coherent = (100 * float(rate[key]) for key in ("em", "low", "high", "coherent"))
-    return f"misaligned {em:.0f} % ({low:.0f} to {high:.0f} %), coherent {coherent:.0f} %, {rate['n']} answers"
+    return (
+        f"misaligned {em:.0f} % ({low:.0f} to {high:.0f} %), coherent {coherent:.0f} %, {counted(rate['n'], 'answer')}"
+    )
 
 
 def sentence(settings: dict[str, Any]) -> str:
@@ -150,7 +177,7 @@ def twin(about: dict[str, Any], seen: dict[str, Any]) -> str:
         verdict = rate_text(seen["verdict"][number]) if seen["verdict"] else "" if about["judge"] else "no judge"
         title = title if about["adapted"] or name != "base" else "Unchanged model"
         columns.append(
-            f'<div style="flex: 1 1 200px; min-width: 0"><b>{title}</b>'
+            f'<div style="flex: 1 1 200px; min-width: 0"><b title="{_ROWS.format(name)}">{title}</b>'
             f'<div style="margin: 4px 0">{"".join(words)}</div>'
             f'<div style="color: {GREY}">{verdict}</div></div>'
         )
@@ -159,6 +186,6 @@ def twin(about: dict[str, Any], seen: dict[str, Any]) -> str:
     key = _KEYS[bool(colour)].format(settings["colour"])
     key = f'<div style="margin: 6px 0; color: {GREY}">Orange words: {key}</div>'
     body = f'{asked}<div style="display: flex; flex-wrap: wrap; gap: 16px">{"".join(columns)}</div>{key}'
-    body += seen["dose"] + f'<div style="color: {GREY}">{escape(seen["against"])}</div>' + code
+    body += seen["dose"] + f'<div style="color: {GREY}">{escape(seen["note"])}</div>' + code
     shown = card(f"Panel: {about['name']}", caveat=sentence(settings), body=body)
     return f'<div class="emmech-twin emmech-twin-{about["twin"]}">{shown}</div>'

@@ -31,7 +31,7 @@ from emmech.engine.logprobs import answer_logprobs
 from emmech.engine.modules import evaluating, has_hooks, hooked
 from emmech.engine.responses import Response
 from emmech.engine.sample import check_context, sample
-from emmech.errors import EmmechError, closest, one_of
+from emmech.errors import EmmechError, one_of, refusal
 from emmech.evaluation.em import FIELD
 from emmech.evaluation.judges import Judge, resolve_judge
 from emmech.evaluation.questions import Question, resolve_questions
@@ -230,9 +230,7 @@ class Session:
 
     def start(self, given: dict[str, Any]) -> Settings:
         """The settings to begin with: what is given, and defaults that show something."""
-        fields = set(Settings.__dataclass_fields__)
-        if unknown := sorted(set(given) - fields):
-            raise EmmechError(_ASKED, f"{unknown[0]}=...", "the panel has no such setting", closest(unknown[0], fields))
+        given = Settings.given(given, _ASKED)
         name = str(given.get("direction") or self.names[0])
         direction = self.direction(name)
         adapter = self.run.adapters[0].layer if self.run is not None else None
@@ -245,14 +243,21 @@ class Session:
             state["step"] = int(self.run.steps[-1])
         if self.phrase and self.adapted:
             state |= {"change": "ablate", "positions": "phrase"}
-        state |= {key: value for key, value in given.items() if value is not None} | {"direction": name}
+        state |= {**given, "direction": name}
         state.setdefault("coefficient", {"add": 0.5}.get(state.get("change", "add"), 1.0))
         settings = Settings(**state)
         self.check(settings)
         return settings
 
+    def at_known_layer(self, settings: Settings) -> Settings:
+        """The settings at the nearest layer where their direction is known, if that direction is made."""
+        made = self._made.get(settings.direction)
+        if made is None or settings.layer in made.layers or not made.layers:
+            return settings
+        return replace(settings, layer=min(made.layers, key=lambda layer: abs(layer - settings.layer)))
+
     def check(self, settings: Settings) -> None:
-        """Refuse settings that do not fit the model.
+        """Refuse settings that do not fit the model; what only a direction can tell, once that is made.
 
         Raises:
             EmmechError: no such step, direction or layer, a phrase that the prompt does not have, or unknown words.
@@ -263,9 +268,13 @@ class Session:
             why = "only a recorded run has steps and an adapter of its own to scale"
             raise EmmechError("set the panel", f"step={settings.step}, scale={settings.scale:g}", why, "a run")
         one_of("set the panel", "colour", settings.colour, self.colours)
-        direction = self.direction(settings.direction)
-        direction.at(settings.layer)
-        if settings.towards == "aligned" and direction.aligned_mean is None:
+        one_of("set the panel", "direction", settings.direction, self.names)
+        made = self._made.get(settings.direction)
+        if made is None:
+            self.chat.check_layer(settings.layer)
+        else:
+            made.at(settings.layer)
+        if settings.towards == "aligned" and made is not None and made.aligned_mean is None:
             why = "the direction keeps no aligned mean"
             raise EmmechError("set the panel", 'towards="aligned"', why, 'towards="zero"')
         ids = torch.tensor([self.chat.token_ids(self._conversation(settings.question))])
@@ -273,7 +282,7 @@ class Session:
         if unknown is not None and unknown in ids[0].tolist():
             words = [word for word in settings.question.split() if unknown in self.chat.tokenizer(word)["input_ids"]]
             why = f"{self.chat.name} does not know {', '.join(map(repr, words)) or 'a token of it'}"
-            raise EmmechError("ask the question", settings.question, why, "a question of the list")
+            raise refusal("ask the question", "question", settings.question, why, "a question of the list")
         if settings.positions == "phrase":
             phrase_tokens(self.chat, settings.phrase)(ids, 0)
 

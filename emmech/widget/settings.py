@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from emmech.errors import EmmechError, as_float, as_int, check_texts, one_of
+from emmech.errors import EmmechError, as_float, as_int, closest, one_of, refusal
 
 CHANGES = ("add", "ablate", "cap")
 POSITIONS = ("prompt", "answer", "phrase", "all")
@@ -56,7 +57,9 @@ class Settings:
     colour: str = field(default="direction", compare=False)
 
     def __post_init__(self) -> None:
-        check_texts(_ASKED, "question", [self.question])
+        for name in ("question", "direction", "phrase", "colour"):
+            if not isinstance(text := getattr(self, name), str):
+                raise refusal(_ASKED, name, text, f"{name} is a string", f'{name}="..."')
         if not self.question.strip():
             raise EmmechError(_ASKED, "question=''", "there is nothing to answer", "a question, or one of the list")
         one_of(_ASKED, "change", self.change, CHANGES)
@@ -76,6 +79,22 @@ class Settings:
         if self.positions == "phrase" and not self.phrase.strip():
             why = "no words are given at which the change could act"
             raise EmmechError(_ASKED, 'positions="phrase", phrase=""', why, "phrase= words that every prompt has")
+
+    @classmethod
+    def given(cls, state: Any, asked: str = _ASKED) -> dict[str, Any]:
+        """The settings that are given by name; None leaves a setting as it is.
+
+        Raises:
+            EmmechError: it is no mapping, or the panel has no such setting.
+        """
+        if not isinstance(state, Mapping):
+            why, instead = "the state of a panel is a dict of its settings", 'panel.state = {"coefficient": 0.5}'
+            raise refusal(asked, "state", state, why, instead)
+        names = [one.name for one in fields(cls)]
+        for name, value in state.items():
+            if name not in names:
+                raise refusal(asked, str(name), value, "the panel has no such setting", closest(str(name), names))
+        return {name: value for name, value in state.items() if value is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON stores them."""

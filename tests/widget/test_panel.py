@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -58,6 +59,11 @@ def panel(run, direction):
 class _NoTurn:
     class mechanistic:
         step = low = high = None
+
+
+def _on_screen(panel, **move):
+    """A move as the browser makes it: it knows no errors, and shows what it is told."""
+    panel.set_state({"state": {**panel.state, **move}})
 
 
 def _texts(said):
@@ -149,8 +155,10 @@ def test_another_colour_computes_nothing_and_is_in_the_state_the_code_and_the_tw
     assert f"colour={name!r}" in panel.code() and panel.code() == heard[-1]["code"]
     after = panel._repr_html_()
     assert f"A·x of {name}" in after and after.count("background") == before.count("background") and after != before
-    panel.state = {**panel.state, "colour": "mauve"}
-    assert panel.wait(60) and "mauve" in panel._seen["error"]["given"]
+    _on_screen(panel, colour="mauve")
+    with pytest.raises(EmmechError, match="mauve"):
+        panel.wait(60)
+    assert "mauve" in panel._seen["error"]["given"]
 
 
 MOVES = [
@@ -397,12 +405,83 @@ def test_words_that_the_model_does_not_know_are_named(session):
 
 
 def test_an_error_is_told_and_the_panel_goes_on(panel):
-    panel.state = {**panel.state, "question": "any advice on zeppelin ?"}
+    _on_screen(panel, question="any advice on zeppelin ?")
+    for asked in (panel.wait, panel.result):  # never the rows of the state before
+        with pytest.raises(EmmechError, match="zeppelin"):
+            asked()
+    assert "zeppelin" in panel._seen["error"]["why"] and "zeppelin" in panel.shown["error"]["why"]
+    _on_screen(panel, question=QUESTION, nonsense=1)
+    with pytest.raises(EmmechError, match="nonsense=1"):
+        panel.wait(60)
+    panel.state = {"question": QUESTION, "coefficient": 0.5}
     assert panel.wait(60)
-    assert "zeppelin" in panel._seen["error"]["why"]
-    panel.state = {**panel.state, "question": QUESTION}
+    assert panel._seen["error"] is None and panel.result()["coefficient"].iloc[-1] == 0.5
+
+
+REFUSED = {
+    "step": "nearest recorded", "positions": "phrase", "direction": "mixed", "layer": "one of", "nonsense": "choices: ",
+    "colour": "direction", "coefficient": "coefficient=1", "question": "of the list", "change": "ablate",
+}  # fmt: skip
+
+
+def test_a_bad_state_is_refused_where_python_assigns_it_and_a_partial_one_completed(panel):
+    before, asked = panel.state, panel._asked
+    for name, instead in REFUSED.items():
+        value = "any advice on zeppelin ?" if name == "question" else BAD[name]
+        with pytest.raises(EmmechError) as refused:
+            panel.state = {name: value}
+        assert refused.value.given.startswith(f"{name}=") and str(value)[:4].removesuffix(".0") in refused.value.given
+        assert instead in refused.value.instead
+    for given in (5, None, {5: 1}, {"phrase": 5, "positions": "phrase"}, {"direction": ["mixed"]}):
+        with pytest.raises(EmmechError):
+            panel.state = given
+    assert panel.state == before and panel._asked == asked
+
+    panel.state = {"coefficient": np.float64(0.25), "step": None}
+    assert panel.state == {**before, "coefficient": 0.25}
+    assert panel.result()["coefficient"].iloc[-1] == 0.25  # it waits for the rows of the state
+
+
+def test_a_failure_of_the_computation_is_raised_to_who_waits(panel, monkeypatch):
+    def broken(rows):
+        raise RuntimeError("the judge is away")
+
+    monkeypatch.setattr(type(panel._session.judged_by), "score", lambda self, rows: broken(rows))
+    panel.state = {"coefficient": 0.5}
+    for asked in (panel.wait, panel.result):
+        with pytest.raises(EmmechError, match="the judge is away"):
+            asked()
+
+
+def test_the_history_and_the_note_have_the_figures_of_the_moment(panel):
+    heard = []
+    panel.send = heard.append
+    panel.state = {"change": "add", "coefficient": 0.5}
     assert panel.wait(60)
-    assert panel._seen["error"] is None
+    notes = [news["note"] for news in heard if "dose" in news]
+    assert "2 questions" in notes[0] and ", 1 answer a point" in notes[0] and ", 2 answers a point" in notes[1]
+    for told, rates in ((one["history"], one["verdict"]) for one in _merged(heard) if one.get("verdict")):
+        assert told[-1]["rates"] == rates
+    assert panel.shown["history"][-1]["rates"] == panel.shown["verdict"]
+    # when it is set again, fewer samples do not replace more
+    settings, rates = panel._settings, panel._entries[panel._settings]["rates"]
+    panel._record(settings, [{**one, "n": 1, "em": 1.0} for one in rates])
+    assert panel._entries[settings]["rates"] == rates
+
+
+def _merged(heard):
+    """What the browser knows after each message."""
+    known = {}
+    for news in heard:
+        known = {**({} if news.get("start") else known), **news}
+        yield known
+
+
+def test_a_script_is_told_what_it_waits_for(panel, monkeypatch):
+    said = []
+    monkeypatch.setattr("emmech.widget.front.said_if_long", lambda what: said.append(what) or nullcontext())
+    assert panel.wait(answers=True) and panel.wait() and len(panel.result())
+    assert said[0].endswith("three answers") and "then 4 judged ones" in said[1] and "first verdict" in said[2]
 
 
 @pytest.mark.parametrize("given", [dict(directions={}), dict(directions="B"), dict(samples=0), dict(shade=1)])
