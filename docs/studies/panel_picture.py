@@ -52,13 +52,7 @@ _MOVES = """async ([name, values]) => {
 }"""
 
 
-_RUN_ALL = """async () => {
-  const prompt = () => document.querySelector('.jp-CodeCell .jp-InputPrompt').textContent, before = prompt();
-  while (prompt() === before) {
-    window.jupyterapp.commands.execute('notebook:run-all-cells');
-    await new Promise((ready) => setTimeout(ready, 1000));
-  }
-}"""
+_READY = "window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
 
 @contextmanager
@@ -124,8 +118,9 @@ def _wait_for(url: str, seconds: float = PATIENCE) -> None:
 
 
 def run_all(page: Any) -> None:
-    """Run every cell of the notebook; JupyterLab drops the command until the kernel answers, so it is repeated."""
-    page.evaluate(_RUN_ALL)
+    """Run every cell of the notebook, once its kernel is there: before that JupyterLab asks which kernel to take."""
+    page.wait_for_function(_READY)
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
 
 
 def settled(page: Any) -> None:
