@@ -63,7 +63,9 @@ def _tutorials():
                 drawn = plotly.io.to_html(figure, include_plotlyjs=False, full_html=False, config={"responsive": True})
                 first = "" if loaded else '<script src="../_static/plotly.min.js"></script>\n'
                 output["data"]["text/html"], loaded = first + drawn, True
-        (folder / path.name).write_text(json.dumps(notebook), encoding="utf-8")
+        # a link from notebooks/ to a page of docs/ starts elsewhere here
+        text = json.dumps(notebook).replace("](../docs/", "](../")
+        (folder / path.name).write_text(text, encoding="utf-8")
 
 
 def _mathml(display):
