@@ -50,7 +50,7 @@ def forecast(seconds: float, description: str, *, progress: bool = True) -> None
 
 
 @contextmanager
-def said_if_long(description: str, *, seconds: float = _FEW, progress: bool = True) -> Iterator[None]:
+def said_if_long(description: str, *, seconds: float = _FEW) -> Iterator[None]:
     """Print what is waited for, once, as soon as that takes more than a few seconds.
 
     For what cannot count its steps, so that :func:`bar` would have nothing to show.
@@ -63,7 +63,7 @@ def said_if_long(description: str, *, seconds: float = _FEW, progress: bool = Tr
 
     from tqdm import tqdm
 
-    if _silent(progress):
+    if _silent(True):
         yield
         return
     timer = threading.Timer(seconds, tqdm.write, [f"{description} ..."])

@@ -50,8 +50,6 @@ _MOVES = """async ([name, values]) => {
   }
   return firsts;
 }"""
-
-
 _READY = "window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
 
 

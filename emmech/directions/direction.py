@@ -488,9 +488,8 @@ class Direction(Result):
         """The call that steers the base model with it, where it was extracted, in units that break no answer."""
         model, tokens = (self.source.get(name) for name in ("model", "tokens"))
         base = f"emmech.load_model({model!r})" if isinstance(model, str) and model else "base"
-        where = f", positions={tokens!r}" if tokens in ("answer", "prompt") else ", positions=phrase"
-        where = where if tokens not in (None, "all") else ""
-        how = f'layers={layer}{where}, units="residual"'
+        named = {None: "", "all": "", "answer": ", positions='answer'", "prompt": ", positions='prompt'"}
+        how = f'layers={layer}{named.get(tokens, ", positions=phrase")}, units="residual"'
         return f"emmech.interventions.dose_response({base}, direction, [0.5, 1], {how})"
 
     def _sketch(self) -> str:

@@ -28,7 +28,7 @@ FEWEST = 6  # points: enough for four parameters and for judging the fit
 MEMORIES = (0.0, 0.5, 0.8, 0.9)  # of the noise, per point
 APPROACH = 10.0  # rate of the exponential approach, per length of the run
 N_NULL = 199
-TEN_TO_NINETY = 4.4  # widths from 10 to 90 % of a sigmoid's change
+_TEN_TO_NINETY = 4.4  # widths from 10 to 90 % of a sigmoid's change
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Sigmoid:
     Attributes:
         middle, low, high: step of half the change and its interval. Where fewer than two points lie within the change,
             the interval reaches at least to the points on either side.
-        width: steps; 4.4 widths lead from 10 to 90 % of the change.
+        width: steps.
         start, end: levels before and after.
         p_value: larger of the tests for size and shape.
     """
@@ -50,6 +50,11 @@ class Sigmoid:
     start: float
     end: float
     p_value: float
+
+    @property
+    def duration(self) -> float:
+        """Steps from 10 to 90 % of the change."""
+        return _TEN_TO_NINETY * self.width
 
     def __call__(self, steps: npt.ArrayLike) -> Array:
         """The curve at the given steps."""
@@ -109,7 +114,7 @@ def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | 
     low, high = middle - half, middle + half
     if not np.isfinite(half) or low <= t[0] - 0.25 * span or high >= t[-1] + 0.25 * span:
         return None, "not measurable: the change is not complete within the recorded steps"
-    if np.count_nonzero(np.abs(t - middle) < TEN_TO_NINETY / 2 * width) < 2:  # the points say nothing of where between
+    if np.count_nonzero(np.abs(t - middle) < _TEN_TO_NINETY / 2 * width) < 2:  # the points say nothing of where between
         low, high = min(low, float(t[t <= middle].max())), max(high, float(t[t >= middle].min()))
     low, high = max(low, float(t[0])), min(high, float(t[-1]))
     return Sigmoid(float(middle), low, high, float(width), float(start), float(start + change), p), ""

@@ -334,7 +334,7 @@ def _behaviour(metrics: pd.DataFrame | None) -> tuple[list[Detector], dict[str, 
         if fit is None:
             rows.append(Detector.unmeasured(name, "behaviour", MARGIN_MEANS, MARGIN_NULL, why))
             continue
-        note = f"half of the change; 10 to 90 % in about {4.4 * fit.width:.0f} steps"
+        note = f"half of the change; 10 to 90 % in about {fit.duration:.0f} steps"
         change = fit.end - fit.start
         rows.append(
             Detector(

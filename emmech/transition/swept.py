@@ -78,7 +78,7 @@ def swept_behaviour(sweep: Any, run: str | None = None) -> tuple[list[Detector],
             rows.append(Detector.unmeasured(shown, "behaviour", means, NULL, why.replace("the margin", name)))
             continue
         regime = change_of_regime(steps, values)
-        note = f"half of the change; 10 to 90 % in about {4.4 * fit.width:.0f} steps; regimes part at {regime:.0f}"
+        note = f"half of the change; 10 to 90 % in about {fit.duration:.0f} steps; regimes part at {regime:.0f}"
         change = fit.end - fit.start
         rows.append(Detector(shown, "behaviour", fit.middle, fit.low, fit.high, change, fit.p_value, means, NULL, note))
     return rows, curves

@@ -21,7 +21,7 @@ SAID = {
     "01-tour": ("% misaligned answers (95 % interval", "Panel: pocket-medical"),
     "02-transition": ("learned nothing", "lag:"),
     "03-directions": ("degenerate", "EM beyond random"),
-    "04-realignment": ("then AI optimism", "conditional", "inoculation prompt"),
+    "04-realignment": ("then AI optimism", "conditional", "zig zag", "inoculation prompt"),
     "05-your-model": ("bad - control", "No turn is found"),
     "06-bridges": ("good-medical", "indirect"),
     "homework": ("question 12: not answered yet",),
