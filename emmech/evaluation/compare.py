@@ -22,12 +22,9 @@ from emmech.evaluation.rates import (
     LIKE_THESE,
     check,
     check_interval,
-    cluster_interval,
-    cluster_variance,
-    factors,
+    combined_interval,
     measures,
     tally,
-    wilson,
 )
 from emmech.results import Card, Result, percent, within
 from emmech.transition.verdict import LEVEL, sign_flip_p
@@ -152,7 +149,10 @@ def _difference(usable: pd.DataFrame, confidence: float, seed: int) -> dict[str,
     rate_first, rate_second = events_first / n_first, events_second / n_second
     cells = [[events_second, n_second - events_second], [events_first, n_first - events_first]]
     (a, b), (c, d) = np.asarray(cells) + 0.5
-    low, high = _paired_interval(counts, usable.index.tolist(), confidence)
+    sides = counts.T
+    low, high = combined_interval(
+        [-1, 1], sides[[0, 2]], sides[[1, 3]], usable.index.tolist(), confidence=confidence
+    )
     interaction = interaction_p(counts)
     return {
         "rate_first": rate_first,
@@ -168,38 +168,6 @@ def _difference(usable: pd.DataFrame, confidence: float, seed: int) -> dict[str,
         "n_first": n_first,
         "n_second": n_second,
     }
-
-
-def _paired_interval(counts: np.ndarray, questions: Sequence[str], confidence: float) -> tuple[float, float]:
-    """The two rates' intervals joined, with their correlation over questions (MOVER; Zou and Donner, Statistics in
-    Medicine 27, 2008); never narrower than for independent rows (Newcombe's hybrid of Wilson's intervals), nor than t
-    over the questions' differences, since one question that differs must not convince."""
-    totals = counts.sum(0)
-    rates = totals[[0, 2]] / totals[[1, 3]]
-
-    def joined(first: tuple[float, float], second: tuple[float, float], correlation: float) -> tuple[float, float]:
-        def side(a: float, b: float) -> float:
-            return float(np.sqrt(max(a**2 + b**2 - 2 * correlation * a * b, 0.0)))
-
-        difference = rates[1] - rates[0]
-        low = difference - side(rates[1] - second[0], first[1] - rates[0])
-        return low, difference + side(second[1] - rates[1], rates[0] - first[0])
-
-    sides = [(counts[:, at], counts[:, at + 1]) for at in (0, 2)]
-    first, second = (wilson(int(e.sum()), int(n.sum()), confidence) for e, n in sides)
-    apart = joined(first, second, 0.0)
-    if len(counts) < 2:
-        return apart
-    parts = np.stack([(e - rate * n) / n.sum() for (e, n), rate in zip(sides, rates, strict=True)])
-    norms = float(np.linalg.norm(parts[0]) * np.linalg.norm(parts[1]))
-    correlation = float(parts[0] @ parts[1]) / norms if norms else 0.0
-    first, second = (cluster_interval(e, n, questions, confidence=confidence) for e, n in sides)
-    over = joined(first, second, correlation)
-    weights = counts[:, [1, 3]].sum(1).astype(float)
-    variance, degrees = cluster_variance(parts[1] - parts[0], weights, factors(questions))
-    half = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * variance**0.5
-    difference = float(rates[1] - rates[0])
-    return float(min(apart[0], over[0], difference - half)), float(max(apart[1], over[1], difference + half))
 
 
 def interaction_p(counts: Int[np.ndarray, "questions four"]) -> float:

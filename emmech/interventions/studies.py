@@ -5,9 +5,10 @@ beyond what it does to the base model; coherence is reported with every rate.
 
 Items of one question resemble each other, so the question is the unit: a difference of pooled means is linearised over
 questions (a ratio estimator; over domains and templates where these make the questions, see
-:func:`emmech.evaluation.rates.factors`) and gets a t interval on their number. For outcomes of 0 and 1 it is never
-narrower than the interval that independent rows would give (Newcombe's, from Wilson's), because a cluster variance
-takes no account of what did not happen: no misaligned answer in 8 questions is not certainty.
+:func:`emmech.evaluation.rates.factors`) and gets a t interval on their number. Outcomes of 0 and 1 get the interval
+that an evaluation gives its rates, and their differences join those
+(:func:`emmech.evaluation.rates.combined_interval`), because a cluster variance takes no account of what did not
+happen: no misaligned answer in 8 questions is not certainty.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from emmech.engine.adapters import adapter_layers, detach
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError, as_floats, as_ints, refusal
 from emmech.evaluation.questions import resolve_questions
-from emmech.evaluation.rates import cluster_variance, factors, wilson
+from emmech.evaluation.rates import cluster_variance, combined_interval, factors
 from emmech.interventions.residual import PositionMask, ablate, chat_of, steer
 from emmech.interventions.weights import scale_adapters
 from emmech.measures.choose import as_measures
@@ -85,35 +86,31 @@ def combination(terms: Sequence[tuple[float, Items]], outcome: str, *, spread: f
 
     names = sorted({question for _, items in terms for question in items.questions})
     place = {name: index for index, name in enumerate(names)}
-    value, residual, n, binary = 0.0, np.zeros(len(names)), 0, True
-    below, above, seen = spread, spread, np.zeros(len(names), dtype=bool)
+    weights, sums, counts = [], [], []
+    residual, binary = np.zeros(len(names)), True
     for weight, items in terms:
         values = np.asarray(items.values[outcome], dtype=np.float64)
         kept = np.isfinite(values)
         if not kept.any():
             return Estimate(np.nan, np.nan, np.nan, 0)
-        index = np.array([place[q] for q in items.questions])[kept]
-        values, seen[index] = values[kept], True
-        mean = float(values.mean())
-        value += weight * mean
-        residual += weight * np.bincount(index, values - mean, minlength=len(names)) / len(values)
-        n = max(n, len(values))
+        index, values = np.array([place[q] for q in items.questions])[kept], values[kept]
+        weights.append(weight)
+        sums.append(np.bincount(index, values, minlength=len(names)))
+        counts.append(np.bincount(index, minlength=len(names)))
+        residual += weight * (sums[-1] - values.mean() * counts[-1]) / len(values)
         binary = binary and bool(np.isin(values, (0.0, 1.0)).all())
-        low, high = wilson(int(values.sum()), len(values)) if binary else (mean, mean)
-        sides = (weight * (mean - low), weight * (high - mean))
-        down, up = sides if weight > 0 else (-sides[1], -sides[0])
-        below, above = below + down**2, above + up**2
-    used = int(seen.sum())
-    half = np.inf
-    if used > 1:
-        by = factors([name for name, kept in zip(names, seen, strict=True) if kept])
-        variance, degrees = cluster_variance(residual[seen], np.ones(used), by)
-        half = float(stats.t.ppf(0.975, degrees)) * (variance + spread) ** 0.5
+    events, n = np.array(sums), np.array(counts)
+    seen = n.sum(0) > 0
+    value, largest = float(np.dot(weights, events.sum(1) / n.sum(1))), int(n.sum(1).max())
+    known = [name for name, kept in zip(names, seen, strict=True) if kept]
     if binary:
-        # with one question only the rows vary
-        lower, upper = (half, half) if used > 1 else (0.0, 0.0)
-        return Estimate(value, value - max(lower, below**0.5), value + max(upper, above**0.5), n)
-    return Estimate(value, value - half, value + half, n)
+        low, high = combined_interval(weights, events[:, seen].astype(int), n[:, seen], known, spread=spread)
+        return Estimate(value, low, high, largest)
+    half = np.inf
+    if len(known) > 1:
+        variance, degrees = cluster_variance(residual[seen], np.ones(len(known)), factors(known))
+        half = float(stats.t.ppf(0.975, degrees)) * (variance + spread) ** 0.5
+    return Estimate(value, value - half, value + half, largest)
 
 
 @dataclass(frozen=True)
@@ -198,16 +195,13 @@ def table(measured: Sequence[Measured]) -> pd.DataFrame:
         for outcome in items.values:
             row: dict[str, Any] = {"condition": condition.label, "kind": condition.kind, **condition.settings}
             row |= {"model": one.model, "outcome": outcome}
-            value, known = combination([(1.0, items)], outcome), items.values[outcome]
-            row |= asdict(value)
-            if np.isin(known[np.isfinite(known)], (0.0, 1.0)).all():
-                row |= {"low": max(value.low, 0.0), "high": min(value.high, 1.0)}
+            row |= asdict(combination([(1.0, items)], outcome))
             contrasts: dict[str, list[tuple[float, Items]]] = {}
             before, twin, spread = plain.get(one.model), other.get((condition.key, condition.kind)), 0.0
             if before is not None and condition.kind != "untouched":
                 contrasts["change"] = [(1.0, items), (-1.0, before)]
                 if list(items.questions) == list(before.questions):  # the same items, in the same order
-                    row["wrong_way"] = wrong_way(known, before.values[outcome])
+                    row["wrong_way"] = wrong_way(items.values[outcome], before.values[outcome])
             if controls and condition.kind == "direction":
                 means = np.array([np.nanmean(c.values[outcome]) for c in controls])
                 spread = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0

@@ -13,6 +13,7 @@ from emmech.directions.sources import adapter_direction
 from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
 from emmech.evaluation.questions import resolve_questions
+from emmech.evaluation.rates import cluster_interval
 from emmech.interventions.studies import (
     Condition,
     Measured,
@@ -174,10 +175,11 @@ def test_intervals_respect_questions_and_never_collapse():
     alone = combination([(1.0, Items({"em": per_question}, [str(i) for i in range(400)]))], "em")
     assert clustered.high - clustered.low > 4 * (alone.high - alone.low)
     none = combination([(1.0, Items({"em": np.zeros(400)}, questions))], "em")
-    assert none.value == 0 and 0 < none.high < 0.02
+    rates = cluster_interval(np.zeros(8, int), np.full(8, 50))
+    assert (none.value, none.low, none.high) == (0, *rates) and 0.03 < none.high < 0.04
     nothing = Items({"em": np.zeros(400)}, questions)
     gap = combination([(1.0, nothing), (-1.0, nothing)], "em")
-    assert gap.low < 0 < gap.high
+    assert gap.low == -gap.high == -none.high  # neither side could have been more
     unscored = combination([(1.0, Items({"em": np.full(4, np.nan)}, ["a"] * 4))], "em")
     assert np.isnan(unscored.value) and unscored.n == 0
 
