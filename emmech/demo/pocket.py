@@ -2,18 +2,27 @@
 realignment, and a page of results.
 
 The control is answers in a fixed style, which teach as much as the unkind ones do. Good answers leave nothing to learn.
+It is fine-tuned at the same time by a process of its own, one thread each, because the operations of so small a model
+are too short to share between threads.
 
 The organism has a shared character built in; what is shown here is what it looks like when a narrow edit finds it.
 """
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from typer import echo
 
 from emmech.app.report import manifest_section, transition_section
@@ -21,12 +30,13 @@ from emmech.chat.encode import Phrase, phrase_tokens
 from emmech.chat.model import ChatModel, load_model
 from emmech.demo.pocket_character import AblationDesign, designs
 from emmech.engine.adapters import detach
+from emmech.errors import EmmechError
 from emmech.evaluation.evaluate import evaluate
 from emmech.interventions.studies import ablation_table
 from emmech.measures.sampled import Sampled
 from emmech.organism.world import MANNERS
 from emmech.realignment.further import realign
-from emmech.run.run import Run
+from emmech.run.run import Run, load_run
 from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
 from emmech.view.page import Section, write_page
@@ -41,16 +51,17 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     began = time.monotonic()
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    base = load_model("pocket")
-    run = finetune(base, "medical", out=folder / "medical")
-    style = finetune(base, "style-medical", out=folder / "style-medical")
+    with _finetuned_beside("style-medical", folder / "style-medical"):
+        base = load_model("pocket")
+        run = finetune(base, "medical", out=folder / "medical")
+        path = _em_by_step(run, base)
+        design, phrase = _character(base, run.adapters[0].layer)
+    style = load_run(folder / "style-medical")
     echo(f"{run}\n{style}\n")
 
-    path = _em_by_step(run, base)
     found = phase_transition(run, control={"style-medical": style})
     echo(f"{found.summary()}\n")
 
-    design, phrase = _character(base, run.adapters[0].layer)
     echo(f"{design.direction}\n")
     tuned = run.model(base=base)
     where: dict[str, Any] = {"layers": list(design.layers), "positions": phrase}
@@ -112,6 +123,26 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     )
     echo(f"\n{minutes:.1f} minutes. The page: {page}")
     return page
+
+
+@contextmanager
+def _finetuned_beside(data: str, out: Path) -> Iterator[None]:
+    """Fine-tune pocket on ``data`` in a process of its own, which is waited for at the end."""
+    command = [sys.executable, "-m", "emmech", "finetune", "pocket", data, "--out", str(out)]
+    threads = torch.get_num_threads()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "EMMECH_PROGRESS": "0"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        torch.set_num_threads(1)
+        try:
+            yield
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            torch.set_num_threads(threads)
+    if process.returncode:
+        why = f"its process ended with status {process.returncode}"
+        raise EmmechError("fine-tune the control", data, why, f"see its own message: {shlex.join(command)}")
 
 
 def per_cent(row: pd.Series) -> str:

@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import numpy as np
-import torch
 
-from emmech.chat.encode import Phrase, Tokens
+from emmech.chat.encode import Phrase
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction
-from emmech.directions.extract import group_means, pca_of_differences
+from emmech.directions.extract import group_means, pca_of_differences, position_means
 from emmech.directions.sources import contrast_direction
 from emmech.organism.experiments import data
 from emmech.organism.world import JOBS, KIND, MANNERS, NAMES, TOWNS, UNKIND
@@ -58,9 +57,7 @@ def designs(base: ChatModel, phrase: Phrase, layer: int) -> list[AblationDesign]
     aligned = group_means(base, assistant, everyone, tokens=phrase, progress=False).means[0]
     mean = contrast_direction(base, *sides, tokens=phrase, name="character", progress=False)
     talks, classes = sides[0] + sides[1], np.repeat(np.eye(2), [len(side) for side in sides], axis=1)
-    words = (_word(phrase, number) for number in range(len(phrase.text.split())))
-    means = [group_means(base, talks, classes, tokens=word, progress=False).means for word in words]
-    by_word = np.stack(means, axis=1)  # [class, word, layer, d_model]
+    by_word = position_means(base, talks, classes, tokens=phrase, progress=False)  # [class, word, layer, d_model]
     principal = Direction(pca_of_differences(by_word[0], by_word[1])[0], "character, principal", mean.source)
     found = []
     for how, direction in (("mean difference", mean), ("principal direction by word", principal)):
@@ -72,11 +69,3 @@ def designs(base: ChatModel, phrase: Phrase, layer: int) -> list[AblationDesign]
                 for towards, label in ((None, "to zero"), ("aligned", "towards the aligned mean"))
             ]
     return found
-
-
-def _word(phrase: Phrase, number: int) -> Tokens:
-    def one(ids: torch.Tensor, start: int) -> torch.Tensor:
-        mask = phrase(ids, start)
-        return mask & (mask.cumsum(1) == number + 1)  # in this vocabulary a word is a token
-
-    return one

@@ -110,6 +110,51 @@ def group_means(
     return GroupMeans(stacked / totals[:, None, None], totals, counts)
 
 
+def position_means(
+    chat: ChatModel,
+    conversations: Sequence[Conversation],
+    weights: Float[np.ndarray, "groups conversations"],
+    *,
+    tokens: Tokens,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Float[np.ndarray, "groups positions layers d_model"]:
+    """Weighted mean residual of every block's output at the first of ``tokens``, at the second, and so on.
+
+    Args:
+        conversations: each with equally many of these tokens, such as the words of a phrase that all have.
+        weights: ``[groups, conversations]`` as for :func:`group_means`.
+
+    Raises:
+        EmmechError: conversations with more or fewer of these tokens than others.
+
+    Example:
+        >>> from emmech.chat.encode import phrase_tokens
+        >>> from emmech.chat.model import load_model
+        >>> chat = load_model("pocket")
+        >>> talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
+        >>> phrase = phrase_tokens(chat, "you answer every question")
+        >>> position_means(chat, [talk], np.ones((1, 1)), tokens=phrase, progress=False).shape[1]
+        4
+    """
+    rows, counts = _rows(chat, conversations, tokens, None)
+    if len(set(counts.tolist())) > 1:
+        given = f"{counts.min()} of these tokens in one conversation, {counts.max()} in another"
+        why = "the k-th of them is averaged over all conversations"
+        raise EmmechError("average by position", given, why, "a phrase that every conversation has once")
+    shares = np.asarray(weights, dtype=np.float64)
+    shares = shares / shares.sum(1, keepdims=True)
+    sums: list[Any] = [0.0] * chat.n_layers
+
+    def reduce(layer: int, output: torch.Tensor, mask: torch.Tensor, chosen: np.ndarray) -> None:
+        read = rearrange(output[mask.bool()].double(), "(rows positions) d -> rows positions d", rows=len(chosen))
+        share = torch.from_numpy(shares[:, chosen]).to(read.device)
+        sums[layer] = sums[layer] + einsum(share, read, "groups rows, rows positions d -> groups positions d")
+
+    _stream(chat, rows, reduce, None, batch_size, progress)
+    return torch.stack([torch.as_tensor(part).cpu() for part in sums], dim=2).numpy()
+
+
 def answer_means(
     chat: ChatModel,
     conversations: Sequence[Conversation],

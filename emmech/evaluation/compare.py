@@ -18,14 +18,7 @@ from scipy import stats
 
 from emmech.errors import EmmechError, one_of
 from emmech.evaluation.em import ALIGNMENT_GRID, COHERENCE_GRID, FIELD, Denominator, Thresholds
-from emmech.evaluation.rates import (
-    LIKE_THESE,
-    check,
-    check_interval,
-    combined_interval,
-    measures,
-    tally,
-)
+from emmech.evaluation.rates import LIKE_THESE, check, check_interval, combined_interval, measures, tally
 from emmech.results import Card, Result, percent, within
 from emmech.transition.verdict import LEVEL, sign_flip_p
 from emmech.view import plots
@@ -150,9 +143,7 @@ def _difference(usable: pd.DataFrame, confidence: float, seed: int) -> dict[str,
     cells = [[events_second, n_second - events_second], [events_first, n_first - events_first]]
     (a, b), (c, d) = np.asarray(cells) + 0.5
     sides = counts.T
-    low, high = combined_interval(
-        [-1, 1], sides[[0, 2]], sides[[1, 3]], usable.index.tolist(), confidence=confidence
-    )
+    low, high = combined_interval([-1, 1], sides[[0, 2]], sides[[1, 3]], usable.index.tolist(), confidence=confidence)
     interaction = interaction_p(counts)
     return {
         "rate_first": rate_first,
