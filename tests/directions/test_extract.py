@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emmech.chat.encode import IGNORED, encode
-from emmech.directions.extract import answer_means, group_means, match_lengths, mixed_adapter
+from emmech.directions.extract import answer_means, group_means, match_lengths, mixed_adapter, position_means
 from emmech.errors import EmmechError
 
 
@@ -51,6 +51,26 @@ def test_batching_and_order_do_not_matter(tiny, rows):
     alone = group_means(chat, talks, ones, batch_size=1).means
     together = group_means(chat, talks[::-1], ones, batch_size=8).means
     np.testing.assert_allclose(alone, together, atol=1e-5)
+
+
+def test_means_by_position_equal_those_of_one_token_each(any_tiny, rows):
+    chat, talks = any_tiny, [row["messages"] for row in rows[:6]]
+    weights = np.array([[1, 1, 0, 0, 1, 0], [0, 0, 2, 1, 0, 1]], dtype=float)
+
+    def answer(ids, start, only=None):
+        place = torch.arange(ids.shape[1])[None] - torch.as_tensor(start).reshape(-1, 1)
+        return (place >= 0) & (place < 3) if only is None else place == only
+
+    found = position_means(chat, talks, weights, tokens=answer, batch_size=4)
+    each = [
+        group_means(chat, talks, weights, tokens=lambda ids, start, k=k: answer(ids, start, k)).means for k in range(3)
+    ]
+    np.testing.assert_allclose(found, np.stack(each, axis=1), atol=1e-5)
+
+
+def test_means_by_position_need_equally_many_tokens(tiny, rows):
+    with pytest.raises(EmmechError, match="of these tokens in one conversation"):
+        position_means(tiny("qwen2"), [row["messages"] for row in rows[:6]], np.ones((1, 6)), tokens="answer")
 
 
 def test_bfloat16_sums_are_not_rounded_to_bfloat16(tiny, rows):
