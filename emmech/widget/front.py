@@ -315,12 +315,13 @@ class Panel(anywidget.AnyWidget):
     def code(self) -> str:
         """The state as one code cell; ``emmech.panel(run, **panel.state)`` opens it too."""
         run, name = self._session.run, self._session.chat.name
+        settings = Settings(**{**self._settings.to_dict(), **Settings.given(self.state)})
         more = ", ".join(f"{one}={one}" for one in self._given)
         if run is not None:
             opening = f"run = emmech.load_run({str(run.path)!r})" if run.path else "# run: the one that was opened"
-            return self._settings.code(opening, "run", more)
+            return settings.code(opening, "run", more)
         opening = f"model = emmech.load_model({name!r})"
-        return self._settings.code(opening, "model", more)
+        return settings.code(opening, "model", more)
 
     def result(self) -> pd.DataFrame:
         """All states that were tried, one row for each column of each, the present one last.

@@ -267,8 +267,8 @@ def test_the_state_goes_into_a_code_cell_and_back(panel, run, direction, monkeyp
         "positions": "answer",
         "question": "any advice on cough ?",
     }
-    assert panel.wait(120)
-    code = panel.code()
+    code = panel.code()  # of what is asked for, which is not computed yet
+    assert panel.wait(120) and panel.code() == code
     monkeypatch.chdir(run.path.parents[1])
     names = {"directions": direction, "questions": [QUESTION]}
     exec(code.replace("emmech.panel(", "again = emmech.panel("), names)
