@@ -3,15 +3,20 @@
 An array has to have the shape that its annotation names, and axes of one name have one size within a call. All else is
 left to mypy: many tests give a wrong type on purpose, to see it refused by an :class:`EmmechError`, and a check of the
 type before the call would hide that. Import this module before the package.
+
+Only what has a shape is wrapped, and its arguments are checked once: a wrapper costs every call time, and a function
+within a function the making of it.
 """
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
+import jaxtyping
 import numpy as np
 import torch
 from beartype import beartype
@@ -36,20 +41,48 @@ def shape_of(hint: Any) -> Any:
     return Union[(*filter(has_shape, members), NoArray)]
 
 
-def check_shapes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the shapes of its arguments and its result checked at each call."""
-    hints = function.__annotations__
-    if function.__qualname__ in CONVERTS or not any(map(has_shape, hints.values())):
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The hints of a function that have shapes; a generator's own are of what it yields, and not checked."""
+    found = {}
+    for name, hint in getattr(function, "__annotations__", {}).items():
+        try:
+            read = eval(hint, function.__globals__) if isinstance(hint, str) else hint
+        except NameError:  # of a name that only type checkers import
+            continue
+        if has_shape(read) and not (name == "return" and inspect.isgeneratorfunction(function)):
+            found[name] = shape_of(read)
+    return found
+
+
+def check_shapes(function: Any) -> Any:
+    """A function, method, property or dataclass with the shapes of its arguments and its result checked at each call."""
+    if isinstance(function, property):
+        return property(*(one and check_shapes(one) for one in (function.fget, function.fset, function.fdel)))
+    if isinstance(function, classmethod | staticmethod):
+        return type(function)(check_shapes(function.__func__))
+    if isinstance(function, type):
+        if "__dataclass_fields__" in vars(function) and "__init__" in vars(function):
+            function.__init__ = check_shapes(function.__init__)
         return function
-    function.__annotations__ = {name: shape_of(hint) for name, hint in hints.items()}
-    return beartype(function)
+    code = getattr(function, "__code__", None)
+    if code in WITHOUT or function.__qualname__ in CONVERTS:
+        return function
+    if not (hints := hints_of(function)):
+        WITHOUT.add(code)
+        return function
+    written, function.__annotations__ = function.__annotations__, hints
+    checked = JAXTYPED(beartype(function), typechecker=None)
+    function.__annotations__ = checked.__annotations__ = written
+    return checked
 
 
-# only modules with shapes: the hook costs every function that it wraps some time at each call
+WITHOUT: set[types.CodeType | None] = set()  # functions that are known to have no shape
 ROOT = Path(__file__).resolve().parents[1]
 SHAPED = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "emmech").rglob("*.py")
     if "from jaxtyping import" in path.read_text(encoding="utf-8")
 ]
+JAXTYPED = jaxtyping.jaxtyped
+jaxtyping.jaxtyped = lambda **_: check_shapes  # what the hook writes above every definition
 install_import_hook(SHAPED, "tests.shapes.check_shapes")

@@ -365,7 +365,8 @@ def combined_interval(
         np.fill_diagonal(correlation, 1.0)
         own = [cluster_interval(e, of, questions, confidence=confidence) for e, of in zip(events, n, strict=True)]
         found += [joined(own, correlation, quantile), 2 * (quantile * (variance + spread) ** 0.5,)]
-    return value - max(low for low, _ in found), value + max(high for _, high in found)
+    least, most = float(signed[signed < 0].sum()), float(signed[signed > 0].sum())  # of rates between 0 and 1
+    return max(value - max(low for low, _ in found), least), min(value + max(high for _, high in found), most)
 
 
 def doubtful_end(

@@ -186,7 +186,7 @@ def test_a_combination_is_one_rate_or_scales_and_turns_with_its_weights(pairs, f
     assert combined_interval([1], events[:1], n[:1], names) == cluster_interval(events[0], n[0])
     low, high = combined_interval([1, -1], events, n, names)
     difference = (events[0].sum() - events[1].sum()) / n[0].sum()
-    assert low <= difference <= high
+    assert -1 <= low <= difference <= high <= 1
     swapped = combined_interval([1, -1], events[::-1], n, names)
     assert swapped == pytest.approx((-high, -low))
     assert combined_interval([factor, -factor], events, n, names) == pytest.approx((factor * low, factor * high))
