@@ -55,7 +55,7 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_shapes(function: Any) -> Any:
-    """A function, method, property or dataclass with the shapes of its arguments and its result checked at each call."""
+    """A function, method, property or dataclass whose calls check the shapes of arguments and results."""
     if isinstance(function, property):
         return property(*(one and check_shapes(one) for one in (function.fget, function.fset, function.fdel)))
     if isinstance(function, classmethod | staticmethod):

@@ -2,8 +2,8 @@
 realignment, and a page of results.
 
 The control is answers in a fixed style, which teach as much as the unkind ones do. Good answers leave nothing to learn.
-It is fine-tuned at the same time by a process of its own, one thread each, because the operations of so small a model
-are too short to share between threads.
+It is fine-tuned by a process of its own while the first fine-tune runs, and the cure while the rest is measured, one
+thread each: the operations of so small a model are too short to share between threads.
 
 The organism has a shared character built in; what is shown here is what it looks like when a narrow edit finds it.
 """
@@ -35,7 +35,6 @@ from emmech.evaluation.evaluate import evaluate
 from emmech.interventions.studies import ablation_table
 from emmech.measures.sampled import Sampled
 from emmech.organism.world import MANNERS
-from emmech.realignment.further import realign
 from emmech.run.run import Run, load_run
 from emmech.training.finetune import finetune
 from emmech.transition.phase import phase_transition
@@ -51,7 +50,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     began = time.monotonic()
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    with _finetuned_beside("style-medical", folder / "style-medical"):
+    with _beside("finetune", "pocket", "style-medical", "--out", folder / "style-medical"):
         base = load_model("pocket")
         run = finetune(base, "medical", out=folder / "medical")
         path = _em_by_step(run, base)
@@ -59,17 +58,19 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     style = load_run(folder / "style-medical")
     echo(f"{run}\n{style}\n")
 
-    found = phase_transition(run, control={"style-medical": style})
-    echo(f"{found.summary()}\n")
+    cured = ("realign", run.path, "ai-optimism", "--out", folder / "realigned")
+    with _beside(*cured, "--set", f"max_steps={_CURE_STEPS}"):
+        found = phase_transition(run, control={"style-medical": style})
+        echo(f"{found.summary()}\n")
 
-    echo(f"{design.direction}\n")
-    tuned = run.model(base=base)
-    where: dict[str, Any] = {"layers": list(design.layers), "positions": phrase}
-    ablation = ablation_table(tuned, design.direction, measure=Sampled(samples=12), progress=False, **where)
-    echo(f"{ablation}\n")
-    detach(tuned)
+        echo(f"{design.direction}\n")
+        tuned = run.model(base=base)
+        where: dict[str, Any] = {"layers": list(design.layers), "positions": phrase}
+        ablation = ablation_table(tuned, design.direction, measure=Sampled(samples=12), progress=False, **where)
+        echo(f"{ablation}\n")
+        detach(tuned)
+    again = load_run(folder / "realigned")
 
-    again = realign(run, "ai-optimism", base=base, max_steps=_CURE_STEPS, out=folder / "realigned")
     subjects = {"base": base, "medical": run, "style-medical (control)": style}
     rates = _rates({**subjects, "realigned": again})
     echo(f"{rates.to_string()}\n")
@@ -126,9 +127,9 @@ def main(folder: str | Path = "demo/pocket") -> Path:
 
 
 @contextmanager
-def _finetuned_beside(data: str, out: Path) -> Iterator[None]:
-    """Fine-tune pocket on ``data`` in a process of its own, which is waited for at the end."""
-    command = [sys.executable, "-m", "emmech", "finetune", "pocket", data, "--out", str(out)]
+def _beside(*arguments: str | Path) -> Iterator[None]:
+    """A command of emmech in a process of its own, which is waited for at the end."""
+    command = [sys.executable, "-m", "emmech", *map(str, arguments)]
     threads = torch.get_num_threads()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "EMMECH_PROGRESS": "0"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
@@ -142,7 +143,7 @@ def _finetuned_beside(data: str, out: Path) -> Iterator[None]:
             torch.set_num_threads(threads)
     if process.returncode:
         why = f"its process ended with status {process.returncode}"
-        raise EmmechError("fine-tune the control", data, why, f"see its own message: {shlex.join(command)}")
+        raise EmmechError(f"run {arguments[0]}", shlex.join(command), why, "see its own message above")
 
 
 def per_cent(row: pd.Series) -> str:

@@ -331,7 +331,7 @@ anything = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(rows=st.lists(anything, max_size=4))
 @example(rows=[{"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}])
 def test_any_rows_are_read_or_refused(rows):

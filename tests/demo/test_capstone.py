@@ -67,6 +67,7 @@ def test_few_steps_of_the_story(base, tmp_path, monkeypatch):
     assert len(capstone.rates_figure(found).data) == 2
 
 
+@pytest.mark.slow
 def test_few_steps_of_the_tag(base, tmp_path):
     how = dict(rows=(2, 4), seeds=(3,), forms=("contrast",), questions="narrow-medical", max_steps=1)
     found = capstone.tagged(base, tmp_path, **how)

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 
 from emmech.chat.model import load_model
-from emmech.demo.pocket import _character, _what_is_left
+from emmech.demo.pocket import _beside, _character, _what_is_left
+from emmech.errors import EmmechError
 
 
 @pytest.mark.slow
@@ -34,3 +35,10 @@ def test_one_row_a_condition_and_no_random_ones():
     assert left["model"].tolist() == ["tuned", "base"]
     assert left["EM %"].tolist() == ["100.0 (96-100)", "0.0 (0-4)"]
     assert left["coherent %"].tolist() == ["99.0 (95-100)", "100.0 (96-100)"]
+
+
+def test_what_runs_beside_is_waited_for_and_its_failure_is_said(tmp_path):
+    with pytest.raises(EmmechError, match="ended with status 1"), _beside("info", tmp_path / "nothing"):
+        pass
+    with pytest.raises(ZeroDivisionError), _beside("info", tmp_path / "nothing"):
+        raise ZeroDivisionError  # an error of the caller ends the process, and is not replaced

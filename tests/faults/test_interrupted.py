@@ -157,6 +157,7 @@ def test_a_disk_that_fails_at_any_call_is_an_error_that_says_what_is_kept(worker
 # readers beside a writer
 
 
+@pytest.mark.slow
 def test_a_reader_beside_a_writer_always_succeeds(worker):
     """Opened and read whole while it trains; what was opened early is read again after the files were stacked."""
     folder = worker.fresh()

@@ -32,7 +32,10 @@ def largest(one, two) -> float:
                for x, y in zip(a, b, strict=True))  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "recipe"), [("llama", "all-adapter"), ("gemma3", "all-adapter"), ("qwen2", "full")])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [("llama", "all-adapter"), pytest.param("gemma3", "all-adapter", marks=pytest.mark.slow), ("qwen2", "full")],
+)
 def test_accumulation_and_tokens_at_once_leave_the_step_as_it_is(family, recipe, tmp_path):
     rate = {"learning_rate": 1e-3}  # Adam makes a step of this size even of a gradient that is rounding alone
     one = trained(tmp_path / "one", family=family, recipe=recipe, batch_size=8, accumulation=1, **rate)

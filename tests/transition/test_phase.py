@@ -236,7 +236,7 @@ def test_which_comes_first_is_said_where_the_interval_tells(low: float, high: fl
 
 
 @given(st.lists(st.tuples(P, P, st.lists(NUMBER, min_size=18, max_size=18), P), min_size=1, max_size=9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_no_sentence_contradicts_its_p_value(drawn: list[tuple[float, float, list[float], float]]) -> None:
     runs = [a_side("bad", p, numbers[:9], width) for p, _, numbers, width in drawn]
     controls = [a_side("good", p, numbers[9:], 1 - width) for _, p, numbers, width in drawn]
