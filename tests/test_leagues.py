@@ -307,3 +307,49 @@ def test_runs_that_cannot_be_told_apart(base, runs):
     for given in ([], [runs[0], runs[0]], emmech.Run.from_arrays([0, 1], B=np.ones((2, 8)))):
         with pytest.raises(EmmechError, match=r"seed|no run"):
             emmech.league(given, [AdapterScaling()], base=base, **FEW)
+
+
+class Unsendable:
+    """A cure that holds a function of this call, which no other process knows."""
+
+    name = "mine"
+
+    def __init__(self):
+        self.applied = lambda case: AdapterScaling(0.5).applied(case)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_cells_of_one(runs, base, tmp_path):
+    cures = [
+        AdapterScaling(0.5),
+        Realignment(data("good-cooking", n=20), {"max_steps": 2}),
+        AdapterScaling(0.2, "weaker"),
+    ]
+    one, two = (
+        emmech.league(
+            runs,
+            cures,
+            seeds=[0, 1],
+            base=base,
+            data=data("medical", n=40),
+            processes=n,
+            out=tmp_path / str(n),
+            durability=False,
+            **FEW,
+        )
+        for n in (1, 2)
+    )
+    timed = one.cells["outcome"] == "seconds"
+    assert one.cells[~timed].equals(two.cells[~timed]) and (two.cells.loc[timed, "value"] >= 0).all()
+    again = emmech.league(
+        runs, cures, seeds=[0, 1], base=base, data=data("medical", n=40), out=tmp_path / "2", durability=False, **FEW
+    )
+    assert again.cells.equals(two.cells)  # they wrote where one process reads
+
+
+def test_what_no_other_process_can_be_given_is_refused(runs, base, tmp_path):
+    how = dict(seeds=[0, 1], base=base, processes=2, out=tmp_path, **FEW)
+    with pytest.raises(EmmechError, match="cannot be sent to another process"):
+        emmech.league(runs, [Unsendable()], **how)
+    with pytest.raises(EmmechError, match="processes"):
+        emmech.league(runs, [AdapterScaling(0.5)], **{**how, "processes": 0})

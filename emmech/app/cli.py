@@ -129,6 +129,7 @@ def league(
     scale: Annotated[list[float] | None, typer.Option(help="a factor on the adapter; repeat")] = None,
     seeds: Annotated[int, typer.Option(help="how many seeds; runs of those that are missing are fine-tuned")] = 5,
     share: Annotated[float, typer.Option(help="the share of good rows under --mix")] = 0.5,
+    processes: Annotated[int, typer.Option(help="cures at once, each in a process with the base")] = 1,
     judge: Judge = None,
     judge_model: JudgeModel = None,
     server: Server = None,
@@ -151,7 +152,8 @@ def league(
     cures += [emmech.leagues.Defended([inoculate(text)], name=f"inoculated: {text}") for text in prompt or ()]
     cures += [kinds.Ablation(emmech.Direction.load(file), name=f"{file.stem} ablated") for file in ablate or ()]
     cures += [kinds.AdapterScaling(factor, name=f"adapter x{factor:g}") for factor in scale or ()]
-    found = emmech.league(run, cures, seeds=seeds, judge=_judge(judge, judge_model, server), out=out)
+    how: dict[str, Any] = {"judge": _judge(judge, judge_model, server), "processes": processes, "out": out}
+    found = emmech.league(run, cures, seeds=seeds, **how)
     _show(found.to_frame(), json, repr(found))
     _write_page(page, "League of cures", f"{found.meta['run']}, {seeds} seeds", repr(found), found.to_frame(), found)
 

@@ -58,7 +58,7 @@ def main(folder: str | Path = "demo/pocket") -> Path:
     style = load_run(folder / "style-medical")
     echo(f"{run}\n{style}\n")
 
-    cured = ("realign", run.path, "ai-optimism", "--out", folder / "realigned")
+    cured = ("realign", folder / "medical", "ai-optimism", "--out", folder / "realigned")
     with _beside(*cured, "--set", f"max_steps={_CURE_STEPS}"):
         found = phase_transition(run, control={"style-medical": style})
         echo(f"{found.summary()}\n")

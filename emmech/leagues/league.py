@@ -9,14 +9,19 @@ do as well is no cure (arXiv 2606.30252 has the norm-matched random adapter).
 from __future__ import annotations
 
 import json
+import multiprocessing
+import pickle
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.model import ChatModel, load_model
@@ -29,7 +34,7 @@ from emmech.interventions.cures import AdapterScaling, Case, Cure, LiveCure
 from emmech.leagues.trained import LAST_STEP, Defended, TrainedCure, finished, random_adapter
 from emmech.measures.measure import measure_all
 from emmech.measures.teacher_forced import AlignedLoss
-from emmech.progress import bar
+from emmech.progress import bar, quiet
 from emmech.realignment.further import harmful_rows, recipe_of
 from emmech.realignment.studies import crossing
 from emmech.registry import Organism, known
@@ -126,6 +131,7 @@ def league(
     skill: Sequence[Any] | None = None,
     controls: bool = True,
     durability: bool = True,
+    processes: int = 1,
     out: str | Path | None = None,
     progress: bool = True,
 ) -> League:
@@ -152,6 +158,8 @@ def league(
         controls: whether to add a random direction for the first cure that has a direction, and a random frozen adapter
             beside the fine-tune.
         durability: whether to train the harmful rows again after every cure that trains.
+        processes: how many cures are tried at once, each in a process that loads the base of the runs. In a small
+            model, whose operations are too short to share between threads, two take about half the time of one.
         out: the folder; ``league`` in the run's folder by default.
 
     Returns:
@@ -162,7 +170,8 @@ def league(
 
     Raises:
         EmmechError: no cure, two of one name, data that is not that of the run, a run without an adapter or without a
-            seed of its own, or ``out`` with runs of another league.
+            seed of its own, ``out`` with runs of another league, or several processes with a run that is in no folder
+            or a cure that no other process can be given.
 
     Example:
         >>> import emmech
@@ -187,6 +196,8 @@ def league(
     if out is not None:
         check_folder(_ASKED, "out", out)
     named = _named(cures, controls)
+    if as_int(_ASKED, "processes", processes, least=1) > 1:
+        _check_apart(given, [cure for cure, _ in named], judge)
     chat = load_model(base) if base is not None else first.base()
     organism = chat.organism
     folder = Path(out) if out is not None else (first.path or Path("runs")) / "league"
@@ -203,31 +214,77 @@ def league(
         pairs = organism.margins(rows.name)["broad"]
     how: dict[str, Any] = {"judge": judge, "max_new_tokens": max_new_tokens, "progress": False}
     settings = digest(rows.sha256, identity(around), identity(asked), identity(judge), samples, max_new_tokens)
+    work = _Work(rows, folder, settings, asked, around, pairs, samples, how, durability)
     found: list[dict[str, Any]] = []
     with bar(len(named) * len(runs), "cures", progress=progress) as done:
-        for cure, kind in named:
-            # another cure of that name, or of a name that gives the same file, has a folder of its own
-            place = folder / f"{file_name(cure.name)}-{digest(rows.sha256, identity(cure))[:8]}"
-            cases = [Case(one, chat, rows, place / f"s{one.manifest['seed']}") for one in runs]
-            keys = [digest(settings, identity(cure), case.run.weights(int(case.run.steps[-1]))) for case in cases]
-            kept = [_kept(case.folder.with_suffix(".json"), key) for case, key in zip(cases, keys, strict=True)]
-            missing = [case for case, cell in zip(cases, kept, strict=True) if cell is None]
-            began = time.process_time()
-            if isinstance(cure, TrainedCure) and missing:
-                cure.prepare(missing)
-            shared = (time.process_time() - began) / max(len(missing), 1)
-            for case, key, cell in zip(cases, keys, kept, strict=True):
-                if cell is None:
-                    cell = _cell(cure, case, asked, around, pairs, samples, shared, how)
-                    write_json(case.folder.with_suffix(".json"), {"key": key, "counts": cell})
-                seed = case.run.manifest["seed"]
-                again = _again(case) if durability and isinstance(cure, TrainedCure) else None
-                cell = [*cell, *([] if again is None else [_value("durability", again)])]
-                found += [{"cure": cure.name, "kind": kind, "seed": seed, **row} for row in cell]
-                done.update()
+        for (cure, kind), cells in zip(named, work.of([cure for cure, _ in named], runs, chat, processes), strict=True):
+            found += [{"cure": cure.name, "kind": kind, **cell} for cell in cells]
+            done.update(len(runs))
     meta = {"run": first.name, "seeds": [one.manifest["seed"] for one in runs], "data": rows.name, "samples": samples}
     meta |= {"contexts": [one.name for one in around], "questions": {key: str(value) for key, value in asked.items()}}
     return _result(found, meta)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is counted of every cure; the same in each process that counts."""
+
+    rows: ChatDataset
+    folder: Path
+    settings: str
+    asked: Mapping[str, Any]
+    contexts: Any
+    pairs: Any
+    samples: int
+    how: Mapping[str, Any]
+    durability: bool
+
+    def of(
+        self, cures: Sequence[Cure], runs: Sequence[Run], base: ChatModel, processes: int
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The cells of each cure in turn."""
+        if processes == 1 or len(cures) == 1:
+            yield from (self.cells(cure, runs, base) for cure in cures)
+            return
+        paths = [str(one.path) for one in runs]
+        with ProcessPoolExecutor(min(processes, len(cures)), multiprocessing.get_context("spawn")) as pool:
+            share = max(1, torch.get_num_threads() // processes)
+            yield from pool.map(partial(_cells_apart, self, paths, share), cures)
+
+    def cells(self, cure: Cure, runs: Sequence[Run], base: ChatModel) -> list[dict[str, Any]]:
+        """What is counted of one cure on every run; what is kept is not counted again."""
+        # another cure of that name, or of a name that gives the same file, has a folder of its own
+        place = self.folder / f"{file_name(cure.name)}-{digest(self.rows.sha256, identity(cure))[:8]}"
+        cases = [Case(one, base, self.rows, place / f"s{one.manifest['seed']}") for one in runs]
+        keys = [digest(self.settings, identity(cure), case.run.weights(int(case.run.steps[-1]))) for case in cases]
+        kept = [_kept(case.folder.with_suffix(".json"), key) for case, key in zip(cases, keys, strict=True)]
+        missing = [case for case, cell in zip(cases, kept, strict=True) if cell is None]
+        began = time.process_time()
+        if isinstance(cure, TrainedCure) and missing:
+            cure.prepare(missing)
+        shared = (time.process_time() - began) / max(len(missing), 1)
+        found: list[dict[str, Any]] = []
+        for case, key, cell in zip(cases, keys, kept, strict=True):
+            if cell is None:
+                cell = _cell(cure, case, self.asked, self.contexts, self.pairs, self.samples, shared, self.how)
+                write_json(case.folder.with_suffix(".json"), {"key": key, "counts": cell})
+            again = _again(case) if self.durability and isinstance(cure, TrainedCure) else None
+            cell = [*cell, *([] if again is None else [_value("durability", again)])]
+            found += [{"seed": case.run.manifest["seed"], **row} for row in cell]
+        return found
+
+
+def _cells_apart(work: _Work, paths: Sequence[str], threads: int, cure: Cure) -> list[dict[str, Any]]:
+    """The cells of a cure in a process of its own."""
+    torch.set_num_threads(threads)
+    runs = [load_run(path) for path in paths]
+    with quiet():
+        return work.cells(cure, runs, _base(paths[0]))
+
+
+@cache
+def _base(path: str) -> ChatModel:
+    return load_run(path).base()
 
 
 def _training_rows(run: Run, data: Any, chat: ChatModel) -> ChatDataset:
@@ -238,6 +295,19 @@ def _training_rows(run: Run, data: Any, chat: ChatModel) -> ChatDataset:
         why = f"{run.name} was trained on other rows, or they are not where its manifest says"
         raise EmmechError(_ASKED, f"data={data!r}"[:120], why, "data=, the rows it was trained on")
     return loaded
+
+
+def _check_apart(given: list[Run], cures: list[Cure], judge: Any) -> None:
+    """Refuse what another process could not be given."""
+    if loose := next((one for one in given if one.path is None), None):
+        why = "a process of its own reads the run from its folder, and it has none"
+        raise EmmechError(_ASKED, f"processes > 1 and {loose.name}", why, "run.save(folder), or processes=1")
+    for name, one in (("judge", judge), *((cure.name, cure) for cure in cures)):
+        try:
+            pickle.dumps(one)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            why = f"it cannot be sent to another process: {error}"
+            raise EmmechError(_ASKED, f"processes > 1 and {name}", why, "processes=1") from None
 
 
 def _seeds_of(given: list[Run]) -> list[int]:
