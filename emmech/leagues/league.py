@@ -248,8 +248,13 @@ class _Work:
             return
         paths = [str(one.path) for one in runs]
         with ProcessPoolExecutor(min(processes, len(cures)), multiprocessing.get_context("spawn")) as pool:
-            share = max(1, torch.get_num_threads() // processes)
-            yield from pool.map(partial(_cells_apart, self, paths, share), cures)
+            one = partial(_cells_apart, self, paths, max(1, torch.get_num_threads() // processes))
+            longest = sorted(range(len(cures)), key=lambda at: not isinstance(cures[at], TrainedCure))
+            begun = {at: pool.submit(one, cures[at]) for at in longest}
+            try:
+                yield from (begun[at].result() for at in range(len(cures)))
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def cells(self, cure: Cure, runs: Sequence[Run], base: ChatModel) -> list[dict[str, Any]]:
         """What is counted of one cure on every run; what is kept is not counted again."""
