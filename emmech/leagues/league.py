@@ -216,7 +216,7 @@ def league(
     settings = digest(rows.sha256, identity(around), identity(asked), identity(judge), samples, max_new_tokens)
     work = _Work(rows, folder, settings, asked, around, pairs, samples, how, durability)
     found: list[dict[str, Any]] = []
-    with bar(len(named) * len(runs), "cures", progress=progress) as done:
+    with bar(len(named) * len(runs), "cures", progress=progress, estimate=False) as done:
         for (cure, kind), cells in zip(named, work.of([cure for cure, _ in named], runs, chat, processes), strict=True):
             found += [{"cure": cure.name, "kind": kind, **cell} for cell in cells]
             done.update(len(runs))
