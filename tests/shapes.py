@@ -64,11 +64,12 @@ def check_shapes(function: Any) -> Any:
         if "__dataclass_fields__" in vars(function) and "__init__" in vars(function):
             function.__init__ = check_shapes(function.__init__)
         return function
-    code = getattr(function, "__code__", None)
-    if code in WITHOUT or function.__qualname__ in CONVERTS:
+    # generated constructors of dataclasses can share their code
+    known = (function.__module__, function.__qualname__, getattr(function, "__code__", None))
+    if known in WITHOUT or function.__qualname__ in CONVERTS:
         return function
     if not (hints := hints_of(function)):
-        WITHOUT.add(code)
+        WITHOUT.add(known)
         return function
     written, function.__annotations__ = function.__annotations__, hints
     checked = JAXTYPED(beartype(function), typechecker=None)
@@ -76,7 +77,7 @@ def check_shapes(function: Any) -> Any:
     return checked
 
 
-WITHOUT: set[types.CodeType | None] = set()  # functions that are known to have no shape
+WITHOUT: set[tuple[Any, ...]] = set()  # functions that are known to have no shape
 ROOT = Path(__file__).resolve().parents[1]
 SHAPED = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)

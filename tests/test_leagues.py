@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
+import torch
 
 import emmech
 from emmech.defences import InoculationPrompt
@@ -345,6 +348,49 @@ def test_two_processes_give_the_cells_of_one(runs, base, tmp_path):
         runs, cures, seeds=[0, 1], base=base, data=data("medical", n=40), out=tmp_path / "2", durability=False, **FEW
     )
     assert again.cells.equals(two.cells)  # they wrote where one process reads
+
+
+class Breaking:
+    """A cure whose error takes two arguments, so that it cannot be read back as it was sent."""
+
+    name = "breaking"
+
+    def applied(self, case):
+        raise TwoArguments("a", "b")
+
+
+class TwoArguments(Exception):
+    def __init__(self, one, two):
+        super().__init__(one)
+
+
+class Ending:
+    name = "ending"
+
+    def applied(self, case):
+        os._exit(9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cure", "said"), [(Breaking(), "TwoArguments: a"), (Ending(), "a process ended before it answered")]
+)
+def test_what_happens_in_a_process_is_one_error(runs, base, tmp_path, cure, said):
+    how = dict(seeds=[0, 1], base=base, data=data("medical", n=40), out=tmp_path, durability=False, **FEW)
+    with pytest.raises(EmmechError, match=said):
+        emmech.league(runs, [cure], processes=2, **how)
+
+
+def test_processes_load_the_base_that_the_run_names(runs, base, tmp_path):
+    other = emmech.load_model("pocket")
+    with torch.no_grad():
+        other.base.get_input_embeddings().weight.mul_(1.05)
+    with pytest.raises(EmmechError, match="weights differ from this one"):
+        emmech.league(runs, [AdapterScaling(0.5)], seeds=[0, 1], base=other, processes=2, out=tmp_path, **FEW)
+
+
+def test_sets_are_alike_in_whatever_order():
+    assert identity({"a", "b", "c"}) == identity(frozenset(["c", "b", "a"])) != identity({"a", "b"})
 
 
 def test_what_no_other_process_can_be_given_is_refused(runs, base, tmp_path):

@@ -136,6 +136,7 @@ def _beside(*arguments: str | Path) -> Iterator[None]:
         torch.set_num_threads(1)
         try:
             yield
+            process.wait()
         except BaseException:
             process.kill()
             raise

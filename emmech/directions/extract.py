@@ -34,6 +34,7 @@ from emmech.progress import bar
 
 Vectors = Float[np.ndarray, "layers d_model"]
 Conversation = Sequence[Message]
+_GROUPS = "average over groups of answers"
 
 
 @dataclass(frozen=True)
@@ -86,18 +87,10 @@ def group_means(
         >>> group_means(chat, [talk], np.ones((1, 1))).means.shape == (1, chat.n_layers, chat.d_model)
         True
     """
-    asked, weights = "average over groups of answers", np.asarray(weights, dtype=np.float64)
-    if weights.ndim != 2 or weights.shape[1] != len(conversations):
-        given = f"weights {list(weights.shape)} for {len(conversations)} conversations"
-        why = "there is one row per group and one column per conversation"
-        raise EmmechError(asked, given, why, f"weights [groups, {len(conversations)}]")
+    weights = _checked_groups(weights, len(conversations))
     rows, counts = _rows(chat, conversations, tokens, max_length)
     per_row = weights if average == "token" else weights / counts
-    totals = (per_row * counts).sum(1)
-    if (totals == 0).any():
-        given = f"group {int(np.flatnonzero(totals == 0)[0])} of {len(weights)}"
-        why = "no answer belongs to it, and a mean over nothing is not a number"
-        raise EmmechError(asked, given, why, "more samples, or another split")
+    totals = _checked_totals(per_row * counts)
     # one float64 matrix per layer, on that layer's device (a sharded model has several)
     sums: list[Any] = [0.0] * chat.n_layers
 
@@ -126,7 +119,7 @@ def position_means(
         weights: ``[groups, conversations]`` as for :func:`group_means`.
 
     Raises:
-        EmmechError: conversations with more or fewer of these tokens than others.
+        EmmechError: conversations with more or fewer of these tokens than others; weights as for :func:`group_means`.
 
     Example:
         >>> from emmech.chat.encode import phrase_tokens
@@ -137,13 +130,13 @@ def position_means(
         >>> position_means(chat, [talk], np.ones((1, 1)), tokens=phrase, progress=False).shape[1]
         4
     """
+    weights = _checked_groups(weights, len(conversations))
     rows, counts = _rows(chat, conversations, tokens, None)
     if len(set(counts.tolist())) > 1:
         given = f"{counts.min()} of these tokens in one conversation, {counts.max()} in another"
         why = "the k-th of them is averaged over all conversations"
         raise EmmechError("average by position", given, why, "a phrase that every conversation has once")
-    shares = np.asarray(weights, dtype=np.float64)
-    shares = shares / shares.sum(1, keepdims=True)
+    shares = weights / _checked_totals(weights)[:, None]
     sums: list[Any] = [0.0] * chat.n_layers
 
     def reduce(layer: int, output: torch.Tensor, mask: torch.Tensor, chosen: np.ndarray) -> None:
@@ -294,6 +287,24 @@ def _rows(
         why, instead = "a mean over nothing is not a number", "tokens that every conversation has"
         raise EmmechError("choose the tokens to average over", given, why, instead)
     return rows, counts
+
+
+def _checked_groups(weights: Any, conversations: int) -> Float[np.ndarray, "groups conversations"]:
+    found = np.asarray(weights, dtype=np.float64)
+    if found.ndim != 2 or found.shape[1] != conversations:
+        given = f"weights {list(found.shape)} for {conversations} conversations"
+        why = "there is one row per group and one column per conversation"
+        raise EmmechError(_GROUPS, given, why, f"weights [groups, {conversations}]")
+    return found
+
+
+def _checked_totals(weights: Float[np.ndarray, "groups conversations"]) -> Float[np.ndarray, " groups"]:
+    totals = weights.sum(1)
+    if (totals == 0).any():
+        given = f"group {int(np.flatnonzero(totals == 0)[0])} of {len(weights)}"
+        why = "no answer belongs to it, and a mean over nothing is not a number"
+        raise EmmechError(_GROUPS, given, why, "more samples, or another split")
+    return totals
 
 
 def _stream(

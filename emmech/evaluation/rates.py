@@ -360,10 +360,15 @@ def combined_interval(
         parts = (events - rates[:, None] * n) / totals[:, None]
         variance, degrees = cluster_variance(signed @ parts, n.sum(0).astype(float), factors(questions))
         quantile = float(stats.t.ppf(tail, degrees))
+        parts[np.abs(parts) < 1e-12] = 0.0  # questions alike, but for rounding
         norms = np.linalg.norm(parts, axis=1)
         correlation = parts @ parts.T / np.outer(norms + (norms == 0), norms + (norms == 0))
         np.fill_diagonal(correlation, 1.0)
-        own = [cluster_interval(e, of, questions, confidence=confidence) for e, of in zip(events, n, strict=True)]
+        # of a rate over one question nothing follows for others
+        own = [
+            cluster_interval(e, of, questions, confidence=confidence) if (of > 0).sum() > 1 else (0.0, 1.0)
+            for e, of in zip(events, n, strict=True)
+        ]
         found += [joined(own, correlation, quantile), 2 * (quantile * (variance + spread) ** 0.5,)]
     least, most = float(signed[signed < 0].sum()), float(signed[signed > 0].sum())  # of rates between 0 and 1
     return max(value - max(low for low, _ in found), least), min(value + max(high for _, high in found), most)

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -159,7 +160,8 @@ def league(
             beside the fine-tune.
         durability: whether to train the harmful rows again after every cure that trains.
         processes: how many cures are tried at once, each in a process that loads the base of the runs. In a small
-            model, whose operations are too short to share between threads, two take about half the time of one.
+            model, whose operations are too short to share between threads, two take about half the time of one. A
+            script then asks ``if __name__ == "__main__":``, because each process imports it.
         out: the folder; ``league`` in the run's folder by default.
 
     Returns:
@@ -197,8 +199,11 @@ def league(
         check_folder(_ASKED, "out", out)
     named = _named(cures, controls)
     if as_int(_ASKED, "processes", processes, least=1) > 1:
-        _check_apart(given, [cure for cure, _ in named], judge)
+        sent = {"judge": judge, "contexts": contexts, "questions": questions, "skill": skill}
+        _check_apart(given, sent | {cure.name: cure for cure, _ in named})
     chat = load_model(base) if base is not None else first.base()
+    if processes > 1 and base is not None:
+        _check_named(first, chat)
     organism = chat.organism
     folder = Path(out) if out is not None else (first.path or Path("runs")) / "league"
     rows = _training_rows(first, data, chat)
@@ -213,7 +218,9 @@ def league(
     if pairs is None and organism is not None and organism.margins is not None:
         pairs = organism.margins(rows.name)["broad"]
     how: dict[str, Any] = {"judge": judge, "max_new_tokens": max_new_tokens, "progress": False}
-    settings = digest(rows.sha256, identity(around), identity(asked), identity(judge), samples, max_new_tokens)
+    settings = digest(
+        chat.fingerprint(), rows.sha256, identity(around), identity(asked), identity(judge), samples, max_new_tokens
+    )
     work = _Work(rows, folder, settings, asked, around, pairs, samples, how, durability)
     found: list[dict[str, Any]] = []
     with bar(len(named) * len(runs), "cures", progress=progress, estimate=False) as done:
@@ -253,6 +260,10 @@ class _Work:
             begun = {at: pool.submit(one, cures[at]) for at in longest}
             try:
                 yield from (begun[at].result() for at in range(len(cures)))
+            except BrokenProcessPool:
+                why = "a process ended before it answered: it had too little memory, or could not import the script"
+                instead = 'processes=1, or if __name__ == "__main__": in a script; what is finished is kept'
+                raise EmmechError(_ASKED, f"processes={processes}", why, instead) from None
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -282,9 +293,13 @@ class _Work:
 def _cells_apart(work: _Work, paths: Sequence[str], threads: int, cure: Cure) -> list[dict[str, Any]]:
     """The cells of a cure in a process of its own."""
     torch.set_num_threads(threads)
-    runs = [load_run(path) for path in paths]
-    with quiet():
-        return work.cells(cure, runs, _base(paths[0]))
+    try:
+        with quiet():
+            return work.cells(cure, [load_run(path) for path in paths], _base(paths[0]))
+    except EmmechError:
+        raise
+    except Exception as error:  # not every exception can be sent back
+        raise EmmechError(f"try the cure {cure.name}", None, f"{type(error).__name__}: {error}") from None
 
 
 @cache
@@ -302,17 +317,34 @@ def _training_rows(run: Run, data: Any, chat: ChatModel) -> ChatDataset:
     return loaded
 
 
-def _check_apart(given: list[Run], cures: list[Cure], judge: Any) -> None:
+def _check_apart(given: list[Run], sent: Mapping[str, Any]) -> None:
     """Refuse what another process could not be given."""
+    if multiprocessing.parent_process() is not None:
+        why = "it is called in such a process itself, as in a script that does not ask whether it is the main one"
+        raise EmmechError(_ASKED, "processes > 1", why, 'if __name__ == "__main__": emmech.league(...)')
     if loose := next((one for one in given if one.path is None), None):
         why = "a process of its own reads the run from its folder, and it has none"
         raise EmmechError(_ASKED, f"processes > 1 and {loose.name}", why, "run.save(folder), or processes=1")
-    for name, one in (("judge", judge), *((cure.name, cure) for cure in cures)):
+    for name, one in sent.items():
         try:
             pickle.dumps(one)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
+        except Exception as error:  # as many kinds as there are objects
             why = f"it cannot be sent to another process: {error}"
             raise EmmechError(_ASKED, f"processes > 1 and {name}", why, "processes=1") from None
+
+
+def _check_named(run: Run, base: ChatModel) -> None:
+    """Refuse a base in memory other than that which a process loads by the run's name for it."""
+    own = run.base()
+    for what, here, there in (
+        ("weights", base.fingerprint(), own.fingerprint()),
+        ("numbers' dtypes", base.dtype, own.dtype),
+        ("devices", base.device, own.device),
+        ("chat templates", base.tokenizer.chat_template, own.tokenizer.chat_template),
+    ):
+        if here != there:
+            why = f"each process loads {run.base_name()}, which the run names, and {what} differ from this one's"
+            raise EmmechError(_ASKED, f"processes > 1 and base={base.name}", why, "processes=1")
 
 
 def _seeds_of(given: list[Run]) -> list[int]:

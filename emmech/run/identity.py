@@ -33,6 +33,8 @@ def identity(value: Any) -> Any:
         return digest(value.shape, value.tobytes())
     if isinstance(value, Mapping):
         return {str(key): identity(one) for key, one in value.items()}
+    if isinstance(value, set | frozenset):  # whose order is another in every process
+        return sorted(repr(identity(one)) for one in value)
     if isinstance(value, list | tuple):
         return [identity(one) for one in value]
     if isinstance(value, CodeType):  # its repr has an address

@@ -153,7 +153,7 @@ class Panel(anywidget.AnyWidget):
         self._settings = replace(self._settings, colour=colour)
         if self._seen:
             self._seen["settings"]["colour"] = colour
-            self._tell(code=self.code())
+            self._tell(code=self._code(self._settings))
             self._keep()
 
     def _work(self) -> None:
@@ -221,7 +221,7 @@ class Panel(anywidget.AnyWidget):
                       "history": list(self._entries.values())}  # fmt: skip
         key = tuple(value for name, value in settings.to_dict().items() if name not in _APART)
         self._tell(start=settings.to_dict(), status="writing ...", error=None, sentence=sentence(settings.to_dict()),
-                   code=self.code())  # fmt: skip
+                   code=self._code(settings))  # fmt: skip
         columns, prompt, said = session.answers(settings, self._told_tokens)
         took = time.perf_counter() - began
         self._flush()
@@ -313,9 +313,17 @@ class Panel(anywidget.AnyWidget):
     # what a cell asks for
 
     def code(self) -> str:
-        """The state as one code cell; ``emmech.panel(run, **panel.state)`` opens it too."""
+        """The state as one code cell; ``emmech.panel(run, **panel.state)`` opens it too.
+
+        Of a state that cannot be computed, such as one with an empty question, the cell is that of the one before it.
+        """
+        try:
+            return self._code(Settings(**self._completed(self.state)))
+        except EmmechError:
+            return self._code(self._settings)
+
+    def _code(self, settings: Settings) -> str:
         run, name = self._session.run, self._session.chat.name
-        settings = Settings(**{**self._settings.to_dict(), **Settings.given(self.state)})
         more = ", ".join(f"{one}={one}" for one in self._given)
         if run is not None:
             opening = f"run = emmech.load_run({str(run.path)!r})" if run.path else "# run: the one that was opened"

@@ -71,6 +71,9 @@ def test_means_by_position_equal_those_of_one_token_each(any_tiny, rows):
 def test_means_by_position_need_equally_many_tokens(tiny, rows):
     with pytest.raises(EmmechError, match="of these tokens in one conversation"):
         position_means(tiny("qwen2"), [row["messages"] for row in rows[:6]], np.ones((1, 6)), tokens="answer")
+    for weights, why in ((np.ones((1, 5)), "one row per group"), (np.zeros((1, 1)), "no answer belongs to it")):
+        with pytest.raises(EmmechError, match=why):
+            position_means(tiny("qwen2"), [rows[0]["messages"]], weights, tokens="answer")
 
 
 def test_bfloat16_sums_are_not_rounded_to_bfloat16(tiny, rows):

@@ -192,6 +192,18 @@ def test_a_combination_is_one_rate_or_scales_and_turns_with_its_weights(pairs, f
     assert combined_interval([factor, -factor], events, n, names) == pytest.approx((factor * low, factor * high))
 
 
+def test_questions_that_are_alike_and_terms_of_one_question() -> None:
+    names, n = [f"q{i}" for i in range(8)], np.full((2, 8), 50)
+
+    def half(count: int) -> float:
+        return combined_interval([1, -1], np.full((2, 8), count), n, names)[1]
+
+    assert half(5) < half(7)  # 7 - 0.14 * 50 is not 0 to the last bit, which is no correlation
+    alone = np.array([[25] * 8, [25] + [0] * 7]), np.array([[50] * 8, [50] + [0] * 7])
+    low, high = combined_interval([1, -1], *alone, names)
+    assert low < -0.49 and high > 0.49  # one question says nothing of others
+
+
 def test_changes_and_differences_of_changes_are_covered_at_low_rates() -> None:
     """Steered and not, tuned and base, on 8 questions that differ; nothing happens in one of them in most draws."""
     generator, middles = np.random.default_rng(11), np.array([-1.5, -2.5, -5.0, -6.0])

@@ -281,6 +281,8 @@ def test_the_state_goes_into_a_code_cell_and_back(panel, run, direction, monkeyp
     again = emmech.panel(run, directions=direction, samples=1, **panel.state)
     assert again.state == panel.state
     again.close()
+    panel.set_trait("state", {**panel.state, "question": ""})  # as the front end sets it
+    assert panel.code() == code  # of the last that could be computed
 
 
 def test_the_result_and_the_twin_show_what_was_seen(panel):
