@@ -97,9 +97,12 @@ class ResponseLog:
         self._unsealed = 0
         damaged: list[Path] = []
         stored = read_jsonl(self.path, damaged, sound=self._is_line)
-        head = next((line for line in stored if "request" in line), None)
+        heads = [line for line in stored if "request" in line]
+        # damage can give a first line the look of an earlier version's; one that was written anew has a checksum
+        head = next((line for line in heads if "checksum" in line), heads[0] if heads else None)
         other = head is not None and any(head.get(name) != value for name, value in settings.items())
-        if other and self._earlier and any("checksum" in line for line in stored):  # its answers are of these settings
+        if other and self._earlier and any("checksum" in line for line in stored if "request" not in line):
+            # its answers are of these settings
             head, other = None, False
             damaged.insert(0, self.path.with_name(f"{self.path.name}:1"))
         if head is not None and other:

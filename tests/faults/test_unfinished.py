@@ -72,6 +72,19 @@ def test_a_damaged_answer_is_drawn_again_and_no_other(tmp_path_factory, data):
             ResponseLog(path, {**SETTINGS, "temperature": 0.5})
 
 
+def test_a_first_line_that_damage_made_an_earlier_versions_hides_no_settings(tmp_path):
+    path = tmp_path / "responses.jsonl"
+    log_of(path)
+    content = path.read_bytes()
+    path.write_bytes(re.sub(rb'1\.0, "checksum": ', b"", content, count=1))  # its number is the temperature now
+    with pytest.warns(UserWarning, match="responses.jsonl:1"):
+        assert ResponseLog(path, SETTINGS).responses(4) == ANSWERS
+    assert path.read_bytes().count(b'"request"') == 2  # the first line was written anew
+    assert ResponseLog(path, SETTINGS).responses(4) == ANSWERS
+    with pytest.raises(EmmechError, match="other arguments: temperature"):
+        ResponseLog(path, {**SETTINGS, "temperature": 0.5})
+
+
 def test_the_damaged_line_is_named_and_a_damaged_first_line_does_not_hide_the_answers(tmp_path):
     path = tmp_path / "responses.jsonl"
     log_of(path)
