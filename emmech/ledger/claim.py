@@ -57,7 +57,9 @@ class Finding(Result):
     name: str = ""
 
     def shown(self) -> str:
-        """The figure with its interval in words."""
+        """The figure with its interval in words; nothing where it is not a number."""
+        if math.isnan(self.value):
+            return ""
         factor = 100.0 if self.unit in _SHARES else 1.0
         value, low, high = (factor * one for one in (self.value, self.low, self.high))
         digits = ".1f" if self.unit in (*_SHARES, "steps", "degrees") else ".3g"

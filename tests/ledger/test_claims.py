@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -272,3 +273,7 @@ def test_quick_measures_its_rows(tmp_path):
     assert found.frame.index.tolist() == rows and len(rows) >= 5
     assert (found.frame.loc[["broad-medical", "margin", "bad-not-good"], "value"] > 0.3).all()
     assert found.frame.loc["broad-medical", "verdict"] == HOLDS
+
+
+def test_a_figure_that_is_no_number_is_not_shown():
+    assert Finding(math.nan, math.nan, math.nan, "%", 0, 3, pd.DataFrame()).shown() == ""
