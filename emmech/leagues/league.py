@@ -160,8 +160,8 @@ def league(
             beside the fine-tune.
         durability: whether to train the harmful rows again after every cure that trains.
         processes: how many cures are tried at once, each in a process that loads the base of the runs. In a small
-            model, whose operations are too short to share between threads, two take about half the time of one. A
-            script then asks ``if __name__ == "__main__":``, because each process imports it.
+            model, whose operations are too short to share between threads, two are faster than two threads. A script
+            then asks ``if __name__ == "__main__":``, because each process imports it.
         out: the folder; ``league`` in the run's folder by default.
 
     Returns:
