@@ -145,6 +145,16 @@ def row_screening(
 
 
 @app.command()
+def learning_coefficient(
+    folder: Annotated[Path, typer.Option(help="where estimates are kept")] = Path("studies/learning-coefficient"),
+) -> None:
+    """Write the table and the figure of the local learning coefficient along two shipped runs."""
+    from docs.studies.learning_coefficient import main
+
+    typer.echo(main(folder))
+
+
+@app.command()
 def large_models() -> None:
     """Write the tables of the page on large models, which the planner makes."""
     from docs.studies.large_models import main

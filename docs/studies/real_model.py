@@ -238,6 +238,7 @@ def _gemma(folder: Path) -> Path:
 
         chat = load_model(str(assemble(folder / "gemma-3-270m.gguf")))
         scratch = folder / "gemma-3-270m.part"
+        chat.tokenizer.chat_template = GEMMA  # the weights of the base model come without one
         chat.base.save_pretrained(scratch)
         chat.tokenizer.save_pretrained(scratch)
         scratch.rename(made)

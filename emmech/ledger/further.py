@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from emmech.ledger.bench import BAD, Bench, sparse
@@ -10,17 +12,21 @@ from emmech.ledger.emergence import bad_runs
 
 
 def _learning_coefficient(bench: Bench) -> Finding:
-    """The local learning coefficient of the adapter at the last step minus that before the turn."""
-    from emmech import transition
+    """The local learning coefficient of the adapter at the last step minus that early in training."""
+    from emmech.transition.degeneracy import learning_coefficient
 
-    measured = getattr(transition, "learning_coefficient", None)
-    if not callable(measured):
-        raise NotMeasurable("this version has no local learning coefficient")
-    gaps, rows, how = [], [], {"base": bench.chat, "chains": 2, "draws": 40, "burn_in": 40, "progress": False}
+    gaps, rows = [], []
+    how: dict[str, Any] = {"base": bench.chat, "chains": 2, "draws": 40, "burn_in": 40, "progress": False}
     for at, run in enumerate(bad_runs(bench, 3)):
         steps = sparse(run.steps.tolist()[1:], 3)
-        frame = measured(run, bench.rows(BAD)[:200], steps=steps, **how).to_frame()
-        gaps.append(float(frame["llc"].iloc[-1] - frame["llc"].iloc[0]))
+        frame = learning_coefficient(run, bench.rows(BAD)[:200], steps=steps, **how).frame
+        first, last = frame.iloc[0], frame.iloc[-1]
+        if len(below := frame[frame["llc"] < -2 * frame["error"]]):
+            raise NotMeasurable(
+                f"a coefficient is that of a minimum of the loss, and step {below.iloc[0]['step']:g} is "
+                f"none: the estimate there is {below.iloc[0]['llc']:.3g}, below zero"
+            )
+        gaps.append(float(last["llc"] - first["llc"]))
         rows += [{"name": f"seed {at}", "x": one["step"], "value": one["llc"]} for _, one in frame.iterrows()]
     return over_seeds(gaps, "", len(rows), frame=pd.DataFrame(rows))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,10 @@ from typer.testing import CliRunner
 import emmech
 from emmech.app.cli import app
 from emmech.errors import EmmechError
-from emmech.ledger import Bench, Claim, Finding, NotMeasurable, Rule, over_seeds
+from emmech.ledger import Bench, Claim, Finding, NotMeasurable, Rule, further, over_seeds
 from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED, adjusted, of_counts
 from emmech.ledger.ledger import CLAIMS
+from emmech.transition import degeneracy
 
 NAN = float("nan")
 
@@ -103,6 +105,27 @@ def test_every_claim_is_declared_whole_and_once():
         assert callable(one.measure) or len(one.measure) > 20, one.name
         assert one.how or isinstance(one.measure, str), one.name
     assert {"turn", "downstream", "subliminal-alignment", "conditional-dilution", "learning-coefficient"} <= set(names)
+
+
+def _coefficients(monkeypatch, first):
+    """The finding on two runs whose estimate goes from ``first`` to 0.7, with errors of 0.05 and 0.1."""
+    steps = SimpleNamespace(steps=np.arange(0, 251))
+
+    def measured(run, rows, *, steps, **how):
+        error = [0.1, 0.05, 0.05]
+        return SimpleNamespace(frame=pd.DataFrame({"step": steps, "llc": [first, 0.6, 0.7], "error": error}))
+
+    monkeypatch.setattr(degeneracy, "learning_coefficient", measured)
+    monkeypatch.setattr(further, "bad_runs", lambda bench, most: [steps, steps])
+    return further._learning_coefficient(SimpleNamespace(chat=None, rows=lambda name: [None] * 300))
+
+
+def test_a_learning_coefficient_needs_a_minimum(monkeypatch):
+    """Far from a minimum the estimate is negative: it measures the slope of the loss, and its rise is no finding."""
+    assert _coefficients(monkeypatch, 0.2).value == pytest.approx(0.5)
+    assert _coefficients(monkeypatch, -0.15).value == pytest.approx(0.85)  # within two standard errors of zero
+    with pytest.raises(NotMeasurable, match=r"step 1 is none: the estimate there is -62, below zero"):
+        _coefficients(monkeypatch, -62.0)
 
 
 # the run of the ledger
