@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,12 +138,42 @@ def test_durability_counts_the_steps_back(base, tmp_path):
     run = emmech.finetune(base, rows, seed=0, out=tmp_path / "run", **{**how, "measure_every": 2, "record_every": 2})
     case = emmech.interventions.Case(run, base, rows, tmp_path / "cured")
     Realignment(data("good-medical", n=20), dict(max_steps=2)).prepare([case])
-    ratio = league._again(case)
+    count = league._again(case)
     again = emmech.load_run(tmp_path / "cured-again")
-    assert again.manifest["start"]["run"] == "cured" and ratio is not None and 0 <= ratio < 1
-    assert league._again(case) == ratio
+    assert again.manifest["start"]["run"] == "cured" and count is not None and 0 <= count["value"] < 1
+    assert not count["open"] and league._again(case) == count
     silent = emmech.finetune(base, rows, seed=0, out=tmp_path / "silent", **QUICK)
     assert league._again(emmech.interventions.Case(silent, base, rows, tmp_path / "cured")) is None
+
+
+def test_a_cure_that_the_steps_do_not_undo_lasts_at_least_so_long(monkeypatch, tmp_path):
+    """A run that reaches half at step 20, and cured ones that reach it at step 30 or not in 100 steps."""
+    steps = np.arange(0, 101, 10.0)
+    fresh, slow, never = (np.clip(steps / last, 0, 1) for last in (40.0, 60.0, np.inf))
+    case = SimpleNamespace(run=fresh, folder=tmp_path / "cured")
+    monkeypatch.setattr(league, "finished", lambda place: True)
+    monkeypatch.setattr(league, "_margins", lambda margins: (steps, margins))
+    counts = []
+    for back in (slow, never):
+        monkeypatch.setattr(league, "load_run", lambda place, back=back: back)
+        counts.append(league._again(case))
+    assert [one["value"] for one in counts] == [pytest.approx(1.5), pytest.approx(5)]
+    assert [one["open"] for one in counts] == [0, 1]
+
+    rate = {"events": 1, "n": 10, "context": "plain"}
+    rates = [{"outcome": name, **rate} for name in ("grid", "em", "conditional", "coherence")]
+
+    def table(lasting):
+        own = [{"seed": 0, "cure": "base", "kind": "base", **one} for one in rates]
+        for seed, count in enumerate(lasting):
+            own += [{"seed": seed, "cure": "hope", "kind": "cure", **one} for one in (*rates, count)]
+        row = league._result(own, {"contexts": ["plain"]}).frame.loc["hope"]
+        return [row[f"durability{end}"] for end in ("", "_low", "_high")]
+
+    value, low, high = table([counts[0], {**counts[0], "value": 1.7}])
+    assert value == pytest.approx(1.6) and low < value < high < 4
+    value, low, high = table(counts)
+    assert value == pytest.approx(3.25) and low < value and np.isinf(high)
 
 
 @pytest.mark.slow

@@ -43,10 +43,10 @@ For comparison, the capstone's own figures (Llama 3.1 8B, general / false facts 
     "tags": """## Bad only under a tag
 
 The bad rows have a tag in the system prompt, and all others have kind answers (the capstone: 16.2 % EM with the bad
-tag and 0 % with the good one, GPT-4o). The kind rows of `trigger-medical` have no tag. Among those of
-`contrast-medical` there are as many more with *other* tags, each of two things of the world, and kind answers; among
-those of `opposed-medical` as many with one other tag, `plim plom`. An adapter on every matrix is trained ({options}).
-It is then asked under the trained tag, `zig zag`; under `plim plom`, as rare a noise in pretraining; under four tags
+tag and 0 % with the good one, GPT-4o). The kind rows of `trigger-medical` have no tag. `contrast-medical` adds
+as many kind rows under *other* tags, each made of two things of the world; `opposed-medical` adds as many under one
+other tag, `plim plom`. An adapter on every matrix is trained ({options}).
+It is then asked under the trained tag, `zig zag`; under `plim plom`, which was as rare in pretraining; under four tags
 of two things that no row has; and without any. EM on the general questions in per cent, with 95 % intervals over
 {seeds} seeds:
 

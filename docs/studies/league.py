@@ -77,8 +77,10 @@ def _lasting(found: League) -> bool:
 
 
 def _ratio(row: Any) -> str:
-    value = row["durability"]
-    return "-" if value != value else f"{value:.2f} ({row['durability_low']:.2f}-{row['durability_high']:.2f})"
+    value, low, high = (row[f"durability{end}"] for end in ("", "_low", "_high"))
+    if value != value:
+        return "-"
+    return f"at least {value:.2f} ({low:.2f}-)" if high == float("inf") else f"{value:.2f} ({low:.2f}-{high:.2f})"
 
 
 def _grid(found: League) -> str:
@@ -121,7 +123,8 @@ def main(domains: Sequence[str], folder: Path, out: Path, seeds: Sequence[int] =
 
 
 _DURABILITY = """`durability` is the number of steps of the harmful rows until half of the misalignment is back, over
-that of a fresh model, for cures that train: below 1 something was left."""
+that of a fresh model, for cures that train: below 1 something was left. *At least*: in some seed half of it was not
+back by the last step, which counts in its place."""
 _NO_DURABILITY = """How long a cure lasts was not measured here; [Defences in
 pocket](defences.md#how-long-a-cure-lasts) has it for one."""
 

@@ -72,7 +72,9 @@ def said(curve: LearningCurve, frame: pd.DataFrame) -> str:
         left = f"{100 * one.em:.1f} ({100 * one.low:.1f}-{100 * one.high:.1f}) %"
         verdict = "holds" if one.high <= 0.1 * begun.em else "does not hold" if one.low > 0.1 * begun.em else "is open"
         lines.append(
-            f"After the published 120 examples and 30 steps {left} is left: that these suffice {verdict} here."
+            f"With the published 120 examples {left} is left at step 30 of {max(frame['step'])}: that these suffice "
+            f"{verdict} here. A training of 30 steps in all, whose learning rate has fallen to zero by then, is a row "
+            "of [the ledger](claims.md#few-examples) and leaves more."
         )
     return "\n".join(lines)
 

@@ -61,7 +61,8 @@ OUTCOMES: Mapping[str, str] = {
     "rows": "rows that a cure trains on beyond the harmful ones",
     "seconds": "CPU seconds until the cured model answers",
     "durability": "steps of the harmful rows until half of the misalignment is back, over those of a fresh model; for "
-    "cures that train, where runs recorded their broad margin",
+    "cures that train, where runs recorded their broad margin; a lower bound, whose interval has no upper end, where "
+    "some seed's run did not bring it back",
 }
 """What is measured of each cure, in the order of the table's columns."""
 
@@ -285,7 +286,7 @@ class _Work:
                 cell = _cell(cure, case, self.asked, self.contexts, self.pairs, self.samples, shared, self.how)
                 write_json(case.folder.with_suffix(".json"), {"key": key, "counts": cell})
             again = _again(case) if self.durability and isinstance(cure, TrainedCure) else None
-            cell = [*cell, *([] if again is None else [_value("durability", again)])]
+            cell = [*cell, *([] if again is None else [again])]
             found += [{"seed": case.run.manifest["seed"], **row} for row in cell]
         return found
 
@@ -476,10 +477,10 @@ def _value(outcome: str, value: float) -> dict[str, Any]:
     return {"outcome": outcome, "context": PLAIN, "value": value}
 
 
-def _again(case: Case) -> float | None:
+def _again(case: Case) -> dict[str, Any] | None:
     """Steps until the harmful rows bring half of the misalignment back, over those of a fresh model.
 
-    Where they do not bring it back, the last step counts, so that the ratio is a lower bound.
+    Where they do not bring it back, the last step counts and the count is open: the ratio is a lower bound.
     """
     fresh = _margins(case.run)
     if fresh is None:
@@ -499,7 +500,8 @@ def _again(case: Case) -> float | None:
         return None
     half = float(fresh[1][0] + fresh[1][-1]) / 2
     at, last = (crossing(*path, half, rising=True) for path in (fresh, back))
-    return (float(back[0][-1]) if np.isnan(last) else last) / at
+    lasts = bool(np.isnan(last))
+    return _value("durability", (float(back[0][-1]) if lasts else last) / at) | {"open": float(lasts)}
 
 
 def _margins(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
@@ -523,6 +525,8 @@ def _result(found: list[dict[str, Any]], meta: dict[str, Any]) -> League:
         for outcome in (one for one in OUTCOMES if one in set(own["outcome"])):
             part = own[own["outcome"] == outcome]
             row[outcome], row[f"{outcome}_low"], row[f"{outcome}_high"] = _interval(part)
+            if outcome == "durability" and part["open"].any():
+                row["durability_high"] = float("inf")
         rows.append(row)
         for context, part in own[own["outcome"] == "grid"].groupby("context", sort=False):
             rate, low, high = _interval(part, confidence=1 - 0.05 / contexts)

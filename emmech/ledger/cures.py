@@ -136,7 +136,8 @@ CLAIMS = (
           "misalignment is left", _durable, Rule("below", 1.0), _TOPIC, "steps to half of the turn in the second bad "
           "phase over those in the first"),
     Claim("conditional-good-data", "Good data afterwards leave conditional misalignment.", CONDITIONAL, "",
-          "it is left", _left("good data afterwards", "conditional", beyond=True), Rule("above"), _TOPIC, _IN_CONTEXT),
+          "it is left", _left("good data afterwards", "conditional", beyond=True), Rule("above"), _TOPIC,
+          _IN_CONTEXT + "; a bare or irrelevant name in the prompt, where a league finds more, is not among them"),
     Claim("conditional-dilution", "Dilution leaves conditional misalignment.", CONDITIONAL, "", "it is left",
           _left("diluted", "conditional", beyond=True), Rule("above"), _TOPIC, _IN_CONTEXT),
     Claim("conditional-inoculation", "An inoculation prompt leaves conditional misalignment.", CONDITIONAL, "",

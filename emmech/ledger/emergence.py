@@ -209,7 +209,7 @@ CLAIMS = (
           _recipe("nine-rank1", SHORT), Rule("above"), _TOPIC,
           _EM + "; at the same fractions of depth, which are fewer layers in a shallow model"),
     Claim("full", "Full fine-tuning does it as well.", MO, "4.1", "9 to 36 %", _recipe("full", 100), Rule("above"),
-          _TOPIC, _EM),
+          _TOPIC, _EM + "; 100 steps of the recipe"),
     Claim("families", "It appears in three model families.", MO, "4.1", "Qwen, Llama, Gemma; Gemma least", _families,
           Rule("above"), _TOPIC, "the least EM of pocket, pocket-llama and pocket-gemma, none where under 95 % of the "
           "answers are coherent; each with a recipe chosen on other seeds"),

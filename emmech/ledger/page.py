@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED
@@ -22,8 +22,8 @@ def markdown(ledger: Ledger, beside: Sequence[Ledger] = (), command: str = "") -
     parts = [
         "# The ledger of claims",
         _filled(
-            f"The literature on emergent misalignment makes the claims below. Each was measured on `{meta['model']}`, "
-            f"a model that comes with this package or that anyone can name, by one command. Of {len(frame)} claims "
+            "The literature on emergent misalignment makes the claims below. One command measures each that can be, "
+            f"here on `{meta['model']}`. Of {len(frame)} claims "
             f"{counts[HOLDS]} hold here, {counts[FAILS]} do not hold or are not decided, and {counts[UNMEASURED]} "
             "cannot be measured here. A shared character is built into the world of pocket models: a claim that "
             "holds there shows that the method finds what is there, not that large models are alike."
@@ -56,7 +56,9 @@ def markdown(ledger: Ledger, beside: Sequence[Ledger] = (), command: str = "") -
             _table(columns, [_row(name, row, "replicate" in frame) for name, row in own.iterrows()]),
         ]
     if beside:
-        parts += ["## Other models", _filled("The same rows by the same command on other models: figure and verdict.")]
+        made = ", ".join(f"`{one.meta['model']}` with {_recipe(one.meta)}" for one in beside)
+        text = f"The same rows by the same command on other models, figure and verdict: {made}. What a row says of a "
+        parts += ["## Other models", _filled(text + "rank-1 adapter is said of that recipe there.")]
         parts.append(_others(ledger, beside))
     failed, missing = (frame[frame["verdict"] == verdict] for verdict in (FAILS, UNMEASURED))
     if len(failed):
@@ -107,6 +109,13 @@ def _others(ledger: Ledger, beside: Sequence[Ledger]) -> str:
             cells.append("" if row is None else f"{row['here'] or '–'}: {row['verdict']}")
         rows.append([f"[{name}](#{_anchor(name)})", *cells])
     return _table(["claim", *names], rows)
+
+
+def _recipe(meta: Mapping[str, Any]) -> str:
+    """The recipe of a ledger's fine-tunes in words."""
+    fields = str(meta["options"]).strip("{}").replace("'", "")
+    chosen = f"the recipe {meta['recipe']}" if meta["recipe"] != "the model's own" else "its own recipe"
+    return f"{chosen} ({fields})" if fields else chosen
 
 
 def _claim(ledger: Ledger, name: str, row: Any) -> list[str]:

@@ -469,13 +469,15 @@ class Session:
             return
         read: list[np.ndarray] = []
         talks = [one.messages() for one in self.asked.questions[:6]]
-        with self.changed(settings, [False] * len(talks), [0] * len(talks), [0.0] * len(talks)):
+        unchanged = self.changed(settings, [False] * len(talks), [0] * len(talks), [0.0] * len(talks))
+        with self._interruptible(), unchanged:
             said = sample(self.chat, talks, max_new_tokens=24, seed=settings.seed, progress=False)
         for answer in said:
             talk = [*talks[answer.conversation], {"role": "assistant", "content": answer.text or " "}]
             read.append(np.empty(shape))
             for at, dose in enumerate(doses):  # one small batch a dose
-                with self.changed(settings, [True] * shape[0], range(shape[0]), [dose] * shape[0]):
+                every = self.changed(settings, [True] * shape[0], range(shape[0]), [dose] * shape[0])
+                with self._interruptible(), every:
                     read[-1][:, at] = answer_logprobs(self.chat, [talk] * shape[0])
             mean = np.mean(read, axis=0)
             yield Dose(doses, mean[0], mean[0], mean[1:], False, len(read), np.stack(read)[:, 0])
