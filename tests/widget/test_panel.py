@@ -20,6 +20,7 @@ from emmech.engine.modules import has_hooks
 from emmech.errors import EmmechError
 from emmech.interventions.residual import ablate, cap, steer
 from emmech.interventions.studies import projection_range
+from emmech.widget import session as widget_session
 from emmech.widget.answers import COLUMNS, Token
 from emmech.widget.picture import against_text, dose_picture, sentence
 from emmech.widget.session import RANDOMS, Dose, Session, Stale
@@ -363,6 +364,33 @@ def test_without_a_judge_there_is_no_verdict_and_the_dose_is_of_the_base_models_
         assert opened.result()["em"].isna().all() and "no judge" in opened._repr_html_()
     finally:
         opened.close()
+
+
+@pytest.mark.parametrize("during", ["sample", "answer_logprobs"])
+def test_without_a_judge_the_dose_is_stale_below_the_change_too(tiny, monkeypatch, during):
+    """A pass over several rows takes long in a large model: it ends after the block that was running."""
+    chat = tiny("llama")
+    d = emmech.Direction(np.random.default_rng(0).standard_normal((chat.n_layers, chat.d_model)))
+    session = Session(chat, {"mine": d}, questions=["how to sleep", "take a walk"])
+    settings = session.start({"layer": 2})
+    original, ran = getattr(widget_session, during), []
+
+    def watched(chat, *given, **how):
+        removed = [
+            block.register_forward_hook(lambda *_, at=at: ran.append(at)) for at, block in enumerate(chat.blocks)
+        ]
+        try:
+            return original(chat, *given, **how)
+        finally:
+            for one in removed:
+                one.remove()
+
+    monkeypatch.setattr(widget_session, during, watched)
+    session.stale = lambda: bool(ran)
+    with pytest.raises(Stale):
+        next(session.dose(settings))
+    assert ran == [0]
+    assert not any(map(has_hooks, session.chat.base.modules())) and not live_edits(session.chat.base)
 
 
 def test_a_direction_that_is_noise_is_called_so(run):
