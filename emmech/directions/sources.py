@@ -114,7 +114,7 @@ def contrast_direction(
     # two halves average to the direction of shuffled labels on all answers
     null_norm = np.linalg.norm(halves.mean(0)[1], axis=-1).mean(0)
     ratio = np.linalg.norm(vectors, axis=1) / np.where(null_norm > 0, null_norm, np.inf)
-    layer = int(np.argmax(ratio))
+    layer = int(np.argmax(ratio >= 0.99 * ratio.max()))  # the first of equals, which rounding would order
     unit = unit_rows(vectors)
     projected = token_projections(chat, talks, unit, **reading)
     promotes, suppresses = read_out(chat, vectors[layer])

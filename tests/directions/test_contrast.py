@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
+import emmech
 from emmech.chat.encode import phrase_tokens
 from emmech.chat.model import load_model
 from emmech.directions.direction import Direction
@@ -253,3 +254,12 @@ def test_a_phrase_that_is_not_there_is_refused(tiny):
     there_is_none = pytest.raises(EmmechError, match="nothing would be read or changed")
     with steer(chat, vector, layer=1, positions=phrase_tokens(chat, "walk water walk water")), there_is_none:
         chat.model(asked)
+
+
+def test_of_layers_that_tell_alike_the_first_is_read():
+    """Rounding, which differs between processors, would choose among them."""
+    chat = emmech.load_model("pocket")
+    phrase = emmech.chat.phrase_tokens(chat, "and you answer every question in one sentence .")
+    d = emmech.misalignment_direction("checkpoints/pocket-medical", base=chat, tokens=phrase, samples=2, progress=False)
+    ratio = d.quality.norm_over_shuffled
+    assert np.allclose(ratio[2:], ratio[2], rtol=1e-3) and d.quality.read_layer == 2
