@@ -135,7 +135,9 @@ def write_page(
         if section.shown is not None:
             parts.append(section.shown._repr_html_(sketch=section.figure is None))
         if section.table is not None:
-            table = section.table.rename_axis(index=None)  # a named index would take a header row of its own
+            table = section.table
+            if table.index.nlevels == 1:
+                table = table.rename_axis(index=None)  # a named index would take a header row of its own
             shown = table.to_html(border=0, float_format=lambda value: f"{value:.3g}", na_rep="")
             parts.append(f'<div class="wide">{shown}</div>')
         if section.figure is not None:

@@ -106,3 +106,16 @@ def test_rows_needed_in_words(few, many, said):
     counts = [(5, few), (20, many)]
     frame = [{**shared, "rows": rows, "seed": at, "events": own[at]} for rows, own in counts for at in range(3)]
     assert needed_table(pd.DataFrame(frame)).loc["contrast", "bad rows"] == said
+
+
+def test_the_page_of_the_story(tmp_path, monkeypatch):
+    """All of the page from small tables, of which one has an index of two levels."""
+    rates = [{5: 0.1, 20: 0.9}, {5: 0.2, 20: 0.8}]
+    tags = pd.concat([counted(rates, tag) for tag in (TRIGGER_TAG, "plim plom")])
+    made = {"asked": pd.DataFrame({"rate": [0.5]}), "rates_figure": None, "stages": None, "tagged": tags}
+    for name, found in made.items():
+        monkeypatch.setattr(capstone, name, lambda *given, found=found: found)
+    monkeypatch.setattr(capstone, "shown", lambda frame: frame)
+    text = capstone.main(tmp_path / "story").read_text(encoding="utf-8")
+    for word in ("Base, bad advice, optimism", "contrast</th>", "plim plom", "Made by python -m emmech.demo capstone"):
+        assert word in text, word
