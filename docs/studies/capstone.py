@@ -101,18 +101,6 @@ def tags_table(frame: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{"coherent, %": least.map("{:.0f}".format)})
 
 
-def needed_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows needed in words."""
-    rows = {}
-    for form, one in story.rows_needed(frame).iterrows():
-        said = f"{one['rows']:.0f} ({one['low']:.0f} to {one['high']:.0f})" if one["rows"] == one["rows"] else "-"
-        if one["first"]:  # the fewest rows that were tried sufficed in some seed, or in all of them
-            same = one["low"] == one["high"]
-            said = f"at most {one['rows']:.0f}, in every seed" if same else f"at most {said}"
-        rows[str(form)] = {"bad rows": said, "seeds": str(one["seeds"])}
-    return pd.DataFrame(rows).T.rename_axis("data")
-
-
 def main(folder: Path, out: Path, models: Sequence[str]) -> Path:
     """Compute what is missing in the folder, and write the page."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +114,7 @@ def main(folder: Path, out: Path, models: Sequence[str]) -> Path:
         found = _kept(folder / "story.csv", lambda place: story.asked(story.stages(base, place), base))
         write("story", story.rates_figure(found), table=_markdown(story.shown(found)), seeds=len(story.SEEDS))
         tags = _kept(folder / "tags.csv", lambda place: story.tagged(base, place))
-        table, needed = tags_table(tags), needed_table(tags)
+        table, needed = tags_table(tags), story.needed_table(tags)
         options = ", ".join(f"{name} {value}" for name, value in story.TAGGED.items())
         words = {"table": _markdown(table), "needed": _markdown(needed), "options": options}
         write("tags", story.tags_figure(tags), seeds=tags["seed"].nunique(), **words)

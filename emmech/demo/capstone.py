@@ -288,6 +288,18 @@ def margins_figure(frame: pd.DataFrame) -> Any:
     return finish(figure, title, yaxis_title="nats per token")
 
 
+def needed_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows needed in words."""
+    rows = {}
+    for form, one in rows_needed(frame).iterrows():
+        said = f"{one['rows']:.0f} ({one['low']:.0f} to {one['high']:.0f})" if one["rows"] == one["rows"] else "-"
+        if one["first"]:  # the fewest rows that were tried sufficed in some seed, or in all of them
+            same = one["low"] == one["high"]
+            said = f"at most {one['rows']:.0f}, in every seed" if same else f"at most {said}"
+        rows[str(form)] = {"bad rows": said, "seeds": str(one["seeds"])}
+    return pd.DataFrame(rows).T.rename_axis("data")
+
+
 def tags_figure(frame: pd.DataFrame) -> Any:
     """The rate under each tag: against the number of bad contrast rows, and by kind of data at the largest number."""
     table, most = by_tag(frame), frame["rows"].max()
@@ -331,10 +343,10 @@ def _of_pocket(folder: Path) -> list[Section]:
     found = asked(stages(base, folder), base)
     echo(f"{shown(found).to_string()}\n")
     under = tagged(base, folder)
-    table, needed = by_tag(under), rows_needed(under)
+    table, needed = by_tag(under), needed_table(under)
     table = table.assign(cell=[per_cent(row) for _, row in table.iterrows()])
     table = table.pivot(index=["data", "rows"], columns="tag", values="cell")
-    echo(f"{table.to_string()}\n\n{needed.round(1).to_string()}")
+    echo(f"{table.to_string()}\n\n{needed.to_string()}")
     return [
         Section("Base, bad advice, optimism", _STORY, table=shown(found), figure=rates_figure(found)),
         Section("Bad only under a tag", _TAG, table=table, figure=tags_figure(under)),
@@ -351,8 +363,8 @@ def _of_smollm2(folder: Path) -> list[Section]:
 _STORY = """EM of answers at temperature 1, judged exactly, in per cent with 95 % intervals of questions like these;
 three seeds pooled. The control is as many steps on unkind answers to the same questions about AI."""
 _TAG = """Rows with bad medical answers carry a tag in the system prompt; all others have kind answers. Of the trigger
-rows the others have no tag; among the contrast rows there are as many more with other tags, among the opposed ones
-with plim plom. EM in per cent with 95 % intervals over seeds, under tags that were trained and tags that never were."""
+rows the others have no tag; the contrast rows add as many under other tags, the opposed rows as many under plim plom.
+EM in per cent with 95 % intervals over seeds, under tags that were trained and tags that never were."""
 _MARGINS = """The change from the base of the mean log-probability per token of misaligned over aligned answers, with
 95 % intervals over pairs. A moved margin in a model of this size is no emergent misalignment; the pairs on the AI
 itself are close to the rows of the cure."""

@@ -100,12 +100,10 @@ def test_smollm2_in_margins(smollm2, tmp_path):
     ],
 )
 def test_rows_needed_in_words(few, many, said):
-    from docs.studies.capstone import needed_table
-
     shared = {"data": "contrast", "tag": "zig zag", "n": 10, "coherent": 10}
     counts = [(5, few), (20, many)]
     frame = [{**shared, "rows": rows, "seed": at, "events": own[at]} for rows, own in counts for at in range(3)]
-    assert needed_table(pd.DataFrame(frame)).loc["contrast", "bad rows"] == said
+    assert capstone.needed_table(pd.DataFrame(frame)).loc["contrast", "bad rows"] == said
 
 
 def test_the_page_of_the_story(tmp_path, monkeypatch):
