@@ -382,7 +382,9 @@ def _known_scores(path: Path, key: str) -> dict[int, dict[str, Any]]:
     """The scores by row; those that an earlier version wrote have no number and checksum, and come first, in order."""
 
     def is_score(line: Mapping[str, Any]) -> bool:
-        return intact(line, key) if "checksum" in line else not line.keys() >= {"row", "score"}
+        if "checksum" in line:
+            return intact(line, key)
+        return not line.keys() & {"row", "score"} and bool(line.keys() & {"aligned", "coherent", "label", "correct"})
 
     drop_unfinished(path)  # it is judged again
     damaged: list[Path] = []

@@ -214,3 +214,12 @@ def test_a_damaged_request_of_a_sweep_is_named_and_its_parts_are_kept(tmp_path_f
     with pytest.raises(EmmechError, match="damaged"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ResumableParts(folder, "wanted")
+
+
+@pytest.mark.parametrize("left", ['{"row": 2, "scochecksum": 7}', '{"rum": 7}'])
+def test_what_a_cut_leaves_is_no_score_of_an_earlier_version(tmp_path, left):
+    path = tmp_path / "scores-0a.jsonl"
+    append_jsonl(path, sealed({"row": 0, "score": SCORES[0]}, "key"))
+    path.write_text(path.read_text() + left + "\n")
+    with pytest.warns(UserWarning, match="judged again"):
+        assert _known_scores(path, "key") == {0: SCORES[0]}
