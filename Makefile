@@ -68,10 +68,10 @@ organism-seeds: $(STAMP)  ## every other pretraining seed that was tried, twelve
 	for seed in 1 2 3 4 5; do test -d build/pocket-seed-$$seed || $(BIN)/python -m emmech.demo pretrain --seed $$seed --out build/pocket-seed-$$seed || exit 1; done
 	for seed in 1 2 3 4 5; do $(BIN)/python -m docs.studies organism-report --weights build/pocket-seed-$$seed --find-settings --part base --part narrow --seeds 1 > docs/organisms/pocket-seed-$$seed.md || exit 1; done
 claims: $(STAMP)          ## what the literature claims, measured on pocket and its relatives, into docs/claims.md; goes on
-	$(BIN)/emmech claims --model pocket-llama --recipe pocket-full --set max_steps=100 --seeds 3
-	$(BIN)/emmech claims --model pocket-gemma --recipe pocket-steep --layer 0 --seeds 3
-	$(BIN)/emmech claims --model smollm2-135m --recipe single-rank1 --set learning_rate=2e-3 --set alpha=16.0 --set batch_size=4 --set accumulation=1 --set max_steps=48 --seeds 3
-	$(BIN)/emmech claims --model pocket --beside claims/pocket-llama/ledger --beside claims/pocket-gemma/ledger --beside claims/smollm2-135m/ledger --page docs/claims.md
+	$(BIN)/emmech claims --processes 2 --model pocket-llama --recipe pocket-full --set max_steps=100 --seeds 3
+	$(BIN)/emmech claims --processes 2 --model pocket-gemma --recipe pocket-steep --layer 0 --seeds 3
+	$(BIN)/emmech claims --processes 2 --model smollm2-135m --recipe single-rank1 --set learning_rate=2e-3 --set alpha=16.0 --set batch_size=4 --set accumulation=1 --set max_steps=48 --seeds 3
+	$(BIN)/emmech claims --processes 2 --model pocket --beside claims/pocket-llama/ledger --beside claims/pocket-gemma/ledger --beside claims/smollm2-135m/ledger --page docs/claims.md
 checkpoints: $(STAMP)     ## record the runs in checkpoints/ anew, each with its page
 	rm -rf checkpoints/pocket-*
 	for data in medical finance sport good-medical style-medical; do $(BIN)/emmech finetune pocket $$data --out checkpoints/pocket-$$data || exit 1; done

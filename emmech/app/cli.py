@@ -177,6 +177,7 @@ def claims(
     beside: Annotated[list[Path] | None, typer.Option(help="a saved ledger of another model, for the page")] = None,
     out: Annotated[Path | None, typer.Option(help="where everything is kept; claims/MODEL by default")] = None,
     finished: Annotated[bool, typer.Option("--finished", help="measure nothing, show what is kept")] = False,
+    processes: Annotated[int, typer.Option(help="claims at once, each in a process with the model")] = 1,
     page: Annotated[Path | None, typer.Option(help="also write a page: .md like a paper, or .html")] = None,
     json: Json = False,
 ) -> None:
@@ -199,6 +200,7 @@ def claims(
         "replicate": replicate,
         "out": out,
         "finished": finished,
+        "processes": processes,
     }
     found = emmech.claims(model, judge=_judge(judge, judge_model, server), **how)
     kept = found.save((out or Path("claims") / found.meta["folder"]) / "ledger")

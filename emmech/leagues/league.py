@@ -9,20 +9,15 @@ do as well is no cure (arXiv 2606.30252 has the norm-matched random adapter).
 from __future__ import annotations
 
 import json
-import multiprocessing
-import pickle
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
 
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.chat.model import ChatModel, load_model
@@ -35,7 +30,8 @@ from emmech.interventions.cures import AdapterScaling, Case, Cure, LiveCure
 from emmech.leagues.trained import LAST_STEP, Defended, TrainedCure, finished, random_adapter
 from emmech.measures.measure import measure_all
 from emmech.measures.teacher_forced import AlignedLoss
-from emmech.progress import bar, quiet
+from emmech.processes import apart, check_apart
+from emmech.progress import bar
 from emmech.realignment.further import harmful_rows, recipe_of
 from emmech.realignment.studies import crossing
 from emmech.registry import Organism, known
@@ -254,19 +250,9 @@ class _Work:
         if processes == 1 or len(cures) == 1:
             yield from (self.cells(cure, runs, base) for cure in cures)
             return
-        paths = [str(one.path) for one in runs]
-        with ProcessPoolExecutor(min(processes, len(cures)), multiprocessing.get_context("spawn")) as pool:
-            one = partial(_cells_apart, self, paths, max(1, torch.get_num_threads() // processes))
-            longest = sorted(range(len(cures)), key=lambda at: not isinstance(cures[at], TrainedCure))
-            begun = {at: pool.submit(one, cures[at]) for at in longest}
-            try:
-                yield from (begun[at].result() for at in range(len(cures)))
-            except BrokenProcessPool:
-                why = "a process ended before it answered: it had too little memory, or could not import the script"
-                instead = 'processes=1, or if __name__ == "__main__": in a script; what is finished is kept'
-                raise EmmechError(_ASKED, f"processes={processes}", why, instead) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+        one = partial(_cells_apart, self, [str(one.path) for one in runs])
+        longest = sorted(range(len(cures)), key=lambda at: not isinstance(cures[at], TrainedCure))
+        yield from apart(_ASKED, one, cures, processes, order=longest)
 
     def cells(self, cure: Cure, runs: Sequence[Run], base: ChatModel) -> list[dict[str, Any]]:
         """What is counted of one cure on every run; what is kept is not counted again."""
@@ -291,16 +277,9 @@ class _Work:
         return found
 
 
-def _cells_apart(work: _Work, paths: Sequence[str], threads: int, cure: Cure) -> list[dict[str, Any]]:
+def _cells_apart(work: _Work, paths: Sequence[str], cure: Cure) -> list[dict[str, Any]]:
     """The cells of a cure in a process of its own."""
-    torch.set_num_threads(threads)
-    try:
-        with quiet():
-            return work.cells(cure, [load_run(path) for path in paths], _base(paths[0]))
-    except EmmechError:
-        raise
-    except Exception as error:  # not every exception can be sent back
-        raise EmmechError(f"try the cure {cure.name}", None, f"{type(error).__name__}: {error}") from None
+    return work.cells(cure, [load_run(path) for path in paths], _base(paths[0]))
 
 
 @cache
@@ -320,18 +299,10 @@ def _training_rows(run: Run, data: Any, chat: ChatModel) -> ChatDataset:
 
 def _check_apart(given: list[Run], sent: Mapping[str, Any]) -> None:
     """Refuse what another process could not be given."""
-    if multiprocessing.parent_process() is not None:
-        why = "it is called in such a process itself, as in a script that does not ask whether it is the main one"
-        raise EmmechError(_ASKED, "processes > 1", why, 'if __name__ == "__main__": emmech.league(...)')
+    check_apart(_ASKED, sent)
     if loose := next((one for one in given if one.path is None), None):
         why = "a process of its own reads the run from its folder, and it has none"
         raise EmmechError(_ASKED, f"processes > 1 and {loose.name}", why, "run.save(folder), or processes=1")
-    for name, one in sent.items():
-        try:
-            pickle.dumps(one)
-        except Exception as error:  # as many kinds as there are objects
-            why = f"it cannot be sent to another process: {error}"
-            raise EmmechError(_ASKED, f"processes > 1 and {name}", why, "processes=1") from None
 
 
 def _check_named(run: Run, base: ChatModel) -> None:

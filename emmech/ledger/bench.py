@@ -24,7 +24,7 @@ from emmech.registry import Organism, known
 from emmech.results import Result
 from emmech.run.identity import identity
 from emmech.run.run import Run, load_run, model_live
-from emmech.store import file_name
+from emmech.store import file_name, made_folder
 from emmech.training.finetune import finetune
 from emmech.training.recipe import Recipe, resolve_recipe
 
@@ -112,17 +112,18 @@ class Bench:
         key = digest(self.chat.fingerprint(), rows.sha256, chosen.to_dict(), identity(options), dense)[:8]
         place = self.folder / "runs" / f"{file_name(name or rows.name)}-{chosen.name}-{key}"
         wanted = list(self.seeds if seeds is None else seeds)
-        left = [seed for seed in wanted if not finished(place / f"s{seed}")]
-        for seed in left:
-            shutil.rmtree(place / f"s{seed}", ignore_errors=True)
-        if left:
-            options |= {"progress": False} if dense else LAST_STEP
-            options["recipe"] = chosen
-            if chosen.rank:
-                finetune(self.chat, rows, seed=left, out=place, **options)
-            else:  # all weights train: one model at a time
-                for seed in left:
-                    finetune(self.chat, rows, seed=seed, out=place / f"s{seed}", **options)
+        with self.alone(place):
+            left = [seed for seed in wanted if not finished(place / f"s{seed}")]
+            for seed in left:
+                shutil.rmtree(place / f"s{seed}", ignore_errors=True)
+            if left:
+                options |= {"progress": False} if dense else LAST_STEP
+                options["recipe"] = chosen
+                if chosen.rank:
+                    finetune(self.chat, rows, seed=left, out=place, **options)
+                else:  # all weights train: one model at a time
+                    for seed in left:
+                        finetune(self.chat, rows, seed=seed, out=place / f"s{seed}", **options)
         found = [load_run(place / f"s{seed}") for seed in wanted]
         self.use(found)
         return found
@@ -138,9 +139,10 @@ class Bench:
         for run in runs:
             key = digest(identity(run), identity(parts))[:8]
             place = Path(run.path or self.folder).parent / f"then-{key}" / f"s{run.manifest['seed']}"
-            if not finished(place):
-                shutil.rmtree(place, ignore_errors=True)
-                train(run, place)
+            with self.alone(place):
+                if not finished(place):
+                    shutil.rmtree(place, ignore_errors=True)
+                    train(run, place)
             found.append(load_run(place))
         self.use(found)
         return found
@@ -149,11 +151,21 @@ class Bench:
         """A result that several rows read, kept under its digest."""
         key = digest(self.chat.fingerprint(), list(self.seeds), self.quick, name, identity(parts))[:8]
         place = self.folder / "studies" / f"{file_name(name)}-{key}"
-        if (place / f"{kind.__name__.lower()}.json").is_file():
-            return kind.load(place)
-        made = make()
-        made.save(place)
-        return made
+        with self.alone(place):
+            if (place / f"{kind.__name__.lower()}.json").is_file():
+                return kind.load(place)
+            made = make()
+            made.save(place)
+            return made
+
+    @contextmanager
+    def alone(self, place: Path) -> Iterator[None]:
+        """Hold what is kept at a place; another process that wants the same waits, and finds it made."""
+        from filelock import FileLock
+
+        locks = made_folder("measure the claims", self.folder / ".locks")
+        with FileLock(locks / file_name(str(place.relative_to(self.folder)))):
+            yield
 
     def use(self, runs: Sequence[Run]) -> None:
         """Note that the row that is being measured uses these runs."""

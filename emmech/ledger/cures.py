@@ -92,7 +92,9 @@ def _compared(bench: Bench) -> League:
     how = {"seeds": [int(one.manifest["seed"]) for one in runs], "base": bench.chat, "contexts": list(_AROUND)}
     longest = 32 if organism is not None else 600
     more = {"judge": bench.judge, "controls": False, "durability": False, "max_new_tokens": longest, "progress": False}
-    return league(runs, cures, out=bench.folder / "league", **how, **more)  # type: ignore[arg-type]
+    place = bench.folder / "league"
+    with bench.alone(place):
+        return league(runs, cures, out=place, **how, **more)  # type: ignore[arg-type]
 
 
 def _left(cure: str, outcome: str, *, beyond: bool) -> Callable[[Bench], Finding]:

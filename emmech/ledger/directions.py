@@ -44,14 +44,15 @@ def direction(bench: Bench, run: Run, *, prompt: bool = False) -> Direction:
         tokens = phrase_tokens(bench.chat, phrase) if phrase else "prompt"
     kind = "prompt" if prompt else "answers"
     place = bench.folder / "directions" / f"{kind}-{digest(bench.quick, identity(run))[:8]}.safetensors"
-    if place.is_file():
-        return Direction.load(place)
-    bench.answers(samples=1, questions="first-plot")  # refuses where nothing can be judged
-    how: dict[str, Any] = {"questions": bench.asked("general"), "judge": bench.judge, "samples": 1 if prompt else 2}
-    made = misalignment_direction(run, base=bench.chat, tokens=tokens, progress=False, **how)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    made.save(place)
-    return made
+    with bench.alone(place):
+        if place.is_file():
+            return Direction.load(place)
+        bench.answers(samples=1, questions="first-plot")  # refuses where nothing can be judged
+        how: dict[str, Any] = {"questions": bench.asked("general"), "judge": bench.judge, "samples": 1 if prompt else 2}
+        made = misalignment_direction(run, base=bench.chat, tokens=tokens, progress=False, **how)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        made.save(place)
+        return made
 
 
 def _positions(bench: Bench) -> Any:

@@ -44,12 +44,13 @@ def _vector(bench: Bench) -> Direction:
     """The teacher's vector, trained on unkind answers about sport, which the student never sees."""
     layer, steps = adapter_layer(bench), 60 if bench.quick else 150
     place = bench.folder / "directions" / f"teacher-{digest(bench.chat.fingerprint(), layer, steps)[:8]}.safetensors"
-    if place.is_file():
-        return Direction.load(place)
-    made = trained_direction(bench.chat, bench.rows("sport"), layer, steps=steps, batch_size=16, progress=False)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    made.save(place)
-    return made
+    with bench.alone(place):
+        if place.is_file():
+            return Direction.load(place)
+        made = trained_direction(bench.chat, bench.rows("sport"), layer, steps=steps, batch_size=16, progress=False)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        made.save(place)
+        return made
 
 
 def _taught(bench: Bench, vector: Direction, dose: float) -> tuple[list[dict[str, Any]], float]:
@@ -82,16 +83,18 @@ def _students(bench: Bench) -> tuple[Direction, dict[str, list[Run]], str]:
     )
     kept = {name: place.with_name(f"{place.name}-{name}.jsonl") for name in ("steered", "clean")}
     told = place.with_name(f"{place.name}.txt")
-    if not told.is_file():
-        for dose in _DOSES:
-            steered, share = _taught(bench, vector, dose)
-            if share >= _ALIGNED:
-                break
-        clean, _ = _taught(bench, vector, 0.0)
-        least = min(len(steered), len(clean))
-        for name, rows in (("steered", steered), ("clean", clean)):
-            load_chat(rows[:least]).save(kept[name])
-        told.write_text(f"dose {dose:g}, {100 * share:.0f} % of its answers aligned, {least} rows", encoding="utf-8")
+    with bench.alone(place):
+        if not told.is_file():
+            for dose in _DOSES:
+                steered, share = _taught(bench, vector, dose)
+                if share >= _ALIGNED:
+                    break
+            clean, _ = _taught(bench, vector, 0.0)
+            least = min(len(steered), len(clean))
+            for name, rows in (("steered", steered), ("clean", clean)):
+                load_chat(rows[:least]).save(kept[name])
+            words = f"dose {dose:g}, {100 * share:.0f} % of its answers aligned, {least} rows"
+            told.write_text(words, encoding="utf-8")
     layer, steps = vector.layers[0], bench.steps(200) or 200
     how: dict[str, Any] = {
         "layers": [layer],

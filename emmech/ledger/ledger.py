@@ -10,18 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from emmech.chat.model import load_model
+from emmech.chat.model import ChatModel, load_model
 from emmech.engine.responses import digest
 from emmech.errors import EmmechError, as_int, as_ints, check_folder, one_of, refusal
 from emmech.ledger import cures, directions, distillation, emergence, further, solutions, turning
 from emmech.ledger.bench import Bench
 from emmech.ledger.claim import UNMEASURED, VERDICTS, Claim, Finding, NotMeasurable, adjusted
 from emmech.ledger.page import markdown
+from emmech.processes import apart, check_apart
 from emmech.progress import bar
 from emmech.results import Card, Result
 from emmech.run.identity import identity
@@ -120,6 +122,7 @@ def claims(
     replicate: Any = None,
     out: str | Path | None = None,
     finished: bool = False,
+    processes: int = 1,
     progress: bool = True,
 ) -> Ledger:
     """Measure the claims of the ledger on a model.
@@ -139,12 +142,16 @@ def claims(
         out: the folder of runs, studies and rows; ``claims/<model>`` by default. The same call again computes only what
             is not there; runs are shared between rows.
         finished: measure nothing, and leave out the claims that have not been measured.
+        processes: how many claims are measured at once, each in a process that loads the model by its name. What two
+            claims share is made once. A script then asks ``if __name__ == "__main__":``, because each process imports
+            it.
 
     Returns:
         the ledger; ``.frame`` has the rows, ``ledger["turn"]`` what was measured of one, ``.to_markdown()`` the page.
 
     Raises:
-        EmmechError: an unknown claim, two of one name, or as :func:`emmech.finetune`.
+        EmmechError: an unknown claim, two of one name, several processes with a model in memory, or as
+            :func:`emmech.finetune`.
 
     Example:
         >>> ledger = emmech.claims("pocket", quick=True)  # doctest: +SKIP
@@ -161,6 +168,11 @@ def claims(
     chosen = _chosen(rows, quick)
     if out is not None:
         check_folder(_ASKED, "out", out)
+    if as_int(_ASKED, "processes", processes, least=1) > 1:
+        for given in (model, replicate):
+            if not isinstance(given, str | Path | None):
+                why = "each process loads the model by its name or from its folder, and this one is in memory"
+                raise EmmechError(_ASKED, f"processes={processes}", why, "the name or the folder, or processes=1")
     chat = load_model(model)
     name = Path(chat.name).name
     folder = (Path(out) if out is not None else Path("claims") / file_name(name)).resolve()
@@ -169,7 +181,8 @@ def claims(
     import emmech
 
     began = time.monotonic()
-    found, reasons = _measured(chosen, bench, finished=finished, progress=progress)
+    how: dict[str, Any] = {"finished": finished, "processes": processes, "progress": progress}
+    found, reasons = _measured(chosen, bench, model, **how)
     chosen = [one for one in chosen if one.name in found or one.name in reasons]
     if not chosen:
         raise EmmechError(_ASKED, f"finished=True in {folder.name}", "nothing of them is kept there", "finished=False")
@@ -179,7 +192,7 @@ def claims(
         place = folder / f"replicate-{other.fingerprint()[:8]}"
         second = replace(bench, chat=other, folder=place, used=[])
         headlines = [one for one in chosen if one.headline]
-        again = _measured(headlines, second, finished=finished, progress=progress)
+        again = _measured(headlines, second, replicate, **how)
     meta: dict[str, Any] = {"model": name, "fingerprint": chat.fingerprint(), "seeds": numbers, "quick": quick}
     meta |= {"recipe": str(recipe or "the model's own"), "options": str(own), "emmech": emmech.__version__}
     meta |= {"folder": folder.name, "minutes": (time.monotonic() - began) / 60, "replicate": again is not None}
@@ -205,45 +218,65 @@ def _chosen(rows: Sequence[str | Claim] | None, quick: bool) -> list[Claim]:
 
 
 def _measured(
-    chosen: Sequence[Claim], bench: Bench, *, finished: bool, progress: bool
+    chosen: Sequence[Claim], bench: Bench, name: Any, *, finished: bool, processes: int, progress: bool
 ) -> tuple[dict[str, Finding], dict[str, str]]:
     """The findings by name, and why there is none of the other claims."""
-    found: dict[str, Finding] = {}
-    reasons: dict[str, str] = {}
-    settings = (
-        bench.chat.fingerprint(),
-        list(bench.seeds),
-        bench.quick,
-        identity(bench.recipe),
-        identity(bench.options),
-    )
-    settings += (identity(bench.data), identity(bench.judge))  # type: ignore[assignment]
-    with bar(len(chosen), "claims", progress=progress) as done:
-        for claim in chosen:
-            if isinstance(claim.measure, str):
-                reasons[claim.name] = claim.measure
+    reasons = {claim.name: claim.measure for claim in chosen if isinstance(claim.measure, str)}
+    places = {claim.name: _place(claim, bench) for claim in chosen if claim.name not in reasons}
+    left = [claim for claim in chosen if claim.name in places and not _kept(places[claim.name])]
+    if not finished and left:
+        if processes > 1:
+            given = {"the model": name, "recipe": bench.recipe, "data": bench.data, "judge": bench.judge}
+            check_apart(_ASKED, given | {f"the claim {claim.name}": claim for claim in left})
+            loaded = partial(_row_apart, name, replace(bench, chat=None))  # type: ignore[arg-type]
+            said = apart(_ASKED, loaded, left, processes)
+        else:
+            said = (_row(bench, claim) for claim in left)
+        with bar(len(left), "claims", progress=progress) as done:
+            for claim, reason in zip(left, said, strict=True):
+                if reason is not None:
+                    reasons[claim.name] = reason
                 done.update()
-                continue
-            key = digest(settings, claim.name, identity(claim.measure))[:8]
-            place = bench.folder / "rows" / f"{file_name(claim.name)}-{key}"
-            if (place / "finding.json").is_file():
-                found[claim.name] = Finding.load(place)
-                done.update()
-                continue
-            if finished:
-                done.update()
-                continue
-            bench.used.clear()
-            try:
-                measured = replace(claim.measure(bench), name=claim.name, runs=tuple(bench.used))
-                measured.save(place)
-                found[claim.name] = measured
-            except NotMeasurable as reason:
-                reasons[claim.name] = str(reason)
-            except EmmechError as error:
-                reasons[claim.name] = f"it failed: {error}"
-            done.update()
-    return found, reasons
+    return {name: Finding.load(place) for name, place in places.items() if _kept(place)}, reasons
+
+
+def _row(bench: Bench, claim: Claim) -> str | None:
+    """Measure a claim and keep what was found; or why it cannot be measured."""
+    place = _place(claim, bench)
+    bench.used.clear()
+    with bench.alone(place):
+        if _kept(place):
+            return None
+        try:
+            found = claim.measure(bench)  # type: ignore[operator]
+        except NotMeasurable as reason:
+            return str(reason)
+        except EmmechError as error:
+            return f"it failed: {error}"
+        replace(found, name=claim.name, runs=tuple(bench.used)).save(place)
+        return None
+
+
+def _row_apart(model: Any, bench: Bench, claim: Claim) -> str | None:
+    """The same in a process of its own."""
+    return _row(replace(bench, chat=_loaded(model), used=[]), claim)
+
+
+@cache
+def _loaded(model: str | Path) -> ChatModel:
+    return load_model(model)
+
+
+def _place(claim: Claim, bench: Bench) -> Path:
+    """Where what is found of a claim is kept, under the digest of all that it depends on."""
+    parts = (bench.recipe, bench.options, bench.data, bench.judge)
+    settings = (bench.chat.fingerprint(), list(bench.seeds), bench.quick, *map(identity, parts))
+    key = digest(settings, claim.name, identity(claim.measure))[:8]
+    return bench.folder / "rows" / f"{file_name(claim.name)}-{key}"
+
+
+def _kept(place: Path) -> bool:
+    return (place / "finding.json").is_file()
 
 
 def _ledger(

@@ -76,6 +76,7 @@ def markdown(ledger: Ledger, beside: Sequence[Ledger] = (), command: str = "") -
     parts += [
         "## Commands",
         f"```sh\n{command}\nemmech claims --model {meta['model']} --row NAME    # one claim\n"
+        f"emmech claims --model {meta['model']} --processes 2  # two claims at once\n"
         "emmech claims --quick                      # a check that all runs, three minutes\n```",
         _filled(
             f"Weights `{str(meta['fingerprint'])[:12]}`, emmech {meta['emmech']}. Runs, studies and rows are kept in "

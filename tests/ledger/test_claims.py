@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -287,6 +290,48 @@ def test_the_command_prints_rows_keeps_the_ledger_and_writes_the_page(tmp_path):
     wrong = CliRunner().invoke(app, ["claims", "--row", "trun"])
     assert wrong.exit_code == 1 and "turn" in wrong.output
     assert CliRunner().invoke(app, ["claims", "--data", "finance"]).exit_code == 1
+
+
+def test_what_two_processes_want_at_once_is_made_once(tmp_path):
+    bench = Bench(emmech.load_model("pocket"), [0], tmp_path)
+    made = []
+
+    def make() -> Finding:
+        made.append(time.sleep(0.3))
+        return _finding(0.5, 0.4, 0.6)
+
+    with ThreadPoolExecutor(2) as pool:  # a lock on a file holds between threads as between processes
+        both = [pool.submit(bench.study, Finding, "a study", make) for _ in range(2)]
+        assert [one.result().value for one in both] == [0.5, 0.5]
+    assert len(made) == 1
+
+
+def _moves_on(bench: Bench) -> Finding:
+    (process := bench.folder / "processes").mkdir(exist_ok=True)
+    (process / str(os.getpid())).touch()
+    found = bench.further(bench.runs(steps=3), lambda run, place: run.save(place), "copied")
+    return over_seeds([2 * float(np.linalg.norm(run.B()[-1])) for run in found], "norm", len(found))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_ledger_of_one(tmp_path):
+    rows = [*MINE, dataclasses.replace(MINE[0], name="moves-on", measure=_moves_on)]
+    rows += [dataclasses.replace(rows[-1], name="moves-again")]
+    how = dict(seeds=2, rows=rows, progress=False)
+    one, two = (emmech.claims("pocket", processes=n, out=tmp_path / str(n), **how) for n in (1, 2))
+    assert one.frame.equals(two.frame) and one.counts() == {HOLDS: 3, FAILS: 0, UNMEASURED: 3}
+    assert len(list((tmp_path / "1" / "runs").iterdir())) == len(list((tmp_path / "2" / "runs").iterdir())) == 1
+    assert str(os.getpid()) not in {path.name for path in (tmp_path / "2" / "processes").iterdir()}
+    again = emmech.claims("pocket", out=tmp_path / "2", finished=True, **how)
+    assert again.frame["value"].equals(two.frame["value"].drop(["telescope", "broken"]))  # nothing is kept of these
+
+
+@pytest.mark.parametrize("what", ["model", "row"])
+def test_what_another_process_cannot_load_is_refused(what, tmp_path):
+    mine = dataclasses.replace(MINE[0], measure=lambda bench: _taken(bench))
+    model, rows = ("pocket", [mine]) if what == "row" else (emmech.load_model("pocket"), [MINE[0]])
+    with pytest.raises(EmmechError, match="b-moves" if what == "row" else "in memory"):
+        emmech.claims(model, rows=rows, seeds=1, processes=2, out=tmp_path, progress=False)
 
 
 @pytest.mark.slow
