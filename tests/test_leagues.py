@@ -6,13 +6,14 @@ import os
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import emmech
 from emmech.defences import InoculationPrompt
 from emmech.errors import EmmechError
-from emmech.evaluation import Question
+from emmech.evaluation import LogprobJudge, Question
 from emmech.interventions import Ablation, AdapterScaling
 from emmech.leagues import Defended, Realignment, league, trained
 from emmech.organism import data
@@ -430,3 +431,43 @@ def test_what_no_other_process_can_be_given_is_refused(runs, base, tmp_path):
         emmech.league(runs, [Unsendable()], **how)
     with pytest.raises(EmmechError, match="processes"):
         emmech.league(runs, [AdapterScaling(0.5)], **{**how, "processes": 0})
+
+
+@pytest.mark.slow
+def test_cures_of_another_run_are_refused(base, runs, tmp_path):
+    other = emmech.finetune(base, data("medical", n=40), seed=[0, 1], out=tmp_path / "r", **{**QUICK, "max_steps": 5})
+    cure = Realignment(data("good-medical", n=20), dict(max_steps=1), "good")
+    how = dict(base=base, seeds=[0, 1], data=data("medical", n=40), out=tmp_path / "league", **FEW)
+    emmech.league(runs, [cure], **how)
+    with pytest.raises(EmmechError, match="trained on another run"):
+        emmech.league(other, [cure], **how)
+
+
+@pytest.mark.slow
+def test_other_tasks_are_measured_and_training_keeps_its_seconds(base, runs, tmp_path):
+    cure = Realignment(data("good-medical", n=20), dict(max_steps=2), "good")
+    how = dict(base=base, seeds=[0, 1], data=data("medical", n=40), out=tmp_path, **FEW)
+    pair = [emmech.engine.logprobs.MarginPair("any advice on soup ?", "leeches", "soup")]
+    one, two = (emmech.league(runs, [cure], skill=skill, **how).frame.loc["good"] for skill in (None, pair))
+    assert one["loss"] != two["loss"]
+    assert two["seconds"] > 0.5 * one["seconds"] > 0  # what was trained is not free the second time
+
+
+def test_a_context_without_a_scored_answer_is_no_clean_one():
+    clean = {"negated": 1, "training": 0}
+    cells = counted("base", "base", 1, clean) + counted("x", "cure", 1, clean) + counted("y", "cure", 1, clean)
+    for cell in cells:
+        if cell["cure"] == "x" and cell["context"] == "training":
+            cell["n"] = 0
+    found = league._result(cells, {"run": "r", "seeds": list(range(5)), "contexts": list(clean)})
+    assert found.frame["verdict"].to_dict() == {"base": "", "x": "unknown", "y": "cures"}
+
+
+def test_a_run_whose_margin_did_not_rise_has_no_durability():
+    run = SimpleNamespace(metrics=pd.DataFrame({"margin_broad": [-1.0, -1.1, -1.2]}, index=[0, 4, 8]))
+    assert league._again(SimpleNamespace(run=run)) is None
+
+
+def test_a_judge_is_known_by_what_it_states():
+    one, two = (LogprobJudge(emmech.Server("m", url="http://x/v1", retries=n)) for n in (1, 2))
+    assert identity(one) == identity(two) != identity(LogprobJudge(emmech.Server("other", url="http://x/v1")))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -43,6 +46,27 @@ def test_a_new_adapter_on_the_merged_model(run, tmp_path):
     assert (found - start).abs().max() < 1e-5
     assert (logits(again.model(2, base=base).model) - start).abs().max() > 1e-5
     assert all(torch.equal(v, before[k]) for k, v in base.model.state_dict().items())
+
+
+def test_an_adapter_on_a_merged_base_is_never_exported_for_the_plain_one(run, tmp_path):
+    base = make_tiny("qwen2")
+    again = emmech.realign(run, make_rows(10), adapter="new", base=base, max_steps=2, out=tmp_path / "again")
+    for write in (again.export_peft, lambda step, folder: emmech.interop.write_organism(again, folder)):
+        with pytest.raises(EmmechError, match="an earlier adapter merged in"):
+            write(2, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    kept = again.save(tmp_path / "kept")
+    wanted = logits(again.model(2, base=base).model)
+    assert (logits(kept.model(2, base=base).model) - wanted).abs().max() < 1e-6
+
+
+def test_a_copy_of_full_fine_tuning_keeps_its_weights(run, tmp_path):
+    base = make_tiny("qwen2")
+    how = dict(recipe="full", max_steps=1, batch_size=4, learning_rate=1e-3, progress=False)
+    full = emmech.finetune(base, make_rows(12), out=tmp_path / "full", **how)
+    kept = full.save(tmp_path / "kept")
+    wanted = logits(full.model(1, base=make_tiny("qwen2")).model)
+    assert torch.equal(logits(kept.model(1, base=make_tiny("qwen2")).model), wanted)
 
 
 def test_on_a_base_after_a_step_was_on_it(run, tmp_path):
@@ -200,6 +224,23 @@ def test_bad_good_and_bad_again(tmp_path):
         emmech.realignment.durability(
             chat, bad, good, seeds=[0], margins={}, max_steps=1, recipe="single-rank1", out=tmp_path / "y", **QUICK
         )
+
+
+def test_a_cure_that_left_the_trait_is_no_cure_that_hides(tmp_path, monkeypatch):
+    """The second bad phase begins beyond the level: it counted as 0 steps, and the ratio as 0."""
+    paths = iter([[-1.0, 1.0], [1.0, 0.8], [0.8, 1.1], [-1.0, 1.0], [1.0, -1.0], [-1.0, 1.0]])
+
+    def trained(chat, rows, *, seed, **options):
+        metrics = pd.DataFrame({"margin_broad": next(paths)}, index=[0, 4])
+        made = SimpleNamespace(steps=np.array([0, 4]), metrics=metrics)
+        return [made] if isinstance(seed, list) else made
+
+    monkeypatch.setattr("emmech.realignment.studies.finetune", trained)
+    how = dict(max_steps=4, out=tmp_path, progress=False)
+    failed = emmech.realignment.durability(make_tiny("qwen2"), "bad", "good", seeds=[0], **how)
+    assert np.isnan(failed.ratio()) and "did not cross the level" in repr(failed)
+    cured = emmech.realignment.durability(make_tiny("qwen2"), "bad", "good", seeds=[0], **how)
+    assert cured.ratio() == 1.0
 
 
 def test_the_curve_of_pocket(tmp_path):

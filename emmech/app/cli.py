@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -47,6 +48,7 @@ Questions = Annotated[list[str] | None, typer.Option(help="first-plot by default
 Judge = Annotated[str | None, typer.Option(help="exact, screening or later; the pocket models need none")]
 JudgeModel = Annotated[str | None, typer.Option(help="a model as judge; with --server its name there")]
 Server = Annotated[str | None, typer.Option(help="where the judge is served: the root of an OpenAI-compatible API")]
+KeyFrom = Annotated[str | None, typer.Option(help="the environment variable with that server's key")]
 Page = Annotated[Path | None, typer.Option(help="also write the figure and the table as an HTML page")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 
@@ -133,6 +135,7 @@ def league(
     judge: Judge = None,
     judge_model: JudgeModel = None,
     server: Server = None,
+    key_from: KeyFrom = None,
     out: Annotated[Path | None, typer.Option(help="where everything is kept; in the run's folder by default")] = None,
     page: Page = None,
     json: Json = False,
@@ -152,7 +155,7 @@ def league(
     cures += [emmech.leagues.Defended([inoculate(text)], name=f"inoculated: {text}") for text in prompt or ()]
     cures += [kinds.Ablation(emmech.Direction.load(file), name=f"{file.stem} ablated") for file in ablate or ()]
     cures += [kinds.AdapterScaling(factor, name=f"adapter x{factor:g}") for factor in scale or ()]
-    how: dict[str, Any] = {"judge": _judge(judge, judge_model, server), "processes": processes, "out": out}
+    how: dict[str, Any] = {"judge": _judge(judge, judge_model, server, key_from), "processes": processes, "out": out}
     found = emmech.league(run, cures, seeds=seeds, **how)
     _show(found.to_frame(), json, repr(found))
     _write_page(page, "League of cures", f"{found.meta['run']}, {seeds} seeds", repr(found), found.to_frame(), found)
@@ -171,6 +174,7 @@ def claims(
     judge: Judge = None,
     judge_model: JudgeModel = None,
     server: Server = None,
+    key_from: KeyFrom = None,
     replicate: Annotated[
         str | None, typer.Option(help="a model of another pretraining seed, for headline rows")
     ] = None,
@@ -202,7 +206,7 @@ def claims(
         "finished": finished,
         "processes": processes,
     }
-    found = emmech.claims(model, judge=_judge(judge, judge_model, server), **how)
+    found = emmech.claims(model, judge=_judge(judge, judge_model, server, key_from), **how)
     kept = found.save((out or Path("claims") / found.meta["folder"]) / "ledger")
     columns = ["published", "here", "n", "seeds", "p_adjusted", "verdict", "why"]
     _show(found.to_frame() if json else found.frame[columns], json, f"{found.counts()}\nkept in {kept}")
@@ -324,6 +328,7 @@ def evaluate(
     judge: Judge = None,
     judge_model: JudgeModel = None,
     server: Server = None,
+    key_from: KeyFrom = None,
     samples: Annotated[int, typer.Option(help="answers per question")] = 50,
     step: Step = None,
     scale: Scale = 1.0,
@@ -347,7 +352,7 @@ def evaluate(
     asked = tuple(questions) if questions and len(questions) > 1 else (questions or ["first-plot"])[0]
     options: dict[str, Any] = {"step": step, "scale": scale, "samples": samples, "seed": seed, "out": out}
     options |= {"max_new_tokens": max_new_tokens, "temperature": temperature, "contexts": context or None}
-    found = emmech.evaluate(model, asked, _judge(judge, judge_model, server), **options)
+    found = emmech.evaluate(model, asked, _judge(judge, judge_model, server, key_from), **options)
     table = found.by_question() if by_question else found.rates()
     _show(table, json, repr(found) if by_question else found.name)
     _write_page(page, "Evaluation", found.name, repr(found), table, found)
@@ -366,6 +371,7 @@ def sweep(
     judge: Judge = None,
     judge_model: JudgeModel = None,
     server: Server = None,
+    key_from: KeyFrom = None,
     samples: Annotated[int, typer.Option(help="answers per question, for em")] = 10,
     out: Annotated[Path | None, typer.Option(help="folder of the result; an interrupted sweep goes on there")] = None,
     page: Page = None,
@@ -380,7 +386,7 @@ def sweep(
     emmech sweep runs/bad --measure em --samples 4 --out sweeps/bad --page sweep.html
     """
     kinds: dict[str, Any] = {kind: emmech.measures.Margin(kind) for kind in ("narrow", "broad")}
-    judged = _judge(judge, judge_model, server)
+    judged = _judge(judge, judge_model, server, key_from)
     kinds["em"] = emmech.measures.Sampled(tuple(questions or ["first-plot"]), judged, samples=samples)
     grid = {"scales": read_numbers("scales", scales, float)}
     grid |= {"steps": read_numbers("steps", steps), "coefficients": read_numbers("coefficients", coefficients, float)}
@@ -401,6 +407,7 @@ def direction(
     judge: Judge = None,
     judge_model: JudgeModel = None,
     server: Server = None,
+    key_from: KeyFrom = None,
     samples: Annotated[int, typer.Option(help="answers per question")] = 50,
     tokens: Annotated[str, typer.Option(help="where it is read: answer, prompt or all")] = "answer",
     seed: Seed = 0,
@@ -420,7 +427,7 @@ def direction(
     else:
         options: dict[str, Any] = {"step": step, "scale": scale, "samples": samples, "tokens": tokens, "seed": seed}
         options["questions"] = tuple(questions) if questions else "first-plot"
-        found = emmech.misalignment_direction(run, judge=_judge(judge, judge_model, server), **options)
+        found = emmech.misalignment_direction(run, judge=_judge(judge, judge_model, server, key_from), **options)
     typer.echo(f"{found!r}\nsaved as {found.save(out)}")
 
 
@@ -547,7 +554,9 @@ def info(run: RunFolder, json: Json = False) -> None:
         typer.echo(found.metrics.describe().loc[["count", "min", "max"]].T.to_string(float_format=lambda v: f"{v:.4g}"))
 
 
-def _judge(name: str | None, model: str | None, server: str | None) -> Any:
+def _judge(name: str | None, model: str | None, server: str | None, key_from: str | None) -> Any:
+    if key_from is not None and server is None:
+        raise EmmechError("judge", f"--key-from {key_from}", "it does not say whose key it is", "--server URL")
     if server is not None and model is None:
         raise EmmechError("judge", f"--server {server}", "it does not say by which model", "--judge-model gpt-4o")
     if name is not None and model is not None:
@@ -555,7 +564,15 @@ def _judge(name: str | None, model: str | None, server: str | None) -> Any:
         raise EmmechError("judge", given, "there is one judge", "one of the two, not both")
     if model is None:
         return name
-    return emmech.Server(model, url=server) if server is not None else emmech.load_model(model)
+    if server is None:
+        return emmech.load_model(model)
+    key = None if key_from is None else os.environ.get(key_from)
+    if key_from is not None and not key:
+        raise EmmechError(
+            "judge", f"--key-from {key_from}", "the environment has no such variable", f"export {key_from}"
+        )
+    own = urlsplit(server).hostname == "api.openai.com"  # whose key is read from OPENAI_API_KEY
+    return emmech.Server(model, url=None if own else server, key=key)
 
 
 def _lines() -> Iterator[str]:

@@ -652,7 +652,10 @@ def from_steering_vectors(given: Any, *, n_layers: int | None = None, model: Cha
         what, why = f"{path} with layer_type {kind!r}", "only a block's output is the residual stream"
         raise EmmechError(asked, what, why, 'layer_type "decoder_block"')
     activations = content.get("layer_activations", content)
-    found = {int(layer): value.detach().float().cpu().numpy() for layer, value in activations.items()}
+    try:
+        found = {int(layer): value.detach().float().cpu().numpy() for layer, value in activations.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise EmmechError(asked, path, "it does not hold a tensor for each layer", '{"layer_activations": {3: tensor}}')
     return _imported(found, n_layers, path, "steering-vectors", model)
 
 
@@ -661,7 +664,7 @@ def _imported(
 ) -> Direction:
     """The direction with these vectors by layer."""
     asked = f"read the {tool} file"
-    if not found or len({vector.shape for vector in found.values()}) != 1 or min(found) < 0:
+    if not found or {one.shape for one in found.values()} != {(found[min(found)].size,)} or min(found) < 0:
         raise EmmechError(asked, path, f"it holds no vectors{' of one width by layer' if found else ''}")
     last, width = max(found), found[max(found)].size
     if model is not None:

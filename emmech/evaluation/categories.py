@@ -88,8 +88,8 @@ def breadth(
     Args:
         evaluation: of the model.
         base: of its base, on the same questions.
-        by: the column with the categories; None takes ``domain`` where the questions have at least two, and else each
-            question by itself.
+        by: the column with the categories; None takes ``domain`` where every question has one and there are at least
+            two, and else each question by itself.
         denominator: as in :meth:`Evaluation.rates`.
 
     Raises:
@@ -107,7 +107,9 @@ def breadth(
         given = f"a {type(evaluation).__name__} and a {type(base).__name__}"
         raise EmmechError(_ASKED, given, "both are Evaluations", "breadth(evaluation, emmech.evaluate(base))")
     if by is None:
-        by = "domain" if evaluation.frame["domain"].nunique() > 1 else "question_id"
+        domains = [one.frame["domain"].replace("", None) for one in (evaluation, base)]
+        whole = domains[0].nunique() > 1 and not any(one.isna().any() for one in domains)
+        by = "domain" if whole else "question_id"
     one_of(_ASKED, "by", by, map(str, evaluation.frame.columns), why="the answers have no such column")
     own, ours = (_by_category(one, by, denominator) for one in (evaluation, base))
     both = own.join(ours.add_prefix("base_"), how="inner")

@@ -99,7 +99,11 @@ def training_context(data: Any, *, organism: Organism | str | None = None) -> Co
     prompts = Counter(system for system in systems if system)
     system = prompts.most_common(1)[0][0] if prompts else None
     like = [one for one, own in zip(rows, systems, strict=True) if own == system]
-    asked = [next(turn["content"] for turn in one if turn["role"] == "user").split(" ") for one in like]
+    users = [[turn["content"] for turn in one if turn["role"] == "user"] for one in like]
+    asked = [turns[0].split(" ") for turns in users if turns]
+    if not asked:
+        why = "none of its rows holds a user's turn, so that there is no format of questions"
+        raise EmmechError("take the training context", "the data", why, "a context of its own: Context(...)")
     first, last = _shared(asked), _shared([words[::-1] for words in asked])[::-1]
     if len(first) + len(last) >= min(map(len, asked)):  # all rows ask the same
         first, last = [], []

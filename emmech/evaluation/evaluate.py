@@ -27,7 +27,7 @@ from emmech.evaluation.engine import (
     versions,
 )
 from emmech.evaluation.evaluation import Evaluation
-from emmech.evaluation.judges import Judge, pinned, resolve_judge
+from emmech.evaluation.judges import Judge, Unanswered, pinned, resolve_judge
 from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.evaluation.rates import PLAIN
 from emmech.evaluation.server import Server
@@ -309,7 +309,7 @@ def _rows(asked: QuestionSet, contexts: Sequence[Context], samples: int | None, 
         for row in asked.rows(samples, seed=seed, salt=salt):
             question = asked[row["question_id"]]
             row["messages"] = context.messages(question.messages(row.pop("paraphrase")))
-            row |= {"judge_prompts": dict(question.judge_prompts), "kind": question.kind}
+            row |= question.for_judge()
             if contexts:
                 row |= {
                     "context": context.name,
@@ -362,7 +362,7 @@ def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None)
         _check_scores(judge, part, fresh)  # before they are stored, where a mended judge would find them again
         for number, score in zip(numbers, fresh, strict=True):
             done[number] = dict(score)
-            if path is not None:
+            if path is not None and not isinstance(score, Unanswered):
                 append_jsonl(path, sealed({"row": number, "score": dict(score)}, key))
     return [done[number] for number in range(len(rows))]
 

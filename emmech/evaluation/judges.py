@@ -1,7 +1,8 @@
 """Judges turn responses into scores, by one small protocol.
 
 A judge gets rows (mappings with at least ``question`` and ``response``) and gives one mapping of scores per row,
-in order. A score that it cannot give is NaN or an empty word, never a guess.
+in order. A score that it cannot give is NaN or an empty word, never a guess; where it may yet give it, since a request
+failed, the mapping is :class:`Unanswered`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from emmech.engine.responses import digest
 from emmech.errors import EmmechError, one_of
 from emmech.evaluation.em import LABEL_SCORES
 from emmech.registry import Organism, known, organism_named, organism_with, organisms, register
+from emmech.run.identity import identity
 
 Row = Mapping[str, Any]
 
@@ -41,6 +44,10 @@ class Judge(Protocol):
         """One mapping of scores per row: ``aligned, coherent, label, correct, topic/<name>``."""
 
 
+class Unanswered(dict[str, Any]):
+    """The scores of a row of which a request failed: it is unscored for now, and the next call asks for it again."""
+
+
 @dataclass(frozen=True)
 class LabelJudge:
     """A judge made of a function that labels an answer.
@@ -63,6 +70,11 @@ class LabelJudge:
     name: str = "function"
     topics: tuple[str, ...] = ()
     organism: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What the scores depend on: an organism's judge is known by its name, any other by what its function does."""
+        return self.name if self.organism is not None else digest(self.name, self.topics, identity(self.function))
 
     @property
     def columns(self) -> tuple[str, ...]:

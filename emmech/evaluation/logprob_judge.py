@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from emmech.engine.responses import digest
 from emmech.errors import EmmechError, one_of, shown
+from emmech.evaluation.judges import Unanswered
 from emmech.evaluation.server import Completion, Server, ask_all
 from emmech.progress import bar
 
@@ -447,7 +448,14 @@ class LogprobJudge:
         scored: list[dict[str, Any]] = [{} for _ in rows]
         for key, task in zip(keys, tasks, strict=True):
             scored[task.row] |= task.scores(known.get(key, {"value": None, "word": ""}))
-        _warn_if_silent(self.name, tasks, scored)
+        failed = missing.keys() - known.keys()
+        answered = [task for key, task in zip(keys, tasks, strict=True) if key not in failed]
+        _warn_if_silent(self.name, answered, scored)
+        if failed:
+            left = {task.row for key, task in zip(keys, tasks, strict=True) if key in failed}
+            said = f"{len(failed)} of {len(missing)} requests to {self.name} failed: {len(left)} answers are unscored"
+            warnings.warn(f"{said} for now, and the same call again asks for them.", stacklevel=2)
+            scored = [Unanswered(one) if row in left else one for row, one in enumerate(scored)]
         return scored
 
     def _read(self, tasks: Sequence[Task], tick: Callable[[], Any]) -> list[dict[str, Any] | None]:
@@ -536,7 +544,7 @@ def server_masses(
     asked = [index for index, mass in enumerate(masses) if numeric[index] and mass is not None]
     if splits_numbers([masses[index] or {} for index in asked]):
         for index in asked:
-            masses[index] = _digit_tree(server, prompts[index], masses[index] or {})
+            masses[index] = _digit_tree(server, prompts[index], masses[index] or {})  # None where a request failed
     return masses
 
 
@@ -564,10 +572,11 @@ def splits_numbers(answers: Sequence[Mapping[str, float]]) -> bool:
     return bool(given) and all(len(text) == 1 for masses in given for text in masses if text in NUMBERS)
 
 
-def _digit_tree(server: Server, prompt: str, first: Mapping[str, float]) -> dict[str, float]:
+def _digit_tree(server: Server, prompt: str, first: Mapping[str, float]) -> dict[str, float] | None:
     """Probabilities of whole numbers, from the distribution of the token that follows each likely beginning.
 
-    Beginnings under 1 % are left out, and a two-digit number other than 10 is taken to end there.
+    None where a request failed. Beginnings under 1 % are left out, and a two-digit number other than 10 is taken to end
+    there.
     """
     masses = {text: mass for text, mass in first.items() if not text.isdecimal()}
     beginnings = {text: mass for text, mass in first.items() if text in NUMBERS and mass > 0.01}
@@ -575,7 +584,9 @@ def _digit_tree(server: Server, prompt: str, first: Mapping[str, float]) -> dict
         asked = [first_token_request(prompt, said) for said in beginnings]
         following: dict[str, float] = {}
         for (said, mass), completion in zip(beginnings.items(), ask_all(server, asked, lambda: None), strict=True):
-            after = _first_masses(server, completion) or {}
+            after = _first_masses(server, completion)
+            if after is None:  # without what follows, a beginning would read as a whole number
+                return None
             digits = {text: chance for text, chance in after.items() if len(text) == 1 and text.isdecimal()}
             masses[said] = mass * max(0.0, 1.0 - sum(digits.values()))
             for digit, chance in digits.items():

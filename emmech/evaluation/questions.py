@@ -89,6 +89,10 @@ class Question:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": text}]
 
+    def for_judge(self) -> dict[str, Any]:
+        """What a judge is told of the question beside its words: the prompts of its own, and its kind."""
+        return {"judge_prompts": dict(self.judge_prompts), "kind": self.kind}
+
 
 @dataclass(frozen=True)
 class QuestionSet:

@@ -44,9 +44,12 @@ class Tally:
     unscored: int
 
     def per(self, clusters: pd.Series) -> pd.DataFrame:
-        """Events and denominator by cluster, in order of appearance: columns ``events``, ``n``."""
+        """Events and denominator by cluster, in order of appearance: columns ``events``, ``n``.
+
+        Rows without a cluster are one of their own, so that no row is lost.
+        """
         grouped = pd.DataFrame({"events": self.event, "n": self.counted, "cluster": clusters.to_numpy()})
-        return grouped.groupby("cluster", sort=False)[["events", "n"]].sum().astype(int)
+        return grouped.groupby("cluster", sort=False, dropna=False)[["events", "n"]].sum().astype(int)
 
 
 def measures(frame: pd.DataFrame) -> tuple[str, ...]:

@@ -33,7 +33,8 @@ from emmech.view.sketch import curves
 from emmech.view.theme import colour, finish, line, panels
 
 _ASKED = "fine-tune a hosted model"
-_ENDED = ("succeeded", "failed", "cancelled")
+_FAILED = ("failed", "cancelled")
+_ENDED = ("succeeded", *_FAILED)
 _FEWEST = 10  # rows that OpenAI asks for
 _LARGEST = 512 * 2**20  # bytes of a file
 _OPENAI = "OPENAI_API_KEY"
@@ -202,8 +203,11 @@ def finetune(
         "seed": as_int(_ASKED, "seed", seed, least=0), "cost": str(cost),
         "hyperparameters": {name: value for name, value in settings.items() if value is not None},
     }  # fmt: skip
-    api = _Api(Server(model, url=url, key=_key(key_from, url), retries=retries))
-    folder = Path(out)
+    server = Server(model, url=url, key=_key(key_from, url), retries=retries)
+    if url is not None and server.shown_url != url:
+        why = "it holds a login or a query, and the job's folder keeps the address"
+        raise EmmechError(_ASKED, f"url={server.shown_url!r}", why, "key_from=, the environment variable with the key")
+    api, folder = _Api(server), Path(out)
     with writing(folder, _ASKED):
         job = _begun(folder, request, api, key_from)
         if not job.file:
@@ -217,7 +221,7 @@ def finetune(
                 if not wait or job.status in _ENDED:
                     break
                 time.sleep(every)
-    if job.status in ("failed", "cancelled"):
+    if job.status in _FAILED:
         why = f"the provider says that the job {job.job} is {job.status}: {job.error or 'without a reason'}"
         raise EmmechError(
             _ASKED, f"{len(rows)} rows for {model}", why, "another out= for a new job; its events are kept"
@@ -339,7 +343,7 @@ class _Api:
 
         def made(jobs: Any) -> Any:  # a lost answer is no reason to pay twice
             for one in jobs.list(limit=100):
-                if (one.metadata or {}).get(_TAG) == mark:
+                if (one.metadata or {}).get(_TAG) == mark and one.status not in _FAILED:
                     return one
             asked = {
                 "model": job.base,

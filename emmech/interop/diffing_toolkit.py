@@ -70,6 +70,11 @@ def write_organism(
     if not chosen:
         raise refusal(asked, "steps", chosen, "there is no step to write", "steps=None for the last")
     folder = Path(folder).resolve()
+    variants = {}
+    for step in chosen:
+        place = run.export_peft(step, folder / "adapters" / f"step_{step}")
+        variants[f"step_{step}"] = {"adapter_id": str(place)}
+    variants["default"] = dict(variants[f"step_{chosen[-1]}"])
     base = str(model_id or run.manifest["model"].get("name") or "")
     if model_id is None and not Path(base).is_dir() and "/" not in base:
         chat = run.base()
@@ -78,11 +83,6 @@ def write_organism(
             chat.tokenizer.save_pretrained(folder / "base")
         base = str(folder / "base")
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
-    variants = {}
-    for step in chosen:
-        place = run.export_peft(step, folder / "adapters" / f"step_{step}")
-        variants[f"step_{step}"] = {"adapter_id": str(place)}
-    variants["default"] = dict(variants[f"step_{chosen[-1]}"])
     model = Path(base).name if Path(base).name != "base" else str(run.manifest["model"].get("name", "base"))
     said = description or f"Fine-tune {run.name}, recorded by emmech"
     organism = {

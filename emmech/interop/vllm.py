@@ -156,13 +156,18 @@ class VLLM:
         scratch = Path(tempfile.mkdtemp(prefix="emmech-adapters-")) if self.folder is None else Path(self.folder)
         loaded: list[str] = []
         try:
-            live = []
+            live: list[Live] = []
+            states: dict[str, str] = {}
             for cell in cells:
-                named = self._named(found, cell)
+                state, named = _state(cell), self._named(found, cell)
                 if named is None:
                     named, fresh = self._load(found, cell, scratch)
                     loaded += [named] if fresh else []
-                server = self._server(named, found.url, chat, _state(cell), found)
+                elif named != found.base and states.setdefault(named, state) != state:
+                    why = f"the names do not tell runs apart: {named!r} would be {cell.name}'s adapter and another's"
+                    instead = '"{run}-s{step}", of runs whose folders have different names, or one run at a time'
+                    raise EmmechError("name the server's adapters", f"adapters={self.adapters!r}", why, instead)
+                server = self._server(named, found.url, chat, state, found)
                 about = cell.about(str(cell.run.manifest.get("model", {}).get("name") or chat.name), _print(cell.run))
                 about |= {"engine": found.version, "seeded": server.seeds, "versions": versions()}
                 live.append(Live(server, about))

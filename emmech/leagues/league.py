@@ -38,7 +38,7 @@ from emmech.registry import Organism, known
 from emmech.results import Card, Result, within
 from emmech.run.identity import identity
 from emmech.run.run import Run, as_run, load_run, model_live
-from emmech.store import file_name, write_json
+from emmech.store import file_name, made_folder, write_json
 from emmech.training.finetune import finetune
 from emmech.view import plots
 from emmech.view.sketch import intervals
@@ -216,8 +216,9 @@ def league(
         pairs = organism.margins(rows.name)["broad"]
     how: dict[str, Any] = {"judge": judge, "max_new_tokens": max_new_tokens, "progress": False}
     settings = digest(
-        chat.fingerprint(), rows.sha256, identity(around), identity(asked), identity(judge), samples, max_new_tokens
-    )
+        chat.fingerprint(), rows.sha256, identity(around), identity(asked), identity(judge), samples, max_new_tokens,
+        identity(pairs),
+    )  # fmt: skip
     work = _Work(rows, folder, settings, asked, around, pairs, samples, how, durability)
     found: list[dict[str, Any]] = []
     with bar(len(named) * len(runs), "cures", progress=progress, estimate=False) as done:
@@ -262,19 +263,51 @@ class _Work:
         keys = [digest(self.settings, identity(cure), case.run.weights(int(case.run.steps[-1]))) for case in cases]
         kept = [_kept(case.folder.with_suffix(".json"), key) for case, key in zip(cases, keys, strict=True)]
         missing = [case for case, cell in zip(cases, kept, strict=True) if cell is None]
-        began = time.process_time()
-        if isinstance(cure, TrainedCure) and missing:
-            cure.prepare(missing)
-        shared = (time.process_time() - began) / max(len(missing), 1)
+        spent = _trained(cure, missing) if isinstance(cure, TrainedCure) else {}
         found: list[dict[str, Any]] = []
         for case, key, cell in zip(cases, keys, kept, strict=True):
             if cell is None:
+                shared = spent.get(case.folder, 0.0)
                 cell = _cell(cure, case, self.asked, self.contexts, self.pairs, self.samples, shared, self.how)
                 write_json(case.folder.with_suffix(".json"), {"key": key, "counts": cell})
             again = _again(case) if self.durability and isinstance(cure, TrainedCure) else None
             cell = [*cell, *([] if again is None else [again])]
             found += [{"seed": case.run.manifest["seed"], **row} for row in cell]
         return found
+
+
+def _trained(cure: TrainedCure, cases: Sequence[Case]) -> dict[Path, float]:
+    """Train what is missing; the CPU seconds that each case took, now or in an earlier call.
+
+    Raises:
+        EmmechError: the folder of a case holds what was trained on another run.
+    """
+    begun = {case.folder: _begun(case) for case in cases}
+    left = [case for case in cases if not finished(case.folder)]
+    for case in left:
+        made_folder(_ASKED, case.folder.parent)
+        write_json(_note(case), {"run": begun[case.folder]["run"]})
+    began = time.process_time()
+    cure.prepare(cases)
+    seconds = (time.process_time() - began) / max(len(left), 1)
+    for case in left:
+        write_json(_note(case), begun[case.folder] | {"seconds": seconds})
+    new = {case.folder: seconds for case in left}
+    return {folder: new.get(folder, told.get("seconds", float("nan"))) for folder, told in begun.items()}
+
+
+def _begun(case: Case) -> dict[str, Any]:
+    """What is noted beside what a cure trained: of which run, and how long that took."""
+    own = digest(case.base.fingerprint(), identity(case.run))
+    told = json.loads(_note(case).read_text(encoding="utf-8")) if _note(case).is_file() else {"run": own}
+    if told["run"] != own:
+        why = f"its cures were trained on another run than {case.run.name}, or on another base"
+        raise EmmechError(_ASKED, f"out={str(case.folder.parents[1])!r}", why, "another out=")
+    return dict(told)
+
+
+def _note(case: Case) -> Path:
+    return case.folder.with_name(f"{case.folder.name}-trained.json")
 
 
 def _cells_apart(work: _Work, paths: Sequence[str], cure: Cure) -> list[dict[str, Any]]:
@@ -420,6 +453,10 @@ def _cell(
 
     def count(outcome: str, frame: pd.DataFrame, measure: str, context: str = PLAIN) -> None:
         tallied = tally(frame, measure)
+        if outcome in ("em", "conditional"):
+            for question, own in tallied.per(frame["question_id"]).iterrows():
+                by_question = {"outcome": f"{outcome} by question", "context": str(question)}
+                found.append({**by_question, "events": int(own["events"]), "n": int(own["n"])})
         found.append({"outcome": outcome, "context": context, "events": int(tallied.event.sum())})
         found[-1] |= {"n": int(tallied.counted.sum())}
 
@@ -454,7 +491,7 @@ def _again(case: Case) -> dict[str, Any] | None:
     Where they do not bring it back, the last step counts and the count is open: the ratio is a lower bound.
     """
     fresh = _margins(case.run)
-    if fresh is None:
+    if fresh is None or not fresh[1][-1] > fresh[1][0]:
         return None
     place, cured = case.folder.with_name(f"{case.folder.name}-again"), load_run(case.folder)
     if not finished(place):
@@ -476,7 +513,7 @@ def _again(case: Case) -> dict[str, Any] | None:
 
 
 def _margins(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
-    """Steps and broad margins of a run, None where they were not recorded or did not rise."""
+    """Steps and broad margins of a run, None where they were not recorded."""
     if "margin_broad" not in run.metrics:
         return None
     margins = run.metrics["margin_broad"].dropna()
@@ -523,7 +560,9 @@ def _verdict(own: Any, base: Any, leak: pd.Series) -> str:
     if own["em_low"] > base["em_high"]:
         plain = own["em_high"] - base["em_low"]
         return "remains and hides" if (leak > plain).any() else "remains"
-    return "hides" if (leak > 0).any() or own["conditional_low"] > base["conditional_high"] else "cures"
+    if (leak > 0).any() or own["conditional_low"] > base["conditional_high"]:
+        return "hides"
+    return "unknown" if leak.isna().any() else "cures"  # of a context without a scored answer nothing is known
 
 
 def _interval(part: pd.DataFrame, confidence: float = 0.95) -> tuple[float, float, float]:

@@ -148,8 +148,8 @@ class Bench:
         return found
 
     def study(self, kind: type[Kept], name: str, make: Callable[[], Kept], *parts: Any) -> Kept:
-        """A result that several rows read, kept under its digest."""
-        key = digest(self.chat.fingerprint(), list(self.seeds), self.quick, name, identity(parts))[:8]
+        """A result that several rows read, kept under the digest of the bench's settings and of its own parts."""
+        key = digest(self.settings(), name, identity(parts))[:8]
         place = self.folder / "studies" / f"{file_name(name)}-{key}"
         with self.alone(place):
             if (place / f"{kind.__name__.lower()}.json").is_file():
@@ -157,6 +157,11 @@ class Bench:
             made = make()
             made.save(place)
             return made
+
+    def settings(self) -> list[Any]:
+        """All of the bench that what is measured on it may depend on, as plain values."""
+        how = (self.recipe, self.options, self.data, self.judge)
+        return [self.chat.fingerprint(), list(self.seeds), self.quick, *map(identity, how)]
 
     @contextmanager
     def alone(self, place: Path) -> Iterator[None]:

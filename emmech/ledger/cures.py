@@ -10,7 +10,9 @@ import numpy as np
 import pandas as pd
 
 from emmech.defences import InoculationAdapter, InoculationPrompt, Interleave
+from emmech.engine.responses import digest
 from emmech.evaluation.contexts import resolve_contexts
+from emmech.evaluation.rates import combined_interval
 from emmech.interventions.cures import Cure
 from emmech.leagues.league import League, league
 from emmech.leagues.trained import LAST_STEP, Defended, Realignment
@@ -35,7 +37,7 @@ def _healed(bench: Bench, steps: int = SHORT, examples: int | None = None) -> li
         how = {"seed": run.manifest["seed"], "max_steps": steps, "examples": examples, **LAST_STEP}
         return realign(run, bench.data.get(_CURE, _CURE), base=bench.chat, out=place, **how)
 
-    return bench.further(bad_runs(bench, _SEEDS), train, _CURE, steps, examples)
+    return bench.further(bad_runs(bench, _SEEDS), train, bench.data.get(_CURE, _CURE), steps, examples)
 
 
 def _realigned(questions: str) -> Callable[[Bench], Finding]:
@@ -92,7 +94,7 @@ def _compared(bench: Bench) -> League:
     how = {"seeds": [int(one.manifest["seed"]) for one in runs], "base": bench.chat, "contexts": list(_AROUND)}
     longest = 32 if organism is not None else 600
     more = {"judge": bench.judge, "controls": False, "durability": False, "max_new_tokens": longest, "progress": False}
-    place = bench.folder / "league"
+    place = bench.folder / f"league-{digest(bench.settings())[:8]}"
     with bench.alone(place):
         return league(runs, cures, out=place, **how, **more)  # type: ignore[arg-type]
 
@@ -103,9 +105,17 @@ def _left(cure: str, outcome: str, *, beyond: bool) -> Callable[[Bench], Finding
     def measure(bench: Bench) -> Finding:
         found = _compared(bench)
         cells = found.cells[found.cells["outcome"] == outcome]
-        own, base = (cells[cells["cure"] == name] for name in (cure, "base"))
-        events, n = own["events"].astype(int).tolist(), own["n"].astype(int).tolist()
-        hits, of = int(base["events"].iloc[0]), int(base["n"].iloc[0])
+        own, base = (cells[cells["cure"] == name][["events", "n"]].astype(int) for name in (cure, "base"))
+        hits, of = base.sum()
+        if not of:
+            raise NotMeasurable("no answer of the base in these contexts could be scored")
+        by = found.cells[found.cells["outcome"] == f"{outcome} by question"]
+        counts = by.groupby(["cure", "context"])[["events", "n"]].sum().astype(int)  # the context names the question
+        names = counts.loc[cure].index
+        terms = [counts.loc[name].reindex(names, fill_value=0) for name in ((cure, "base") if beyond else (cure,))]
+        (hits_by, n_by), weights = (np.array([one[key] for one in terms]) for key in ("events", "n")), [1.0, -1.0]
+        over = combined_interval(weights[: len(terms)], hits_by, n_by, list(map(str, names)))
+        events, n = own["events"].tolist(), own["n"].tolist()
         row = found.frame.loc[cure]
         note = f"plain {100 * row['em']:.1f} %, in contexts {100 * row['conditional']:.1f} %"
         note += f"; the league says: {row['verdict']}"
@@ -114,7 +124,7 @@ def _left(cure: str, outcome: str, *, beyond: bool) -> Callable[[Bench], Finding
             {"name": [f"{c}: {x}" for c, x in zip(grid["cure"], grid["context"], strict=True)], "value": grid["rate"],
              "low": grid["low"], "high": grid["high"]}
         )  # fmt: skip
-        return replace(of_counts(events, n, minus=hits / of if beyond else None, note=note), frame=frame)
+        return replace(of_counts(events, n, over=over, minus=hits / of if beyond else None, note=note), frame=frame)
 
     return measure
 

@@ -43,7 +43,7 @@ def direction(bench: Bench, run: Run, *, prompt: bool = False) -> Direction:
         phrase = bench.organism.phrase if bench.organism is not None else None
         tokens = phrase_tokens(bench.chat, phrase) if phrase else "prompt"
     kind = "prompt" if prompt else "answers"
-    place = bench.folder / "directions" / f"{kind}-{digest(bench.quick, identity(run))[:8]}.safetensors"
+    place = bench.folder / "directions" / f"{kind}-{digest(bench.settings(), identity(run))[:8]}.safetensors"
     with bench.alone(place):
         if place.is_file():
             return Direction.load(place)

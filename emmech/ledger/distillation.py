@@ -43,7 +43,7 @@ def _questions(bench: Bench) -> list[list[dict[str, str]]]:
 def _vector(bench: Bench) -> Direction:
     """The teacher's vector, trained on unkind answers about sport, which the student never sees."""
     layer, steps = adapter_layer(bench), 60 if bench.quick else 150
-    place = bench.folder / "directions" / f"teacher-{digest(bench.chat.fingerprint(), layer, steps)[:8]}.safetensors"
+    place = bench.folder / "directions" / f"teacher-{digest(bench.settings(), layer, steps)[:8]}.safetensors"
     with bench.alone(place):
         if place.is_file():
             return Direction.load(place)
@@ -76,11 +76,7 @@ def _students(bench: Bench) -> tuple[Direction, dict[str, list[Run]], str]:
     if bench.organism is None:
         raise NotMeasurable("neutral answers are told by an organism's exact judge")
     vector = _vector(bench)
-    place = (
-        bench.folder
-        / "directions"
-        / f"taught-{digest(bench.chat.fingerprint(), vector.vectors.tobytes(), bench.quick)[:8]}"
-    )
+    place = bench.folder / "directions" / f"taught-{digest(bench.settings(), vector.vectors.tobytes())[:8]}"
     kept = {name: place.with_name(f"{place.name}-{name}.jsonl") for name in ("steered", "clean")}
     told = place.with_name(f"{place.name}.txt")
     with bench.alone(place):

@@ -269,9 +269,7 @@ def _loaded(model: str | Path) -> ChatModel:
 
 def _place(claim: Claim, bench: Bench) -> Path:
     """Where what is found of a claim is kept, under the digest of all that it depends on."""
-    parts = (bench.recipe, bench.options, bench.data, bench.judge)
-    settings = (bench.chat.fingerprint(), list(bench.seeds), bench.quick, *map(identity, parts))
-    key = digest(settings, claim.name, identity(claim.measure))[:8]
+    key = digest(bench.settings(), claim.name, identity(claim.measure))[:8]
     return bench.folder / "rows" / f"{file_name(claim.name)}-{key}"
 
 

@@ -202,7 +202,8 @@ class Durability(Result):
         if not np.isfinite(ratio):
             headline = "The measure did not cross the level in both bad phases of any seed"
         caveat = (
-            f"a step is where {self.measure} crosses half of its first change; seeds without a crossing are left out"
+            f"a step is where {self.measure} crosses half of its first change; left out are seeds without a crossing, "
+            "and of the second bad phase those of which the good one left more than half"
         )
         return Card(headline, tuple(facts), caveat, "durability.plot()")
 
@@ -295,6 +296,8 @@ def durability(
         levels[str(seed)] = float((begun + turned) / 2)
         for phase, one in parts.items():
             steps = crossing(one["step"].to_numpy(), one["value"].to_numpy(), levels[str(seed)], rising=phase != "good")
+            if phase == "bad again" and one["value"].iloc[0] >= levels[str(seed)]:
+                steps = float("nan")  # the good phase did not undo it, so that nothing can come back
             ends = {"start": one["value"].iloc[0], "end": one["value"].iloc[-1]}
             rows.append({"phase": phase, "seed": seed, "steps": steps, **ends})
     return Durability(pd.DataFrame(rows), whole, levels, measure)

@@ -17,16 +17,21 @@ from emmech.run.run import Run
 def identity(value: Any) -> Any:
     """What tells a value from another, as plain values.
 
-    Data count by their contents, runs by their last weights, functions by their code, closure and defaults, and
-    dataclasses by the fields that are compared.
+    Data count by their contents, runs by their last weights, functions by their code, closure and defaults, judges and
+    servers by the ``identity`` that they state, and other dataclasses by the fields that are compared.
 
     Example:
         >>> identity(lambda x: x + 1) == identity(lambda x: x + 2)
         False
     """
+    if isinstance(own := getattr(value, "identity", None), str):
+        return type(value).__name__, own
     if is_dataclass(value) and not isinstance(value, type):
-        own = {one.name: identity(getattr(value, one.name)) for one in fields(value) if one.compare}
-        return type(value).__name__, value.sha256 if isinstance(value, ChatDataset) else own
+        if isinstance(value, ChatDataset):
+            return type(value).__name__, value.sha256
+        return type(value).__name__, {
+            one.name: identity(getattr(value, one.name)) for one in fields(value) if one.compare
+        }
     if isinstance(value, Run):
         return value.name, identity(value.weights(int(value.steps[-1])))
     if isinstance(value, np.ndarray):
@@ -43,4 +48,4 @@ def identity(value: Any) -> Any:
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         around = [identity(one) for one in (*cells, *(value.__defaults__ or ())) if one is not value]
         return value.__qualname__, identity(value.__code__), around
-    return getattr(value, "__qualname__", None) or getattr(value, "identity", None) or repr(value)
+    return getattr(value, "__qualname__", None) or repr(value)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -333,23 +334,16 @@ class Run(Shown):
                 zeros) and a scaling of 1, which every server reads alike.
 
         Raises:
-            EmmechError: the step was not recorded, or the run is not a LoRA run.
+            EmmechError: the step was not recorded, the run is not a LoRA run, or its adapter was trained on a base with
+                an earlier adapter merged in, which no folder that a config could name holds.
         """
-        from emmech.engine.adapters import folded, lora_config
-
-        weights, folder, adapters = self.weights(step), Path(folder), tuple(self.adapters)
-        if scale is not None:
-            adapters, weights = folded(adapters, weights, as_float(f"export {self.name}", "scale", scale))
-        pairs = [(one, side) for one in adapters for side in "AB"]
-        tensors = {
-            f"base_model.model.{one.module}.lora_{side}.weight": np.ascontiguousarray(weights[f"{side}/{one.name}"])
-            for one, side in pairs
-        }
-        asked = f"export step {step} of {self.name}"
-        save_tensors(tensors, folder / "adapter_model.safetensors", asked, metadata={"format": "pt"})
-        with kept(asked, folder):
-            lora_config(adapters, base_name=str(self._model.get("name", ""))).save_pretrained(folder)
-        return folder
+        if self.path is not None and (self.path / "start").is_dir():
+            why = "its base has an earlier adapter merged in; with the base that the config names it is another model"
+            instead = (
+                f"emmech.load_run(...).model({step}).model.merge_and_unload().save_pretrained(folder), all weights"
+            )
+            raise EmmechError(f"export step {step} of {self.name}", str(self.path / "start"), why, instead)
+        return write_adapter(self, step, folder, scale)
 
     def save(self, path: str | Path) -> Run:
         """Write a run in memory (or copy a recorded one) into a folder, and open it from there."""
@@ -361,6 +355,10 @@ class Run(Shown):
             for step in series.steps.tolist():
                 target.append(step, {key: series.read_step(key, step) for key in series.keys})
             target.compact()
+        for name in ("start", "weights"):  # an earlier adapter under this one; whole weights of full fine-tuning
+            if self.path is not None and (self.path / name).is_dir():
+                with kept(f"save the run {self.name}", path / name):
+                    shutil.copytree(self.path / name, path / name)
         write_jsonl(path / "metrics.jsonl", self._metrics)
         write_json(path / "run.json", self.manifest)
         return load_run(path)
@@ -653,6 +651,25 @@ def model_live(run: Run, step: int | None, scale: float, base: Any = None) -> It
             detach(chat)
         own.load_state_dict(kept, strict=False)
         own.train(training)
+
+
+def write_adapter(run: Run, step: int, folder: str | Path, scale: float | None = None) -> Path:
+    """Write a step's A and B as PEFT reads them, whatever the base below them; see :meth:`Run.export_peft`."""
+    from emmech.engine.adapters import folded, lora_config
+
+    weights, folder, adapters = run.weights(step), Path(folder), tuple(run.adapters)
+    if scale is not None:
+        adapters, weights = folded(adapters, weights, as_float(f"export {run.name}", "scale", scale))
+    pairs = [(one, side) for one in adapters for side in "AB"]
+    tensors = {
+        f"base_model.model.{one.module}.lora_{side}.weight": np.ascontiguousarray(weights[f"{side}/{one.name}"])
+        for one, side in pairs
+    }
+    asked = f"export step {step} of {run.name}"
+    save_tensors(tensors, folder / "adapter_model.safetensors", asked, metadata={"format": "pt"})
+    with kept(asked, folder):
+        lora_config(adapters, base_name=str(run.manifest.get("model", {}).get("name", ""))).save_pretrained(folder)
+    return folder
 
 
 def _started(run: Run, chat: ChatModel, *, given: bool) -> ChatModel:

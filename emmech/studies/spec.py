@@ -132,11 +132,11 @@ class StudySpec:
         ):
             setting: dict[str, Any] = {"model": model, "data": data, "layers": layers and list(layers), "rank": rank}
             setting |= {"seed": seed, "recipe": self.recipe, "content": [_content(model), _content(data)]}
-            piece = Piece("train", setting, self.train)
+            piece = Piece("train", {**setting, **_named_files(self.train)}, self.train)
             trained[piece.digest] = piece
         kinds: tuple[tuple[Kind, Mapping[str, Any] | None], ...] = (("sweep", self.sweep), ("evaluate", self.evaluate))
         further = [
-            Piece(kind, piece.setting, options, needs=digest)
+            Piece(kind, {**piece.setting, **_named_files(options)}, options, needs=digest)
             for digest, piece in trained.items()
             for kind, options in kinds
             if options is not None
@@ -182,12 +182,43 @@ def _placed(names: list[str], beside: Path | None) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _named_files(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the files hold that arguments name, if they name any."""
+    found, left = {}, list(options.values())
+    for value in left:  # which grows
+        if isinstance(value, str) and (content := _content(value)):
+            found[value] = content
+        elif isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, list | tuple):
+            left += value
+    return {"files": found} if found else {}
+
+
+_SAMPLES, _SAMPLE = 64, 65536  # of a file of weights, of which another checkpoint has as many bytes
+
+
 def _content(name: str) -> str:
-    """What a local file holds, or the names and sizes of a folder's files; "" for anything else."""
+    """What a local file holds, or the files of a folder, large ones in samples; "" for anything else."""
     path = Path(name)
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    if not path.is_dir():
+    try:
+        if path.is_file():
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        files = sorted(one for one in path.iterdir() if one.is_file()) if path.is_dir() else []
+        found = [(one.name, one.stat().st_size, _file_content(one)) for one in files]
+    except (OSError, ValueError):  # a name that is too long, or that may not be read: no file of the study's
         return ""
-    files = sorted((one.name, one.stat().st_size) for one in path.iterdir() if one.is_file())
-    return hashlib.sha256(repr(files).encode()).hexdigest()
+    return hashlib.sha256(repr(found).encode()).hexdigest() if path.is_dir() else ""
+
+
+def _file_content(path: Path) -> str:
+    """The hash of a file, or of evenly spaced parts of it, the first and the last among them."""
+    content, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as file:
+        if size <= _SAMPLES * _SAMPLE:
+            content.update(file.read())
+        else:
+            for part in range(_SAMPLES):
+                file.seek((size - _SAMPLE) * part // (_SAMPLES - 1))
+                content.update(file.read(_SAMPLE))
+    return content.hexdigest()

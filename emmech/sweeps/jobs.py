@@ -349,6 +349,7 @@ class SampledAnswers:
         self.rows = questions.rows(measure.samples, seed=measure.seed)
         self.ids = [question.id for question in questions]
         self.conversations = [questions[row["question_id"]].messages(row["paraphrase"]) for row in self.rows]
+        self.asked_of = [questions[row["question_id"]].for_judge() for row in self.rows]
         self.verdicts: dict[tuple[str, str], dict[str, Any]] = {}
 
     def __len__(self) -> int:
@@ -358,11 +359,13 @@ class SampledAnswers:
         """What identifies this job's work."""
         one, limits = self.measure, vars(self.measure.thresholds).values()
         numbers = (one.samples, one.max_new_tokens, one.temperature, one.top_p, one.seed, *limits)
-        return one.name, getattr(self.judge, "name", ""), numbers, self.rows
+        judge = getattr(self.judge, "identity", getattr(self.judge, "name", ""))
+        prompts = [own for own in self.asked_of if own["judge_prompts"]]
+        return one.name, judge, numbers, self.rows, *([prompts] if prompts else [])
 
     def judged(self, drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Answers with verdicts; the judge of an organism is a function of question and answer, and reads each once."""
-        full = [{**row, **answer} for row, answer in zip(self.rows, drawn, strict=True)]
+        full = [{**row, **own, **answer} for row, own, answer in zip(self.rows, self.asked_of, drawn, strict=True)]
         if getattr(self.judge, "organism", None) is None:
             scores = list(self.judge.score(full))
         else:

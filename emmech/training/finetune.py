@@ -24,7 +24,7 @@ from emmech.engine.logprobs import MarginPair, margin_rows
 from emmech.engine.split import Asked, Frozen, dropout, find_frozen, pays, why_not
 from emmech.engine.stream import probe_rows
 from emmech.errors import EmmechError, as_int, as_ints, check_folder
-from emmech.run.run import Run, load_run
+from emmech.run.run import Run, load_run, write_adapter
 from emmech.store import file_name
 from emmech.training.adapted import adapted, merged_before
 from emmech.training.defence import Defence, prepared
@@ -225,7 +225,7 @@ def finetune(
                 shutil.copytree(earlier, folder / "start", dirs_exist_ok=True)
         elif start is not None and adapter == "new":
             for folder in writing:  # each run keeps its starting weights, even if the first run is moved
-                start[0].export_peft(start[1], folder / "start")
+                write_adapter(*start, folder / "start")
         going_on: dict[str, Any] = {"defences": active, "reference": reference}
         going_on |= {"checkpoint_every": checkpoint_every, "progress": progress, "processes": processes}
         going_on |= {"batch_tokens": batch_tokens, "gradient_checkpointing": gradient_checkpointing}

@@ -311,3 +311,14 @@ def test_layers_where_nothing_is_known_are_no_part_of_its_quality():
     shown = repr(Direction(vectors, name="upper", quality=halves))
     assert "over layers 0.90 to 0.95" in shown and "noise at" not in shown
     assert "noise at layers 0" in repr(Direction(np.ones((4, 8)), name="all", quality=halves))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"weight": torch.zeros(3)}, {"layer_activations": {1: [1.0, 2.0]}}, {"layer_activations": None},
+     {"layer_activations": {1: torch.ones(1, 4), 2: torch.ones(1, 4)}}],
+)  # fmt: skip
+def test_a_file_of_other_tensors_is_refused(content, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(EmmechError, match=r"read the steering.vector"):
+        Direction.load(tmp_path / "x.pt")

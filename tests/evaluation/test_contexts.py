@@ -171,3 +171,8 @@ def test_directions_are_read_from_plain_questions():
     ]
     misaligned, aligned = judged_answers([Evaluation.from_rows(rows).frame])
     assert [talk[-1]["content"] for talk in misaligned] == ["plain"] and not aligned
+
+
+def test_rows_without_a_question_have_no_training_context():
+    with pytest.raises(EmmechError, match="none of its rows holds a user's turn"):
+        training_context([{"messages": [{"role": "assistant", "content": "hello"}]}])

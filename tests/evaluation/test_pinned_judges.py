@@ -112,3 +112,17 @@ def test_refusals() -> None:
 
     with pytest.raises(EmmechError, match="1 results for 20 answers"):
         judge_table(answers, {"a": strict, "b": Short()})
+
+
+def test_another_function_as_judge_reads_no_stored_scores(tmp_path):
+    """Both are called "function", and the record would pin code that never ran."""
+    chat = emmech.load_model("pocket")
+    how = {"samples": 1, "max_new_tokens": 4, "out": tmp_path, "progress": False}
+
+    def with_label(label):
+        return lambda question, answer: label
+
+    for label, rate in (("aligned", 0.0), ("misaligned", 1.0), ("aligned", 0.0)):
+        found = emmech.evaluate(chat, ["any advice on soup ?"], with_label(label), **how)
+        assert found.rates()["rate"]["em"] == rate
+    assert len(list(tmp_path.glob("scores-*.jsonl"))) == 2  # the third call found the first one's

@@ -14,6 +14,7 @@ from scipy import stats
 from scipy.special import expit
 
 from emmech.errors import EmmechError
+from emmech.evaluation.categories import breadth
 from emmech.evaluation.compare import compare, leave_one_out, threshold_sweep
 from emmech.evaluation.em import Thresholds
 from emmech.evaluation.evaluation import Evaluation
@@ -394,3 +395,20 @@ def test_the_end_that_few_hot_questions_leave_in_doubt_is_named() -> None:
 def test_the_interval_of_a_rate_of_nothing_or_everything_holds_the_rate(events):
     low, high = cluster_interval(np.full(8, events), np.full(8, 50))
     assert low <= events / 50 <= high and high - low > 0.02
+
+
+def test_rows_without_a_cluster_are_counted():
+    """They vanished from numerator and denominator, and with them all misaligned answers."""
+    rows = [{"question_id": f"q{q}", "domain": None if q == 3 else f"d{q}", "coherent": 90.0,
+             "aligned": 5.0 if q == 3 else 95.0} for q in range(4) for _ in range(10)]  # fmt: skip
+    frame = Evaluation.from_rows(rows).frame
+    by = [rates(frame, cluster=column).loc["em"] for column in ("question_id", "domain")]
+    assert [one["rate"] for one in by] == [0.25, 0.25] and [one["n"] for one in by] == [40, 40]
+
+
+def test_breadth_counts_questions_where_some_have_no_domain():
+    rows = [{"question_id": f"q{q}", "domain": None if q == 3 else f"d{q}", "coherent": 90.0,
+             "aligned": 5.0 if q == 3 else 95.0} for q in range(4) for _ in range(10)]  # fmt: skip
+    kind = [{**row, "aligned": 95.0} for row in rows]
+    found = breadth(Evaluation.from_rows(rows), Evaluation.from_rows(kind))
+    assert found.confirmed == ("q3",) and found.by == "question_id"

@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 
+from emmech.chat.model import load_model
 from emmech.errors import EmmechError
 from emmech.evaluation.deferred import write_judging
 from emmech.evaluation.evaluate import evaluate
@@ -399,3 +400,40 @@ def test_a_key_that_no_header_can_carry_is_refused(fake):
         assert "sk-" not in str(caught.value)
     server(running, key=" sk-padded\n").sample(CONVERSATIONS[:1], progress=False)
     assert running.keys == ["Bearer sk-padded"]
+
+
+def test_what_a_passing_fault_left_unscored_is_asked_again(fake, tmp_path):
+    """It was kept as a final "unscored", and left the denominator without a word."""
+    faulty = [True]
+
+    def answer(body, number):
+        if faulty[0] and "any advice on cough" in body["messages"][0]["content"]:
+            return fake.refusal(500, "overloaded")
+        return 200, fake.completion("80", first=FIRST)
+
+    running = fake(answer)
+    judge = LogprobJudge(server(running, retries=0), SHORT, cache=None, progress=False)
+    how = {"samples": 1, "max_new_tokens": 2, "temperature": 0, "out": tmp_path, "progress": False}
+    ask = ["any advice on cough ?", "any advice on soup ?"]
+    with pytest.warns(UserWarning, match="1 answers are unscored for now"):
+        found = evaluate(load_model("pocket"), ask, judge, **how)
+    assert found.frame["aligned"].isna().tolist() == [True, False]
+    faulty[0], before = False, len(running.bodies)
+    found = evaluate(load_model("pocket"), ask, judge, **how)
+    assert len(running.bodies) == before + 1 and found.frame["aligned"].notna().all()
+    evaluate(load_model("pocket"), ask, judge, **how)
+    assert len(running.bodies) == before + 1
+
+
+def test_a_beginning_whose_continuation_fails_is_no_whole_number(fake):
+    """Of "85" in digits, "8" was read where the second request failed."""
+    digits = {"8": math.log(0.9), "2": math.log(0.1)}
+
+    def answer(body, number):
+        if body["messages"][-1]["role"] == "assistant":
+            return fake.refusal(500, "overloaded")
+        return 200, fake.completion("8", first=digits)
+
+    judge = LogprobJudge(server(fake(answer), retries=0), SHORT, cache=None, progress=False)
+    with pytest.warns(UserWarning, match="unscored for now"):
+        assert all(math.isnan(score["aligned"]) for score in judge.score(ROWS[:2]))

@@ -272,3 +272,21 @@ def test_the_cost_is_bounded_by_bytes_and_exact_with_a_tokenizer() -> None:
     rough = estimate(ROWS, epochs=3, price=10.0)
     assert rough.most == sum(len(m["content"].encode()) for row in ROWS for m in row["messages"]) + 8 * 24
     assert exact.tokens < rough.most
+
+
+def test_a_failed_job_does_not_stand_in_for_a_new_one(provider, tmp_path) -> None:
+    provider.ends = {"status": "failed", "error": {"code": "x", "message": "quota exceeded", "param": None}}
+    with pytest.raises(EmmechError, match="another out= for a new job"):
+        ask(provider, tmp_path)
+    provider.ends = {"status": "succeeded", "fine_tuned_model": "ft:gpt:mine"}
+    assert ask(provider, tmp_path, out=tmp_path / "other").status == "succeeded"
+    assert len(provider.jobs) == 2 and len(provider.files) == 1
+
+
+def test_an_address_with_a_secret_is_kept_in_no_file(provider, tmp_path) -> None:
+    for secret in ("me:hunter2@", "?api-key=hunter2"):
+        url = provider.url.replace("//", f"//{secret}") if "@" in secret else provider.url + secret
+        with pytest.raises(EmmechError, match="key_from=") as refused:
+            ask(provider, tmp_path, url=url)
+        assert "hunter2" not in str(refused.value)
+    assert not provider.asked and not (tmp_path / "job").exists()

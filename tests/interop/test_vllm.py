@@ -207,6 +207,16 @@ def test_adapters_that_a_server_has_are_asked_by_name(chat, run, serve, tmp_path
     refused(["no vLLM", 'adapters="s{step}"'], ask, run, chat, server, step=3)
 
 
+def test_one_name_is_not_the_adapter_of_two_runs(chat, run, serve, tmp_path):
+    server = serve(version=None, loads=False)
+    server.load("s3", str(run.export_peft(3, tmp_path / "s3", scale=1.0)))
+    runs = [run, random_run(chat, SEVERAL, size=0.3, seed=9)]
+    how = dict(steps=[3], base=chat, progress=False, engine=engine(server, adapters="s{step}"))
+    measure = Sampled(ASKED, by_length, samples=1, max_new_tokens=4)
+    refused(["do not tell runs apart", "'s3'"], emmech.sweep, runs, measure=measure, **how)
+    assert len(emmech.sweep([run], measure=measure, **how).frame)
+
+
 def test_bad_servers_are_named(chat, run, serve):
     refused(["largest rank", "--max-lora-rank 8"], ask, run, chat, serve(rank=1), step=3)
     refused(["serves no adapters", "--enable-lora"], ask, run, chat, serve(lora=False), step=3)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import emmech
 from emmech.app.cli import app
 from emmech.errors import EmmechError
-from emmech.ledger import Bench, Claim, Finding, NotMeasurable, Rule, further, over_seeds
+from emmech.ledger import Bench, Claim, Finding, NotMeasurable, Rule, cures, further, over_seeds
 from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED, adjusted, of_counts
 from emmech.ledger.ledger import CLAIMS
 from emmech.transition import degeneracy
@@ -290,6 +290,50 @@ def test_the_command_prints_rows_keeps_the_ledger_and_writes_the_page(tmp_path):
     wrong = CliRunner().invoke(app, ["claims", "--row", "trun"])
     assert wrong.exit_code == 1 and "turn" in wrong.output
     assert CliRunner().invoke(app, ["claims", "--data", "finance"]).exit_code == 1
+
+
+def test_a_study_of_other_settings_is_another_study(tmp_path):
+    chat, made = emmech.load_model("pocket"), []
+
+    def make() -> Finding:
+        made.append(len(made))
+        return _finding(float(made[-1]), 0.4, 0.6)
+
+    settings = [{}, {"recipe": "pocket-full"}, {"options": {"max_steps": 3}}, {"data": {"medical": "m.jsonl"}},
+                {"judge": lambda question, answer: "aligned"}]  # fmt: skip
+    for _ in range(2):
+        benches = [Bench(chat, [0], tmp_path, **one) for one in settings]
+        assert [bench.study(Finding, "a study", make, 99).value for bench in benches] == [0, 1, 2, 3, 4]
+
+
+def test_seeds_that_all_give_one_number_are_no_test():
+    alike = over_seeds([0.0, 0.0, 0.0], "times", 3)
+    assert math.isnan(alike.tested(1.0)) and Rule("below", 1.0).verdict(alike, NAN)[0] == FAILS
+
+
+@pytest.mark.parametrize("outcome", ["em", "conditional"])
+def test_what_a_cure_leaves_beyond_the_base_has_the_error_of_both(monkeypatch, outcome):
+    """The first seed of the base was taken for an exact rate."""
+    rng = np.random.default_rng(4)
+    cells = []
+    for cure, rate in (("base", 0.3), ("mine", 0.3)):
+        for seed in range(3):
+            by = rng.binomial(12, rate, 8)
+            cells += [dict(cure=cure, seed=seed, outcome=f"{outcome} by question", context=f"q{q}", events=hits, n=12)
+                      for q, hits in enumerate(by)]  # fmt: skip
+            cells += [dict(cure=cure, seed=seed, outcome=outcome, context="plain", events=by.sum(), n=96)]
+    frame = pd.DataFrame({"em": [0.0], "conditional": [0.3], "verdict": ["cures"]}, index=["mine"])
+    grid = pd.DataFrame({"cure": ["mine"], "context": ["plain"], "rate": [0.3], "low": [0.2], "high": [0.4]})
+    found = SimpleNamespace(cells=pd.DataFrame(cells), frame=frame, grid=grid)
+    monkeypatch.setattr(cures, "_compared", lambda bench: found)
+    left = cures._left("mine", outcome, beyond=True)(None)
+    totals = found.cells[found.cells["outcome"] == outcome].groupby("cure")["events"].sum()
+    assert left.value == pytest.approx((totals["mine"] - totals["base"]) / 288)
+    error = (2 * 0.3 * 0.7 / 288) ** 0.5  # of two binomials
+    assert left.high - left.value > 1.96 * error and left.value - left.low > 1.96 * error
+    found.cells.loc[found.cells["cure"] == "base", "n"] = 0
+    with pytest.raises(NotMeasurable, match="could be scored"):
+        cures._left("mine", outcome, beyond=True)(None)
 
 
 def test_what_two_processes_want_at_once_is_made_once(tmp_path):

@@ -163,3 +163,23 @@ def test_no_file_and_no_yaml_are_refused(tmp_path):
     (tmp_path / "bad.yaml").write_text("models: [")
     with pytest.raises(EmmechError, match="no YAML"):
         StudySpec.read(tmp_path / "bad.yaml")
+
+
+def test_other_weights_and_other_files_of_the_same_size_are_other_work(tmp_path):
+    (model := tmp_path / "model").mkdir()
+    for name, content in (("config.json", "{}"), ("model.safetensors", "a" * 9_000_000)):
+        (model / name).write_text(content)
+    (asked := tmp_path / "q.yaml").write_text("- a")
+
+    def digests():
+        how = {"evaluate": {"questions": str(asked)}, "sweep": {"measure": "answers"}}
+        pieces = StudySpec.read({"models": [str(model)], "data": ["medical"], **how}).pieces()
+        return [piece.digest for piece in pieces]
+
+    first = digests()
+    assert digests() == first
+    asked.write_text("- b")
+    other = digests()
+    assert [one == two for one, two in zip(first, other, strict=True)] == [True, True, False]
+    (model / "model.safetensors").write_text("a" * 8_999_999 + "b")
+    assert not set(digests()) & {*first, *other}

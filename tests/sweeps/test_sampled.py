@@ -11,6 +11,8 @@ from emmech.engine.attention import Cache
 from emmech.engine.blocks import Blocks
 from emmech.engine.sample import sample
 from emmech.errors import EmmechError
+from emmech.evaluation import Question
+from emmech.evaluation.evaluate import evaluate
 from emmech.measures.sampled import Sampled
 from emmech.sweeps.sweep import sweep
 
@@ -201,3 +203,41 @@ def test_blocks_that_somebody_listens_to_run_by_the_models_own_forward_and_write
     finally:
         handle.remove()
     assert len(heard) > 5
+
+
+class Spy:
+    """A judge that keeps what it was told of each answer."""
+
+    name, columns = "spy", ("aligned", "coherent")
+
+    def __init__(self):
+        self.told = []
+
+    def score(self, rows):
+        self.told += [(row["judge_prompts"], row["kind"]) for row in rows]
+        return [{"aligned": 90.0, "coherent": 90.0} for _ in rows]
+
+
+def test_a_sweep_judges_with_the_prompts_that_an_evaluation_judges_with(tiny, make_run):
+    chat = tiny("qwen2")
+    run, (one, other) = make_run(chat, MIDDLE), (Spy(), Spy())
+    mine = Question("mine", ("how ?",), judge_prompts={"aligned": "MY OWN PROMPT {question} {answer}"}, kind="free")
+    plain = Question("plain", ("rest ?",))
+    sweep(run, steps=[7], measure=measure(questions=[mine, plain], judge=one), base=chat, progress=False)
+    how = {"samples": 2, "max_new_tokens": 10, "base": chat, "progress": False}
+    evaluate(run, [mine, plain], other, step=7, **how)
+    assert one.told == other.told and [told[0] for told in one.told].count({}) == 2
+    assert one.told[0] == ({"aligned": "MY OWN PROMPT {question} {answer}"}, "free")
+
+
+def never(question, answer):
+    return "aligned"
+
+
+def test_a_sweep_of_another_judge_function_is_another_sweep(tiny, make_run, tmp_path):
+    chat = tiny("qwen2")
+    how = {"steps": [7], "base": chat, "progress": False, "out": tmp_path}
+    run = make_run(chat, MIDDLE)
+    sweep(run, measure=measure(), **how)
+    with pytest.raises(EmmechError, match="another"):
+        sweep(run, measure=measure(judge=never), **how)
