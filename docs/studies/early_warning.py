@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typer import echo
 
+from docs.studies.real_model import picture
 from docs.studies.tables import markdown
 from tests.tables import write
 
@@ -608,21 +610,33 @@ def _lead(steps: np.ndarray) -> str:
     return f"{middle:.0f} ({low:.0f} to {high:.0f})"
 
 
-def roc(seen: Sequence[Seen], signals_: Sequence[str]) -> str:
-    """The ROC of some signals as SVG: runs warned before EM passes 5 %, against false alarms."""
-    from emmech.view.sketch import curves
-
+def roc(seen: Sequence[Seen], signals_: Sequence[str]) -> dict[str, tuple[list[float], list[float]]]:
+    """The ROC of signals by name: false alarms, and runs warned before EM passes 5 %, at every threshold."""
     test = plain([one for one in seen if one.group.part == "test"])
-    lines = []
+    found = {}
     for signal in signals_:
         harmless = np.array([one.until(signal, STEPS) for one in test if one.control])
         harmful = np.array([one.until(signal, one.low) for one in test if np.isfinite(one.low)])
         every = np.r_[np.inf, np.unique(np.r_[harmless, harmful])[::-1]]
-        lines.append((signal, [(harmless >= at).mean() for at in every], [(harmful >= at).mean() for at in every]))
-    drawn = curves(
-        lines, "Warned before EM passes 5 %, against false alarms", axis="share of harmless runs with an alarm"
-    )
-    return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" color="#808080" font-family="sans-serif" ')
+        found[signal] = [(harmless >= at).mean() for at in every], [(harmful >= at).mean() for at in every]
+    return found
+
+
+def roc_figure(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Any:
+    """One panel for each signal, since the best ones lie on one another."""
+    from emmech.view.theme import colour, finish, line, panels
+
+    columns = 4
+    titles = ["<br>".join(textwrap.wrap(name[:1].upper() + name[1:], 26)) for name in curves]
+    figure = panels(titles, columns=columns, shared_yaxes=True, vertical_spacing=0.24)
+    for index, (name, (alarms, warned)) in enumerate(curves.items()):
+        at = (index // columns + 1, index % columns + 1)
+        x, y = (100 * np.asarray(one) for one in (alarms, warned))
+        line(figure, x, y, name, colour(0), at=at, mode="lines", legend=False)
+        figure.update_xaxes(range=[-3, 103], row=at[0], col=at[1])
+    figure.update_yaxes(range=[-3, 103]).update_yaxes(title_text="warned in time, %", col=1)
+    figure.update_xaxes(title_text="false alarms, %")
+    return finish(figure, "Runs that are warned of before their EM passes 5 %, against false alarms", height=560)
 
 
 def compute(folder: Path, worker: int = 0, workers: int = 1) -> None:
@@ -663,7 +677,7 @@ def main(folder: str | Path = "studies/early-warning", out: str | Path = "docs/e
     seen = collect(folder, finished=True)
     signals_, order = signal_table(seen)
     drawn = roc(seen, order[:4] + [one for one in ("margin: broad", "loss", "turn") if one not in order[:4]])
-    (page.parent / "figures" / "early-warning-roc.svg").write_text(drawn, encoding="utf-8")
+    picture(roc_figure(drawn), page.parent / "figures" / "early-warning-roc.png", folder)
     tables = {"runs": kinds_table(seen), "signals": signals_, "regimes": regime_table(seen, order)}
     tables["cost"] = f"{len(seen)} fine-tunes, {cpu_seconds(folder):.0f} CPU seconds with the sampled answers."
     for title, text in tables.items():

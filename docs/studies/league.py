@@ -61,15 +61,21 @@ def _table(found: League) -> str:
         return f"{value:.1f} ({low:.0f}-{high:.0f})"
 
     rates = ("em", "conditional", "narrow", "coherence", "facts", "self")
-    header = ("cure", "verdict", *rates, "loss", "rows", "CPU s", "worst context")
+    rows = [[str(name), row["verdict"] or "-", *(cell(row, one) for one in rates)]
+            for name, row in found.frame.iterrows()]  # fmt: skip
+    return markdown(("cure", "verdict", *rates), rows)
+
+
+def _costs(found: League) -> str:
+    """What each cure costs, where it is worst, and how long it lasts."""
     lasting = _lasting(found)
+    header = ("cure", "loss", "rows", "CPU s", "worst context", *(["durability"] if lasting else []))
     rows = [
-        [str(name), row["verdict"] or "-", *(cell(row, one) for one in rates), f"{row['loss']:.3f}",
-         f"{row['rows']:.0f}", f"{row['seconds']:.1f}", f"{row['worst']} {100 * row['worst_excess']:+.0f}",
-         *([_ratio(row)] if lasting else [])]
+        [str(name), f"{row['loss']:.3f}", f"{row['rows']:.0f}", f"{row['seconds']:.1f}",
+         f"{row['worst']} {100 * row['worst_excess']:+.0f}", *([_ratio(row)] if lasting else [])]
         for name, row in found.frame.iterrows()
     ]  # fmt: skip
-    return markdown((*header, "durability") if lasting else header, rows)
+    return markdown(header, rows)
 
 
 def _lasting(found: League) -> bool:
@@ -102,7 +108,8 @@ def page(leagues: Mapping[str, League]) -> str:
     """The page on these leagues, by domain."""
     first = next(iter(leagues.values()))
     parts = [
-        f"## {domain}\n\n{_table(found)}\n\nEM in every context, per cent:\n\n{_grid(found)}"
+        f"## {domain}\n\n{_table(found)}\n\nWhat each costs, its worst context and how long it lasts:\n\n"
+        f"{_costs(found)}\n\nEM in every context, per cent:\n\n{_grid(found)}"
         for domain, found in leagues.items()
     ]
     seeds, contexts = first.meta["seeds"], len(first.meta["contexts"])
@@ -123,8 +130,8 @@ def main(domains: Sequence[str], folder: Path, out: Path, seeds: Sequence[int] =
 
 
 _DURABILITY = """`durability` is the number of steps of the harmful rows until half of the misalignment is back, over
-that of a fresh model, for cures that train: below 1 something was left. *At least*: in some seed half of it was not
-back by the last step, which counts in its place."""
+that of a fresh model, for cures that train: below 1 something was left, at 0 more than half. *At least*: in some seed
+half of it was not back by the last step, which counts in its place."""
 _NO_DURABILITY = """How long a cure lasts was not measured here; [Defences in
 pocket](defences.md#how-long-a-cure-lasts) has it for one."""
 
