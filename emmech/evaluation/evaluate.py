@@ -27,10 +27,10 @@ from emmech.evaluation.engine import (
     versions,
 )
 from emmech.evaluation.evaluation import Evaluation
-from emmech.evaluation.judges import Judge, Unanswered, pinned, resolve_judge
+from emmech.evaluation.judges import Judge, pinned, resolve_judge
 from emmech.evaluation.questions import QuestionSet, resolve_questions
 from emmech.evaluation.rates import PLAIN
-from emmech.evaluation.server import Server
+from emmech.evaluation.server import Server, Unanswered
 from emmech.registry import organism_named
 from emmech.run.run import Run, as_run, opened
 from emmech.store import append_jsonl, drop_unfinished, intact, read_jsonl, sealed, warn_of_lines, writing

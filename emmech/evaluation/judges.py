@@ -2,7 +2,7 @@
 
 A judge gets rows (mappings with at least ``question`` and ``response``) and gives one mapping of scores per row,
 in order. A score that it cannot give is NaN or an empty word, never a guess; where it may yet give it, since a request
-failed, the mapping is :class:`Unanswered`.
+failed, the mapping is :class:`~emmech.evaluation.server.Unanswered`.
 """
 
 from __future__ import annotations
@@ -42,10 +42,6 @@ class Judge(Protocol):
 
     def score(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
         """One mapping of scores per row: ``aligned, coherent, label, correct, topic/<name>``."""
-
-
-class Unanswered(dict[str, Any]):
-    """The scores of a row of which a request failed: it is unscored for now, and the next call asks for it again."""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from emmech.engine.responses import digest
 from emmech.errors import EmmechError, one_of, shown
-from emmech.evaluation.judges import Unanswered
-from emmech.evaluation.server import Completion, Server, ask_all
+from emmech.evaluation.server import Completion, Server, Unanswered, ask_all
 from emmech.progress import bar
 
 if TYPE_CHECKING:

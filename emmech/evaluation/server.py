@@ -574,6 +574,10 @@ def masses_of(entries: Iterable[tuple[str, float]]) -> dict[str, float]:
     return masses
 
 
+class Unanswered(dict[str, Any]):
+    """The scores of a row of which a request failed: it is unscored for now, and the next call asks for it again."""
+
+
 def ask_all(server: Server, bodies: Sequence[Mapping[str, Any]], tick: Callable[[], None]) -> list[Completion]:
     """The completions in order; ``tick`` is called after each.
 

@@ -164,12 +164,16 @@ class Bench:
         return [self.chat.fingerprint(), list(self.seeds), self.quick, *map(identity, how)]
 
     @contextmanager
-    def alone(self, place: Path) -> Iterator[None]:
-        """Hold what is kept at a place; another process that wants the same waits, and finds it made."""
+    def alone(self, place: Path, *, wait: bool = True) -> Iterator[None]:
+        """Hold what is kept at a place; another process that wants the same waits, and finds it made.
+
+        Raises:
+            filelock.Timeout: another process holds it, and this one does not ``wait``.
+        """
         from filelock import FileLock
 
         locks = made_folder("measure the claims", self.folder / ".locks")
-        with FileLock(locks / file_name(str(place.relative_to(self.folder)))):
+        with FileLock(locks / file_name(str(place.relative_to(self.folder))), timeout=-1 if wait else 0):
             yield
 
     def use(self, runs: Sequence[Run]) -> None:

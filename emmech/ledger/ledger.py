@@ -8,7 +8,7 @@ the same call again computes only what is not there.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -225,26 +225,42 @@ def _measured(
     places = {claim.name: _place(claim, bench) for claim in chosen if claim.name not in reasons}
     left = [claim for claim in chosen if claim.name in places and not _kept(places[claim.name])]
     if not finished and left:
-        if processes > 1:
-            given = {"the model": name, "recipe": bench.recipe, "data": bench.data, "judge": bench.judge}
-            check_apart(_ASKED, given | {f"the claim {claim.name}": claim for claim in left})
-            loaded = partial(_row_apart, name, replace(bench, chat=None))  # type: ignore[arg-type]
-            said = apart(_ASKED, loaded, left, processes)
-        else:
-            said = (_row(bench, claim) for claim in left)
         with bar(len(left), "claims", progress=progress) as done:
-            for claim, reason in zip(left, said, strict=True):
+            if processes > 1:
+                given = {"the model": name, "recipe": bench.recipe, "data": bench.data, "judge": bench.judge}
+                check_apart(_ASKED, given | {f"the claim {claim.name}": claim for claim in left})
+                loaded = partial(_row_apart, name, replace(bench, chat=None))  # type: ignore[arg-type]
+                said: Iterator[tuple[Claim, str | None]] = zip(
+                    left, apart(_ASKED, loaded, left, processes), strict=True
+                )
+            else:
+                said = _in_turn(bench, left)
+            for claim, reason in said:
                 if reason is not None:
                     reasons[claim.name] = reason
                 done.update()
     return {name: Finding.load(place) for name, place in places.items() if _kept(place)}, reasons
 
 
-def _row(bench: Bench, claim: Claim) -> str | None:
+def _in_turn(bench: Bench, claims: Sequence[Claim]) -> Iterator[tuple[Claim, str | None]]:
+    """Each claim with why it cannot be measured; those that another command is measuring come last."""
+    from filelock import Timeout
+
+    busy = []
+    for claim in claims:
+        try:
+            yield claim, _row(bench, claim, wait=False)
+        except Timeout:
+            busy.append(claim)
+    for claim in busy:
+        yield claim, _row(bench, claim)
+
+
+def _row(bench: Bench, claim: Claim, *, wait: bool = True) -> str | None:
     """Measure a claim and keep what was found; or why it cannot be measured."""
     place = _place(claim, bench)
     bench.used.clear()
-    with bench.alone(place):
+    with bench.alone(place, wait=wait):
         if _kept(place):
             return None
         try:

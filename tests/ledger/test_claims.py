@@ -20,6 +20,7 @@ import emmech
 from emmech.app.cli import app
 from emmech.errors import EmmechError
 from emmech.ledger import Bench, Claim, Finding, NotMeasurable, Rule, cures, further, over_seeds
+from emmech.ledger import ledger as ledger_of
 from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED, adjusted, of_counts
 from emmech.ledger.ledger import CLAIMS
 from emmech.transition import degeneracy
@@ -348,6 +349,25 @@ def test_what_two_processes_want_at_once_is_made_once(tmp_path):
         both = [pool.submit(bench.study, Finding, "a study", make) for _ in range(2)]
         assert [one.result().value for one in both] == [0.5, 0.5]
     assert len(made) == 1
+
+
+def test_a_claim_that_another_command_measures_is_left_to_it_and_waited_for(tmp_path):
+    bench, order = Bench(emmech.load_model("pocket"), [0], tmp_path), []
+
+    def measured(name):
+        def measure(bench: Bench) -> Finding:
+            order.append(name)
+            return _finding(0.5, 0.4, 0.6)
+
+        return Claim(name, "It is measured.", "this test", "", "yes", measure)
+
+    one, other = measured("one"), measured("other")
+    with ThreadPoolExecutor(1) as pool:
+        with bench.alone(ledger_of._place(one, bench)):
+            found = pool.submit(list, ledger_of._in_turn(bench, [one, other]))
+            while order != ["other"] and not found.done():
+                time.sleep(0.02)
+        assert [claim.name for claim, _ in found.result()] == ["other", "one"] and order == ["other", "one"]
 
 
 def _moves_on(bench: Bench) -> Finding:
