@@ -7,6 +7,7 @@ frame, and ``arrays.safetensors``. The JSON file is written last and marks the f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
@@ -167,7 +168,9 @@ class Result(Shown):
                 (path / f"{name}.parquet.partial").replace(path / f"{name}.parquet")
         if arrays:
             save_tensors(arrays, path / _ARRAYS, f"save the {type(self).__name__.lower()}")
-        write_json(path / f"{type(self).__name__.lower()}.json", {"format": self._format, **values})
+        written = [*(f"{name}.parquet" for name in frames), *([_ARRAYS] if arrays else [])]
+        files = {name: _content(path / name) for name in written}
+        write_json(path / f"{type(self).__name__.lower()}.json", {"format": self._format, "files": files, **values})
         return path
 
     @classmethod
@@ -188,6 +191,10 @@ class Result(Shown):
             if (written := head.get("format", 0)) > cls._format:
                 why = f"this version reads formats up to {cls._format}"
                 raise EmmechError(asked, f"format {written} in {file}", why, "the version of emmech that wrote it")
+            for name, content in head.get("files", {}).items():
+                if _content(folder / name) != content:
+                    why = f"{name} is not what was written with {file.name}: it is damaged, or of another result"
+                    raise EmmechError(asked, folder, why, "a folder of its own for every result")
             if written < cls._format:
                 head = cls._upgrade(head, folder)
             arrays: Mapping[str, np.ndarray] = {}
@@ -203,6 +210,10 @@ class Result(Shown):
         except Exception as error:  # json, pyarrow and safetensors each raise classes of their own
             first = (str(error).splitlines() or [""])[0][:200]
             raise EmmechError(asked, folder, f"it is damaged ({type(error).__name__}: {first})")
+
+
+def _content(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def _pack(value: Any, name: str, frames: dict[str, pd.DataFrame], arrays: dict[str, np.ndarray]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -471,3 +472,32 @@ def test_a_run_whose_margin_did_not_rise_has_no_durability():
 def test_a_judge_is_known_by_what_it_states():
     one, two = (LogprobJudge(emmech.Server("m", url="http://x/v1", retries=n)) for n in (1, 2))
     assert identity(one) == identity(two) != identity(LogprobJudge(emmech.Server("other", url="http://x/v1")))
+
+
+class Limited:
+    def __init__(self, limit):
+        self.limit = limit
+
+    def score(self, question, answer):
+        return "aligned" if len(answer) < self.limit else "misaligned"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: Limited(n).score,
+        lambda n: lambda question, answer, *, limit=n: len(answer) < limit,
+        lambda n: partial(pow, n),
+        lambda n: torch.arange(4000) * n,
+        lambda n: pd.DataFrame({"a": np.arange(200) * n}),
+        lambda n: pd.Series(np.arange(200) * n),
+        lambda n: np.array([0, n], dtype=object),
+    ],
+)
+def test_values_that_differ_anywhere_differ(make):
+    assert identity(make(1)) == identity(make(1)) != identity(make(2))
+
+
+def test_bytes_of_another_kind_of_number_are_another_array():
+    assert identity(np.zeros(2, np.float32)) != identity(np.zeros(1, np.float64))
+    assert identity(np.zeros(2, np.float32)) != identity(np.zeros(2, np.int32))

@@ -355,3 +355,17 @@ def test_what_earlier_versions_wrote_still_opens(tmp_path) -> None:
     old = Sweep.load(tmp_path / "sweep")
     assert old.meta == sweep.meta and old.frame.equals(sweep.frame) and old.responses.equals(sweep.responses)
     assert all(np.array_equal(old.arrays[key], value) for key, value in sweep.arrays.items())
+
+
+def test_files_of_another_result_are_not_read_for_ones_own(tmp_path, monkeypatch):
+    one = cosines({"a": Direction(np.eye(3), "a"), "b": Direction(np.eye(3) + 1, "b")})
+    other = cosines({"x": Direction(np.eye(3), "x"), "y": Direction(np.eye(3) * 2 - 1, "y")})
+    one.save(tmp_path / "f")
+    with monkeypatch.context() as broken:
+        broken.setattr("emmech.results.write_json", lambda *args: 1 / 0)  # interrupted before the last file
+        with pytest.raises(ZeroDivisionError):
+            other.save(tmp_path / "f")
+    with pytest.raises(EmmechError, match="of another result"):
+        type(one).load(tmp_path / "f")
+    other.save(tmp_path / "f")
+    assert type(one).load(tmp_path / "f").names == ("x", "y")

@@ -76,7 +76,7 @@ def write_report(
         *_said("Does it turn, and when?", lambda: _transition(run, others, f"emmech transition {where}{given}")),
         *_phase_diagrams(run, _saved(Sweep, folders), where, notes.get("sweep", "")),
         *_directions(run, folders, where, notes.get("direction", "")),
-        *_interventions(_saved(Study, folders), where, notes.get("study", "")),
+        *_interventions(_saved(Study, folders), str(run.path or run.name), notes.get("study", "")),
         *_said("Evaluations", lambda: _evaluations(stored_evaluations(run), where, notes.get("evaluation", ""))),
         *_realignment(run, folders, where),
     ]
@@ -173,12 +173,12 @@ def _directions(run: Run, folders: Sequence[Path], where: str, note: str) -> lis
     return sections
 
 
-def _interventions(found: Mapping[Path, Study], where: str, note: str) -> list[Section]:
+def _interventions(found: Mapping[Path, Study], place: str, note: str) -> list[Section]:
     heading = "Interventions"
     if not found:
-        command = f"run = emmech.load_run({where!r})\n"
-        command += f"direction = emmech.Direction.load({where + '/misalignment.safetensors'!r})\n"
-        command += f"emmech.interventions.ablation_table(run, direction).save({where + '/ablation'!r})"
+        command = f"chat = emmech.load_run({place!r}).model()\n"
+        command += f"direction = emmech.Direction.load({place + '/misalignment.safetensors'!r})\n"
+        command += f"emmech.interventions.ablation_table(chat, direction).save({place + '/ablation'!r})"
         return _missing(heading, "No study of steering or ablation", command, note)
     sections: list[Section] = []
     for path, one in found.items():

@@ -87,9 +87,9 @@ class _Penalty(Defence):
 class KLToReference(_Penalty):
     """``weight`` times KL(reference || model) on rows of other domains, in nats per answer token.
 
-    The reference is the model before the fine-tune; of a run that goes on from a start, the model without the adapter,
-    or, with a new adapter, with the first one merged. Narrow Misalignment is Hard (arXiv 2602.07852) trains narrow
-    solutions in this way; In-Training Defenses (arXiv 2508.06249) has it as a defence.
+    The reference is the model before the fine-tune; of a run that goes on from a start, the model before the first
+    adapter, whether that one goes on or a new one is trained. Narrow Misalignment is Hard (arXiv 2602.07852) trains
+    narrow solutions in this way; In-Training Defenses (arXiv 2508.06249) has it as a defence.
 
     Args:
         rows: aligned rows outside the domain of the training data: anything :func:`emmech.load_chat` takes.

@@ -113,7 +113,8 @@ class Interleave(Defence):
 
     Args:
         rows: anything :func:`emmech.load_chat` takes; repeated in order where there are too few.
-        share: the share of the training rows that they make up.
+        share: the share that they make up of all rows together. Held-out rows are counted, which do not train: with a
+            tenth held out, a half by this count is 53 % of the rows that train.
         by: ``"random"``, or ``"perplexity-gap"``: those of which a misaligned model thinks worst in comparison with the
             model that trains, by mean log-probability per answer token in nats.
         misaligned: for ``"perplexity-gap"``, a run of the same base without defences.

@@ -14,7 +14,7 @@ from emmech.directions.direction import Direction, checked_direction, checked_di
 from emmech.directions.sources import contrast_direction
 from emmech.errors import EmmechError, as_int, as_ints, refusal
 from emmech.results import Card, Result
-from emmech.run.run import as_run
+from emmech.run.run import as_run, model_live
 from emmech.view.plots import by_step, cosine_matrix, cosines_by_layer
 from emmech.view.sketch import curves
 
@@ -204,10 +204,11 @@ def direction_by_steps(
     if texts is not None:
         if steps is None:
             steps = run.steps[np.unique(np.linspace(0, len(run.steps) - 1, 8).round().astype(int))].tolist()
-        chat, found = base, []
-        for step in steps:
-            chat = run.model(step, base=chat)  # after the first, only the adapter's weights change
-            found.append(contrast_direction(chat, *texts, splits=1, batch_size=batch_size, progress=progress))
+        found = []
+        with model_live(run, int(steps[0]), 1.0, base) as live:  # a base that is given is left as it was
+            for step in steps:
+                chat = run.model(step, base=live)  # after the first, only the adapter's weights change
+                found.append(contrast_direction(chat, *texts, splits=1, batch_size=batch_size, progress=progress))
         again = [one.cosine(direction)[layer] for one in found]
         columns["cosine re-extracted"] = pd.Series(again, index=list(steps))
         columns["norm re-extracted"] = pd.Series([one.norms[layer] for one in found], index=list(steps))

@@ -151,7 +151,10 @@ def merge_judging(
     for task in tasks:
         if (found := answers.get(_key(task))) is not None:
             scores[task.row] |= task.scores(found)
-    rows = [{**row, **score} for row, score in zip(evaluation.frame.to_dict("records"), scores, strict=True)]
+    # what an earlier judge gave is not this one's
+    cleared: dict[str, Any] = {task.column: float("nan") if task.words == () else "" for task in tasks}
+    cleared |= {"label": ""} if "aligned" in cleared else {}
+    rows = [{**row, **cleared, **score} for row, score in zip(evaluation.frame.to_dict("records"), scores, strict=True)]
     return Evaluation.from_rows(rows, {**evaluation.meta, "judge": judge})
 
 

@@ -578,7 +578,16 @@ def _means(chat: ChatModel, direction: Any, towards: Any) -> torch.Tensor | None
             instead = "an array [layers, d_model] or [d_model]: a mean of group_means on aligned answers"
             raise refusal(asked, "towards", towards, why, instead)
         towards = own
-    mean = np.asarray(towards, dtype=np.float32)
+    if isinstance(towards, torch.Tensor):
+        towards = towards.detach().float().cpu()
+    try:
+        mean = np.asarray(towards, dtype=np.float32)
+    except (TypeError, ValueError):
+        given, instead = (
+            f"towards, a {type(towards).__name__}",
+            'an array, or towards="aligned" for the direction\'s own',
+        )
+        raise EmmechError(asked, given, "a mean is an array of numbers", instead) from None
     if mean.shape not in ((chat.d_model,), (chat.n_layers, chat.d_model)) or not np.isfinite(mean).all():
         why = f"{chat.name} has {chat.n_layers} layers of width {chat.d_model}, and a mean is finite"
         instead = f"an array [{chat.n_layers}, {chat.d_model}] or [{chat.d_model}]"

@@ -396,7 +396,8 @@ def ablation_table(
 
     The rows: each layer's own direction; one direction at all layers (``from_layer``); towards the aligned mean, if the
     direction keeps one; and the ``others``, directions of other organisms (transfer). Random controls are ablated in
-    the way of the first row. Convergent Linear Representations of EM (arXiv 2506.11618) has the published table.
+    the way of the row and at its layers. Convergent Linear Representations of EM (arXiv 2506.11618) has the published
+    table.
 
     Args:
         others: directions by name.
@@ -423,8 +424,8 @@ def ablation_table(
     if direction.aligned_mean is not None:
         ways.append(("own, towards aligned mean", direction, {"towards": "aligned"}))
     ways += [(f"transfer: {name}", other, {}) for name, other in others.items()]
-    controls = direction.random(randoms, seed=seed)
     for label, one, how in ways:
+        controls = one.random(randoms, seed=seed)  # known at its layers; rows of one direction have the same
         conditions += _ablated(label, one, controls, layers=layers, positions=positions, **how)
         notes += _degenerate(label, chat, one, layers, how.get("from_layer"))
     measured = measure_conditions(chat, conditions, run, base=with_base, progress=progress)
@@ -521,22 +522,23 @@ def transfer_matrix(
         given = f"{len(organisms)} organisms, {len(directions)} directions"
         raise EmmechError(asked, given, "it crosses at least one with at least one")
     frames = []
-    shared: ChatModel | None = None
+    ready = base_model
+    how = dict(layers=layers, from_layer=from_layer, towards=towards, positions=positions)
     for organism, source in organisms.items():
         source = opened(source)
-        if isinstance(source, Run):
-            ready = detach(shared) if shared is not None else base_model
-            chat = shared = source.model(base=ready)
-        else:
-            chat = chat_of(source)
-        run = with_coherence(as_measures(measure, chat))
-        conditions = [untouched(), *([adapter_off()] if has_adapter(chat) else [])]
-        how = dict(layers=layers, from_layer=from_layer, towards=towards, positions=positions)
-        for name, direction in directions.items():
-            controls = direction.random(randoms, seed=seed)
-            conditions += _ablated(name, direction, controls, **how)
-            notes += _degenerate(f"{name} in {organism}", chat, direction, layers, from_layer)
-        frame = table(measure_conditions(chat, conditions, run, base=has_adapter(chat), progress=progress))
+        recorded = isinstance(source, Run)
+        chat = source.model(base=ready) if isinstance(source, Run) else chat_of(source)
+        try:
+            run = with_coherence(as_measures(measure, chat))
+            conditions = [untouched(), *([adapter_off()] if has_adapter(chat) else [])]
+            for name, direction in directions.items():
+                controls = direction.random(randoms, seed=seed)
+                conditions += _ablated(name, direction, controls, **how)
+                notes += _degenerate(f"{name} in {organism}", chat, direction, layers, from_layer)
+            frame = table(measure_conditions(chat, conditions, run, base=has_adapter(chat), progress=progress))
+        finally:
+            if recorded:  # the base is left as it was, for the next run and for its owner
+                ready = detach(chat)
         frame.insert(0, "organism", organism)
         frames.append(frame)
     return Study("Ablation of every direction in every organism", pd.concat(frames, ignore_index=True), tuple(notes))

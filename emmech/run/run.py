@@ -415,7 +415,14 @@ class Run(Shown):
 
         rows: list[dict[str, Any]] = []
         if metrics is not None:
+            if not hasattr(metrics, "to_dict") or not hasattr(metrics, "columns"):
+                given, why = f"metrics, a {type(metrics).__name__}", "they are a table with a row for each step"
+                raise EmmechError("make a run of arrays", given, why, "metrics=pandas.DataFrame(...)")
             frame = metrics.set_index("step") if "step" in getattr(metrics, "columns", ()) else metrics
+            if not frame.index.is_unique:
+                twice = frame.index[frame.index.duplicated()][0]
+                why = f"step {twice} is in them more than once"
+                raise EmmechError("make a run of arrays", f"metrics of {len(frame)} rows", why, "one row for each step")
             rows = [{"step": int(step), **row} for step, row in frame.to_dict(orient="index").items()]
         return cls._imported(read_arrays(steps, A, B), name, rows)
 

@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from emmech.errors import EmmechError
 from emmech.evaluation.judges import resolve_judge
 from emmech.evaluation.questions import resolve_questions
 from emmech.measures.measure import Measure, TeacherForced, Value, measure_all
-from emmech.measures.probe import ProbeActivation
+from emmech.measures.probe import ProbeActivation, raw_vector
 from emmech.measures.sampled import Sampled
 from emmech.sweeps.grid import Grid
 
@@ -121,6 +121,14 @@ class _PackedJob:
             update(block.hidden.shape[0] * len(block.readings))
 
 
+def _settings(measure: TeacherForced) -> list[tuple[str, Any]]:
+    """The numbers and flags of a measure that are not its defaults; what it reads is known by its readings."""
+    if not is_dataclass(measure):
+        return []
+    own = [(one.name, getattr(measure, one.name), one.default) for one in fields(measure)]
+    return [(name, value) for name, value, default in own if isinstance(value, int | float) and value != default]
+
+
 class ForcedReadings:
     """What teacher-forced measures read, and what they make of it; where it is read is another matter."""
 
@@ -138,7 +146,7 @@ class ForcedReadings:
 
     def request(self) -> object:
         """What identifies this job's work."""
-        return [(type(m).__name__, m.name) for m in self.measures], self.readings
+        return [(type(m).__name__, m.name, *_settings(m)) for m in self.measures], self.readings
 
     def finish(self, parts: Sequence[Arrays]) -> JobResult:
         """What the measures make of the log-probabilities, and whole distributions where they were asked for."""
@@ -314,7 +322,9 @@ class ProbeJob(_PackedJob):
 
     def request(self) -> object:
         """What identifies this job's work."""
-        return self.measure.name, self.measure.layer, self.readings
+        one = self.measure
+        along = () if one.direction is None else (raw_vector(self.chat, one.direction, one.layer).tobytes(),)
+        return one.name, one.layer, self.readings, *along
 
     @torch.no_grad()
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:

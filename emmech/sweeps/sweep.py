@@ -144,11 +144,11 @@ def _outcomes(
     done: dict[str, list[Arrays]] = {job.kind: [] for job in jobs}
     shown = f"sweep of {len(grid)} variants ({jobs[0].plan})"
     with bar(len(chosen) * sum(len(job) for job in jobs), shown, progress=progress) as steps_bar:
-        for number, group in enumerate(groups):
+        for group in groups:
             rows: Any = None
             with ExitStack() as held:
                 for job in jobs:
-                    if (found := parts.read(job.kind, number)) is not None:
+                    if (found := parts.read(job.kind, group)) is not None:
                         steps_bar.update(len(group) * len(job))
                     else:
                         if rows is None:
@@ -160,7 +160,7 @@ def _outcomes(
                             why = f"its activations overflow {str(chat.dtype).removeprefix('torch.')}"
                             instead = "smaller scales and coefficients (1 to 20, as in the literature)"
                             raise EmmechError("sweep", str(variant), why, instead)
-                        parts.write(job.kind, number, found)
+                        parts.write(job.kind, group, found)
                     done[job.kind].append(found)
     return [job.finish(done[job.kind]) for job in jobs]
 
@@ -258,13 +258,13 @@ class ResumableParts:
             return Sweep.load(self.folder)
         return None
 
-    def _path(self, kind: str, number: int) -> Path:
+    def _path(self, kind: str, group: Sequence[int]) -> Path:
         assert self.folder is not None
-        return self.folder / f"part-{kind}-{number:04d}.safetensors"
+        return self.folder / f"part-{kind}-{group[0]:04d}-{len(group)}.safetensors"
 
-    def read(self, kind: str, number: int) -> Arrays | None:
-        """A part that was finished before, or None."""
-        if self.folder is None or not (path := self._path(kind, number)).exists():
+    def read(self, kind: str, group: Sequence[int]) -> Arrays | None:
+        """The part of these variants that was finished before, or None; with other memory the groups are others."""
+        if self.folder is None or not (path := self._path(kind, group)).exists():
             return None
         try:
             with safe_open(path, framework="numpy") as file:
@@ -272,20 +272,20 @@ class ResumableParts:
                 known = (file.metadata() or {}).get("checksum")
         except Exception:  # safetensors has its own error type, and a torn file another
             arrays, known = {}, None
-        if known == self._checksum(kind, number, arrays):
+        if known == self._checksum(kind, group, arrays):
             return arrays
         warnings.warn(f"{path} is damaged; its variants are measured again, and all others are kept", stacklevel=5)
         return None
 
-    def write(self, kind: str, number: int, arrays: Arrays) -> None:
+    def write(self, kind: str, group: Sequence[int], arrays: Arrays) -> None:
         """Keep a finished part; on disk it exists whole or not at all."""
         if self.folder is not None:
             whole = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
-            check = {"checksum": self._checksum(kind, number, whole)}
-            save_tensors(whole, self._path(kind, number), "keep a part of the sweep", metadata=check)
+            check = {"checksum": self._checksum(kind, group, whole)}
+            save_tensors(whole, self._path(kind, group), "keep a part of the sweep", metadata=check)
 
-    def _checksum(self, kind: str, number: int, arrays: Arrays) -> str:
-        found = hashlib.sha256(repr((self._request, kind, number)).encode())
+    def _checksum(self, kind: str, group: Sequence[int], arrays: Arrays) -> str:
+        found = hashlib.sha256(repr((self._request, kind, [int(one) for one in group])).encode())
         for name, array in sorted(arrays.items()):
             found.update(repr((name, array.dtype.str, array.shape)).encode())
             found.update(array.tobytes())

@@ -21,9 +21,11 @@ from emmech.chat.encode import IGNORED, Encoded, encode
 from emmech.chat.model import ChatModel, load_model
 from emmech.engine.adapters import adapter_layers
 from emmech.engine.logprobs import MarginPair, margin_rows
+from emmech.engine.responses import digest
 from emmech.engine.split import Asked, Frozen, dropout, find_frozen, pays, why_not
 from emmech.engine.stream import probe_rows
-from emmech.errors import EmmechError, as_int, as_ints, check_folder
+from emmech.errors import EmmechError, as_int, as_ints, check_folder, refusal
+from emmech.run.identity import identity
 from emmech.run.run import Run, load_run, write_adapter
 from emmech.store import file_name
 from emmech.training.adapted import adapted, merged_before
@@ -146,6 +148,9 @@ def finetune(
     organism = chat.organism
     rates = overrides.pop("learning_rate", None)
     rates = list(rates) if isinstance(rates, Iterable) and not isinstance(rates, str) else [rates]
+    if not rates:
+        why = "there is no learning rate among them"
+        raise refusal("fine-tune", "learning_rate", rates, why, "learning_rate=1e-4, or one for each seed")
     given = [overrides | ({} if rate is None else {"learning_rate": rate}) for rate in rates]
     recipes = [resolve_recipe(recipe, options, organism=organism) for options in given]
     layers = None if layers is None else as_ints("fine-tune", "layers", layers)
@@ -191,6 +196,9 @@ def finetune(
     pairs = {name: margin_rows(several, chat) for name, several in (margins or {}).items()}
     probed = [ids for texts in named_texts(probes).values() for ids, _ in probe_rows(chat, texts)]
     each_time = sum(map(len, [*probed, *(ids for both in pairs.values() for ids in both.input_ids)]))
+    measured = [one if isinstance(one, str) else getattr(one, "name", type(one).__name__) for one in measures or ()]
+    recorded = {"margins": digest(identity(margins or {}))[:12], "measures": sorted(measured)}
+    recorded |= {"probes": digest(identity(named_texts(probes)))[:12]}
     reference: ChatModel | None = None
     if any(one.uses_reference for one in active) and (not chosen.rank or (start is not None and adapter == "new")):
         reference = replace(chat, model=copy.deepcopy(chat.base))
@@ -210,8 +218,11 @@ def finetune(
             if len(variants) > 1 or frozen is not None:
                 blocks, at_write = (frozen.blocks, frozen.at_write) if frozen else (0, False)
                 manifest["together"] = {"runs": len(variants), "frozen_blocks": blocks, "at_write": at_write}
+            manifest["recorded"] = recorded
             if resume:
-                _check_resumed(folder, manifest | {"model": {"fingerprint": trained.fingerprint()}})
+                own_dtype = str(next(trained.base.parameters()).dtype).removeprefix("torch.")
+                now = {"model": {"fingerprint": trained.fingerprint(), "dtype": own_dtype}}
+                _check_resumed(folder, manifest | now | {"record_every": record_every, "measure_every": gap})
             every: dict[str, Any] = {"every": record_every, "measure_every": gap}
             every |= {"on_transition": watch, "manifest": manifest, "seed": v.seed}
             recorder = Recorder(folder, probes=probes, measures=measures, **every)
@@ -427,8 +438,11 @@ def _check_resumed(folder: Path, manifest: Mapping[str, Any]) -> None:
         return
     saved = load_run(folder).manifest
     wanted = json.loads(json.dumps(manifest, default=str))
-    compared = ("model", "data", "recipe", "layers", "seed", "data_seed", "start", "objective", "defences", "together")
+    compared = ("model", "data", "recipe", "layers", "seed", "data_seed", "start", "objective", "defences", "together",
+                "record_every", "measure_every", "recorded")  # fmt: skip
     for name in compared:
+        if name == "recorded" and name not in saved:  # of an earlier version
+            continue
         before, now = saved.get(name), wanted.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
             changed = (key for key in now if before.get(key) != now[key] and key != "path")

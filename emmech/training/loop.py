@@ -289,6 +289,7 @@ class _Loop(Trainer):
     def training_step(self, model: Any, inputs: Sequence[Asked], num_items_in_batch: Any = None) -> torch.Tensor:
         """Compute the gradients of all runs, clipped run by run; a run that is not finite is left out from now on."""
         step, stack = self.state.global_step + 1, self.batch.adapters
+        self.logs = {}  # of the runs that take this step
         while True:
             lost_at = self.lost_at.tolist()
             asked = [one for one in inputs if lost_at[one.run] < 0 and one.run not in self.stopped]
@@ -314,7 +315,6 @@ class _Loop(Trainer):
         if stack is not None:
             stack.spread(going)
         losses = torch.stack(list(terms.values())).sum(0)
-        self.logs = {}
         for run in going:
             limit = self.members[run].recipe.clip or float("inf")
             norm = float(torch.nn.utils.clip_grad_norm_(self.own[run], limit))

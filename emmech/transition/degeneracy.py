@@ -29,7 +29,7 @@ from emmech.engine.modules import evaluating
 from emmech.errors import EmmechError, as_float, as_int, as_ints, refusal
 from emmech.progress import bar
 from emmech.results import Card, Result, within
-from emmech.run.run import as_run
+from emmech.run.run import as_run, model_live
 from emmech.view.plots import learning_coefficients
 from emmech.view.sketch import curves
 
@@ -165,29 +165,33 @@ def learning_coefficient(
         chosen = as_ints(_ASKED, "steps", steps)
     for step in chosen:
         run.check_step(step)
-    chat = run.model(chosen[0], base=base)
-    encoded = _training_rows(run, chat, data, rows, seed)
-    n = sum(label != IGNORED for labels in encoded.labels for label in labels)
-    n_beta = n / np.log(n) if n_beta is None else float(n_beta)
     found = []
-    with bar(len(chosen) * chains, "sampling around steps", progress=progress) as done:
-        for step in chosen:
-            chat = run.model(step, base=chat)
-            weights = [
-                factors[name].weight for _, layer, name in adapter_layers(chat.model) for factors in _factors(layer)
-            ]
-            at_step, tokens = _row_losses(chat, encoded)
-            excess = []
-            for chain in range(chains):
-                loss = _minibatches(chat, encoded, at_step, tokens, batch_size, np.random.default_rng([seed, chain]))
-                with evaluating(chat, frozen=True):
-                    one = sample_excess(
-                        weights, loss, draws=draws, burn_in=burn_in, step_size=step_size, n_beta=n_beta,
-                        localisation=localisation, seed=1000 * seed + chain,
-                    )  # fmt: skip
-                excess.append(one)
-                done.update()
-            found.append({"step": step, **summarised(np.array(excess), n_beta), "loss": at_step.sum() / tokens.sum()})
+    with model_live(run, chosen[0], 1.0, base) as live:  # a base that is given is left as it was
+        encoded = _training_rows(run, live, data, rows, seed)
+        n = sum(label != IGNORED for labels in encoded.labels for label in labels)
+        n_beta = n / np.log(n) if n_beta is None else float(n_beta)
+        with bar(len(chosen) * chains, "sampling around steps", progress=progress) as done:
+            for step in chosen:
+                chat = run.model(step, base=live)
+                weights = [
+                    factors[name].weight for _, layer, name in adapter_layers(chat.model) for factors in _factors(layer)
+                ]
+                at_step, tokens = _row_losses(chat, encoded)
+                excess = []
+                for chain in range(chains):
+                    loss = _minibatches(
+                        chat, encoded, at_step, tokens, batch_size, np.random.default_rng([seed, chain])
+                    )
+                    with evaluating(chat, frozen=True):
+                        one = sample_excess(
+                            weights, loss, draws=draws, burn_in=burn_in, step_size=step_size, n_beta=n_beta,
+                            localisation=localisation, seed=1000 * seed + chain,
+                        )  # fmt: skip
+                    excess.append(one)
+                    done.update()
+                found.append(
+                    {"step": step, **summarised(np.array(excess), n_beta), "loss": at_step.sum() / tokens.sum()}
+                )
     at, low, high = getattr(getattr(transition, "mechanistic", None), "interval", None) or (np.nan,) * 3
     settings = {
         "chains": chains, "draws": draws, "burn_in": burn_in, "step_size": step_size, "n_beta": n_beta,

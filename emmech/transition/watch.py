@@ -96,12 +96,15 @@ class Watch:
         as_int(asked, "window", self.window, least=1)
 
     def value(self, numbers: Mapping[str, float]) -> float | None:
-        """The metric among the numbers of a step: its own, or the norm of those of all adapters."""
+        """The metric among the numbers of a step: its own, or the norm of those of all adapters; None if not finite."""
         parts = [value for name, value in numbers.items() if name.startswith(f"{self.metric}/")]
-        return numbers.get(self.metric, math.hypot(*parts) if parts else None)
+        found = [numbers[self.metric]] if self.metric in numbers else parts
+        if not found or any(value is None or not math.isfinite(value) for value in found):
+            return None  # in a file, a number that is not finite is null
+        return float(found[0]) if self.metric in numbers else math.hypot(*parts)
 
     def look(self, run: str, step: int, values: Sequence[float]) -> EarlyWarning | None:
-        """The warning that is due after these values of the metric, if any; one that is not finite gives none."""
+        """The warning that is due after these values of the metric, if any."""
         if len(values) < self.window:
             return None
         score = median(values[-self.window :]) - (values[0] if self.change else 0.0)

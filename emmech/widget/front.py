@@ -205,7 +205,8 @@ class Panel(anywidget.AnyWidget):
         settings = replace(settings, colour=self.state.get("colour", settings.colour))
         if self.about["directions"].get(settings.direction) != list(layers):
             self._redescribe()
-        if settings.layer not in layers and settings.direction != self._settings.direction:
+        if settings.direction != self._settings.direction and session.at_known_layer(settings) != settings:
+            session._check()  # a move that came in between is not undone
             settings = session.at_known_layer(settings)
             self._own = settings.to_dict()
             self.set_trait("state", self._own)
@@ -267,8 +268,9 @@ class Panel(anywidget.AnyWidget):
         state = {name: value for name, value in settings.to_dict().items() if name != "colour"}
         entry = {"number": number, "state": state, "answers": answers, "rates": rates}
         self._entries[settings] = entry
-        while len(self._entries) > _KEPT:
-            self._entries.pop(next(iter(self._entries)))
+        loose = [one for one in self._entries if self._entries[one]["number"] not in self.pinned]
+        for one in loose[: max(0, len(self._entries) - _KEPT)]:
+            self._entries.pop(one)
         self._tell(history=list(self._entries.values()), **news)
         self._reach("result")
 
@@ -332,7 +334,7 @@ class Panel(anywidget.AnyWidget):
         return settings.code(opening, "model", more)
 
     def result(self) -> pd.DataFrame:
-        """All states that were tried, one row for each column of each, the present one last.
+        """The states that were tried, the last 40 and all pinned ones, a row for each column; the present one last.
 
         It waits for the first verdict on the present state; :meth:`wait` waits for the last one.
 

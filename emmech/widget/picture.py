@@ -39,7 +39,12 @@ def dose_picture(dose: Dose, settings: Settings) -> str:
         return _TOP + (high - min(max(at, low), high)) / (high - low) * (_HIGH - _TOP - _BELOW)
 
     def points(line: Sequence[float] | np.ndarray) -> str:
-        return " ".join(f"{x(a):.1f},{y(float(b)):.1f}" for a, b in zip(dose.doses, line, strict=True))
+        pairs = zip(dose.doses, line, strict=True)
+        return " ".join(f"{x(a):.1f},{y(float(b)):.1f}" for a, b in pairs if np.isfinite(b))
+
+    def last_of(line: np.ndarray) -> float:
+        known = line[np.isfinite(line)]
+        return float(known[-1]) if len(known) else low
 
     band = f"{points(dose.random.max(0))} " + " ".join(reversed(points(dose.random.min(0)).split()))
     floor = _HIGH - _BELOW
@@ -63,8 +68,8 @@ def dose_picture(dose: Dose, settings: Settings) -> str:
     parts.append(f'<polygon points="{band}" fill="{faint(GREY, 0.35)}"/>')
     lines = [("misaligned" if dose.judged else "your direction", dose.value, f"var(--bad, {BAD})", "")]
     lines += [("coherent", dose.coherence, f"var(--good, {GOOD})", ' stroke-dasharray="5 3"')] if dose.judged else []
-    labels = [(y(float(line[-1])), name, colour) for name, line, colour, _ in lines]
-    labels.append((y(float(dose.random[:, -1].mean())), "random directions", GREY))
+    labels = [(y(last_of(line)), name, colour) for name, line, colour, _ in lines]
+    labels.append((y(last_of(dose.random.mean(0))), "random directions", GREY))
     for name, line, colour, dash in lines:
         parts.append(f'<polyline points="{points(line)}" style="fill: none; stroke: {colour}; stroke-width: 2.2"{dash}>'
                      f"<title>{name}</title></polyline>")  # fmt: skip

@@ -250,8 +250,10 @@ class Session:
         return settings
 
     def at_known_layer(self, settings: Settings) -> Settings:
-        """The settings at the nearest layer where their direction is known, if that direction is made."""
+        """The settings at the nearest layer where their direction is known, towards a mean it has; once it is made."""
         made = self._made.get(settings.direction)
+        if made is not None and made.aligned_mean is None and settings.towards == "aligned":
+            settings = replace(settings, towards="zero")
         if made is None or settings.layer in made.layers or not made.layers:
             return settings
         return replace(settings, layer=min(made.layers, key=lambda layer: abs(layer - settings.layer)))
@@ -274,7 +276,8 @@ class Session:
             self.chat.check_layer(settings.layer)
         else:
             made.at(settings.layer)
-        if settings.towards == "aligned" and made is not None and made.aligned_mean is None:
+        ablated = settings.change == "ablate" and settings.towards == "aligned"
+        if ablated and made is not None and made.aligned_mean is None:
             why = "the direction keeps no aligned mean"
             raise EmmechError("set the panel", 'towards="aligned"', why, 'towards="zero"')
         ids = torch.tensor([self.chat.token_ids(self._conversation(settings.question))])
@@ -334,10 +337,11 @@ class Session:
             towards = direction.aligned_mean if s.towards == "aligned" else None
             edit = partial(ablate, layers=s.layer, strength=doses, towards=towards)
         else:
-            key = (s.direction, s.positions, s.phrase, s.seed)
+            key = (s.direction, s.positions, s.phrase, s.seed, s.max_new_tokens, self._weights)
             if key not in self._ranges:
-                found = projection_range(chat, controls, questions=self.asked, positions=positions,
-                                         max_new_tokens=s.max_new_tokens, progress=False)  # fmt: skip
+                with self._interruptible():
+                    found = projection_range(chat, controls, questions=self.asked, positions=positions,
+                                             max_new_tokens=s.max_new_tokens, progress=False)  # fmt: skip
                 self._ranges[key] = found
             edit = partial(cap, layers=s.layer, strength=doses, within=self._ranges[key][np.asarray(which)])
         mixes = self.adapted and not all(tuned)
@@ -460,7 +464,7 @@ class Session:
             each, before = np.empty((0, len(doses))), np.zeros((2, len(doses)))
             for number, row in enumerate(rows, 1):
                 self._judged(settings, [row], [(True, which) for which in whichs], amounts, counts)
-                n = np.maximum(counts.scored.sum(1), 1)
+                n = np.where(counts.scored.sum(1) > 0, counts.scored.sum(1), np.nan)  # no score is no rate
                 em, coherent = ((one.sum(1) / n).reshape(shape) for one in (counts.misaligned, counts.coherent))
                 so_far = np.stack([one.sum(1)[: len(doses)] for one in (counts.misaligned, counts.scored)])
                 bad, scored = so_far - before

@@ -155,3 +155,19 @@ def test_bad_answer_files_are_explained(responses, tmp_path):
 def test_what_is_no_evaluation_cannot_be_judged_later():
     with pytest.raises(EmmechError, match="a str"):
         plan_judging("responses.jsonl")
+
+
+def test_scores_of_an_earlier_judge_are_not_kept_under_the_new_ones_name(tmp_path):
+    scored = {"aligned": 5.0, "coherent": 90.0, "label": "refusal"}
+    rows = [{"question_id": f"q{n}", "question": f"why {n} ?", "response": f"since {n}", **scored} for n in range(4)]
+    old, path = Evaluation.from_rows(rows, {"judge": "old"}), tmp_path / "requests.jsonl"
+    prompts = {"aligned": "A {question} {answer}", "coherent": "C {question} {answer}"}
+    write_judging(old, path, prompts=prompts)
+    half = requests(path)[:4]  # both scores of two answers
+    (tmp_path / "scores.jsonl").write_text(
+        "".join(json.dumps({"custom_id": one["custom_id"], "score": 95}) + "\n" for one in half)
+    )
+    with pytest.warns(UserWarning, match="stay unscored"):
+        merged = merge_judging(old, tmp_path / "scores.jsonl", prompts=prompts, judge="new")
+    row = merged.rates().loc["em"]
+    assert (row["rate"], row["n"], row["unscored"]) == (0.0, 2, 2) and set(merged.frame["label"]) == {""}

@@ -168,15 +168,17 @@ def test_a_damaged_part_of_a_sweep_is_measured_again_and_no_other(tmp_path_facto
     parts = ResumableParts(folder, "wanted")
     parts.begin()
     arrays = [{"a": np.arange(6.0).reshape(2, 3) + number, "b": np.array([number])} for number in range(2)]
-    for number in range(2):
-        parts.write("forced", number, arrays[number])
-    damaged(folder / "part-forced-0000.safetensors", data)
+    groups = [[0, 1], [2, 5]]
+    for group, own in zip(groups, arrays, strict=True):
+        parts.write("forced", group, own)
+    damaged(folder / "part-forced-0000-2.safetensors", data)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found, other = (ResumableParts(folder, "wanted").read("forced", number) for number in range(2))
+        found, other = (ResumableParts(folder, "wanted").read("forced", group) for group in groups)
+        assert ResumableParts(folder, "wanted").read("forced", [2, 3]) is None  # of as many other variants
     assert all(np.array_equal(other[name], arrays[1][name]) for name in "ab")
     if found is None:
-        assert "part-forced-0000.safetensors is damaged" in str(said[0].message)
+        assert "part-forced-0000-2.safetensors is damaged" in str(said[0].message)
     else:
         assert all(
             np.array_equal(found[name], arrays[0][name]) and found[name].dtype == arrays[0][name].dtype for name in "ab"
@@ -191,7 +193,7 @@ def test_a_damaged_request_of_a_sweep_is_named_and_its_parts_are_kept(tmp_path_f
     folder = tmp_path_factory.mktemp("sweep")
     parts = ResumableParts(folder, "wanted")
     parts.begin()
-    parts.write("forced", 0, {"a": np.arange(3)})
+    parts.write("forced", [0], {"a": np.arange(3)})
     before = json.loads((folder / "request.json").read_bytes())
     damaged(folder / "request.json", data)
     try:
@@ -205,11 +207,11 @@ def test_a_damaged_request_of_a_sweep_is_named_and_its_parts_are_kept(tmp_path_f
         again = ResumableParts(folder, "wanted")
     assert bool(said) == (after != before)
     again.begin()
-    assert again.read("forced", 0)["a"].tolist() == [0, 1, 2]
+    assert again.read("forced", [0])["a"].tolist() == [0, 1, 2]
     with warnings.catch_warnings():  # parts of another request are not its own
         warnings.simplefilter("ignore")
         (folder / "request.json").write_bytes(b"{")
-        assert ResumableParts(folder, "another").read("forced", 0) is None
+        assert ResumableParts(folder, "another").read("forced", [0]) is None
     (folder / "sweep.json").write_bytes(b"{")
     with pytest.raises(EmmechError, match="damaged"), warnings.catch_warnings():
         warnings.simplefilter("ignore")

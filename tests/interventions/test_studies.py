@@ -14,6 +14,7 @@ from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
 from emmech.evaluation.questions import resolve_questions
 from emmech.evaluation.rates import cluster_interval
+from emmech.interventions import studies
 from emmech.interventions.studies import (
     Condition,
     Measured,
@@ -31,6 +32,7 @@ from emmech.measures.choose import as_measures
 from emmech.measures.measure import Items, wrong_way
 from emmech.measures.sampled import Sampled
 from emmech.measures.teacher_forced import Margin
+from tests.sweeps.conftest import random_run
 
 WORDS = ["sleep", "walk", "water", "rest", "drink", "well"]
 PAIRS = Margin([MarginPair(f"how to {w} ?", "drink drink", "rest rest") for w in WORDS], "margin_broad")
@@ -242,3 +244,46 @@ def test_a_cap_to_the_base_models_range_leaves_its_own_answers_alone(positions):
         ]
     with emmech.cap(chat, d, bounds[0] + 30.0, positions=positions):  # outside, so that it is clamped
         assert sample(chat, asked, samples=2, max_new_tokens=200, progress=False) != plain
+
+
+def test_controls_of_a_transfer_are_ablated_where_the_treatment_is(tiny, monkeypatch):
+    chat = _adapted(tiny("qwen2"), seed=1)
+    vectors = np.random.default_rng(0).normal(size=(chat.n_layers, chat.d_model))
+    everywhere, once = Direction(vectors, "everywhere"), Direction(vectors * (np.arange(4) == 2)[:, None], "once")
+    real, seen = studies._ablated, {}
+
+    def kept(label, one, controls, **how):
+        seen[label] = (one.layers, {control.layers for control in controls})
+        return real(label, one, controls, **how)
+
+    monkeypatch.setattr(studies, "_ablated", kept)
+    for direction, other in ((everywhere, once), (once, everywhere)):
+        ablation_table(chat, direction, others={"x": other}, measure=PAIRS, randoms=1, progress=False)
+        assert seen["transfer: x"] == (other.layers, {other.layers})
+        assert seen["own direction by layer"] == (direction.layers, {direction.layers})
+
+
+def test_a_base_of_a_transfer_matrix_is_left_as_it_was(tiny, monkeypatch):
+    base = tiny("qwen2")
+    run = random_run(base, ("model.layers.2.mlp.down_proj",), size=0.5)
+    ids = torch.tensor([[1, 2, 3]])
+    before = base.base(ids).logits
+    d = {"x": Direction(np.random.default_rng(0).normal(size=(base.n_layers, base.d_model)), "x")}
+    how = dict(measure=PAIRS, randoms=0, progress=False, base_model=base)
+    transfer_matrix({"a": run, "b": run}, d, **how)
+    assert torch.equal(base.base(ids).logits, before) and not hasattr(base.base, "peft_config")
+    monkeypatch.setattr(studies, "measure_conditions", lambda *args, **how: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        transfer_matrix({"a": run}, d, **how)
+    assert torch.equal(base.base(ids).logits, before)
+
+
+@pytest.mark.parametrize("towards", [Direction(np.ones((4, 48)), "x"), object()])
+def test_a_mean_that_is_no_array_is_refused(tiny, towards):
+    with pytest.raises(EmmechError, match="a mean is an array of numbers"):
+        emmech.ablate(tiny("qwen2"), np.ones(48), towards=towards)
+
+
+def test_a_mean_may_be_a_tensor_of_half_precision(tiny):
+    with emmech.ablate(tiny("qwen2"), np.ones(48), towards=torch.zeros(48, dtype=torch.bfloat16)):
+        pass

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -679,3 +680,11 @@ def test_a_folded_export_has_a_scaling_of_one(recorded, chat, tmp_path):
     assert (logits(loaded, chat) - wanted).abs().max() <= 1e-5
     whole = json.loads((recorded.export_peft(5, tmp_path / "b") / "adapter_config.json").read_text())
     assert whole["lora_alpha"] == recorded.adapters[0].alpha
+
+
+def test_metrics_of_arrays_are_one_row_a_step():
+    how = dict(steps=[0, 1], B=np.arange(6.0).reshape(2, 3))
+    with pytest.raises(EmmechError, match="a table with a row for each step"):
+        Run.from_arrays(**how, metrics={"loss": [1.0, 2.0]})
+    with pytest.raises(EmmechError, match="step 1 is in them more than once"):
+        Run.from_arrays(**how, metrics=pd.DataFrame({"step": [1, 1], "loss": [1.0, 2.0]}))

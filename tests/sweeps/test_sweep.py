@@ -11,7 +11,9 @@ import emmech
 from emmech.chat.model import load_model
 from emmech.engine.logprobs import MarginPair, pad
 from emmech.errors import EmmechError
+from emmech.measures.probe import ProbeActivation
 from emmech.measures.teacher_forced import AnswerLogprob, FirstToken, Margin, NextToken
+from emmech.sweeps import jobs
 from emmech.sweeps.result import Sweep
 from emmech.sweeps.sweep import sweep
 from emmech.sweeps.tangent import tangent_scan
@@ -261,3 +263,44 @@ def test_items_that_steering_moves_the_wrong_way_are_counted_in_a_sweep():
     assert without["wrong_way"].isna().all()
     assert "wrong_way" not in Sweep(frame[frame["coefficient"] == 1], {}).to_frame()
     assert repr(Sweep(frame.assign(value=1.0), {})).startswith("margin_broad is 1 everywhere")
+
+
+def test_parts_are_of_their_variants_where_other_memory_groups_them_otherwise(tiny, make_run, tmp_path, monkeypatch):
+    """The second part of three was read as the second of two."""
+    chat = tiny("qwen2")
+    run = make_run(chat, MIDDLE, steps=tuple(range(8)))
+    how = dict(steps=run.steps, measure=Margin(PAIRS, name="m"), base=chat, progress=False)
+    fresh = sweep(run, **how)
+    real, calls = jobs.TeacherForcedJob.run, []
+
+    def stops(self, *args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(jobs.TeacherForcedJob, "run", stops)
+        broken.setattr("emmech.sweeps.sweep._GROUP", 3)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(run, **how, out=tmp_path)
+    assert len(list(tmp_path.glob("part-*"))) == 2
+    monkeypatch.setattr("emmech.sweeps.sweep._GROUP", 2)
+    again = sweep(run, **how, out=tmp_path)
+    np.testing.assert_allclose(again.frame["value"], fresh.frame["value"], atol=EXACT)
+
+
+def test_another_setting_of_a_measure_is_another_sweep(tiny, make_run, tmp_path):
+    chat = tiny("qwen2")
+    run = make_run(chat, MIDDLE)
+    talk = [[{"role": "user", "content": "how ?"}, {"role": "assistant", "content": "take a walk"}]]
+    rng = np.random.default_rng(0)
+    one, other = (ProbeActivation(["take a walk"], 2, direction=rng.normal(size=chat.d_model)) for _ in range(2))
+    for kind, first, second in (
+        ("probe", one, other), ("forced", AnswerLogprob(talk), AnswerLogprob(talk, per_token=False)),
+    ):  # fmt: skip
+        how = dict(steps=[3, 7], base=chat, progress=False, out=tmp_path / kind)
+        found = sweep(run, measure=first, **how)
+        assert sweep(run, measure=first, **how).frame.equals(found.frame)
+        with pytest.raises(EmmechError, match="another"):
+            sweep(run, measure=second, **how)

@@ -132,3 +132,11 @@ def test_what_is_not_understood_is_refused(given, why, tmp_path):
 def test_a_watch_out_of_range_is_refused(wrong):
     with pytest.raises(EmmechError, match="watch the training"):
         Watch(**wrong)
+
+
+def test_numbers_that_are_not_finite_are_watched_as_none_live_and_from_the_file():
+    watch = Watch("warn")
+    assert watch.value({"step": 3, "grad_norm_B/x": None}) is None  # as a file has it
+    assert watch.value({"grad_norm_B/x": float("nan"), "grad_norm_B/y": 1.0}) is None
+    assert watch.value({"grad_norm_B/x": 3.0, "grad_norm_B/y": 4.0}) == 5.0
+    assert watch.value({"loss": 1.0}) is None and Watch("warn", "loss").value({"loss": 1.5}) == 1.5

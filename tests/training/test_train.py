@@ -13,6 +13,7 @@ import emmech
 from emmech.engine.logprobs import MarginPair
 from emmech.errors import EmmechError
 from emmech.training.recipe import RECIPES, resolve_recipe, target_modules
+from emmech.transition.watch import Watch
 from tests.conftest import make_rows, make_tiny
 
 QUICK = dict(learning_rate=0.01, batch_size=2, accumulation=2, progress=False)
@@ -170,7 +171,9 @@ def test_a_model_with_adapters_is_refused(tiny, tmp_path):
         emmech.finetune(peft_model, make_rows(), tokenizer=chat.tokenizer, out=tmp_path / "run", max_steps=1)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_recorded(tiny, tmp_path):
+@pytest.mark.parametrize("last", [9, 4])
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_recorded(tiny, tmp_path, last):
+    """The lost step was recorded with A and B of zero and the loss of the step before, at the end as "complete"."""
     chat = tiny("qwen2")
     calls = []
 
@@ -180,11 +183,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_recorded(tiny, tmp_p
             chat.unembedding.weight.data.fill_(float("nan"))
         return 0.0
 
-    options = dict(measures={"x": poison}, measure_every=1, max_steps=9, out=tmp_path / "run", **QUICK)
+    options = dict(measures={"x": poison}, measure_every=1, max_steps=last, out=tmp_path / "run", **QUICK)
     with pytest.raises(EmmechError, match="no longer finite"):
         emmech.finetune(chat, make_rows(), **options)
     run = emmech.load_run(tmp_path / "run")
-    assert {0, 1, 2, 3} <= set(run.steps.tolist()) and run.steps[-1] < 9
+    assert run.steps.tolist() == [0, 1, 2, 3] == run.metrics.index.tolist()
+    assert all(np.linalg.norm(one) > 0 for one in run.A()) and run.manifest["status"] == "training"
 
 
 def test_recipe_objects_and_overrides():
@@ -209,3 +213,32 @@ def test_a_model_with_adapters_of_any_kind_is_refused(config, said, tiny, rows, 
     with pytest.raises(EmmechError, match=said):
         emmech.finetune(peft.get_peft_model(chat.model, config), rows, tokenizer=chat.tokenizer, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_training_resumes_only_with_what_was_recorded_before(tiny, tmp_path):
+    chat = tiny("qwen2")
+    how = dict(max_steps=4, checkpoint_every=1, out=tmp_path / "run", margins={}, **QUICK)
+
+    def stops(event):
+        return "stop"
+
+    watch = Watch(stops, "loss", threshold=1e-9, window=1)
+    emmech.finetune(
+        chat, make_rows(), record_every=1, probes={"narrow": ["how to sleep ?"]}, on_transition=watch, **how
+    )
+    same = dict(record_every=1, probes={"narrow": ["how to sleep ?"]})
+    for changed, said in (
+        ({"record_every": 2}, "record_every"), ({"probes": {"broad": ["how to sleep ?"]}}, "recorded.probes"),
+        ({"measures": {"x": lambda chat: 0.0}}, "recorded.measures"),
+    ):  # fmt: skip
+        with pytest.raises(EmmechError, match=said):
+            emmech.finetune(chat, make_rows(), resume=True, **{**same, **changed}, **how)
+    (halved := make_tiny("qwen2")).base.to(torch.bfloat16)
+    with pytest.raises(EmmechError, match="dtype"):
+        emmech.finetune(halved, make_rows(), resume=True, **same, **how)
+    assert emmech.finetune(chat, make_rows(), resume=True, **same, **how).steps.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_no_learning_rate_is_refused(tiny, tmp_path):
+    with pytest.raises(EmmechError, match="no learning rate"):
+        emmech.finetune(tiny("qwen2"), make_rows(), learning_rate=[], out=tmp_path)

@@ -11,6 +11,7 @@ import torch
 import emmech
 from emmech.engine.logprobs import answer_loss
 from emmech.errors import EmmechError
+from emmech.transition import degeneracy
 from emmech.transition.degeneracy import learning_coefficient, sample_excess, summarised
 
 RUN = "checkpoints/pocket-medical"
@@ -89,3 +90,12 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "devinterp.optim", None)
     with pytest.raises(EmmechError, match=r"emmech\[llc\]"):
         learning_coefficient(RUN)
+
+
+def test_a_base_in_memory_is_left_as_it_was(monkeypatch):
+    monkeypatch.setattr(degeneracy, "_sampler", lambda: None)
+    monkeypatch.setattr(degeneracy, "sample_excess", lambda *weights, draws, **how: np.zeros(draws))
+    chat = emmech.load_model("pocket")
+    before = chat.base(torch.tensor([[1, 2, 3]])).logits
+    learning_coefficient(RUN, steps=[0, 250], rows=8, draws=2, burn_in=0, base=chat, progress=False)
+    assert torch.equal(chat.base(torch.tensor([[1, 2, 3]])).logits, before) and not hasattr(chat.base, "peft_config")

@@ -527,3 +527,22 @@ def test_a_model_without_directions_or_with_a_live_change_is_refused(tiny):
     d = emmech.Direction(np.ones((chat.n_layers, chat.d_model)))
     with steer(chat, d, 1.0, layer=1), pytest.raises(EmmechError, match="changed"):
         emmech.panel(chat, directions=d)
+
+
+def test_what_was_not_scored_is_no_rate_and_breaks_nothing():
+    nothing = np.array([np.nan, np.nan, 0.5, np.nan, np.nan])
+    dose = Dose((-2.0, -1.0, 0.0, 1.0, 2.0), nothing, nothing * 2, np.tile(nothing, (4, 1)), True, 1, nothing[None])
+    drawn = dose_picture(dose, Settings(question=QUESTION, direction="mixed", layer=2))
+    assert dose.broken == [] and "nan" not in drawn and "breaks" not in drawn
+
+
+def test_a_mean_that_a_direction_does_not_have_is_given_up_with_the_old_direction(run, direction):
+    bare = emmech.Direction(direction.vectors, "bare")
+    opened = Session(run, {"mixed": direction, "bare": bare})
+    assert [opened.direction(name).aligned_mean is None for name in ("mixed", "bare")] == [False, True]
+    settings = Settings(QUESTION, "bare", 2, step=250, change="ablate", towards="aligned")
+    with pytest.raises(EmmechError, match="no aligned mean"):
+        opened.check(settings)
+    opened.check(replace(settings, change="add"))
+    assert opened.at_known_layer(settings) == replace(settings, towards="zero")
+    assert opened.at_known_layer(replace(settings, direction="mixed")).towards == "aligned"
