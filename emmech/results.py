@@ -188,13 +188,10 @@ class Result(Shown):
             raise EmmechError(asked, folder, why, f"the folder given to {cls.__name__}.save")
         try:
             head = json.loads(file.read_text(encoding="utf-8"))
+            kept_as = head.get("files", {})
             if (written := head.get("format", 0)) > cls._format:
                 why = f"this version reads formats up to {cls._format}"
                 raise EmmechError(asked, f"format {written} in {file}", why, "the version of emmech that wrote it")
-            for name, content in head.get("files", {}).items():
-                if _content(folder / name) != content:
-                    why = f"{name} is not what was written with {file.name}: it is damaged, or of another result"
-                    raise EmmechError(asked, folder, why, "a folder of its own for every result")
             if written < cls._format:
                 head = cls._upgrade(head, folder)
             arrays: Mapping[str, np.ndarray] = {}
@@ -204,7 +201,12 @@ class Result(Shown):
                 arrays = load_file(folder / _ARRAYS)
             parts = {part.__name__: part for part in cls._parts}
             found = {field.name: _unpack(head[field.name], folder, arrays, parts) for field in fields(cls)}  # type: ignore[arg-type]
-            return cls(**found)
+            whole = cls(**found)
+            for name, content in kept_as.items():
+                if _content(folder / name) != content:
+                    why = f"{name} is not what was written with {file.name}: it is damaged, or of another result"
+                    raise EmmechError(asked, folder, why, "a folder of its own for every result")
+            return whole
         except EmmechError:
             raise
         except Exception as error:  # json, pyarrow and safetensors each raise classes of their own

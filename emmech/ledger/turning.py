@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from emmech.ledger.bench import BAD, GOOD, STYLE, Bench, sparse
-from emmech.ledger.claim import Claim, Finding, NotMeasurable, Rule, over_seeds
+from emmech.ledger.claim import Claim, Finding, NotMeasurable, Rule, of_counts, over_seeds
 from emmech.ledger.emergence import MO, bad_runs
 from emmech.measures.sampled import Sampled
 from emmech.realignment.studies import crossing
@@ -181,8 +181,9 @@ def _broken(bench: Bench) -> Finding:
     swept = _scaled(bench)
     table = mean_rates(swept, "coherent")
     last = table[(table["scale"] == _SCALES[-1]) & (table["step"] == table["step"].max())]
-    values = last["value"].tolist()
-    return over_seeds(values, "%", 24 * len(values), frame=_by_scale(swept, "coherent"))
+    each = 24  # eight questions, three samples
+    found = of_counts([round(each * value) for value in last["value"].dropna()], [each] * int(last["value"].count()))
+    return replace(found, frame=_by_scale(swept, "coherent"))
 
 
 def _lag(first: str, second: str) -> Callable[[Bench], Finding]:

@@ -196,9 +196,8 @@ def finetune(
     pairs = {name: margin_rows(several, chat) for name, several in (margins or {}).items()}
     probed = [ids for texts in named_texts(probes).values() for ids, _ in probe_rows(chat, texts)]
     each_time = sum(map(len, [*probed, *(ids for both in pairs.values() for ids in both.input_ids)]))
-    measured = [one if isinstance(one, str) else getattr(one, "name", type(one).__name__) for one in measures or ()]
-    recorded = {"margins": digest(identity(margins or {}))[:12], "measures": sorted(measured)}
-    recorded |= {"probes": digest(identity(named_texts(probes)))[:12]}
+    texts = named_texts(probes)
+    recorded = {"margins": digest(identity(margins or {}))[:12], "probes": digest(identity(texts))[:12]}
     reference: ChatModel | None = None
     if any(one.uses_reference for one in active) and (not chosen.rank or (start is not None and adapter == "new")):
         reference = replace(chat, model=copy.deepcopy(chat.base))
@@ -222,7 +221,7 @@ def finetune(
             if resume:
                 own_dtype = str(next(trained.base.parameters()).dtype).removeprefix("torch.")
                 now = {"model": {"fingerprint": trained.fingerprint(), "dtype": own_dtype}}
-                _check_resumed(folder, manifest | now | {"record_every": record_every, "measure_every": gap})
+                _check_resumed(folder, manifest | now | {"record_every": record_every})
             every: dict[str, Any] = {"every": record_every, "measure_every": gap}
             every |= {"on_transition": watch, "manifest": manifest, "seed": v.seed}
             recorder = Recorder(folder, probes=probes, measures=measures, **every)
@@ -439,7 +438,7 @@ def _check_resumed(folder: Path, manifest: Mapping[str, Any]) -> None:
     saved = load_run(folder).manifest
     wanted = json.loads(json.dumps(manifest, default=str))
     compared = ("model", "data", "recipe", "layers", "seed", "data_seed", "start", "objective", "defences", "together",
-                "record_every", "measure_every", "recorded")  # fmt: skip
+                "record_every", "recorded")  # fmt: skip
     for name in compared:
         if name == "recorded" and name not in saved:  # of an earlier version
             continue

@@ -229,7 +229,6 @@ def test_a_training_resumes_only_with_what_was_recorded_before(tiny, tmp_path):
     same = dict(record_every=1, probes={"narrow": ["how to sleep ?"]})
     for changed, said in (
         ({"record_every": 2}, "record_every"), ({"probes": {"broad": ["how to sleep ?"]}}, "recorded.probes"),
-        ({"measures": {"x": lambda chat: 0.0}}, "recorded.measures"),
     ):  # fmt: skip
         with pytest.raises(EmmechError, match=said):
             emmech.finetune(chat, make_rows(), resume=True, **{**same, **changed}, **how)
