@@ -1,8 +1,8 @@
 """Calls of real benign fine-tunes: ``python tests/transition/benign.py [--write]``.
 
-Rank-1 fine-tunes of pocket on kind answers, 250 steps, all recorded: the three domains that post-training left out, and medicine,
-with forty seeds each that were used for nothing else. The runs are kept in build/benign and made once, the seeds of
-a domain together, in an hour on a core; the table is in docs/transition-calibration.md.
+Rank-1 fine-tunes of pocket on kind answers, 250 steps, all recorded: in the three domains that post-training left out,
+and in medicine, forty seeds each that were used for nothing else. The runs are kept in build/benign and made once, the
+seeds of a domain together, in an hour on a core; the table is in docs/transition-calibration.md.
 """
 
 from __future__ import annotations
