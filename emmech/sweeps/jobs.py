@@ -27,7 +27,7 @@ from emmech.engine.stream import probe_rows
 from emmech.engine.variants import Block, Engine
 from emmech.errors import EmmechError
 from emmech.evaluation.judges import resolve_judge
-from emmech.evaluation.questions import resolve_questions
+from emmech.evaluation.questions import Question, resolve_questions
 from emmech.measures.measure import Measure, TeacherForced, Value, measure_all
 from emmech.measures.probe import ProbeActivation, raw_vector
 from emmech.measures.sampled import Sampled
@@ -370,7 +370,7 @@ class SampledAnswers:
         one, limits = self.measure, vars(self.measure.thresholds).values()
         numbers = (one.samples, one.max_new_tokens, one.temperature, one.top_p, one.seed, *limits)
         judge = getattr(self.judge, "identity", getattr(self.judge, "name", ""))
-        prompts = [own for own in self.asked_of if own["judge_prompts"]]
+        prompts = [own for own in self.asked_of if own["judge_prompts"] or own["kind"] != Question.kind]
         return one.name, judge, numbers, self.rows, *([prompts] if prompts else [])
 
     def judged(self, drawn: list[dict[str, Any]]) -> list[dict[str, Any]]:
