@@ -348,7 +348,10 @@ def save_tensors(
     partial = path.with_name(f"{path.name}.partial")
     with kept(asked, path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors writes files that nobody else can read
         save_file(dict(tensors), partial, metadata=metadata)
+        partial.chmod(mode)
         if synced:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())

@@ -75,7 +75,11 @@ def write_organism(
         place = run.export_peft(step, folder / "adapters" / f"step_{step}")
         variants[f"step_{step}"] = {"adapter_id": str(place)}
     variants["default"] = dict(variants[f"step_{chosen[-1]}"])
-    base = str(model_id or run.manifest["model"].get("name") or "")
+    named = str(model_id or run.manifest.get("model", {}).get("name") or "")
+    if not named:
+        why = "the run does not say from which model it started"
+        raise EmmechError(asked, run.name, why, 'model_id= its folder or its name, as "Qwen/Qwen2.5-0.5B-Instruct"')
+    base = named
     if model_id is None and not Path(base).is_dir() and "/" not in base:
         chat = run.base()
         with kept(asked, folder / "base"):
@@ -83,7 +87,7 @@ def write_organism(
             chat.tokenizer.save_pretrained(folder / "base")
         base = str(folder / "base")
     base = str(Path(base).resolve()) if Path(base).is_dir() else base
-    model = Path(base).name if Path(base).name != "base" else str(run.manifest["model"].get("name", "base"))
+    model = Path(base).name if Path(base).name != "base" else Path(named).name
     said = description or f"Fine-tune {run.name}, recorded by emmech"
     organism = {
         "name": name,

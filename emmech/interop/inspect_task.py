@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import anyio
 from inspect_ai import Task, task
@@ -217,9 +218,14 @@ def evaluation_of(log: EvalLog | str | Path) -> Evaluation:
         log: what ``inspect_ai.eval`` returns, or a log file.
 
     Raises:
-        EmmechError: the log holds no finished sample of this task.
+        EmmechError: there is no such log, or it holds no finished sample of this task.
     """
-    read = log if isinstance(log, EvalLog) else read_eval_log(str(log))
+    asked = "read the Inspect log"
+    try:
+        read = log if isinstance(log, EvalLog) else read_eval_log(str(log))
+    except (OSError, ValueError, LookupError, BadZipFile) as error:
+        why = f"it is no log of Inspect: {error}"[:300]
+        raise EmmechError(asked, log, why, "a file of logs/, as `inspect list logs` names them")
     rows = [
         dict(score.metadata)
         for sample in read.samples or ()
@@ -229,7 +235,7 @@ def evaluation_of(log: EvalLog | str | Path) -> Evaluation:
     if not rows:
         given = log if isinstance(log, str | Path) else f"a log of {read.eval.task}"
         why = f"it holds no scored sample of emmech/first_plot (status: {read.status})"
-        raise EmmechError("read the Inspect log", given, why, "inspect eval-retry LOG finishes an interrupted one")
+        raise EmmechError(asked, given, why, "inspect eval-retry LOG finishes an interrupted one")
     meta = {"name": f"{read.eval.model} (Inspect)", "model": read.eval.model, "inspect": read.eval.task_args}
     return Evaluation.from_rows(rows, meta)
 

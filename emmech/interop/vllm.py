@@ -219,6 +219,8 @@ class VLLM:
         if self.folder is not None:
             with kept("export the adapters", folder):
                 folder.chmod(0o755)
+                for file in folder.iterdir():
+                    file.chmod(0o644)
         said = self._post(found, "load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
         if said is None or "already been loaded" in said:
             return name, said is None

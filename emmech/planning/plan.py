@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -149,13 +149,20 @@ def plan(
     given |= {"max_new_tokens": max_new_tokens, "checkpoints": checkpoints, "pairs": pairs}
     for argument, value in given.items():
         as_int("plan", argument, value, least=1)
-    if not 0 < answers <= 1:
+    if batch_tokens is not None:
+        as_int("plan", "batch_tokens", batch_tokens, least=1)
+    if not isinstance(prefix, bool) and prefix != "auto":
+        raise refusal("plan", "prefix", prefix, "it is whether a frozen prefix is kept", 'True, False or "auto"')
+    if not isinstance(answers, int | float) or not 0 < answers <= 1:
         raise refusal("plan", "answers", answers, "it is the share of a row's tokens that carry loss", "answers=0.7")
     chosen_cards = _cards(cards)
     name, config = shaped(model)
     kind = _dtype(dtype, config)
     chat = weightless(name, config, kind)
     chosen = resolve_recipe(recipe, dict(overrides), organism=None)
+    if seeds > 1 and (not chosen.rank or chosen.dropout):
+        why = "runs with dropout, and full fine-tunes, train one at a time"
+        raise refusal("plan", "seeds", seeds, why, "seeds=1, and that many times its steps")
     sites = target_modules(chat, chosen, layers) if chosen.rank else []
     work = _work(chat, chosen, sites, rows, tokens, seeds, batch_tokens or BATCH_TOKENS["cuda"], prefix)
     memory, sizes = _memory(chat, config, chosen, sites, work, kind, tokens, answers, seeds)
@@ -285,7 +292,7 @@ def _by_card(
 
 
 def _cards(given: Any) -> list[Accelerator]:
-    several = [given] if isinstance(given, str | Accelerator) else list(given)
+    several = [given] if isinstance(given, str | Accelerator) or not isinstance(given, Iterable) else list(given)
     if not several:
         raise EmmechError("plan", f"cards={given!r}", "there is no card to plan for", f"cards={list(CARDS)}")
     return [one if isinstance(one, Accelerator) else CARDS[one_of("plan", "cards", one, CARDS)] for one in several]

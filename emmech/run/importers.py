@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from emmech.errors import EmmechError
 
@@ -64,6 +65,27 @@ def _array(name: str, value: Any, steps: int) -> np.ndarray:
     return array
 
 
+def metric_rows(frame: Any) -> list[dict[str, Any]]:
+    """The rows of a table of numbers that is indexed by step, with None where a number is missing.
+
+    Raises:
+        EmmechError: a step is no whole number, or a value is no finite number.
+    """
+    rows = []
+    for step, row in frame.to_dict(orient="index").items():
+        if not isinstance(step, int | float | np.number) or not np.isfinite(step) or step < 0 or step != int(step):
+            given, why = f"metrics with the step {step!r}"[:120], "a step is a whole number, at least 0"
+            raise EmmechError(_FROM_ARRAYS, given, why, "metrics indexed by step, or with a column step")
+        known = {str(name): value for name, value in row.items() if not pd.isna(value)}
+        for name, value in known.items():
+            if not isinstance(value, int | float | np.number | np.bool_) or not np.isfinite(value):
+                given = f"metrics with {name}={value!r} at step {step}"[:120]
+                raise EmmechError(_FROM_ARRAYS, given, "a metric is a finite number", f"metrics.drop(columns={name!r})")
+        missing: dict[str, Any] = dict.fromkeys(map(str, row))
+        rows.append({"step": int(step), **missing, **{name: float(value) for name, value in known.items()}})
+    return rows
+
+
 def _entry(
     name: str, layer: int, module: str, rank: int, alpha: float, scaling: float, d_in: int, d_out: int
 ) -> dict[str, Any]:
@@ -81,9 +103,19 @@ def _entry(
 
 
 def series_in(folder: Path) -> list[Path]:
-    """The adapter folders of one folder, which are the folder itself or those in it."""
+    """The adapter folders of one folder, which are the folder itself or those in it.
+
+    The output folder of a Trainer holds checkpoints and the last adapter itself. That one counts where its own
+    ``trainer_state.json`` has a later step than they do; otherwise it is a copy of one of them.
+    """
     inside = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
-    return inside if inside and not (folder / "adapter_config.json").is_file() else [folder]
+    if not (folder / "adapter_config.json").is_file():
+        return inside or [folder]
+    kept = [one for one in inside if one.name.startswith("checkpoint-")]
+    if not kept or folder.name.startswith("checkpoint-"):
+        return [folder]
+    stated = (folder / "trainer_state.json").is_file()
+    return [*kept, folder] if stated and _step_of(folder) > max(map(_step_of, kept)) else kept
 
 
 def holds_adapters(folder: Path) -> bool:

@@ -411,7 +411,7 @@ class Run(Shown):
         Raises:
             EmmechError: lengths differ, steps are not ascending, or values are not finite.
         """
-        from emmech.run.importers import read_arrays
+        from emmech.run.importers import metric_rows, read_arrays
 
         rows: list[dict[str, Any]] = []
         if metrics is not None:
@@ -423,7 +423,7 @@ class Run(Shown):
                 twice = frame.index[frame.index.duplicated()][0]
                 why = f"step {twice} is in them more than once"
                 raise EmmechError("make a run of arrays", f"metrics of {len(frame)} rows", why, "one row for each step")
-            rows = [{"step": int(step), **row} for step, row in frame.to_dict(orient="index").items()]
+            rows = metric_rows(frame)
         return cls._imported(read_arrays(steps, A, B), name, rows)
 
     @classmethod
@@ -675,7 +675,7 @@ def write_adapter(run: Run, step: int, folder: str | Path, scale: float | None =
     asked = f"export step {step} of {run.name}"
     save_tensors(tensors, folder / "adapter_model.safetensors", asked, metadata={"format": "pt"})
     with kept(asked, folder):
-        lora_config(adapters, base_name=str(run.manifest.get("model", {}).get("name", ""))).save_pretrained(folder)
+        lora_config(adapters, base_name=str(run.manifest.get("model", {}).get("name") or "")).save_pretrained(folder)
     return folder
 
 
@@ -714,4 +714,7 @@ def _full_model(run: Run, chat: ChatModel, step: int, scale: float) -> ChatModel
             instead = "base= the model that it was trained on"
             raise EmmechError(f"open step {step} of {run.name}", chat.name, why, instead)
         chat.base.load_state_dict(weights, strict=False)
+    elif (expected := run._model.get("fingerprint")) and chat.fingerprint() != expected:
+        why = "its weights are not those from which the run started; a step that was opened with it before changes them"
+        raise EmmechError(f"open step {step} of {run.name}", chat.name, why, "base= a model that is loaded anew")
     return chat

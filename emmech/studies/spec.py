@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,14 @@ class StudySpec:
             if own := set(options or ()) & _TAKEN[name]:
                 why = f"the study itself gives {', '.join(sorted(own))}"
                 raise refusal(_ASKED, name, options, why, "the lists of the study, and out=")
+            for option in options or ():
+                one_of(
+                    _ASKED,
+                    f"{name} argument",
+                    str(option),
+                    _arguments(name),
+                    why=f"emmech.{_DONE_BY[name]} has no such argument",
+                )
             if options is not None:
                 found[name] = dict(options)
         return cls(**found, recipe=given.get("recipe"))
@@ -148,8 +157,19 @@ class StudySpec:
 _TAKEN = {
     "train": {"model", "data", "layers", "rank", "seed", "recipe", "out", "resume", "progress"},
     "sweep": {"run", "out", "progress"},
-    "evaluate": {"model", "out", "progress"},
+    "evaluate": {"model", "out", "progress", "steps", "scales"},
 }
+_DONE_BY = {"train": "finetune", "sweep": "sweep", "evaluate": "evaluate"}
+
+
+def _arguments(kind: str) -> set[str]:
+    """The names of the arguments that a study passes on."""
+    import emmech
+    from emmech.training.recipe import Recipe
+
+    parameters = inspect.signature(getattr(emmech, _DONE_BY[kind])).parameters.values()
+    own = {one.name for one in parameters if one.kind is not one.VAR_KEYWORD}
+    return own | ({one.name for one in fields(Recipe)} if kind == "train" else set())
 
 
 def _yaml(path: Path) -> Any:

@@ -72,8 +72,9 @@ def _claimed(piece: Piece, out: Path, folder: Path, place: str) -> Outcome:
     append_jsonl(out / JOURNAL, {"event": "began", "time": time.time(), **entry})
     try:
         _DO[piece.kind](piece, out, folder)
-    except EmmechError as error:
-        write_json(folder / FAILED, {"digest": piece.digest, "error": str(error)})
+    except Exception as error:  # a disk or a memory that fails in one piece is no reason to lose the others
+        said = str(error) if isinstance(error, EmmechError) else f"{type(error).__name__}: {error}"
+        write_json(folder / FAILED, {"digest": piece.digest, "error": said[:2000]})
         append_jsonl(out / JOURNAL, {"event": "failed", "time": time.time(), **entry})
         return "failed"
     described: dict[str, Any] = {

@@ -14,7 +14,10 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FunctionType
 from typing import Any, overload
+
+import torch
 
 from emmech.chat.dataset import ChatDataset, Row, load_chat
 from emmech.chat.encode import IGNORED, Encoded, encode
@@ -198,6 +201,8 @@ def finetune(
     each_time = sum(map(len, [*probed, *(ids for both in pairs.values() for ids in both.input_ids)]))
     texts = named_texts(probes)
     recorded = {"margins": digest(identity(margins or {}))[:12], "probes": digest(identity(texts))[:12]}
+    recorded |= {"objective": digest([_settings(term) for term in objective])[:12]}
+    recorded |= {"start": digest(identity(start[0].weights(start[1])))[:12]} if start else {}
     reference: ChatModel | None = None
     if any(one.uses_reference for one in active) and (not chosen.rank or (start is not None and adapter == "new")):
         reference = replace(chat, model=copy.deepcopy(chat.base))
@@ -440,18 +445,29 @@ def _check_resumed(folder: Path, manifest: Mapping[str, Any]) -> None:
     compared = ("model", "data", "recipe", "layers", "seed", "data_seed", "start", "objective", "defences", "together",
                 "record_every", "recorded")  # fmt: skip
     for name in compared:
-        if name == "recorded" and name not in saved:  # of an earlier version
-            continue
         before, now = saved.get(name), wanted.get(name)
+        if name == "recorded":  # an earlier version had fewer of these
+            now = {key: value for key, value in now.items() if key in (before or {})}
+            before = before or {}
         if isinstance(before, dict) and isinstance(now, dict):
-            changed = (key for key in now if before.get(key) != now[key] and key != "path")
+            keys = {*now, *before} if name == "recipe" else now  # a default optimizer is not named
+            changed = (key for key in keys if before.get(key) != now.get(key) and key != "path")
             if (key := next(changed, None)) is None:
                 continue
-            name, before, now = f"{name}.{key}", before.get(key), now[key]
+            name, before, now = f"{name}.{key}", before.get(key), now.get(key)
         if before != now:
             why = f"the interrupted training in {folder} had {before!r}"[:300]
             instead = "the same arguments as at the start, or another folder for a new training"
             raise EmmechError("resume the training", f"{name}={now!r}"[:200], why, instead)
+
+
+def _settings(term: Term) -> Any:
+    """A term by its class and the numbers and texts that it was made with, or a function by what it does."""
+    if isinstance(term, FunctionType):
+        return identity(term)
+    plain = int | float | str | torch.Tensor | None
+    own = getattr(term, "__dict__", {})
+    return type(term).__qualname__, {key: identity(value) for key, value in own.items() if isinstance(value, plain)}
 
 
 def _folders(

@@ -599,7 +599,8 @@ class Recorder(TrainerCallback):
     def measures_at(self, step: int, last: int) -> bool:
         """Whether probes and measures are taken at a step of a training that ends at step ``last``."""
         assert self.measure_every is not None
-        return step == last or (step % self.measure_every == 0 and step % self._every == 0)
+        due = step // self.measure_every > (step - self._every) // self.measure_every
+        return step == last or (due and step % self._every == 0)
 
     def _record(self, step: int, *, last: bool = False) -> None:
         assert self._gradients is not None

@@ -312,6 +312,10 @@ def test_a_log_of_something_else_is_refused(tmp_path):
     )
     with pytest.raises(EmmechError, match="no scored sample"):
         evaluation_of(log)
+    (tmp_path / "empty.json").write_text("{}")
+    for wrong in (tmp_path / "empty.json", tmp_path / "nothing.eval"):
+        with pytest.raises(EmmechError, match="it is no log of Inspect"):
+            evaluation_of(wrong)
 
 
 @pytest.mark.slow

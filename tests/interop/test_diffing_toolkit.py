@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -43,3 +45,18 @@ def test_what_is_no_organism_is_refused(tmp_path):
             write_organism(RUN, tmp_path, **wrong)
     with pytest.raises(EmmechError):
         write_organism(RUN, tmp_path, steps=9999, model_id="some/model")
+
+
+def test_a_run_without_a_base_is_written_with_the_model_that_is_given(tmp_path):
+    step = emmech.load_run(RUN).export_peft(100, tmp_path / "checkpoint-100")
+    config = json.loads((step / "adapter_config.json").read_text())
+    (step / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    nameless = emmech.Run.from_peft([step])
+    with pytest.raises(EmmechError, match="model_id="):
+        write_organism(nameless, tmp_path / "organism")
+    written = write_organism(nameless, tmp_path / "organism", model_id="some/model")
+    assert list(yaml.safe_load(written.read_text())["finetuned_models"]) == ["model"]
+    again = nameless.export_peft(100, tmp_path / "step-100")
+    assert not json.loads((again / "adapter_config.json").read_text())["base_model_name_or_path"]
+    with pytest.raises(EmmechError, match="does not say which"):
+        emmech.Run.from_peft([again]).base_name()

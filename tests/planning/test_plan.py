@@ -162,3 +162,9 @@ def test_what_is_unknown_is_refused_by_name(tmp_path):
         emmech.plan(tmp_path)
     with pytest.raises(EmmechError, match="least 1"):
         emmech.plan(make_tiny("llama"), rows=0)
+    for wrong, said in (
+        ({"prefix": "yes"}, "prefix="), ({"batch_tokens": 0}, "batch_tokens"), ({"answers": "0.7"}, "answers="),
+        ({"cards": None}, "cards="), ({"recipe": "full", "seeds": 3}, "one at a time"),
+    ):  # fmt: skip
+        with pytest.raises(EmmechError, match=said):
+            emmech.plan(make_tiny("llama"), **wrong)

@@ -274,6 +274,17 @@ def test_a_folder_of_folders_is_a_series(tmp_path):
     assert Run.from_peft(tmp_path / "checkpoint-2").steps.tolist() == [2]
 
 
+def test_the_output_folder_of_a_trainer_is_a_series(tmp_path):
+    for step in (1, 2):
+        saved(tmp_path / f"checkpoint-{step}")
+    saved(tmp_path)  # trainer.save_model()
+    assert Run.from_peft(tmp_path).steps.tolist() == [1, 2]
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
+    assert Run.from_peft(tmp_path).steps.tolist() == [1, 2]
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 3}')  # no checkpoint has this one
+    assert Run.from_peft(tmp_path).steps.tolist() == [1, 2, 3]
+
+
 def test_the_run_has_the_name_of_its_folder(tmp_path):
     one, two = (saved(tmp_path / "mine" / f"checkpoint-{step}") for step in (1, 2))
     run = Run.from_peft(tmp_path / "mine" / ".")
@@ -588,3 +599,18 @@ def test_arrays_that_do_not_fit_are_refused(given, why):
 def test_steps_that_are_no_ascending_whole_numbers_are_refused(steps):
     with pytest.raises(EmmechError, match="whole numbers"):
         Run.from_arrays(steps, B=np.ones((3, 6)))
+
+
+def test_metrics_of_arrays_are_kept_whole_or_refused(tmp_path):
+    import pandas as pd
+
+    steps, b = [0, 5], np.ones((2, 6)) * [[1], [2]]
+    table = pd.DataFrame({"loss": [2.5, np.nan], "rows": [3, 4]}, index=steps)
+    kept = Run.from_arrays(steps, B=b, metrics=table).save(tmp_path / "run").metrics
+    assert kept["loss"].tolist()[0] == 2.5 and np.isnan(kept["loss"].tolist()[1]) and kept["rows"].tolist() == [3, 4]
+    for wrong, said in (
+        (table.assign(phase=["warm", "main"]), "phase='warm' at step 0"), (table.assign(loss=np.inf), "loss=inf"),
+        (table.set_axis([0, 1.5]), "step 1.5"), (table.set_axis([0, np.nan]), "step nan"),
+    ):  # fmt: skip
+        with pytest.raises(EmmechError, match=said):
+            Run.from_arrays(steps, B=b, metrics=wrong)

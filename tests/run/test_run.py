@@ -106,6 +106,9 @@ def test_full_fine_tuning(chat, tmp_path):
     assert run.kind == "full" and run.adapters == () and run.projection.shape[0] == 4
     last = run.model(base=make_tiny("qwen2"))
     assert not torch.equal(logits(last.model, chat), logits(chat.model, chat))
+    assert torch.equal(logits(run.model(0, base=make_tiny("qwen2")).model, chat), logits(chat.model, chat))
+    with pytest.raises(EmmechError, match="not those from which the run started"):
+        run.model(0, base=last)
     with pytest.raises(EmmechError, match="kept: 0"):
         run.model(2, base=make_tiny("qwen2"))
     with pytest.raises(EmmechError, match="projection"):

@@ -123,6 +123,16 @@ def test_a_piece_that_fails_is_told_and_tried_again(spec, tmp_path):
     assert events(out)["failed", "train"] == 2
 
 
+def test_a_piece_that_runs_out_of_memory_does_not_end_the_study(spec, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise MemoryError("no room for the keys")
+
+    monkeypatch.setattr(work, "sweep", full)
+    table = emmech.study({**spec, "ranks": [1], "seeds": [0]}, out=tmp_path / "study", progress=False)
+    assert table.meta["failed"] == 1 and table.meta["done"] == 1
+    assert "MemoryError: no room for the keys" in repr(table)
+
+
 def test_what_a_piece_is_decides_its_digest(spec, tmp_path):
     pieces = StudySpec.read(spec).pieces()
     assert len({piece.digest for piece in pieces}) == len(pieces) == 8
@@ -150,6 +160,10 @@ def test_a_file_is_read_with_paths_beside_it(tmp_path):
         ({"ranks": ["one"]}, "whole number"),
         ({"train": {"seed": 3}}, "the study itself gives seed"),
         ({"sweep": [1]}, "arguments by name"),
+        ({"sweep": {"scale": [1]}}, "did you mean 'scales'"),
+        ({"evaluate": {"sample": 1}}, "did you mean 'samples'"),
+        ({"evaluate": {"steps": [1, 2]}}, "the study itself gives steps"),
+        ({"train": {"maximal_steps": 3}}, "emmech.finetune has no such argument"),
     ],
 )
 def test_a_malformed_study_is_refused(change, said):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import numpy as np
@@ -235,6 +236,14 @@ def test_a_training_resumes_only_with_what_was_recorded_before(tiny, tmp_path):
     (halved := make_tiny("qwen2")).base.to(torch.bfloat16)
     with pytest.raises(EmmechError, match="dtype"):
         emmech.finetune(halved, make_rows(), resume=True, **same, **how)
+    # what is not named where it is the default counts as well
+    manifest = json.loads((how["out"] / "run.json").read_text())
+    manifest["recipe"]["optimizer"] = "sgd"
+    (how["out"] / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(EmmechError, match=r"recipe\.optimizer=None"):
+        emmech.finetune(chat, make_rows(), resume=True, **same, **how)
+    del manifest["recipe"]["optimizer"]
+    (how["out"] / "run.json").write_text(json.dumps(manifest))
     assert emmech.finetune(chat, make_rows(), resume=True, **same, **how).steps.tolist() == [0, 1, 2, 3, 4]
 
 
