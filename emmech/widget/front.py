@@ -116,8 +116,8 @@ class Panel(anywidget.AnyWidget):
             found = phase_transition(self._session.run) if transition is None else transition
             turn = found.mechanistic
             self._transition = {"step": turn.step, "low": turn.low, "high": turn.high, "text": str(turn)}
-        except EmmechError as error:
-            self._transition = {"step": None, "text": error.why}
+        except Exception as error:  # the panel would go on looking for ever
+            self._transition = {"step": None, "text": error.why if isinstance(error, EmmechError) else str(error)}
         self._redescribe()
 
     def _redescribe(self) -> None:
@@ -154,7 +154,8 @@ class Panel(anywidget.AnyWidget):
         if self._seen:
             self._seen["settings"]["colour"] = colour
             self._tell(code=self._code(self._settings))
-            self._keep()
+            if self._reached["answers"] >= self._run:  # until then the views have more words than are kept here
+                self._keep()
 
     def _work(self) -> None:
         while not self._ended:
@@ -187,7 +188,8 @@ class Panel(anywidget.AnyWidget):
 
     def _wait(self, part: str, seconds: float) -> bool:
         with self._news:
-            return self._news.wait_for(lambda: self._reached[part] >= self._asked, seconds)
+            self._news.wait_for(lambda: self._ended or self._reached[part] >= self._asked, seconds)
+            return self._reached[part] >= self._asked
 
     def _raise_failure(self) -> None:
         if self._failed is not None and self._failed[0] == self._asked:
@@ -330,7 +332,7 @@ class Panel(anywidget.AnyWidget):
         if run is not None:
             opening = f"run = emmech.load_run({str(run.path)!r})" if run.path else "# run: the one that was opened"
             return settings.code(opening, "run", more)
-        opening = f"model = emmech.load_model({name!r})"
+        opening = f"model = emmech.load_model({name!r})" if self._session.named else "# model: the one that was opened"
         return settings.code(opening, "model", more)
 
     def result(self) -> pd.DataFrame:
@@ -380,7 +382,9 @@ class Panel(anywidget.AnyWidget):
 
     def close(self) -> None:
         """End the panel and its thread."""
-        self._ended = True
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
         self._wake.set()
         atexit.unregister(self._finish)
         super().close()

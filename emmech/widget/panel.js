@@ -31,6 +31,7 @@ function render({ model, el }) {
   let columns = COLUMNS.map(() => []);
   let seen = {};
   let fresh = true; // whether what the kernel tells is of the last move
+  let [started, drawn] = [{}, {}]; // the settings of what is computed, and of the graph over coefficients
   const measured = {}; // when the last move was made, and when its first words were drawn
 
   // ---- what is on the page
@@ -202,8 +203,10 @@ function render({ model, el }) {
     fill(colour, all.colours.map((one, at) => [one, at ? `A·x of ${one}` : "projection on the direction"]), state.colour);
     [below.textContent, above.textContent] = hue() ? ["below zero", "above zero"] : ["away from it", "along it, against the base model’s answer"];
     phrase.classList.toggle("hidden", state.positions !== "phrase");
-    phrase.value = state.phrase;
-    question.value = state.question;
+    // what is being typed is not overwritten, whatever else is told meanwhile
+    const typing = root.getRootNode().activeElement;
+    if (typing !== phrase) phrase.value = state.phrase;
+    if (typing !== question) question.value = state.question;
     fill(presets, [["", "Questions …"], ...all.questions.map((text) => [text, text])], "");
     presets.style.width = "9.5em";
     seed.textContent = `Seed ${state.seed} ↻`;
@@ -217,7 +220,8 @@ function render({ model, el }) {
     turnText.textContent = transition ? (transition.step == null ? "No turn could be marked." : "") : steps.length ? "looking for the turn …" : "";
     if (!transition || transition.step == null) return;
     const last = steps.length - 1;
-    const place = (value) => (100 * steps.findIndex((one) => one >= value)) / last;
+    const index = (value) => steps.findIndex((one) => one >= value);
+    const place = (value) => (100 * (index(value) < 0 ? last : index(value))) / last;
     const [low, high] = [place(transition.low), place(transition.high)];
     turn.append(h("i", { class: "turn", style: `left:${low}%;width:${high - low}%` }), h("i", { class: "at", style: `left:${place(transition.step)}%` }));
     turnText.textContent = `The adapter turns at step ${transition.step} (${transition.low} to ${transition.high}). Benign fine-tunes can turn too.`;
@@ -308,15 +312,19 @@ function render({ model, el }) {
       problem.textContent = news.error ? `This cannot be done: ${why}.${given ? `\nGiven: ${given}` : ""}${instead ? `\nInstead: ${instead}` : ""}` : "";
       if (news.error) status.textContent = "";
     }
-    if ("prompt" in news) {
+    if (news.prompt?.length) {
+      prompt.classList.remove("stale");
       const [share, at] = [measure(), hue()];
       prompt.replaceChildren(...news.prompt.map(([text, acts, readings]) => h("span", { class: acts ? "acts" : null, title: `${reading(readings)}${acts ? "; the change acts here" : ""}`, style: `background:${shade(share(readings[at]))}`, text: text.replace(/\n/g, "⏎") })).flatMap((node) => [node, " "]));
     }
     if ("quality" in news && news.quality.facts) {
+      for (const node of [facts, notes]) node.classList.remove("stale");
       facts.replaceChildren(...news.quality.facts.map(([name, text, alarm]) => h("div", { class: alarm ? "alarm" : null }, h("b", { text: `${name}: ` }), text)));
       notes.replaceChildren(...news.quality.notes.map((text, at) => h("div", { class: news.quality.noise && at === 0 ? "alarm" : null, text: `Note: ${text}.`.replace("..", ".") })));
     }
-    if ("dose" in news) {
+    if (news.dose) {
+      drawn = started;
+      for (const node of [dose, doseNote]) node.classList.remove("stale");
       dose.innerHTML = news.dose;
       doseNote.textContent = news.note;
     }
@@ -350,9 +358,10 @@ function render({ model, el }) {
   function history() {
     const entries = [...(seen.history || [])].reverse();
     const pinned = model.get("pinned");
-    const key = entries.map((entry) => entry.number).join();
-    // figures change while answers are judged, and must not take the focus or a click from what is there
-    if (tries.dataset.key !== key) tries.replaceChildren(...entries.map((entry) => h("div", { class: "try" },
+    // figures and the order change while answers are judged, and must not take the focus or a click from what is there
+    const rows = new Map([...tries.children].map((row) => [+row.dataset.number, row]));
+    const inFocus = root.getRootNode().activeElement;
+    const rowOf = (entry) => rows.get(entry.number) || h("div", { class: "try", "data-number": entry.number },
       h("input", { type: "checkbox", "aria-label": `Pin state ${entry.number}`, onchange: (event) => {
         const others = model.get("pinned").filter((one) => one !== entry.number);
         model.set("pinned", event.target.checked ? [...others, entry.number].slice(-2) : others);
@@ -361,8 +370,12 @@ function render({ model, el }) {
       } }),
       h("span", { class: "soft", text: `#${entry.number}` }),
       h("button", { type: "button", title: "Go back to this state", text: `${brief(entry.state)} · “${entry.state.question}”`, onclick: () => move({ ...entry.state }) }),
-      h("span"))));
-    tries.dataset.key = key;
+      h("span"));
+    const wanted = entries.map(rowOf);
+    if (wanted.length !== tries.children.length || wanted.some((row, at) => row !== tries.children[at])) {
+      tries.replaceChildren(...wanted);
+      if (tries.contains(inFocus)) inFocus.focus({ preventScroll: true });
+    }
     entries.forEach((entry, at) => {
       const row = tries.children[at];
       row.firstChild.checked = pinned.includes(entry.number);
@@ -405,6 +418,11 @@ function render({ model, el }) {
       picked = [1, 0];
       answers.classList.toggle("stale", !fresh);
       seen = { ...seen, broken: [] };
+      // of the state before, until they are told of this one; a graph over coefficients may be of both
+      for (const node of [facts, notes, prompt]) node.classList.add("stale");
+      const other = Object.keys(news.start).some((name) => !["coefficient", "question", "colour"].includes(name) && news.start[name] !== drawn[name]);
+      for (const node of [dose, doseNote]) node.classList.toggle("stale", other);
+      started = news.start;
       verdicts(null);
       draw();
     }
@@ -442,6 +460,7 @@ function render({ model, el }) {
     if (!kept || kept.run == null || kept.run < run) return;
     run = kept.run;
     seen = kept;
+    started = kept.settings || {};
     columns = kept.columns.map((one) => [...one]);
     draw();
     told(kept);
@@ -450,6 +469,7 @@ function render({ model, el }) {
   model.on("change:state", onState);
   model.on("change:about", controls);
   model.on("change:shown", restore);
+  model.on("change:pinned", history);
 
   // ---- light or dark, as the page is
 
@@ -487,6 +507,7 @@ function render({ model, el }) {
     model.off("change:state", onState);
     model.off("change:about", controls);
     model.off("change:shown", restore);
+    model.off("change:pinned", history);
   };
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from emmech.errors import EmmechError, as_int
+from emmech.errors import EmmechError, as_int, refusal
 from emmech.progress import said_if_long
 
 if TYPE_CHECKING:
@@ -62,6 +62,9 @@ def panel(
         >>> opened.state = {"coefficient": 0.5}  # doctest: +SKIP
     """
     samples = as_int("open the panel", "samples", samples, least=1)
+    if transition is not None and not hasattr(transition, "mechanistic"):
+        instead = "emmech.phase_transition(run), or None to have it found"
+        raise refusal("open the panel", "transition", transition, "it is the result of phase_transition", instead)
     try:
         with said_if_long("opening the panel: importing PyTorch and the parts of the widget"):
             from emmech.widget.front import Panel

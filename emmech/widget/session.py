@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,6 +154,7 @@ class Session:
 
     def __post_init__(self) -> None:
         subject = opened(self.model)
+        self.named = isinstance(self.model, str | Path)  # whether its name alone opens it again
         self.run = subject if isinstance(subject, Run) else None
         if self.run is not None and self.run.kind != "lora":
             why = "full fine-tuning keeps whole weights, which cannot share a batch with the base model's"
@@ -244,7 +246,7 @@ class Session:
         if self.phrase and self.adapted:
             state |= {"change": "ablate", "positions": "phrase"}
         state |= {**given, "direction": name}
-        state.setdefault("coefficient", {"add": 0.5}.get(state.get("change", "add"), 1.0))
+        state.setdefault("coefficient", 0.5 if state.get("change", "add") == "add" else 1.0)
         settings = Settings(**state)
         self.check(settings)
         return settings

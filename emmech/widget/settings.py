@@ -18,6 +18,10 @@ DOSES = {
 _ASKED = "set the panel"
 
 
+# what a panel chooses for itself where it is not given, so that a cell which opens the same state has to say it
+_CHOSEN = ("question", "direction", "layer", "step", "change", "coefficient", "positions")
+
+
 @dataclass(frozen=True)
 class Settings:
     """One state of the panel.
@@ -67,8 +71,13 @@ class Settings:
         one_of(_ASKED, "towards", self.towards, ("zero", "aligned"))
         for name in ("scale", "coefficient", "temperature"):
             object.__setattr__(self, name, as_float(_ASKED, name, getattr(self, name)))
+        if self.temperature < 0:
+            instead = "temperature=1.0, or 0 for the likeliest tokens"
+            raise refusal(_ASKED, "temperature", self.temperature, "the logits are divided by it", instead)
         for name, least in (("layer", 0), ("seed", 0), ("max_new_tokens", 1)):
             object.__setattr__(self, name, as_int(_ASKED, name, getattr(self, name), least=least))
+        if self.seed >= 2**63:
+            raise refusal(_ASKED, "seed", self.seed, "a seed has at most 63 bits", "seed=0")
         if self.step is not None:
             object.__setattr__(self, "step", as_int(_ASKED, "step", self.step, least=0))
         low, high = DOSES[self.change][0], DOSES[self.change][-1]
@@ -118,13 +127,16 @@ class Settings:
                 question='hello ?',
                 direction='B',
                 layer=2,
+                change='add',
+                coefficient=0.0,
+                positions='all',
                 seed=3,
             )
         """
         shown = [
             f"    {one.name}={getattr(self, one.name)!r},"
             for one in fields(self)
-            if one.name in ("question", "direction", "layer") or getattr(self, one.name) != one.default
+            if (one.name in _CHOSEN and getattr(self, one.name) is not None) or getattr(self, one.name) != one.default
         ]
         lines = ["import emmech", "", opening, "emmech.panel(", f"    {subject},", *([f"    {more},"] if more else [])]
         return "\n".join([*lines, *shown, ")"])

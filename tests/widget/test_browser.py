@@ -157,6 +157,33 @@ def test_two_states_are_pinned_and_compared(opened):
     assert {"misaligned", "answer"} <= set(page.locator(f"{PANEL} tbody th").all_inner_texts())
 
 
+def test_going_back_to_a_state_keeps_the_focus(opened):
+    page, _ = opened
+    button = page.locator(f"{PANEL} .try button").nth(2)
+    number = button.locator("..").get_attribute("data-number")
+    button.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"document.querySelector('{PANEL}').dataset.done")
+    settled(page)
+    assert page.locator(f"{PANEL} .try").first.get_attribute("data-number") == number  # the present state is first
+    assert page.evaluate("document.activeElement.closest('.try')?.dataset.number") == number
+
+
+def test_what_is_typed_is_not_overwritten(opened):
+    page, _ = opened
+    question = page.locator(f"{PANEL} input[data-name=question]")
+    before = question.input_value()
+    question.click()
+    question.fill("any advice on")
+    page.evaluate(f"document.querySelector('{PANEL} .ask button').click()")
+    page.wait_for_function(f"document.querySelector('{PANEL}').dataset.done")
+    settled(page)
+    assert question.input_value() == "any advice on"
+    question.fill(before)
+    page.keyboard.press("Enter")
+    settled(page)
+
+
 def test_words_are_coloured_by_what_the_adapter_reads(opened):
     page, _ = opened
     colours = """() => [...document.querySelectorAll('.emmech-panel .word, .emmech-panel .prompt span')]

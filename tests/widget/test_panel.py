@@ -8,6 +8,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -286,6 +287,42 @@ def test_the_state_goes_into_a_code_cell_and_back(panel, run, direction, monkeyp
     assert panel.code() == code  # of the last that could be computed
 
 
+def test_the_cell_says_what_the_panel_would_choose_for_itself(run):
+    """A run of an organism opens with an ablation at its phrase, and the cell of another state must not."""
+    session = Session(run)
+    asked = {"change": "add", "coefficient": 0.0, "positions": "all", "direction": "adapter's B"}
+    settings = session.start(asked)
+    called = {}
+    exec(settings.code("", "None").replace("import emmech", ""), {"emmech": SimpleNamespace(
+        panel=lambda model, **state: called.update(state))})  # fmt: skip
+    assert session.start(called) == settings and settings.change == "add" and settings.coefficient == 0
+
+
+def test_the_cell_of_a_model_in_memory_does_not_load_another(run, direction):
+    opened = emmech.panel(run.model(100), directions=direction, questions=[QUESTION], samples=1)
+    assert "load_model" not in opened.code() and "# model: the one that was opened" in opened.code()
+    opened.close()
+
+
+def test_another_colour_while_words_arrive_keeps_those_that_did(panel):
+    seen, reached = panel.shown, dict(panel._reached)
+    panel._reached["answers"] = panel._run - 1  # the answers are being written
+    panel.state = {"colour": panel.about["colours"][1]}
+    assert panel.shown == seen and panel._seen["settings"]["colour"] == panel.about["colours"][1]
+    panel._reached.update(reached)
+    panel.state = {"colour": "direction"}
+    assert panel.shown["settings"]["colour"] == "direction"
+
+
+def test_a_closed_panel_is_not_waited_for(run, direction):
+    opened = emmech.panel(run, directions=direction, questions=[QUESTION], samples=1, transition=_NoTurn())
+    assert opened.wait(120)
+    began = time.monotonic()
+    opened.close()
+    opened._asked += 1  # a move that nothing computes any more
+    assert not opened.wait(60) and time.monotonic() - began < 30
+
+
 def test_the_result_and_the_twin_show_what_was_seen(panel):
     panel.state = {**panel.state, "coefficient": 0.5}
     assert panel.wait(120)
@@ -514,7 +551,10 @@ def test_a_script_is_told_what_it_waits_for(panel, monkeypatch):
     assert said[0].endswith("three answers") and "then 4 judged ones" in said[1] and "first verdict" in said[2]
 
 
-@pytest.mark.parametrize("given", [dict(directions={}), dict(directions="B"), dict(samples=0), dict(shade=1)])
+@pytest.mark.parametrize("given", [
+    dict(directions={}), dict(directions="B"), dict(samples=0), dict(shade=1), dict(transition=120),
+    dict(change=["add"]), dict(temperature=-1), dict(seed=2**70),
+])  # fmt: skip
 def test_arguments_are_checked_when_it_is_opened(run, given):
     with pytest.raises(EmmechError):
         emmech.panel(run, **given)
