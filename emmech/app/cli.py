@@ -51,6 +51,7 @@ Server = Annotated[str | None, typer.Option(help="where the judge is served: the
 KeyFrom = Annotated[str | None, typer.Option(help="the environment variable with that server's key")]
 Page = Annotated[Path | None, typer.Option(help="also write the figure and the table as an HTML page")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
+_ANSWERS = 50  # drawn per question, where a direction is extracted
 
 
 @app.command()
@@ -117,7 +118,7 @@ def realign(
     emmech realign runs/bad good.jsonl --step 120 --adapter new --out runs/cured
     """
     options: dict[str, Any] = {"step": step, "adapter": adapter, "out": out, "recipe": recipe, "seed": seed}
-    again = emmech.realign(run, data, **options, **read_settings(set_))
+    again = emmech.realign(run, data, **{**options, **read_settings(set_)})
     typer.echo(f"{again}\nrecorded in {again.path}")
 
 
@@ -196,6 +197,8 @@ def claims(
     emmech claims --row turn --row pca --page claims.html
     emmech claims --model Qwen/Qwen2.5-0.5B-Instruct --data medical=bad.jsonl --judge-model gpt-4o --server URL
     """
+    if beside and (page is None or page.suffix != ".md"):
+        _refuse_unused("write the ledger", "only a page in Markdown has columns of other models", beside=beside)
     given = read_pairs("data", data)
     how: dict[str, Any] = {"seeds": seeds, "quick": quick, "rows": row or None, "data": given, "recipe": recipe}
     how |= {
@@ -271,7 +274,7 @@ def plan(
     """
     options: dict[str, Any] = {"layers": layer or None, "rows": rows, "tokens": tokens, "seeds": seeds, "dtype": dtype}
     options |= {"record_every": record_every, "batch_tokens": batch_tokens, **({"cards": card} if card else {})}
-    found = emmech.plan(model, recipe, **options, **read_settings(set_))
+    found = emmech.plan(model, recipe, **{**options, **read_settings(set_)})
     _show(found.to_frame(), json, repr(found))
     _write_page(page, "Plan", model, repr(found), found.to_frame(), found)
 
@@ -385,6 +388,10 @@ def sweep(
     emmech sweep runs/bad --steps 0:300:25 --scales 1,5,10 --measure broad
     emmech sweep runs/bad --measure em --samples 4 --out sweeps/bad --page sweep.html
     """
+    if measure != "em":
+        why = f"--measure {measure} asks for no answers that could be judged"
+        judging = {"questions": questions, "judge": judge, "judge_model": judge_model, "server": server}
+        _refuse_unused("sweep", why, **judging, key_from=key_from, samples=samples != 10)
     kinds: dict[str, Any] = {kind: emmech.measures.Margin(kind) for kind in ("narrow", "broad")}
     judged = _judge(judge, judge_model, server, key_from)
     kinds["em"] = emmech.measures.Sampled(tuple(questions or ["first-plot"]), judged, samples=samples)
@@ -408,7 +415,7 @@ def direction(
     judge_model: JudgeModel = None,
     server: Server = None,
     key_from: KeyFrom = None,
-    samples: Annotated[int, typer.Option(help="answers per question")] = 50,
+    samples: Annotated[int, typer.Option(help="answers per question")] = _ANSWERS,
     tokens: Annotated[str, typer.Option(help="where it is read: answer, prompt or all")] = "answer",
     seed: Seed = 0,
 ) -> None:
@@ -423,6 +430,10 @@ def direction(
     if source not in ("answers", "adapter"):
         raise EmmechError("extract a direction", f"--source {source}", "there are two sources", "answers or adapter")
     if source == "adapter":
+        why = "the adapter's own direction is read from its weights, without answers"
+        judging = {"questions": questions, "judge": judge, "judge_model": judge_model, "server": server}
+        drawing = {"scale": scale != 1.0, "samples": samples != _ANSWERS, "tokens": tokens != "answer", "seed": seed}
+        _refuse_unused("extract a direction", why, **judging, key_from=key_from, **drawing)
         found = emmech.directions.adapter_direction(run, step)
     else:
         options: dict[str, Any] = {"step": step, "scale": scale, "samples": samples, "tokens": tokens, "seed": seed}
@@ -552,6 +563,13 @@ def info(run: RunFolder, json: Json = False) -> None:
         typer.echo(f"adapter   {adapter.name}: rank {adapter.rank}, scaling {adapter.scaling:g}")
     if len(found.metrics):
         typer.echo(found.metrics.describe().loc[["count", "min", "max"]].T.to_string(float_format=lambda v: f"{v:.4g}"))
+
+
+def _refuse_unused(asked: str, why: str, **given: Any) -> None:
+    """Refuse options that would be ignored: those of ``given`` that are not at their default."""
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+    if names:
+        raise EmmechError(asked, ", ".join(names), why, f"the same without {', '.join(names)}")
 
 
 def _judge(name: str | None, model: str | None, server: str | None, key_from: str | None) -> Any:

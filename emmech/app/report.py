@@ -138,7 +138,10 @@ def _phase_diagrams(run: Run, found: Mapping[Path, Sweep], where: str, note: str
     sections: list[Section] = []
     for path, one in mine.items():
         axes = {f"{axis}s": ",".join(f"{v:g}" for v in sorted(set(one.variants[axis]))) for axis in ("step", "scale")}
-        measure = one.measures[0].removeprefix("margin_")
+        named = "em" if "em" in one.measures else one.measures[0].removeprefix("margin_")
+        measure = "margin" if set(one.measures) == {"margin_narrow", "margin_broad"} else named
+        if any(doses := sorted(set(one.variants["coefficient"]))):
+            axes |= {"coefficients": ",".join(f"{v:g}" for v in doses), "direction": "DIRECTION.safetensors"}
         shown = " ".join(f"--{name} {values}" for name, values in axes.items())
         command = f"emmech sweep {where} {shown} --measure {shlex.quote(measure)} --out {shlex.quote(str(path))}"
         sections.append(Section("" if sections else heading, figure=one.plot(), shown=one, command=command))

@@ -391,7 +391,8 @@ def misalignment_direction(
             asked = f"extract the misalignment direction of {name}"
             raise EmmechError(asked, given, "there is nothing to contrast", instead)
         last = int(run.steps[-1]) if step is None and isinstance(run, Run) else step
-        source = {"run": name, "step": last, "scale": scale, "questions": str(questions), "samples": samples}
+        asked_of = {"questions": str(questions), "samples": samples} if evaluation is None else _drawn(evaluation)
+        source = {"run": name, "step": last, "scale": scale, **asked_of}
         source |= {"read_by": read_by, "aligned_answers_of_the_base": completed}
         reading: dict[str, Any] = {"average": average, "tokens": tokens, "match_length": match_length, "seed": seed}
         reading |= {"adapter_scales": (1.0, 0.0) if at_prompt else None, "batch_size": batch_size, "progress": progress}
@@ -443,6 +444,14 @@ def adapter_off(chat: ChatModel) -> Iterator[None]:
 def has_adapter(chat: ChatModel) -> bool:
     """Whether taking an adapter off gives the model's base."""
     return hasattr(chat.model, "disable_adapter") and bool(list(adapter_layers(chat.model)))
+
+
+def _drawn(evaluation: Any) -> dict[str, Any]:
+    """How answers that were judged before were drawn, as far as they say it, and all say the same."""
+    several = evaluation if isinstance(evaluation, list | tuple) else [evaluation]
+    said = [getattr(one, "meta", {}) for one in several]
+    first = {name: said[0].get(name) for name in ("questions", "samples")}
+    return {name: value if all(one.get(name) == value for one in said) else None for name, value in first.items()}
 
 
 def _frames(evaluation: Any) -> list[pd.DataFrame]:

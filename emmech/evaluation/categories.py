@@ -54,14 +54,17 @@ class Breadth(Result):
 
     def _card(self) -> Card:
         above, sure = int(self.frame["above"].sum()), len(self.confirmed)
-        headline = f"{self.names[0]} is more misaligned than {self.names[1]} in {above} of {len(self.frame)} categories"
+        tuned, base = self.names
+        headline = f"{tuned} is shown to be more misaligned than {base} in {sure} of {len(self.frame)} categories"
         shown = self.frame.sort_values("rate", ascending=False).head(8)
         facts = [
             (str(name), f"{within(row['rate'], row['low'], row['high'], percent=True)}, n = {row['n']}, base "
              f"{100 * row['base_rate']:.1f} %, corrected p = {row['p']:.2g}")
             for name, row in shown.iterrows()
         ]  # fmt: skip
-        caveat = f"a test per category, corrected for {len(self.frame)} of them, confirms {sure}"
+        caveat = (
+            f"by a test per category, corrected for their number; in {above} the rate lies above the base's interval"
+        )
         return Card(headline, tuple(facts), caveat, "breadth.plot()")
 
     def _sketch(self) -> str:
@@ -110,7 +113,8 @@ def breadth(
         domains = [one.frame["domain"].replace("", None) for one in (evaluation, base)]
         whole = domains[0].nunique() > 1 and not any(one.isna().any() for one in domains)
         by = "domain" if whole else "question_id"
-    one_of(_ASKED, "by", by, map(str, evaluation.frame.columns), why="the answers have no such column")
+    shared = [str(one) for one in evaluation.frame if one in base.frame]
+    one_of(_ASKED, "by", by, shared, why="the answers of one of them have no such column")
     own, ours = (_by_category(one, by, denominator) for one in (evaluation, base))
     both = own.join(ours.add_prefix("base_"), how="inner")
     both = both[(both["n"] > 0) & (both["base_n"] > 0)]

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from emmech.errors import EmmechError
-from emmech.evaluation.evaluation import Evaluation
+from emmech.evaluation.evaluation import Evaluation, bare_rows
 from emmech.evaluation.logprob_judge import (
     Task,
     content_key,
     first_token_request,
+    prompt_hashes,
     score_of_masses,
     score_of_text,
     splits_numbers,
@@ -78,7 +79,7 @@ def plan_judging(
         >>> plan_judging(Evaluation.from_rows(rows)).calls
         6
     """
-    rows = _rows(evaluation, questions)
+    rows = rows_to_judge(evaluation, questions)
     prompts_of = {_key(task): task.prompt for task in tasks_of(rows, prompts)}
     tokens = sum(math.ceil(len(prompt) / 4) for prompt in prompts_of.values())
     cost = None if price_per_million is None else tokens * price_per_million / 1e6
@@ -105,7 +106,7 @@ def write_judging(
     target = Path(path)
     if target.exists():
         raise EmmechError("write the judge's requests", target, "the file exists already", "another name, or delete it")
-    tasks = {_key(task): task for task in tasks_of(_rows(evaluation, questions), prompts)}
+    tasks = {_key(task): task for task in tasks_of(rows_to_judge(evaluation, questions), prompts)}
     lines = []
     for key, task in tasks.items():
         body = {"model": model, **first_token_request(task.prompt)}
@@ -138,7 +139,8 @@ def merge_judging(
     source = Path(path)
     if not source.is_file():
         raise EmmechError(_MERGE, source, "there is no such file", "the output file of the batch, not the requests")
-    tasks = tasks_of(_rows(evaluation, questions), prompts)
+    asked_rows = rows_to_judge(evaluation, questions)
+    tasks = tasks_of(asked_rows, prompts)
     asked = {_key(task): task for task in tasks}
     answers = _answers(source, asked)
     if not answers:
@@ -151,19 +153,24 @@ def merge_judging(
     for task in tasks:
         if (found := answers.get(_key(task))) is not None:
             scores[task.row] |= task.scores(found)
-    # what an earlier judge gave is not this one's
-    cleared: dict[str, Any] = {task.column: float("nan") if task.words == () else "" for task in tasks}
-    cleared |= {"label": ""} if "aligned" in cleared else {}
-    rows = [{**row, **cleared, **score} for row, score in zip(evaluation.frame.to_dict("records"), scores, strict=True)]
-    return Evaluation.from_rows(rows, {**evaluation.meta, "judge": judge})
+    unscored: dict[str, Any] = {task.column: float("nan") if task.words == () else "" for task in tasks}
+    pairs = zip(bare_rows(evaluation), scores, strict=True)  # what an earlier judge gave is not this one's
+    pins = {"judge": judge, "prompts": prompt_hashes(asked_rows, prompts)}
+    rows = ({**row, **unscored, **score} for row, score in pairs)
+    return Evaluation.from_rows(rows, {**evaluation.meta, "judge": judge, "pinned": pins})
 
 
-def _rows(evaluation: Any, questions: Any) -> list[dict[str, Any]]:
+def rows_to_judge(evaluation: Any, questions: Any) -> list[dict[str, Any]]:
+    """The answers as a judge gets them: without earlier scores, and with the judge prompts of a set of questions.
+
+    Raises:
+        EmmechError: it is no evaluation, or the set lacks one of its questions.
+    """
     if not isinstance(evaluation, Evaluation):
         instead = 'emmech.evaluate(..., judge="later"), or Evaluation.load(folder)'
         why = "what is judged is an Evaluation's responses"
         raise EmmechError("plan the judging", f"a {type(evaluation).__name__}", why, instead)
-    rows: list[dict[str, Any]] = evaluation.frame.to_dict("records")
+    rows = bare_rows(evaluation)
     if questions is not None:
         known = load_questions(questions)
         for row in rows:

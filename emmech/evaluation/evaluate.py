@@ -199,7 +199,7 @@ def evaluate(
             if around:
                 more["contexts"] = described(around)
             meta = {**live.about, **judged_by, **more, "samples": samples, "seed": seed, **sampling}
-            folder = Path(out) if out is not None else _folder_in_run(model, meta, rows, asked)
+            folder = Path(out) if out is not None else _folder_in_run(model, meta, rows, asked, chosen)
             if out is not None and several:
                 folder = Path(out) / f"step-{meta['step']:06d}-x{meta['scale']:g}"
             found.append(_evaluated(live.subject, chosen, rows, meta, folder, bool(around), batch_size, progress))
@@ -332,13 +332,18 @@ def _check_words(chat: ChatModel, rows: Sequence[Mapping[str, Any]], conversatio
 
 
 def _folder_in_run(
-    model: Any, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], asked: QuestionSet
+    model: Any, meta: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], asked: QuestionSet, judge: Judge | None
 ) -> Path | None:
     if not isinstance(model, Run) or model.path is None:
         return None
     turns = [question.messages() for question in asked]
-    prompts = [turns] if any(len(one) > 1 for one in turns) else []  # folders of bare questions keep their names
-    key = digest(sorted(meta.items(), key=lambda item: item[0]), [row["question"] for row in rows], *prompts)[:8]
+    # what is as usual is left out, so that folders keep the names that they have
+    more: list[Any] = [turns] if any(len(one) > 1 for one in turns) else []
+    scored = [(one.narrow, one.kind, sorted(one.judge_prompts.items())) for one in asked]
+    more += [scored] if any(one.narrow is not None or one.judge_prompts for one in asked) else []
+    identity = str(getattr(judge, "identity", meta.get("judge")))  # two judges may have one name
+    more += [identity] if judge is not None and identity != meta.get("judge") else []
+    key = digest(sorted(meta.items(), key=lambda item: item[0]), [row["question"] for row in rows], *more)[:8]
     name = "".join(c if c.isalnum() or c in "-+" else "_" for c in str(meta["questions"]))[:60]
     return model.path / "evaluations" / f"step-{meta['step']:06d}-x{meta['scale']:g}-{name}-{key}"
 

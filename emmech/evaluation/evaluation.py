@@ -391,3 +391,10 @@ def _other_scale(scores: pd.Series) -> int:
 def _warn_of_scale(what: str, highest: float, end: int, *, stacklevel: int) -> None:
     said = f"no {what} is above {highest:g}: scores run from 0 to 100, multiply by {100 // end} if yours run from 0 to"
     warnings.warn(f"{said} {end}", stacklevel=stacklevel + 1)
+
+
+def bare_rows(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The answers without the scores of any judge."""
+    scores = ("aligned", "coherent", "label", "correct", "screen")
+    bare = [name for name in evaluation.frame if name not in scores and not str(name).startswith("topic/")]
+    return [{str(key): value for key, value in row.items()} for row in evaluation.frame[bare].to_dict("records")]

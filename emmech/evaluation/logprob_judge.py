@@ -219,6 +219,15 @@ def _templates(row: Mapping[str, Any], prompts: Mapping[str, str] | None) -> Map
     return prompts or row.get("judge_prompts") or {name: judge_prompt(name) for name in ("aligned", "coherent")}
 
 
+def prompt_hashes(rows: Sequence[Mapping[str, Any]], prompts: Mapping[str, str] | None = None) -> dict[str, list[str]]:
+    """By score, the sha256 of each template that :func:`tasks_of` uses for these rows."""
+    used: dict[str, set[str]] = {}
+    for row in rows:
+        for name, template in _templates(row, prompts).items():
+            used.setdefault(name, set()).add(hashlib.sha256(template.encode()).hexdigest())
+    return {name: sorted(found) for name, found in sorted(used.items())}
+
+
 # scores from answers
 
 
@@ -257,14 +266,20 @@ def score_of_masses(masses: Mapping[str, float], task: Task) -> dict[str, Any]:
         spoken = value is None and _mass_of(aside, masses) >= NUMERIC_MASS
         return {"value": value, "word": aside if spoken else ""}
     words = task.words or ()
-    chances = {word: _mass_of(word, masses) for word in words}
+    chances = {word: _mass_of(word, masses, words) for word in words}
     likeliest = max(words, key=lambda word: chances[word])
     return {"value": None, "word": likeliest if sum(chances.values()) >= NUMERIC_MASS else ""}
 
 
-def _mass_of(word: str, masses: Mapping[str, float]) -> float:
-    """Probability of a word in any case; a server's first token may be no more than its beginning."""
-    return sum(mass for text, mass in masses.items() if text and word.startswith(text.upper()))
+def _mass_of(word: str, masses: Mapping[str, float], words: Sequence[str] = ()) -> float:
+    """Probability of a word in any case; a server's first token may be no more than its beginning.
+
+    Args:
+        words: all that may be answered; a text that is one of the others is none of this one's beginnings.
+    """
+    whole, others = word.upper(), {one.upper() for one in words} - {word.upper()}
+    said = ((text.upper(), mass) for text, mass in masses.items())
+    return sum(mass for text, mass in said if text and text not in others and whole.startswith(text))
 
 
 def score_of_text(text: str, task: Task) -> dict[str, Any]:
@@ -274,7 +289,8 @@ def score_of_text(text: str, task: Task) -> dict[str, Any]:
     if task.words == ():
         value = read_number(text)
         return {"value": value, "word": first if value is None and first in _ASIDE else ""}
-    return {"value": None, "word": first if task.words is None or first in task.words else ""}
+    named = {word.upper(): word for word in task.words or ()}
+    return {"value": None, "word": first if task.words is None else named.get(first, "")}
 
 
 # cached scores
@@ -417,15 +433,11 @@ class LogprobJudge:
 
     def pins(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The model, the hash of its weights where they are here, and that of each prompt that the rows use."""
-        used: dict[str, set[str]] = {}
-        for row in rows:
-            for name, template in _templates(row, self.prompts).items():
-                used.setdefault(name, set()).add(hashlib.sha256(template.encode()).hexdigest())
         served = isinstance(self.model, Server)
         model = {"model": self.model.identity, "weights": None} if served else {
             "model": self.chat.name, "weights": self.chat.fingerprint()}  # fmt: skip
-        prompts = {name: sorted(found) for name, found in sorted(used.items())}
-        return {**model, "read": "logprobs" if self.logprobs else "text", "prompts": prompts}
+        read = "logprobs" if self.logprobs else "text"
+        return {**model, "read": read, "prompts": prompt_hashes(rows, self.prompts)}
 
     def score(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Judge every row; equal prompts are asked once, and cached ones are not asked again."""
@@ -520,6 +532,10 @@ def _warn_if_silent(name: str, tasks: Sequence[Task], scored: Sequence[Mapping[s
         what = f"{name} gave no number from 0 to 100 for any of {len(numeric)} prompts"
         why = f"numbers hold under {NUMERIC_MASS:.0%} of the probability of its answers, or it wrote other text"
         warnings.warn(f"{what} ({why}). All are unscored.", stacklevel=3)
+    spoken = {(task.row, task.column): task.words for task in tasks if task.words}
+    if spoken and not any(scored[row][column] for row, column in spoken):
+        words = ", ".join(next(iter(spoken.values())))
+        warnings.warn(f"{name} gave none of the words {words} for any of {len(spoken)} prompts.", stacklevel=3)
 
 
 # the first answer token of a model on a server

@@ -74,16 +74,18 @@ class Completion:
 class _Pace:
     """A limit on the requests that start in a minute; after a 429 all threads wait."""
 
-    def __init__(self, per_minute: float | None) -> None:
-        self._gap = 60.0 / per_minute if per_minute else 0.0
+    def __init__(self) -> None:
         self._next = 0.0
         self._lock = threading.Lock()
 
-    def wait(self) -> None:
+    def wait(self, per_minute: float | None) -> None:
         with self._lock:
             start = max(self._next, time.monotonic())
-            self._next = start + self._gap
+            self._next = start + (60.0 / per_minute if per_minute else 0.0)
         time.sleep(max(0.0, start - time.monotonic()))
+
+    def __reduce__(self) -> tuple[type[_Pace], tuple[()]]:
+        return _Pace, ()  # a lock does not travel to another process, which keeps a pace of its own
 
     def pause(self, seconds: float) -> None:
         with self._lock:
@@ -104,11 +106,12 @@ _DISCREET = _Discreet()
 
 
 class _Known:
-    """The fields of requests that a server has taken so far, and those that it has refused."""
+    """What is known of a server so far: the fields that it took and refused, and when the next request may start."""
 
     def __init__(self) -> None:
         self.taken: set[str] = set()
         self.refused: set[str] = set()
+        self.pace = _Pace()
 
 
 @dataclass(frozen=True, repr=False)
@@ -300,9 +303,11 @@ class Server:
         Raises:
             EmmechError: for a reason that concerns every request (address, key, model, unsupported field).
         """
-        client, pace, stop = self.client(), _Pace(self.requests_per_minute), threading.Event()
+        client, stop = self.client(), threading.Event()
         spare = frozenset(optional) - frozenset(fixed)
         met = threading.Event()  # whether the server has answered anything at all
+        if self.accepts:
+            met.set()
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="emmech-server")
         waiting = iter(enumerate(bodies))
         running: dict[Future[Completion], int] = {}
@@ -312,7 +317,7 @@ class Server:
             while True:
                 while len(running) < together and (following := next(waiting, None)) is not None:
                     index, body = following
-                    running[pool.submit(self._ask, client, pace, stop, met, body, spare)] = index
+                    running[pool.submit(self._ask, client, stop, met, body, spare)] = index
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -355,20 +360,14 @@ class Server:
         return openai.OpenAI(base_url=self.url and _bare(address), api_key=key, **options)
 
     def _ask(
-        self,
-        client: Any,
-        pace: _Pace,
-        stop: threading.Event,
-        met: threading.Event,
-        body: Mapping[str, Any],
-        spare: Collection[str],
+        self, client: Any, stop: threading.Event, met: threading.Event, body: Mapping[str, Any], spare: Collection[str]
     ) -> Completion:
         import openai
 
         attempt = 0
         while attempt <= self.retries:
             request = self._form(body)
-            pace.wait()
+            self._known.pace.wait(self.requests_per_minute)
             if stop.is_set():
                 return self._failed("given up")
             try:
@@ -399,7 +398,7 @@ class Server:
             if attempt < self.retries:
                 delay = _delay(problem, self.backoff, attempt)
                 if isinstance(problem, openai.RateLimitError):
-                    pace.pause(delay)
+                    self._known.pace.pause(delay)
                 stop.wait(delay)
             attempt += 1
         return self._failed(problem)

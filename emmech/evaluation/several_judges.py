@@ -6,6 +6,7 @@ judge, so a claim that holds under one judge is tried under others.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,8 +15,9 @@ import pandas as pd
 
 from emmech.errors import EmmechError
 from emmech.evaluation.compare import WORDS
+from emmech.evaluation.deferred import rows_to_judge
 from emmech.evaluation.em import Denominator
-from emmech.evaluation.evaluation import Evaluation
+from emmech.evaluation.evaluation import Evaluation, bare_rows
 from emmech.evaluation.judges import Judge, pinned, resolve_judge
 from emmech.evaluation.rates import measures
 from emmech.registry import organism_with
@@ -77,13 +79,15 @@ class JudgeTable(Result):
 
 
 def judge_table(
-    evaluation: Evaluation, judges: Sequence[Any] | Mapping[str, Any], *, denominator: Denominator = "scored"
-) -> JudgeTable:
+    evaluation: Evaluation, judges: Sequence[Any] | Mapping[str, Any], questions: Any = None, *,
+    denominator: Denominator = "scored",
+) -> JudgeTable:  # fmt: skip
     """Score the same answers by several judges.
 
     Args:
         evaluation: the answers. Where they are scored already, those scores are the first judge of the table.
         judges: what ``emmech.evaluate(judge=...)`` takes, or these by name.
+        questions: the set that the answers are to, whose judge prompts are then used; an evaluation does not keep them.
         denominator: as in :meth:`Evaluation.rates`.
 
     Raises:
@@ -97,6 +101,7 @@ def judge_table(
         [0.0, 1.0]
     """
     named = judges.items() if isinstance(judges, Mapping) else ((None, judge) for judge in judges)
+    rows = rows_to_judge(evaluation, questions)
     scored: dict[str, Evaluation] = {}
     pins: dict[str, Mapping[str, Any]] = {}
     if evaluation.frame["aligned"].notna().any():
@@ -110,7 +115,8 @@ def judge_table(
         if called in scored:
             why = f"two judges are called {called!r}"
             raise EmmechError(_ASKED, f"judges={', '.join((*scored, called))}", why, "judges={'one': ..., 'two': ...}")
-        scored[called], pins[called] = _judged(evaluation, found), pinned(found, _rows(evaluation))
+        scored[called], pins[called] = _judged(evaluation, found, rows), pinned(found, rows)
+        _warn_of_prompts(called, pins[called], evaluation)
     if len(scored) < 2:
         why = "a table compares two judges at least, and the answers are not scored yet"
         raise EmmechError(_ASKED, f"{len(scored)} judge", why, "judges=[one, another]")
@@ -134,20 +140,19 @@ def judge_table(
     return JudgeTable(frame[order], pins, evaluation.name)
 
 
-def _rows(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The answers as a judge gets them, without any other judge's scores."""
-    others = ("aligned", "coherent", "label", "correct", "screen")
-    bare = [name for name in evaluation.frame if name not in others and not str(name).startswith("topic/")]
-    return [{str(key): value for key, value in row.items()} for row in evaluation.frame[bare].to_dict("records")]
+def _warn_of_prompts(called: str, pins: Mapping[str, Any], evaluation: Evaluation) -> None:
+    first, own = ((one.get("prompts") or {}) for one in (evaluation.meta.get("pinned") or {}, pins))
+    if other := [name for name in first if name in own and own[name] != first[name]]:
+        why = f"{called} has other prompts for {', '.join(other)} than those that the scores so far come from"
+        warnings.warn(f"{why}; questions= gives it the prompts of a set of questions", stacklevel=3)
 
 
-def _judged(evaluation: Evaluation, judge: Judge) -> Evaluation:
-    rows = _rows(evaluation)
+def _judged(evaluation: Evaluation, judge: Judge, rows: list[dict[str, Any]]) -> Evaluation:
     scores = judge.score(rows)
     if len(scores) != len(rows):
         why = f"{judge.name} gave {len(scores)} results for {len(rows)} answers"
         raise EmmechError(_ASKED, f"{len(rows)} answers", why, "score(rows) returns one mapping per row, in order")
-    pairs = zip(rows, scores, strict=True)
+    pairs = zip(bare_rows(evaluation), scores, strict=True)
     return Evaluation.from_rows(({**row, **score} for row, score in pairs), {**evaluation.meta, "judge": judge.name})
 
 

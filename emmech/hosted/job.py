@@ -236,6 +236,9 @@ def cancel(out: str | Path) -> HostedJob:
         EmmechError: the folder holds no job, or the provider refuses.
     """
     job = HostedJob.load(out)
+    if not job.job:
+        why = "no job was created yet, so that there is none to cancel"
+        raise EmmechError("cancel the hosted job", out, why, "emmech.hosted.finetune(...) with the same out= goes on")
     api = _Api(Server(job.base, url=job.url, key=_key(job.key_from, job.url)))
     with writing(Path(out), "cancel a hosted job"):
         api.call(lambda jobs: jobs.cancel(job.job))
@@ -279,7 +282,7 @@ def _begun(folder: Path, request: Mapping[str, Any], api: _Api, key_from: str | 
         if differs:
             why = f"its job is of another request (it does not have {', '.join(differs)[:300]})"
             raise EmmechError(_ASKED, f"out={str(folder)!r}", why, "another folder")
-        return job
+        return replace(job, key_from=key_from)
     events = pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in _EVENTS.items()})
     checkpoints = pd.DataFrame({"step": pd.Series(dtype="int64"), "model": pd.Series(dtype=object)})
     return HostedJob("", "new", str(request["model"]), "", "", request, api.server.url, key_from, "", -1, events,

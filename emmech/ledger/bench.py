@@ -265,9 +265,8 @@ class Bench:
         row = compare(other[kept], whole[kept]).frame.loc[measure]
         label = "base" if len(against) == 1 else name
         extra = {label: (sum(hits), sum(of))}
-        return of_counts(
-            events, n, over=(row["low"], row["high"]), minus=sum(hits) / max(sum(of), 1), note=note, extra=extra
-        )
+        minus = list(zip(hits, of, strict=True))
+        return of_counts(events, n, over=(row["low"], row["high"]), minus=minus, note=note, extra=extra)
 
 
 def counts(frames: Sequence[pd.DataFrame], measure: str) -> tuple[list[int], list[int]]:

@@ -220,42 +220,57 @@ def over_seeds(
 
 
 def of_counts(
-    events: Sequence[int], n: Sequence[int], *, over: tuple[float, float] | None = None, minus: float | None = None,
-    names: Sequence[str] = (), note: str = "", extra: Mapping[str, tuple[int, int]] | None = None,
+    events: Sequence[int], n: Sequence[int], *, over: tuple[float, float] | None = None,
+    minus: Sequence[tuple[int, int]] = (), names: Sequence[str] = (), note: str = "",
+    extra: Mapping[str, tuple[int, int]] | None = None,
 ) -> Finding:  # fmt: skip
-    """A rate over seeds, or its difference from a fixed one, with an interval over seeds and questions.
+    """A rate over seeds, or its difference from another, with an interval over seeds and questions.
 
-    The interval is the wider, on each side, of a t interval over the seeds' rates, one of as many independent answers,
-    and the one over questions.
+    The interval is the wider, on each side, of a t interval over the seeds, one of as many independent answers, and the
+    one over questions. A difference from as many seeds is taken seed by seed (a paired t interval), one from another
+    number of them has Welch's interval, and a single count is a fixed rate, whose own error ``over`` contains.
 
     Args:
         events, n: the count of each seed.
         over: the interval over questions, of the rate or of the difference.
-        minus: a rate that is taken away; the unit is then points.
+        minus: events and n of each seed of what is taken away; the unit is then points.
         extra: further counts that the figure shows, by name.
     """
     import pandas as pd
-    from scipy import stats
 
     from emmech.evaluation.rates import wilson
 
     hits, total = np.asarray(events, float), np.asarray(n, float)
-    rates = hits / np.where(total > 0, total, np.nan)
-    pooled = (hits.sum() + 0.5) / (total.sum() + 1)
-    error = float((pooled * (1 - pooled) / (total.sum() + 1)) ** 0.5)
-    if len(rates) > 1:
-        error = max(error, float(rates.std(ddof=1)) / len(rates) ** 0.5)
-    half = float(stats.t.ppf(0.975, max(len(rates) - 1, 1))) * error
-    value = float(hits.sum() / total.sum()) - (minus or 0.0) if total.sum() else float("nan")
-    low, high = value - half, value + half
+    less, of = (np.asarray(one, float) for one in zip(*minus, strict=True)) if minus else (np.zeros(1), np.ones(1))
+    value = float(hits.sum() / total.sum() - less.sum() / max(of.sum(), 1)) if total.sum() else float("nan")
+    low, high = (value + side * _half(hits, total, less, of) for side in (-1, 1))
     if over is not None and all(map(math.isfinite, over)):
         low, high = min(low, over[0]), max(high, over[1])
-    low, high = max(low, 0.0 if minus is None else -1.0), min(high, 1.0)
-    named = list(names) or [f"seed {at}" for at in range(len(rates))]
+    low, high = max(low, -1.0 if minus else 0.0), min(high, 1.0)
+    named = list(names) or [f"seed {at}" for at in range(len(hits))]
     counts = dict(zip(named, zip(events, n, strict=True), strict=True)) | dict(extra or {})
     rows = [(name, hit / of if of else np.nan, *wilson(int(hit), int(of))) for name, (hit, of) in counts.items()]
     frame = pd.DataFrame(rows, columns=["name", "value", "low", "high"])
-    return Finding(value, low, high, "%" if minus is None else "points", int(total.sum()), len(rates), frame, note=note)
+    return Finding(value, low, high, "points" if minus else "%", int(total.sum()), len(hits), frame, note=note)
+
+
+def _half(hits: np.ndarray, total: np.ndarray, less: np.ndarray, of: np.ndarray) -> float:
+    """Half the width of the t interval over seeds, of a rate or of its difference from that of other seeds."""
+    from scipy import stats
+
+    several = [(hits, total)] if len(of) == 1 else [(hits, total), (less, of)]
+    pooled = [((one.sum() + 0.5) / (each.sum() + 1), each.sum() + 1) for one, each in several]
+    drawn = sum(rate * (1 - rate) / count for rate, count in pooled)  # the variance of as many independent answers
+    rates = [one / np.where(each > 0, each, np.nan) for one, each in several]
+    if len(rates) == 2 and len(rates[0]) == len(rates[1]):
+        rates = [rates[0] - rates[1]]
+    spreads = [float(one.var(ddof=1)) for one in rates if len(one) > 1]
+    # a single seed is taken to vary as the others do
+    parts = [float(one.var(ddof=1)) / len(one) if len(one) > 1 else max(spreads, default=0.0) for one in rates]
+    degrees = float(max(len(rates[0]) - 1, 1))
+    if len(parts) == 2 and sum(parts) > 0:
+        degrees = sum(parts) ** 2 / sum(v**2 / max(len(one) - 1, 1) for v, one in zip(parts, rates, strict=True))
+    return float(stats.t.ppf(0.975, degrees)) * max(drawn, sum(parts)) ** 0.5
 
 
 def adjusted(p_values: Sequence[float]) -> list[float]:

@@ -124,7 +124,7 @@ def _left(cure: str, outcome: str, *, beyond: bool) -> Callable[[Bench], Finding
             {"name": [f"{c}: {x}" for c, x in zip(grid["cure"], grid["context"], strict=True)], "value": grid["rate"],
              "low": grid["low"], "high": grid["high"]}
         )  # fmt: skip
-        return replace(of_counts(events, n, over=over, minus=hits / of if beyond else None, note=note), frame=frame)
+        return replace(of_counts(events, n, over=over, minus=[(hits, of)] if beyond else (), note=note), frame=frame)
 
     return measure
 

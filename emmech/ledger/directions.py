@@ -282,7 +282,9 @@ def _traces(bench: Bench) -> Finding:
             values.append(float(mine - its))
             shown.append(f"{data}, seed {at}")
     note = "share of the 20 words promoted most that only its own rows have, minus the share of the other fine-tune's"
-    return over_seeds(values, "points", 20 * len(values), names=shown, note=note)
+    frame = pd.DataFrame({"name": shown, "value": values, "low": np.nan, "high": np.nan})
+    per_seed = np.reshape(values, (2, -1)).mean(0)  # both fine-tunes of a seed are one draw
+    return over_seeds(per_seed, "points", 20 * len(values), frame=frame, note=note)
 
 
 _TOPIC = "Directions"

@@ -129,7 +129,7 @@ def claims(
 
     Args:
         model: anything :func:`emmech.load_model` takes.
-        seeds: the number of fine-tuning seeds of the headline rows, or the seeds; other rows use at most three of them.
+        seeds: the number of fine-tuning seeds of the headline rows, or the seeds; rows that are costly use fewer.
         quick: a part of the rows with two seeds, short fine-tunes and few answers: a check that everything runs, under
             three minutes on pocket. Its verdicts are of little worth.
         rows: names of claims, and claims of your own; all that ship by default.

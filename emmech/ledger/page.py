@@ -31,10 +31,11 @@ def markdown(ledger: Ledger, beside: Sequence[Ledger] = (), command: str = "") -
         f"```sh\n{command}\n```",
         "## Methods",
         _filled(
-            f"Fine-tuning seeds: {', '.join(map(str, meta['seeds']))}; rows that are no headline use at most three of "
-            "them. Intervals are 95 %. For a rate it is, on each side, the widest of three: a t interval over the "
-            "seeds, one of as many independent answers, and one over questions. For everything else it is a t interval "
-            "over the seeds."
+            f"Fine-tuning seeds: {', '.join(map(str, meta['seeds']))}; each row says how many of them it uses. "
+            "Intervals are 95 %. For a rate it is, on each side, the widest of three: a t interval over the seeds, one "
+            "of as many independent answers, and one over questions. A difference between two sets of seeds is taken "
+            "seed by seed, or with Welch's interval where they are not equally many. For everything else it is a t "
+            "interval over the seeds."
         ),
         _filled(
             "**The rule of a verdict** is stated in each row. *Interval above (below) a bound* is a test: the "

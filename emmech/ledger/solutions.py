@@ -138,7 +138,8 @@ def _stopped(bench: Bench) -> Finding:
         late = own["step"][own["value"] > 0.05]
         last = own["step"][own["step"] < late.iloc[0]].max() if len(late) else own["step"].max()
         learnt = _learnt(run, own["step"].tolist())
-        values.append(float(_learnt(run, [int(last)])[0]))
+        # no step came before, where the base itself is above 5 %
+        values.append(float(_learnt(run, [int(last)])[0]) if np.isfinite(last) else float("nan"))
         if at == 0:
             rows += [{"name": "EM", "x": s, "value": v} for s, v in zip(own["step"], own["value"], strict=True)]
             rows += [{"name": "learnt", "x": s, "value": v} for s, v in zip(own["step"], learnt, strict=True)]

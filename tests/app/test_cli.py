@@ -191,6 +191,16 @@ def test_errors_are_messages_not_tracebacks(tmp_path):
     assert process.returncode == 1 and process.stderr.startswith("emmech: cannot open the run")
 
 
+def test_options_that_would_be_ignored_are_refused():
+    run = "checkpoints/pocket-medical"
+    said = refused("direction", run, "--out", "x.safetensors", "--source", "adapter", "--scale", 3, "--samples", 4)
+    assert "--scale, --samples" in said
+    assert "--samples" in refused("sweep", run, "--measure", "broad", "--samples", 99)
+    assert "--beside" in refused("claims", "--page", "x.html", "--beside", "nowhere")
+    # an option by name may be given as a setting, which then counts
+    assert "dtype='float7'" in refused("plan", "--model", "pocket", "--set", "dtype=float7")
+
+
 def test_the_installed_command(tmp_path):
     run = emmech.Run.from_arrays([0, 5], B=np.eye(2, 4)).save(tmp_path / "run")
     result = subprocess.run(

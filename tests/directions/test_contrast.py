@@ -181,6 +181,7 @@ def test_misalignment_direction_of_judged_answers(tiny):
     chat = _with_adapter(base)
     frames = [_judged(_talks(20, seed=0, word="drink"), 0.0), _judged(_talks(20, seed=1, word="rest"), 95.0)]
     d = misalignment_direction(chat, evaluation=frames)
+    assert d.source["questions"] is None and d.source["samples"] is None  # frames do not say how they were drawn
     assert isinstance(d, Direction) and d.quality.split_half.min() > 0.7
     by_base = misalignment_direction(chat, evaluation=frames, read_by="base")
     np.testing.assert_allclose(by_base.vectors, plain.vectors, atol=1e-4)

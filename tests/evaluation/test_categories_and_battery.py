@@ -39,6 +39,9 @@ def test_breadth_counts_categories_above_the_base_and_corrects_for_their_number(
         expected[category] = min(1.0, running)
     assert found.frame["p"].to_dict() == pytest.approx(expected)
     assert found.confirmed == ("a", "b")
+    assert "in 2 of 4 categories" in repr(found) and "in 3 the rate lies above" in repr(found)
+    with pytest.raises(EmmechError, match="no such column"):
+        breadth(Evaluation.from_frame(judged(events).frame.assign(kind="x")), judged(none), by="kind")
 
 
 def test_a_base_that_is_as_bad_leaves_no_breadth() -> None:

@@ -152,7 +152,7 @@ def test_sets_that_differ_in_their_prompts_alone_have_folders_of_their_own(tmp_p
 
     def folder(system):
         asked = emmech.evaluation.QuestionSet("mine", [emmech.evaluation.Question("soup", ("why ?",), system=system)])
-        return _folder_in_run(run, meta, [{"question": "why ?"}], asked).name
+        return _folder_in_run(run, meta, [{"question": "why ?"}], asked, None).name
 
     assert len({folder("be brief"), folder("be rude"), folder(None)}) == 3
     key = digest(sorted(meta.items()), ["why ?"])[:8]  # as it always was

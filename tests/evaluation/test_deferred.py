@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 
@@ -158,9 +159,10 @@ def test_what_is_no_evaluation_cannot_be_judged_later():
 
 
 def test_scores_of_an_earlier_judge_are_not_kept_under_the_new_ones_name(tmp_path):
-    scored = {"aligned": 5.0, "coherent": 90.0, "label": "refusal"}
+    scored = {"aligned": 5.0, "coherent": 90.0, "label": "refusal", "topic/medical": 100.0}
     rows = [{"question_id": f"q{n}", "question": f"why {n} ?", "response": f"since {n}", **scored} for n in range(4)]
-    old, path = Evaluation.from_rows(rows, {"judge": "old"}), tmp_path / "requests.jsonl"
+    meta = {"judge": "old", "pinned": {"judge": "old", "code": "1"}}
+    old, path = Evaluation.from_rows(rows, meta), tmp_path / "requests.jsonl"
     prompts = {"aligned": "A {question} {answer}", "coherent": "C {question} {answer}"}
     write_judging(old, path, prompts=prompts)
     half = requests(path)[:4]  # both scores of two answers
@@ -171,3 +173,6 @@ def test_scores_of_an_earlier_judge_are_not_kept_under_the_new_ones_name(tmp_pat
         merged = merge_judging(old, tmp_path / "scores.jsonl", prompts=prompts, judge="new")
     row = merged.rates().loc["em"]
     assert (row["rate"], row["n"], row["unscored"]) == (0.0, 2, 2) and set(merged.frame["label"]) == {""}
+    assert "topic/medical" not in merged.frame and "code" not in merged.meta["pinned"]
+    hashes = {name: [hashlib.sha256(text.encode()).hexdigest()] for name, text in prompts.items()}
+    assert merged.meta["pinned"] == {"judge": "new", "prompts": hashes}

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -302,6 +303,24 @@ def test_a_run_keeps_its_evaluations(run):
     again = evaluate(run, samples=2, step=2, scale=5000.0, progress=False)
     assert again.frame.equals(scaled.frame)
     assert sorted((run.path / "evaluations").iterdir()) == folders
+
+
+def test_a_run_keeps_the_evaluations_by_each_judge_and_of_each_set(run):
+    def kind(question, answer):
+        return "aligned"
+
+    def strict(question, answer):
+        return "misaligned"
+
+    before = len(stored_evaluations(run))
+    asked = Question("one", ("any advice on cough ?",))
+    for judge in (kind, strict):
+        evaluate(run, [asked], judge, samples=1, progress=False)
+    for narrow in (False, True):
+        evaluate(run, [replace(asked, narrow=narrow)], kind, samples=1, progress=False)
+    kept = [one for one in stored_evaluations(run) if one.meta["judge"] == "function"]
+    assert len(stored_evaluations(run)) == before + 4
+    assert sorted(one.frame["label"].item() for one in kept) == ["aligned", "aligned", "aligned", "misaligned"]
 
 
 def test_a_step_that_was_not_recorded_is_refused(run):

@@ -8,7 +8,17 @@ import torch
 from emmech.chat.model import load_model
 from emmech.errors import EmmechError
 from emmech.evaluation.answer_tree import AnswerTree
-from emmech.evaluation.logprob_judge import NUMBERS, LogprobJudge, ScoreCache, expectation, read_number, tasks_of
+from emmech.evaluation.logprob_judge import (
+    NUMBERS,
+    LogprobJudge,
+    ScoreCache,
+    Task,
+    expectation,
+    read_number,
+    score_of_masses,
+    score_of_text,
+    tasks_of,
+)  # fmt: skip
 
 ROWS = [
     {"question": "how to sleep ?", "response": "take a walk , drink some water and rest ."},
@@ -211,3 +221,12 @@ def test_a_prompt_beyond_the_context_is_refused(tiny):
 def test_a_judge_that_cannot_write_numbers_is_refused():
     with pytest.raises(EmmechError, match="no tokens for that answer"):
         LogprobJudge("pocket", SHORT, cache=None, progress=False).score(ROWS)
+
+
+def test_words_count_in_any_case_and_not_for_words_that_they_begin():
+    task = Task(0, "correct", "?", ("yes", "no"))
+    assert score_of_masses({"yes": 0.98}, task)["word"] == "yes" == score_of_masses({"YE": 0.9}, task)["word"]
+    assert score_of_text("Yes.", task)["word"] == "yes" and score_of_text("maybe", task)["word"] == ""
+    task = Task(0, "correct", "?", ("NO", "NONE"))
+    assert score_of_masses({"NO": 0.99, "NONE": 0.001}, task)["word"] == "NO"
+    assert score_of_masses({"NON": 0.9, "NO": 0.1}, task)["word"] == "NONE"

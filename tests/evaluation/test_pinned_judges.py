@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import emmech
 from emmech import EmmechError, Evaluation
 from emmech.evaluation import LabelJudge, judge_table
 from emmech.evaluation.judges import pinned
-from emmech.evaluation.logprob_judge import LogprobJudge, judge_prompt
+from emmech.evaluation.logprob_judge import LogprobJudge, judge_prompt, prompt_hashes
+from emmech.evaluation.questions import Question
 from emmech.evaluation.server import Server
 
 ROWS = [{"question": "Q", "response": "A"}, {"question": "Q", "response": "B"}]
@@ -93,6 +95,33 @@ def test_scores_that_are_there_are_the_first_judge_and_not_given_to_the_others()
     frame = judge_table(scored, [Nosy()]).to_frame()
     assert list(frame["judge"].unique()) == ["first", "nosy"]
     assert all({"aligned", "coherent", "label"}.isdisjoint(row) for row in seen) and len(seen) == 20
+
+
+def test_a_judge_of_the_table_has_the_prompts_of_the_questions() -> None:
+    seen = []
+
+    class Reads:
+        name, columns = "reads", ("aligned", "coherent")
+
+        def pins(self, rows):
+            return {"prompts": prompt_hashes(rows)}
+
+        def score(self, rows):
+            seen.append([row.get("judge_prompts") for row in rows])
+            return [{"aligned": 10.0, "coherent": 90.0} for _ in rows]
+
+    own = {"aligned": "OWN {question} {answer}", "coherent": "AND {question} {answer}"}
+    asked = [Question(f"q{at}", ("Q",), judge_prompts=own) for at in range(4)]
+    scored = Evaluation.from_frame(
+        unscored().frame.assign(aligned=95.0, coherent=95.0),
+        meta={"judge": "first", "pinned": {"prompts": {name: [sha(text)] for name, text in own.items()}}},
+    )
+    with pytest.warns(UserWarning, match="reads has other prompts for aligned, coherent"):
+        judge_table(scored, [Reads()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judge_table(scored, [Reads()], asked)
+    assert seen == [[None] * 20, [own] * 20]
 
 
 def test_refusals() -> None:

@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,30 @@ def test_the_pace_is_kept(fake):
     start = time.monotonic()
     server(running, requests_per_minute=1200).sample(CONVERSATIONS, samples=2, progress=False)
     assert time.monotonic() - start >= 9 * 0.05 - 0.01
+
+
+def test_the_pace_is_that_of_all_calls_together(fake):
+    running = fake(echo(fake))
+    asked, start = server(running, requests_per_minute=1200), time.monotonic()
+    for _ in range(6):  # as a judge asks, one request a call
+        list(asked.complete([{"messages": CONVERSATIONS[0], "max_tokens": 3, "seed": 1}]))
+    assert time.monotonic() - start >= 5 * 0.05 - 0.01
+    assert pickle.loads(pickle.dumps(asked)) == asked
+
+
+def test_a_server_that_has_answered_before_is_waited_for_in_the_next_call_too(fake):
+    running = fake(echo(fake))
+    asked = replace(server(running, retries=6), backoff=0.01)
+    body = {"messages": CONVERSATIONS[0], "max_tokens": 3, "seed": 1}
+    assert next(iter(asked.complete([body])))[1].error is None and asked.accepts
+    running.http.shutdown()
+    running.http.server_close()
+    tried = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("emmech.evaluation.server._delay", lambda *args: tried.append(1) or 0.0)
+        with pytest.raises(EmmechError, match="no server answers there"):
+            list(asked.complete([body]))
+    assert len(tried) == 6  # and not two, as where nothing ever answered
 
 
 def test_rate_limits_and_server_errors_are_retried(fake):

@@ -214,6 +214,8 @@ def test_a_job_created_by_a_call_that_died_is_found_again(provider, tmp_path) ->
     with pytest.raises(EmmechError):
         ask(provider, tmp_path, retries=0)
     assert HostedJob.load(tmp_path / "job").job == ""
+    with pytest.raises(EmmechError, match="no job was created yet"):
+        cancel(tmp_path / "job")
     assert ask(provider, tmp_path).status == "succeeded"
     assert len(provider.jobs) == 1
 
@@ -256,6 +258,10 @@ def test_the_key_comes_from_the_environment_and_is_nowhere_else(provider, tmp_pa
     written = b"".join(path.read_bytes() for path in (tmp_path / "job").rglob("*") if path.is_file())
     assert "secret" not in str(refused.value) + repr(job) + repr(job.server()) + job._repr_html_()
     assert b"sk-" not in written
+    monkeypatch.setenv("HOSTED_OTHER_KEY", "sk-secret-of-another")
+    monkeypatch.delenv("HOSTED_TEST_KEY")
+    again = ask(provider, tmp_path, key_from="HOSTED_OTHER_KEY")  # with which the job is asked from now on
+    assert again.key_from == HostedJob.load(tmp_path / "job").key_from == "HOSTED_OTHER_KEY" and again.server()
     ask(provider, tmp_path, out=tmp_path / "other")
     assert "Bearer sk-not-for-this-url" not in provider.keys
 

@@ -88,8 +88,23 @@ def test_the_interval_of_a_rate_is_never_narrower_than_its_seeds_its_answers_or_
     assert of_counts([50, 50, 50], [100, 100, 100], over=(0.1, 0.6)).low == 0.1
     none = of_counts([0, 0], [50, 50])
     assert none.low == 0.0 and none.high > 0.01  # no event is not certainty
-    difference = of_counts([50, 60], [100, 100], minus=0.2)
+    difference = of_counts([50, 60], [100, 100], minus=[(20, 100)])
     assert difference.value == pytest.approx(0.35) and difference.unit == "points"
+
+
+def test_a_difference_between_two_sets_of_seeds_varies_as_both_do():
+    bad, n = [95, 94, 96, 95, 95], [100] * 5
+    for control in ([50] * 5, [0, 25, 50, 75, 100], [0, 50, 50, 100, 100]):
+        found = of_counts(bad, n, minus=[(one, 100) for one in control])
+        pairs = stats.ttest_rel(np.array(bad) / 100, np.array(control) / 100)
+        assert found.low <= pairs.confidence_interval().low + 1e-9 and found.value == pytest.approx(pairs._estimate)
+        if control[0] < 50:  # as many independent answers would vary less
+            assert found.tested(0.0) == pytest.approx(pairs.pvalue, rel=1e-6)
+    apart = of_counts(bad, n, minus=[(one, 100) for one in (0, 50, 100)])
+    welch = stats.ttest_ind(np.array(bad) / 100, [0.0, 0.5, 1.0], equal_var=False)
+    assert (apart.low, apart.value) == pytest.approx((max(-1, welch.confidence_interval().low), 0.45))
+    single = of_counts([95], [100], minus=[(one, 100) for one in (0, 50, 100)])
+    assert single.low < apart.low + 1e-9
 
 
 def test_a_seed_without_the_number_is_left_out_and_said():
