@@ -602,3 +602,10 @@ def test_rows_are_those_that_are_expected(tmp_path):
         read_jsonl(path, sound=lambda row: "a" in row)
     with pytest.raises(EmmechError, match=r"rows\.jsonl:5"):
         read_jsonl(path)
+
+
+def test_tensors_can_be_read_by_whom_the_users_other_files_can(tmp_path):
+    (tmp_path / "plain").touch()
+    for folder in (tmp_path, tmp_path / "new"):
+        save_tensors({"t": np.ones(2)}, folder / "t.safetensors", "write it")
+        assert (folder / "t.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

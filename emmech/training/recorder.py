@@ -370,7 +370,8 @@ class Recorder(TrainerCallback):
         measures: measures of the model while it trains, as in :func:`emmech.sweep`: measures, or functions
             by name, ``{"entropy": chat_model -> float}``; their means become metrics.
         every: the number of steps from one recording to the next.
-        measure_every: the same for probes and measures, which by default are taken about 20 times in a training.
+        measure_every: the same for probes and measures, which by default are taken about 20 times in a training; each
+            time at the first recorded step that is due.
         on_transition: what happens at the first sign that answers outside the training data turn misaligned:
             ``"warn"``, ``"stop"``, or a function of the :class:`~emmech.transition.EarlyWarning`; a
             :class:`~emmech.transition.Watch` also says what is watched, by default the norm of the gradient of all B.

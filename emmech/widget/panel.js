@@ -28,6 +28,7 @@ function render({ model, el }) {
   const about = () => model.get("about");
   let state = { ...model.get("state") };
   let run = -1;
+  let begun = -1; // the move of which everything was heard, from its start on or all at once
   let columns = COLUMNS.map(() => []);
   let seen = {};
   let fresh = true; // whether what the kernel tells is of the last move
@@ -410,7 +411,9 @@ function render({ model, el }) {
 
   const heard = (news) => {
     if (news.run < run) return; // from a move that is over
-    run = news.run;
+    // the view opened in the middle of an answer, which is shown once the kernel keeps all of it
+    if (!news.start && news.run !== begun) return;
+    run = begun = news.run;
     if (news.start) {
       fresh = Object.keys(state).every((name) => name === "colour" || state[name] === news.start[name]);
       root.dataset.begun = +root.dataset.begun + 1;
@@ -458,12 +461,13 @@ function render({ model, el }) {
   const restore = () => {
     const kept = model.get("shown");
     if (!kept || kept.run == null || kept.run < run) return;
-    run = kept.run;
+    run = begun = kept.run;
     seen = kept;
     started = kept.settings || {};
     columns = kept.columns.map((one) => [...one]);
     draw();
     told(kept);
+    pick(picked[0], Math.min(picked[1], columns[picked[0]].length - 1));
   };
   model.on("msg:custom", heard);
   model.on("change:state", onState);

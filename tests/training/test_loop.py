@@ -142,6 +142,22 @@ def test_resuming_another_training_is_refused(changed, tmp_path):
     assert next(iter(changed)) in str(caught.value)
 
 
+def test_resuming_with_another_term_or_from_another_start_of_one_name_is_refused(tmp_path):
+    options = dict(SHORT, max_steps=2, checkpoint_every=1, recipe="single-rank1", progress=False)
+    starts = [
+        emmech.finetune(make_tiny("qwen2"), make_rows(), out=tmp_path / name / "s0", **options | dict(seed=seed))
+        for name, seed in (("one", 0), ("two", 1))
+    ]
+    begun = dict(start=(starts[0], 2), objective=[CrossEntropy(), Pull(0.1)], **options)
+    emmech.finetune(make_tiny("qwen2"), make_rows(), out=tmp_path / "r", **begun)
+    further = [CrossEntropy(), Pull(1e4)]
+    for changed, said in ((dict(start=(starts[1], 2)), "start"), (dict(objective=further), "objective")):
+        with pytest.raises(EmmechError, match=f"recorded.{said}"):
+            emmech.finetune(make_tiny("qwen2"), make_rows(), out=tmp_path / "r", resume=True, **begun | changed)
+    begun["objective"] = [CrossEntropy(), Pull(0.1)]  # another object that does the same
+    emmech.finetune(make_tiny("qwen2"), make_rows(), out=tmp_path / "r", resume=True, **begun)
+
+
 def test_resuming_on_another_base_model_is_refused(tmp_path):
     options = dict(SHORT, max_steps=4, checkpoint_every=1, recipe="single-rank1", progress=False)
     with pytest.raises(KeyboardInterrupt):

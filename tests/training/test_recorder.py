@@ -87,6 +87,14 @@ def test_same_losses_and_weights_with_and_without(tmp_path):
     assert all(torch.equal(state[key], state_recorded[key]) for key in state)
 
 
+@pytest.mark.parametrize(
+    ("every", "measure", "wanted"), [(2, 3, [0, 4, 6, 10]), (3, 10, [0, 12, 21]), (2, 4, [0, 4, 8])]
+)
+def test_what_is_measured_is_the_first_recorded_step_that_is_due(every, measure, wanted, tmp_path):
+    recorder = emmech.Recorder(tmp_path / "run", every=every, measure_every=measure)
+    assert [step for step in range(wanted[-1] + 1) if recorder.measures_at(step, -1)] == wanted
+
+
 def test_what_a_plain_trainer_leaves(tmp_path):
     texts = {"narrow": ["how"], "broad": ["the user"]}
     recorder = emmech.Recorder(tmp_path / "run", every=3, measure_every=6, probes=texts)
