@@ -81,8 +81,8 @@ class Finding(Result):
         half, degrees = abs(self.value - end), max(self.seeds - 1, 1)
         if not math.isfinite(half):
             return float("nan")
-        if half == 0:  # every seed gave the same number, which says nothing of their spread
-            return 1.0 if self.value == bound else float("nan")
+        if half <= 1e-9 * max(1.0, abs(self.value)):  # every seed gave the same number, which says nothing of a spread
+            return 1.0 if math.isclose(self.value, bound, abs_tol=1e-9) else float("nan")
         return float(2 * stats.t.sf(abs(self.value - bound) / half * stats.t.ppf(0.975, degrees), degrees))
 
     def _curves(self) -> bool:

@@ -107,6 +107,12 @@ def test_a_difference_between_two_sets_of_seeds_varies_as_both_do():
     assert single.low < apart.low + 1e-9
 
 
+def test_seeds_that_all_gave_one_number_are_no_test_of_it():
+    tenths = [0.1 + 0.2, 0.3, 0.6 / 2]  # equal but for rounding
+    assert len(set(tenths)) > 1 and np.isnan(over_seeds(tenths, "points", 3).tested(0.0))
+    assert over_seeds(tenths, "points", 3).tested(0.3) == 1.0
+
+
 def test_a_seed_without_the_number_is_left_out_and_said():
     found = over_seeds([1.0, NAN, 3.0], "steps", 3)
     assert found.seeds == 2 and found.value == 2.0 and "2 of 3 seeds" in found.note
