@@ -146,8 +146,11 @@ function render({ model, el }) {
     h("details", { open: true }, h("summary", { text: "The prompt, and where the change acts" }), prompt),
     h("details", { open: true }, h("summary", { text: "What you tried (pin two to compare)" }), tries, compared),
     h("details", {}, h("summary", { text: "Code of this state" }), code, copy));
-  // JupyterLab would take the arrow keys for its cells
-  root.addEventListener("keydown", (event) => event.key.startsWith("Arrow") && event.stopPropagation());
+  // JupyterLab would take arrows, Enter and letters for its cells: Enter on a button would edit one, "d d" delete one
+  root.addEventListener("keydown", (event) => {
+    const shortcut = event.ctrlKey || event.metaKey || event.key === "Escape" || (event.shiftKey && event.key === "Enter");
+    if (!shortcut) event.stopPropagation();
+  });
   el.append(root);
   const hide = h("style", { text: `.emmech-twin-${about().twin} { display: none }` });
   document.head.append(hide);
@@ -155,7 +158,10 @@ function render({ model, el }) {
   // ---- moves
 
   function move(change) {
-    state = { ...state, ...change };
+    const now = model.get("state");
+    const next = { ...state, ...change };
+    if (Object.keys(next).every((name) => next[name] === now[name])) return controls(); // it is set to that already
+    state = next;
     measured.moved = performance.now();
     fresh = false;
     measured.first = measured.done = null;

@@ -159,14 +159,18 @@ def test_two_states_are_pinned_and_compared(opened):
 
 def test_going_back_to_a_state_keeps_the_focus(opened):
     page, _ = opened
-    button = page.locator(f"{PANEL} .try button").nth(2)
+    settled(page)
+    button = page.locator(f"{PANEL} .try button").last
     number = button.locator("..").get_attribute("data-number")
     button.focus()
     page.keyboard.press("Enter")
-    page.wait_for_function(f"document.querySelector('{PANEL}').dataset.done")
+    # the present state is first
+    page.wait_for_function(f"document.querySelector('{PANEL} .try').dataset.number === '{number}'")
     settled(page)
-    assert page.locator(f"{PANEL} .try").first.get_attribute("data-number") == number  # the present state is first
     assert page.evaluate("document.activeElement.closest('.try')?.dataset.number") == number
+    begun = _tried(page)
+    page.keyboard.press("Enter")  # it is there already: nothing is computed, and nothing waits for it
+    assert page.locator(f"{PANEL} .answers.stale").count() == 0 and _tried(page) == begun
 
 
 def test_what_is_typed_is_not_overwritten(opened):
