@@ -349,7 +349,7 @@ def save_tensors(
     with kept(asked, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
-        mode = partial.stat().st_mode  # safetensors writes files that nobody else can read
+        mode = partial.stat().st_mode  # safetensors takes other users' permission to read away
         save_file(dict(tensors), partial, metadata=metadata)
         partial.chmod(mode)
         if synced:

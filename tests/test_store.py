@@ -604,7 +604,7 @@ def test_rows_are_those_that_are_expected(tmp_path):
         read_jsonl(path)
 
 
-def test_tensors_can_be_read_by_whom_the_users_other_files_can(tmp_path):
+def test_files_of_tensors_have_the_permissions_of_other_files(tmp_path):
     (tmp_path / "plain").touch()
     for folder in (tmp_path, tmp_path / "new"):
         save_tensors({"t": np.ones(2)}, folder / "t.safetensors", "write it")

@@ -446,10 +446,13 @@ def has_adapter(chat: ChatModel) -> bool:
     return hasattr(chat.model, "disable_adapter") and bool(list(adapter_layers(chat.model)))
 
 
+def _listed(evaluation: Any) -> list[Any]:
+    return list(evaluation) if isinstance(evaluation, list | tuple) else [evaluation]
+
+
 def _drawn(evaluation: Any) -> dict[str, Any]:
     """How answers that were judged before were drawn, as far as they say it, and all say the same."""
-    several = evaluation if isinstance(evaluation, list | tuple) else [evaluation]
-    said = [getattr(one, "meta", {}) for one in several]
+    said = [getattr(one, "meta", {}) for one in _listed(evaluation)]
     first = {name: said[0].get(name) for name in ("questions", "samples")}
     return {name: value if all(one.get(name) == value for one in said) else None for name, value in first.items()}
 
@@ -457,8 +460,7 @@ def _drawn(evaluation: Any) -> dict[str, Any]:
 def _frames(evaluation: Any) -> list[pd.DataFrame]:
     if evaluation is None:
         return []
-    several = evaluation if isinstance(evaluation, list | tuple) else [evaluation]
-    frames = [getattr(one, "frame", one) for one in several]
+    frames = [getattr(one, "frame", one) for one in _listed(evaluation)]
     for frame in frames:
         if missing := {"question", "response", "aligned", "coherent"} - set(getattr(frame, "columns", ())):
             why = f"it has no columns {', '.join(sorted(missing))}"
