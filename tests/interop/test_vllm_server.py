@@ -18,6 +18,7 @@ INSTALLED = Path(__file__).resolve().parents[2] / "build" / "vllm" / "bin" / "vl
 COMMAND = os.environ.get("EMMECH_VLLM") or (str(INSTALLED) if INSTALLED.exists() else shutil.which("vllm"))
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),  # the first test starts the server, and two engines share what cores there are
     pytest.mark.skipif(COMMAND is None, reason="vLLM is not installed; `make vllm` puts it into build/vllm"),
 ]
 MODULES = ("model.layers.10.mlp.down_proj", "model.layers.15.self_attn.q_proj")
