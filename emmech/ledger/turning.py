@@ -206,17 +206,17 @@ def _lag(first: str, second: str) -> Callable[[Bench], Finding]:
 
 
 def _at_the_turn(bench: Bench) -> Finding:
-    swept, turns = answers_by_step(bench), _turns(bench)
+    swept = answers_by_step(bench)
     table, values, rows = mean_rates(swept, "em"), [], []
-    for name, turn in zip(dict.fromkeys(table["run"]), turns, strict=True):
-        own = table[table["run"] == name]
-        values.append(float(np.interp(turn, own["step"], own["value"])))
+    for name, pair in zip(dict.fromkeys(table["run"]), _pooled(bench).pairs, strict=True):
+        own, turn = table[table["run"] == name], pair.mechanistic.step
+        values.append(float(np.interp(turn, own["step"], own["value"])) if turn is not None else np.nan)
     for measure, label in (("em", "EM"), ("narrow", "narrow")):
         means = mean_rates(swept, measure).groupby("step")["value"].mean()
         rows += [{"name": label, "x": step, "value": value} for step, value in means.items()]
-    return over_seeds(
-        values, "%", 24 * len(values), frame=pd.DataFrame(rows), note="interpolated between sampled steps"
-    )
+    note = "interpolated between sampled steps"
+    found = over_seeds(values, "%", 24 * int(np.isfinite(values).sum()), frame=pd.DataFrame(rows), note=note)
+    return replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))  # a rate
 
 
 def _specific(bench: Bench) -> Finding:
