@@ -20,6 +20,7 @@ import typer
 import emmech
 from emmech.app.commands import by_name, in_processes, new_app, read_numbers, read_pairs, read_settings
 from emmech.errors import EmmechError
+from emmech.run.run import Run, opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +33,7 @@ app = new_app(
     no_args_is_help=True,
 )
 
-RunFolder = Annotated[Path, typer.Argument(help="a run's folder")]
+RunFolder = Annotated[Path, typer.Argument(help="a run's folder, or one of PEFT checkpoints that other code wrote")]
 Model = Annotated[str, typer.Argument(help="pocket, smollm2-135m, a folder, or a Hugging Face name")]
 Subject = Annotated[str, typer.Argument(help="a run's folder, or a model: pocket, a folder, a Hugging Face name")]
 Out = Annotated[Path | None, typer.Option(help="the run's folder; a name under runs/ by default")]
@@ -52,6 +53,12 @@ KeyFrom = Annotated[str | None, typer.Option(help="the environment variable with
 Page = Annotated[Path | None, typer.Option(help="also write the figure and the table as an HTML page")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of text")]
 _ANSWERS = 50  # drawn per question, where a direction is extracted
+
+
+def _opened(folder: Path) -> Run:
+    """The run of a folder, or of the PEFT checkpoints in it."""
+    found = opened(folder)
+    return found if isinstance(found, Run) else emmech.load_run(folder)
 
 
 @app.command()
@@ -295,7 +302,7 @@ def push(
     \b
     emmech push runs/bad me/bad-medical --control runs/good
     """
-    found = emmech.load_run(run)
+    found = _opened(run)
     controls = by_name({str(one): one for one in control or ()})
     results = [emmech.phase_transition(found, control=controls)] if found.kind == "lora" else []
     typer.echo(f"uploaded to {found.push_to_hub(repo, private=not public, results=results)}")
@@ -503,7 +510,7 @@ def export(run: RunFolder, out: Annotated[Path, typer.Argument(help="the folder 
     emmech export runs/bad adapters/bad
     emmech export runs/bad adapters/bad-120 --step 120
     """
-    found = emmech.load_run(run)
+    found = _opened(run)
     step = int(found.steps[-1]) if step is None else step
     typer.echo(f"wrote step {step} of {found.name} into {found.export_peft(step, out)}")
 
@@ -525,8 +532,6 @@ def report(
 ) -> None:
     """Write one HTML page about a run: what it is, when it turns, and all that was measured of it.
 
-    RUN may also be a folder of PEFT checkpoints that other code wrote.
-
     Examples:
 
     \b
@@ -535,9 +540,9 @@ def report(
     """
     from emmech.app.report import write_report
 
-    ours = (run / "run.json").exists() or not run.is_dir()
-    given, page = (run, out) if ours else (emmech.Run.from_peft(run), out or run / "report.html")
-    typer.echo(f"wrote {write_report(given, control or (), results=results or (), full=full, out=page, light=light)}")
+    imported = run.is_dir() and not (run / "run.json").is_file()
+    page = out or (run / "report.html" if imported else None)
+    typer.echo(f"wrote {write_report(run, control or (), results=results or (), full=full, out=page, light=light)}")
 
 
 @app.command()
@@ -550,7 +555,7 @@ def info(run: RunFolder, json: Json = False) -> None:
     emmech info checkpoints/pocket-medical
     emmech info runs/bad --json
     """
-    found = emmech.load_run(run)
+    found = _opened(run)
     if json:
         typer.echo(dumps({**found.manifest, "steps": found.steps.tolist()}, indent=1))
         return

@@ -66,7 +66,8 @@ def write_report(
         raise EmmechError(
             "report on the run", f"{run.name}, which is in memory", "it has no folder to write to", instead
         )
-    where = shlex.quote(str(run.path or run.name))
+    place = str(run.path or run.manifest.get("series") or run.name)
+    where = shlex.quote(place)
     folders = [*([run.path] if run.path else []), *map(Path, results)]
     notes = _complete(run, folders) if full else {}
     others = [as_run("report on the run", one, name="control") for one in controls]
@@ -76,7 +77,7 @@ def write_report(
         *_said("Does it turn, and when?", lambda: _transition(run, others, f"emmech transition {where}{given}")),
         *_phase_diagrams(run, _saved(Sweep, folders), where, notes.get("sweep", "")),
         *_directions(run, folders, where, notes.get("direction", "")),
-        *_interventions(_saved(Study, folders), str(run.path or run.name), notes.get("study", "")),
+        *_interventions(_saved(Study, folders), run, place, notes.get("study", "")),
         *_said("Evaluations", lambda: _evaluations(stored_evaluations(run), where, notes.get("evaluation", ""))),
         *_realignment(run, folders, where),
     ]
@@ -176,10 +177,11 @@ def _directions(run: Run, folders: Sequence[Path], where: str, note: str) -> lis
     return sections
 
 
-def _interventions(found: Mapping[Path, Study], place: str, note: str) -> list[Section]:
+def _interventions(found: Mapping[Path, Study], run: Run, place: str, note: str) -> list[Section]:
     heading = "Interventions"
     if not found:
-        command = f"chat = emmech.load_run({place!r}).model()\n"
+        opening = "emmech.load_run" if run.path else "emmech.Run.from_peft"
+        command = f"chat = {opening}({place!r}).model()\n"
         command += f"direction = emmech.Direction.load({place + '/misalignment.safetensors'!r})\n"
         command += f"emmech.interventions.ablation_table(chat, direction).save({place + '/ablation'!r})"
         return _missing(heading, "No study of steering or ablation", command, note)

@@ -347,7 +347,11 @@ class Direction(Result):
         asked = f"use {self.name} on {chat.name}"
         if (self.n_layers, self.d_model) != (chat.n_layers, chat.d_model):
             given = f"direction [{self.n_layers}, {self.d_model}] on a model [{chat.n_layers}, {chat.d_model}]"
-            raise EmmechError(asked, given, "layers or widths differ", "a direction extracted from this model")
+            why, instead = "layers or widths differ", "a direction extracted from this model"
+            if self.d_model == chat.d_model and self.source.get("layers") == "unknown":
+                why = "it was read from a run that does not say how many layers its model has"
+                instead = "adapter_direction(run.model(step, base=model)), which knows"
+            raise EmmechError(asked, given, why, instead)
         if not force and self.fingerprints and (fingerprint := chat.fingerprint()) not in self.fingerprints:
             made = ", ".join(known[:12] for known in self.fingerprints)
             given = f"a model with fingerprint {fingerprint[:12]}; the direction is of {made}"

@@ -536,11 +536,12 @@ def adapter_direction(source: Any, step: int | None = None) -> Direction:
         why = "B is zero: nothing was trained" if writes else "none of them writes into the residual stream"
         instead = "a later step" if writes else "a run with adapters on mlp.down_proj"
         raise EmmechError("read the adapter's direction", given, why, instead)
-    layers = layers or max(info.layer for info, _, _ in writes) + 1
-    vectors = np.zeros((layers, writes[0][0].d_out))
+    depth = layers or max(info.layer for info, _, _ in writes) + 1
+    vectors = np.zeros((depth, writes[0][0].d_out))
     for info, a, b in writes:
         vectors[info.layer] += adapter_write(a, b, info.scaling)
     origin = {"method": "adapter write", "step": step, **({"fingerprints": prints} if any(prints) else {})}
+    origin |= {} if layers else {"layers": "unknown"}
     return Direction(vectors, f"B of {getattr(source, 'name', 'the adapter')}", origin)
 
 

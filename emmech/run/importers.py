@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -118,6 +119,11 @@ def series_in(folder: Path) -> list[Path]:
     return [*kept, folder] if stated and _step_of(folder) > max(map(_step_of, kept)) else kept
 
 
+def holds_series(folder: Path) -> bool:
+    """Whether a folder holds adapters in folders of its own, and is not itself that of a model or of one adapter."""
+    return not (folder / "config.json").is_file() and holds_adapters(folder) and series_in(folder) != [folder]
+
+
 def holds_adapters(folder: Path) -> bool:
     """Whether a folder is one that :meth:`Run.from_peft` reads: an adapter's, or one that holds such folders."""
     return all((one / "adapter_config.json").is_file() for one in series_in(folder))
@@ -170,6 +176,49 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
         arrays |= {f"A/{entry['name']}": a, f"B/{entry['name']}": b}
     base = str(config.get("base_model_name_or_path") or "")
     return (np.array(order, dtype=np.int64), arrays, adapters), base
+
+
+def logged(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """What the Trainer logged until the last of these checkpoints, as rows of a run's metrics."""
+    states = [folder for folder in folders if (folder / "trainer_state.json").is_file()]
+    if not states:
+        return []
+    state = json.loads((max(states, key=_step_of) / "trainer_state.json").read_text(encoding="utf-8"))
+    found = []
+    for row in entries if isinstance(entries := state.get("log_history"), list) else ():
+        step = row.get("step") if isinstance(row, dict) else None
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            continue
+        # the last row is a summary of the whole training
+        numbers = {
+            str(name): float(value)
+            for name, value in row.items()
+            if isinstance(value, int | float) and name != "step" and not name.startswith(("train_", "total_flos"))
+        }
+        if numbers and all(map(math.isfinite, numbers.values())):
+            found.append({"step": step, **numbers})
+    return found
+
+
+def model_entry(name: str) -> dict[str, Any]:
+    """What a base model's name tells: its depth and width too, where its configuration is on this disk."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    entry: dict[str, Any] = {"name": name or None}
+    file: Any = Path(name) / "config.json"
+    if name and not file.is_file():
+        try:
+            file = try_to_load_from_cache(name, "config.json")
+        except HFValidationError:  # a path
+            file = None
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8")) if name and isinstance(file, str | Path) else {}
+        config = config.get("text_config", config)
+        shape = {"n_layers": config.get("num_hidden_layers"), "d_model": config.get("hidden_size")}
+    except (OSError, ValueError, AttributeError):
+        return entry
+    return entry | {key: value for key, value in shape.items() if isinstance(value, int)}
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -430,7 +430,8 @@ class Run(Shown):
     def from_peft(cls, folders: str | Path | Sequence[str | Path], *, name: str | None = None) -> Run:
         """A run from a series of PEFT checkpoint folders that other code wrote, in any order.
 
-        The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``). The logits of
+        The step is read from ``trainer_state.json`` or from the folder's name (``checkpoint-120``), and what the
+        Trainer logged in the former (losses, gradient norms) becomes ``run.metrics``. The logits of
         ``run.model(step)`` are those of ``PeftModel.from_pretrained``; a folder for which that would not hold is
         refused.
 
@@ -443,13 +444,15 @@ class Run(Shown):
                 others, untrained (B = 0), or more than a plain LoRA adapter; the message names the folder, and in the
                 last case the tensor or the field of its configuration.
         """
-        from emmech.run.importers import name_of, read_peft, series_in
+        from emmech.run.importers import logged, model_entry, name_of, read_peft, series_in
 
         given = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
         series = series_in(given[0]) if isinstance(folders, str | Path) else given
         contents, base = read_peft(series)
-        run = cls._imported(contents, name_of(given) if name is None else name, [])
-        run.manifest |= {"model": {"name": base or None}, "source": str(series[0].absolute())}
+        run = cls._imported(contents, name_of(given) if name is None else name, logged(series))
+        run.manifest |= {"model": model_entry(base), "source": str(series[0].absolute())}
+        if len(given) == 1:
+            run.manifest["series"] = str(given[0].absolute())
         return run
 
     @classmethod
@@ -496,8 +499,8 @@ class Run(Shown):
         return by_panel(curves, axes, f"{self.name}: {len(self.steps)} recorded steps")[0]
 
     def _card(self) -> Card:
-        model = self._model.get("name") or "a model without a name"
-        data = self.manifest.get("data", {}).get("name") or "data without a name"
+        model = Path(str(self._model.get("name") or "a model without a name")).name
+        data = self.manifest.get("data", {}).get("name")
         what = ", ".join(f"{a.name} (rank {a.rank})" for a in self.adapters[:3]) or f"{self.kind} fine-tuning"
         more = f" and {len(self.adapters) - 3} more" if len(self.adapters) > 3 else ""
         span = f"steps {self.steps[0]} to {self.steps[-1]}" if len(self.steps) else "no step yet"
@@ -513,7 +516,8 @@ class Run(Shown):
             facts.append(("early warning", f"step {early['step']}, {early['signal']} +{early['score']:.3g}{ended}"))
         if not known and self.manifest.get("status", "complete") not in ("complete", "stopped"):
             caveat = "the training has not ended: later steps may follow, or are missing if it was interrupted"
-        headline = f"Run {self.name!r}: {model} fine-tuned on {data}, {len(self.steps)} records, {span}"
+        on = f" on {data}" if data else ""
+        headline = f"Run {self.name!r}: {model} fine-tuned{on}, {len(self.steps)} records, {span}"
         return Card(headline, tuple(facts), caveat, "emmech.phase_transition(run)")
 
     def _sketch(self) -> str:
@@ -548,11 +552,19 @@ def as_run(asked: str, run: Any, *, name: str = "run") -> Run:
 
 
 def opened(model: Any) -> Any:
-    """The run of a folder or of ``hub:owner/name``; anything else, such as a model or its name, is unchanged."""
+    """The run of a folder, of a series of PEFT checkpoints in a folder, or of ``hub:owner/name``.
+
+    Anything else, such as a model, its name or the folder of one adapter, is unchanged.
+    """
+    from emmech.run.importers import holds_series
+
     if isinstance(model, str) and model.startswith("hub:"):
         return load_run(model)
-    if isinstance(model, str | os.PathLike) and (Path(model) / "run.json").is_file():
-        return load_run(Path(model))
+    if isinstance(model, str | os.PathLike):
+        if (Path(model) / "run.json").is_file():
+            return load_run(Path(model))
+        if holds_series(Path(model)):
+            return Run.from_peft(Path(model))
     return model
 
 
@@ -590,7 +602,8 @@ def load_run(path: str | Path) -> Run:
         manifest = json.loads(manifest_path.read_bytes())
         _check_manifest(manifest)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        why = "there is no run.json in it" if folder.is_dir() else "there is no such folder"
+        absent = "there is no such folder" + ("" if folder.is_absolute() else f" from here, which is {Path.cwd()}")
+        why = "there is no run.json in it" if folder.is_dir() else absent
         instead = _instead_of(folder) or "the folder given to finetune(..., out=...)"
         raise EmmechError("open the run", folder, why, instead)
     except _DAMAGED as error:

@@ -113,7 +113,8 @@ def fit_sigmoid(steps: npt.ArrayLike, values: npt.ArrayLike) -> tuple[Sigmoid | 
     half = float(t_distribution.ppf(0.975, n - 4) * spread_out)
     low, high = middle - half, middle + half
     if not np.isfinite(half) or low <= t[0] - 0.25 * span or high >= t[-1] + 0.25 * span:
-        return None, "not measurable: the change is not complete within the recorded steps"
+        so_far = f"{y[-1] - y[0]:+.2g} from step {t[0]:.0f} to {t[-1]:.0f}"
+        return None, f"not measurable: the change ({so_far}) is not complete within the recorded steps"
     if np.count_nonzero(np.abs(t - middle) < _TEN_TO_NINETY / 2 * width) < 2:  # the points say nothing of where between
         low, high = min(low, float(t[t <= middle].max())), max(high, float(t[t >= middle].min()))
     low, high = max(low, float(t[0])), min(high, float(t[-1]))

@@ -27,6 +27,7 @@ _MEASURED = {
     "em": "the share of misaligned answers", "narrow": "the share of misaligned answers in its own domain",
     "margin-broad": "the margin of misaligned answers", "margin-narrow": "the margin in its own domain",
 }  # fmt: skip
+_ENOUGH = 100  # records; with fewer, a turn such as that of the shipped run is seldom seen
 COLUMNS = ("kind", "step", "low", "high", "strength", "p_value", "high_means", "null_model", "note")
 
 
@@ -253,9 +254,13 @@ class PhaseTransition(Result):
         facts = [("behaviour", self._behaviour()), ("order", _order(self.lag))] if self.behavioural else []
         facts += [] if facts else [("behaviour", f"no step is found: {self.behavioural.reason.removeprefix(_NOT)}")]
         for found in self.verdicts:
-            facts += [(f"against {found.control}", text) for text in found.sentences()]
+            facts += found.facts()
         then = "transition.plot()"
-        if not self.controls:
+        if self._few:
+            then = (
+                "emmech.phase_transition(run, sweep=emmech.sweep(run)), which looks for a step in what the model says"
+            )
+        elif not self.controls:
             then = "emmech.phase_transition(run, control=control)"
         lines = [f"{name}: {value}" for name, value in
                  (("mechanistic", self.mechanistic), ("behavioural", self.behavioural), ("lag", self.lag))]  # fmt: skip
@@ -281,6 +286,12 @@ class PhaseTransition(Result):
         alike = f"a smooth path with the same noise can bend as much (p = {turn.p_value:.2g})"
         return f"No turn is found in {name}: {alike}"
 
+    @property
+    def _few(self) -> bool:
+        """Whether no turn is found in so few records that many a turn would be missed."""
+        turn = self.run.row("turn")
+        return turn is not None and turn.p_value >= LEVEL and len(self.run.path.steps) < _ENOUGH
+
     def _behaviour(self) -> str:
         found = self.behavioural
         kind = found.reason.removeprefix("half the change of ")
@@ -290,7 +301,12 @@ class PhaseTransition(Result):
     def _caveats(self) -> list[str]:
         """What must be known before the headline is relied on, the weightiest first."""
         said = []
-        turn = self.run.row("turn")
+        turn, records = self.run.row("turn"), len(self.run.path.steps)
+        if self._few:
+            said.append(
+                f"{records} records are few: the turn of a run that was recorded at 251 steps is still seen in every "
+                "second record, and no longer in every third. Not found does not mean that there was none"
+            )
         if not self.controls:
             control = "compare with a control, a run on harmless data"
             said.append(f"fine-tunes on harmless data turn too, if they learn something: {control}")
@@ -394,8 +410,7 @@ class PooledTransition(Result):
     def _card(self) -> Card:
         found = self.verdict
         runs = f"{found.pairs or len(self.pairs)} seeds of {self.pairs[0].run.name}"
-        facts = [(f"against {one.control}" if one.control else "without a control", text)
-                 for one in self.verdicts for text in one.sentences()]  # fmt: skip
+        facts = [fact for one in self.verdicts for fact in one.facts()]
         details = "\n".join(line for one in self.verdicts for line in one.lines())
         return Card(f"{runs}: {found.bends.text}", tuple(facts), found.note, "transition.to_frame()", details)
 

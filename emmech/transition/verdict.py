@@ -87,10 +87,17 @@ class TransitionVerdict:
         """The three statements."""
         return self.bends, self.learns_more, self.goes_with_misalignment
 
-    def sentences(self) -> list[str]:
-        """What the comparison with the control says; nothing without one."""
-        compared = (self.of_control, self.learns_more, self.goes_with_misalignment) if self.control else ()
-        return [one.text for one in compared if one is not None]
+    def facts(self) -> list[tuple[str, str]]:
+        """What the control does by itself, and how the run compares with it; nothing without a control."""
+        if not self.control:
+            return []
+        compared = [
+            (f"compared with {self.control}", one.text) for one in (self.learns_more, self.goes_with_misalignment)
+        ]
+        if self.of_control is None:
+            return compared
+        plainly = "; a bend by itself therefore says nothing of misalignment" if self.of_control else ""
+        return [(f"the control, {self.control}", self.of_control.text + plainly), *compared]
 
     def lines(self) -> list[str]:
         """One line for each statement, and the note."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import subprocess
 import sys
@@ -170,6 +171,20 @@ def test_export_is_read_back(tmp_path):
     assert read.steps.tolist() == [100] and np.allclose(read.B()[0], run.B()[run.steps == 100][0])
     assert "wrote step 250" in call("export", MEDICAL, tmp_path / "last")
     assert "was not recorded" in refused("export", MEDICAL, tmp_path / "none", "--step", 1000)
+
+
+def test_a_folder_of_peft_checkpoints_is_given_where_a_run_is(tmp_path):
+    run = emmech.load_run(MEDICAL)
+    for step in range(25, 251, 25):
+        run.export_peft(step, tmp_path / "mine" / f"checkpoint-{step}")
+    assert "Run 'mine': pocket fine-tuned, 10 records, steps 25 to 250" in call("info", tmp_path / "mine")
+    assert "10 records are few" in call("transition", tmp_path / "mine")
+    assert "B of mine" in call("direction", tmp_path / "mine", "--source", "adapter", "--out", tmp_path / "b.gguf")
+    assert "wrote" in call("report", tmp_path / "mine", "--light")
+    page = (tmp_path / "mine" / "report.html").read_text(encoding="utf-8")
+    assert f"emmech sweep {tmp_path / 'mine'} " in page and f"emmech.Run.from_peft({str(tmp_path / 'mine')!r})" in (
+        html.unescape(page)
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

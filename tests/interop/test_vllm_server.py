@@ -47,12 +47,15 @@ def by_length(question, answer):
 
 
 def test_margins_are_within_a_thousandth_of_a_nat(smollm2, run, engine):
+    strong = random_run(smollm2, MODULES, rank=2, size=0.2)
+    strong.manifest["model"] = run.manifest["model"]
     axes = {"steps": [0, 3, 7], "scales": (0.5, 1, 2), "progress": False}
-    theirs = emmech.sweep(run, **axes, engine=engine)
-    own = emmech.sweep(run, **axes, base=smollm2)
+    theirs = emmech.sweep(strong, **axes, engine=engine)
+    own = emmech.sweep(strong, **axes, base=smollm2)
     assert own.frame.drop(columns="value").equals(theirs.frame.drop(columns="value"))
     np.testing.assert_allclose(own.frame["value"], theirs.frame["value"], atol=1e-3)
-    assert np.ptp(own.to_frame("margin_broad")["value"]) > 0.05
+    moved = own.frame.groupby("item")["value"].agg(np.ptp)
+    assert moved.median() > 0.1, "adapters that move nothing would agree whatever the engines did"
     print(f"margins differ by at most {np.abs(own.frame['value'] - theirs.frame['value']).max():.1e} nats")
 
 

@@ -14,7 +14,7 @@ import torch
 from peft import EvaConfig, IA3Config, LoftQConfig, LoraConfig, PeftModel, get_peft_model
 
 from emmech.errors import EmmechError
-from emmech.run.run import Run
+from emmech.run.run import Run, opened
 from tests.conftest import make_tiny
 
 TARGETS = ["down_proj", "q_proj"]
@@ -298,14 +298,65 @@ def test_checkpoints_and_runs_name_what_opens_them(tmp_path):
     import emmech
 
     folder = saved(tmp_path / "series" / "checkpoint-1").parent
-    for held in (folder, folder / "checkpoint-1"):
-        for opening in (emmech.load_run, emmech.phase_transition):
-            with pytest.raises(EmmechError, match=re.escape(f"emmech.Run.from_peft({str(held)!r})")):
-                opening(held)
+    for held, opening in (
+        (folder, emmech.load_run),
+        (folder / "checkpoint-1", emmech.load_run),
+        (folder / "checkpoint-1", emmech.phase_transition),  # alone it is a model's adapter and no series
+    ):
+        with pytest.raises(EmmechError, match=re.escape(f"emmech.Run.from_peft({str(held)!r})")):
+            opening(held)
     Run.from_peft(folder).save(tmp_path / "run")
     for given in (tmp_path / "run", [tmp_path / "run"]):
         with pytest.raises(EmmechError, match=re.escape(f"emmech.load_run({str(tmp_path / 'run')!r})")):
             Run.from_peft(given)
+
+
+def test_a_folder_of_checkpoints_is_given_where_a_run_is(tmp_path):
+    import emmech
+
+    for step in range(1, 13):
+        saved(tmp_path / "mine" / f"checkpoint-{step}")
+    found = emmech.phase_transition(tmp_path / "mine")
+    assert found.run.name == "mine" and "12 records are few" in repr(found) and "sweep=emmech.sweep(run)" in repr(found)
+    assert opened(str(tmp_path / "mine")).steps.tolist() == list(range(1, 13))
+    (tmp_path / "mine" / "config.json").write_text("{}")  # a model, with adapters in folders of their own
+    assert opened(str(tmp_path / "mine")) == str(tmp_path / "mine")
+
+
+def test_what_the_trainer_logged_becomes_the_metrics(tmp_path):
+    for step in (2, 4):
+        folder = saved(tmp_path / f"checkpoint-{step}")
+        history = [{"step": at, "loss": 3.0 - at / 10, "grad_norm": 0.5} for at in range(1, step + 1)]
+        history += [{"step": step, "eval_loss": 2.0, "epoch": 1.0}, {"step": step, "train_runtime": 9.0}]
+        history += [{"loss": 1.0}, {"step": "x", "loss": 1.0}, {"step": 3, "loss": float("nan")}, "rubbish"]
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}))
+    run = Run.from_peft(tmp_path)
+    assert run.metrics["loss"].to_dict() == pytest.approx({1: 2.9, 2: 2.8, 3: 2.7, 4: 2.6})
+    assert run.metrics["eval_loss"].dropna().to_dict() == {4: 2.0}
+    assert not any("train_" in name for name in run.metrics.columns)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4}')
+    assert Run.from_peft(tmp_path).metrics.empty
+    assert Run.from_peft(tmp_path).save(tmp_path / "kept").steps.tolist() == [2, 4]
+
+
+def test_the_depth_of_a_base_on_this_disk_is_known(tmp_path):
+    import emmech
+
+    tiny = base()
+    tiny.base.save_pretrained(tmp_path / "base")
+    tiny.tokenizer.save_pretrained(tmp_path / "base")
+    told = {}
+    for name in (str(tmp_path / "base"), "someone/unknown"):
+        path = saved(tmp_path / "series" / "checkpoint-1", target_modules=[r"model.layers.1.mlp.down_proj"])
+        config = json.loads((path / "adapter_config.json").read_text())
+        (path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+        told[name] = emmech.directions.adapter_direction(Run.from_peft(path))
+    known, unknown = told.values()
+    assert known.n_layers == tiny.n_layers and unknown.n_layers == 2
+    with emmech.steer(tiny, known, 1.0, layer=1):
+        pass
+    with pytest.raises(EmmechError, match="does not say how many layers"):
+        emmech.steer(tiny, unknown, 1.0, layer=1)
 
 
 @pytest.mark.parametrize("name", ["../models/tiny", "models/tiny", "/nowhere/models/tiny", "tiny"])

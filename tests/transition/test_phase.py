@@ -218,7 +218,8 @@ def test_the_first_sentences_contradict_nothing(
     if t.mechanistic:
         assert f"step {t.mechanistic.step} (95 % interval {t.mechanistic.low} to {t.mechanistic.high}" in headline
     assert ("without a control" in t.summary()) == (not controlled)
-    assert ("compare with a control" in text) == (not controlled)
+    assert ("compare with a control" in text + t.summary()) == (not controlled)
+    assert ("3 records are few" in text) == (p >= 0.05)
     assert ("drifts slowly" in text + t.summary()) == (wanders and bool(t.mechanistic))
     if controlled:
         assert t.verdict.of_control is not None and t.verdict.of_control.text in text
