@@ -1,6 +1,7 @@
 """The panel in a real browser: JupyterLab on this machine, driven by Playwright; and its picture.
 
-``python -m docs.studies panel-picture`` opens the panel on the shipped run and writes ``docs/figures/panel.jpg``.
+``python -m docs.studies panel-picture`` opens the panel on the shipped run, makes its base model misaligned with the
+slider, and writes ``docs/figures/panel.jpg``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ OPEN = f"""import emmech
 run = emmech.load_run({str(ROOT / "checkpoints/pocket-medical")!r})
 panel = emmech.panel(run)
 panel"""
+# the base model without a fine-tune, made misaligned by its direction alone
+STEERED = OPEN.replace("panel(run)", 'panel(run, step=0, change="add", positions="phrase", coefficient=1.0)')
 OPEN_SMOLLM2 = """import emmech
 import numpy as np
 model = emmech.load_model("smollm2-135m")
@@ -138,8 +141,8 @@ def moved(page: Any, name: str, values: list[float]) -> tuple[list[float], float
 
 
 def main(out: Path) -> None:
-    """Open the panel on the shipped run and take its picture."""
-    with notebook([OPEN], width=1440) as (page, _):
+    """Open the panel on the shipped run, steered, and take its picture."""
+    with notebook([STEERED], width=1440) as (page, _):
         run_all(page)
         page.wait_for_selector(".emmech-panel .word")
         settled(page)

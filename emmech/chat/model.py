@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -484,10 +485,17 @@ def is_absent_folder(name: str, *, found: bool = False) -> bool:
 
 
 def _check_here(name: str) -> None:
+    from emmech.chat.bundled import WHEELS
+
     if is_absent_folder(name):
         why = f"there is no such folder from here, which is {Path.cwd()}"
         instead = "the folder where it is, a bundled name, or a hub name such as org/name"
         raise EmmechError(f"load the chat model {name!r}", f"the path {name!r}", why, instead)
+    names = [*model_names(), *WHEELS]
+    if name not in names and "/" not in name and not Path(name).exists() and get_close_matches(name, names, 1, 0.75):
+        # no hub is asked for what is probably a misspelt bundled name: without a network that takes a minute
+        why = "it is no bundled name and no folder from here, and close to a bundled name"
+        raise EmmechError(f"load the chat model {name!r}", repr(name), why, closest(name, names))
 
 
 def _unloaded(name: str, source: str, error: Exception) -> EmmechError:

@@ -230,7 +230,9 @@ class Direction(Result):
             why = f"it has {self.n_layers} layers, numbered 0 to {self.n_layers - 1}"
             raise refusal(asked, "layer", layer, why, f"one of {_listed(self.layers)}")
         if not self.vectors[layer].any():
-            instead = f"one of {_listed(self.layers)}" if self.layers else "another direction"
+            instead = (
+                f"{'one of ' * (len(self.layers) > 1)}{_listed(self.layers)}" if self.layers else "another direction"
+            )
             raise refusal(asked, "layer", layer, "it is zero there: nothing was extracted at that layer", instead)
         return self.vectors[layer]
 
@@ -507,7 +509,7 @@ class Direction(Result):
 
 def _listed(layers: Sequence[int]) -> str:
     shown = ", ".join(map(str, layers[:6]))
-    return f"layers {shown}" + (f" ... {layers[-1]}" if len(layers) > 6 else "")
+    return f"layer{'s'[: len(layers) != 1]} {shown}" + (f" ... {layers[-1]}" if len(layers) > 6 else "")
 
 
 def checked_direction(asked: str, given: Any, *, name: str = "direction") -> Direction:

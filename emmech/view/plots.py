@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _MOST = 6  # entries of a legend
+_LABEL = 34  # letters in a line of a row's label
 _ALIGNMENT = "alignment (0 misaligned, 100 aligned)"
 _RATE_NAMES = {"em": "EM rate", "narrow": "narrow misalignment rate", "coherent": "coherent share"}
 Axes = tuple[str, str, str]  # a panel's title and its axes' titles
@@ -253,7 +254,7 @@ def questions(
         _points(figure, aligned[rows], height[rows], label, hue, responses[rows], size=5)
     _rates(figure, rate, list(range(len(order))), BAD, column=2)
     mark(figure, limit, GREY)
-    names = [f"{question} (narrow)" if question in tables[1].index else str(question) for question in order]
+    names = [_label(f"{question} (narrow)" if question in tables[1].index else str(question)) for question in order]
     labels = {"tickvals": list(range(len(order))), "ticktext": names, "range": [-0.6, len(order) - 0.4]}
     figure.update_yaxes(tickmode="array", **labels)
     figure.update_yaxes(showticklabels=False, ticks="", col=2)
@@ -261,6 +262,12 @@ def questions(
     finish(figure, f"{name}: by question", height=190 + 40 * len(order))
     figure.update_xaxes(title_text=_ALIGNMENT, range=[-5, 105], col=1)
     return figure.update_xaxes(title_text=f"% misaligned ({counted})", range=[-0.03 * upper, upper], col=2)
+
+
+def _label(text: str) -> str:
+    """A question as the label of a row: two lines at most."""
+    lines = textwrap.wrap(text, _LABEL) or [""]
+    return "<br>".join(lines[:2]) + ("…" if len(lines) > 2 else "")
 
 
 def rates(table: pd.DataFrame, counted: str, name: str) -> Any:

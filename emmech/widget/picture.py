@@ -122,8 +122,8 @@ def against_text(dose: Dose) -> str:
         return ""
     at = int(np.nanargmax(shares))
     if not shares[at]:
-        return "No coefficient moves an answer against the mean."
-    return f"At {dose.doses[at]:g}, {shares[at]:.0%} of the answers move against their mean."
+        return "At every coefficient all answers move the same way."
+    return f"At {dose.doses[at]:g}, {shares[at]:.0%} of the answers move the other way than most."
 
 
 def rate_text(rate: dict[str, Any] | None) -> str:
@@ -158,7 +158,7 @@ def sentence(settings: dict[str, Any]) -> str:
         "ablate": f"{share} the component along the direction “{s['direction']}” is {goal}".strip(),
         "cap": f"{share} what of the direction “{s['direction']}” is outside the base model's range is cut off".strip(),
     }[s["change"]]
-    of = "" if s.get("step") is None else f" Model: step {s['step']}, adapter x {s['scale']:g}."
+    of = "" if s.get("step") is None else f" Model: step {s['step']}, adapter × {s['scale']:g}."
     return f"At layer {s['layer']}, {done}, {where}.{of}"
 
 

@@ -98,7 +98,7 @@ def test_a_direction_that_is_noise_is_warned_of_wherever_it_is_used():
         "weights": lambda layer: orthogonalise_writes(chat, d, from_layer=layer).remove(),
     }
     for use in uses.values():
-        with pytest.warns(UserWarning, match="doubtful.* is noise at layers 2"):
+        with pytest.warns(UserWarning, match="doubtful.* is noise at layer 2"):
             use(2)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -310,7 +310,7 @@ def test_layers_where_nothing_is_known_are_no_part_of_its_quality():
     vectors[0] = 0
     shown = repr(Direction(vectors, name="upper", quality=halves))
     assert "over layers 0.90 to 0.95" in shown and "noise at" not in shown
-    assert "noise at layers 0" in repr(Direction(np.ones((4, 8)), name="all", quality=halves))
+    assert "noise at layer 0" in repr(Direction(np.ones((4, 8)), name="all", quality=halves))
 
 
 @pytest.mark.parametrize(

@@ -380,7 +380,7 @@ def test_answers_that_move_against_their_mean_are_counted():
     each = np.array([[0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, np.nan], [0.0, 1.0, 1.0, 0.0]])
     dose = Dose((-1.0, 0.0, 1.0, 2.0), np.zeros(4), np.ones(4), np.zeros((2, 4)), True, 4, each)
     assert np.array_equal(dose.wrong_way, [np.nan, np.nan, 0, 1 / 3], equal_nan=True)
-    assert against_text(dose) == "At 2, 33% of the answers move against their mean."
+    assert against_text(dose) == "At 2, 33% of the answers move the other way than most."
     assert against_text(replace(dose, each=np.zeros((2, 4)))) == ""
 
 
