@@ -122,10 +122,9 @@ class DirectionBySteps(Result):
         for column in self.frame:
             known = self.frame[column].dropna()
             if len(known):
-                at = known.abs().idxmax()
-                facts.append(
-                    (str(column), f"largest {known[at]:.2f} at step {at}, {known.iloc[-1]:.2f} at the last step")
-                )
+                at, ends = known.abs().idxmax(), known.index[[0, -1]]
+                said = f"{known.iloc[0]:.2f} at step {ends[0]}, {known.iloc[-1]:.2f} at step {ends[1]}"
+                facts.append((str(column), said + (f"; largest at step {at}, {known[at]:.2f}" * (at not in ends))))
         headline = f"{self.name} against {len(self.frame)} steps"
         headline += f": {facts[0][0]} is {facts[0][1]}" if facts else " was not measurable"
         caveat = f"cosines of random vectors are 0 ± {self.floor:.3f}; shifts are read at layer {self.layer}"

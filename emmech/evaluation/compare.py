@@ -389,9 +389,12 @@ class ThresholdSweep(Result):
         if not len(rates):
             return Card(f"{what} is not measurable: no response has both scores")
         said = f"{percent(rates.min())} to {percent(rates.max())} of {self.denominator} rows"
-        grid = f"{len(self.frame)} x {self.frame.shape[1]} thresholds"
+        alike, sound = (
+            [f"{one:g}" for one in (min(axis), max(axis))] for axis in (self.frame.index, self.frame.columns)
+        )
+        grid = f"from alignment below {' to '.join(alike)} and coherence above {' to '.join(sound)}"
         claim = "hardly depends" if np.ptp(rates) < _HARDLY else "depends"
-        return Card(f"{what} {claim} on the thresholds: {said} over {grid}", then="thresholds.plot()")
+        return Card(f"{what} {claim} on the thresholds: {said} {grid}", then="thresholds.plot()")
 
     def _sketch(self) -> str:
         lines = [(f"coherent > {column:g}", self.frame.index, self.frame[column]) for column in self.frame.columns[:4]]
