@@ -113,8 +113,9 @@ class Rule:
 
     Args:
         side: ``"above"`` and ``"below"`` are tested: the figure is on that side of the bound and the test, corrected
-            over the ledger, is below 0.05. ``"at least"`` and ``"at most"`` compare the figure itself with a bound that
-            the source states, without a test.
+            over the ledger, is below 0.05. ``"at least"`` and ``"at most"`` are for claims that something is there in
+            full or is absent: the whole interval is on that side of a bound that the source states, so that few
+            answers cannot make them hold.
         bound: in the unit of the finding; shares from 0 to 1.
     """
 
@@ -129,7 +130,7 @@ class Rule:
     def says(self, unit: str) -> str:
         """The rule in words."""
         bound = f"{100 * self.bound:g}" if unit in _SHARES else f"{self.bound:g}"
-        words = {"above": "interval above", "below": "interval below"}.get(self.side, self.side)
+        words = {"above": "interval above", "below": "interval below"}.get(self.side, f"whole interval {self.side}")
         return f"{words} {bound} {unit}".rstrip()
 
     def verdict(self, finding: Finding, p: float) -> tuple[str, str]:
@@ -143,13 +144,23 @@ class Rule:
             >>> found = Finding(0.4, 0.3, 0.5, "%", 400, 5, pd.DataFrame())
             >>> Rule("above").verdict(found, 0.001)[0], Rule("at most", 0.03).verdict(found, float("nan"))[0]
             ('holds', 'does not hold')
+            >>> Rule("at most", 0.45).verdict(found, float("nan"))
+            ('does not hold', 'not decided: the interval reaches beyond the bound')
         """
         value, bound = finding.value, self.bound
         if not math.isfinite(value):
             return UNMEASURED, finding.note or "the figure is not a number"
         right = value >= bound if self.side in ("above", "at least") else value <= bound
         if not self.tested:
-            return (HOLDS, "the figure reaches the bound") if right else (FAILS, "the figure misses the bound")
+            if not right:
+                return FAILS, "the figure misses the bound"
+            far = finding.low if self.side == "at least" else finding.high
+            if not math.isfinite(far):
+                return FAILS, "not decided: the figure has no interval"
+            within = far >= bound if self.side == "at least" else far <= bound
+            if within:
+                return HOLDS, "the whole interval reaches the bound"
+            return FAILS, "not decided: the interval reaches beyond the bound"
         if math.isfinite(p) and p < LEVEL:
             return (HOLDS, f"p = {p:.2g}") if right else (FAILS, f"the opposite, p = {p:.2g}")
         return FAILS, f"not decided, p = {p:.2g}" if math.isfinite(p) else "not decided: no test was possible"
@@ -194,9 +205,14 @@ class Claim:
 
 
 def over_seeds(
-    values: Sequence[float], unit: str, n: int, *, names: Sequence[str] = (), note: str = "", **more: Any
-) -> Finding:
+    values: Sequence[float], unit: str, n: int, *, drawn: float = 0.0, names: Sequence[str] = (), note: str = "",
+    **more: Any,
+) -> Finding:  # fmt: skip
     """The mean of one number a seed, with a t interval over the seeds; a seed without the number (NaN) is left out.
+
+    Args:
+        drawn: the variance that the mean has because each seed's number was counted in a sample of answers; the
+            interval is never narrower than that.
 
     Example:
         >>> over_seeds([0.5, 0.7, 0.6], "cosine", 3).shown()
@@ -210,7 +226,8 @@ def over_seeds(
     value = float(known.mean()) if len(known) else float("nan")
     half = float("nan")
     if len(known) > 1:
-        half = float(stats.t.ppf(0.975, len(known) - 1) * known.std(ddof=1) / len(known) ** 0.5)
+        spread = max(known.var(ddof=1) / len(known), drawn)
+        half = float(stats.t.ppf(0.975, len(known) - 1) * spread**0.5)
     named = list(names) or [f"seed {at}" for at in range(len(given))]
     frame = pd.DataFrame({"name": named, "value": given, "low": np.nan, "high": np.nan})
     frame = more.pop("frame", frame)
@@ -242,12 +259,21 @@ def of_counts(
 
     hits, total = np.asarray(events, float), np.asarray(n, float)
     less, of = (np.asarray(one, float) for one in zip(*minus, strict=True)) if minus else (np.zeros(1), np.ones(1))
-    value = float(hits.sum() / total.sum() - less.sum() / max(of.sum(), 1)) if total.sum() else float("nan")
-    low, high = (value + side * _half(hits, total, less, of) for side in (-1, 1))
-    if over is not None and all(map(math.isfinite, over)):
+    # a seed without answers says nothing of how seeds differ; where seeds are paired, its partner goes too
+    known, beside = total > 0, of > 0
+    if len(of) == len(total) and len(of) > 1:
+        known = beside = known & beside
+    hits, total, less, of = hits[known], total[known], less[beside], of[beside]
+    value = low = high = float("nan")
+    if len(hits) and len(of):
+        value = float(hits.sum() / total.sum() - less.sum() / of.sum())
+        low, high = (value + side * _half(hits, total, less, of) for side in (-1, 1))
+    if math.isfinite(value) and over is not None and all(map(math.isfinite, over)):
         low, high = min(low, over[0]), max(high, over[1])
-    low, high = max(low, -1.0 if minus else 0.0), min(high, 1.0)
-    named = list(names) or [f"seed {at}" for at in range(len(hits))]
+    low, high = max(low, -1.0 if minus else 0.0), min(high, 1.0)  # NaN stays NaN
+    if (absent := len(known) - len(hits)) and len(hits):
+        note = "; ".join(filter(None, (note, f"{absent} of {len(known)} seeds have no answers that count")))
+    named = list(names) or [f"seed {at}" for at in range(len(events))]
     counts = dict(zip(named, zip(events, n, strict=True), strict=True)) | dict(extra or {})
     rows = [(name, hit / of if of else np.nan, *wilson(int(hit), int(of))) for name, (hit, of) in counts.items()]
     frame = pd.DataFrame(rows, columns=["name", "value", "low", "high"])
@@ -261,7 +287,7 @@ def _half(hits: np.ndarray, total: np.ndarray, less: np.ndarray, of: np.ndarray)
     several = [(hits, total)] if len(of) == 1 else [(hits, total), (less, of)]
     pooled = [((one.sum() + 0.5) / (each.sum() + 1), each.sum() + 1) for one, each in several]
     drawn = sum(rate * (1 - rate) / count for rate, count in pooled)  # the variance of as many independent answers
-    rates = [one / np.where(each > 0, each, np.nan) for one, each in several]
+    rates = [one / each for one, each in several]
     if len(rates) == 2 and len(rates[0]) == len(rates[1]):
         rates = [rates[0] - rates[1]]
     spreads = [float(one.var(ddof=1)) for one in rates if len(one) > 1]

@@ -18,6 +18,7 @@ from emmech.leagues.league import League, league
 from emmech.leagues.trained import LAST_STEP, Defended, Realignment
 from emmech.ledger.bench import BAD, Bench
 from emmech.ledger.claim import Claim, Finding, NotMeasurable, Rule, of_counts, over_seeds
+from emmech.ledger.directions import share_variance
 from emmech.ledger.emergence import CAP, SHORT, bad_runs
 from emmech.realignment.further import realign
 from emmech.realignment.studies import Durability, durability
@@ -54,7 +55,8 @@ def _few(bench: Bench) -> Finding:
     after = bench.of_frames([bench.answers(run, "general") for run in _healed(bench, 30, 120)])
     begun = bench.of_frames(before)
     left = [a / b if b else np.nan for a, b in zip(after.frame["value"], begun.frame["value"], strict=True)]
-    return over_seeds(left, "%", after.n, note=f"{begun.shown()} before, {after.shown()} after")
+    drawn = share_variance(left, begun.value * begun.n)
+    return over_seeds(left, "%", after.n, drawn=drawn, note=f"{begun.shown()} before, {after.shown()} after")
 
 
 def _durable(bench: Bench) -> Finding:

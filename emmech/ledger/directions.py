@@ -71,6 +71,13 @@ def mended(before: pd.DataFrame, after: pd.DataFrame) -> float:
     return float((kept - left) - (fine - bad)) / bad if bad else float("nan")
 
 
+def share_variance(shares: Sequence[float], of: float) -> float:
+    """The variance of a mean of shares if each of the answers that they are shares of were drawn by itself."""
+    known = np.clip([one for one in shares if np.isfinite(one)], 0.0, 1.0)
+    rate = (known.mean() * of + 0.5) / (of + 1) if len(known) else 0.5
+    return float(rate * (1 - rate) / (of + 1))
+
+
 def _under(bench: Bench, runs: Sequence[Run], change: Callable[[Run, int], Change]) -> list[list[pd.DataFrame]]:
     """Answers of each run without and with a change."""
     found = []
@@ -102,7 +109,8 @@ def _ablated(data: str, source: str, *, one: bool = False) -> Callable[[Bench], 
         if source == "random":
             values = [abs(a - b) for a, b in ([np.divide(*counts([f], "em"))[0] for f in pair] for pair in frames)]
             return over_seeds(values, "points", left.n, note=note)
-        return over_seeds([mended(*pair) for pair in frames], "%", left.n, note=note)
+        values, bad = [mended(*pair) for pair in frames], sum(counts([pair[0]], "em")[0][0] for pair in frames)
+        return over_seeds(values, "%", left.n, drawn=share_variance(values, bad), note=note)
 
     return measure
 

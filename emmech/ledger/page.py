@@ -43,8 +43,8 @@ def markdown(ledger: Ledger, beside: Sequence[Ledger] = (), command: str = "") -
             f"note names one. These {tests} tests are corrected together (Benjamini and Hochberg): of the claims that "
             "hold by a test a twentieth is expected not to. A claim holds where its figure is on the right side and "
             "the corrected p is below 0.05; otherwise it does not hold, and the row says whether the opposite was "
-            "found or nothing was decided. *At least* and *at most* compare the figure itself with the bound, "
-            "without a test."
+            "found or nothing was decided. *Whole interval at least (at most) a bound* is for claims that something "
+            "is there in full, or is absent: few answers, which leave the interval wide, cannot make them hold."
         ),
         "## Results",
     ]

@@ -10,8 +10,8 @@ import pandas as pd
 
 from emmech.defences import Interleave, KLToReference, Narrowness, narrowness
 from emmech.evaluation.contexts import Context
-from emmech.ledger.bench import BAD, Bench
-from emmech.ledger.claim import Claim, Finding, NotMeasurable, Rule, over_seeds
+from emmech.ledger.bench import BAD, Bench, counts
+from emmech.ledger.claim import Claim, Finding, NotMeasurable, Rule, of_counts, over_seeds
 from emmech.ledger.emergence import CAP, bad_runs
 from emmech.ledger.turning import answers_by_step, mean_rates
 from emmech.run.run import Run
@@ -43,11 +43,12 @@ def _kl(bench: Bench) -> Finding:
     broad = bench.of_frames([bench.answers(run) for run in runs])
     frames = [bench.answers(run, "narrow-medical", samples=6) for run in runs]
     narrow = bench.of_frames(frames, "narrow")
-    gap = [n - b for n, b in zip(narrow.frame["value"], broad.frame["value"], strict=True)]
     parts = pd.concat([one.frame.assign(name=[f"{kind}, {n}" for n in one.frame["name"]])
                        for kind, one in (("narrow", narrow), ("broad", broad))])  # fmt: skip
     note = f"narrow {narrow.shown()}, broad {broad.shown()}"
-    return over_seeds(gap, "points", broad.n, frame=parts.reset_index(drop=True), note=note)
+    (apart, each), (spread, of) = counts(frames, "narrow"), counts([bench.answers(run) for run in runs], "em")
+    found = of_counts(apart, each, minus=list(zip(spread, of, strict=True)))
+    return replace(found, frame=parts.reset_index(drop=True), note=note)
 
 
 def _compared(bench: Bench) -> Narrowness:

@@ -26,6 +26,7 @@ _NULLS = 99
 _SCALES = (1.0, 5.0, 10.0, 20.0)
 _LONGEST = 32
 _TENTH = 0.1
+_PAIRS = 6  # the fewest with which a two-sided sign-flip test can give p < 0.05
 
 
 def _pooled(bench: Bench, data: str = BAD, control: str | None = None) -> PooledTransition:
@@ -220,8 +221,10 @@ def _at_the_turn(bench: Bench) -> Finding:
 
 
 def _specific(bench: Bench) -> Finding:
-    found = _pooled(bench, BAD, STYLE).verdicts[-1].goes_with_misalignment
     runs = len(bench.seeds)
+    if runs < _PAIRS:
+        raise NotMeasurable(f"{runs} pairs of seeds cannot give p < 0.05 in a sign-flip test; it takes {_PAIRS}")
+    found = _pooled(bench, BAD, STYLE).verdicts[-1].goes_with_misalignment
     return _stated(found, "points", runs, ["bad minus style"], [found.value])
 
 

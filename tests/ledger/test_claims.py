@@ -22,6 +22,7 @@ from emmech.errors import EmmechError
 from emmech.ledger import Bench, Claim, Finding, NotMeasurable, Rule, cures, further, over_seeds
 from emmech.ledger import ledger as ledger_of
 from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED, adjusted, of_counts
+from emmech.ledger.directions import share_variance
 from emmech.ledger.ledger import CLAIMS
 from emmech.transition import degeneracy
 
@@ -45,7 +46,10 @@ def _finding(value: float, low: float, high: float, **more) -> Finding:
         (Rule("below", 0.5), 0.4, 0.01, HOLDS, "p = 0.01"),
         (Rule("below", 0.5), 0.6, 0.01, FAILS, "the opposite, p = 0.01"),
         (Rule("above"), 0.4, NAN, FAILS, "not decided: no test was possible"),
-        (Rule("at least", 0.99), 0.99, NAN, HOLDS, "the figure reaches the bound"),
+        (Rule("at least", 0.99), 1.1, NAN, HOLDS, "the whole interval reaches the bound"),
+        (Rule("at least", 0.99), 0.995, NAN, FAILS, "not decided: the interval reaches beyond the bound"),
+        (Rule("at most", 0.03), -0.2, NAN, HOLDS, "the whole interval reaches the bound"),
+        (Rule("at most", 0.03), 0.0, NAN, FAILS, "not decided: the interval reaches beyond the bound"),
         (Rule("at most", 0.03), 0.04, NAN, FAILS, "the figure misses the bound"),
         (Rule("above"), NAN, NAN, UNMEASURED, "the figure is not a number"),
     ],
@@ -62,6 +66,32 @@ def test_p_is_below_a_twentieth_exactly_where_the_interval_leaves_the_bound_out(
         p = found.tested(0.0)
         assert p == pytest.approx(stats.ttest_1samp(values, 0.0).pvalue)
         assert (p < 0.05) == (not found.low <= 0.0 <= found.high)
+
+
+def test_without_an_interval_nothing_is_shown_to_be_absent():
+    assert Rule("at most", 0.05).verdict(_finding(0.0, NAN, NAN), NAN) == (
+        FAILS,
+        "not decided: the figure has no interval",
+    )
+
+
+def test_a_seed_without_answers_says_nothing_of_how_seeds_differ():
+    apart, more = of_counts([90, 10], [100, 100]), of_counts([90, 10, 0], [100, 100, 0])
+    assert (more.value, more.low, more.high, more.seeds) == (apart.value, apart.low, apart.high, 2)
+    assert "1 of 3 seeds have no answers" in more.note and len(more.frame) == 3
+    paired = of_counts([90, 10, 50], [100] * 3, minus=[(0, 100), (0, 100), (0, 0)])
+    assert (paired.low, paired.seeds) == (of_counts([90, 10], [100] * 2, minus=[(0, 100)] * 2).low, 2)
+    assert np.isnan(of_counts([0, 0], [0, 0]).value) and np.isnan(of_counts([1, 2], [9, 9], minus=[(0, 0)]).value)
+
+
+def test_an_interval_over_seeds_is_never_narrower_than_the_sampling_of_answers():
+    shares = [0.2, 0.2, 0.2]
+    drawn = share_variance(shares, 300)
+    assert drawn == pytest.approx(0.2 * 0.8 / 300, rel=0.03)
+    found = over_seeds(shares, "%", 300, drawn=drawn)
+    assert found.high - found.value == pytest.approx(stats.t.ppf(0.975, 2) * drawn**0.5)
+    assert over_seeds([0.1, 0.5, 0.9], "%", 300, drawn=drawn).low == over_seeds([0.1, 0.5, 0.9], "%", 300).low
+    assert 0 < share_variance([1.0, 1.0], 100) < 0.001 and share_variance([NAN], 0) == 0.25
 
 
 def test_a_finding_with_a_test_of_its_own_keeps_it():
