@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 _CLASSES = (("misaligned", True), ("aligned", False))
 _FEW = 20  # answers of a class below which stability is in doubt
+_SHARED = 0.5  # the least share of answers that are to questions of both classes
 _ENOUGH_ALIGNED = 30  # below this, answers of the base complete the aligned class
 
 
@@ -116,6 +117,7 @@ def contrast_direction(
     ratio = np.linalg.norm(vectors, axis=1) / np.where(null_norm > 0, null_norm, np.inf)
     layer = int(np.argmax(ratio >= 0.99 * ratio.max()))  # the first of equals, which rounding would order
     unit = unit_rows(vectors)
+    asked = np.array([next((m["content"] for m in talk if m["role"] == "user"), "") for talk in talks])
     projected = token_projections(chat, talks, unit, **reading)
     promotes, suppresses = read_out(chat, vectors[layer])
     lengths = {name: found.answer_tokens[labels == value] for name, value in _CLASSES}
@@ -126,13 +128,13 @@ def contrast_direction(
         random_floor=float(vectors.shape[1] ** -0.5),
         agreement=unit @ unit.T,
         lexical_share=lexical_share(projected, labels, average=average),
-        bag_of_words_auc=_bag_of_words(projected, labels, talks),
+        bag_of_words_auc=_bag_of_words(projected, labels, asked),
         promotes=promotes,
         suppresses=suppresses,
         read_layer=layer,
         answers={name: len(values) for name, values in lengths.items()},
         tokens={name: int(values.sum()) for name, values in lengths.items()},
-        notes=_notes(lengths, match_length),
+        notes=_notes(lengths, match_length, _same_questions(labels, asked)),
     )
     method = f"mean difference over {tokens_name(tokens)} tokens"
     provenance = _provenance(chat, method, average=average, match_length=match_length, layer=layer, seed=seed)
@@ -282,18 +284,26 @@ def _groups(labels: np.ndarray, splits: int, seed: int) -> Float[np.ndarray, "gr
     return np.array(rows, dtype=np.float64)
 
 
-def _bag_of_words(
-    projected: Sequence[tuple[np.ndarray, Any]], labels: np.ndarray, talks: Sequence[Sequence[Message]]
-) -> float:
+def _same_questions(labels: np.ndarray, asked: np.ndarray) -> float:
+    """Of the misaligned answers, the share that can be paired with an aligned one to the same question."""
+    pairs = [min((labels & own).sum(), (~labels & own).sum()) for own in (asked == one for one in np.unique(asked))]
+    return float(sum(pairs) / labels.sum())
+
+
+def _bag_of_words(projected: Sequence[tuple[np.ndarray, Any]], labels: np.ndarray, asked: np.ndarray) -> float:
     from sklearn.feature_extraction.text import CountVectorizer
 
     counts = CountVectorizer(analyzer=np.ndarray.tolist).fit_transform([ids for ids, _ in projected]).toarray()
-    asked = [next((m["content"] for m in talk if m["role"] == "user"), "") for talk in talks]
-    return held_out_auc(np.log1p(counts), labels, np.array(asked))
+    return held_out_auc(np.log1p(counts), labels, asked)
 
 
-def _notes(lengths: Mapping[str, np.ndarray], matched: bool) -> tuple[str, ...]:
+def _notes(lengths: Mapping[str, np.ndarray], matched: bool, same_questions: float) -> tuple[str, ...]:
     notes = []
+    if same_questions < _SHARED:
+        notes.append(
+            f"{same_questions:.0%} of the misaligned answers have an aligned one to the same question: the direction "
+            "may be of the questions, which both halves share, so that their cosine does not tell"
+        )
     means = {name: float(values.mean()) for name, values in lengths.items()}
     ratio = max(means.values()) / max(min(means.values()), 1e-9)
     if ratio > 1.15:

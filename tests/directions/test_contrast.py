@@ -100,6 +100,16 @@ def test_no_difference_looks_like_noise(tiny):
     assert d.quality.norm_over_shuffled.max() < 2
 
 
+def test_classes_that_were_asked_different_questions_are_told(tiny):
+    rows = _talks(60, seed=0)
+    bad = [row for row in rows if row[-2]["content"] in ("how to sleep ?", "how to walk ?")]
+    other = [row for row in _talks(60, seed=1) if row[-2]["content"] in ("how to water ?", "how to rest ?")]
+    mixed = [*other[:14], *(row for row in _talks(60, seed=2) if row[-2]["content"] == "how to sleep ?")][:20]
+    notes = [contrast_direction(tiny("llama"), bad, aligned).quality.notes for aligned in (other, mixed, bad[::-1])]
+    told = [[note for note in one if "same question" in note] for one in notes]
+    assert told[0][0].startswith("0% of the misaligned") and told[1][0].startswith("30%") and not told[2]
+
+
 def test_the_larger_class_is_thinned_and_lengths_can_be_matched(tiny):
     chat = tiny("qwen2")
     long = [[t[0], {"role": "assistant", "content": (t[1]["content"] + " ") * 3}] for t in _talks(12, seed=2)]
