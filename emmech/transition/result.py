@@ -257,9 +257,7 @@ class PhaseTransition(Result):
             facts += found.facts()
         then = "transition.plot()"
         if self._few:
-            then = (
-                "emmech.phase_transition(run, sweep=emmech.sweep(run)), which looks for a step in what the model says"
-            )
+            then = "emmech.phase_transition(run, sweep=emmech.sweep(run))"
         elif not self.controls:
             then = "emmech.phase_transition(run, control=control)"
         lines = [f"{name}: {value}" for name, value in
