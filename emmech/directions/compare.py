@@ -164,13 +164,20 @@ def direction_by_steps(
         base: as in :meth:`Run.model`.
 
     Raises:
-        EmmechError: the run has neither rank-1 adapters nor probes, or shapes differ; or ``steps`` without ``texts``.
+        EmmechError: the run has neither rank-1 adapters nor probes, or shapes differ; a direction of another base
+            model; or ``steps`` without ``texts``.
     """
     import pandas as pd
 
     asked = "follow the direction over training"
     checked_direction(asked, direction)
     run = as_run(asked, run)
+    made = (run.manifest.get("model") or {}).get("fingerprint")
+    if made and direction.fingerprints and made not in direction.fingerprints:
+        given = f"{run.name} of a model with fingerprint {made[:12]}; the direction is of "
+        given += ", ".join(known[:12] for known in direction.fingerprints)
+        why = "a direction has no meaning in the residual stream of another base model"
+        raise EmmechError(asked, given, why, "a direction extracted from the run's own model")
     if texts is not None and not (isinstance(texts, tuple | list) and len(texts) == 2):
         raise refusal(asked, "texts", texts, "they are two lists", "texts=(misaligned, aligned)")
     if steps is not None:

@@ -37,7 +37,7 @@ from emmech.engine.adapters import adapter_layers
 from emmech.engine.blocks import Blocks
 from emmech.engine.logprobs import pad, padded, token_logprobs
 from emmech.engine.modules import evaluating, hooked
-from emmech.errors import EmmechError, one_of, refusal
+from emmech.errors import EmmechError, as_int, one_of, refusal
 from emmech.evaluation.em import FIELD, Thresholds
 from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.rates import plain
@@ -96,6 +96,7 @@ def contrast_direction(
         >>> contrast_direction(chat, bad, good, progress=False).n_layers == chat.n_layers
         True
     """
+    splits = as_int("contrast two sets of answers", "splits", splits, least=1)
     chat = load_model(model)
     talks, labels = _balanced(chat, misaligned, aligned, match_length, seed)
     if adapter_scales is not None:
@@ -207,6 +208,7 @@ def lexical_share(
         >>> lexical_share(other_words, np.array([True, False])).tolist()
         [1.0]
     """
+    one_of("take the lexical share", "average", average, ("token", "answer"))
     lengths = [len(ids) for ids, _ in projected]
     owner = np.repeat(np.asarray(misaligned, dtype=int), lengths)
     weight = np.ones(len(owner)) if average == "token" else np.repeat(1.0 / np.array(lengths), lengths)
@@ -361,6 +363,7 @@ def misalignment_direction(
     """
     why = "the answers are read by one of two models"
     one_of("extract the misalignment direction", "read_by", read_by, ("tuned", "base"), why=why)
+    one_of("extract the misalignment direction", "average", average, ("token", "answer"))
     at_prompt = tokens not in ("answer", "all")
     if at_prompt and read_by == "base":
         asked = "extract the misalignment direction at the prompt"
