@@ -10,6 +10,7 @@ import pytest
 
 import emmech
 from emmech.errors import EmmechError
+from emmech.measures.choose import as_measures
 from emmech.measures.probe import ProbeActivation
 from emmech.measures.sampled import Sampled
 from emmech.measures.teacher_forced import AnswerLogprob, FirstToken, Margin, NextToken
@@ -80,6 +81,9 @@ CASES = {
     "a probe of another width": (measured(lambda k: ProbeActivation(["a"], 3, np.ones(12))), r"a vector \[12\]"),
     "a probe that points nowhere": (measured(lambda k: ProbeActivation(["a"], 3, np.zeros(128))), "points nowhere"),
     "no samples": (lambda k: Sampled(samples=0), "samples=0"),
+    "answers by the name of a rate": (lambda k: Sampled(name="coherent"), "another of its outcomes"),
+    "two samplings at once": (lambda k: as_measures([Sampled(), Sampled(name="b")]), "gives 'coherent'"),
+    "a measure and a rate of one name": (lambda k: as_measures({"narrow": len, "em": Sampled()}), "gives 'narrow'"),
     "a temperature below zero": (lambda k: Sampled(temperature=-1), "divides the logits"),
     "a probability of two": (lambda k: Sampled(top_p=2), "it is a probability"),
     "answers without tokens": (lambda k: Sampled(max_new_tokens=0), "at least one token"),
