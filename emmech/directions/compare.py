@@ -37,10 +37,17 @@ class Cosines(Result):
     floor: float
 
     def at(self, layer: int) -> pd.DataFrame:
-        """The matrix at one layer."""
+        """The matrix at one layer.
+
+        Raises:
+            EmmechError: no such layer.
+        """
         import pandas as pd
 
-        return pd.DataFrame(self.values[:, :, layer], index=list(self.names), columns=list(self.names))
+        asked, count = "compare directions at a layer", self.values.shape[-1]
+        if not 0 <= as_int(asked, "layer", layer) < count:
+            raise refusal(asked, "layer", layer, f"they have {count} layers", f"layer={count - 1} or lower")
+        return pd.DataFrame(self.values[:, :, int(layer)], index=list(self.names), columns=list(self.names))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per pair, one column per layer."""

@@ -37,7 +37,7 @@ from emmech.engine.adapters import adapter_layers
 from emmech.engine.blocks import Blocks
 from emmech.engine.logprobs import pad, padded, token_logprobs
 from emmech.engine.modules import evaluating, hooked
-from emmech.errors import EmmechError, as_int, one_of, refusal
+from emmech.errors import EmmechError, as_float, as_int, one_of, refusal
 from emmech.evaluation.em import FIELD, Thresholds
 from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.rates import plain
@@ -570,8 +570,13 @@ def trained_direction(
         penalty: weight of the squared norm (in the same units) in the loss.
 
     Raises:
-        EmmechError: no such layer.
+        EmmechError: no such layer, or no step or row of a batch.
     """
+    asked = "train a vector"
+    steps, batch_size = (
+        as_int(asked, name, value, least=1) for name, value in (("steps", steps), ("batch_size", batch_size))
+    )
+    learning_rate, penalty = as_float(asked, "learning_rate", learning_rate), as_float(asked, "penalty", penalty)
     chat = load_model(model)
     chat.check_layer(layer)
     encoded = encode(list(load_chat(data, organism=chat.organism)), chat.tokenizer)
