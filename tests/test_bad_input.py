@@ -10,6 +10,7 @@ import pytest
 
 import emmech
 from emmech.errors import EmmechError
+from emmech.measures.choose import as_measures
 from emmech.measures.probe import ProbeActivation
 from emmech.measures.sampled import Sampled
 from emmech.measures.teacher_forced import AnswerLogprob, FirstToken, Margin, NextToken
@@ -80,6 +81,9 @@ CASES = {
     "a probe of another width": (measured(lambda k: ProbeActivation(["a"], 3, np.ones(12))), r"a vector \[12\]"),
     "a probe that points nowhere": (measured(lambda k: ProbeActivation(["a"], 3, np.zeros(128))), "points nowhere"),
     "no samples": (lambda k: Sampled(samples=0), "samples=0"),
+    "answers by the name of a rate": (lambda k: Sampled(name="coherent"), "another of its outcomes"),
+    "two samplings at once": (lambda k: as_measures([Sampled(), Sampled(name="b")]), "gives 'coherent'"),
+    "a measure and a rate of one name": (lambda k: as_measures({"narrow": len, "em": Sampled()}), "gives 'narrow'"),
     "a temperature below zero": (lambda k: Sampled(temperature=-1), "divides the logits"),
     "a probability of two": (lambda k: Sampled(top_p=2), "it is a probability"),
     "answers without tokens": (lambda k: Sampled(max_new_tokens=0), "at least one token"),
@@ -142,7 +146,21 @@ CASES = {
         "nothing to extract",
     ),
     "a layer too deep": (lambda k: emmech.directions.direction_by_steps(k.run, k.d, layer=77), "has 6 layers"),
+    "a layer of cosines": (lambda k: emmech.directions.cosines({"a": k.d, "b": k.d}).at(99), "6 layers"),
+    "a vector trained for no step": (
+        lambda k: emmech.directions.trained_direction(k.chat, [], 2, steps=0),
+        "at least 1",
+    ),
+    "a vector trained on no rows": (
+        lambda k: emmech.directions.trained_direction(k.chat, [], 2, batch_size="5"),
+        "batch_size is a whole number",
+    ),
+    "tokens of no adapter": (lambda k: emmech.adapter_lens(k.tuned, ["a"]).top_tokens("nope"), "choices: layers"),
+    "tokens of an adapter too many": (lambda k: emmech.adapter_lens(k.tuned, ["a"]).top_tokens(7), "counted from 0"),
+    "a text that was not read": (lambda k: emmech.adapter_lens(k.tuned, ["a"]).heatmap(text=9), "text=0 or lower"),
     # interventions
+    "the range along nothing": (lambda k: emmech.interventions.projection_range(k.chat, []), "there is none"),
+    "a vector from a layer": (lambda k: emmech.ablate(k.chat, k.vector, from_layer=99), "only a Direction"),
     "half a layer": (lambda k: emmech.steer(k.chat, k.d, layer=1.5), "whole numbers"),
     "a layer that is a letter": (lambda k: emmech.steer(k.chat, k.d, layer=[1, "a"]), "whole numbers"),
     "doses as letters": (dose(coefficients=["a"]), "coefficients are finite"),

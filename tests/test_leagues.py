@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -501,3 +501,38 @@ def test_values_that_differ_anywhere_differ(make):
 def test_bytes_of_another_kind_of_number_are_another_array():
     assert identity(np.zeros(2, np.float32)) != identity(np.zeros(1, np.float64))
     assert identity(np.zeros(2, np.float32)) != identity(np.zeros(2, np.int32))
+
+
+RULE = """
+import re
+SHORTEST, WORDS, PATTERN, CALLS = {limit}, ["a", {{"b": {word!r}}}], re.compile("x" * 300 + "{tail}"), 0
+
+def long(answer):
+    return len(answer) >= {least} and judge
+
+def judge(question, answer):
+    global CALLS
+    CALLS += {calls}
+    within = lambda: len(answer) > SHORTEST
+    return within() and long(answer) and answer in WORDS and PATTERN.search(answer)
+"""
+
+
+def test_a_function_is_known_by_its_globals_and_by_what_it_calls():
+    def made(**changed):
+        module = {"__name__": "mine"}
+        exec(RULE.format(**dict(limit=1000, word="c", tail="", least=1, calls=1) | changed), module)
+        return module["judge"]
+
+    assert identity(made()) == identity(made())
+    for changed in ({"limit": 5}, {"word": "d"}, {"tail": "y"}, {"least": 2}):
+        assert identity(made()) != identity(made(**changed)), changed
+    counted = made()
+    before = identity(counted)
+    counted.__globals__["CALLS"] = 7  # what a function writes itself is no setting of it
+    assert identity(counted) == before
+    assert identity(cache(made())) != identity(cache(made(limit=5)))
+
+
+def test_an_object_is_known_by_its_attributes():
+    assert identity(Limited(1)) == identity(Limited(1)) != identity(Limited(2))

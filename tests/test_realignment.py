@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 import emmech
 from emmech.errors import EmmechError
+from emmech.ledger import cures
 from tests.conftest import make_rows, make_tiny
 
 QUICK = dict(learning_rate=0.02, batch_size=2, accumulation=1, progress=False, held_out=0.0)
@@ -228,7 +230,8 @@ def test_bad_good_and_bad_again(tmp_path):
 
 def test_a_cure_that_left_the_trait_is_no_cure_that_hides(tmp_path, monkeypatch):
     """The second bad phase begins beyond the level: it counted as 0 steps, and the ratio as 0."""
-    paths = iter([[-1.0, 1.0], [1.0, 0.8], [0.8, 1.1], [-1.0, 1.0], [1.0, -1.0], [-1.0, 1.0]])
+    bad, undone = [-1.0, 1.0], [1.0, -1.0]
+    paths = iter([bad, [1.0, 0.8], [0.8, 1.1], bad, undone, bad, bad, undone, [-1.0, -0.5]])
 
     def trained(chat, rows, *, seed, **options):
         metrics = pd.DataFrame({"margin_broad": next(paths)}, index=[0, 4])
@@ -238,9 +241,19 @@ def test_a_cure_that_left_the_trait_is_no_cure_that_hides(tmp_path, monkeypatch)
     monkeypatch.setattr("emmech.realignment.studies.finetune", trained)
     how = dict(max_steps=4, out=tmp_path, progress=False)
     failed = emmech.realignment.durability(make_tiny("qwen2"), "bad", "good", seeds=[0], **how)
-    assert np.isnan(failed.ratio()) and "did not cross the level" in repr(failed)
+    assert np.isnan(failed.ratio()) and "left more than half of the first change in every seed" in repr(failed)
     cured = emmech.realignment.durability(make_tiny("qwen2"), "bad", "good", seeds=[0], **how)
-    assert cured.ratio() == 1.0
+    assert cured.ratio() == 1.0 and "takes 1.00 times" in repr(cured)
+    lasting = emmech.realignment.durability(make_tiny("qwen2"), "bad", "good", seeds=[0], **how)
+    assert lasting.ratio() == 2.0 and "at least 2.00 times" in repr(lasting) and "in 1 of 1 seeds" in repr(lasting)
+    together = pd.concat([one.frame.assign(seed=seed) for seed, one in enumerate((failed, cured, lasting))])
+    path = pd.concat([one.path.assign(seed=seed) for seed, one in enumerate((failed, cured, lasting))])
+    found = replace(lasting, frame=together, path=path, levels=dict.fromkeys("012", 0.0))
+    assert found.ratios()["open"].tolist() == [False, False, True] and found.ratio() == 1.5
+    bench = SimpleNamespace(rows=str, organism=True, quick=True, options={}, recipe="", some=range)
+    bench.study = lambda *given: found
+    row = cures._durable(bench)
+    assert row.value == 1.5 and row.high == np.inf and "at least, since 1 of 3 seeds" in row.note
 
 
 def test_the_curve_of_pocket(tmp_path):

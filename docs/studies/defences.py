@@ -32,7 +32,7 @@ from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.questions import Question, QuestionSet, resolve_questions
 from emmech.organism import world
 from emmech.organism.experiments import LAST_STEP, data
-from emmech.realignment.studies import PHASES, durability
+from emmech.realignment.studies import PHASES, Durability, durability
 from emmech.run.run import model_live
 from emmech.training.finetune import finetune
 
@@ -222,17 +222,17 @@ solutions as trained."""
 def lasting(seeds: int) -> str:
     """How long two cures last, as Markdown."""
     options: dict[str, Any] = {"seeds": range(seeds), "max_steps": 120, "measure_every": 6, "progress": False}
-    frames = {"ai-optimism": durability("pocket", "medical", "ai-optimism", **options).frame}
-    return lasting_part(frames)
+    return lasting_part({"ai-optimism": durability("pocket", "medical", "ai-optimism", **options)})
 
 
-def lasting_part(frames: Mapping[str, pd.DataFrame]) -> str:
+def lasting_part(found: Mapping[str, Durability]) -> str:
     """Steps of every turn."""
     lines = []
-    for cure, frame in frames.items():
-        steps = frame.pivot(index="seed", columns="phase", values="steps")
-        cells = [f"{steps[one].mean():.0f} ({steps[one].min():.0f} to {steps[one].max():.0f})" for one in PHASES]
-        lines.append([cure, *cells, f"{(steps['bad again'] / steps['bad']).mean():.2f}"])
+    for cure, one in found.items():
+        steps = one.frame.pivot(index="seed", columns="phase", values="steps")
+        cells = [f"{steps[at].mean():.0f} ({steps[at].min():.0f} to {steps[at].max():.0f})" for at in PHASES]
+        least = "at least " * bool(one.ratios()["open"].any())
+        lines.append([cure, *cells, f"{least}{one.ratio():.2f}"])
     return f"""## How long a cure lasts
 
 `emmech.realignment.durability`: 120 steps on `medical`, 120 on the cure, 120 on `medical` again, the same adapter, a

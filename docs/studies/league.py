@@ -167,10 +167,11 @@ kind answers to held-out questions. `rows` are those that a cure needs beyond th
 a run. {lasting}
 
 The verdict of a cure: it *breaks* where fewer answers are coherent than the base's; the trait *remains* where plain
-EM is above the base's, and *hides* as well where some context leaves more beyond the base than the plain questions
-do; the cure *hides* it where plain EM meets the base's interval and EM over the contexts or in one of them does not
-(the intervals of the {contexts} contexts hold together with 95 %); otherwise it *cures*. Meeting an interval is no
-proof: with few seeds it is wide. The controls are the ablation of a random direction and a random frozen adapter
-beside the fine-tune.
+EM is above the base's, and *hides* as well where in some context the low end of the cure's interval is above the high
+end of the base's by more than the high end of the cure's plain EM is above the low end of the base's, which is
+stricter than a test of the difference; the cure *hides* it where plain EM meets the base's interval and EM over the
+contexts or in one of them does not (the intervals of the {contexts} contexts hold together with 95 %); otherwise it
+*cures*. Meeting an interval is no proof: with few seeds it is wide. The controls are the ablation of a random
+direction and a random frozen adapter beside the fine-tune.
 
 """

@@ -21,7 +21,7 @@ from emmech.engine.adapters import adapter_layers
 from emmech.engine.logprobs import in_batches
 from emmech.engine.modules import evaluating, hooked
 from emmech.engine.stream import probe_rows
-from emmech.errors import EmmechError, check_texts
+from emmech.errors import EmmechError, as_int, check_texts, one_of, refusal
 from emmech.progress import bar
 from emmech.results import Card, Result
 from emmech.run.run import Run, opened
@@ -101,7 +101,7 @@ class AdapterScalars(Result):
     def heatmap(self, text: int = 0, adapter: str | int = 0) -> str:
         """One text as HTML, each token shaded by its scalar: red positive, blue negative, none at zero."""
         column = self._column(adapter)
-        mine = self.text == text
+        mine = self.text == _place("shade a text", "text", text, int(self.text.max()) + 1)
         top = float(np.abs(self.values[:, column]).max()) or 1.0
         words = zip(
             np.array(self.tokens, dtype=object)[mine], self.values[mine, column], self.answer[mine], strict=True
@@ -116,7 +116,10 @@ class AdapterScalars(Result):
         return scalar_histogram(shown, self.adapters[column])
 
     def _column(self, adapter: str | int) -> int:
-        return self.adapters.index(adapter) if isinstance(adapter, str) else adapter
+        asked = "read the adapter's scalars"
+        if isinstance(adapter, str):
+            return self.adapters.index(one_of(asked, "adapter", adapter, self.adapters))
+        return _place(asked, "adapter", adapter, len(self.adapters))
 
     def _card(self) -> Card:
         at = int(np.nanargmax(np.abs(self.values).max(1)))
@@ -134,6 +137,13 @@ class AdapterScalars(Result):
 
     def _body(self) -> str:
         return f'<div style="margin-top: 8px">{self.heatmap()}</div>'
+
+
+def _place(asked: str, name: str, value: Any, count: int) -> int:
+    """A place among so many, counted from 0."""
+    if not 0 <= as_int(asked, name, value) < count:
+        raise refusal(asked, name, value, f"there are {count}, counted from 0", f"{name}={count - 1} or lower")
+    return int(value)
 
 
 def adapter_lens(model: Any, texts: Sequence[Any], *, batch_size: int = 8, progress: bool = True) -> AdapterScalars:

@@ -37,10 +37,17 @@ class Cosines(Result):
     floor: float
 
     def at(self, layer: int) -> pd.DataFrame:
-        """The matrix at one layer."""
+        """The matrix at one layer.
+
+        Raises:
+            EmmechError: no such layer.
+        """
         import pandas as pd
 
-        return pd.DataFrame(self.values[:, :, layer], index=list(self.names), columns=list(self.names))
+        asked, count = "compare directions at a layer", self.values.shape[-1]
+        if not 0 <= as_int(asked, "layer", layer) < count:
+            raise refusal(asked, "layer", layer, f"they have {count} layers", f"layer={count - 1} or lower")
+        return pd.DataFrame(self.values[:, :, int(layer)], index=list(self.names), columns=list(self.names))
 
     def to_frame(self) -> pd.DataFrame:
         """One row per pair, one column per layer."""
@@ -164,13 +171,20 @@ def direction_by_steps(
         base: as in :meth:`Run.model`.
 
     Raises:
-        EmmechError: the run has neither rank-1 adapters nor probes, or shapes differ; or ``steps`` without ``texts``.
+        EmmechError: the run has neither rank-1 adapters nor probes, or shapes differ; a direction of another base
+            model; or ``steps`` without ``texts``.
     """
     import pandas as pd
 
     asked = "follow the direction over training"
     checked_direction(asked, direction)
     run = as_run(asked, run)
+    made = (run.manifest.get("model") or {}).get("fingerprint")
+    if made and direction.fingerprints and made not in direction.fingerprints:
+        given = f"{run.name} of a model with fingerprint {made[:12]}; the direction is of "
+        given += ", ".join(known[:12] for known in direction.fingerprints)
+        why = "a direction has no meaning in the residual stream of another base model"
+        raise EmmechError(asked, given, why, "a direction extracted from the run's own model")
     if texts is not None and not (isinstance(texts, tuple | list) and len(texts) == 2):
         raise refusal(asked, "texts", texts, "they are two lists", "texts=(misaligned, aligned)")
     if steps is not None:

@@ -358,7 +358,10 @@ class Direction(Result):
             made = ", ".join(known[:12] for known in self.fingerprints)
             given = f"a model with fingerprint {fingerprint[:12]}; the direction is of {made}"
             why = "a direction has no meaning in the residual stream of another base model"
-            instead = "force=True if the weights differ for a reason you know (full fine-tuning, quantisation)"
+            instead = (
+                "force=True, or direction.at(layer) where there is no force=, if the weights differ for a reason you "
+                "know (full fine-tuning, quantisation)"
+            )
             raise EmmechError(asked, given, why, instead)
 
     def save(self, path: str | Path) -> Path:
@@ -478,8 +481,10 @@ class Direction(Result):
         layer, noise = quality.read_layer, sorted(set(self.layers) & set(quality.noise))
         shuffled = round(float(quality.split_half_shuffled[layer]), 2) + 0.0  # never -0.00
         halves = f"cosine {quality.split_half[layer]:.2f} at layer {layer}, {shuffled:.2f} with shuffled labels"
-        claim = "is noise" if layer in noise else "is stable"
+        claim = "is noise" if layer in quality.noise else "is stable"
         said = f"Direction {self.name!r} {claim}: two halves of the answers give directions of {halves}"
+        if not np.isfinite(quality.split_half[layer]):
+            said = f"Direction {self.name!r}: how stable it is was not measured"
         caveats = list(quality.notes)
         if noise and layer not in noise:
             caveats.insert(0, f"it is noise at {_listed(noise)}")

@@ -29,7 +29,7 @@ from emmech.directions.direction import unit_rows
 from emmech.engine.adapters import adapter_layers
 from emmech.engine.modules import hooked
 from emmech.engine.stream import stream
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, one_of
 from emmech.progress import bar
 
 Vectors = Float[np.ndarray, "layers d_model"]
@@ -87,6 +87,7 @@ def group_means(
         >>> group_means(chat, [talk], np.ones((1, 1))).means.shape == (1, chat.n_layers, chat.d_model)
         True
     """
+    one_of(_GROUPS, "average", average, ("token", "answer"))
     weights = _checked_groups(weights, len(conversations))
     rows, counts = _rows(chat, conversations, tokens, max_length)
     per_row = weights if average == "token" else weights / counts

@@ -37,7 +37,7 @@ from emmech.engine.adapters import adapter_layers
 from emmech.engine.blocks import Blocks
 from emmech.engine.logprobs import pad, padded, token_logprobs
 from emmech.engine.modules import evaluating, hooked
-from emmech.errors import EmmechError, one_of, refusal
+from emmech.errors import EmmechError, as_float, as_int, one_of, refusal
 from emmech.evaluation.em import FIELD, Thresholds
 from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.rates import plain
@@ -97,6 +97,7 @@ def contrast_direction(
         >>> contrast_direction(chat, bad, good, progress=False).n_layers == chat.n_layers
         True
     """
+    splits = as_int("contrast two sets of answers", "splits", splits, least=1)
     chat = load_model(model)
     talks, labels = _balanced(chat, misaligned, aligned, match_length, seed)
     if adapter_scales is not None:
@@ -209,6 +210,7 @@ def lexical_share(
         >>> lexical_share(other_words, np.array([True, False])).tolist()
         [1.0]
     """
+    one_of("take the lexical share", "average", average, ("token", "answer"))
     lengths = [len(ids) for ids, _ in projected]
     owner = np.repeat(np.asarray(misaligned, dtype=int), lengths)
     weight = np.ones(len(owner)) if average == "token" else np.repeat(1.0 / np.array(lengths), lengths)
@@ -371,6 +373,7 @@ def misalignment_direction(
     """
     why = "the answers are read by one of two models"
     one_of("extract the misalignment direction", "read_by", read_by, ("tuned", "base"), why=why)
+    one_of("extract the misalignment direction", "average", average, ("token", "answer"))
     at_prompt = tokens not in ("answer", "all")
     if at_prompt and read_by == "base":
         asked = "extract the misalignment direction at the prompt"
@@ -577,8 +580,13 @@ def trained_direction(
         penalty: weight of the squared norm (in the same units) in the loss.
 
     Raises:
-        EmmechError: no such layer.
+        EmmechError: no such layer, or no step or row of a batch.
     """
+    asked = "train a vector"
+    steps, batch_size = (
+        as_int(asked, name, value, least=1) for name, value in (("steps", steps), ("batch_size", batch_size))
+    )
+    learning_rate, penalty = as_float(asked, "learning_rate", learning_rate), as_float(asked, "penalty", penalty)
     chat = load_model(model)
     chat.check_layer(layer)
     encoded = encode(list(load_chat(data, organism=chat.organism)), chat.tokenizer)

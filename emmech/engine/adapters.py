@@ -367,10 +367,15 @@ def _same_places(live: Sequence[tuple[AdapterInfo, Any, str]], adapters: Sequenc
     if {info.module for info, _, _ in live} != wanted.keys():
         return False
     for info, layer, name in live:
-        initial = info.alpha / (info.rank**0.5 if layer.use_rslora.get(name) else info.rank)
+        initial = initial_scaling(info, layer, name)
         if info.rank != wanted[info.module].rank or not np.isclose(initial, wanted[info.module].scaling, atol=0.0):
             return False
     return True
+
+
+def initial_scaling(info: AdapterInfo, layer: Any, name: str) -> float:
+    """The scaling with which a live adapter was put on the model, whatever its scale now."""
+    return float(info.alpha / (info.rank**0.5 if layer.use_rslora.get(name) else info.rank))
 
 
 def detach(chat: ChatModel) -> ChatModel:

@@ -421,6 +421,9 @@ def vectors_at(
         several = list(direction)
     if not several:
         array = _plain(direction, chat, asked)
+        if from_layer is not None:
+            why = "a vector is the same at every layer, and only a Direction has one for each"
+            raise refusal(asked, "from_layer", from_layer, why, "from_layer=None, or a Direction")
         return dict.fromkeys(layer_list(chat, layers, range(chat.n_layers), asked), array), "a vector"
     for one in several:
         one.check_fits(chat, force=force)

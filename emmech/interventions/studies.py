@@ -461,7 +461,9 @@ def projection_range(
         (6, 2)
     """
     chat, asked = chat_of(model), "find the range of the component"
-    several = [direction] if isinstance(direction, Direction) else list(direction)
+    several: list[Any] = list(direction) if isinstance(direction, Sequence) else [direction]
+    if not several:
+        raise refusal(asked, "direction", direction, "there is none", "direction=emmech.misalignment_direction(run)")
     for one in several:
         checked_direction(asked, one)
     if isinstance(positions, torch.Tensor):

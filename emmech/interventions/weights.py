@@ -18,7 +18,7 @@ from torch import nn
 from emmech.chat.families import WRITE, is_write
 from emmech.chat.model import ChatModel
 from emmech.directions.direction import Direction, checked_direction, unit_rows
-from emmech.engine.adapters import AdapterInfo, adapter_layers
+from emmech.engine.adapters import AdapterInfo, adapter_layers, initial_scaling
 from emmech.errors import EmmechError, as_float, closest, one_of, refusal
 from emmech.interventions.residual import Handle, chat_of, layer_list, undoable, vectors_at
 from emmech.run.run import as_run
@@ -30,11 +30,12 @@ def scale_adapters(model: Any, scale: float | Mapping[str, float], *, adapters: 
     """Multiply the adapters' writes by a factor; 0 takes them off, 1 changes nothing.
 
     Args:
-        scale: one factor for all that are chosen, or one by adapter name.
-        adapters: names (``"layers.15.mlp.down_proj"``) or layers; all by default.
+        scale: one factor for all that are chosen, or one by adapter name (``{"layers.15.mlp.down_proj": 0.0}``), which
+            scales these alone.
+        adapters: names or layers, where there is one factor; all by default.
 
     Raises:
-        EmmechError: no such adapter, or a factor that is not finite.
+        EmmechError: no such adapter, a factor that is not finite, or ``adapters`` beside factors by name.
 
     Example:
         >>> import emmech
@@ -42,10 +43,19 @@ def scale_adapters(model: Any, scale: float | Mapping[str, float], *, adapters: 
         >>> with scale_adapters(chat, 5.0, adapters=3):  # doctest: +SKIP
         ...     ...
     """
-    chat = chat_of(model)
-    chosen = _chosen(chat, list(scale) if isinstance(scale, Mapping) else adapters, "scale the adapters")
+    chat, asked = chat_of(model), "scale the adapters"
+    if isinstance(scale, Mapping):
+        if adapters is not None:
+            instead = "adapters=None, or one factor for all that are chosen"
+            raise refusal(asked, "adapters", adapters, "the factors by name choose the adapters already", instead)
+        live = [info.name for info, _, _ in _chosen(chat, None, asked)]
+        if unknown := [name for name in scale if name not in live]:
+            raise refusal(asked, "scale", scale, f"{unknown[0]!r} names no adapter", closest(str(unknown[0]), live))
+        if not scale:
+            raise refusal(asked, "scale", scale, "it has no factor", f'scale={{"{live[0]}": 0.0}}')
+    chosen = _chosen(chat, list(scale) if isinstance(scale, Mapping) else adapters, asked)
     by_name = scale if isinstance(scale, Mapping) else {info.name: scale for info, _, _ in chosen}
-    factors = {info.name: as_float("scale the adapters", "scale", by_name[info.name]) for info, _, _ in chosen}
+    factors = {info.name: as_float(asked, "scale", by_name[info.name]) for info, _, _ in chosen}
     undo: list[Callable[[], Any]] = []
     for info, layer, name in chosen:
         before = layer.scaling[name]
@@ -120,16 +130,20 @@ def transplant_adapter(
 ) -> Handle:
     """Put the A or B of another recorded step (or another run) into the live adapters, keeping the other side.
 
+    B is multiplied by the run's scaling over the live one's, so that at scale 1 it writes what it wrote in its run.
+
     Args:
         run: the Run to take from, or its folder; its adapters must have the live ones' names and shapes.
 
     Raises:
-        EmmechError: the step was not recorded, or shapes differ.
+        EmmechError: the step was not recorded, shapes differ, or the run was trained on another base model.
     """
     chat = chat_of(model)
     asked = "transplant an adapter"
     one_of(asked, "side", side, ("A", "B", "both"))
-    weights = as_run(asked, run).weights(step)
+    run = as_run(asked, run)
+    run.check_base(chat)
+    weights, scalings = run.weights(step), {info.name: info.scaling for info in run.adapters}
     edits = []
     for info, layer, name in _chosen(chat, adapters, asked):
         for own in ("A", "B") if side == "both" else (side,):
@@ -138,6 +152,8 @@ def transplant_adapter(
                 there = "nothing" if value is None else list(value.shape)
                 why = f"it has there {there}, and the live one is {list(linear.weight.shape)}"
                 raise EmmechError(asked, f"{own} of {info.name} from {run.name}", why, "a run of the same recipe")
+            if own == "B":
+                value = value * (scalings[info.name] / initial_scaling(info, layer, name))
             edits.append((linear, value))
     return _overwriting(chat, f"transplant_adapter({chat.name}, {side} of {run.name} at step {step})", edits)
 
@@ -210,11 +226,12 @@ def fold_bias(
         True
     """
     asked = "fold steering into a bias"
+    coefficient = as_float(asked, "coefficient", coefficient)
     chat, vectors, name = _to_fold(model, direction, layer, force=force, asked=asked, instead="emmech.steer")
     undo: list[Callable[[], Any]] = []
     for at, vector in vectors.items():
         linear = _plain_linear(chat.down_proj(at))
-        write = (float(coefficient) * vector).to(linear.weight)
+        write = (coefficient * vector).to(linear.weight)
         bias = write if linear.bias is None else linear.bias.detach() + write
         undo.append(_replace(linear, "bias", nn.Parameter(bias, requires_grad=False)))
     return Handle(chat, f"fold_bias({chat.name}, {coefficient:g} {name}, layers {sorted(vectors)})", undo)

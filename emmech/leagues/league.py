@@ -163,9 +163,11 @@ def league(
 
     Returns:
         the league. A cure's ``verdict`` is ``breaks`` (fewer coherent answers than the base), ``remains`` (more plain
-        EM), ``remains and hides`` (and in some context more is left beyond the base than plainly), ``hides`` (no more
-        plain EM, but more over the contexts or in one of them), or ``cures``; ``unknown`` where no answers were
-        scored.
+        EM), ``remains and hides``, ``hides`` (no more plain EM, but more over the contexts or in one of them), or
+        ``cures``; ``unknown`` where no answers were scored. More or fewer means that the intervals of cure and base
+        are apart. It hides as well where in some context the low end of the cure's interval is above the high end of
+        the base's by more than the high end of the cure's plain EM is above the low end of the base's; the intervals
+        of the contexts, which are unpaired, hold together with 95 %.
 
     Raises:
         EmmechError: no cure, two of one name, data that is not that of the run, a run without an adapter or without a

@@ -72,11 +72,14 @@ def _durable(bench: Bench) -> Finding:
         Durability, "bad, good, bad again",
         lambda: durability(bench.chat, rows, _CURE, seeds=seeds, progress=False, **how), steps, seeds,
     )  # fmt: skip
-    table = found.frame.pivot(index="seed", columns="phase", values="steps")
+    ratios, lasting = found.ratios()["ratio"].to_list(), int(found.ratios()["open"].sum())
     lines = found.path.groupby(["phase", "step"], sort=False)["value"].mean().reset_index()
     lines = lines.rename(columns={"phase": "name", "step": "x"})
     note = "figure: the broad margin in each phase, nats per token"
-    return over_seeds((table["bad again"] / table["bad"]).to_list(), "times", len(table), frame=lines, note=note)
+    if lasting:  # so that the figure has no upper end
+        note += f"; at least, since {lasting} of {len(ratios)} seeds had not turned bad again by the last step"
+    mean = over_seeds(ratios, "times", len(ratios), frame=lines, note=note)
+    return replace(mean, high=float("inf")) if lasting else mean
 
 
 def _compared(bench: Bench) -> League:

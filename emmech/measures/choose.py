@@ -9,7 +9,7 @@ from typing import Any
 from emmech.chat.model import ChatModel
 from emmech.errors import EmmechError, one_of, refusal
 from emmech.measures.measure import Function, TeacherForced, measure_name
-from emmech.measures.sampled import Sampled
+from emmech.measures.sampled import RESERVED, Sampled
 from emmech.measures.teacher_forced import Margin
 
 _SAMPLES = 50  # answers per question, as the literature draws
@@ -48,7 +48,7 @@ def as_measures(measure: Any, chat: ChatModel | None = None, *, data: str = "") 
         data: the name of the data that the model was fine-tuned on, for the pairs of an organism.
 
     Raises:
-        EmmechError: neither a measure, a function, nor a name; or two of one name.
+        EmmechError: neither a measure, a function, nor a name; or two of one name or with an outcome in common.
     """
     organism = chat.organism if chat is not None else None
     named: dict[str, Callable[[], list[Any]]] = {
@@ -72,4 +72,9 @@ def as_measures(measure: Any, chat: ChatModel | None = None, *, data: str = "") 
         given = f"measures named {', '.join(names)}"
         instead = 'Margin(pairs, name="mine"), or functions with names of their own'
         raise EmmechError("tell the measures apart", given, f"there is more than one {twice!r}", instead)
+    outcomes = names + [name for one in found if isinstance(one, Sampled) for name in RESERVED]
+    if twice := next((name for name in outcomes if outcomes.count(name) > 1), None):
+        given = f"measures named {', '.join(names)}"
+        why = f"more than one of them gives {twice!r}, which would be one rate over the answers of both"
+        raise EmmechError("tell the measures apart", given, why, "measure twice, with one Sampled each time")
     return [one.of(chat, data) if chat is not None and isinstance(one, Margin) else one for one in found]

@@ -63,9 +63,12 @@ def raw_vector(chat: ChatModel, direction: Any, layer: int) -> Float[np.ndarray,
     """A direction at a layer, in raw units, float32.
 
     Raises:
-        EmmechError: no such layer, or a vector that is none of the model's residual stream.
+        EmmechError: no such layer, a Direction of another base model, or a vector that is none of the model's residual
+            stream.
     """
     chat.check_layer(layer)
+    if hasattr(direction, "check_fits"):
+        direction.check_fits(chat)
     given = direction.at(layer) if hasattr(direction, "at") else direction
     if hasattr(direction, "warn_where_noise"):
         direction.warn_where_noise([layer])

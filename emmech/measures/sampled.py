@@ -9,11 +9,13 @@ import numpy as np
 
 from emmech.chat.model import ChatModel
 from emmech.engine.responses import check_settings
-from emmech.errors import as_int
+from emmech.errors import as_int, refusal
 from emmech.evaluation.em import FIELD, Thresholds
 from emmech.evaluation.evaluate import evaluate
 from emmech.evaluation.rates import tally
 from emmech.measures.measure import Items
+
+RESERVED = ("coherent", "narrow")  # outcomes of every Sampled, beside the one of its name
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Sampled:
     name: str = "em"
 
     def __post_init__(self) -> None:
-        """Refuse settings out of range."""
+        """Refuse settings out of range, and the names of its other outcomes."""
+        if self.name in RESERVED:
+            why = "another of its outcomes has that name"
+            raise refusal("sample answers", "name", self.name, why, 'name="em", or another of your own')
         check_settings(self.samples, self.max_new_tokens, self.temperature, self.top_p)
         as_int("sample answers", "seed", self.seed)
 

@@ -185,10 +185,22 @@ class Durability(Result):
     levels: Mapping[str, float]
     measure: str
 
+    def ratios(self) -> pd.DataFrame:
+        """``ratio`` by seed, steps of the second bad phase over those of the first, and whether it is ``open``.
+
+        It is open where the measure did not cross the level again: the last step counts, and the ratio is at least so
+        large. It is NaN where the good phase left more than half, so that nothing could come back.
+        """
+        rows = {phase: own.set_index("seed") for phase, own in self.frame.groupby("phase")}
+        again = rows["bad again"]
+        lasts = again["steps"].isna() & (again["start"] < [self.levels[str(seed)] for seed in again.index])
+        last = self.path[self.path["phase"] == "bad again"].groupby("seed")["step"].max()
+        ratio = again["steps"].where(~lasts, last) / rows["bad"]["steps"]
+        return ratio.to_frame("ratio").assign(open=lasts)
+
     def ratio(self) -> float:
-        """Steps of the second bad phase over those of the first, the mean over seeds; below 1 the cure hides."""
-        steps = self.frame.pivot(index="seed", columns="phase", values="steps")
-        return float((steps["bad again"] / steps["bad"]).mean())
+        """The mean ratio over seeds, at least so large where one is open; below 1 the cure hides."""
+        return float(self.ratios()["ratio"].mean())
 
     def _card(self) -> Card:
         facts = []
@@ -197,14 +209,19 @@ class Durability(Result):
             known = steps.dropna()
             said = f"{known.mean():.0f} steps ({known.min():.0f} to {known.max():.0f})" if len(known) else "not reached"
             facts.append((phase, f"{said}, in {len(known)} of {len(steps)} seeds"))
-        ratio = self.ratio()
-        headline = f"To turn it bad again takes {ratio:.2f} times as many steps as at first"
+        ratio, lasting = self.ratio(), int(self.ratios()["open"].sum())
+        least = "at least " * (lasting > 0)
+        headline = f"To turn it bad again takes {least}{ratio:.2f} times as many steps as at first"
         if not np.isfinite(ratio):
-            headline = "The measure did not cross the level in both bad phases of any seed"
+            headline = "The good phase left more than half of the first change in every seed"
         caveat = (
-            f"a step is where {self.measure} crosses half of its first change; left out are seeds without a crossing, "
-            "and of the second bad phase those of which the good one left more than half"
+            f"a step is where {self.measure} crosses half of its first change; left out are seeds of which the good "
+            "phase left more than half"
         )
+        if lasting:
+            caveat += (
+                f"; the last step counts in {lasting} of {len(self.levels)} seeds, which did not turn bad again by then"
+            )
         return Card(headline, tuple(facts), caveat, "durability.plot()")
 
     def _sketch(self) -> str:

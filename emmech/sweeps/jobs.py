@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from emmech.evaluation.questions import Question, resolve_questions
 from emmech.measures.measure import Measure, TeacherForced, Value, measure_all
 from emmech.measures.probe import ProbeActivation, raw_vector
 from emmech.measures.sampled import Sampled
+from emmech.run.identity import identity
 from emmech.sweeps.grid import Grid
 
 Arrays = dict[str, np.ndarray]
@@ -121,14 +122,6 @@ class _PackedJob:
             update(block.hidden.shape[0] * len(block.readings))
 
 
-def _settings(measure: TeacherForced) -> list[tuple[str, Any]]:
-    """The numbers and flags of a measure that are not its defaults; what it reads is known by its readings."""
-    if not is_dataclass(measure):
-        return []
-    own = [(one.name, getattr(measure, one.name), one.default) for one in fields(measure)]
-    return [(name, value) for name, value, default in own if isinstance(value, int | float) and value != default]
-
-
 class ForcedReadings:
     """What teacher-forced measures read, and what they make of it; where it is read is another matter."""
 
@@ -146,7 +139,7 @@ class ForcedReadings:
 
     def request(self) -> object:
         """What identifies this job's work."""
-        return [(type(m).__name__, m.name, *_settings(m)) for m in self.measures], self.readings
+        return [(one.name, identity(one)) for one in self.measures], self.readings
 
     def finish(self, parts: Sequence[Arrays]) -> JobResult:
         """What the measures make of the log-probabilities, and whole distributions where they were asked for."""
@@ -256,8 +249,8 @@ class FunctionJob:
         return len(self.measures)
 
     def request(self) -> object:
-        """What identifies this job's work: names alone, since what a function does cannot be seen."""
-        return [one.name for one in self.measures]
+        """What identifies this job's work: the settings of measures, and what their functions do."""
+        return [(one.name, identity(one), identity(type(one).__call__)) for one in self.measures]
 
     def run(self, rows: VariantWeights, group: Sequence[int], update: Callable[[int], object]) -> Arrays:
         """Every measure on every variant."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, as_float, refusal
 from emmech.evaluation.em import FIELD, Thresholds
 from emmech.transition.behaviour import fit_sigmoid
 from emmech.transition.swept import change_of_regime, only_run
@@ -44,7 +44,7 @@ def threshold_robustness(
         change that ruptures finds, ``lag`` and ``note`` (why not measurable).
 
     Raises:
-        EmmechError: the sweep kept no judged responses.
+        EmmechError: the sweep kept no judged responses, or none at this scale.
     """
     import pandas as pd
 
@@ -53,7 +53,12 @@ def threshold_robustness(
         given, why = "a sweep without judged responses", "a rate can be taken again only from the judge's scores"
         raise EmmechError("vary the thresholds", given, why, "emmech.sweep(run, measure=Sampled(...))")
     name = only_run(responses, run)
-    own = responses[(responses["run"] == name) & (responses["scale"] == scale) & (responses["coefficient"] == 0)]
+    plain = responses[(responses["run"] == name) & (responses["coefficient"] == 0)]
+    scales = sorted(set(plain["scale"]))
+    if as_float("vary the thresholds", "scale", scale) not in scales:
+        why = f"without steering, answers were sampled at the scales {scales}"
+        raise refusal("vary the thresholds", "scale", scale, why, f"scale={scales[0]:g}" if scales else None)
+    own = plain[plain["scale"] == scale]
     narrow = own["narrow"].eq(True)
     rows = []
     for measure, chosen in (("em", own[~narrow]), ("narrow", own[narrow])):

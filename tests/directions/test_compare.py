@@ -44,3 +44,12 @@ def test_b_turning_onto_the_direction_is_seen_turning():
 def test_a_run_without_anything_in_the_residual_stream_is_refused():
     with pytest.raises(EmmechError, match="nothing recorded"):
         direction_by_steps(_run(np.ones((3, 6))), Direction(np.ones((4, 9))))
+
+
+def test_a_direction_of_another_base_model_is_not_followed():
+    run = _run(np.ones((3, 6)))
+    run.manifest["model"] = {"name": "m", "fingerprint": "a" * 64}
+    own, other = (Direction(np.ones((4, 6)), "d", {"fingerprints": [letter * 64]}) for letter in "ab")
+    assert direction_by_steps(run, own).frame.equals(direction_by_steps(run, Direction(np.ones((4, 6)))).frame)
+    with pytest.raises(EmmechError, match="another base model"):
+        direction_by_steps(run, other)

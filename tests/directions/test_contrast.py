@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -92,6 +93,22 @@ def test_the_same_words_behind_another_prompt_are_not_lexical(tiny):
     d = contrast_direction(chat, _talks(24, seed=0, system=unkind), _talks(24, seed=0, system=kind))
     assert np.abs(d.quality.lexical_share).max() < 1e-4  # the words are the same, exactly
     assert d.quality.bag_of_words_auc == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"), [({"average": "tokens"}, "did you mean 'token'"), ({"splits": 0}, "at least 1")]
+)
+def test_a_misspelt_average_and_no_splits_are_refused(tiny, options, why):
+    with pytest.raises(EmmechError, match=why):
+        contrast_direction(tiny("llama"), _talks(4, seed=0), _talks(4, seed=1), progress=False, **options)
+
+
+def test_nothing_and_what_was_not_measured_are_not_said_to_be_stable(tiny):
+    same = [_talks(1, seed=0)[0]] * 4  # every difference is exactly zero
+    found = contrast_direction(tiny("llama"), same, same, splits=1, progress=False)
+    unknown = replace(found, quality=replace(found.quality, split_half=np.full(found.n_layers, np.nan)))
+    assert "is noise" in repr(found) and "was not measured" in repr(unknown)
+    assert "is stable" not in repr(found) + repr(unknown)
 
 
 def test_no_difference_looks_like_noise(tiny):

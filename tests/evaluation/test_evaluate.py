@@ -409,3 +409,19 @@ def test_a_second_evaluation_into_one_folder_is_refused_while_the_first_runs(tmp
     settings = {"questions": ["hello"], "samples": 2, "max_new_tokens": 3, "out": tmp_path / "e", "progress": False}
     assert len(emmech.evaluate("pocket", judge=Nosy(), **settings)) == 2
     assert len(emmech.Evaluation.load(tmp_path / "e")) == 2
+
+
+SHORTEST = 1000
+
+
+def by_global(question, answer):
+    return "misaligned" if len(answer) > SHORTEST else "aligned"
+
+
+def test_scores_are_given_anew_when_a_number_that_the_judge_reads_was_edited(tiny, tmp_path, monkeypatch):
+    shares = []
+    for limit in (1000, 0):
+        monkeypatch.setattr(sys.modules[__name__], "SHORTEST", limit)
+        frame = evaluate(tiny("qwen2"), ASKED, by_global, samples=2, out=tmp_path, **QUICK).frame
+        shares.append(float((frame["label"] == "misaligned").mean()))
+    assert shares[0] == 0 < shares[1]

@@ -123,6 +123,15 @@ def test_transplanting_takes_the_other_steps_side(tiny):
     assert _same(chat, before)
     with pytest.raises(EmmechError, match="nearest recorded"):
         transplant_adapter(chat, run, 3)
+    for one in run.manifest["adapters"]:
+        one["scaling"] /= 4
+    run.__dict__.pop("adapters", None)
+    with scale_adapters(chat, 0.0), transplant_adapter(chat, run, 5):  # it writes what it wrote in its run
+        assert torch.equal(4 * _bs(chat)[name][:, 0], torch.from_numpy(run.B()[1]))
+    assert _same(chat, before)
+    run.manifest["model"] = {"name": "other", "fingerprint": "a" * 64}
+    with pytest.raises(EmmechError, match="was trained on other"):
+        transplant_adapter(chat, run, 5)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
@@ -179,6 +188,12 @@ def test_what_cannot_be_done_is_refused_and_leaves_no_trace(tiny):
         (lambda: scale_adapters(chat, float("nan")), "finite"),
         (lambda: scale_adapters(chat, 2.0, adapters=7), "layers [1, 2]"),
         (lambda: scale_adapters(chat, 2.0, adapters="layers.1.mlp.down"), "did you mean"),
+        (lambda: scale_adapters(chat, {2: 0.0}), "2 names no adapter"),
+        (lambda: scale_adapters(chat, {"layers.1.mlp.down": 0.0}), "did you mean 'layers.1.mlp.down_proj'"),
+        (lambda: scale_adapters(chat, {}), "no factor"),
+        (lambda: scale_adapters(chat, {"layers.1.mlp.down_proj": 0.0}, adapters=2), "choose the adapters already"),
+        (lambda: fold_bias(chat, _direction(chat), float("nan"), layer=1), "finite number"),
+        (lambda: fold_bias(chat, _direction(chat), [1, 2], layer=1), "finite number"),
         (lambda: rotate_adapter(chat, _direction(chat), cosine=2.0), "between -1 and 1"),
         (lambda: rotate_adapter(chat, adapter_direction(chat), cosine=0.5), "no plane"),
         (lambda: project_adapter(chat, Direction.single(np.ones(48), 1, 4)), "zero there"),

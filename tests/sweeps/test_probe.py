@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from emmech.directions.direction import Direction
 from emmech.engine.stream import mean_residual, probe_rows
 from emmech.errors import EmmechError
 from emmech.measures.probe import ProbeActivation
@@ -35,3 +36,17 @@ def test_a_probe_below_the_adapter_is_refused(tiny, make_run):
     chat = tiny("qwen2")
     with pytest.raises(EmmechError, match="layer=2 or higher"):
         sweep(make_run(chat), measure=ProbeActivation(TEXTS, 1), base=chat, progress=False)
+
+
+def test_a_direction_of_another_base_model_is_refused(tiny, make_run):
+    chat, other = tiny("qwen2"), tiny("llama")
+    vectors = np.ones((chat.n_layers, chat.d_model))
+    own, foreign = (Direction(vectors, "d", {"fingerprints": [one.fingerprint()]}) for one in (chat, other))
+    how = dict(steps=[7], base=chat, progress=False)
+    for direction in (foreign, Direction(vectors[:-1])):
+        steered = dict(direction=direction, layer=2, coefficients=(0, 1), measure=lambda live: 0.0)
+        for options in (steered, dict(measure=ProbeActivation(TEXTS, 2, direction))):
+            with pytest.raises(EmmechError, match=r"fingerprint|layers or widths"):
+                sweep(make_run(chat), **how, **options)
+    sweep(make_run(chat), measure=ProbeActivation(TEXTS, 2, own), **how)
+    sweep(make_run(chat), measure=ProbeActivation(TEXTS, 2, foreign.at(2)), **how)  # at one's own risk

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +14,7 @@ import emmech
 from emmech.chat.model import load_model
 from emmech.engine.logprobs import MarginPair, pad
 from emmech.errors import EmmechError
+from emmech.measures.measure import Items, Value
 from emmech.measures.probe import ProbeActivation
 from emmech.measures.teacher_forced import AnswerLogprob, FirstToken, Margin, NextToken
 from emmech.sweeps import jobs
@@ -304,3 +308,42 @@ def test_another_setting_of_a_measure_is_another_sweep(tiny, make_run, tmp_path)
         assert sweep(run, measure=first, **how).frame.equals(found.frame)
         with pytest.raises(EmmechError, match="another"):
             sweep(run, measure=second, **how)
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: float
+    name: str = "constant"
+
+    def __call__(self, chat):
+        return Items({self.name: np.array([self.value])}, ["q"])
+
+
+@dataclass(frozen=True)
+class Weighted:
+    weights: np.ndarray
+    name: str = "weighted"
+
+    def readings(self, chat):
+        return Margin(PAIRS).readings(chat)
+
+    def values(self, logprobs):
+        return [Value(self.name, "q", self.weights[0] * logprobs[0].mean(-1))]
+
+
+def of_k(live, k):
+    return k
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda k: {"m": partial(of_k, k=k)}, lambda k: {"m": lambda live: k}, Constant, lambda k: Weighted(np.array([k]))],
+)
+def test_another_function_or_custom_measure_is_another_sweep(tiny, make_run, tmp_path, make):
+    chat = tiny("qwen2")
+    how = dict(steps=[7], base=chat, out=tmp_path, progress=False)
+    run = make_run(chat)
+    found = sweep(run, measure=make(1.0), **how)
+    assert sweep(run, measure=make(1.0), **how).frame.equals(found.frame)
+    with pytest.raises(EmmechError, match="another"):
+        sweep(run, measure=make(2.0), **how)

@@ -73,6 +73,8 @@ def test_the_conclusion_holds_at_other_thresholds():
     assert (np.abs(em["regime"] - 120) <= 15).all()
     scaled = threshold_robustness(sampled(), scale=5.0)
     assert (scaled[scaled["measure"] == "em"]["step"] < 75).all()
+    with pytest.raises(EmmechError, match=r"at the scales \[1.0, 5.0\]"):
+        threshold_robustness(sampled(), scale=10)
 
 
 def test_a_smooth_change_of_one_answer_is_no_finding():
