@@ -170,8 +170,8 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
         if base:
             bases.setdefault(base, folder)
         if len(bases) > 1:
-            other, first = next(iter(bases.items()))
-            why = f"its base model {base!r} is not that of {first.name}, {other!r}"
+            other, named_by = next(iter(bases.items()))
+            why = f"its base model {base!r} is not that of {named_by.name}, {other!r}"
             raise _refuse(why, folder, "one series; base_model_name_or_path in adapter_config.json names the model")
         seen[digest], steps[step], weights[step], adapters = folder, folder, this_weights, found
     order = sorted(steps)
