@@ -594,7 +594,10 @@ def _judge(name: str | None, model: str | None, server: str | None, key_from: st
         raise EmmechError(
             "judge", f"--key-from {key_from}", "the environment has no such variable", f"export {key_from}"
         )
-    own = urlsplit(server).hostname == "api.openai.com"  # whose key is read from OPENAI_API_KEY
+    try:
+        own = urlsplit(server).hostname == "api.openai.com"  # whose key is read from OPENAI_API_KEY
+    except ValueError:  # no address, which the server refuses
+        own = False
     return emmech.Server(model, url=None if own else server, key=key)
 
 

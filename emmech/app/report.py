@@ -202,7 +202,10 @@ def _evaluations(found: Sequence[Evaluation], where: str, note: str) -> list[Sec
     heading = "Evaluations"
     if not found:
         return _missing(heading, "No evaluation", f"emmech evaluate {where} --questions first-plot", note)
-    rates = {f"{at}. {one.name}, {one.meta.get('questions')}": one.rates() for at, one in enumerate(found, start=1)}
+    rates = {
+        f"{at}. {one.name}, {one.meta.get('questions')}, judged by {one.meta.get('judge')}": one.rates()
+        for at, one in enumerate(found, start=1)
+    }
     table = pd.DataFrame.from_dict({name: _row(rate) for name, rate in rates.items()}, orient="index")
     last = found[-1]
     asked = " ".join(f"--questions {shlex.quote(name)}" for name in str(last.meta.get("questions")).split("+"))
@@ -232,11 +235,16 @@ def _row(rates: pd.DataFrame) -> dict[str, str]:
     return {**row, "answers": str(int(rates["n"].max()))}
 
 
+# what the evaluations have in common whose rates are one curve
+_ALIKE = ("questions", "contexts", "system", "judge", "pinned", "temperature", "top_p", "max_new_tokens")
+
+
 def _by_step(found: Sequence[Evaluation]) -> pd.DataFrame:
-    """Rates over the steps of those evaluations that ask what the last one asks, at scale 1."""
+    """Rates over the steps of those evaluations that ask and judge as the last one does, at scale 1."""
     rows = []
     for one in found:
-        same = one.meta.get("questions") == found[-1].meta.get("questions") and one.meta.get("scale", 1.0) == 1.0
+        same = all(one.meta.get(name) == found[-1].meta.get(name) for name in _ALIKE)
+        same &= one.meta.get("scale", 1.0) == 1.0
         for kind, rate in one.rates().iterrows() if same else ():
             rows.append({"step": one.meta.get("step"), "measure": kind, **rate[["rate", "low", "high"]]})
     return pd.DataFrame(rows, columns=["step", "measure", "rate", "low", "high"])

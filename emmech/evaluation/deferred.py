@@ -22,6 +22,7 @@ from emmech.evaluation.logprob_judge import (
     content_key,
     first_token_request,
     prompt_hashes,
+    read_number,
     score_of_masses,
     score_of_text,
     splits_numbers,
@@ -199,6 +200,7 @@ def _answers(path: Path, asked: Mapping[str, Task]) -> dict[str, dict[str, Any]]
             try:
                 choices: Sequence[Any] = ((line["response"] or {}).get("body") or {}).get("choices") or ()
                 for choice in choices[:1]:  # a failed request has none, and stays unscored
+                    _check_whole(choice, asked[key], f"{path.name}: answer {number}")
                     found[key] = _choice(choice, asked[key], numeric)
             except MALFORMED as error:
                 given, why = f"{path.name}: answer {number}", f"its response is no chat completion ({error!r:.200})"
@@ -222,6 +224,18 @@ def _plain(score: Any, task: Task, where: str) -> dict[str, Any]:
         return {"value": float(score), "word": ""}
     why = "a score is a number from 0 to 100, a word where the judge was asked for one, or null"
     raise EmmechError(_MERGE, f"{where}: {score!r} for {task.name!r}", why)
+
+
+def _check_whole(choice: Mapping[str, Any], task: Task, where: str) -> None:
+    """Refuse the first token of a number without its log-probabilities: 8 may be the beginning of 85."""
+    said = (choice.get("message") or {}).get("content") or ""
+    cut = choice.get("finish_reason") == "length" and not (choice.get("logprobs") or {}).get("content")
+    if cut and task.words == () and read_number(str(said)) is not None:
+        why = "log-probabilities were asked for and are missing, and one token alone may be the beginning of a number"
+        instead = (
+            "a judge with log-probabilities, or LogprobJudge(Server(...), logprobs=False), which reads whole numbers"
+        )
+        raise EmmechError(_MERGE, f"{where}: {said!r:.40} for {task.name!r}", why, instead)
 
 
 def _choice(choice: Mapping[str, Any], task: Task, numeric: list[dict[str, float]]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+
 from emmech.chat.model import ChatModel, load_model
 from emmech.chat.template import Message
 from emmech.engine.responses import digest
@@ -363,22 +365,32 @@ def _score(judge: Judge | None, rows: list[dict[str, Any]], folder: Path | None)
     for start in range(0, len(missing), _PART):
         numbers = missing[start : start + _PART]
         part = [rows[number] for number in numbers]
-        fresh = judge.score(part)
-        _check_scores(judge, part, fresh)  # before they are stored, where a mended judge would find them again
-        for number, score in zip(numbers, fresh, strict=True):
+        # checked before they are stored, where a mended judge would find them again
+        for number, score in zip(numbers, checked_scores(judge, part)[0], strict=True):
             done[number] = dict(score)
             if path is not None and not isinstance(score, Unanswered):
                 append_jsonl(path, sealed({"row": number, "score": dict(score)}, key))
     return [done[number] for number in range(len(rows))]
 
 
-def _check_scores(judge: Judge, rows: Sequence[Mapping[str, Any]], scores: Any) -> None:
+def checked_scores(judge: Judge, rows: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], Evaluation]:
+    """What a judge gives for each row, as numbers and texts that can be written down, and the evaluation that it makes.
+
+    Raises:
+        EmmechError: it is not one mapping per row, or holds a score that an :class:`Evaluation` refuses.
+    """
+    scores: Any = judge.score(rows)
     found = f"{len(scores)} results" if isinstance(scores, Sequence) else f"a {type(scores).__name__}"
     if isinstance(scores, Sequence) and (strange := [s for s in scores if not isinstance(s, Mapping)]):
         found = f"{strange[0]!r}"[:80]
     elif found == f"{len(rows)} results":
-        Evaluation.from_rows({**row, **score} for row, score in zip(rows, scores, strict=True))
-        return
+        plain = [
+            (Unanswered if isinstance(score, Unanswered) else dict)(
+                {name: one.item() if isinstance(one, np.generic) else one for name, one in score.items()}
+            )
+            for score in scores
+        ]
+        return plain, Evaluation.from_rows({**row, **score} for row, score in zip(rows, plain, strict=True))
     instead = "score(rows) returns one mapping per row, in order"
     raise EmmechError(f"judge with {judge.name}", f"{len(rows)} rows", f"the judge gave {found}", instead)
 

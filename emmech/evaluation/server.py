@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, quote, quote_plus, unquote, urlsplit
 
 from emmech.engine.responses import Response, ResponseLog, as_conversations, check_request, digest, row_seeds
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, as_float, as_int
 from emmech.progress import bar
 
 Messages = Sequence[Mapping[str, str]]
@@ -44,6 +44,7 @@ MALFORMED = (
     AttributeError,
     ArithmeticError,
 )  # raised for an answer of another form
+_BROKEN = ("error", "abort", "cancelled")  # an answer's end where the server gave up within it
 _NO_KEY = "none"  # local servers ask for no key, but the client insists on one
 
 
@@ -158,13 +159,17 @@ class Server:
     _known: _Known = field(default_factory=_Known, init=False, compare=False)
 
     def __post_init__(self) -> None:
-        pace = self.requests_per_minute
+        asked, pace = f"reach the model {self.model!r}", self.requests_per_minute
+        for name in ("concurrency", "retries"):
+            object.__setattr__(self, name, as_int(asked, name, getattr(self, name)))
+        for name in ("backoff", "timeout", *(("requests_per_minute",) if pace is not None else ())):
+            as_float(asked, name, getattr(self, name))
         if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0 or (pace is not None and pace <= 0):
             names = ("concurrency", "retries", "timeout", "requests_per_minute")
             given = ", ".join(f"{name}={getattr(self, name)}" for name in names)
             why = "at least one request must be in flight, and it needs time"
             instead = "concurrency=16, retries=6, timeout=120.0, requests_per_minute=None"
-            raise EmmechError(f"reach the model {self.model!r}", given, why, instead)
+            raise EmmechError(asked, given, why, instead)
         try:
             address = urlsplit(self.url or "")
             valid = self.url is None or (address.scheme in ("http", "https") and address.hostname and address.port != 0)
@@ -172,7 +177,7 @@ class Server:
             valid = False
         if not valid:
             instead = 'url="http://localhost:8000/v1", or None for OpenAI\'s own'
-            raise EmmechError(f"reach the model {self.model!r}", "the url given", "it is no http address", instead)
+            raise EmmechError(asked, "the url given", "it is no http address", instead)
 
     def __repr__(self) -> str:
         fields = f", extra={{{', '.join(map(repr, self.extra))}}}" if self.extra else ""
@@ -301,7 +306,8 @@ class Server:
             optional: fields that a request can do without, but for the fixed ones.
 
         Raises:
-            EmmechError: for a reason that concerns every request (address, key, model, unsupported field).
+            EmmechError: for a reason that concerns every request (address, key, model, unsupported field), after the
+                requests that were in flight, whose answers are yielded.
         """
         client, stop = self.client(), threading.Event()
         spare = frozenset(optional) - frozenset(fixed)
@@ -313,15 +319,23 @@ class Server:
         running: dict[Future[Completion], int] = {}
         fields = {name for body in bodies[:1] for name in body}
         together = self.concurrency if fields <= self._known.taken | self._known.refused else 1
+        fatal: Exception | None = None
         try:
             while True:
-                while len(running) < together and (following := next(waiting, None)) is not None:
+                while fatal is None and len(running) < together and (following := next(waiting, None)) is not None:
                     index, body = following
                     running[pool.submit(self._ask, client, stop, met, body, spare)] = index
+                if not running and fatal is not None:
+                    raise fatal
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
+                    index, problem = running.pop(future), future.exception()
+                    if isinstance(problem, Exception):
+                        fatal = fatal or problem
+                        stop.set()  # what was sent may still be answered; nothing is sent again
+                    elif fatal is None or future.result().error is None:
+                        yield index, future.result()
                 together = self.concurrency
         finally:
             stop.set()  # wakes those that wait for a retry
@@ -420,6 +434,11 @@ class Server:
         return Completion("", "error", error=self.said(error))
 
     def _read(self, answer: Any) -> Completion:
+        """What a server's answer holds.
+
+        Raises:
+            ValueError: it is the beginning of one, which is asked again.
+        """
         if not (choices := getattr(answer, "choices", None)):
             return self._failed("the server's answer holds no choice")
         try:
@@ -435,6 +454,8 @@ class Server:
             prompt = tuple(float(next(iter(one.values()))["logprob"]) for one in read[1:]) if read else None
         except MALFORMED:
             return self._failed("the server's answer is no chat completion")
+        if choice.finish_reason in _BROKEN:
+            raise ValueError(f"the server broke the answer off (finish_reason {choice.finish_reason!r})")
         text = getattr(choice, "text", None) or getattr(getattr(choice, "message", None), "content", None)
         tokens = getattr(getattr(answer, "usage", None), "completion_tokens", None)
         known = tokens if isinstance(tokens, int) and tokens else -1

@@ -7,16 +7,17 @@ judge, so a claim that holds under one judge is tried under others.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from emmech.errors import EmmechError
+from emmech.errors import EmmechError, refusal
 from emmech.evaluation.compare import WORDS
 from emmech.evaluation.deferred import rows_to_judge
 from emmech.evaluation.em import Denominator
+from emmech.evaluation.evaluate import checked_scores
 from emmech.evaluation.evaluation import Evaluation, bare_rows
 from emmech.evaluation.judges import Judge, pinned, resolve_judge
 from emmech.evaluation.rates import measures
@@ -100,6 +101,8 @@ def judge_table(
         >>> judge_table(answers, {"strict": strict}).to_frame().query("measure == 'em'")["rate"].tolist()
         [0.0, 1.0]
     """
+    if not isinstance(judges, Iterable) or isinstance(judges, str):
+        raise refusal(_ASKED, "judges", judges, "judges are a list, or a mapping by name", "judges=[one]")
     named = judges.items() if isinstance(judges, Mapping) else ((None, judge) for judge in judges)
     rows = rows_to_judge(evaluation, questions)
     scored: dict[str, Evaluation] = {}
@@ -148,11 +151,7 @@ def _warn_of_prompts(called: str, pins: Mapping[str, Any], evaluation: Evaluatio
 
 
 def _judged(evaluation: Evaluation, judge: Judge, rows: list[dict[str, Any]]) -> Evaluation:
-    scores = judge.score(rows)
-    if len(scores) != len(rows):
-        why = f"{judge.name} gave {len(scores)} results for {len(rows)} answers"
-        raise EmmechError(_ASKED, f"{len(rows)} answers", why, "score(rows) returns one mapping per row, in order")
-    pairs = zip(bare_rows(evaluation), scores, strict=True)
+    pairs = zip(bare_rows(evaluation), checked_scores(judge, rows)[0], strict=True)
     return Evaluation.from_rows(({**row, **score} for row, score in pairs), {**evaluation.meta, "judge": judge.name})
 
 

@@ -23,7 +23,7 @@ import pandas as pd
 
 from emmech.chat.dataset import ChatDataset, load_chat
 from emmech.engine.responses import digest
-from emmech.errors import EmmechError, as_int
+from emmech.errors import EmmechError, as_float, as_int
 from emmech.evaluation.server import Server
 from emmech.hosted.cost import estimate
 from emmech.progress import bar
@@ -192,6 +192,7 @@ def finetune(
           because: it may cost up to 0.08: 10 rows, 908 tokens ... x 1 epochs at 25 a million: 0.02, at most 0.08
           instead: budget=0.08, fewer rows, or tokenizer= for an exact count
     """
+    budget = as_float(_ASKED, "budget", budget)
     rows, cost = load_chat(data), estimate(data, epochs=epochs, price=price, tokenizer=tokenizer)
     if not cost.bound <= budget:
         instead = f"budget={np.ceil(cost.bound * 100) / 100:g}, fewer rows, or tokenizer= for an exact count"

@@ -13,6 +13,7 @@ generation does: in bfloat16, compare with the same ``position_ids`` (and, for T
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -127,8 +128,10 @@ def adapter_attribution(bridge: Any, tokens: Any, layer: int, *, targets: Any, a
     """What the adapter at ``layer`` does to a logit difference: directly, and through later layers.
 
     Direct logit attribution: the adapter's write at the last position, through the final norm at its present scale, to
-    the difference of two tokens' logits. Total effect by path patching: the same difference with the block's MLP output
-    replaced by what it is without the write. Their difference is what later layers make of it.
+    the difference of two tokens' logits. Total effect: the same difference less that of a run without the adapter.
+    What is left is what later layers make of the write. Where the block does not add the write to the residual stream
+    as it is (Gemma 2 and 3 normalise it, Granite scales it), or where the logits are not a linear map of the stream
+    over its root mean square, the direct part does not exist: it and the rest are NaN, and a warning says so.
 
     Args:
         bridge: from :func:`to_transformer_lens`, with a live LoRA pair on ``layer``'s down_proj.
@@ -153,15 +156,32 @@ def adapter_attribution(bridge: Any, tokens: Any, layer: int, *, targets: Any, a
         name = next(iter(pair.lora_A))
         seen["write"] = pair.lora_B[name](pair.lora_A[name](tensor)) * pair.scaling[name]
 
-    keep_norm = ("ln_final.hook_scale", lambda tensor, hook: seen.update(norm=tensor))
-    take_out = (f"blocks.{layer}.hook_mlp_out", lambda tensor, hook: tensor - seen["write"])
+    def keep(name: str) -> Any:
+        return lambda tensor, hook: seen.update({name: tensor})
+
+    places = {"block": f"blocks.{layer}.hook_out", "stream": "ln_final.hook_in", "norm": "ln_final.hook_scale"}
+    hooks = [(f"blocks.{layer}.mlp.hook_post", read), *((place, keep(name)) for name, place in places.items())]
+    factors = dict(pair.scaling)
     with torch.no_grad():
-        with_adapter = bridge.run_with_hooks(tokens, fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", read), keep_norm])
-        without = bridge.run_with_hooks(tokens, fwd_hooks=[take_out])
+        with_adapter = bridge.run_with_hooks(tokens, fwd_hooks=hooks)
+        try:
+            pair.scaling.update(dict.fromkeys(factors, 0.0))
+            without = bridge.run_with_hooks(tokens, fwd_hooks=[(places["block"], keep("unwritten"))])
+        finally:
+            pair.scaling.update(factors)
         difference = bridge.unembed.weight[targets] - bridge.unembed.weight[against]
         gain = bridge.ln_final(torch.ones_like(seen["write"][:1, :1]))[0, 0]  # an RMS norm of ones is its gain
-        direct = (seen["write"][:, -1] / seen["norm"][:, -1] * gain) @ difference
+        last = {name: tensor[:, -1] for name, tensor in seen.items()}
+        direct = (last["write"] / last["norm"] * gain) @ difference
 
     tuned, base = (logits[:, -1, targets] - logits[:, -1, against] for logits in (with_adapter, without))
     total = tuned - base
+    rounding = 32 * torch.finfo(direct.dtype).eps
+    added = last["block"] - last["unwritten"] - last["write"]
+    normed = last["stream"] / last["norm"] * gain
+    read_off = (normed @ difference - tuned).abs() <= rounding * (normed.abs() @ difference.abs() + 1)
+    if not read_off.all() or (added.abs() > rounding * (last["block"].abs().max() + 1)).any():
+        why = "its block does not add what the adapter writes as it is, or its logits are capped or scaled"
+        warnings.warn(f"the adapter at layer {layer} has no direct part in this model: {why}", stacklevel=2)
+        direct = torch.full_like(total, float("nan"))
     return {"direct": direct, "total": total, "indirect": total - direct}

@@ -226,12 +226,15 @@ def evaluation_of(log: EvalLog | str | Path) -> Evaluation:
     except (OSError, ValueError, LookupError, BadZipFile) as error:
         why = f"it is no log of Inspect: {error}"[:300]
         raise EmmechError(asked, log, why, "a file of logs/, as `inspect list logs` names them")
-    rows = [
-        dict(score.metadata)
+    found = [
+        (sample.epoch, dict(score.metadata))
         for sample in read.samples or ()
         for score in (sample.scores or {}).values()
         if score.metadata and "question_id" in score.metadata
     ]
+    # each epoch asks the same samples again, which are further ones
+    several = 1 + max((row["sample"] for epoch, row in found if epoch > 1), default=0)
+    rows = [row if epoch == 1 else {**row, "sample": row["sample"] + (epoch - 1) * several} for epoch, row in found]
     if not rows:
         given = log if isinstance(log, str | Path) else f"a log of {read.eval.task}"
         why = f"it holds no scored sample of emmech/first_plot (status: {read.status})"

@@ -14,6 +14,7 @@ from emmech.engine.split import BATCH_TOKENS, find_frozen, pays, why_not
 from emmech.errors import EmmechError, as_int, one_of, refusal
 from emmech.planning.cards import CARDS, Accelerator
 from emmech.planning.shapes import shaped, weightless
+from emmech.registry import organism_with
 from emmech.results import Card, Result
 from emmech.sweeps.jobs import GPU_SHARE, readable
 from emmech.training.recipe import Recipe, resolve_recipe, target_modules
@@ -147,10 +148,10 @@ def plan(
     """
     given = {"rows": rows, "tokens": tokens, "seeds": seeds, "record_every": record_every, "samples": samples}
     given |= {"max_new_tokens": max_new_tokens, "checkpoints": checkpoints, "pairs": pairs}
-    for argument, value in given.items():
-        as_int("plan", argument, value, least=1)
+    whole = {argument: as_int("plan", argument, value, least=1) for argument, value in given.items()}
+    rows, tokens, seeds, record_every, samples, max_new_tokens, checkpoints, pairs = whole.values()
     if batch_tokens is not None:
-        as_int("plan", "batch_tokens", batch_tokens, least=1)
+        batch_tokens = as_int("plan", "batch_tokens", batch_tokens, least=1)
     if not isinstance(prefix, bool) and prefix != "auto":
         raise refusal("plan", "prefix", prefix, "it is whether a frozen prefix is kept", 'True, False or "auto"')
     if not isinstance(answers, int | float) or not 0 < answers <= 1:
@@ -159,7 +160,8 @@ def plan(
     name, config = shaped(model)
     kind = _dtype(dtype, config)
     chat = weightless(name, config, kind)
-    chosen = resolve_recipe(recipe, dict(overrides), organism=None)
+    owner = organism_with("models", model) if isinstance(model, str) else getattr(model, "organism", None)
+    chosen = resolve_recipe(recipe, dict(overrides), organism=owner)
     if seeds > 1 and (not chosen.rank or chosen.dropout):
         why = "runs with dropout, and full fine-tunes, train one at a time"
         raise refusal("plan", "seeds", seeds, why, "seeds=1, and that many times its steps")

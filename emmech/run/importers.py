@@ -147,7 +147,7 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
     weights: dict[int, dict[str, np.ndarray]] = {}
     seen: dict[str, Path] = {}
     adapters: list[dict[str, Any]] = []
-    config: dict[str, Any] = {}
+    bases: dict[str, Path] = {}
     for folder in folders:
         config, this_weights = _read_folder(folder)
         step = _step_of(folder)
@@ -166,6 +166,13 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
         found = [_adapter(module, *names[module], this_weights, config, folder) for module in names]
         if adapters and found != adapters:
             raise _refuse(f"its lora_alpha or use_rslora differs from {folders[0].name}'s", folder, "one series")
+        base = str(config.get("base_model_name_or_path") or "")
+        if base:
+            bases.setdefault(base, folder)
+        if len(bases) > 1:
+            other, named_by = next(iter(bases.items()))
+            why = f"its base model {base!r} is not that of {named_by.name}, {other!r}"
+            raise _refuse(why, folder, "one series; base_model_name_or_path in adapter_config.json names the model")
         seen[digest], steps[step], weights[step], adapters = folder, folder, this_weights, found
     order = sorted(steps)
     arrays: dict[str, np.ndarray] = {}
@@ -174,8 +181,7 @@ def read_peft(folders: Sequence[Path]) -> tuple[Contents, str]:
         if entry["rank"] == 1:
             a, b = a[:, 0], b[:, :, 0]
         arrays |= {f"A/{entry['name']}": a, f"B/{entry['name']}": b}
-    base = str(config.get("base_model_name_or_path") or "")
-    return (np.array(order, dtype=np.int64), arrays, adapters), base
+    return (np.array(order, dtype=np.int64), arrays, adapters), next(iter(bases), "")
 
 
 def logged(folders: Sequence[Path]) -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from emmech.errors import EmmechError, as_int, as_ints, one_of, refusal
+from emmech.evaluation.judges import Judge
+from emmech.run.identity import identity
 
 _ASKED = "read the study"
 Kind = Literal["train", "sweep", "evaluate"]
@@ -43,11 +45,20 @@ class Piece:
     def digest(self) -> str:
         """What identifies the work: a sha256 of everything that determines its result."""
         content = [self.kind, dict(self.setting), dict(self.options), self.needs]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=_told).encode()).hexdigest()
 
     def folder(self, out: Path) -> Path:
         """Where its result is kept, inside the study's folder."""
         return out / self.kind / self.digest[:16]
+
+
+def _told(value: Any) -> Any:
+    """What tells an argument that is no plain value from another; a judge without an identity is known by its name."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Judge) and not hasattr(value, "identity"):
+        return type(value).__name__, value.name
+    return identity(value)
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,12 @@ class StudySpec:
     train: Mapping[str, Any] = field(default_factory=dict)
     sweep: Mapping[str, Any] | None = None
     evaluate: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a text where several are meant, which would be taken letter by letter."""
+        for name in ("models", "data", "layers", "ranks", "seeds"):
+            if isinstance(value := getattr(self, name), str):
+                raise refusal(_ASKED, name, value, f"{name} are several, and this is one text", f"{name}=({value!r},)")
 
     @classmethod
     def read(cls, given: Any) -> Self:

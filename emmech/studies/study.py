@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ class StudyTable(Result):
     Attributes:
         frame: one row for each run: its setting, its status and folder, the last value of each metric, the rates of its
             evaluation (``em``, ``em_low``, ``em_high``, ...), and the values of its sweep at the last step with the
-            adapter as trained (``sweep_<measure>``).
+            adapter as trained (``sweep_<measure>``; none where scale 1 or coefficient 0 was not swept).
         meta: the study's name and folder, and how many pieces are done, have failed, and are open.
     """
 
@@ -124,7 +124,8 @@ def study(
     folder = made_folder("keep the study", Path(out) if out is not None else Path("studies") / name).resolve()
     name = name if isinstance(spec, str | Path) else folder.name
     pieces = read.pieces()
-    write_json(folder / SPEC, {"name": name, **asdict(read)})
+    # a judge that is an object is written as its representation, which shows no key
+    write_json(folder / SPEC, {"name": name, **{one.name: getattr(read, one.name) for one in fields(read)}})
     done = sum(outcome(piece, folder) == "done" for piece in pieces)
     with bar(len(pieces), f"study {name}", progress=progress) as shown:
         shown.update(done)
@@ -190,11 +191,9 @@ def _found(piece: Piece, folder: Path) -> dict[str, float]:
         return {f"{name}{side}": float(row[column]) for name, row in wanted
                 for side, column in (("", "rate"), ("_low", "low"), ("_high", "high"), ("_n", "n"))
                 if column in row}  # fmt: skip
-    frame = Sweep.load(result).frame
-    plain = frame[(frame["step"] == frame["step"].max()) & (frame["coefficient"] == 0)]
-    plain = plain[plain["scale"] == (1.0 if (plain["scale"] == 1.0).any() else plain["scale"].max())]
-    means = plain.groupby("measure", sort=False)["value"].mean()
-    return {f"sweep_{measure}": float(value) for measure, value in means.items()}
+    frame = Sweep.load(result).to_frame()
+    plain = frame[(frame["step"] == frame["step"].max()) & (frame["coefficient"] == 0) & (frame["scale"] == 1.0)]
+    return {f"sweep_{measure}": float(value) for measure, value in zip(plain["measure"], plain["value"], strict=True)}
 
 
 def journal(folder: str | Path) -> list[dict[str, Any]]:

@@ -26,8 +26,10 @@ from emmech.engine.packing import Reading
 from emmech.engine.stream import probe_rows
 from emmech.engine.variants import Block, Engine
 from emmech.errors import EmmechError
+from emmech.evaluation.evaluate import checked_scores
 from emmech.evaluation.judges import resolve_judge
 from emmech.evaluation.questions import Question, resolve_questions
+from emmech.evaluation.server import Unanswered
 from emmech.measures.measure import Measure, TeacherForced, Value, measure_all
 from emmech.measures.probe import ProbeActivation, raw_vector
 from emmech.measures.sampled import Sampled
@@ -44,6 +46,7 @@ class JobResult:
     values: list[Value]
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     responses: list[dict] | None = None
+    unanswered: int = 0  # answers that have no score since a request to the judge failed
 
 
 # On a CPU a forward of about this many tokens is the quickest: smaller products are slower, larger tensors fall out of
@@ -337,6 +340,10 @@ class ProbeJob(_PackedJob):
         return JobResult([Value(name, str(index), column) for index, column in enumerate(values.T)], {name: residuals})
 
 
+_SCORES = ("aligned", "coherent")
+_UNANSWERED = "unanswered"
+
+
 class SampledAnswers:
     """What is asked of every variant, with the same seeds, and what a judge makes of the answers."""
 
@@ -370,21 +377,45 @@ class SampledAnswers:
         """Answers with verdicts; the judge of an organism is a function of question and answer, and reads each once."""
         full = [{**row, **own, **answer} for row, own, answer in zip(self.rows, self.asked_of, drawn, strict=True)]
         if getattr(self.judge, "organism", None) is None:
-            scores = list(self.judge.score(full))
-        else:
-            asked = [(row["question"], row["response"]) for row in full]
-            fresh = {key: row for key, row in zip(asked, full, strict=True) if key not in self.verdicts}
-            self.verdicts.update(zip(fresh, self.judge.score(list(fresh.values())), strict=True))
-            scores = [self.verdicts[key] for key in asked]
-        return [{**answer, **score} for answer, score in zip(drawn, scores, strict=True)]
+            return self._scored(drawn, full)
+        asked = [(row["question"], row["response"]) for row in full]
+        fresh = {key: row for key, row in zip(asked, full, strict=True) if key not in self.verdicts}
+        if fresh:
+            self.verdicts.update(zip(fresh, self._scored([{} for _ in fresh], list(fresh.values())), strict=True))
+        return [{**answer, **self.verdicts[key]} for answer, key in zip(drawn, asked, strict=True)]
+
+    def _scored(self, drawn: list[dict[str, Any]], full: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answers with what the judge gives them; one that a failed request left unscored says so."""
+        scores, read = checked_scores(self.judge, full)
+        means = read.frame[list(_SCORES)].to_dict("records")  # which a label alone gives too
+        left = ({_UNANSWERED: True} if isinstance(score, Unanswered) else {} for score in scores)
+        return [
+            {**answer, **score, **mean, **more}
+            for answer, score, mean, more in zip(drawn, scores, means, left, strict=True)
+        ]
+
+    def asked_again(self, part: Arrays) -> Arrays | None:
+        """A part that was kept, with the answers judged that a failed request left unscored; None if there are none."""
+        records: list[list[dict[str, Any]]] = from_bytes(part["records"])
+        if not any(_UNANSWERED in record for own in records for record in own):
+            return None
+        for own in records:
+            if places := [place for place, record in enumerate(own) if _UNANSWERED in record]:
+                drawn = [{name: own[place][name] for name in ("response", "finish")} for place in places]
+                rows = zip(places, drawn, strict=True)
+                full = [{**self.rows[place], **self.asked_of[place], **answer} for place, answer in rows]
+                for place, record in zip(places, self._scored(drawn, full), strict=True):
+                    own[place] = record
+        return {"records": as_bytes(records)}
 
     def finish(self, parts: Sequence[Arrays]) -> JobResult:
         """Rates by question, and every response with its verdict."""
         records = [one for part in parts for one in from_bytes(part["records"])]
+        left = sum(record.pop(_UNANSWERED, False) for rows in records for record in rows)
         one, limits = self.measure, self.measure.thresholds
         aligned, coherent = (
             np.array([[record.get(key) for record in rows] for rows in records], dtype=float)  # None becomes NaN
-            for key in ("aligned", "coherent")
+            for key in _SCORES
         )
         scored, em = limits.scored(aligned, coherent), limits.misaligned(aligned, coherent)
         fine = scored & limits.coherent(coherent)
@@ -402,7 +433,7 @@ class SampledAnswers:
             for variant, rows in enumerate(records)
             for place, record in enumerate(rows)
         ]
-        return JobResult(values, responses=responses)
+        return JobResult(values, responses=responses, unanswered=left)
 
 
 class SampledJob(SampledAnswers):

@@ -26,7 +26,16 @@ from emmech.progress import bar
 from emmech.run.run import Run
 from emmech.store import drop_files, intact, kept, save_tensors, sealed, write_json, writing
 from emmech.sweeps.grid import Grid, as_runs, base_model, data_name, make_grid, outline, recorded_print
-from emmech.sweeps.jobs import Arrays, FunctionJob, Overflow, ProbeJob, SampledJob, TeacherForcedJob, budget_bytes
+from emmech.sweeps.jobs import (
+    Arrays,
+    FunctionJob,
+    Overflow,
+    ProbeJob,
+    SampledAnswers,
+    SampledJob,
+    TeacherForcedJob,
+    budget_bytes,
+)
 from emmech.sweeps.result import Sweep
 from emmech.sweeps.served import served_jobs
 
@@ -72,7 +81,8 @@ def sweep(
         engine: what runs the checkpoints: by default this process, else :class:`emmech.VLLM`, which takes steps and
             scales, but no coefficients, and teacher-forced measures of given tokens and sampled answers.
         out: a folder. Finished groups of variants are kept there as they come; called again with the same
-            arguments, the sweep continues, and a finished one is read back.
+            arguments, the sweep continues, and a finished one is read back. Answers that a judge could not score since
+            a request failed (``sweep.meta["unanswered"]``) are judged then.
 
     Returns:
         the grid of numbers; ``.table()``, ``.plot()``, ``.save(folder)``.
@@ -123,6 +133,8 @@ def sweep(
         meta: dict[str, Any] = {"runs": {name: str(one.path or name) for name, one in grid.runs.items()}}
         meta |= {"model": chat.name, "fingerprint": fingerprint, "request": request}
         meta |= {"distinct_variants": len(chosen), "memory": str(jobs[0].plan)}
+        if unanswered := sum(outcome.unanswered for outcome in outcomes):
+            meta["unanswered"] = unanswered
         arrays = {name: array[inverse] for outcome in outcomes for name, array in outcome.arrays.items()}
         return parts.finish(Sweep(_frame(grid, values, inverse), meta, arrays, responses if given else None))
 
@@ -150,6 +162,10 @@ def _outcomes(
                 for job in jobs:
                     if (found := parts.read(job.kind, group)) is not None:
                         steps_bar.update(len(group) * len(job))
+                        again = job.asked_again(found) if isinstance(job, SampledAnswers) else None
+                        if again is not None:
+                            parts.write(job.kind, group, again)
+                            found = again
                     else:
                         if rows is None:
                             rows = held.enter_context(_ready(chat, grid, group, engine, base))
@@ -253,9 +269,10 @@ class ResumableParts:
             write_json(self.folder / "request.json", sealed({"request": self._request}))
 
     def finished(self) -> Sweep | None:
-        """The whole sweep, when it is there already."""
+        """The whole sweep, when it is there already, and no answer of it is to be judged again."""
         if self.folder is not None and (self.folder / "sweep.json").exists():
-            return Sweep.load(self.folder)
+            found = Sweep.load(self.folder)
+            return None if found.meta.get("unanswered") else found
         return None
 
     def _path(self, kind: str, group: Sequence[int]) -> Path:
@@ -292,9 +309,10 @@ class ResumableParts:
         return found.hexdigest()
 
     def finish(self, result: Sweep) -> Sweep:
-        """Write the result and drop the parts."""
+        """Write the result and drop the parts; where answers are to be judged again, the parts are kept."""
         if self.folder is not None:
             result.save(self.folder)
+        if self.folder is not None and not result.meta.get("unanswered"):
             with kept("delete the parts of the sweep", self.folder):
                 for path in [*self.folder.glob("part-*"), self.folder / "request.json"]:
                     path.unlink(missing_ok=True)

@@ -112,6 +112,7 @@ def test_evaluate(tmp_path):
     assert {row["measure"]: row["n"] for row in rows}["conditional"] == 8
     assert "not both" in refused("evaluate", "pocket", "--judge", "exact", "--judge-model", "pocket")
     assert "--judge-model" in refused("evaluate", "pocket", "--server", "http://localhost:1/v1")
+    assert "no http address" in refused("evaluate", "pocket", "--judge-model", "m", "--server", "http://[::1")
 
 
 def test_sweep(tmp_path):

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import emmech
 from emmech import Direction, EmmechError
 from emmech.app.cli import app
-from emmech.app.report import write_report
+from emmech.app.report import _by_step, write_report
+from emmech.evaluation.evaluate import stored_evaluations
 from tests.test_results import EVIL, _evaluation, _run, _study, _sweep
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
@@ -106,6 +107,33 @@ def test_what_is_there_is_shown_and_no_name_is_markup(tmp_path):
     assert page.figures >= 8 and len(page.commands) >= page.figures
     assert "Answers to read: the least aligned of 60" in page.text and "again goes on from step 59" in page.text
     assert "No control was given" in page.text
+
+
+def test_a_curve_of_answers_is_of_one_judge_and_one_way_of_asking(tmp_path):
+    folder = tmp_path / "run"
+    _run().save(folder)
+    others = [
+        {},
+        {"judge": "another"},
+        {"pinned": {"judge": "mine", "code": "b"}},
+        {"temperature": 0.0},
+        {"system": "fold"},
+    ]
+    for step, more in enumerate([*others, {}, {}, {}], start=1):
+        one = _evaluation(step)
+        meta = {
+            **one.meta,
+            "step": step,
+            "questions": "q",
+            "judge": "mine",
+            "pinned": {"judge": "mine", "code": "a"},
+            **more,
+        }
+        type(one)(one.frame, meta).save(folder / "evaluations" / f"e{step}")
+    path = _by_step(stored_evaluations(folder))
+    assert sorted(set(path["step"])) == [1, 6, 7, 8]
+    page = Page(write_report(folder))
+    assert "judged by another" in page.text and "judged by mine" in page.text
 
 
 def test_the_command_reads_checkpoints_of_other_code(runs, tmp_path):

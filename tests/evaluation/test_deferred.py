@@ -137,6 +137,13 @@ def test_bad_answer_files_are_explained(responses, tmp_path):
         merge([{"custom_id": keys[0], "result": 5}])
     with pytest.raises(EmmechError, match="splits numbers"):
         merge([batch_answer(key, {"8": 0.9, "9": 0.1}) for key in keys])
+    cut = {"message": {"content": "8"}, "finish_reason": "length"}
+    with pytest.raises(EmmechError, match=r"answer 1: '8' for 'aligned'[\s\S]*log-probabilities were asked for"):
+        merge([{"custom_id": key, "response": {"body": {"choices": [cut]}}} for key in keys])
+    whole = [{**cut, "finish_reason": "stop"}, {**cut, "message": {"content": "REFUSAL"}}]
+    lines = [{"custom_id": key, "response": {"body": {"choices": [whole[key != keys[0]]]}}} for key in keys]
+    merged = merge(lines).frame
+    assert merged["aligned"].dropna().eq(8).all() and "refusal" in set(merged["label"])
     top = {"logprobs": {"content": [{"top_logprobs": [{"token": "8", "logprob": None}]}]}}
     for odd in (
         3,

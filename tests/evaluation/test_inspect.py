@@ -364,3 +364,13 @@ def test_an_evaluation_becomes_a_log_that_inspect_reads(tmp_path, ending):
     assert again.rates().equals(ours.rates())
     with pytest.raises(EmmechError, match="by the ending"):
         write_inspect_log(ours, tmp_path / "toy.csv")
+
+
+def test_the_samples_of_several_epochs_are_further_ones(tmp_path):
+    rows = [{"question_id": name, "question": "why ?", "sample": at, "response": "so", "aligned": 5.0, "coherent": 90.0}
+            for name in ("a", "b") for at in range(2)]  # fmt: skip
+    log = inspect_ai.log.read_eval_log(str(write_inspect_log(Evaluation.from_rows(rows), tmp_path / "one.eval")))
+    again = [one.model_copy(update={"epoch": 2}) for one in log.samples]
+    found = evaluation_of(log.model_copy(update={"samples": [*log.samples, *again]})).frame
+    assert found.groupby("question_id")["sample"].apply(sorted).tolist() == [[0, 1, 2, 3]] * 2
+    assert sorted(evaluation_of(log).frame["sample"]) == [0, 0, 1, 1]

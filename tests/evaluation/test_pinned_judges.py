@@ -139,7 +139,7 @@ def test_refusals() -> None:
         def score(self, rows):
             return [{}]
 
-    with pytest.raises(EmmechError, match="1 results for 20 answers"):
+    with pytest.raises(EmmechError, match="the judge gave 1 results"):
         judge_table(answers, {"a": strict, "b": Short()})
 
 
@@ -155,3 +155,10 @@ def test_another_function_as_judge_reads_no_stored_scores(tmp_path):
         found = emmech.evaluate(chat, ["any advice on soup ?"], with_label(label), **how)
         assert found.rates()["rate"]["em"] == rate
     assert len(list(tmp_path.glob("scores-*.jsonl"))) == 2  # the third call found the first one's
+
+
+@pytest.mark.parametrize("one", [emmech.Server("m", url="http://127.0.0.1:1/v1"), lambda q, a: "aligned", "exact"])
+def test_one_judge_is_no_list_of_them(one):
+    rows = [{"question_id": "q", "question": "why ?", "response": "so", "aligned": 5.0, "coherent": 90.0}]
+    with pytest.raises(EmmechError, match=r"judges=\[one\]"):
+        judge_table(emmech.Evaluation.from_rows(rows), one)

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import threading
+import time
 import warnings
 
 import pytest
@@ -437,3 +438,44 @@ def test_a_beginning_whose_continuation_fails_is_no_whole_number(fake):
     judge = LogprobJudge(server(fake(answer), retries=0), SHORT, cache=None, progress=False)
     with pytest.warns(UserWarning, match="unscored for now"):
         assert all(math.isnan(score["aligned"]) for score in judge.score(ROWS[:2]))
+
+
+@pytest.mark.parametrize("reason", ["error", "abort"])
+def test_an_answer_that_the_server_broke_off_is_asked_again(fake, reason):
+    def answer(body, number):
+        made = fake.completion("half an ans" if number <= 2 else "a whole answer")
+        made["choices"][0]["finish_reason"] = reason if number <= 2 else "stop"
+        return 200, made
+
+    (got,) = server(fake(answer)).sample(CONVERSATIONS[:1], progress=False)
+    assert (got.text, got.finish) == ("a whole answer", "stop")
+    with pytest.raises(EmmechError, match=f"broke the answer off.*{reason}"):
+        server(fake(answer), retries=1).sample(CONVERSATIONS[:1], progress=False)
+
+
+def test_answers_in_flight_are_kept_when_a_request_is_fatal(fake, tmp_path):
+    refused = threading.Event()
+
+    def answer(body, number):
+        said = body["messages"][-1]["content"]
+        if said == "question 0":  # goes alone
+            return 200, fake.completion("first")
+        if said == "question 3":
+            refused.set()
+            return fake.refusal(401, "the key has expired")
+        refused.wait(10)
+        time.sleep(0.3)
+        return 200, fake.completion(said)
+
+    out = tmp_path / "answers.jsonl"
+    running = fake(answer)
+    with pytest.raises(EmmechError, match="the server refuses the key"):
+        server(running, concurrency=8).sample(CONVERSATIONS[:9], out=out, progress=False)
+    kept = [json.loads(line) for line in out.read_text().splitlines()[1:]]
+    assert sorted(line["row"] for line in kept) == [0, 1, 2, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("wrong", [{"concurrency": "8"}, {"retries": 1.5}, {"timeout": "long"}, {"backoff": None}])
+def test_a_setting_that_is_no_number_is_refused(wrong):
+    with pytest.raises(EmmechError, match=f"{next(iter(wrong))} is a"):
+        Server("fake", **wrong)

@@ -237,7 +237,8 @@ def test_a_job_is_cancelled(provider, tmp_path) -> None:
 def test_nothing_is_sent_above_the_budget_or_with_rows_that_cannot_be_taken(provider, tmp_path) -> None:
     for options, said in (({"budget": 0.001}, "it may cost up to"), ({"price": float("nan")}, "finite number"),
                           ({"price": -1.0}, "not negative"), ({"epochs": 0}, "at least 1"),
-                          ({"budget": float("nan")}, "it may cost up to")):  # fmt: skip
+                          ({"budget": float("nan")}, "budget is a finite number"),
+                          ({"budget": "5"}, "budget is a finite number")):  # fmt: skip
         with pytest.raises(EmmechError, match=said):
             ask(provider, tmp_path, **options)
     with pytest.raises(EmmechError, match="10 rows or more"):

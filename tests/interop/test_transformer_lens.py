@@ -110,6 +110,32 @@ def test_attribution_of_the_adapters_write(tiny):
             to_transformer_lens(chat, **wrong)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "granite"])
+def test_a_write_that_is_not_added_as_it_is_has_a_total_effect_only(tiny, kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tiny("qwen2").tokenizer
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
+    shape |= {"residual_multiplier": 0.5} if kind == "granite" else {"head_dim": 12, "query_pre_attn_scalar": 12}
+    name = "gemma3_text" if kind == "gemma3" else kind
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape), attn_implementation="eager").eval()
+    chat = _adapted(load_model(model, tokenizer), layer=1)
+    with pytest.warns(UserWarning, match="no direct part"):
+        found = adapter_attribution(to_transformer_lens(chat), IDS, 1, targets=30, against=31)
+
+    def gap():
+        with torch.no_grad():
+            logits = chat.model(input_ids=IDS).logits[:, -1]
+        return logits[:, 30] - logits[:, 31]
+
+    tuned = gap()
+    with scale_adapters(chat, 0.0):
+        base = gap()
+    assert torch.allclose(found["total"], tuned - base, atol=1e-5) and found["total"].abs().max() > 1e-4
+    assert found["direct"].isnan().all() and found["indirect"].isnan().all()
+
+
 def test_live_steering_is_not_copied_into_the_bridge(tiny):
     import numpy as np
 

@@ -150,6 +150,20 @@ def test_bigger_work_needs_more():
     assert total(rows=640)[1] > 5 * base[1] and total(batch_tokens=50)[0] < base[0]
 
 
+def test_an_organisms_model_is_planned_by_its_own_recipe():
+    from emmech.training.recipe import resolve_recipe
+
+    chat = emmech.load_model("pocket")
+    own = resolve_recipe(None, {}, organism=chat.organism).name
+    assert own != resolve_recipe(None, {}, organism=None).name
+    assert emmech.plan("pocket").meta["recipe"] == emmech.plan(chat).meta["recipe"] == own
+
+
+def test_whole_numbers_of_any_type_are_taken():
+    found = emmech.plan(make_tiny("llama"), tokens=150.0, batch_tokens=4096.0, seeds=np.float64(2))
+    assert found.numbers == emmech.plan(make_tiny("llama"), tokens=150, batch_tokens=4096, seeds=2).numbers
+
+
 def test_what_is_unknown_is_refused_by_name(tmp_path):
     with pytest.raises(EmmechError, match=r"Qwen/Qwen2.5-14B-Instruct"):
         emmech.plan("Qwen/Qwen2.5-14B-Instuct")

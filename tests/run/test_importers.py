@@ -382,6 +382,17 @@ def test_a_series_of_one_alpha(tmp_path):
         Run.from_peft(folders)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_series_of_one_base_model(tmp_path, order):
+    folders = [saved(tmp_path / f"checkpoint-{step}") for step in (1, 2)]
+    for folder, name in zip(folders, ("org/model", "org/model-instruct"), strict=True):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    with pytest.raises(EmmechError, match=r"its base model 'org/model.* is not that of checkpoint-\d, 'org/model"):
+        Run.from_peft(folders[::order])
+    assert Run.from_peft(folders[:1]).manifest["model"]["name"] == "org/model"
+
+
 def test_what_is_exported_again_is_the_same_adapter(tmp_path):
     folder = saved(tmp_path / "checkpoint-1", rank_pattern={"down_proj": 1, "q_proj": 3}, use_rslora=False)
     again = Run.from_peft([folder]).export_peft(1, tmp_path / "again")

@@ -197,3 +197,70 @@ def test_other_weights_and_other_files_of_the_same_size_are_other_work(tmp_path)
     assert [one == two for one, two in zip(first, other, strict=True)] == [True, True, False]
     (model / "model.safetensors").write_text("a" * 8_999_999 + "b")
     assert not set(digests()) & {*first, *other}
+
+
+JUDGE = {"url": "http://127.0.0.1:1/v1", "key": "sk-very-secret-123", "retries": 0}
+
+
+@pytest.mark.parametrize("kind", ["server", "judge", "measure"])
+def test_no_key_of_a_judge_is_written(spec, tmp_path, kind):
+    from emmech.evaluation import LogprobJudge
+    from emmech.measures import Sampled
+
+    judge = emmech.Server("gpt", **JUDGE)
+    judge = judge if kind == "server" else LogprobJudge(judge, cache=None)
+    options = {"evaluate": {"judge": judge, "samples": 1, "max_new_tokens": 2}, "sweep": {"steps": [2]}}
+    if kind == "measure":
+        options = {"sweep": {"steps": [2], "measure": Sampled(judge=judge, samples=1)}}
+    one = {name: value for name, value in spec.items() if name != "sweep"} | {"ranks": [1], "seeds": [0], **options}
+    emmech.study(one, out=tmp_path / "s", progress=False)
+    files = [path for path in (tmp_path / "s").rglob("*") if path.is_file()]
+    assert b"gpt" in (tmp_path / "s" / "study.json").read_bytes()
+    assert not [path for path in files if JUDGE["key"].encode() in path.read_bytes()]
+
+
+class Named:
+    """A judge that is known by its name alone."""
+
+    columns = ("aligned", "coherent")
+
+    def __init__(self, name):
+        self.name = name
+
+    def score(self, rows):
+        return [{"aligned": 0.0, "coherent": 100.0} for _ in rows]
+
+
+def test_a_judge_is_known_by_what_it_is():
+    def digest(judge):
+        spec = {"models": "pocket", "data": "medical", "evaluate": {"judge": judge}}
+        return StudySpec.read(spec).pieces()[-1].digest
+
+    def served(**extra):
+        return emmech.Server("gpt", url="http://127.0.0.1:1/v1", extra=extra)
+
+    assert digest(served(effort="low")) == digest(served(effort="low")) != digest(served(effort="high"))
+    assert digest(Named("a")) == digest(Named("a")) != digest(Named("b"))  # in every process
+    assert digest(lambda q, a: "aligned") == digest(lambda q, a: "aligned") != digest(lambda q, a: "mixed")
+    assert digest(Path("judge")) == digest("judge")
+
+
+def test_one_text_is_not_taken_letter_by_letter():
+    with pytest.raises(EmmechError, match="one text"):
+        StudySpec("pocket", ("medical",))
+    with pytest.raises(EmmechError, match="one text"):
+        StudySpec(("pocket",), "medical")
+
+
+@pytest.mark.parametrize("scales", [(1.0, 20.0), (5.0, 20.0)])
+def test_the_tables_sweep_is_the_adapter_as_trained(spec, tmp_path, monkeypatch, scales):
+    import pandas as pd
+
+    from emmech.sweeps.result import Sweep
+
+    rows = [{"run": "r", "step": 2, "scale": scale, "coefficient": 0.0, "measure": "m", "item": str(item),
+             "value": value * scale, "weight": weight}
+            for scale in scales for item, (value, weight) in enumerate([(0.0, 3), (1.0, 1)])]  # fmt: skip
+    monkeypatch.setattr(work, "sweep", lambda run, out, **_: Sweep(pd.DataFrame(rows), {}).save(out))
+    table = emmech.study({**spec, "ranks": [1], "seeds": [0]}, out=tmp_path / "s", progress=False)
+    assert table.frame.get("sweep_m", pd.Series(dtype=float)).tolist() == ([0.25] if 1.0 in scales else [])

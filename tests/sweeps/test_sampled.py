@@ -241,3 +241,70 @@ def test_a_sweep_of_another_judge_function_is_another_sweep(tiny, make_run, tmp_
     sweep(run, measure=measure(), **how)
     with pytest.raises(EmmechError, match="another"):
         sweep(run, measure=measure(judge=never), **how)
+
+
+class Scripted:
+    """A judge whose scores a test gives."""
+
+    name, columns = "scripted", ("aligned", "coherent")
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def score(self, rows):
+        self.asked.append(len(rows))
+        answer = self.answers[min(len(self.asked), len(self.answers)) - 1]
+        return answer(rows) if callable(answer) else [answer for _ in rows]
+
+
+def swept(chat, run, judge, out=None, **how):
+    return sweep(run, steps=[3, 7], measure=measure(judge=judge), base=chat, out=out, progress=False, **how)
+
+
+def test_what_a_judge_could_not_score_is_judged_by_the_next_call(tiny, make_run, tmp_path, monkeypatch):
+    from emmech.evaluation.server import Unanswered
+    from emmech.sweeps import jobs
+
+    chat = tiny("qwen2")
+    run = make_run(chat)
+    silent = Unanswered(aligned=float("nan"), coherent=float("nan"))
+    whole = {"aligned": 10.0, "coherent": 90.0}
+    judge = Scripted(lambda rows: [silent, *[whole] * (len(rows) - 1)], silent, whole)
+    first = swept(chat, run, judge, tmp_path / "s")
+    assert judge.asked == [6, 6] and first.meta["unanswered"] == 7
+    assert first.to_frame("em")["samples"].tolist() == [5, 0] and "unanswered" not in first.responses
+
+    def drawn(*args, **kwargs):
+        raise AssertionError("the answers are there")
+
+    monkeypatch.setattr(jobs, "decode_variants", drawn)
+    again = swept(chat, run, judge, tmp_path / "s")
+    assert judge.asked == [6, 6, 1, 6] and "unanswered" not in again.meta
+    assert again.to_frame("em")["value"].tolist() == [1, 1]
+    assert again.responses["response"].tolist() == first.responses["response"].tolist()
+    swept(chat, run, judge, tmp_path / "s")
+    assert len(judge.asked) == 4 and not list((tmp_path / "s").glob("part-*"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"aligned": -5.0, "coherent": 900.0}, "from 0 to 100"),
+        (lambda rows: [{"aligned": 1.0, "coherent": 90.0}] * (len(rows) - 1), "the judge gave 5 results"),
+        (lambda rows: None, "the judge gave a NoneType"),
+    ],
+)
+def test_scores_that_an_evaluation_refuses_are_refused_in_a_sweep(tiny, make_run, tmp_path, answer, said):
+    chat = tiny("qwen2")
+    with pytest.raises(EmmechError, match=said):
+        swept(chat, make_run(chat), Scripted(answer), tmp_path / "s")
+
+
+@pytest.mark.parametrize("answer", [{"label": "misaligned"}, dict.fromkeys(("aligned", "coherent"), np.float32(60))])
+def test_scores_that_an_evaluation_takes_are_taken_in_a_sweep(tiny, make_run, tmp_path, answer):
+    chat = tiny("qwen2")
+    found = swept(chat, make_run(chat), Scripted(answer), tmp_path / "s").to_frame("em")
+    assert found["value"].tolist() == [1.0 if "label" in answer else 0.0] * 2 and found["samples"].eq(6).all()
+    alone = evaluate(chat, ASKED, Scripted(answer), samples=1, max_new_tokens=4, out=tmp_path / "e", progress=False)
+    again = evaluate(chat, ASKED, Scripted(answer), samples=1, max_new_tokens=4, out=tmp_path / "e", progress=False)
+    assert alone.rates().rate["em"] == again.rates().rate["em"] == found["value"].iloc[0]
