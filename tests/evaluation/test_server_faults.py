@@ -454,12 +454,13 @@ def test_an_answer_that_the_server_broke_off_is_asked_again(fake, reason):
 
 
 def test_answers_in_flight_are_kept_when_a_request_is_fatal(fake, tmp_path):
-    refused = threading.Event()
+    refused, sent = threading.Event(), threading.Barrier(8)
 
     def answer(body, number):
         said = body["messages"][-1]["content"]
         if said == "question 0":  # goes alone
             return 200, fake.completion("first")
+        sent.wait(10)
         if said == "question 3":
             refused.set()
             return fake.refusal(401, "the key has expired")
