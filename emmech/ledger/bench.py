@@ -63,6 +63,11 @@ class Bench:
         """The model's organism, if it is of one."""
         return self.chat.organism
 
+    @property
+    def judged(self) -> bool:
+        """Whether answers can be judged, by the judge that was given or the organism's own."""
+        return self.judge is not None or bool(self.organism is not None and self.organism.judges)
+
     def rows(self, name: str) -> ChatDataset:
         """The data that a row calls by this name.
 
@@ -205,6 +210,15 @@ class Bench:
                 return name
         raise NotMeasurable(f"there are no questions of the kind {wanted!r} for {self.chat.name}")
 
+    def check_judged(self) -> None:
+        """Refuse where no answer can be judged.
+
+        Raises:
+            NotMeasurable: no judge.
+        """
+        if not self.judged:
+            raise NotMeasurable(f"{self.chat.name} has no judge of its own: give judge=, or --judge-model")
+
     def answers(
         self,
         subject: Run | ChatModel | None = None,
@@ -218,8 +232,7 @@ class Bench:
         Raises:
             NotMeasurable: no judge.
         """
-        if self.judge is None and (self.organism is None or not self.organism.judges):
-            raise NotMeasurable(f"{self.chat.name} has no judge of its own: give judge=, or --judge-model")
+        self.check_judged()
         names = [questions] if isinstance(questions, str) else list(questions)
         asked: Any = tuple(self.asked(name) for name in names)
         asked = asked[0] if len(asked) == 1 else asked

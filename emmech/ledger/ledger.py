@@ -264,6 +264,8 @@ def _row(bench: Bench, claim: Claim, *, wait: bool = True) -> str | None:
         if _kept(place):
             return None
         try:
+            if claim.name in {one.name for one in CLAIMS} - _WITHOUT_JUDGE:
+                bench.check_judged()  # before anything is trained for it
             found = claim.measure(bench)  # type: ignore[operator]
         except NotMeasurable as reason:
             return str(reason)
@@ -281,6 +283,13 @@ def _row_apart(model: Any, bench: Bench, claim: Claim) -> str | None:
 @cache
 def _loaded(model: str | Path) -> ChatModel:
     return load_model(model)
+
+
+# the shipped claims that need no judged answers
+_WITHOUT_JUDGE = frozenset(
+    ("margin", "turn", "turn-early", "pca", "smooth-norm", "gradient-peak", "turn-in-good", "turn-in-style",
+     "turn-specific", "efficiency", "stability", "not-durable", "learning-coefficient")
+)  # fmt: skip
 
 
 def _place(claim: Claim, bench: Bench) -> Path:

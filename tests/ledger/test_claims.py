@@ -23,7 +23,7 @@ from emmech.ledger import Bench, Claim, Finding, NotMeasurable, Rule, cures, fur
 from emmech.ledger import ledger as ledger_of
 from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED, adjusted, of_counts
 from emmech.ledger.directions import share_variance
-from emmech.ledger.ledger import CLAIMS
+from emmech.ledger.ledger import _WITHOUT_JUDGE, CLAIMS
 from emmech.transition import degeneracy
 
 NAN = float("nan")
@@ -319,6 +319,14 @@ def test_the_ledger_is_saved_and_loaded_with_its_findings(ledger, tmp_path):
 def test_what_cannot_be_asked_is_refused(given, said, tmp_path):
     with pytest.raises(EmmechError, match=said):
         emmech.claims("pocket", out=tmp_path, progress=False, **given)
+
+
+def test_without_a_judge_nothing_is_trained_for_rows_that_need_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Bench, "runs", lambda *given, **how: pytest.fail("a run is trained for nothing"))
+    needing = [one.name for one in CLAIMS if not isinstance(one.measure, str) and one.name not in _WITHOUT_JUDGE]
+    made = emmech.claims(tiny("llama"), rows=needing, seeds=2, out=tmp_path, progress=False)
+    assert len(needing) > 40 and made.frame["why"].str.contains("has no judge of its own").all()
+    assert {one.name for one in CLAIMS} > _WITHOUT_JUDGE
 
 
 def test_rows_that_need_a_judge_or_other_data_say_so_on_a_model_that_has_neither(tiny, tmp_path):
