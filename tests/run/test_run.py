@@ -557,7 +557,7 @@ def test_what_is_said_of_a_run():
     assert "damaged" not in text and "has not ended" not in text and "held out" not in text
     three = repr(in_memory({"adapters": entries("x0", "x1", "x2")}, arrays))
     assert "x2 (rank 1)" in three and "more" not in three
-    assert "a model without a name fine-tuned on data without a name" in three
+    assert "a model without a name fine-tuned, " in three
     full = repr(in_memory({"kind": "full", "status": "training"}, {"projection": np.eye(3)}))
     assert "weights" in full and "full fine-tuning" in full and "has not ended" in full
     assert "no step yet" in repr(in_memory({}, {}, steps=()))
