@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
-from itertools import pairwise
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -99,24 +98,19 @@ def _state(value: Any, seen: set[int]) -> Any:
 
 def _globals(function: FunctionType) -> dict[str, Any]:
     """The globals that a function reads: plain values and the functions of its module; its code names the others."""
-    found = {name: function.__globals__.get(name) for name in sorted(_read(function.__code__, function.__globals__))}
+    found = {name: function.__globals__.get(name) for name in sorted(_read(function.__code__))}
     return {name: one for name, one in found.items() if _is_plain(one) or _is_own(one, function)}
 
 
-def _read(code: CodeType, values: Mapping[str, Any]) -> set[str]:
-    """The names of the globals that code reads, or the code within it, and does not write."""
-    steps = list(dis.get_instructions(code))
-    read = {str(step.argval) for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    # what it writes is a counter, a log or a cache, and no setting
-    written = {step.argval for step in steps if step.opname == "STORE_GLOBAL"}
-    written |= {
-        first.argval
-        for first, then in pairwise(steps)
-        if first.opname == "LOAD_GLOBAL" and then.opname in ("LOAD_METHOD", "LOAD_ATTR") and then.argval in _CHANGING
-    }
-    if any(step.opname == "STORE_SUBSCR" for step in steps):  # an entry of one of them is set
-        written |= {name for name in read if isinstance(values.get(name), dict | list)}
-    return (read - written).union(*(_read(one, values) for one in code.co_consts if isinstance(one, CodeType)))
+def _read(code: CodeType) -> set[str]:
+    """The names of the globals that code reads, or the code within it, and does not change: those are no settings."""
+    steps = [(step.opname, str(step.argval)) for step in dis.get_instructions(code)]
+    read = {name for how, name in steps if how in ("LOAD_GLOBAL", "LOAD_NAME")}
+    changed = {name for how, name in steps if how == "STORE_GLOBAL"}
+    for (_, name), (_, method), (how, _) in zip(steps, steps[1:], steps[2:], strict=False):
+        if method in _CHANGING or how == "STORE_SUBSCR":  # CALLS.append(...) and KNOWN[answer] = ...
+            changed.add(name)
+    return (read - changed).union(*(_read(one) for one in code.co_consts if isinstance(one, CodeType)))
 
 
 def _is_own(value: Any, function: FunctionType) -> bool:
@@ -132,5 +126,5 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, _PLAIN)
 
 
-_CHANGING = frozenset(("add", "append", "clear", "extend", "insert", "pop", "remove", "setdefault", "update"))
 _PLAIN = (str, bytes, int, float, complex, re.Pattern, np.ndarray, np.generic, torch.Tensor)
+_CHANGING = ("append", "extend", "insert", "add", "update", "setdefault", "pop", "remove", "clear")
