@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import emmech
 from emmech.app.cli import app
 from emmech.errors import EmmechError
-from emmech.ledger import Bench, Claim, Finding, NotMeasurable, Rule, cures, further, over_seeds
+from emmech.ledger import Bench, Claim, Finding, NotMeasurable, Rule, cures, further, over_seeds, turning
 from emmech.ledger import ledger as ledger_of
 from emmech.ledger.claim import FAILS, HOLDS, UNMEASURED, adjusted, of_counts
 from emmech.ledger.directions import share_variance
@@ -181,6 +181,22 @@ def test_a_learning_coefficient_needs_a_minimum(monkeypatch):
     assert _coefficients(monkeypatch, -0.15).value == pytest.approx(0.85)  # within two standard errors of zero
     with pytest.raises(NotMeasurable, match=r"step 1 is none: the estimate there is -62, below zero"):
         _coefficients(monkeypatch, -62.0)
+
+
+def test_em_at_the_turn_is_of_the_seeds_that_turned_and_a_rate(monkeypatch):
+    steps = [0, 10, 20]
+    table = pd.DataFrame(
+        [{"run": f"s{seed}", "step": step, "scale": 1.0, "value": rate} for seed in range(3)
+         for step, rate in zip(steps, ([0, 0.8, 1.0], [0, 1.0, 1.0], [0, 0.2, 0.4])[seed], strict=True)]
+    )  # fmt: skip
+    pairs = [SimpleNamespace(mechanistic=SimpleNamespace(step=step)) for step in (10, 20, None)]
+    monkeypatch.setattr(turning, "answers_by_step", lambda bench: None)
+    monkeypatch.setattr(turning, "mean_rates", lambda swept, measure: table)
+    monkeypatch.setattr(turning, "_pooled", lambda bench: SimpleNamespace(pairs=pairs))
+    found = turning._at_the_turn(SimpleNamespace())
+    assert (found.value, found.seeds, found.n) == (pytest.approx(0.9), 2, 48)
+    assert (found.low, found.high) == (0.0, 1.0)  # a t interval of two seeds reaches far beyond a rate
+    assert "measured in 2 of 3 seeds" in found.note
 
 
 # the run of the ledger
