@@ -139,7 +139,7 @@ def test_a_drag_leaves_the_last_answer_only(opened):
         page.evaluate(drag, [scales, pause])
         page.wait_for_function(f"document.querySelector('{PANEL}').dataset.done")
         settled(page)
-        assert "adapter x 1." in page.locator(f"{PANEL} .sentence").inner_text()
+        assert "adapter × 1." in page.locator(f"{PANEL} .sentence").inner_text()
         assert page.locator(f"{PANEL} input[data-name=scale]").input_value() == "1"
         tried, begun = (after - before for after, before in zip(_tried(page), (tried, begun), strict=True))
         # a state is in the history where its answers were written, however many that are at this load
