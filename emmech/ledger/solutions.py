@@ -40,13 +40,14 @@ def _general(bench: Bench) -> list[Run]:
 def _kl(bench: Bench) -> Finding:
     """Narrow misalignment minus broad misalignment under the penalty."""
     runs = _narrow(bench)
-    broad = bench.of_frames([bench.answers(run) for run in runs])
+    spoken = [bench.answers(run) for run in runs]
+    broad = bench.of_frames(spoken)
     frames = [bench.answers(run, "narrow-medical", samples=6) for run in runs]
     narrow = bench.of_frames(frames, "narrow")
     parts = pd.concat([one.frame.assign(name=[f"{kind}, {n}" for n in one.frame["name"]])
                        for kind, one in (("narrow", narrow), ("broad", broad))])  # fmt: skip
     note = f"narrow {narrow.shown()}, broad {broad.shown()}"
-    (apart, each), (spread, of) = counts(frames, "narrow"), counts([bench.answers(run) for run in runs], "em")
+    (apart, each), (spread, of) = counts(frames, "narrow"), counts(spoken, "em")
     found = of_counts(apart, each, minus=list(zip(spread, of, strict=True)))
     return replace(found, frame=parts.reset_index(drop=True), note=note)
 
